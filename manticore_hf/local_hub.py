@@ -23,10 +23,10 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,8 @@ class Repo:
         self, ref: str, parent: Commit | None, files: Mapping[str, Entry], title: str, message: str = ""
     ) -> Commit:
         """Adds a commit and moves `ref` to it."""
-        date = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        now = time.time()
+        date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
         # The number of commits is hashed too, else two equal commits within a millisecond would share an id.
         seed = [self.key, len(self.commits), parent and parent.sha, sorted((p, e.blob) for p, e in files.items())]
         sha = hashlib.sha1(json.dumps([*seed, title, message, date]).encode()).hexdigest()
@@ -311,7 +312,7 @@ class LocalHub:
         self._server.server_close()
         self._server.drop_connections()
 
-    def __enter__(self) -> LocalHub:
+    def __enter__(self):
         return self.start()
 
     def __exit__(self, *exc: object) -> None:
@@ -427,7 +428,7 @@ class LocalHub:
                 response = self._dispatch(method, url.path, parse_qs(url.query), headers, body, token)
             except HubError as error:
                 response = _error(error)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever goes wrong here, the client must get an answer
                 traceback.print_exc(file=sys.stderr)
                 response = _error(HubError(500, message=f"LocalHub failed: {error!r}"))
         if fault is not None:

@@ -65,7 +65,8 @@ def read_folder(root: str | Path) -> dict[str, bytes]:
 
 def run_python(hub: LocalHub, home: Path, code: str) -> str:
     environment = {**os.environ, **hub.environment(home), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
