@@ -1,0 +1,304 @@
+"""From what a user names to components that can be joined: resolving, checking, loading.
+
+Everything that can be refused is refused from `config.json` and file lists, before weights are downloaded.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .configuration_manticore import ManticoreError, check_component_name
+from .scan_manticore import carry_state, install
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass
+class ComponentSpec:
+    """One component, spelled out.
+
+    Args:
+        source: Repo id ("org/name" or "org/name@revision"), local directory, or an instantiated causal LM.
+        name: Attribute name in the hybrid. Default: made from the repo, directory or model type.
+        revision: Branch, tag or commit; resolved to a 40-hex commit.
+        subfolder: Folder of the repo that holds the model.
+        embed: Keep the weights in the hybrid's own file even though a repo holds them.
+    """
+
+    source: object
+    name: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    embed: bool = False
+
+    @classmethod
+    def of(cls, item):
+        """An item of `from_components([...])` as a spec."""
+        if isinstance(item, cls) or type(item).__name__ == cls.__name__:
+            return item
+        if isinstance(item, (str, os.PathLike, PreTrainedModel)):
+            return cls(item)
+        raise ManticoreError(
+            f"Component {item!r} is a {type(item).__name__}; give a repo id, a local directory, a causal LM or a "
+            "ComponentSpec."
+        )
+
+
+@dataclass
+class Resolved:
+    """A component whose configuration is known and acceptable; its weights may not be here yet."""
+
+    name: str
+    config: PreTrainedConfig
+    model: PreTrainedModel | None = None
+    directory: str | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    embed: bool = False
+
+    def entry(self):
+        """The component's entry in ManticoreConfig(components=...)."""
+        reference = self.repo_id is not None and not self.embed
+        return {
+            "name": self.name,
+            "repo_id": self.repo_id,
+            "revision": self.revision,
+            "subfolder": self.subfolder,
+            "weights": "reference" if reference else "embedded",
+            "config": self.config,
+        }
+
+    @property
+    def address(self):
+        """What a message calls it."""
+        return f"{self.name!r} ({self.repo_id or self.directory or type(self.model).__name__})"
+
+
+def resolve(spec, hub):
+    """Finds a component's configuration and refuses what cannot be joined.
+
+    Args:
+        spec: A ComponentSpec.
+        hub: Keyword arguments for the Hub client: token, cache_dir, local_files_only.
+
+    Raises:
+        ManticoreError: Names the component and the reason.
+    """
+    if isinstance(spec.source, PreTrainedModel):
+        return _resolve_model(spec)
+    source = os.fspath(spec.source)
+    if os.path.isdir(source):
+        found = Resolved(_name(spec, os.path.basename(os.path.abspath(source))), None, directory=source)
+        found.subfolder = spec.subfolder
+        folder = os.path.join(source, spec.subfolder or "")
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise ManticoreError(f"Component {found.name!r}: the directory {folder!r} has no config.json.")
+        found.config = _read_config(found, folder, {})
+        _check_weight_files(found, lambda file: os.path.isfile(os.path.join(folder, file)))
+        return found
+    return _resolve_repo(spec, source, hub)
+
+
+def _resolve_model(spec):
+    model = spec.source
+    found = Resolved(_name(spec, model.config.model_type), model.config, model=model)
+    _check_architecture(found, model.config.to_dict())
+    if spec.revision:
+        raise ManticoreError(f"Component {found.name!r} is an instantiated model: it has no revision {spec.revision!r}.")
+    return found
+
+
+def _resolve_repo(spec, source, hub):
+    repo_id, _, revision = source.partition("@")
+    if revision and spec.revision and revision != spec.revision:
+        raise ManticoreError(f"Component {source!r}: revision={spec.revision!r} contradicts '@{revision}'.")
+    revision = revision or spec.revision or "main"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or ".." in repo_id:
+        raise ManticoreError(
+            f"Component {source!r} is neither a local directory that exists nor a Hub repository id ('org/name')."
+        )
+    found = Resolved(_name(spec, repo_id.split("/")[-1]), None, repo_id=repo_id, subfolder=spec.subfolder)
+    found.embed = spec.embed
+
+    def get(file, required=True, commit=None):
+        try:
+            return hf_hub_download(repo_id, file, subfolder=spec.subfolder, revision=commit or revision, **hub)
+        except RepositoryNotFoundError as err:
+            raise ManticoreError(
+                f"Component {found.address}: no such repository, or it is private or gated and the token given does "
+                "not open it (log in with `hf auth login`)."
+            ) from err
+        except RevisionNotFoundError as err:
+            raise ManticoreError(f"Component {found.address}: the repository has no revision {revision!r}.") from err
+        except LocalEntryNotFoundError as err:
+            if required:
+                raise ManticoreError(
+                    f"Component {found.address}: {file} at revision {revision!r} is not in the local cache and the Hub "
+                    "cannot be reached."
+                ) from err
+        except HfHubHTTPError as err:
+            if required and err.response is not None and err.response.status_code != 404:
+                raise ManticoreError(f"Component {found.address}: the Hub answered {err}") from err
+            if required:
+                raise ManticoreError(f"Component {found.address}: revision {revision!r} has no {file}.") from err
+        return None
+
+    config_file = get("config.json")
+    commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", config_file)
+    if commit is None:
+        raise ManticoreError(f"Component {found.address}: revision {revision!r} did not resolve to a commit.")
+    found.revision = commit[1]
+    found.config = _read_config(found, os.path.dirname(config_file), {})
+
+    def exists(file):
+        path = os.path.join(spec.subfolder, file) if spec.subfolder else file
+        known = try_to_load_from_cache(repo_id, path, cache_dir=hub.get("cache_dir"), revision=found.revision)
+        if isinstance(known, str):
+            return True
+        if hub.get("local_files_only") or os.environ.get("HF_HUB_OFFLINE", "0") in ("1", "ON", "YES", "TRUE"):
+            return False
+        from huggingface_hub import HfApi
+
+        return HfApi(token=hub.get("token")).file_exists(repo_id, path, revision=found.revision)
+
+    _check_weight_files(found, exists)
+    return found
+
+
+def _name(spec, text):
+    if spec.name is not None:
+        check_component_name(spec.name)
+        return spec.name
+    name = re.sub(r"\W+", "_", text).strip("_").lower() or "component"
+    name = name if name[0].isalpha() else f"c_{name}"
+    try:
+        check_component_name(name)
+    except ManticoreError:
+        name = f"{name}_lm"
+    return name
+
+
+def _read_config(found, folder, kwargs):
+    values, _ = PreTrainedConfig.get_config_dict(folder, **kwargs)
+    _check_architecture(found, values)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    except ManticoreError:
+        raise
+    except Exception as err:
+        raise ManticoreError(f"Component {found.address}: its config.json is invalid: {err}") from err
+
+
+def _check_architecture(found, values):
+    kind = values.get("model_type")
+    if kind == "manticore":
+        raise ManticoreError(f"Component {found.address} is itself a hybrid; name its components instead.")
+    if kind not in CONFIG_MAPPING:
+        if values.get("auto_map"):
+            raise ManticoreError(
+                f"Component {found.address} needs remote code (model_type {kind!r}, auto_map {values['auto_map']}); "
+                "components must be of an architecture that Transformers itself has."
+            )
+        raise ManticoreError(
+            f"Component {found.address}: its architecture (model_type {kind!r}) is unknown to the installed "
+            "Transformers; upgrade Transformers or choose another component."
+        )
+    if values.get("is_encoder_decoder") or getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False) is True:
+        raise ManticoreError(f"Component {found.address} is an encoder-decoder ({kind}); only causal LMs can be joined.")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ManticoreError(f"Component {found.address} is no causal LM (model_type {kind!r}).")
+    # BERT-like classes are causal only by choice; that they were is checked again by running them (verify_segments).
+    architectures = values.get("architectures") or []
+    if architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
+        raise ManticoreError(
+            f"Component {found.address} was saved as {architectures[0]}, not as a causal LM; only causal LMs can be "
+            "joined."
+        )
+
+
+def _check_weight_files(found, exists):
+    if any(exists(file) for file in WEIGHT_FILES):
+        return
+    for file in PICKLE_FILES:
+        if exists(file):
+            raise ManticoreError(
+                f"Component {found.address} has its weights only as a pickle ({file}), which can run code when read. "
+                "Convert it to safetensors first (load it yourself, then save_pretrained)."
+            )
+    raise ManticoreError(f"Component {found.address} has no {WEIGHT_FILES[0]} and no {WEIGHT_FILES[1]}.")
+
+
+def check_tokenizers(components, hub):
+    """Raises ManticoreError if two components that come with tokenizers map tokens to ids differently."""
+    from transformers import AutoTokenizer
+
+    vocabularies = {}
+    for found in components:
+        where = found.directory or found.repo_id
+        if where is None:
+            continue
+        kwargs = {"revision": found.revision, **hub} if found.repo_id else {}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, subfolder=found.subfolder or "", **kwargs)
+        except Exception:  # a component without a tokenizer is compared by its vocabulary's size alone
+            continue
+        vocabularies[found.address] = tokenizer.get_vocab()
+    for (one, first), (two, second) in zip(list(vocabularies.items()), list(vocabularies.items())[1:]):
+        if first != second:
+            token = next(iter(sorted(set(first.items()) ^ set(second.items()))))[0]
+            raise ManticoreError(
+                f"Components {one} and {two} have different vocabularies (token {token!r} has id {first.get(token)} "
+                f"and {second.get(token)}); components must share one tokenizer."
+            )
+
+
+def load(found, dtype, hub):
+    """The component's causal LM, weights read from safetensors only.
+
+    Raises:
+        ManticoreError: The weights cannot be read or do not fit; names the component.
+    """
+    if found.model is not None:
+        return found.model
+    where = found.directory or found.repo_id
+    kwargs = {"revision": found.revision, **hub} if found.repo_id else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=found.config,
+            subfolder=found.subfolder or "",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except Exception as err:
+        raise ManticoreError(f"Component {found.address}: its weights cannot be loaded: {err}") from err
+    if info["missing_keys"] or info["mismatched_keys"]:
+        bad = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+        raise ManticoreError(
+            f"Component {found.address}: {len(bad)} weights are missing or of another shape in its checkpoint, "
+            f"for example {bad[0]}."
+        )
+    return model
+
+
+def build(config):
+    """A component's module with initial weights, of Transformers' own class."""
+    return AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+
+
+def prepare(component):
+    """Repairs what Transformers gets wrong for a component: recurrent states ignored in multi-token calls."""
+    install(component.config.model_type)
+    carry_state(component)

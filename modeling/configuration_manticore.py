@@ -1,0 +1,365 @@
+"""Configuration of a hybrid: its components, how they are cut, joined and mixed.
+
+A hybrid's `config.json` carries the full configuration of every component, so that building the model needs no other
+repository; only the component *weights* are references (repo id + 40-hex commit).
+"""
+
+import copy
+import keyword
+import re
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+FORMAT_VERSION = 1
+"""Version of the repository layout. Raised when an older package could no longer read a newer repository."""
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_manticore.ManticoreConfig",
+    "AutoModel": "modeling_manticore.ManticoreModel",
+    "AutoModelForCausalLM": "modeling_manticore.ManticoreForCausalLM",
+}
+
+CHOICES = {
+    "projector": ("linear", "mlp", "none"),
+    "projector_init": ("default", "identity", "calibrated"),
+    "gate": ("none", "alpha"),
+    "mixture": ("static", "token"),
+    "mixture_space": ("logprob", "prob"),
+    "embeddings": ("native", "mixed", "fresh"),
+    "head_mixture": ("last", "first"),
+}
+
+PRESETS = {
+    # Roberts et al., section 3 and their released code (linear projectors of the framework's default initialisation,
+    # gates equal to alpha, embeddings and heads mixed with the first block's alpha, loss of the mixture only).
+    "paper": {
+        "projector": "linear",
+        "projector_init": "default",
+        "gate": "alpha",
+        "mixture": "static",
+        "mixture_space": "logprob",
+        "embeddings": "mixed",
+        "head_mixture": "first",
+        "mix_loss_weight": 1.0,
+        "component_loss_weight": 0.0,
+    },
+    # What measured best so far (BENCHMARKS.md says on what).
+    "default": {
+        "projector": "linear",
+        "projector_init": "identity",
+        "gate": "none",
+        "mixture": "token",
+        "mixture_space": "logprob",
+        "embeddings": "native",
+        "head_mixture": "last",
+        "mix_loss_weight": 1.0,
+        "component_loss_weight": 0.0,
+    },
+}
+
+
+class ManticoreError(ValueError):
+    """A hybrid, component, file or setting that cannot be used; the message names it and says what to do."""
+
+
+class ManticoreConfig(PreTrainedConfig):
+    """Configuration of a hybrid of K components in S blocks.
+
+    Args:
+        components: One dict per component: `name` (a Python identifier), `config` (a configuration or its dict, with
+            `model_type`), and where its weights live: `repo_id`, `revision` (40-hex commit), `subfolder`, `weights`
+            ("reference": read from that repo; "embedded": kept in the hybrid's own file), `license`.
+        num_blocks: S, the number of blocks; at most the depth of the shallowest component.
+        block_layers: Layers per block of each component, `{name: [n_1, ..., n_S]}`. Default: cuts as even as possible,
+            the first blocks taking the remainder.
+        projector: "linear" (paper, section 3.1), "mlp" (two layers, GELU, residual) or "none" (pad and truncate).
+        projector_init: "default" (the framework's), "identity" or "calibrated" (closed form).
+        gate: "alpha" (paper: projector and raw feature mixed by the block's alpha) or "none" (projector only).
+        reference_component: With gate="none", the component whose states are the shared space; its own projectors are
+            the identity and have no parameters. Default: the first.
+        mixture: "static" (paper: one weight per block and component) or "token" (last block: a gate of the token).
+        mixture_space: "logprob" (geometric mean of the components' distributions) or "prob" (arithmetic mean).
+        embeddings: "native" (each component reads its own embeddings and its own last state), "mixed" (paper: through
+            the shared space) or "fresh" (as mixed, with new embeddings and heads drawn from N(0, 0.02)).
+        head_mixture: "last" or "first": the block whose alpha mixes the heads (the paper's code uses the first).
+        mix_loss_weight: Weight of the cross-entropy of the mixture.
+        component_loss_weight: Weight of the sum of the cross-entropies of the components' own heads.
+        mixture_weights: Exact mixture weights [S][K], or None while they are learned. A zero is a zero: that component
+            is not run in that block.
+        vocab_size: Size of the (common) vocabulary.
+        tokenizer_component: The component whose tokenizer is the hybrid's. Default: the first.
+        route: One component name per block once hardened; None for a soft hybrid.
+        preset: "paper" or "default": fills every key of these that is not given.
+
+    Raises:
+        ManticoreError: A key has an impossible value; the message names the key, the value and the choices.
+    """
+
+    model_type = "manticore"
+    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "mixture_loss", "component_losses", "weights"]
+
+    def __init__(
+        self,
+        components=None,
+        num_blocks=1,
+        block_layers=None,
+        projector=None,
+        projector_init=None,
+        gate=None,
+        reference_component=None,
+        mixture=None,
+        mixture_space=None,
+        embeddings=None,
+        head_mixture=None,
+        mix_loss_weight=None,
+        component_loss_weight=None,
+        mixture_weights=None,
+        vocab_size=None,
+        tokenizer_component=None,
+        route=None,
+        preset="default",
+        manticore_version=FORMAT_VERSION,
+        **kwargs,
+    ):
+        if not isinstance(manticore_version, int) or manticore_version > FORMAT_VERSION:
+            raise ManticoreError(
+                f"This hybrid has format version {manticore_version!r}; the installed code reads up to "
+                f"{FORMAT_VERSION}. Upgrade manticore-hf, or load with trust_remote_code=True."
+            )
+        self.manticore_version = manticore_version
+        if preset not in PRESETS:
+            raise ManticoreError(f"preset={preset!r} is unknown; choose one of {sorted(PRESETS)}.")
+        given = {
+            "projector": projector, "projector_init": projector_init, "gate": gate, "mixture": mixture,
+            "mixture_space": mixture_space, "embeddings": embeddings, "head_mixture": head_mixture,
+            "mix_loss_weight": mix_loss_weight, "component_loss_weight": component_loss_weight,
+        }  # fmt: skip
+        for key, default in PRESETS[preset].items():
+            value = default if given[key] is None else given[key]
+            if key in CHOICES and value not in CHOICES[key]:
+                raise ManticoreError(f"{key}={value!r} is unknown; choose one of {list(CHOICES[key])}.")
+            if key not in CHOICES:
+                value = _nonnegative(key, value)
+            setattr(self, key, value)
+        if self.mix_loss_weight == self.component_loss_weight == 0:
+            raise ManticoreError("mix_loss_weight and component_loss_weight are both 0: nothing would be trained.")
+
+        self._component_names = []
+        self.components = []
+        for entry in _list_of_dicts(components):
+            self._add_component(entry)
+        self.num_blocks = _positive_int("num_blocks", num_blocks)
+        self.block_layers = self._check_block_layers(block_layers)
+        self.reference_component = self._check_name("reference_component", reference_component)
+        self.tokenizer_component = self._check_name("tokenizer_component", tokenizer_component)
+        self.mixture_weights = self._check_mixture_weights(mixture_weights)
+        if route is not None:
+            raise ManticoreError(f"route={route!r}: hardened hybrids need a newer version of manticore-hf.")
+        self.route = None
+
+        subs = [getattr(self, name) for name in self._component_names]
+        sizes = {name: getattr(self, name).vocab_size for name in self._component_names}
+        if vocab_size is None and subs:
+            vocab_size = getattr(self, self.tokenizer_component).vocab_size
+        if len(set(sizes.values()) | ({vocab_size} if subs else set())) > 1:
+            raise ManticoreError(
+                f"The vocabularies differ in size: {sizes}, hybrid {vocab_size}. Components must share one vocabulary."
+            )
+        self.vocab_size = vocab_size
+        # Read by Transformers (generation, pipelines) and never free choices here: they follow from the components.
+        for derived in ("hidden_size", "num_hidden_layers", "max_position_embeddings"):
+            kwargs.pop(derived, None)
+        self.hidden_size = max((sub.hidden_size for sub in subs), default=None)
+        self.num_hidden_layers = self.num_blocks
+        limits = [n for sub in subs if isinstance(n := getattr(sub, "max_position_embeddings", None), int)]
+        self.max_position_embeddings = min(limits, default=None)
+        kwargs.pop("auto_map", None)
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+
+    def _add_component(self, entry):
+        entry = dict(entry)
+        name = entry.get("name")
+        check_component_name(name)
+        if name in self._component_names:
+            raise ManticoreError(f"Two components are named {name!r}; give one another name (ComponentSpec(name=...)).")
+        sub = entry.pop("config", None)
+        sub = sub if sub is not None else getattr(self, name, None)
+        if isinstance(sub, dict):
+            sub = _build_config(name, sub)
+        if not isinstance(sub, PreTrainedConfig):
+            raise ManticoreError(f"Component {name!r} has no configuration (components[...]['config'] is {sub!r}).")
+        weights = entry.setdefault("weights", "reference" if entry.get("repo_id") else "embedded")
+        if weights not in ("reference", "embedded"):
+            raise ManticoreError(f"Component {name!r}: weights={weights!r}; choose 'reference' or 'embedded'.")
+        if weights == "reference":
+            check_reference(name, entry.get("repo_id"), entry.get("revision"), entry.get("subfolder"))
+        entry = {key: entry.get(key) for key in ("name", "repo_id", "revision", "subfolder", "weights", "license")}
+        setattr(self, name, sub)
+        self.components.append(entry)
+        self._component_names.append(name)
+
+    def _check_name(self, key, value):
+        if value is None:
+            return self._component_names[0] if self._component_names else None
+        if value not in self._component_names:
+            raise ManticoreError(f"{key}={value!r} is no component; choose one of {self._component_names}.")
+        return value
+
+    def _check_block_layers(self, block_layers):
+        block_layers = {} if block_layers is None else block_layers
+        if not isinstance(block_layers, dict) or set(block_layers) - set(self._component_names):
+            raise ManticoreError(
+                f"block_layers={block_layers!r} must map component names to layers per block; "
+                f"the components are {self._component_names}."
+            )
+        cuts = {}
+        for name in self._component_names:
+            depth = component_depth(getattr(self, name))
+            if self.num_blocks > depth:
+                raise ManticoreError(
+                    f"num_blocks={self.num_blocks} is more than the {depth} layers of component {name!r}; "
+                    f"choose at most {depth}."
+                )
+            even = [depth // self.num_blocks + (s < depth % self.num_blocks) for s in range(self.num_blocks)]
+            cut = block_layers.get(name, even)
+            if (
+                not isinstance(cut, (list, tuple))
+                or len(cut) != self.num_blocks
+                or not all(isinstance(n, int) and n >= 1 for n in cut)
+                or sum(cut) != depth
+            ):
+                raise ManticoreError(
+                    f"block_layers[{name!r}]={cut!r} must be {self.num_blocks} positive integers that sum to the "
+                    f"component's {depth} layers."
+                )
+            cuts[name] = [int(n) for n in cut]
+        return cuts
+
+    def _check_mixture_weights(self, weights):
+        if weights is None:
+            return None
+        rows, columns = self.num_blocks, len(self._component_names)
+        try:
+            weights = [[float(w) for w in row] for row in weights]
+            good = len(weights) == rows and all(
+                len(row) == columns and all(0 <= w <= 1 for w in row) and abs(sum(row) - 1) < 1e-3 for row in weights
+            )
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise ManticoreError(
+                f"mixture_weights={weights!r} must be {rows} rows (blocks) of {columns} weights in [0, 1] (components "
+                f"{self._component_names}), each row summing to 1."
+            )
+        return weights
+
+    @property
+    def component_names(self):
+        """Names of the components, in order."""
+        return list(self._component_names)
+
+    @property
+    def sub_configs(self):
+        """Class of each component's configuration by component name (Transformers walks these)."""
+        return {name: type(getattr(self, name)) for name in self.__dict__.get("_component_names", [])}
+
+    def bounds(self, name):
+        """Cumulative layer bounds [0, ..., depth] of a component's S segments."""
+        out = [0]
+        for n in self.block_layers[name]:
+            out.append(out[-1] + n)
+        return out
+
+    def get_text_config(self, *args, **kwargs):
+        """A hybrid is a text model: the configuration itself."""
+        return self
+
+    def to_dict(self):
+        """Plain dict; each component's configuration sits inside its entry of `components`."""
+        out = super().to_dict()
+        out.pop("_component_names", None)
+        for entry in out["components"]:
+            sub = copy.deepcopy(getattr(self, entry["name"])).to_dict()
+            for private in ("transformers_version", "_name_or_path"):
+                sub.pop(private, None)
+            entry["config"] = sub
+            out.pop(entry["name"], None)
+        out["auto_map"] = dict(AUTO_MAP)
+        return out
+
+
+def component_depth(config):
+    """Number of layers of a component."""
+    return config.get_text_config().num_hidden_layers
+
+
+def check_component_name(name):
+    """Raises ManticoreError unless `name` can be an attribute of the model and of the configuration."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or keyword.iskeyword(name):
+        raise ManticoreError(f"Component name {name!r} must be a Python identifier that starts with a letter.")
+    if name in _RESERVED or hasattr(PreTrainedConfig, name):
+        raise ManticoreError(f"Component name {name!r} is used by the model itself; give the component another name.")
+
+
+_RESERVED = {
+    "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "num_blocks",
+    "block_layers", "reference_component", "route", "vocab_size", "tokenizer_component", "manticore_version",
+    "mixture_weights", "mix_loss_weight", "component_loss_weight", "hidden_size", "component", "score",
+    "num_hidden_layers", "max_position_embeddings", "loss_function", "device", "dtype", "forward", "generate",
+    "framework", "model_tags", "base_model", "name", "loss_type", "warnings_issued", "auto_map", "preset",
+    "tie_word_embeddings", *CHOICES,
+}  # fmt: skip
+
+
+def check_reference(name, repo_id, revision, subfolder=None):
+    """Raises ManticoreError unless a component's address is one that others can reach and that cannot move.
+
+    A configuration may come from a stranger's repository, so paths, URLs and moving branches are refused.
+    """
+    good = (
+        isinstance(repo_id, str)
+        and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repo_id)
+        and ".." not in repo_id
+    )
+    if not good:
+        raise ManticoreError(f"Component {name!r}: repo_id={repo_id!r} is no Hub repository id ('organisation/name').")
+    if not isinstance(revision, str) or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ManticoreError(
+            f"Component {name!r}: revision={revision!r} of {repo_id!r} is no 40-hex commit; a branch can move."
+        )
+    if subfolder and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", str(subfolder)) or ".." in subfolder.split("/")):
+        raise ManticoreError(f"Component {name!r}: subfolder={subfolder!r} is no plain sub-folder of a repository.")
+
+
+def _build_config(name, values):
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ManticoreError(
+            f"Component {name!r} has model_type={model_type!r}, which the installed Transformers does not know."
+        )
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except Exception as err:
+        raise ManticoreError(f"Component {name!r}: its {model_type!r} configuration is invalid: {err}") from err
+
+
+def _list_of_dicts(components):
+    components = [] if components is None else components
+    if not isinstance(components, (list, tuple)) or not all(isinstance(entry, dict) for entry in components):
+        raise ManticoreError(f"components={components!r} must be a list of dicts with a name and a config.")
+    return components
+
+
+def _positive_int(key, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ManticoreError(f"{key}={value!r} must be a positive integer.")
+    return value
+
+
+def _nonnegative(key, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ManticoreError(f"{key}={value!r} must be a non-negative number.")
+    return float(value)

@@ -1,0 +1,209 @@
+"""Projectors, mixture weights and output mixtures: the only parameters a hybrid adds to its components.
+
+Notation of Roberts et al. (arXiv 2406.00894), section 3: component k has width d_k, the shared space width
+d = max d_k, block s has mixture weights alpha_s on the simplex.
+
+    u_k = (1 - g) * in_sk(h) + g * resize(h, d_k)        o_k = (1 - g) * out_sk(v_k) + g * resize(v_k, d)
+
+with g = alpha_sk for gate="alpha" (the paper) and g = 0 for gate="none".
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+
+def resize(states, width):
+    """Truncates or zero-pads the last dimension to `width`."""
+    have = states.shape[-1]
+    if have == width:
+        return states
+    return states[..., :width] if have > width else F.pad(states, (0, width - have))
+
+
+class LinearProjector(nn.Linear):
+    """The paper's projector: an affine map [..., width_in] -> [..., width_out]."""
+
+    def reset(self, kind):
+        if kind == "default":
+            _framework_init(self)
+        else:
+            init.eye_(self.weight)
+            init.zeros_(self.bias)
+
+
+class MLPProjector(nn.Module):
+    """`resize(x) + W2 gelu(W1 x)`: two layers with a skip that pads or truncates where the widths differ.
+
+    (Without the skip at unequal widths the identity initialisation would start from nothing.)
+    """
+
+    def __init__(self, width_in, width_out):
+        super().__init__()
+        self.up = nn.Linear(width_in, max(width_in, width_out))
+        self.down = nn.Linear(max(width_in, width_out), width_out)
+
+    def forward(self, states):
+        return resize(states, self.down.out_features) + self.down(F.gelu(self.up(states)))
+
+    def reset(self, kind):
+        _framework_init(self.up)
+        _framework_init(self.down)
+        if kind != "default":
+            init.zeros_(self.down.weight)
+            init.zeros_(self.down.bias)
+
+
+class Resize(nn.Module):
+    """No parameters: pad or truncate (the ablation, and the reference component's own maps)."""
+
+    def __init__(self, width_in, width_out):
+        super().__init__()
+        self.width = width_out
+
+    def forward(self, states):
+        return resize(states, self.width)
+
+    def reset(self, kind):
+        pass
+
+
+PROJECTORS = {"linear": LinearProjector, "mlp": MLPProjector, "none": Resize}
+
+
+def _framework_init(linear):
+    init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+    bound = 1 / math.sqrt(linear.in_features)
+    init.uniform_(linear.bias, -bound, bound)
+
+
+class TokenGate(nn.Module):
+    """Output mixture that depends on the token: w_t = softmax(W f_t + b), zero at the start (the plain ensemble).
+
+    f_t holds, of each component, the last state divided by its root mean square, and, detached, the entropy (nats) and
+    the largest log-probability of its own prediction.
+    """
+
+    def __init__(self, widths):
+        super().__init__()
+        self.linear = nn.Linear(sum(widths) + 2 * len(widths), len(widths))
+
+    def reset(self):
+        init.zeros_(self.linear.weight)
+        init.zeros_(self.linear.bias)
+
+    def forward(self, states, logprobs):
+        """states: K x [batch, time, d_k]; logprobs: K x [batch, time, vocabulary] -> [batch, time, K], summing to 1."""
+        features = []
+        for state, logprob in zip(states, logprobs):
+            state, logprob = state.float(), logprob.detach()
+            features.append(state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6))
+            entropy = -(logprob.exp() * logprob).nan_to_num(0.0).sum(-1, keepdim=True)
+            features += [entropy, logprob.amax(-1, keepdim=True)]
+        features = torch.cat(features, -1).to(self.linear.weight.dtype)
+        return self.linear(features).float().softmax(-1)
+
+
+def mix_logprob(weights, logprobs):
+    """sum_k w_k log p_k: the (unnormalised) geometric mean. weights: K numbers or [batch, time, 1] tensors."""
+    return sum(weight * logprob for weight, logprob in zip(weights, logprobs))
+
+
+def mix_prob(weights, logprobs):
+    """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong."""
+    terms = []
+    for weight, logprob in zip(weights, logprobs):
+        terms.append(logprob + (math.log(weight) if isinstance(weight, float) else weight.log()))
+    return torch.stack(terms).logsumexp(0)
+
+
+SPACES = {"logprob": mix_logprob, "prob": mix_prob}
+
+
+class HybridMixer(nn.Module):
+    """All projectors, the mixture weights and the gate, in one module with a forward.
+
+    One module, so that PEFT's `modules_to_save=["hybrid_mixer"]` and FSDP see them; `forward` names the step.
+
+    Args:
+        config: A ManticoreConfig.
+        widths_in: Width of the state each component's first segment reads, by name (its embeddings).
+        widths: Width of each component's hidden states.
+        widths_out: Width of the state its head reads.
+    """
+
+    def __init__(self, config, widths_in, widths, widths_out):
+        super().__init__()
+        self.names = config.component_names
+        self.width = config.hidden_size
+        self.gate = config.gate
+        self.projector_init = config.projector_init
+        blocks, count = config.num_blocks, len(self.names)
+        self.alpha_logits = nn.Parameter(torch.zeros(blocks, count))
+        self.into, self.out_of = nn.ModuleDict(), nn.ModuleDict()
+        native = config.embeddings == "native"
+        for name in self.names:
+            reference = config.gate == "none" and name == config.reference_component
+            make = Resize if reference else PROJECTORS[config.projector]
+            for block in range(blocks):
+                first, last = block == 0, block == blocks - 1
+                if not (native and first):
+                    self.into[f"{name}-{block}"] = make(self.width, widths_in[name] if first else widths[name])
+                if not (native and last):
+                    self.out_of[f"{name}-{block}"] = make(widths_out[name] if last else widths[name], self.width)
+        self.token_gate = TokenGate([widths_out[n] for n in self.names]) if config.mixture == "token" else None
+
+    def forward(self, step, *args):
+        """Runs one step: "weights", "enter", "leave" or "gate_tokens", the methods below."""
+        return getattr(self, step)(*args)
+
+    def weights(self):
+        """alpha = softmax(a): [S, K], in float32."""
+        return self.alpha_logits.float().softmax(-1)
+
+    def enter(self, block, name, shared, alpha):
+        """Shared state [batch, time, d] -> what component `name` reads in `block` [batch, time, d_k]."""
+        return self._gated(self.into[f"{name}-{block}"], shared, alpha)
+
+    def leave(self, block, name, state, alpha):
+        """Component state [batch, time, d_k] -> shared space [batch, time, d]."""
+        return self._gated(self.out_of[f"{name}-{block}"], state, alpha)
+
+    def gate_tokens(self, states, logprobs):
+        """The token gate's weights [batch, time, K]."""
+        return self.token_gate(states, logprobs)
+
+    def _gated(self, projector, states, alpha):
+        gate = alpha if self.gate == "alpha" else 0.0
+        if isinstance(gate, float) and gate == 0.0:
+            return projector(states)
+        width = projector_width(projector)
+        if isinstance(gate, float) and gate == 1.0:
+            return resize(states, width)
+        return (1 - gate) * projector(states) + gate * resize(states, width)
+
+    def reset(self):
+        """(Re-)initialises everything; called by the model's `_init_weights`."""
+        init.zeros_(self.alpha_logits)
+        for projector in (*self.into.values(), *self.out_of.values()):
+            projector.reset(self.projector_init)
+        if self.token_gate is not None:
+            self.token_gate.reset()
+
+
+def projector_width(projector):
+    """Output width of a projector."""
+    if isinstance(projector, Resize):
+        return projector.width
+    return projector.down.out_features if isinstance(projector, MLPProjector) else projector.out_features
+
+
+def weighted_sum(weights, terms):
+    """sum_k w_k x_k; a single term of weight 1 is returned as it is, to the last bit."""
+    if len(terms) == 1 and isinstance(weights[0], float) and weights[0] == 1.0:
+        return terms[0]
+    return sum((weight if isinstance(weight, float) else weight.to(term.dtype)) * term
+               for weight, term in zip(weights, terms))  # fmt: skip

@@ -1,0 +1,622 @@
+"""The hybrid as an ordinary Transformers model (Roberts et al., arXiv 2406.00894, section 3).
+
+`ManticoreModel` holds the components (whole, under their names) and the mixer; `ManticoreForCausalLM` adds the heads'
+mixture, the losses, generation and `from_components`. Weights come by reference: see weights_manticore.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+from transformers.modeling_outputs import ModelOutput
+
+from .cache_manticore import ManticoreCache
+from .components_manticore import ComponentSpec, build, check_tokenizers, load, prepare, resolve
+from .configuration_manticore import ManticoreConfig, ManticoreError
+from .mixing_manticore import SPACES, HybridMixer, resize, weighted_sum
+from .segments_manticore import Cuts
+from .weights_manticore import ReferencedWeights
+
+
+@dataclass
+class ManticoreModelOutput(ModelOutput):
+    """Output of `ManticoreModel`.
+
+    Attributes:
+        last_hidden_state: [batch, time, d], the shared state after the last block.
+        past_key_values: A ManticoreCache, if caching.
+        hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
+        states: Each component's own last state [batch, time, d_k] (None where it was not run).
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: ManticoreCache | None = None
+    hidden_states: tuple | None = None
+    states: tuple | None = None
+
+
+@dataclass
+class ManticoreCausalLMOutput(ModelOutput):
+    """Output of `ManticoreForCausalLM`.
+
+    Attributes:
+        loss: mix_loss_weight * mixture_loss + component_loss_weight * sum(component_losses), with `labels`.
+        logits: [batch, time, vocabulary] of the mixture.
+        past_key_values: A ManticoreCache, if caching.
+        hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
+        mixture_loss: Cross-entropy of the mixture, nats per token.
+        component_losses: [K], cross-entropy of each component's own head (if component_loss_weight > 0).
+        weights: [batch, time, K], the token gate's weights (mixture="token").
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: ManticoreCache | None = None
+    hidden_states: tuple | None = None
+    mixture_loss: torch.Tensor | None = None
+    component_losses: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+
+class HybridEmbedding(nn.Module):
+    """What `get_input_embeddings` gives: token ids -> `inputs_embeds`.
+
+    [batch, time] -> [batch, time, sum of embedding widths] for embeddings="native" (each component's own, side by
+    side), else [batch, time, d]. Holds no parameters: they are the components'.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self._owner = (model,)  # in a tuple: not a child, or the model would contain itself
+
+    @property
+    def weight(self):
+        """Embedding matrix of the tokenizer's component [vocabulary, width]."""
+        model = self._owner[0]
+        return model.component(model.config.tokenizer_component).get_input_embeddings().weight
+
+    @property
+    def num_embeddings(self):
+        return self.weight.shape[0]
+
+    @property
+    def embedding_dim(self):
+        model = self._owner[0]
+        if model.config.embeddings != "native":
+            return model.config.hidden_size
+        return sum(model.component(n).get_input_embeddings().weight.shape[1] for n in model.config.component_names)
+
+    def forward(self, input_ids):
+        model = self._owner[0]
+        if model.config.embeddings == "native":
+            return torch.cat([model.embed(name, input_ids) for name in model.config.component_names], -1)
+        return model.mix_embeddings(input_ids)
+
+
+class ManticorePreTrainedModel(ReferencedWeights, PreTrainedModel):
+    """Loading, saving and initialisation common to all hybrid classes."""
+
+    config_class = ManticoreConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+    _no_split_modules = ["HybridMixer"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, HybridMixer):
+            module.reset()
+
+
+class ManticoreModel(ManticorePreTrainedModel):
+    """K components in S blocks, joined; without output head (the components keep theirs, unused here).
+
+    Args:
+        config: A ManticoreConfig with at least one component.
+        components: Instantiated components by name; None builds them with initial weights.
+    """
+
+    def __init__(self, config, components=None):
+        super().__init__(config)
+        if not config.component_names:
+            raise ManticoreError("A hybrid needs at least one component; ManticoreConfig(components=[...]) is empty.")
+        for name in config.component_names:
+            component = build(getattr(config, name)) if components is None else components[name]
+            setattr(config, name, component.config)
+            prepare(component)
+            if components is not None:
+                for module in component.modules():
+                    module._is_hf_initialized = True
+            self.add_module(name, component)
+        widths = {name: getattr(config, name).hidden_size for name in config.component_names}
+        parts = {name: self.component(name) for name in config.component_names}
+        self.hybrid_mixer = HybridMixer(
+            config,
+            {name: part.get_input_embeddings().weight.shape[1] for name, part in parts.items()},
+            widths,
+            {name: part.get_output_embeddings().weight.shape[1] for name, part in parts.items()},
+        )
+        self.__dict__["input_embedding"] = HybridEmbedding(self)
+        self.__dict__["_cuts"] = Cuts()
+        self.post_init()
+        self._follow()
+
+    # ---- the parts -------------------------------------------------------------------------------------------------
+
+    def component(self, name):
+        """The component as a model of its own class; `model.component(name).save_pretrained(dir)` gives it back.
+
+        Raises:
+            ManticoreError: There is no component of that name.
+        """
+        if name not in self.config.component_names:
+            raise ManticoreError(f"No component is named {name!r}; the components are {self.config.component_names}.")
+        return self._modules[name]
+
+    def mixture_weights(self):
+        """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
+        if self.config.mixture_weights is not None:
+            return torch.tensor(self.config.mixture_weights, device=self.hybrid_mixer.alpha_logits.device)
+        alpha = self.hybrid_mixer("weights")
+        gate = self.hybrid_mixer.token_gate
+        if gate is not None:
+            alpha = torch.cat([alpha[:-1], gate.linear.bias.float().softmax(-1)[None]])
+        return alpha.detach()
+
+    def set_mixture_weights(self, weights):
+        """Fixes the mixture weights exactly: a component with weight 0 in a block is not run there.
+
+        Args:
+            weights: [S, K], rows summing to 1; or a component's name (one-hot on it everywhere); or None (learned
+                again, from the values the parameters have).
+
+        Raises:
+            ManticoreError: A wrong shape, a negative weight, or rows that do not sum to 1.
+        """
+        if isinstance(weights, str):
+            self.component(weights)
+            row = [float(name == weights) for name in self.config.component_names]
+            weights = [row] * self.config.num_blocks
+        elif isinstance(weights, torch.Tensor):
+            weights = weights.double().tolist()
+        self.config.mixture_weights = self.config._check_mixture_weights(weights)
+
+    def _alpha(self):
+        """S rows of K weights: floats where they are fixed, else tensors."""
+        fixed = self.config.mixture_weights
+        if fixed is not None:
+            return fixed
+        return [list(row.unbind()) for row in self.hybrid_mixer("weights")]
+
+    def _segment(self, name, block):
+        bounds = self.config.bounds(name)
+        return self._cuts.segment(self._modules[name], bounds[block], bounds[block + 1])
+
+    def _follow(self):
+        """Makes the segments and heads, or lets them follow changes in the components."""
+        if torch.compiler.is_compiling():
+            return
+        for name in self.config.component_names:
+            for block in range(self.config.num_blocks):
+                self._segment(name, block)
+            self._cuts.head(self._modules[name])
+        self._cuts.refresh()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if "_cuts" in self.__dict__:
+            self._follow()
+        return self
+
+    # ---- embeddings ------------------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self):
+        return self.input_embedding
+
+    def set_input_embeddings(self, value):
+        raise ManticoreError("Each component has its own embeddings: use model.component(name).set_input_embeddings().")
+
+    def get_output_embeddings(self):
+        return None
+
+    def set_output_embeddings(self, value):
+        raise ManticoreError("Each component has its own head: use model.component(name).set_output_embeddings().")
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Resizes the vocabulary of every component; returns `get_input_embeddings()`."""
+        for name in self.config.component_names:
+            component = self.component(name)
+            component.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            self.config.vocab_size = component.config.vocab_size
+        self._follow()
+        return self.get_input_embeddings()
+
+    def embed(self, name, input_ids):
+        """A component's own embeddings of the tokens [batch, time, width]."""
+        return self._modules[name].get_input_embeddings()(input_ids)
+
+    def mix_embeddings(self, input_ids):
+        """h_0 = sum_k alpha_1k * pad(E_k[x], d): [batch, time, d]."""
+        active = [(w, name) for w, name in zip(self._alpha()[0], self.config.component_names) if _is_active(w)]
+        return weighted_sum(
+            [w for w, _ in active],
+            [resize(self.embed(name, input_ids), self.config.hidden_size) for _, name in active],
+        )
+
+    def _split_embeds(self, inputs_embeds):
+        names = self.config.component_names
+        widths = [self._modules[name].get_input_embeddings().weight.shape[1] for name in names]
+        if inputs_embeds.shape[-1] != sum(widths):
+            raise ManticoreError(
+                f"inputs_embeds has width {inputs_embeds.shape[-1]}; with embeddings='native' it must hold every "
+                f"component's embeddings side by side ({dict(zip(names, widths))}, in all {sum(widths)}): use "
+                "model.get_input_embeddings()(input_ids)."
+            )
+        return dict(zip(names, inputs_embeds.split(widths, -1)))
+
+    # ---- cache -----------------------------------------------------------------------------------------------------
+
+    def make_cache(self, max_cache_len=None):
+        """An empty cache for this hybrid.
+
+        Args:
+            max_cache_len: Length of a static cache; None for one that grows.
+
+        Raises:
+            ManticoreError: A component's own class gives no right results with a static cache.
+        """
+        configs = {name: self._modules[name].config for name in self.config.component_names}
+        cache = ManticoreCache(configs, {name: self.config.bounds(name) for name in configs}, max_cache_len)
+        if max_cache_len is not None:
+            for name in configs:
+                component = self._modules[name]
+                recurrent = all(cache.view(name, b)._attention is None for b in range(self.config.num_blocks))
+                if not recurrent and not component._can_compile_fullgraph:
+                    raise ManticoreError(
+                        f"Component {name!r} ({component.config.model_type}) does not support a static cache; leave "
+                        "cache_implementation at its default."
+                    )
+        return cache
+
+    # ---- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Runs the blocks.
+
+        Args:
+            input_ids: [batch, time] token ids; or `inputs_embeds`, see `get_input_embeddings`.
+            attention_mask: [batch, past + time], 1 for real tokens (left padding is right for every component).
+            position_ids: [batch, time]; default: counted from the mask.
+            past_key_values: A ManticoreCache (`make_cache`, or one returned before).
+            use_cache: Whether to return a cache.
+            output_hidden_states: Whether to return the shared state at each block boundary.
+            return_dict: False for a tuple.
+        """
+        run = self._run(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            self._flag(output_hidden_states, "output_hidden_states"), shared=True,
+        )  # fmt: skip
+        out = ManticoreModelOutput(
+            last_hidden_state=run["shared"],
+            past_key_values=run["cache"],
+            hidden_states=run["hidden_states"],
+            states=tuple(run["states"].get(name) for name in self.config.component_names),
+        )
+        return out if self._flag(return_dict, "return_dict") else out.to_tuple()
+
+    def _flag(self, value, name):
+        return bool(getattr(self.config, name)) if value is None else value
+
+    def _run(self, ids, mask, positions, cache, embeds, use_cache, keep, shared):
+        self._follow()
+        if (ids is None) == (embeds is None):
+            raise ManticoreError("Give exactly one of input_ids and inputs_embeds.")
+        given = embeds if ids is None else ids
+        batch, time = given.shape[:2]
+        if mask is not None and mask.ndim != 2:
+            raise ManticoreError(
+                f"attention_mask has shape {tuple(mask.shape)}; a hybrid takes [batch, past + time], since its "
+                "recurrent components cannot use a 4-D mask."
+            )
+        cache = self._cache_for(cache, use_cache)
+        past = 0 if cache is None else cache.get_seq_length()
+        if mask is not None and mask.shape != (batch, past + time):
+            raise ManticoreError(
+                f"attention_mask has shape {tuple(mask.shape)}; {(batch, past + time)} is needed for {past} cached and "
+                f"{time} new tokens."
+            )
+        if positions is None:
+            if mask is None:
+                positions = torch.arange(past, past + time, device=given.device)[None]
+            else:
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
+
+        names, blocks = self.config.component_names, self.config.num_blocks
+        native, width = self.config.embeddings == "native", self.config.hidden_size
+        alpha = self._alpha()
+        own, state, boundaries = None, None, ()
+        if native:
+            own = self._split_embeds(embeds) if ids is None else {name: self.embed(name, ids) for name in names}
+            if keep:
+                boundaries += (self._shared(alpha[0], own),)
+        else:
+            state = embeds if ids is None else self.mix_embeddings(ids)
+            if state.shape[-1] != width:
+                raise ManticoreError(f"inputs_embeds has width {state.shape[-1]}; this hybrid's is {width}.")
+            boundaries += (state,) if keep else ()
+        for block in range(blocks):
+            active = {name: w for name, w in zip(names, alpha[block]) if _is_active(w)}
+            states, last = {}, block == blocks - 1
+            for name, w in active.items():
+                entering = own[name] if native and block == 0 else self.hybrid_mixer("enter", block, name, state, w)
+                view = None if cache is None else cache.view(name, block)
+                states[name] = self._segment(name, block)(entering, mask, positions, view)
+            if native and last:
+                state = self._shared(alpha[block], states) if shared or keep else None
+            else:
+                weights = list(active.values())
+                state = weighted_sum(
+                    weights, [self.hybrid_mixer("leave", block, n, states[n], w) for n, w in active.items()]
+                )
+            boundaries += (state,) if keep else ()
+        if cache is not None:
+            cache.advance(time)
+        return {
+            "shared": state, "states": states, "alpha": alpha, "cache": cache,
+            "hidden_states": boundaries if keep else None,
+        }  # fmt: skip
+
+    def _shared(self, weights, states):
+        """Components' native states as one state of the shared width, for those who ask for hidden states."""
+        active = [(w, name) for w, name in zip(weights, self.config.component_names) if _is_active(w)]
+        padded = [resize(states[name], self.config.hidden_size) for _, name in active]
+        return weighted_sum([w for w, _ in active], padded)
+
+    def _cache_for(self, cache, use_cache):
+        if cache is not None and not isinstance(cache, ManticoreCache) and type(cache).__name__ != "ManticoreCache":
+            raise ManticoreError(
+                f"past_key_values is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
+            )
+        use_cache = (not self.training) if use_cache is None else use_cache
+        if self.training and self.is_gradient_checkpointing:
+            use_cache = False
+        if not use_cache:
+            return None
+        return self.make_cache() if cache is None else cache
+
+
+def _is_active(weight):
+    return not (isinstance(weight, float) and weight == 0.0)
+
+
+class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
+    """A hybrid with the mixture of its components' heads: an ordinary causal LM."""
+
+    @classmethod
+    def from_components(
+        cls, components, *, dtype=None, token=None, cache_dir=None, local_files_only=False, verify=True, **settings
+    ):
+        """Composes a hybrid from pretrained causal LMs.
+
+        Args:
+            components: Each a repo id ("org/name", "org/name@revision"), a local directory, an instantiated causal LM,
+                or a ComponentSpec. Repos are pinned to their 40-hex commit and referenced; directories and instances
+                are embedded.
+            dtype: Of the weights; default: what the components are stored in if they agree, else float32.
+            token, cache_dir, local_files_only: As in `from_pretrained`.
+            verify: Run a few tokens through each component, cut and uncut, and refuse it if they differ.
+            **settings: Keys of ManticoreConfig: preset, num_blocks, block_layers, gate, mixture, embeddings, ...
+
+        Returns:
+            The hybrid, in evaluation mode.
+
+        Raises:
+            ManticoreError: A component or setting that cannot be used, named, before weights are downloaded where
+                possible.
+        """
+        if isinstance(components, (str, PreTrainedModel)) or not components:
+            raise ManticoreError("from_components takes a list of at least one component.")
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        found = [resolve(ComponentSpec.of(item), hub) for item in components]
+        config = cls.config_class(components=[one.entry() for one in found], **settings)
+        check_tokenizers(found, hub)
+        if dtype is None or dtype == "auto":
+            dtypes = {one.model.dtype if one.model is not None else one.config.dtype for one in found}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        parts = {one.name: load(one, dtype, hub).to(dtype) for one in found}
+        config.dtype = dtype
+        first = parts[config.tokenizer_component]
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model = cls(config, components=parts)
+        finally:
+            torch.set_default_dtype(before)
+        model.generation_config = type(first.generation_config).from_dict(first.generation_config.to_dict())
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(first.config, key, None) is not None:
+                setattr(config, key, getattr(first.config, key))
+        model.eval()
+        if verify:
+            model.verify_segments()
+        if config.embeddings == "fresh":
+            model.renew_embeddings()
+        return model
+
+    @torch.no_grad()
+    def verify_segments(self):
+        """Runs five tokens through every component, cut and uncut.
+
+        Raises:
+            ManticoreError: A component whose segments are not the component, or that is not causal.
+        """
+        ids = torch.arange(5, device=self.device)[None] * 7 % self.config.vocab_size
+        for name in self.config.component_names:
+            component, state = self.component(name), self.embed(name, ids)
+            for block in range(self.config.num_blocks):
+                state = self._segment(name, block)(state, None, torch.arange(5, device=ids.device)[None])
+            logits = self._cuts.head(component)(state)
+            whole = component(input_ids=ids, use_cache=False).logits
+            shorter = component(input_ids=ids[:, :-1], use_cache=False).logits
+            scale = whole.float().abs().max().clamp(min=1e-6)
+            tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
+            if (logits - whole).float().abs().max() > tolerance * scale:
+                raise ManticoreError(
+                    f"Component {name!r} ({component.config.model_type}): its layers run in {self.config.num_blocks} "
+                    "segments do not give what the whole model gives; this architecture is not supported."
+                )
+            if (shorter - whole[:, :-1]).float().abs().max() > tolerance * scale:
+                raise ManticoreError(
+                    f"Component {name!r} ({component.config.model_type}) is not causal: its predictions change with "
+                    "later tokens."
+                )
+
+    @torch.no_grad()
+    def renew_embeddings(self):
+        """New embeddings and heads of N(0, 0.02) for every component (embeddings="fresh", the paper's code)."""
+        for name in self.config.component_names:
+            component = self.component(name)
+            for module in {id(m): m for m in (component.get_input_embeddings(), component.get_output_embeddings())
+                           if m is not None}.values():  # fmt: skip
+                nn.init.normal_(module.weight, 0.0, 0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Next-token logits of the mixture, and the loss.
+
+        Args:
+            labels: [batch, time]; -100 is ignored; shifted inside, as in every causal LM of Transformers.
+            logits_to_keep: Compute logits of the last n positions only (0: all), or of the positions in a 1-D tensor.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
+                return_dict: As in ManticoreModel.
+            **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
+        """
+        run = self._run(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            self._flag(output_hidden_states, "output_hidden_states"), shared=False,
+        )  # fmt: skip
+        if isinstance(logits_to_keep, int):
+            kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        else:
+            kept = logits_to_keep
+        names, alpha, states = self.config.component_names, run["alpha"], run["states"]
+        if self.config.embeddings == "native":
+            row, read = alpha[-1], {name: state[:, kept] for name, state in states.items()}
+        else:
+            row = alpha[-1 if self.config.head_mixture == "last" else 0]
+            shared = run["shared"][:, kept]
+            width = {n: self._modules[n].get_output_embeddings().weight.shape[1] for n in names}
+            read = {name: resize(shared, width[name]) for name, w in zip(names, row) if _is_active(w)}
+        weights = [w for name, w in zip(names, row) if name in read]
+        own = {name: self._cuts.head(self._modules[name])(state) for name, state in read.items()}
+        logits, token_weights = self._mix(weights, read, own)
+
+        loss = mixture_loss = component_losses = None
+        if labels is not None:
+            loss, mixture_loss, component_losses = self._losses(logits, own, labels, kwargs)
+        out = ManticoreCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=run["cache"],
+            hidden_states=run["hidden_states"],
+            mixture_loss=mixture_loss,
+            component_losses=component_losses,
+            weights=token_weights,
+        )
+        return out if self._flag(return_dict, "return_dict") else out.to_tuple()
+
+    def _mix(self, weights, read, own):
+        """The output mixture. Returns logits [batch, time, vocabulary] and the token gate's weights or None."""
+        logits = list(own.values())
+        if len(logits) == 1:
+            return logits[0], None
+        fixed = self.config.mixture_weights is not None
+        static = self.config.mixture == "static" or fixed
+        if static and self.config.embeddings != "native" and self.config.mixture_space == "logprob":
+            # The paper's sum of logits: it differs from that of log-probabilities by a constant per token.
+            return weighted_sum(weights, logits), None
+        logprobs = [one.float().log_softmax(-1) for one in logits]
+        token_weights = None
+        if not static:
+            token_weights = self.hybrid_mixer("gate_tokens", list(read.values()), logprobs)
+            weights = list(token_weights.split(1, -1))
+        return SPACES[self.config.mixture_space](weights, logprobs), token_weights
+
+    def _losses(self, logits, own, labels, kwargs):
+        def cross_entropy(values):
+            return self.loss_function(logits=values, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        mixture = cross_entropy(logits)
+        loss = self.config.mix_loss_weight * mixture if self.config.mix_loss_weight != 1.0 else mixture
+        parts = None
+        if self.config.component_loss_weight > 0:
+            parts = torch.stack([cross_entropy(values) for values in own.values()])
+            loss = loss + self.config.component_loss_weight * parts.sum()
+            parts = parts.detach()
+        return loss, mixture.detach(), parts
+
+    # ---- generation ------------------------------------------------------------------------------------------------
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        implementation = generation_config.cache_implementation
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            if implementation is not None:
+                raise ManticoreError("Give either cache_implementation or past_key_values, not both.")
+            cache._is_user_defined = True
+            return
+        if generation_config.use_cache is False:
+            return
+        if implementation in (None, "dynamic"):
+            model_kwargs["past_key_values"] = self.make_cache()
+        elif implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+            length = max(max_cache_length, generation_config.max_cache_len or 0)
+            model_kwargs["past_key_values"] = self.make_cache(length)
+        else:
+            raise ManticoreError(f"cache_implementation={implementation!r} is not supported; use 'dynamic' or 'static'.")
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
+        """Each component makes its own masks from the 2-D one."""
+        return attention_mask
+
+
+ManticoreConfig.register_for_auto_class()
+ManticoreModel.register_for_auto_class("AutoModel")
+ManticoreForCausalLM.register_for_auto_class("AutoModelForCausalLM")
