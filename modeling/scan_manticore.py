@@ -1,0 +1,418 @@
+"""Selective scan for Mamba-1 style mixers: fast without CUDA kernels, and able to continue from a cached state.
+
+The recurrence is eq. 2 and algorithm 2 of Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State
+Spaces" (arXiv:2312.00752), with the zero-order hold simplified as in the reference implementation:
+
+    h[t] = exp(dt[t] * A) * h[t - 1] + dt[t] * B[t] * u[t]        y[t] = <C[t], h[t]>
+
+Transformers' torch path runs it as several autograd nodes per token, starts every multi-token call from a zero state
+even when the cache holds one, and hands CPU tensors to CUDA kernels once `mamba_ssm` is importable. `install` and
+`carry_state` repair the three from outside, through the module global that the mixers call.
+
+The file is Hub-portable: several copies of it may be imported in one process (the package and any number of remote-code
+modules). What they must agree on (operators, the state handed to the scan, the lock) is therefore kept process-wide.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import threading
+import types
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 16
+# Part of the operator names: raise it when a schema or its meaning changes, so that an older copy of this file in the
+# same process keeps the operators it was written against.
+_OP_VERSION = 1
+_MARK = "_manticore_upstream"
+_SCAN_MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
+_SCAN_SIGNATURE = (
+    "hidden_states dt A B C D z delta_bias delta_softplus return_last_state use_mambapy use_associative_scan kwargs"
+)
+
+
+def _process_wide() -> types.ModuleType:
+    """Returns the object that all copies of this file share; `dict.setdefault` makes the creation atomic."""
+    shared = types.ModuleType(f"_manticore_scan_v{_OP_VERSION}")
+    shared.lock, shared.local = threading.RLock(), threading.local()
+    return sys.modules.setdefault(shared.__name__, shared)
+
+
+_shared = _process_wide()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recurrence. Everything is time-major with the channels last: u, dt and y [time, batch, d], B and C [time, batch,
+# n], A [n, d], starts [chunks + 1, batch, n, d]. One step is then a contiguous fused multiply-add over batch * n * d
+# numbers, and dt and u broadcast over n without short inner loops. Results are written into the tensors given.
+
+
+def _fill_states(a, h, dt, v, A, B, start):
+    """Writes the decay into `a` and the states into `h` for one chunk, both [chunk, batch, n, d]."""
+    torch.mul(dt.unsqueeze(2), A, out=a).exp_()
+    torch.mul(v.unsqueeze(2), B.unsqueeze(3), out=h)
+    for decay, state in zip(a.unbind(0), h.unbind(0)):
+        state.addcmul_(decay, start)
+        start = state
+
+
+def _scan(u, dt, A, B, C, starts, y, chunk):
+    v = dt * u
+    a_buffer, h_buffer = u.new_empty(2, min(chunk, len(u)), *starts[0].shape)
+    for k, s in enumerate(range(0, len(u), chunk)):
+        e = min(s + chunk, len(u))
+        a, h = a_buffer[: e - s], h_buffer[: e - s]
+        _fill_states(a, h, dt[s:e], v[s:e], A, B[s:e], starts[k])
+        torch.matmul(C[s:e].unsqueeze(2), h, out=y[s:e].unsqueeze(2))
+        starts[k + 1].copy_(h[-1])
+
+
+def _scan_backward(u, dt, A, B, C, starts, carry, dy, du, ddt, dA, dB, dC, chunk):
+    # carry is dL/dh at the end of the chunk at hand, through all that comes after it
+    v = dt * u
+    a_buffer, h_buffer, g_buffer = u.new_empty(3, min(chunk, len(u)), *carry.shape)
+    for k in reversed(range(len(starts) - 1)):
+        s, e = k * chunk, min((k + 1) * chunk, len(u))
+        a, h, g = a_buffer[: e - s], h_buffer[: e - s], g_buffer[: e - s]
+        _fill_states(a, h, dt[s:e], v[s:e], A, B[s:e], starts[k])
+        torch.matmul(h, dy[s:e].unsqueeze(3), out=dC[s:e].unsqueeze(3))
+        # g[t] = dL/dh[t] = C[t] dy[t] + exp(dt[t + 1] A) g[t + 1]
+        torch.mul(dy[s:e].unsqueeze(2), C[s:e].unsqueeze(3), out=g)
+        g[-1].add_(carry)
+        steps, decays = g.unbind(0), a.unbind(0)
+        for t in range(e - s - 2, -1, -1):
+            steps[t].addcmul_(decays[t + 1], steps[t + 1])
+        torch.mul(decays[0], steps[0], out=carry)
+        torch.matmul(B[s:e].unsqueeze(2), g, out=du[s:e].unsqueeze(2))  # dL/d(dt u), so far
+        torch.matmul(g, v[s:e].unsqueeze(3), out=dB[s:e].unsqueeze(3))
+        # dL/d(dt A) = g[t] * h[t - 1] * exp(dt A); h is not needed afterwards and serves as scratch
+        g.mul_(a)
+        g[1:].mul_(h[:-1])
+        g[0].mul_(starts[k])
+        torch.sum(torch.mul(g, A, out=h), 2, out=ddt[s:e])
+        dA.add_(torch.mul(g, dt[s:e].unsqueeze(2), out=h).sum(0))
+    ddt.addcmul_(du, u)
+    du.mul_(dt)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators. As custom operators they are one node for torch.compile instead of thousands of unrolled steps.
+
+
+def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _channels_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # The mixers transpose before and after the scan: kept as [batch, time, ...] in memory, their views cost no copy
+    return x.transpose(0, 1).to(dtype).contiguous().transpose(1, 2)
+
+
+def _swapped(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.detach().transpose(-2, -1).to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _forward_op(
+    u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, initial_state: torch.Tensor,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    dtype = _compute_dtype(u, dt, A, B, C, initial_state)
+    u, dt, B, C = (x.detach().permute(2, 0, 1).to(dtype).contiguous() for x in (u, dt, B, C))
+    A, state, y = _swapped(A, dtype), _swapped(initial_state, dtype), torch.empty_like(u)
+    starts = u.new_empty(-(-len(u) // chunk) + 1, *state.shape)
+    starts[0] = state
+    # Autocast is still active below the dispatcher and would run the matmuls in half precision
+    with torch.autocast(u.device.type, enabled=False):
+        _scan(u, dt, A, B, C, starts, y, chunk)
+    return _channels_first(y, dtype), _swapped(starts[-1], dtype), starts
+
+
+def _backward_op(
+    u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, starts: torch.Tensor,
+    grad_y: torch.Tensor, grad_last: torch.Tensor, chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    dtype, types_ = starts.dtype, [x.dtype for x in (u, dt, B, C, A)]
+    u, dt, B, C, dy = (x.detach().permute(2, 0, 1).to(dtype).contiguous() for x in (u, dt, B, C, grad_y))
+    A, carry = _swapped(A, dtype), _swapped(grad_last, dtype)
+    du, ddt, dA, dB, dC = (torch.empty_like(x) for x in (u, u, carry, B, C))
+    dA.zero_()
+    with torch.autocast(u.device.type, enabled=False):
+        _scan_backward(u, dt, A, B, C, starts, carry, dy, du, ddt, dA, dB, dC, chunk)
+    du, ddt, dB, dC = (_channels_first(x, t) for x, t in zip((du, ddt, dB, dC), types_))
+    return du, ddt, _swapped(dA.sum(0), types_[4]), dB, dC, _swapped(carry, dtype)
+
+
+def _empty_channels_first(x, dtype=None):
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], dtype=dtype or x.dtype).transpose(1, 2)
+
+
+def _forward_fake(u, dt, A, B, C, initial_state, chunk):
+    dtype, (batch, d, time), n = _compute_dtype(u, dt, A, B, C, initial_state), u.shape, A.shape[1]
+    starts = u.new_empty((time + chunk - 1) // chunk + 1, batch, n, d, dtype=dtype)
+    return _empty_channels_first(u, dtype), u.new_empty(batch, d, n, dtype=dtype), starts
+
+
+def _backward_fake(u, dt, A, B, C, starts, grad_y, grad_last, chunk):
+    du, ddt, dB, dC = (_empty_channels_first(x) for x in (u, dt, B, C))
+    return du, ddt, A.new_empty(A.shape), dB, dC, starts.new_empty(grad_last.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    u, dt, A, B, C, initial_state, chunk = inputs
+    ctx.save_for_backward(u, dt, A, B, C, output[2])
+    ctx.mark_non_differentiable(output[2])
+    # Otherwise autograd would hand zeros of the size of the saved states to the backward
+    ctx.set_materialize_grads(False)
+    ctx.chunk, ctx.state_dtype = chunk, initial_state.dtype
+
+
+def _autograd_backward(ctx, grad_y, grad_last, _):
+    u, dt, A, B, C, starts = ctx.saved_tensors
+    grad_y = torch.zeros_like(u, dtype=starts.dtype) if grad_y is None else grad_y
+    grad_last = starts.new_zeros(u.shape[0], *A.shape) if grad_last is None else grad_last
+    *grads, grad_state = _shared.ops[1](u, dt, A, B, C, starts, grad_y, grad_last, ctx.chunk)
+    return *grads, grad_state.to(ctx.state_dtype), None
+
+
+def _register_ops():
+    """Returns the forward and backward operator, registered by whichever copy of this file comes first."""
+    with _shared.lock:
+        if not hasattr(_shared, "ops"):
+            name = f"selective_scan_v{_OP_VERSION}"
+            forward = torch.library.custom_op(f"manticore_hf::{name}", _forward_op, mutates_args=())
+            backward = torch.library.custom_op(f"manticore_hf::{name}_backward", _backward_op, mutates_args=())
+            forward.register_fake(_forward_fake)
+            backward.register_fake(_backward_fake)
+            forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+            # The bare overloads, because calling them costs less than calling the objects that registered them
+            _shared.ops = tuple(getattr(torch.ops.manticore_hf, op).default for op in (name, f"{name}_backward"))
+    return _shared.ops
+
+
+_FORWARD, _ = _register_ops()
+
+
+def selective_scan(
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the selective state-space recurrence of Gu & Dao 2023 (Mamba, eq. 2, algorithm 2).
+
+    Differentiable once in every tensor argument. Only the states at the chunk starts are kept for the backward, which
+    recomputes the rest; decays are multiplied, never divided or summed as logarithms, so no step size can overflow.
+
+    Args:
+        u: input, [batch, d, time].
+        dt: positive step sizes (after softplus), [batch, d, time].
+        A: continuous-time decay rates, negative, [d, n].
+        B: input projection, [batch, n, time].
+        C: output projection, [batch, n, time].
+        initial_state: state before the first token, [batch, d, n]; zeros when None.
+        chunk: tokens between two saved states.
+
+    Returns:
+        y, [batch, d, time], without skip connection or gate, and the state after the last token, [batch, d, n]. Both
+        are float32, or float64 if any argument is; lower precisions are computed in float32.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    tensors = (u, dt, A, B, C)
+    if initial_state is None:
+        initial_state = A.new_zeros(u.shape[0], *A.shape, dtype=_compute_dtype(*tensors))
+    y, last_state, _ = _FORWARD(u, dt, A, B, C, initial_state, chunk)
+    return y, last_state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Taking the scan's place in Transformers.
+
+
+def _modeling_module(model_type: str) -> types.ModuleType | None:
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    name = model_type_to_module_name(model_type)
+    try:
+        return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    except ModuleNotFoundError:
+        return None
+
+
+def _is_bound_to_kernel(function) -> bool:
+    """Tells whether Transformers bound a package's CUDA kernel to this function when its module was imported."""
+    try:
+        bound = inspect.getclosurevars(function).nonlocals
+    except TypeError:
+        return False
+    return "implementation" in bound and bound["implementation"] is not inspect.unwrap(function)
+
+
+def _is_packed(kwargs: dict) -> bool:
+    return kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None
+
+
+def _make_dispatcher(upstream):
+    plain, has_kernel = inspect.unwrap(upstream), _is_bound_to_kernel(upstream)
+
+    def mamba_selective_scan(
+        hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
+        use_mambapy=False, use_associative_scan=False, **kwargs,
+    ):  # fmt: skip
+        state, other = getattr(_shared.local, "state", None), None
+        if _is_packed(kwargs) or (state is None and has_kernel and hidden_states.is_cuda):
+            other = upstream  # a CUDA kernel, or the error for sequences packed without one
+        elif state is None and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            other = plain  # the exported graph must run where our operator is not registered
+        if other is not None:
+            kwargs |= {"use_mambapy": use_mambapy, "use_associative_scan": use_associative_scan}
+            kwargs |= {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+            return other(hidden_states, dt, A, B, C, return_last_state=return_last_state, **kwargs)
+        # Types follow upstream's torch path: dt in its own type, the state in at least float32, y in the input's type
+        if delta_bias is not None:
+            dt = dt + delta_bias.to(dt.dtype)[..., None]
+        if delta_softplus:
+            dt = F.softplus(dt)
+        _shared.local.state = None  # taken: whatever is left when the mixer returns is an error
+        y, last_state = selective_scan(hidden_states, dt, A, B, C, state)
+        y = y.to(hidden_states.dtype)
+        if D is not None:
+            y = y + hidden_states * D[None, :, None]
+        if z is not None:
+            y = y * F.silu(z)
+        return (y, last_state) if return_last_state else y
+
+    setattr(mamba_selective_scan, _MARK, upstream)
+    mamba_selective_scan._manticore_owner = __name__
+    return mamba_selective_scan
+
+
+def _make_guard(upstream):
+    """Wraps a function that is bound to a CUDA kernel so that tensors elsewhere get Transformers' torch version."""
+    plain = inspect.unwrap(upstream)
+
+    def guard(*args, **kwargs):
+        tensor = args[0] if args else next(iter(kwargs.values()))
+        if tensor.is_cuda or _is_packed(kwargs):
+            return upstream(*args, **kwargs)
+        return plain(*args, **kwargs)
+
+    setattr(guard, _MARK, upstream)
+    return guard
+
+
+def _install_module(module: types.ModuleType) -> bool:
+    with _shared.lock:
+        for name, function in list(vars(module).items()):
+            if name != "mamba_selective_scan" and inspect.isfunction(function) and _is_bound_to_kernel(function):
+                setattr(module, name, _make_guard(function))
+        current = getattr(module, "mamba_selective_scan", None)
+        if current is None:
+            return False
+        if getattr(current, "_manticore_owner", None) == __name__:
+            return True
+        # Another copy's dispatcher is replaced, never wrapped
+        upstream = getattr(current, _MARK, current)
+        try:
+            signature = tuple(inspect.signature(upstream).parameters)
+        except (TypeError, ValueError):
+            signature = None
+        if signature != tuple(_SCAN_SIGNATURE.split()):
+            warned = _shared.__dict__.setdefault("warned", set())
+            if module.__name__ not in warned:
+                warned.add(module.__name__)
+                warnings.warn(
+                    f"{module.__name__}.mamba_selective_scan has the signature {signature} instead of the expected "
+                    f"({_SCAN_SIGNATURE}): it is left in place. Without CUDA kernels the model will be slow, and calls "
+                    "with several tokens cannot continue from a cache. Use a Transformers version this was tested with."
+                )
+            return False
+        module.mamba_selective_scan = _make_dispatcher(upstream)
+        return True
+
+
+def install(model_type: str) -> bool:
+    """Makes the mixers of one model type use `selective_scan` wherever no CUDA kernel applies.
+
+    Also keeps tensors that are not on a CUDA device away from the CUDA kernels that Transformers binds on import.
+    Idempotent and thread-safe; a second copy of this file replaces the first one's dispatcher. Model types without a
+    selective scan, unknown ones included, are left alone.
+
+    Args:
+        model_type: `config.model_type` of a component, such as "mamba".
+
+    Returns:
+        Whether our scan is in place. False after a warning if Transformers' function is not the one expected.
+    """
+    module = _modeling_module(model_type)
+    return module is not None and _install_module(module)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Continuing from a cache. The hooks are plain functions that read everything from the module they are given: they can
+# be pickled, and shallow copies of a mixer with another layer_idx, which share the hooks, find their own state.
+
+
+def _carry_state_in(module, args, kwargs):
+    # Also overwrites what an interrupted forward (KeyboardInterrupt skips forward hooks) may have left
+    _shared.local.state = None
+    cache = kwargs["cache_params"] if "cache_params" in kwargs else (args[1] if len(args) > 1 else None)
+    if cache is None:
+        return None
+    tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]
+    if tokens > 1:
+        _shared.local.state = cache.get_recurrent_state(module.layer_idx)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and mask.shape[1] > tokens:
+        # A mask over the whole history would broadcast against one token, silently, and fail against several
+        return args, {**kwargs, "attention_mask": mask[:, -tokens:]}
+    return None
+
+
+def _carry_state_out(module, args, output):
+    if getattr(_shared.local, "state", None) is None:
+        return
+    _shared.local.state = None
+    # After an exception the output is None, and the state is only dropped
+    if output is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} was given several tokens and a cached state that its scan did not take: the "
+            "result would be silently wrong. Call install() for its model type, or pass one token at a time."
+        )
+
+
+_carry_state_in._manticore_carry = True
+
+
+def carry_state(model: torch.nn.Module) -> int:
+    """Makes Mamba, FalconMamba and Jamba mixers continue from the cached state when called with several tokens.
+
+    Transformers 5.23 starts such calls (chunked prefill, a second turn) from a zero state; the convolution is continued
+    correctly. Hooks on each mixer hand the layer's cached state to the dispatcher of `install`, which is called here as
+    well. Nothing is stored outside the cache between calls, and no parameter or buffer is added. A mask that covers the
+    whole history is cut to the new tokens.
+
+    Args:
+        model: a component or any module holding mixers; others are left alone.
+
+    Returns:
+        The number of mixers that continue from a cached state. Calling again adds no hooks.
+    """
+    count = 0
+    for module in model.modules():
+        mixer = next((cls for cls in type(module).__mro__ if cls.__name__ in _SCAN_MIXERS), None)
+        if mixer is None:
+            continue
+        count += 1
+        _install_module(sys.modules[mixer.__module__])
+        if not any(getattr(hook, "_manticore_carry", False) for hook in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(_carry_state_in, with_kwargs=True)
+            module.register_forward_hook(_carry_state_out, always_call=True)
+    return count
