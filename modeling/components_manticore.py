@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -113,7 +118,9 @@ def _resolve_model(spec):
     found = Resolved(_name(spec, model.config.model_type), model.config, model=model)
     _check_architecture(found, model.config.to_dict())
     if spec.revision:
-        raise ManticoreError(f"Component {found.name!r} is an instantiated model: it has no revision {spec.revision!r}.")
+        raise ManticoreError(
+            f"Component {found.name!r} is an instantiated model: it has no revision {spec.revision!r}."
+        )
     return found
 
 
@@ -213,7 +220,9 @@ def _check_architecture(found, values):
             "Transformers; upgrade Transformers or choose another component."
         )
     if values.get("is_encoder_decoder") or getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False) is True:
-        raise ManticoreError(f"Component {found.address} is an encoder-decoder ({kind}); only causal LMs can be joined.")
+        raise ManticoreError(
+            f"Component {found.address} is an encoder-decoder ({kind}); only causal LMs can be joined."
+        )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ManticoreError(f"Component {found.address} is no causal LM (model_type {kind!r}).")
     # BERT-like classes are causal only by choice; that they were is checked again by running them (verify_segments).

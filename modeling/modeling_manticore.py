@@ -4,95 +4,18 @@
 mixture, the losses, generation and `from_components`. Weights come by reference: see weights_manticore.
 """
 
-from dataclasses import dataclass
-
 import torch
-from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
-from transformers.modeling_outputs import ModelOutput
 
 from .cache_manticore import ManticoreCache
-from .components_manticore import ComponentSpec, build, check_tokenizers, load, prepare, resolve
+from .components_manticore import build, prepare
+from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .mixing_manticore import SPACES, HybridMixer, resize, weighted_sum
+from .outputs_manticore import HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .segments_manticore import Cuts
 from .weights_manticore import ReferencedWeights
-
-
-@dataclass
-class ManticoreModelOutput(ModelOutput):
-    """Output of `ManticoreModel`.
-
-    Attributes:
-        last_hidden_state: [batch, time, d], the shared state after the last block.
-        past_key_values: A ManticoreCache, if caching.
-        hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
-        states: Each component's own last state [batch, time, d_k] (None where it was not run).
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: ManticoreCache | None = None
-    hidden_states: tuple | None = None
-    states: tuple | None = None
-
-
-@dataclass
-class ManticoreCausalLMOutput(ModelOutput):
-    """Output of `ManticoreForCausalLM`.
-
-    Attributes:
-        loss: mix_loss_weight * mixture_loss + component_loss_weight * sum(component_losses), with `labels`.
-        logits: [batch, time, vocabulary] of the mixture.
-        past_key_values: A ManticoreCache, if caching.
-        hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
-        mixture_loss: Cross-entropy of the mixture, nats per token.
-        component_losses: [K], cross-entropy of each component's own head (if component_loss_weight > 0).
-        weights: [batch, time, K], the token gate's weights (mixture="token").
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: ManticoreCache | None = None
-    hidden_states: tuple | None = None
-    mixture_loss: torch.Tensor | None = None
-    component_losses: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
-
-
-class HybridEmbedding(nn.Module):
-    """What `get_input_embeddings` gives: token ids -> `inputs_embeds`.
-
-    [batch, time] -> [batch, time, sum of embedding widths] for embeddings="native" (each component's own, side by
-    side), else [batch, time, d]. Holds no parameters: they are the components'.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self._owner = (model,)  # in a tuple: not a child, or the model would contain itself
-
-    @property
-    def weight(self):
-        """Embedding matrix of the tokenizer's component [vocabulary, width]."""
-        model = self._owner[0]
-        return model.component(model.config.tokenizer_component).get_input_embeddings().weight
-
-    @property
-    def num_embeddings(self):
-        return self.weight.shape[0]
-
-    @property
-    def embedding_dim(self):
-        model = self._owner[0]
-        if model.config.embeddings != "native":
-            return model.config.hidden_size
-        return sum(model.component(n).get_input_embeddings().weight.shape[1] for n in model.config.component_names)
-
-    def forward(self, input_ids):
-        model = self._owner[0]
-        if model.config.embeddings == "native":
-            return torch.cat([model.embed(name, input_ids) for name in model.config.component_names], -1)
-        return model.mix_embeddings(input_ids)
 
 
 class ManticorePreTrainedModel(ReferencedWeights, PreTrainedModel):
@@ -408,99 +331,8 @@ def _is_active(weight):
     return not (isinstance(weight, float) and weight == 0.0)
 
 
-class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
+class ManticoreForCausalLM(Composed, ManticoreModel, GenerationMixin):
     """A hybrid with the mixture of its components' heads: an ordinary causal LM."""
-
-    @classmethod
-    def from_components(
-        cls, components, *, dtype=None, token=None, cache_dir=None, local_files_only=False, verify=True, **settings
-    ):
-        """Composes a hybrid from pretrained causal LMs.
-
-        Args:
-            components: Each a repo id ("org/name", "org/name@revision"), a local directory, an instantiated causal LM,
-                or a ComponentSpec. Repos are pinned to their 40-hex commit and referenced; directories and instances
-                are embedded.
-            dtype: Of the weights; default: what the components are stored in if they agree, else float32.
-            token, cache_dir, local_files_only: As in `from_pretrained`.
-            verify: Run a few tokens through each component, cut and uncut, and refuse it if they differ.
-            **settings: Keys of ManticoreConfig: preset, num_blocks, block_layers, gate, mixture, embeddings, ...
-
-        Returns:
-            The hybrid, in evaluation mode.
-
-        Raises:
-            ManticoreError: A component or setting that cannot be used, named, before weights are downloaded where
-                possible.
-        """
-        if isinstance(components, (str, PreTrainedModel)) or not components:
-            raise ManticoreError("from_components takes a list of at least one component.")
-        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        found = [resolve(ComponentSpec.of(item), hub) for item in components]
-        config = cls.config_class(components=[one.entry() for one in found], **settings)
-        check_tokenizers(found, hub)
-        if dtype is None or dtype == "auto":
-            dtypes = {one.model.dtype if one.model is not None else one.config.dtype for one in found}
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-        parts = {one.name: load(one, dtype, hub).to(dtype) for one in found}
-        config.dtype = dtype
-        first = parts[config.tokenizer_component]
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            model = cls(config, components=parts)
-        finally:
-            torch.set_default_dtype(before)
-        model.generation_config = type(first.generation_config).from_dict(first.generation_config.to_dict())
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(first.config, key, None) is not None:
-                setattr(config, key, getattr(first.config, key))
-        model.eval()
-        if verify:
-            model.verify_segments()
-        if config.embeddings == "fresh":
-            model.renew_embeddings()
-        return model
-
-    @torch.no_grad()
-    def verify_segments(self):
-        """Runs five tokens through every component, cut and uncut.
-
-        Raises:
-            ManticoreError: A component whose segments are not the component, or that is not causal.
-        """
-        ids = torch.arange(5, device=self.device)[None] * 7 % self.config.vocab_size
-        for name in self.config.component_names:
-            component, state = self.component(name), self.embed(name, ids)
-            for block in range(self.config.num_blocks):
-                state = self._segment(name, block)(state, None, torch.arange(5, device=ids.device)[None])
-            logits = self._cuts.head(component)(state)
-            whole = component(input_ids=ids, use_cache=False).logits
-            shorter = component(input_ids=ids[:, :-1], use_cache=False).logits
-            scale = whole.float().abs().max().clamp(min=1e-6)
-            tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
-            if (logits - whole).float().abs().max() > tolerance * scale:
-                raise ManticoreError(
-                    f"Component {name!r} ({component.config.model_type}): its layers run in {self.config.num_blocks} "
-                    "segments do not give what the whole model gives; this architecture is not supported."
-                )
-            if (shorter - whole[:, :-1]).float().abs().max() > tolerance * scale:
-                raise ManticoreError(
-                    f"Component {name!r} ({component.config.model_type}) is not causal: its predictions change with "
-                    "later tokens."
-                )
-
-    @torch.no_grad()
-    def renew_embeddings(self):
-        """New embeddings and heads of N(0, 0.02) for every component (embeddings="fresh", the paper's code)."""
-        for name in self.config.component_names:
-            component = self.component(name)
-            for module in {id(m): m for m in (component.get_input_embeddings(), component.get_output_embeddings())
-                           if m is not None}.values():  # fmt: skip
-                nn.init.normal_(module.weight, 0.0, 0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
 
     def forward(
         self,
@@ -609,7 +441,9 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             length = max(max_cache_length, generation_config.max_cache_len or 0)
             model_kwargs["past_key_values"] = self.make_cache(length)
         else:
-            raise ManticoreError(f"cache_implementation={implementation!r} is not supported; use 'dynamic' or 'static'.")
+            raise ManticoreError(
+                f"cache_implementation={implementation!r} is not supported; use 'dynamic' or 'static'."
+            )
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):

@@ -1,0 +1,103 @@
+"""Composing a hybrid from pretrained models, and checking that what was composed is what was meant."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .components_manticore import ComponentSpec, check_tokenizers, load, resolve
+from .configuration_manticore import ManticoreError
+
+
+class Composed:
+    """Mixin of ManticoreForCausalLM."""
+
+    @classmethod
+    def from_components(
+        cls, components, *, dtype=None, token=None, cache_dir=None, local_files_only=False, verify=True, **settings
+    ):
+        """Composes a hybrid from pretrained causal LMs.
+
+        Args:
+            components: Each a repo id ("org/name", "org/name@revision"), a local directory, an instantiated causal LM,
+                or a ComponentSpec. Repos are pinned to their 40-hex commit and referenced; directories and instances
+                are embedded.
+            dtype: Of the weights; default: what the components are stored in if they agree, else float32.
+            token, cache_dir, local_files_only: As in `from_pretrained`.
+            verify: Run a few tokens through each component, cut and uncut, and refuse it if they differ.
+            **settings: Keys of ManticoreConfig: preset, num_blocks, block_layers, gate, mixture, embeddings, ...
+
+        Returns:
+            The hybrid, in evaluation mode.
+
+        Raises:
+            ManticoreError: A component or setting that cannot be used, named, before weights are downloaded where
+                possible.
+        """
+        if isinstance(components, (str, PreTrainedModel)) or not components:
+            raise ManticoreError("from_components takes a list of at least one component.")
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        found = [resolve(ComponentSpec.of(item), hub) for item in components]
+        config = cls.config_class(components=[one.entry() for one in found], **settings)
+        check_tokenizers(found, hub)
+        if dtype is None or dtype == "auto":
+            dtypes = {one.model.dtype if one.model is not None else one.config.dtype for one in found}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        parts = {one.name: load(one, dtype, hub).to(dtype) for one in found}
+        config.dtype = dtype
+        first = parts[config.tokenizer_component]
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model = cls(config, components=parts)
+        finally:
+            torch.set_default_dtype(before)
+        model.generation_config = type(first.generation_config).from_dict(first.generation_config.to_dict())
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(first.config, key, None) is not None:
+                setattr(config, key, getattr(first.config, key))
+        model.eval()
+        if verify:
+            model.verify_segments()
+        if config.embeddings == "fresh":
+            model.renew_embeddings()
+        return model
+
+    @torch.no_grad()
+    def verify_segments(self):
+        """Runs five tokens through every component, cut and uncut.
+
+        Raises:
+            ManticoreError: A component whose segments are not the component, or that is not causal.
+        """
+        ids = torch.arange(5, device=self.device)[None] * 7 % self.config.vocab_size
+        for name in self.config.component_names:
+            component, state = self.component(name), self.embed(name, ids)
+            for block in range(self.config.num_blocks):
+                state = self._segment(name, block)(state, None, torch.arange(5, device=ids.device)[None])
+            logits = self._cuts.head(component)(state)
+            whole = component(input_ids=ids, use_cache=False).logits
+            shorter = component(input_ids=ids[:, :-1], use_cache=False).logits
+            scale = whole.float().abs().max().clamp(min=1e-6)
+            tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
+            if (logits - whole).float().abs().max() > tolerance * scale:
+                raise ManticoreError(
+                    f"Component {name!r} ({component.config.model_type}): its layers run in {self.config.num_blocks} "
+                    "segments do not give what the whole model gives; this architecture is not supported."
+                )
+            if (shorter - whole[:, :-1]).float().abs().max() > tolerance * scale:
+                raise ManticoreError(
+                    f"Component {name!r} ({component.config.model_type}) is not causal: its predictions change with "
+                    "later tokens."
+                )
+
+    @torch.no_grad()
+    def renew_embeddings(self):
+        """New embeddings and heads of N(0, 0.02) for every component (embeddings="fresh", the paper's code)."""
+        for name in self.config.component_names:
+            component = self.component(name)
+            for module in {id(m): m for m in (component.get_input_embeddings(), component.get_output_embeddings())
+                           if m is not None}.values():  # fmt: skip
+                nn.init.normal_(module.weight, 0.0, 0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)

@@ -1,0 +1,30 @@
+"""Every test process talks to a Hub of its own on loopback; nothing reaches the internet.
+
+The Hub is started and the environment set before huggingface_hub is imported, because that reads it at import.
+"""
+
+import os
+import tempfile
+
+import pytest
+
+from manticore_hf_testing import start_hub
+
+_HOME = tempfile.TemporaryDirectory(prefix="manticore-tests-", ignore_cleanup_errors=True)
+HUB = start_hub(_HOME.name)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """The LocalHub of this process."""
+    return HUB
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
