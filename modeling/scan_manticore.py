@@ -23,6 +23,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 CHUNK = 16
 # Part of the operator names: raise it when a schema or its meaning changes, so that an older copy of this file in the
@@ -269,7 +270,7 @@ def _make_dispatcher(upstream):
         state, other = getattr(_shared.local, "state", None), None
         if _is_packed(kwargs) or (state is None and has_kernel and hidden_states.is_cuda):
             other = upstream  # a CUDA kernel, or the error for sequences packed without one
-        elif state is None and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        elif state is None and (torch.jit.is_tracing() or is_torchdynamo_exporting()):
             other = plain  # the exported graph must run where our operator is not registered
         if other is not None:
             kwargs |= {"use_mambapy": use_mambapy, "use_associative_scan": use_associative_scan}
