@@ -332,7 +332,8 @@ def _install_module(module: types.ModuleType) -> bool:
                 warnings.warn(
                     f"{module.__name__}.mamba_selective_scan has the signature {signature} instead of the expected "
                     f"({_SCAN_SIGNATURE}): it is left in place. Without CUDA kernels the model will be slow, and calls "
-                    "with several tokens cannot continue from a cache. Use a Transformers version this was tested with."
+                    "with several tokens cannot continue from a cache. Use a Transformers version this was tested on.",
+                    stacklevel=3,
                 )
             return False
         module.mamba_selective_scan = _make_dispatcher(upstream)
