@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from manticore_hf.modeling.components_manticore import ComponentSpec
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM, ManticoreModel
+from manticore_hf.stages import set_stage
 
 __version__ = "0.1.0"
-__all__ = ["ComponentSpec", "ManticoreConfig", "ManticoreError", "ManticoreForCausalLM", "ManticoreModel"]
+__all__ = ["ComponentSpec", "ManticoreConfig", "ManticoreError", "ManticoreForCausalLM", "ManticoreModel", "set_stage"]
 
 AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
 AutoModel.register(ManticoreConfig, ManticoreModel, exist_ok=True)
