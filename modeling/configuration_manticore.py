@@ -176,7 +176,14 @@ class ManticoreConfig(PreTrainedConfig):
         self.max_position_embeddings = min(limits, default=None)
         kwargs.pop("auto_map", None)
         kwargs.setdefault("tie_word_embeddings", False)
+        # Transformers sets both on every sub-config, even to None: a component would lose the one it was loaded with.
+        kept = []
+        for key in ("attn_implementation", "experts_implementation"):
+            if kwargs.get(key) is None:
+                kept += [(sub, f"_{key}_internal", getattr(sub, f"_{key}")) for sub in subs]
         super().__init__(**kwargs)
+        for sub, key, value in kept:
+            setattr(sub, key, value)
 
     def _add_component(self, entry):
         entry = dict(entry)

@@ -122,14 +122,18 @@ def _watch_children(component, stack, anatomy):
             handles.append(child.register_forward_hook(watch(name), with_kwargs=True))
     training, width = stack.training, component.get_input_embeddings().weight.shape[1]
     parameter = next(stack.parameters())
+    experts = stack.config._experts_implementation_internal
     try:
         stack.eval()
+        # The only way of running experts whose shapes do not depend on the values, of which there are none.
+        stack.config._experts_implementation_internal = "batched_mm"
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             hidden = torch.zeros(1, 3, width, device=parameter.device, dtype=parameter.dtype)
             # A mask keeps Transformers from looking at the values of the positions (it could not, nothing is computed).
             ones = torch.ones(1, 3, dtype=torch.long, device=parameter.device)
             stack(inputs_embeds=hidden, attention_mask=ones, use_cache=False)
     finally:
+        stack.config._experts_implementation_internal = experts
         stack.train(training)
         for handle in handles:
             handle.remove()
@@ -276,16 +280,27 @@ class Segment:
 
 @dataclass
 class _BackboneOutput(ModelOutput):
+    """A backbone's output with nothing but the last state; whatever else a class asks for is None."""
+
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: object | None = None
-    cache_params: object | None = None
-    hidden_states: tuple | None = None
-    attentions: tuple | None = None
-    router_logits: tuple | None = None
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 class _Backbone(nn.Module):
-    """Stands for the backbone of a causal LM: gives back the state it is handed."""
+    """Stands for the backbone of a causal LM: gives back the state it is handed.
+
+    Args:
+        path: Names of the modules that a causal LM may reach through (OPT calls `self.model.decoder`).
+    """
+
+    def __init__(self, path=()):
+        super().__init__()
+        for name in path[:1]:
+            self.add_module(name, _Backbone(path[1:]))
 
     def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
         return _BackboneOutput(last_hidden_state=inputs_embeds)
@@ -295,11 +310,15 @@ class Head:
     """A component's own head on given last states: its class's forward with the backbone taken out.
 
     Whatever the class does to its logits (Gemma's soft cap, Granite's scale, Mamba's float32) is thereby done.
+
+    Args:
+        component: The causal LM.
+        anatomy: Its `dissect`.
     """
 
-    def __init__(self, component):
+    def __init__(self, component, anatomy):
         self.component = component
-        self.backbone = _Backbone()
+        self.backbone = _Backbone(anatomy.path.split(".")[1:])
         self.shell = _Shell(component)
         self.refresh()
 
@@ -344,7 +363,7 @@ class Cuts:
         """The component's head."""
         key = id(component)
         if key not in self._heads:
-            self._heads[key] = Head(component)
+            self._heads[key] = Head(component, self.anatomy(component))
         return self._heads[key]
 
     def refresh(self):
