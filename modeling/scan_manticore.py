@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
+from .scan_kernel_manticore import find_kernel, run_kernel, thread_count
+
 CHUNK = 16
 # Part of the operator names: raise it when a schema or its meaning changes, so that an older copy of this file in the
 # same process keeps the operators it was written against.
@@ -108,9 +110,9 @@ def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _channels_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _channels_first(x: torch.Tensor, batch_first: bool, dtype: torch.dtype) -> torch.Tensor:
     # The mixers transpose before and after the scan: kept as [batch, time, ...] in memory, their views cost no copy
-    return x.transpose(0, 1).to(dtype).contiguous().transpose(1, 2)
+    return (x if batch_first else x.transpose(0, 1)).to(dtype).contiguous().transpose(1, 2)
 
 
 def _swapped(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -122,14 +124,20 @@ def _forward_op(
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     dtype = _compute_dtype(u, dt, A, B, C, initial_state)
-    u, dt, B, C = (x.detach().permute(2, 0, 1).to(dtype).contiguous() for x in (u, dt, B, C))
+    kernel, threads, chunks = find_kernel(u, A.shape[1], dtype), thread_count(u), -(-u.shape[2] // chunk)
+    order = (2, 0, 1) if kernel is None else (0, 2, 1)
+    u, dt, B, C = (x.detach().permute(order).to(dtype).contiguous() for x in (u, dt, B, C))
     A, state, y = _swapped(A, dtype), _swapped(initial_state, dtype), torch.empty_like(u)
-    starts = u.new_empty(-(-len(u) // chunk) + 1, *state.shape)
+    starts = u.new_empty(chunks + 1, *state.shape)
     starts[0] = state
     # Autocast is still active below the dispatcher and would run the matmuls in half precision
     with torch.autocast(u.device.type, enabled=False):
-        _scan(u, dt, A, B, C, starts, y, chunk)
-    return _channels_first(y, dtype), _swapped(starts[-1], dtype), starts
+        if kernel is None:
+            _scan(u, dt, A, B, C, starts, y, chunk)
+        else:
+            none, unused = u.new_empty(0, 0, 0), u.new_empty(threads, 0, 0, 0)
+            run_kernel(kernel, (u, dt, A, B, C, starts, y, *[none] * 4), unused, unused, chunk, False)
+    return _channels_first(y, kernel is not None, dtype), _swapped(starts[-1], dtype), starts
 
 
 def _backward_op(
@@ -137,13 +145,18 @@ def _backward_op(
     grad_y: torch.Tensor, grad_last: torch.Tensor, chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     dtype, types_ = starts.dtype, [x.dtype for x in (u, dt, B, C, A)]
-    u, dt, B, C, dy = (x.detach().permute(2, 0, 1).to(dtype).contiguous() for x in (u, dt, B, C, grad_y))
-    A, carry = _swapped(A, dtype), _swapped(grad_last, dtype)
-    du, ddt, dA, dB, dC = (torch.empty_like(x) for x in (u, u, carry, B, C))
-    dA.zero_()
+    kernel, threads = find_kernel(u, A.shape[1], dtype), thread_count(u)
+    order = (2, 0, 1) if kernel is None else (0, 2, 1)
+    u, dt, B, C, dy = (x.detach().permute(order).to(dtype).contiguous() for x in (u, dt, B, C, grad_y))
+    A, carry, du, ddt = _swapped(A, dtype), _swapped(grad_last, dtype), torch.zeros_like(u), torch.zeros_like(u)
+    dA, dB, dC = (x.new_zeros(t, *x.shape) for x, t in ((carry[0], len(carry)), (B, threads), (C, threads)))
     with torch.autocast(u.device.type, enabled=False):
-        _scan_backward(u, dt, A, B, C, starts, carry, dy, du, ddt, dA, dB, dC, chunk)
-    du, ddt, dB, dC = (_channels_first(x, t) for x, t in zip((du, ddt, dB, dC), types_))
+        if kernel is None:
+            _scan_backward(u, dt, A, B, C, starts, carry, dy, du, ddt, dA, dB[0], dC[0], chunk)
+        else:
+            run_kernel(kernel, (u, dt, A, B, C, starts, dy, carry, du, ddt, dA), dB, dC, chunk, True)
+    grads = zip((du, ddt, dB.sum(0), dC.sum(0)), types_)
+    du, ddt, dB, dC = (_channels_first(x, kernel is not None, t) for x, t in grads)
     return du, ddt, _swapped(dA.sum(0), types_[4]), dB, dC, _swapped(carry, dtype)
 
 

@@ -11,12 +11,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from manticore_hf.modeling import scan_kernel_manticore as sk
 from manticore_hf.modeling import scan_manticore as sm
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 BATCH, D, N, TIME = 2, 5, 3, 37
 NAMES = ("y", "last_state", "u", "dt", "A", "B", "C", "initial_state")
+NEEDS_NUMBA = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is optional")
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +82,34 @@ def test_scan_equals_float64_loop(dtype, tolerance, batch, time, chunk):
     assert_close(results, expected, tolerance)
 
 
+@NEEDS_NUMBA
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch, d, n, time", [(2, 5, 3, 37), (1, 70, 16, 33), (3, 130, 4, 1)])
+def test_compiled_kernel_equals_float64_loop(monkeypatch, threads, batch, d, n, time):
+    monkeypatch.setattr(sk, "MIN_STATES", 0)
+    monkeypatch.delenv("MANTICORE_NUMBA", raising=False)
+    assert sk.find_kernel(torch.zeros(1), 1, torch.float32) is not None
+    torch.set_num_threads(threads)
+    expected = outputs_and_gradients(naive_scan, make_inputs(batch, d, n, time))
+    results = outputs_and_gradients(sm.selective_scan, make_inputs(batch, d, n, time, torch.float32))
+    assert_close(results, expected, 3e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_NUMBA)])
 @pytest.mark.parametrize("dt", [1e-6, 1e-3, 1.0, 1e3])
-def test_extreme_step_sizes_stay_finite(dt):
+def test_extreme_step_sizes_stay_finite(monkeypatch, dt, compiled):
+    monkeypatch.setattr(sk, "MIN_STATES", 0 if compiled else sys.maxsize)
     expected = outputs_and_gradients(naive_scan, make_inputs(dt=dt))
     assert_close(outputs_and_gradients(sm.selective_scan, make_inputs(dt=dt, dtype=torch.float32)), expected, 1e-5)
+
+
+@NEEDS_NUMBA
+def test_compiled_kernel_keeps_nan(monkeypatch):
+    monkeypatch.setattr(sk, "MIN_STATES", 0)
+    for i in range(6):
+        inputs = [x.detach() for x in make_inputs(dtype=torch.float32)]
+        inputs[i][0, 0] = float("nan")
+        assert sm.selective_scan(*inputs)[0].isnan().any(), NAMES[i + 2]
 
 
 def test_gradcheck():
@@ -676,3 +702,10 @@ def test_compiled_continuation_from_a_cache():
         cache = compiled(ids[:, :5], use_cache=True).cache_params
         logits = compiled(ids[:, 5:], cache_params=cache, use_cache=True).logits
     torch.testing.assert_close(logits, full[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+def test_importing_needs_no_numba(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
+    monkeypatch.setattr(sk, "_found", [])
+    monkeypatch.setattr(sk, "MIN_STATES", 0)
+    assert sk.find_kernel(torch.zeros(1), 1, torch.float32) is None
