@@ -6,13 +6,14 @@ Importing the package registers the classes with Transformers' Auto classes, so 
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from manticore_hf.calibrate import calibrate_projectors
 from manticore_hf.modeling.components_manticore import ComponentSpec
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM, ManticoreModel
 from manticore_hf.stages import set_stage
 
 __version__ = "0.1.0"
-__all__ = ["ComponentSpec", "ManticoreConfig", "ManticoreError", "ManticoreForCausalLM", "ManticoreModel", "set_stage"]
+__all__ = ["ComponentSpec", "ManticoreConfig", "ManticoreError", "ManticoreForCausalLM", "ManticoreModel", "calibrate_projectors", "set_stage"]
 
 AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
 AutoModel.register(ManticoreConfig, ManticoreModel, exist_ok=True)
