@@ -8,14 +8,22 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def load_local_hub():
+    """The package `manticore_hf.local_hub`, under a name of its own and without importing `manticore_hf`."""
+    # By path: `import manticore_hf.local_hub` would import the package, and with it huggingface_hub, too early.
+    folder = ROOT / "manticore_hf" / "local_hub"
+    spec = importlib.util.spec_from_file_location(
+        "manticore_local_hub", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def start_hub(home):
     """Starts a LocalHub and points the environment at it, without importing huggingface_hub."""
-    # By path: `import manticore_hf.local_hub` would import the package, and with it huggingface_hub, too early.
-    spec = importlib.util.spec_from_file_location("manticore_local_hub", ROOT / "manticore_hf" / "local_hub.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["manticore_local_hub"] = module
-    spec.loader.exec_module(module)
-    hub = module.LocalHub()
+    hub = load_local_hub().LocalHub()
     hub.start()
     os.environ.update(hub.environment(home))
     return hub

@@ -1,0 +1,59 @@
+"""A request on its way in, a response on its way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .repos import HubError
+
+
+@dataclass
+class Call:
+    """One request. `args` are the parts of its path that the route names, unquoted."""
+
+    method: str
+    path: str  # still quoted
+    query: Mapping[str, list[str]]
+    headers: Mapping[str, str]
+    body: bytes
+    token: str | None
+    endpoint: str  # the Hub's own address, for the links in its answers
+    args: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def repo_key(self) -> str:
+        kind = self.args.get("kind") or "models"
+        return self.args["name"] if kind == "models" else f"{kind}/{self.args['name']}"
+
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.body or b"{}")
+
+    def flag(self, name: str) -> bool:
+        return self.query.get(name, [""])[0].lower() in ("1", "true")
+
+
+@dataclass
+class Response:
+    """What goes back; `cut` closes the connection after that many bytes of the body."""
+
+    body: bytes
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: int | None = None
+
+
+def json_response(data: Any, status: int = 200) -> Response:
+    return Response(json.dumps(data).encode(), status, {"Content-Type": "application/json; charset=utf-8"})
+
+
+def error_response(error: HubError) -> Response:
+    response = json_response({"error": str(error)}, error.status)
+    # Header values are latin-1 on the wire, and the client puts this one into its exceptions.
+    response.headers["X-Error-Message"] = str(error).encode("ascii", "replace").decode().replace("\n", " ")
+    if error.code:
+        response.headers["X-Error-Code"] = error.code
+    response.headers.update(error.headers)
+    return response
