@@ -13,7 +13,15 @@ from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM, Manti
 from manticore_hf.stages import set_stage
 
 __version__ = "0.1.0"
-__all__ = ["ComponentSpec", "ManticoreConfig", "ManticoreError", "ManticoreForCausalLM", "ManticoreModel", "calibrate_projectors", "set_stage"]
+__all__ = [
+    "ComponentSpec",
+    "ManticoreConfig",
+    "ManticoreError",
+    "ManticoreForCausalLM",
+    "ManticoreModel",
+    "calibrate_projectors",
+    "set_stage",
+]
 
 AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
 AutoModel.register(ManticoreConfig, ManticoreModel, exist_ok=True)

@@ -35,6 +35,7 @@ def pack(documents, tokenizer, block_size, limit=None, desc="Tokenising"):
             break
     if not blocks:
         raise ManticoreError(
-            f"The text has {len(tokens)} tokens, fewer than one block of {block_size}: give more text or smaller blocks."
+            f"The text has {len(tokens)} tokens, fewer than one block of {block_size}: give more text or"
+            " smaller blocks."
         )
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
