@@ -15,15 +15,26 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file, logging
 
 from .configuration_manticore import ManticoreError, check_component_name
 from .scan_manticore import carry_state, install
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"
+)  # fmt: skip
+_QUIETLY = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -248,17 +259,23 @@ def _check_weight_files(found, exists):
 
 def check_tokenizers(components, hub):
     """Raises ManticoreError if two components that come with tokenizers map tokens to ids differently."""
-    from transformers import AutoTokenizer
-
     vocabularies = {}
     for found in components:
         where = found.directory or found.repo_id
         if where is None:
             continue
-        kwargs = {"revision": found.revision, **hub} if found.repo_id else {}
+        kwargs = {"subfolder": found.subfolder or ""}
+        if found.repo_id:
+            kwargs.update(revision=found.revision, **hub)
+        # Without any of its files, AutoTokenizer makes an empty tokenizer from the model type alone.
+        if not any(cached_file(where, file, **_QUIETLY, **kwargs) for file in TOKENIZER_FILES):
+            continue
         try:
-            tokenizer = AutoTokenizer.from_pretrained(where, subfolder=found.subfolder or "", **kwargs)
-        except Exception:  # a component without a tokenizer is compared by its vocabulary's size alone
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **kwargs)
+        except Exception as err:
+            logger.warning(
+                f"Component {found.address}: its tokenizer cannot be loaded, so it is not compared with others ({err})."
+            )
             continue
         vocabularies[found.address] = tokenizer.get_vocab()
     for (one, first), (two, second) in zip(list(vocabularies.items()), list(vocabularies.items())[1:]):
@@ -277,7 +294,7 @@ def load(found, dtype, hub):
         ManticoreError: The weights cannot be read or do not fit; names the component.
     """
     if found.model is not None:
-        return found.model
+        return _keep_untied(found.model)
     where = found.directory or found.repo_id
     kwargs = {"revision": found.revision, **hub} if found.repo_id else {}
     try:
@@ -299,6 +316,17 @@ def load(found, dtype, hub):
             f"Component {found.address}: {len(bad)} weights are missing or of another shape in its checkpoint, "
             f"for example {bad[0]}."
         )
+    return _keep_untied(model)
+
+
+def _keep_untied(model):
+    """Corrects a configuration that ties a head to embeddings which differ, or the hybrid would tie them.
+
+    Some repositories store both; Transformers then keeps both.
+    """
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.tie_word_embeddings and None not in ends and not torch.equal(ends[0].weight, ends[1].weight):
+        model.config.tie_word_embeddings = False
     return model
 
 

@@ -52,6 +52,7 @@ class Composed:
             model = cls(config, components=parts)
         finally:
             torch.set_default_dtype(before)
+        model._component_cache_dir = cache_dir
         model.generation_config = type(first.generation_config).from_dict(first.generation_config.to_dict())
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(first.config, key, None) is not None:

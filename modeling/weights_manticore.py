@@ -5,20 +5,25 @@ is written. Loading overlays the hybrid's own tensors on the referenced ones. No
 """
 
 import contextlib
+import copy
+import glob
+import json
 import os
+import platform
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
+from transformers.utils.hub import create_and_tag_model_card
 
 from .components_manticore import WEIGHT_FILES
 from .configuration_manticore import ManticoreError
@@ -28,7 +33,13 @@ logger = logging.get_logger(__name__)
 # Always the hybrid's own, always saved: a state dict that has it is a whole checkpoint or the shard that ends one.
 _MARKER = "hybrid_mixer.alpha_logits"
 
-_HUB_KEYS = ("cache_dir", "token", "local_files_only", "force_download", "proxies")
+_HUB_KEYS = ("cache_dir", "token", "local_files_only", "force_download")
+
+_WEIGHT_FILE = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
+
+
+def _where(entry):
+    return f"Component {entry['name']!r} ({entry['repo_id']}@{entry['revision'][:12]})"
 
 
 def component_files(entry, hub):
@@ -42,7 +53,7 @@ def component_files(entry, hub):
         ManticoreError: Names the component, the repository and what to do.
     """
     hub = {key: value for key, value in (hub or {}).items() if key in _HUB_KEYS and value is not None}
-    where = f"Component {entry['name']!r} ({entry['repo_id']}@{entry['revision'][:12]})"
+    where = _where(entry)
 
     def get(file):
         return hf_hub_download(
@@ -56,9 +67,16 @@ def component_files(entry, hub):
             index = get(WEIGHT_FILES[1])
         except EntryNotFoundError:
             index = get(WEIGHT_FILES[1])
-        import json
-
-        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard) for shard in shards)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            plain = False
+        if not plain:  # it comes from someone else's repository: no paths, no pickles
+            raise ManticoreError(
+                f"{where}: {WEIGHT_FILES[1]} is no index of safetensors files beside it; use another commit of "
+                "the component."
+            )
         return [get(shard) for shard in shards]
     except LocalEntryNotFoundError as err:
         raise ManticoreError(
@@ -72,14 +90,17 @@ def component_files(entry, hub):
         ) from err
 
 
-def _open(files, stack, prefix=""):
-    """{prefix + key: lazy slice} of safetensors files, kept open by `stack`."""
+def _open(files, stack, where, prefix=""):
+    """{prefix + key: lazy slice} of safetensors files, kept open by `stack`; `where` names them in an error."""
     out = {}
     for file in files:
         try:
             handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
         except Exception as err:
-            raise ManticoreError(f"{file} is no readable safetensors file ({err}); delete it and load again.") from err
+            raise ManticoreError(
+                f"{where}: {file} is no readable safetensors file ({err}). Delete it from the local cache and load "
+                "again; if it stays so, the repository itself is damaged."
+            ) from err
         out.update({prefix + key: handle.get_slice(key) for key in handle.keys()})
     return out
 
@@ -129,7 +150,7 @@ def overlay(model, own, hub, stack):
         prefix = entry["name"] + "."
         if entry["weights"] != "reference" or not any(k.startswith(prefix) for k in wanted - covered):
             continue
-        found = _open(component_files(entry, hub), stack, prefix)
+        found = _open(component_files(entry, hub), stack, _where(entry), prefix)
         merged.update({key: value for key, value in found.items() if rename(key)[0] not in covered})
     merged.update(own)
     return merged
@@ -142,14 +163,15 @@ class ReferencedWeights:
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # Private hook of Transformers (pinned >=5.23,<6; a test checks its signature): the one place where tensors
         # from several repositories can be merged before dtype, device map and quantisation are applied.
+        hub = dict(load_config.download_kwargs or {})
+        model._component_cache_dir = hub.get("cache_dir")
         with contextlib.ExitStack() as stack:
             if state_dict is None:
                 files = list(checkpoint_files or [])
                 if not files or not all(str(file).endswith(".safetensors") for file in files):
                     raise ManticoreError(f"A hybrid's own weights must be safetensors files; found {files}.")
-                hub = dict(load_config.download_kwargs or {})
-                model._component_cache_dir = hub.get("cache_dir")
-                state_dict = overlay(model, _open(files, stack), hub, stack)
+                state_dict = _open(files, stack, "The hybrid's own weights")
+            state_dict = overlay(model, state_dict, hub, stack)
             info, offloaded = PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
@@ -164,7 +186,8 @@ class ReferencedWeights:
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """Saves what is the hybrid's own, and the code, so that the directory loads anywhere.
 
-        The files are written beside `save_directory` and moved in when complete. Arguments as in Transformers.
+        The files are written to a scratch directory and moved in when complete; an upload comes after that, so that a
+        failing network costs no weights. Arguments as in Transformers.
 
         Raises:
             ManticoreError: `save_directory` is a file.
@@ -177,6 +200,8 @@ class ReferencedWeights:
                 save_directory, is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
             )
         kwargs["save_original_format"] = False
+        upload = {key: kwargs.pop(key, None) for key in ("repo_id", "commit_message", "create_pr", "private")}
+        timestamps = self._get_files_timestamps(target) if target.is_dir() else {}
         writes = self.should_save_on_this_rank(is_main_process)
         before = self._keys_to_ignore_on_save
         self._keys_to_ignore_on_save = set(before or ()) | (self.unchanged_keys(state_dict) if writes else set())
@@ -186,11 +211,25 @@ class ReferencedWeights:
             with _whole_directory(target, writes) as directory:
                 if writes:
                     copy_code(directory)
-                super().save_pretrained(
-                    directory, is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
-                )
+                super().save_pretrained(directory, is_main_process, state_dict=state_dict, **kwargs)
         finally:
             self._keys_to_ignore_on_save = before
+        if push_to_hub and writes:
+            self._upload(target, timestamps, kwargs.get("token"), **upload)
+
+    def _upload(self, directory, timestamps, token, repo_id, commit_message, create_pr, private):
+        """What `save_pretrained(push_to_hub=True)` of Transformers does once the files are written."""
+        name = repo_id or directory.absolute().name
+        name = HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
+        create_and_tag_model_card(name, self.model_tags, token=token).save(directory / "README.md")
+        self._upload_modified_files(
+            directory, name, timestamps, commit_message=commit_message, token=token, create_pr=bool(create_pr)
+        )
+
+    @classmethod
+    def is_remote_code(cls):
+        """False: `copy_code` writes the files, Transformers need not (it would copy torch's after FSDP2's wrapping)."""
+        return False
 
     @torch.no_grad()
     def unchanged_keys(self, state_dict=None):
@@ -201,61 +240,69 @@ class ReferencedWeights:
             for entry in self.config.components:
                 if entry["weights"] != "reference":
                     continue
-                reference = self._reference(entry, stack)
+                try:
+                    reference = self._reference(entry, stack)
+                except ManticoreError as err:
+                    logger.warning(f"{err} All of this component's weights are saved with the hybrid.")
+                    continue
                 for key, value in state_dict.items():
                     if key.startswith(entry["name"] + ".") and _comparable(value):
-                        known = next((reference[k] for k in ties.get(key, {key}) if k in reference), None)
+                        known = _referenced(reference, key, ties)
                         if known is not None and _same(known, value):
                             out.add(key)
         # One changed end of a tie is a change of both.
         return {key for key in out if ties.get(key, {key}) & set(state_dict) <= out}
 
     def _reference(self, entry, stack):
-        """{key in this model: tensor or lazy slice} of a component's pinned checkpoint; {} if it cannot be read."""
+        """{key in this model: tensor or lazy slice} of a component's pinned checkpoint, from the cache if it is there.
+
+        Raises:
+            ManticoreError: It cannot be read.
+        """
         hub = {"cache_dir": getattr(self, "_component_cache_dir", None)}
         prefix = entry["name"] + "."
         try:
-            try:
-                files = component_files(entry, {**hub, "local_files_only": True})
-            except ManticoreError:
-                files = component_files(entry, hub)
-        except ManticoreError as err:
-            logger.warning(f"{err} All of this component's weights are saved with the hybrid.")
-            return {}
+            files = component_files(entry, {**hub, "local_files_only": True})
+        except ManticoreError:
+            files = component_files(entry, hub)
         rename, out, converted = _Renamer(self), {}, False
-        for key, value in _open(files, stack, prefix).items():
+        for key, value in _open(files, stack, _where(entry), prefix).items():
             name, changed = rename(key)
             converted |= changed
             out[name] = value
         if converted:
             # Fused or split tensors (mixtures of experts) can only be compared once Transformers has converted them.
             part = self.component(entry["name"])
-            whole = AutoModelForCausalLM.from_pretrained(
-                os.path.dirname(files[0]), config=part.config, dtype=part.dtype, use_safetensors=True
-            )
-            out = {prefix + key: value for key, value in whole.state_dict().items()}
+            whole, info = AutoModelForCausalLM.from_pretrained(
+                os.path.dirname(files[0]), config=copy.deepcopy(part.config), dtype=part.dtype, use_safetensors=True,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+            # What the checkpoint lacks has initial values, which a trained tensor may equal (zeros, ones).
+            lacking = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+            out = {prefix + key: value for key, value in whole.state_dict().items() if key not in lacking}
         return out
+
+    def state_dict(self, *args, **kwargs):
+        """As in torch. Transformers asks for it right before it loads the shards of a checkpoint one by one."""
+        self.__dict__.pop("_earlier_shards", None)
+        return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As in torch, for checkpoints of a hybrid: tensors that were not saved come from the references.
 
         The Trainer resumes through this. A sharded checkpoint arrives in several calls; the references fill in what no
-        shard had.
+        shard had. A state dict without the hybrid's own weights is taken as it is.
         """
         given = dict(state_dict)
         earlier = self.__dict__.setdefault("_earlier_shards", set())
-        own = self.state_dict()
+        own = super().state_dict()
         ties = _tie_groups(self)
         for key in list(given):
             for twin in ties.get(key, ()):
                 given.setdefault(twin, given[key])
-        if _MARKER not in given or not any(k not in given for k in own):
-            earlier |= set(given)
-            if _MARKER in given:
-                earlier.clear()
-            return super().load_state_dict(given, strict=strict, assign=assign)
-        missing = set(own) - set(given) - earlier
-        earlier.clear()
+        missing = set(own) - set(given) - earlier if _MARKER in given else set()
+        # Shards come in any order. Those after this one overwrite what it took from the references.
+        earlier |= set(given)
         with contextlib.ExitStack() as stack:
             for entry in self.config.components:
                 lacking = [key for key in missing if key.startswith(entry["name"] + ".")]
@@ -263,20 +310,37 @@ class ReferencedWeights:
                     continue
                 reference = self._reference(entry, stack)
                 for key in lacking:
-                    known = next((reference[k] for k in ties.get(key, {key}) if k in reference), None)
+                    known = _referenced(reference, key, ties)
                     if known is not None:
                         given[key] = known[...]
             return super().load_state_dict(given, strict=strict, assign=assign)
 
 
+def _referenced(reference, key, ties):
+    """A component's own tensor for a key, or that of its tied twin; None if it has neither."""
+    if key in reference:  # some repositories store both ends of a tie, and they may differ
+        return reference[key]
+    return next((reference[twin] for twin in sorted(ties.get(key, ())) if twin in reference), None)
+
+
 def _comparable(value):
+    """Whether a tensor's bits can be compared: not on the meta device, and no subclass (DTensor, quantised)."""
     plain = type(value) in (torch.Tensor, torch.nn.Parameter)
-    return plain and value.device.type != "meta"
+    return plain and value.device.type != "meta" and not value.is_quantized and value.layout == torch.strided
 
 
 def _same(known, value):
+    """Bit equality, after the conversion that loading the reference in `value`'s dtype does."""
     known = known if isinstance(known, torch.Tensor) else known[...]
-    return known.shape == value.shape and torch.equal(known.to(value.dtype), value.detach().cpu())
+    if known.shape != value.shape:
+        return False
+    known, value = known.detach().to(value.dtype), value.detach().cpu()
+    # As bytes too: 0.0 == -0.0.
+    return torch.equal(known, value) and torch.equal(_bytes(known), _bytes(value))
+
+
+def _bytes(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _refuse_incomplete(model, info, ignore_mismatched):
@@ -288,15 +352,25 @@ def _refuse_incomplete(model, info, ignore_mismatched):
     }  # fmt: skip
     if missing:
         raise ManticoreError(
-            f"{len(missing)} tensors are neither in the hybrid's file nor in its components' repositories, for example "
-            f"{min(missing)}: the repository is incomplete."
+            f"{_owner(model, min(missing))}: {len(missing)} tensors are neither in the hybrid's file nor in its "
+            f"components' repositories, for example {min(missing)}. The repository is incomplete: save or upload the "
+            "hybrid again from where it is whole."
         )
     if info.mismatched_keys and not ignore_mismatched:
         key, got, expected = sorted(info.mismatched_keys)[0]
         raise ManticoreError(
-            f"{len(info.mismatched_keys)} tensors have another shape than the configuration says, for example {key}: "
-            f"{tuple(got)} in the file, {tuple(expected)} in the model."
+            f"{_owner(model, key)}: {len(info.mismatched_keys)} tensors have another shape than config.json says, for "
+            f"example {key}: {tuple(got)} in the file, {tuple(expected)} in the model. Use the config.json that was "
+            "saved with these weights."
         )
+
+
+def _owner(model, key):
+    """What a message calls the part that a tensor belongs to."""
+    entry = next((entry for entry in model.config.components if key.startswith(entry["name"] + ".")), None)
+    if entry is None:
+        return "The hybrid's own weights"
+    return _where(entry) if entry["weights"] == "reference" else f"Component {entry['name']!r} (embedded)"
 
 
 def copy_code(directory):
@@ -310,30 +384,50 @@ def _whole_directory(target, active):
     """Gives a scratch directory whose files are moved into `target` when the block ends well.
 
     A new target appears by one rename. In an existing one each file is replaced whole, config.json last; its other
-    files stay, but for shards of an earlier save.
+    files stay, but for weights of an earlier save.
     """
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=parent))
+    target = Path(os.path.realpath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place = target.parent
+    # Renaming works within one file system only, and `target` may be a mounted one.
+    if target.exists() and (target.stat().st_dev != place.stat().st_dev or not os.access(place, os.W_OK)):
+        place = target
+    prefix = f".{target.name}.saving-{platform.node()}-"
+    _clean_up(place, prefix)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place))
     try:
-        inner = scratch / target.absolute().name
+        inner = scratch / target.name
         inner.mkdir()
         yield str(inner)
         if not active:
             return
-        if not target.exists() or not any(target.iterdir()):
-            if target.exists():
-                target.rmdir()
+        if not target.exists():
             os.replace(inner, target)
             return
         fresh = {file.name for file in inner.iterdir()}
-        for file in sorted(inner.iterdir(), key=lambda f: f.name == "config.json"):
+        for file in sorted(inner.iterdir(), key=lambda f: (f.name == "config.json", f.name)):
             if file.is_dir():
                 shutil.copytree(file, target / file.name, dirs_exist_ok=True)
             else:
                 os.replace(file, target / file.name)
-        for stale in target.glob("model*.safetensors*"):
-            if stale.name not in fresh:
-                stale.unlink()
+        variants = {match[1] for name in fresh if (match := _WEIGHT_FILE.fullmatch(name))}
+        for file in list(target.iterdir()):
+            match = _WEIGHT_FILE.fullmatch(file.name)
+            if match and match[1] in variants and file.name not in fresh:
+                file.unlink()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _clean_up(place, prefix):
+    """Removes what killed processes of this machine left in `place`."""
+    if os.name != "posix":  # elsewhere os.kill(pid, 0) is no mere question
+        return
+    for stale in place.glob(glob.escape(prefix) + "*"):
+        pid = stale.name[len(prefix) :].split("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(stale, ignore_errors=True)
+        except (ValueError, OverflowError, PermissionError):
+            continue

@@ -3,6 +3,7 @@
 The Hub is started and the environment set before huggingface_hub is imported, because that reads it at import.
 """
 
+import itertools
 import os
 import tempfile
 
@@ -18,11 +19,20 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+_COUNT = itertools.count()
+
 
 @pytest.fixture(scope="session")
 def hub():
     """The LocalHub of this process."""
     return HUB
+
+
+@pytest.fixture
+def owner(hub):
+    """An organisation that no other test of this process has repositories in; its faults end with the test."""
+    yield f"org{next(_COUNT)}"
+    hub.clear_faults()
 
 
 @pytest.fixture(autouse=True)
