@@ -143,6 +143,7 @@ class HybridMixer(nn.Module):
         self.projector_init = config.projector_init
         blocks, count = config.num_blocks, len(self.names)
         self.alpha_logits = nn.Parameter(torch.zeros(blocks, count))
+        self.noise, self.temperature = None, 1.0
         self.into, self.out_of = nn.ModuleDict(), nn.ModuleDict()
         native = config.embeddings == "native"
         for name in self.names:
@@ -161,7 +162,9 @@ class HybridMixer(nn.Module):
         return getattr(self, step)(*args)
 
     def weights(self):
-        """alpha = softmax(a): [S, K], in float32."""
+        """alpha = softmax(a): [S, K], in float32; a search may add noise and a temperature while training."""
+        if self.noise is not None and self.training:
+            return ((self.alpha_logits.float() + self.noise) / self.temperature).softmax(-1)
         return self.alpha_logits.float().softmax(-1)
 
     def enter(self, block, name, shared, alpha):

@@ -1,0 +1,87 @@
+"""What a hybrid adds to the Trainer's logs: its parts' losses and its mixture, beside the loss."""
+
+import torch
+
+from manticore_hf.modeling.modeling_manticore import ManticoreModel
+
+
+def hybrid_of(model):
+    """The hybrid inside whatever wraps it (accelerate, DDP, PEFT), or None."""
+    if isinstance(model, ManticoreModel):
+        return model
+    return next((module for module in model.modules() if isinstance(module, ManticoreModel)), None)
+
+
+class HybridLogging:
+    """Mixin before a Trainer class: logs alpha (and, where the model gives them, the losses of its parts).
+
+    Keys: "alpha/BLOCK/COMPONENT", "loss/mixture", "loss/COMPONENT", "loss/ensemble", "gate/COMPONENT" (mean token
+    weight); with the prefix "eval_" after an evaluation.
+    """
+
+    _watch = None
+
+    def _parts(self):
+        if self._watch is None:
+            self._watch = PartSums(hybrid_of(self.model))
+        return self._watch
+
+    def train(self, *args, **kwargs):
+        self._parts().clear()
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        parts = self._parts()
+        parts.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{key}": value for key, value in parts.means().items()})
+        parts.clear()
+        return output
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs = {**logs, **alpha_logs(hybrid_of(self.model)), **self._parts().means()}
+            self._parts().clear()
+        return super().log(logs, *args, **kwargs)
+
+
+def alpha_logs(model):
+    """{"alpha/BLOCK/COMPONENT": weight}."""
+    rows = model.mixture_weights().tolist()
+    names = model.config.component_names
+    return {f"alpha/{b}/{name}": w for b, row in enumerate(rows) for name, w in zip(names, row)}
+
+
+class PartSums:
+    """Running means of what each forward with labels reports about its parts."""
+
+    def __init__(self, model):
+        self.names = model.config.component_names
+        self.clear()
+        model.register_forward_hook(self._add)
+
+    def clear(self):
+        self.sums, self.counts = {}, {}
+
+    @torch.no_grad()
+    def _add(self, module, args, out):
+        if getattr(out, "loss", None) is None:
+            return
+        self._sum("loss/mixture", out.mixture_loss)
+        if out.component_losses is not None:
+            for name, value in zip(self.names, out.component_losses.unbind()):
+                self._sum(f"loss/{name}", value)
+        if getattr(out, "ensemble_loss", None) is not None:
+            self._sum("loss/ensemble", out.ensemble_loss)
+        if out.weights is not None:
+            for name, value in zip(self.names, out.weights.mean((0, 1)).unbind()):
+                self._sum(f"gate/{name}", value)
+
+    def _sum(self, key, value):
+        # Kept on the device: reading a number in every step would make the accelerator wait.
+        self.sums[key] = self.sums.get(key, 0.0) + value.detach().float()
+        self.counts[key] = self.counts.get(key, 0) + 1
+
+    def means(self):
+        return {key: float(total) / self.counts[key] for key, total in self.sums.items()}

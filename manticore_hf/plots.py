@@ -1,0 +1,58 @@
+"""Pictures of a search: alpha over the steps, and the mixture that came out."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def plot_alpha(steps, history, path):
+    """Draws alpha over the steps of a search, one panel per block.
+
+    Args:
+        steps: [n] optimizer steps.
+        history: {"alpha/BLOCK/COMPONENT": [n] weights}, as `alpha_history` gives it.
+        path: PNG to write.
+    """
+    blocks = sorted({int(key.split("/")[1]) for key in history})
+    figure, axes = plt.subplots(len(blocks), 1, figsize=(7, 1.2 + 1.8 * len(blocks)), sharex=True, squeeze=False)
+    for block, axis in zip(blocks, axes[:, 0]):
+        for key, values in history.items():
+            _, b, name = key.split("/")
+            if int(b) == block:
+                axis.plot(steps, values, label=name, linewidth=1.5)
+        axis.set_ylim(0, 1)
+        axis.set_ylabel(f"alpha, block {block + 1}")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(loc="best", fontsize="small")
+    axes[-1, 0].set_xlabel("optimizer step")
+    _save(figure, path)
+
+
+def plot_mixture(weights, names, path):
+    """Draws the mixture weights as a heat map, blocks by components.
+
+    Args:
+        weights: [S, K] nested lists or tensor.
+        names: K component names.
+        path: PNG to write.
+    """
+    rows = [[float(w) for w in row] for row in weights]
+    figure, axis = plt.subplots(figsize=(1.8 + 1.4 * len(names), 1.4 + 0.6 * len(rows)))
+    image = axis.imshow(rows, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for s, row in enumerate(rows):
+        for k, weight in enumerate(row):
+            axis.text(k, s, f"{weight:.2f}", ha="center", va="center", color="white" if weight > 0.6 else "black")
+    axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axis.set_yticks(range(len(rows)), [f"block {s + 1}" for s in range(len(rows))])
+    figure.colorbar(image, label="mixture weight")
+    _save(figure, path)
+
+
+def _save(figure, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
