@@ -8,16 +8,16 @@ itself.
 
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
 
-class _Hole:
-    """Stands at the index of a layer that belongs to another segment, so that layers keep their own `layer_idx`."""
+class _Hole(DummyLayer):
+    """Stands at the index of a layer that belongs to another segment, so that layers keep their own `layer_idx`.
 
-    # Neither True nor False: Transformers' mask code asks for the first (non-)sliding layer by this value.
+    Transformers' mask code looks for the first layer that slides, and for the first that neither slides nor is a dummy.
+    """
+
     is_sliding = None
-    is_compileable = True
-    supports_early_init = False
 
 
 class SegmentCache(Cache):
@@ -27,6 +27,8 @@ class SegmentCache(Cache):
         hole = _Hole()
         super().__init__(layers=[hole] * start + list(layers))
         self.owner = owner
+        self.max_cache_len = owner.max_cache_len
+        self.is_recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
         self._attention = next((i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)), None)
 
     def _attention_layer(self, layer_idx):
@@ -61,6 +63,7 @@ class ManticoreCache(Cache):
 
     def __init__(self, configs, bounds, max_cache_len=None):
         layers, self._views = [], {}
+        self.max_cache_len = max_cache_len
         for name, config in configs.items():
             if max_cache_len is None:
                 part = DynamicCache(config=config)
@@ -71,7 +74,6 @@ class ManticoreCache(Cache):
             layers += part.layers
         super().__init__(layers=layers)
         self.seen = 0
-        self.max_cache_len = max_cache_len
 
     def view(self, name, block):
         """The cache of component `name` in block `block` (0-based); it shares its layers with this cache."""
@@ -98,6 +100,24 @@ class ManticoreCache(Cache):
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)
+
+    def forget_padding(self, begun):
+        """Empties the recurrent states of rows that consist of left padding so far.
+
+        Transformers takes a call's only token for a generated one, never padding, so it reaches the states of some
+        models (Mamba2, Jamba); with several tokens they are masked.
+
+        Args:
+            begun: [batch], whether a row has had a real token.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        if not layers or begun.all():
+            return
+        for layer in layers:
+            for states in (layer.conv_states, layer.recurrent_states):
+                for state in states.values():
+                    if state is not None:
+                        state[~begun.to(state.device)] = 0
 
     def batch_repeat_interleave(self, repeats):
         """Repeats each row `repeats` times. Recurrent layers lack this method in Transformers 5.23."""

@@ -6,14 +6,14 @@ mixture, the losses, generation and `from_components`. Weights come by reference
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
-from .cache_manticore import ManticoreCache
 from .components_manticore import build, prepare
 from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
+from .decoding_manticore import CachedDecoding
 from .mixing_manticore import SPACES, HybridMixer, resize, weighted_sum
 from .outputs_manticore import HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
+from .recurrent_manticore import keep_state_in_cache
 from .segments_manticore import Cuts
 from .weights_manticore import ReferencedWeights
 
@@ -39,7 +39,7 @@ class ManticorePreTrainedModel(ReferencedWeights, PreTrainedModel):
             module.reset()
 
 
-class ManticoreModel(ManticorePreTrainedModel):
+class ManticoreModel(CachedDecoding, ManticorePreTrainedModel):
     """K components in S blocks, joined; without output head (the components keep theirs, unused here).
 
     Args:
@@ -55,6 +55,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             component = build(getattr(config, name)) if components is None else components[name]
             setattr(config, name, component.config)
             prepare(component)
+            keep_state_in_cache(component)
             if components is not None:
                 for module in component.modules():
                     module._is_hf_initialized = True
@@ -88,7 +89,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
         if self.config.mixture_weights is not None:
             return torch.tensor(self.config.mixture_weights, device=self.hybrid_mixer.alpha_logits.device)
-        alpha = self.hybrid_mixer("weights")
+        alpha = self.hybrid_mixer.alpha_logits.float().softmax(-1)
         gate = self.hybrid_mixer.token_gate
         if gate is not None:
             alpha = torch.cat([alpha[:-1], gate.linear.bias.float().softmax(-1)[None]])
@@ -185,30 +186,6 @@ class ManticoreModel(ManticorePreTrainedModel):
             )
         return dict(zip(names, inputs_embeds.split(widths, -1)))
 
-    # ---- cache -----------------------------------------------------------------------------------------------------
-
-    def make_cache(self, max_cache_len=None):
-        """An empty cache for this hybrid.
-
-        Args:
-            max_cache_len: Length of a static cache; None for one that grows.
-
-        Raises:
-            ManticoreError: A component's own class gives no right results with a static cache.
-        """
-        configs = {name: self._modules[name].config for name in self.config.component_names}
-        cache = ManticoreCache(configs, {name: self.config.bounds(name) for name in configs}, max_cache_len)
-        if max_cache_len is not None:
-            for name in configs:
-                component = self._modules[name]
-                recurrent = all(cache.view(name, b)._attention is None for b in range(self.config.num_blocks))
-                if not recurrent and not component._can_compile_fullgraph:
-                    raise ManticoreError(
-                        f"Component {name!r} ({component.config.model_type}) does not support a static cache; leave "
-                        "cache_implementation at its default."
-                    )
-        return cache
-
     # ---- forward ---------------------------------------------------------------------------------------------------
 
     def forward(
@@ -303,6 +280,8 @@ class ManticoreModel(ManticorePreTrainedModel):
             boundaries += (state,) if keep else ()
         if cache is not None:
             cache.advance(time)
+            if time == 1 and mask is not None:
+                cache.forget_padding(mask.any(-1))
         return {
             "shared": state, "states": states, "alpha": alpha, "cache": cache,
             "hidden_states": boundaries if keep else None,
@@ -313,18 +292,6 @@ class ManticoreModel(ManticorePreTrainedModel):
         active = [(w, name) for w, name in zip(weights, self.config.component_names) if _is_active(w)]
         padded = [resize(states[name], self.config.hidden_size) for _, name in active]
         return weighted_sum([w for w, _ in active], padded)
-
-    def _cache_for(self, cache, use_cache):
-        if cache is not None and not isinstance(cache, ManticoreCache) and type(cache).__name__ != "ManticoreCache":
-            raise ManticoreError(
-                f"past_key_values is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
-            )
-        use_cache = (not self.training) if use_cache is None else use_cache
-        if self.training and self.is_gradient_checkpointing:
-            use_cache = False
-        if not use_cache:
-            return None
-        return self.make_cache() if cache is None else cache
 
 
 def _is_active(weight):
@@ -420,35 +387,6 @@ class ManticoreForCausalLM(Composed, ManticoreModel, GenerationMixin):
             loss = loss + self.config.component_loss_weight * parts.sum()
             parts = parts.detach()
         return loss, mixture.detach(), parts
-
-    # ---- generation ------------------------------------------------------------------------------------------------
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        implementation = generation_config.cache_implementation
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None:
-            if implementation is not None:
-                raise ManticoreError("Give either cache_implementation or past_key_values, not both.")
-            cache._is_user_defined = True
-            return
-        if generation_config.use_cache is False:
-            return
-        if implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = self.make_cache()
-        elif implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
-            length = max(max_cache_length, generation_config.max_cache_len or 0)
-            model_kwargs["past_key_values"] = self.make_cache(length)
-        else:
-            raise ManticoreError(
-                f"cache_implementation={implementation!r} is not supported; use 'dynamic' or 'static'."
-            )
-
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
-        """Each component makes its own masks from the 2-D one."""
-        return attention_mask
 
 
 ManticoreConfig.register_for_auto_class()

@@ -12,6 +12,7 @@ import inspect
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import ModelOutput
@@ -272,6 +273,11 @@ class Segment:
         if self.anatomy.cache_argument == "cache_params" and attention_mask is not None:
             # Recurrent models mask the tokens they are given, not the ones they have seen.
             attention_mask = attention_mask[:, -hidden.shape[1] :]
+        if cache is not None and cache.max_cache_len is not None and not cache.is_recurrent:
+            # Not every model stretches a mask to the length of a static cache (Bloom's position biases).
+            if attention_mask is None:
+                attention_mask = hidden.new_ones(len(hidden), cache.owner.seen + hidden.shape[1], dtype=torch.long)
+            attention_mask = F.pad(attention_mask, (0, cache.max_cache_len - attention_mask.shape[1]))
         arguments["attention_mask"] = attention_mask
         if cache is not None and self.anatomy.cache_argument is not None:
             arguments[self.anatomy.cache_argument] = cache

@@ -1,0 +1,71 @@
+"""How a hybrid makes and checks its caches, called by hand or by `generate`."""
+
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+
+from .cache_manticore import ManticoreCache
+from .configuration_manticore import ManticoreError
+
+
+class CachedDecoding:
+    """Mixin of ManticoreModel."""
+
+    def make_cache(self, max_cache_len=None):
+        """An empty cache for this hybrid.
+
+        Args:
+            max_cache_len: Length of a static cache; None for one that grows.
+
+        Raises:
+            ManticoreError: A component's own class gives no right results with a static cache.
+        """
+        configs = {name: self._modules[name].config for name in self.config.component_names}
+        cache = ManticoreCache(configs, {name: self.config.bounds(name) for name in configs}, max_cache_len)
+        if max_cache_len is not None:
+            for name in configs:
+                component = self._modules[name]
+                recurrent = all(cache.view(name, b)._attention is None for b in range(self.config.num_blocks))
+                if not recurrent and not component._can_compile_fullgraph:
+                    raise ManticoreError(
+                        f"Component {name!r} ({component.config.model_type}) does not support a static cache; leave "
+                        "cache_implementation at its default."
+                    )
+        return cache
+
+    def _cache_for(self, cache, use_cache):
+        if cache is not None and not isinstance(cache, ManticoreCache) and type(cache).__name__ != "ManticoreCache":
+            raise ManticoreError(
+                f"past_key_values is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
+            )
+        use_cache = (not self.training) if use_cache is None else use_cache
+        if self.training and self.is_gradient_checkpointing:
+            use_cache = False
+        if not use_cache:
+            return None
+        return self.make_cache() if cache is None else cache
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        implementation = generation_config.cache_implementation
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            if implementation is not None:
+                raise ManticoreError("Give either cache_implementation or past_key_values, not both.")
+            cache._is_user_defined = True
+            return
+        if generation_config.use_cache is False:
+            return
+        if implementation in (None, "dynamic"):
+            model_kwargs["past_key_values"] = self.make_cache()
+        elif implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS and "offloaded" not in implementation:
+            length = max(max_cache_length, generation_config.max_cache_len or 0)
+            model_kwargs["past_key_values"] = self.make_cache(length)
+        else:
+            raise ManticoreError(
+                f"cache_implementation={implementation!r} is not supported; use 'dynamic' or 'static'."
+            )
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
+        """Each component makes its own masks from the 2-D one."""
+        return attention_mask
