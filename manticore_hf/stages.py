@@ -1,5 +1,9 @@
-"""What is trainable in each stage of making a hybrid."""
+"""What is trainable in each stage of making a hybrid, and how its gradients are clipped."""
 
+import torch
+from transformers import TrainerCallback
+
+from manticore_hf.logs import hybrid_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 STAGES = ("projectors", "search", "finetune")
@@ -26,3 +30,30 @@ def set_stage(model, stage):
     if stage == "finetune":
         model.hybrid_mixer.alpha_logits.requires_grad_(False)
     return model
+
+
+class ComponentClipping(TrainerCallback):
+    """Clips the gradient of each component, and of the mixer, by its own norm.
+
+    One norm over all would let the component with the largest gradients decide the step of the others. Use it with
+    `max_grad_norm=0` in the TrainingArguments; not with fp16, whose gradients are still scaled when it runs.
+
+    Args:
+        max_norm: Largest norm of each part's gradient.
+    """
+
+    def __init__(self, max_norm=1.0):
+        if not max_norm > 0:
+            raise ManticoreError(f"max_norm={max_norm!r} must be positive.")
+        self.max_norm = max_norm
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.fp16:
+            raise ManticoreError("ComponentClipping cannot see fp16's loss scale; use bf16 or max_grad_norm.")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        hybrid = hybrid_of(model)
+        for part in (*map(hybrid.component, hybrid.config.component_names), hybrid.hybrid_mixer):
+            parameters = [p for p in part.parameters() if p.grad is not None]
+            if parameters:
+                torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)

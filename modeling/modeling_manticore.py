@@ -15,6 +15,7 @@ from .mixing_manticore import SPACES, HybridMixer, resize, weighted_sum
 from .outputs_manticore import HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .recurrent_manticore import keep_state_in_cache
 from .segments_manticore import Cuts
+from .sft_manticore import KeepsForward, fused_output
 from .weights_manticore import ReferencedWeights
 
 
@@ -298,7 +299,7 @@ def _is_active(weight):
     return not (isinstance(weight, float) and weight == 0.0)
 
 
-class ManticoreForCausalLM(Composed, ManticoreModel, GenerationMixin):
+class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMixin):
     """A hybrid with the mixture of its components' heads: an ordinary causal LM."""
 
     def forward(
@@ -343,6 +344,9 @@ class ManticoreForCausalLM(Composed, ManticoreModel, GenerationMixin):
         weights = [w for name, w in zip(names, row) if name in read]
         own = {name: self._cuts.head(self._modules[name])(state) for name, state in read.items()}
         logits, token_weights = self._mix(weights, read, own)
+        if kwargs.pop("fused_lm_head", False):
+            labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
+            return fused_output(self.config, logits, list(own.values()), **labelling)
 
         loss = mixture_loss = component_losses = None
         if labels is not None:

@@ -1,0 +1,117 @@
+"""LoRA on a hybrid's components, with targets that train the same way on every machine.
+
+On the portable path a low-rank update of Mamba's `dt_proj` never gets a gradient (its weight is read raw), and on the
+fused CUDA path those of `x_proj`, `dt_proj` and `out_proj` do not either: PEFT would train different parameters on
+different machines, silently. PEFT's own guard looks at the model type and does not see Mamba inside a hybrid.
+"""
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.segments_manticore import dissect
+
+UNSAFE = ("x_proj", "dt_proj", "out_proj", "conv1d")
+MIXER = "hybrid_mixer"
+
+
+def lora_targets(model, components=None):
+    """Full names of the linear maps inside the components' layers that LoRA may wrap.
+
+    Args:
+        model: A hybrid.
+        components: Names of the components to adapt; default: all.
+
+    Returns:
+        Sorted module names: attention, MLP and input projections; no heads, no embeddings, no expert routers, none of
+        Mamba's raw or fused projections.
+    """
+    names = model.config.component_names if components is None else list(components)
+    out = []
+    for name in names:
+        component = model.component(name)
+        anatomy = dissect(component)
+        prefix = f"{name}.{anatomy.path}.{anatomy.layers}."
+        for key, module in model.named_modules():
+            if not key.startswith(prefix) or not isinstance(module, (nn.Linear, Conv1D)):
+                continue
+            parent = model.get_submodule(key.rpartition(".")[0])
+            leaf = key.rpartition(".")[2]
+            if _is_state_space(parent) and leaf in UNSAFE:
+                continue
+            if leaf == "router" or (leaf == "gate" and hasattr(parent, "experts")):
+                continue
+            out.append(key)
+    return sorted(out)
+
+
+def _is_state_space(module):
+    return hasattr(module, "A_log")
+
+
+def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
+    """A LoraConfig for a hybrid.
+
+    Args:
+        model: A hybrid.
+        r: Rank.
+        components: Names of the components to adapt; default: all.
+        train_mixer: Train and save projectors, mixture weights and gate in full beside the adapters.
+        **kwargs: Further fields of LoraConfig (lora_alpha, lora_dropout, ...). `target_modules` replaces the safe
+            targets; unsafe ones among them are refused.
+
+    Returns:
+        A `peft.LoraConfig` for `peft.get_peft_model(model, config)`; its revision is the hybrid's own commit if it was
+        loaded from the Hub.
+
+    Raises:
+        ManticoreError: An unsafe target was asked for, or there is nothing to adapt.
+    """
+    from peft import LoraConfig
+
+    targets = kwargs.pop("target_modules", None)
+    if targets == "all-linear":
+        raise ManticoreError(
+            "target_modules='all-linear' would wrap heads, projectors and Mamba's raw projections; leave it out: "
+            "lora_config(model) targets every linear map that is safe."
+        )
+    if targets is None:
+        targets = lora_targets(model, components)
+    if not targets:
+        raise ManticoreError(f"No linear maps to adapt in {components}.")
+    config = LoraConfig(
+        r=r,
+        target_modules=targets,
+        modules_to_save=[MIXER] if train_mixer else None,
+        task_type="CAUSAL_LM",
+        revision=getattr(model, "_own_commit", None),
+        **kwargs,
+    )
+    refuse_unsafe(model, config)
+    return config
+
+
+def refuse_unsafe(model, config):
+    """Raises ManticoreError if a PEFT config would wrap a projection whose adapter trains on some machines only."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    for key, _ in model.named_modules():
+        parent, _, leaf = key.rpartition(".")
+        if leaf in UNSAFE and _is_state_space(model.get_submodule(parent)):
+            if check_target_module_exists(config, key):
+                raise ManticoreError(
+                    f"LoRA target {key!r}: Mamba reads this weight raw or inside a fused kernel, so its adapter would "
+                    "get no gradient on some machines, silently. Use lora_config(model), which leaves it out."
+                )
+
+
+def check_adapters(model):
+    """Raises ManticoreError if a PEFT model already wraps such a projection; returns the model."""
+    for key, module in model.named_modules():
+        parent, _, leaf = key.rpartition(".")
+        if leaf in UNSAFE and hasattr(module, "base_layer") and _is_state_space(model.get_submodule(parent)):
+            raise ManticoreError(
+                f"PEFT has wrapped {key!r}, whose adapter gets no gradient on some machines, silently. Make the "
+                "adapter with lora_config(model)."
+            )
+    return model

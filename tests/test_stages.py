@@ -1,0 +1,166 @@
+"""Stages with the standard Trainer and with TRL's, and clipping per component."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
+from manticore_hf.data import pack
+from manticore_hf.stages import ComponentClipping
+
+WORDS = "the cat sat on a mat and saw two dogs run".split()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    neox = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=16, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+                      num_attention_heads=4, max_position_embeddings=64)
+    )  # fmt: skip
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, state_size=4))
+    return ManticoreForCausalLM.from_components([neox, mamba], num_blocks=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocabulary = {word: i for i, word in enumerate(["<end>", "<unknown>", *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<end>", pad_token="<end>", unk_token="<unknown>", model_max_length=64
+    )
+
+
+def _arguments(path, **kwargs):
+    return TrainingArguments(
+        output_dir=str(path), per_device_train_batch_size=4, learning_rate=1e-2, report_to="none", use_cpu=True,
+        disable_tqdm=True, save_strategy="no", **{"max_steps": 3, **kwargs},
+    )  # fmt: skip
+
+
+def _snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def _changed(model, before):
+    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+
+
+@pytest.fixture
+def text(tokenizer):
+    return pack([" ".join(WORDS)] * 40, tokenizer, 8)
+
+
+@pytest.mark.parametrize("stage", ["projectors", "search", "finetune"])
+def test_the_standard_trainer_trains_what_the_stage_says(model, text, tmp_path, stage):
+    before = _snapshot(model)
+    alpha = model.mixture_weights()[0]
+    Trainer(model=set_stage(model, stage), args=_arguments(tmp_path), train_dataset=text).train()
+    changed = _changed(model, before)
+    assert any(key.startswith("hybrid_mixer.into") for key in changed)
+    assert any(key.startswith("mamba.") for key in changed) == (stage != "projectors")
+    assert any(key.startswith("gpt_neox.") for key in changed) == (stage != "projectors")
+    assert torch.equal(model.mixture_weights()[0], alpha) == (stage == "finetune")
+
+
+def test_frozen_components_keep_no_weight_gradients(model, text):
+    set_stage(model, "projectors")
+    ids = torch.tensor(text[:2]["input_ids"])
+    model.train()(ids, labels=ids).loss.backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None) <= key.startswith("hybrid_mixer."), key
+
+
+def test_unknown_stage(model):
+    with pytest.raises(ManticoreError, match="stage='warmup' is unknown"):
+        set_stage(model, "warmup")
+
+
+def test_sft_trainer(model, tokenizer, tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    before = _snapshot(model)
+    rows = Dataset.from_dict({"text": [" ".join(WORDS[i % 4 :]) for i in range(24)]})
+    args = SFTConfig(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
+        use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", max_length=16, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=set_stage(model, "finetune"), args=args, train_dataset=rows, processing_class=tokenizer
+    )
+    trainer.train()
+    assert torch.isfinite(torch.tensor(trainer.state.log_history[-1]["train_loss"]))
+    assert {key.split(".")[0] for key in _changed(model, before)} == {"hybrid_mixer", "gpt_neox", "mamba"}
+
+
+def test_sft_trainer_with_padding_prompt_masks_and_checkpointing(model, tokenizer, tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_dict({
+        "prompt": ["the cat", "a mat", "two dogs run on"] * 4,
+        "completion": [" sat", " and saw a cat", " the mat"] * 4,
+    })  # fmt: skip
+    args = SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=3, report_to="none", use_cpu=True,
+        bf16=False, disable_tqdm=True, save_strategy="no", max_length=16, gradient_checkpointing=True,
+        completion_only_loss=True,
+    )  # fmt: skip
+    SFTTrainer(model=set_stage(model, "finetune"), args=args, train_dataset=rows, processing_class=tokenizer).train()
+
+
+def test_clipping_bounds_each_part_by_its_own_norm(model, text, tmp_path):
+    norms = {}
+
+    class Watch(ComponentClipping):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
+            for name in ("gpt_neox", "mamba", "hybrid_mixer"):
+                grads = [p.grad for p in getattr(model, name).parameters() if p.grad is not None]
+                norms.setdefault(name, []).append(torch.stack([g.norm() for g in grads]).norm().item())
+
+    Trainer(
+        model=set_stage(model, "search"), args=_arguments(tmp_path, max_grad_norm=0.0), train_dataset=text,
+        callbacks=[Watch(0.01)],
+    ).train()  # fmt: skip
+    for name, values in norms.items():
+        assert len(values) == 3 and all(abs(v - 0.01) < 1e-4 for v in values), (name, values)
+
+
+def test_packing(tokenizer):
+    packed = pack(["the cat", "a mat sat"], tokenizer, 3)
+    end, ids = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids
+    assert packed["input_ids"] == [[ids("the"), ids("cat"), end], [ids("a"), ids("mat"), ids("sat")]]
+    assert packed["labels"] == packed["input_ids"]
+    assert len(pack(["the cat"] * 9, tokenizer, 3, limit=2)) == 2
+    with pytest.raises(ManticoreError, match="3 tokens, fewer than one block of 8"):
+        pack(["the cat"], tokenizer, 8)
+
+
+def test_the_fields_for_trl_are_the_models_own_loss(model):
+    ids = torch.randint(2, 12, (3, 9))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    model.config.component_loss_weight = 0.7
+    model.config.mix_loss_weight = 0.3
+    own = model(ids, labels=labels)
+    fused = model(ids, labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(fused.loss, own.loss)
+    torch.testing.assert_close(-fused.log_probs.sum() / fused.label_mask.sum(), own.loss)
+    assert fused.label_mask.sum() == (labels[:, 1:] != -100).sum()
+    assert torch.equal(fused.is_top1, (own.logits[:, :-1].argmax(-1) == labels[:, 1:]) & fused.label_mask)
+    probabilities = own.logits[:, :-1].softmax(-1)
+    entropy = -(probabilities * probabilities.log()).sum(-1) * fused.label_mask
+    torch.testing.assert_close(fused.entropy, entropy, atol=1e-5, rtol=1e-5)
+    whole = model(ids, shift_labels=labels, num_items_in_batch=7, fused_lm_head=True)
+    assert whole.log_probs.shape == labels.shape
