@@ -174,7 +174,6 @@ class ManticoreConfig(PreTrainedConfig):
         self.num_hidden_layers = self.num_blocks
         limits = [n for sub in subs if isinstance(n := getattr(sub, "max_position_embeddings", None), int)]
         self.max_position_embeddings = min(limits, default=None)
-        kwargs.pop("auto_map", None)
         kwargs.setdefault("tie_word_embeddings", False)
         # Transformers sets both on every sub-config, even to None: a component would lose the one it was loaded with.
         kept = []
@@ -336,7 +335,8 @@ def check_reference(name, repo_id, revision, subfolder=None):
         raise ManticoreError(
             f"Component {name!r}: revision={revision!r} of {repo_id!r} is no 40-hex commit; a branch can move."
         )
-    if subfolder and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", str(subfolder)) or ".." in subfolder.split("/")):
+    plain = isinstance(subfolder, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", subfolder)
+    if subfolder and (not plain or ".." in subfolder.split("/")):
         raise ManticoreError(f"Component {name!r}: subfolder={subfolder!r} is no plain sub-folder of a repository.")
 
 

@@ -1,0 +1,279 @@
+"""A published hybrid works where manticore_hf is not installed, and what is saved there works everywhere."""
+
+import ast
+import json
+import os
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from hub_models import MODEL, component_keys, nudge, publish, publish_hybrid, read_json, tiny, tokenizer
+from manticore_hf.modeling.configuration_manticore import AUTO_MAP
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import manticore_hf
+from manticore_hf import ManticoreForCausalLM, modeling
+
+CODE = Path(modeling.__file__).parent
+FILES = sorted(CODE.glob("*_manticore.py"))
+TUNED = "b.backbone.layers.0.norm.weight"
+
+# ---- the files themselves --------------------------------------------------------------------------------------------
+
+
+def imports(file):
+    """(module, level) of every import statement of a file."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module, node.level
+
+
+def test_modeling_imports_only_what_every_user_has():
+    allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy", *sys.stdlib_module_names}
+    optional = {"numba"}  # found at run time, never required
+    for file in (*FILES, CODE / "__init__.py"):
+        for module, level in imports(file):
+            if level == 0:
+                assert module.split(".")[0] in allowed | optional, f"{file.name} imports {module}"
+            else:
+                assert level == 1 and module and "." not in module, f"{file.name}: only `from .x import y` is portable"
+                assert (CODE / f"{module}.py").is_file()
+        assert "manticore_hf" not in {module.split(".")[0] for module, level in imports(file) if level == 0}
+
+
+def test_every_file_is_reachable_from_the_model():
+    """Transformers copies what the entry file imports, directly or not, by relative imports: nothing else."""
+    seen, waiting = set(), ["modeling_manticore"]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += [module for module, level in imports(CODE / f"{name}.py") if level]
+    assert seen == {file.stem for file in FILES}
+
+
+def test_imports_run_one_way():
+    graph = {file.stem: {module for module, level in imports(file) if level} for file in FILES}
+    while graph:
+        leaves = {name for name, needs in graph.items() if not needs & set(graph)}
+        assert leaves, f"a circle among {sorted(graph)}"
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+
+
+def test_no_class_of_ours_is_asked_for_by_isinstance_alone():
+    """The configuration and the model may come from different copies of these files (different dynamic modules)."""
+    shared = {"ManticoreConfig", "ComponentSpec", "ManticoreCache"}
+    for file in FILES:
+        for line in file.read_text().splitlines():
+            if "isinstance(" in line and any(name in line for name in shared):
+                assert "__name__" in line, f"{file.name}: {line.strip()}"
+
+
+def test_importing_the_package_registers_the_classes():
+    config = AutoConfig.for_model("manticore")
+    assert type(config) is manticore_hf.ManticoreConfig
+    assert AutoModel._model_mapping[type(config)] is manticore_hf.ManticoreModel
+    assert AutoModelForCausalLM._model_mapping[type(config)] is manticore_hf.ManticoreForCausalLM
+
+
+# ---- without the package ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """A Python with the same libraries, but without manticore_hf."""
+    root = tmp_path_factory.mktemp("stranger")
+    libraries = root / "libraries"
+    libraries.mkdir()
+    folders = [Path(path) for path in (*site.getsitepackages(), site.getusersitepackages())]
+    for folder in folders:
+        for item in folder.iterdir() if folder.is_dir() else ():
+            ours = "manticore" in item.name.lower() or item.suffix in (".pth", ".egg-link")
+            if not ours and not (libraries / item.name).exists():
+                (libraries / item.name).symlink_to(item)
+    venv.create(root / "venv", with_pip=False, symlinks=os.name != "nt")
+    inside = next((root / "venv").rglob("site-packages"))
+    (inside / "libraries.pth").write_text(f"{libraries}\n")
+    return next(path for path in (root / "venv").rglob("python*") if path.stem == "python")
+
+
+@pytest.fixture
+def run(stranger, hub, tmp_path):
+    """Runs a script there, with a cache of its own; returns what it left with `torch.save`."""
+
+    def start(script, *arguments):
+        result = tmp_path / "result.pt"
+        result.unlink(missing_ok=True)
+        # PYTHONPATH and the like would let the package in by the back door.
+        base = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+        environment = {**base, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        (tmp_path / "script.py").write_text(PREAMBLE + script)
+        command = [stranger, tmp_path / "script.py", result, *arguments]
+        done = subprocess.run(
+            [str(part) for part in command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+        return torch.load(result)
+
+    return start
+
+
+PREAMBLE = """
+import sys, torch
+torch.set_num_threads(1)
+try:
+    import manticore_hf
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("manticore_hf can be imported here: " + manticore_hf.__file__)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+output, repo, *more = sys.argv[1:]
+ids = torch.load("ids.pt")
+trust = {"trust_remote_code": True}
+
+def facts(model):
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        cache, parts = None, []
+        for piece in ids.split(3, -1):
+            out = model(input_ids=piece, past_key_values=cache, use_cache=True)
+            cache, parts = out.past_key_values, [*parts, out.logits]
+    text = model.generate(ids[:1], max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids[:1]))
+    return {"logits": logits, "chunked": torch.cat(parts, 1), "text": text}
+
+"""
+
+LOAD_FOUR_WAYS = """
+config = AutoConfig.from_pretrained(repo, **trust)
+assert type(config).__name__ == "ManticoreConfig" and "transformers_modules" in type(config).__module__
+base = AutoModel.from_pretrained(repo, **trust)
+assert type(base).__name__ == "ManticoreModel"
+model, info = AutoModelForCausalLM.from_pretrained(repo, output_loading_info=True, **trust)
+assert not any(info.values()), info
+found = facts(model)
+with torch.no_grad():
+    found["hidden"] = base.eval()(input_ids=ids).last_hidden_state
+pipe = pipeline("text-generation", model=repo, tokenizer=repo, **trust)
+found["pipeline"] = pipe("w5 w6 w7", max_new_tokens=6, do_sample=False)[0]["generated_text"]
+
+model.train()
+model(input_ids=ids, labels=ids).loss.backward()
+torch.optim.SGD(model.parameters(), lr=0.5).step()
+model.save_pretrained(more[0])
+model.push_to_hub(more[1])
+found["trained"] = facts(model)
+torch.save(found, output)
+"""
+
+LOAD = """
+torch.save({name: facts(AutoModelForCausalLM.from_pretrained(name, **trust)) for name in (repo, *more)}, output)
+"""
+
+COMPOSE = """
+from huggingface_hub import HfApi
+Model = type(AutoModelForCausalLM.from_pretrained(repo, **trust))
+made = Model.from_components(more, num_blocks=2)
+made.save_pretrained("made")
+again = AutoModelForCausalLM.from_pretrained("made", **trust)
+torch.save({"made": facts(made), "again": facts(again)}, output)
+"""
+
+
+def ids(rows=2):
+    """Rows of eight tokens; the scripts read them from a file."""
+    return torch.randint(3, 48, (2, 8), generator=torch.Generator().manual_seed(1))[:rows]
+
+
+def facts(model):
+    """What the scripts compute of a model, here."""
+    model.eval()
+    mask = torch.ones(1, ids().shape[1], dtype=torch.long)
+    with torch.no_grad():
+        logits = model(input_ids=ids()).logits
+        text = model.generate(ids(1), max_new_tokens=6, do_sample=False, attention_mask=mask)
+    return {"logits": logits, "text": text}
+
+
+def assert_facts(found, expected):
+    assert torch.equal(found["logits"], expected["logits"])
+    assert torch.equal(found["text"], expected["text"])
+    # The recurrent state is carried over (Transformers' own Mamba forgets it): the scan's repair works there too.
+    torch.testing.assert_close(found["chunked"], expected["logits"], rtol=1e-4, atol=1e-4)
+
+
+
+
+@pytest.fixture
+def published(hub, owner, tmp_path):
+    """A hybrid with one tuned component tensor and a tokenizer. Returns (repo id, model)."""
+    publish(hub, f"{owner}/a", tiny("gpt_neox"), tmp_path / "src", tokenizer())
+    publish(hub, f"{owner}/b", tiny("mamba", 1), tmp_path / "src", tokenizer())
+    model = nudge(ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"], num_blocks=2), TUNED)
+    model.save_pretrained(tmp_path / "out")
+    tokenizer().save_pretrained(tmp_path / "out")
+    publish_hybrid(hub, f"{owner}/hybrid", tmp_path / "out")
+    torch.save(ids(), tmp_path / "ids.pt")
+    return f"{owner}/hybrid", model
+
+
+def assert_complete(files, config):
+    """A repository that others can load."""
+    assert {file.name for file in FILES} <= set(files)
+    assert config["auto_map"] == AUTO_MAP and not any("--" in value for value in config["auto_map"].values())
+    for file in FILES:
+        assert files[file.name] == file.read_bytes()
+
+
+def test_life_without_the_package(published, run, hub, owner, tmp_path):
+    repo, model = published
+    found = run(LOAD_FOUR_WAYS, repo, tmp_path / "saved", f"{owner}/again")
+    assert_facts(found, facts(model))
+    base = AutoModel.from_pretrained(repo)
+    assert type(base) is manticore_hf.ManticoreModel
+    with torch.no_grad():
+        assert torch.equal(found["hidden"], base.eval()(input_ids=ids()).last_hidden_state)
+    words = tokenizer()
+    text = model.generate(**words("w5 w6 w7", return_tensors="pt", return_token_type_ids=False), max_new_tokens=6,
+                          do_sample=False)  # fmt: skip
+    assert found["pipeline"] == words.decode(text[0], skip_special_tokens=True)
+
+    # What was saved and pushed there is whole ...
+    pushed = hub.files(f"{owner}/again")
+    assert_complete(pushed, json.loads(pushed["config.json"]))
+    local = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    assert_complete(local, read_json(tmp_path / "saved"))
+    assert local[MODEL] == pushed[MODEL]
+    assert len(component_keys(tmp_path / "saved")) > 10  # trained
+    trained = found["trained"]
+    assert not torch.equal(trained["logits"], found["logits"])
+    # ... and loads there, from the Hub and from the directory as remote code, and here, as the package's own classes.
+    again = run(LOAD, f"{owner}/again", tmp_path / "saved")
+    for where in (f"{owner}/again", tmp_path / "saved"):
+        assert_facts(again[str(where)], trained)
+        loaded = AutoModelForCausalLM.from_pretrained(where)
+        assert type(loaded) is ManticoreForCausalLM
+        assert_facts({"chunked": trained["chunked"], **facts(loaded)}, trained)
+
+
+@pytest.mark.slow
+def test_composing_without_the_package(published, run, owner):
+    repo, _ = published
+    found = run(COMPOSE, repo, f"{owner}/a", f"{owner}/b")
+    here = ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"], num_blocks=2)
+    assert_facts(found["made"], facts(here))
+    assert_facts(found["again"], facts(here))
+
+
+def test_package_wins_over_remote_code(published):
+    for trust in (None, True):
+        loaded = AutoModelForCausalLM.from_pretrained(published[0], trust_remote_code=trust)
+        assert type(loaded) is ManticoreForCausalLM
+    assert type(AutoConfig.from_pretrained(published[0])) is manticore_hf.ManticoreConfig
