@@ -133,9 +133,11 @@ def tiny(family, seed=0, **settings):
     return model
 
 
-def members(name):
-    """Families of a component or pair: ("llama",) or ("gpt_neox", "mamba")."""
-    return PAIRS.get(name, (name,))
+def components(name):
+    """Components of one family ("llama") or of a pair ("gpt_neox+mamba") by name, which is their family."""
+    families = PAIRS.get(name, (name,))
+    sizes = _OTHER_SIZE if len(families) > 1 else {}
+    return {family: tiny(family, seed=i, **sizes.get(family, {})) for i, family in enumerate(families)}
 
 
 def hybrid(name, num_blocks=2, **settings):
@@ -144,9 +146,7 @@ def hybrid(name, num_blocks=2, **settings):
     Components are named after their family; projectors and mixture weights are drawn at random where the settings
     leave them free, so that nothing is the identity by accident.
     """
-    families = members(name)
-    sizes = _OTHER_SIZE if len(families) > 1 else {}
-    parts = [ComponentSpec(tiny(f, seed=i, **sizes.get(f, {})), name=f) for i, f in enumerate(families)]
+    parts = [ComponentSpec(part, name=family) for family, part in components(name).items()]
     model = ManticoreForCausalLM.from_components(parts, num_blocks=num_blocks, **settings)
     randomise(model)
     return model

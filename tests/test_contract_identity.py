@@ -1,0 +1,163 @@
+"""Contract: segments in sequence are the component, and a hybrid hardened to one component is that component."""
+
+import inspect
+
+import pytest
+import torch
+from families import FAMILIES, PAIRS, components, hybrid, randomise, tiny, tokens, uneven
+from manticore_hf.modeling.segments_manticore import Cuts, slice_config
+
+from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
+
+NATIVE = {"gate": "none", "embeddings": "native", "mixture": "static"}
+PAPER = {"preset": "paper"}
+
+
+def left_padded(time=9):
+    ids, mask = tokens(2, time), torch.ones(2, time, dtype=torch.long)
+    ids[0, :3], mask[0, :3] = 0, 0
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def component(request):
+    return tiny(request.param)
+
+
+@pytest.mark.parametrize("bounds", [(0, 5), (0, 2, 5), (0, 2, 4, 5), (0, 1, 2, 5), (0, 1, 2, 3, 4, 5)], ids=str)
+@torch.no_grad()
+def test_segments_in_sequence_are_the_uncut_stack(component, bounds):
+    cuts = Cuts()
+    anatomy = cuts.anatomy(component)
+    stack = component.get_submodule(anatomy.path)
+    ids, mask, positions = left_padded()
+    for given in (None, mask):
+        where = positions if given is not None else torch.arange(9)[None]
+        kwargs = {"position_ids": where} if anatomy.positions else {}
+        wanted = stack(input_ids=ids, attention_mask=given, use_cache=False, **kwargs)[0]
+        state = component.get_input_embeddings()(ids)
+        for start, stop in zip(bounds, bounds[1:]):
+            state = cuts.segment(component, start, stop)(state, given, where)
+        assert torch.equal(state, wanted)
+    head = cuts.head(component)(state)
+    kwargs = {"position_ids": positions} if anatomy.positions else {}
+    assert torch.equal(head, component(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits)
+
+
+def test_a_segment_holds_no_weights_of_its_own(component):
+    cuts = Cuts()
+    known = {id(p) for p in component.parameters()} | {id(b) for b in component.buffers()}
+    before = set(component.state_dict())
+    for start, stop in [(0, 2), (2, 5)]:
+        segment = cuts.segment(component, start, stop)
+        assert all(id(p) in known for p in segment.shell.module.parameters())
+        layers = getattr(segment.shell.module, segment.anatomy.layers)
+        assert list(layers) == list(getattr(segment.stack, segment.anatomy.layers))[start:stop]
+    assert set(component.state_dict()) == before
+
+
+def test_slice_config_cuts_every_list_of_layers(component):
+    config = component.config
+    sliced = slice_config(config, 1, 3)
+    assert (sliced.num_hidden_layers, config.num_hidden_layers) == (2, 5)
+    for key in ("layer_types", "layers_block_type", "attention_layers"):
+        if isinstance(getattr(config, key, None), (list, tuple)) and len(getattr(config, key)) == 5:
+            assert list(getattr(sliced, key)) == list(getattr(config, key))[1:3], key
+
+
+@pytest.mark.parametrize("settings", [PAPER, NATIVE], ids=["paper", "native"])
+@pytest.mark.parametrize("hybrid_name", [*FAMILIES, *PAIRS])
+@torch.no_grad()
+def test_one_hot_is_the_component(hybrid_name, settings):
+    parts = [ComponentSpec(part, name=name) for name, part in components(hybrid_name).items()]
+    ids = tokens()
+    upstream = [spec.source(input_ids=ids, use_cache=False).logits for spec in parts]
+    # From here on the components are repaired (scans in another order; RecurrentGemma's left padding)
+    ManticoreForCausalLM.from_components(parts)
+    for spec, wanted in zip(parts, upstream):
+        torch.testing.assert_close(spec.source(input_ids=ids, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
+    ids, mask, positions = left_padded()
+    labels = ids.masked_fill(mask == 0, -100)
+    for spec in parts:
+        takes = inspect.signature(spec.source.forward).parameters
+        wanted = {}
+        for given in (None, mask):
+            # Left alone, the component would count positions from the padding
+            extra = {"position_ids": positions} if given is not None and "position_ids" in takes else {}
+            wanted[given is None] = spec.source(
+                input_ids=ids, attention_mask=given, labels=labels, use_cache=False, **extra
+            )
+        for blocks in (1, 2, 3):
+            # Projectors do not vanish without the paper's gate; those of the reference component are the identity
+            extra = {"reference_component": spec.name} if settings is NATIVE else {}
+            model = ManticoreForCausalLM.from_components(parts, num_blocks=blocks, verify=False, **settings, **extra)
+            randomise(model)
+            model.set_mixture_weights(spec.name)
+            for given in (None, mask):
+                real = torch.ones(2, 9, dtype=torch.bool) if given is None else mask.bool()
+                got = model(input_ids=ids, attention_mask=given, labels=labels, use_cache=False)
+                assert torch.equal(got.logits[real], wanted[given is None].logits[real])
+                assert torch.equal(got.loss, wanted[given is None].loss)
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+@torch.no_grad()
+def test_an_uneven_cut_is_still_the_component(blocks):
+    parts = [ComponentSpec(tiny("gemma2"), name="a"), ComponentSpec(tiny("mamba", num_hidden_layers=6), name="b")]
+    cuts = {"a": uneven(5, blocks), "b": uneven(6, blocks)[::-1]}
+    model = ManticoreForCausalLM.from_components(parts, num_blocks=blocks, block_layers=cuts, **PAPER)
+    assert model.config.bounds("a")[1] == 1 and model.config.bounds("b")[-2] == 5
+    for name in "ab":
+        model.set_mixture_weights(name)
+        assert torch.equal(
+            model(input_ids=tokens(), use_cache=False).logits,
+            model.component(name)(input_ids=tokens(), use_cache=False).logits,
+        )
+
+
+@pytest.mark.parametrize("mixture", ["static", "token"])
+@pytest.mark.parametrize("pair", PAIRS)
+@torch.no_grad()
+def test_native_hybrid_of_one_block_starts_as_the_ensemble(pair, mixture):
+    model = hybrid(pair, num_blocks=1, embeddings="native", gate="none", mixture=mixture)
+    model.hybrid_mixer.reset()  # undoes the random perturbation of `hybrid`
+    ids = tokens()
+    parts = [model.component(n)(input_ids=ids, use_cache=False).logits.log_softmax(-1) for n in PAIRS[pair]]
+    wanted = torch.stack(parts).mean(0)
+    out = model(input_ids=ids, labels=ids, use_cache=False)
+    torch.testing.assert_close(out.logits, wanted, atol=1e-5, rtol=1e-5)
+    loss = torch.nn.functional.cross_entropy(wanted[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, loss)
+    if mixture == "token":
+        assert torch.equal(out.weights, torch.full_like(out.weights, 1 / len(parts)))
+
+
+@pytest.mark.parametrize("settings", [PAPER, {}], ids=["paper", "default"])
+def test_a_component_of_weight_zero_is_not_run(settings):
+    model = hybrid("gpt_neo+mamba2+opt", num_blocks=2, **settings)
+    calls = {}
+    for name in model.config.component_names:
+        calls[name] = [0] * model.component(name).config.num_hidden_layers
+        path = model._cuts.anatomy(model.component(name))
+        layers = getattr(model.component(name).get_submodule(path.path), path.layers)
+        for i, layer in enumerate(layers):
+            layer.register_forward_pre_hook(lambda *_, name=name, i=i: calls[name].__setitem__(i, calls[name][i] + 1))
+    model.set_mixture_weights(torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]]))
+    assert model.mixture_weights().tolist() == [[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]]
+    with torch.no_grad():
+        out = model(input_ids=tokens(), labels=tokens())
+    assert out.loss.isfinite()
+    assert calls == {"gpt_neo": [1, 1, 1, 0, 0], "mamba2": [1, 1, 0, 0], "opt": [0, 0, 0, 1, 1, 1]}
+    # A weight of None learns again
+    model.set_mixture_weights(None)
+    weights = model.mixture_weights()
+    assert (weights > 0).all() and torch.allclose(weights.sum(-1), torch.ones(2))
+
+
+def test_impossible_mixture_weights_are_refused():
+    model = hybrid("gpt_neox+mamba", num_blocks=2)
+    for bad in ([[1.0, 0.0]], [[0.5, 0.6], [0.5, 0.5]], [[1.5, -0.5], [0.5, 0.5]], [["a", "b"], [1, 0]], 3):
+        with pytest.raises(ManticoreError, match="mixture_weights=.*must be 2 rows"):
+            model.set_mixture_weights(bad)
+    with pytest.raises(ManticoreError, match="No component is named 'opt'.*gpt_neox"):
+        model.set_mixture_weights("opt")
