@@ -9,13 +9,26 @@ import subprocess
 import sys
 import tempfile
 
+TRAINING = {
+    "pretrain": "train projectors and mixture, components frozen",
+    "search": "search the mixture weights",
+    "finetune": "fine-tune everything at fixed mixture weights",
+}
+
 
 def main(argv=None):
     """Entry point of `manticore-hf`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="manticore-hf", description="Pretrained hybrids.")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in TRAINING:  # these take every option of TrainingArguments
+        from manticore_hf.train import main as train
+
+        return train(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_demo, _add_compose):
         add(commands)
+    for name, text in TRAINING.items():
+        commands.add_parser(name, help=text, add_help=False)
     args = parser.parse_args(argv)
     from manticore_hf.modeling.configuration_manticore import ManticoreError
 

@@ -1,0 +1,192 @@
+"""The training stages: pretrain (projectors), search, finetune. One function, one command each.
+
+    manticore-hf pretrain --model hybrid --data text.txt --output_dir projectors --learning_rate 1e-3
+    manticore-hf search   --model projectors --data text.txt --output_dir searched --strategy gaea
+    manticore-hf finetune --model projectors --mixture_from searched --data text.txt --output_dir tuned
+
+Every option of Transformers' TrainingArguments is taken by its usual name. A stage that was killed goes on from its
+last whole checkpoint when the same command is given again; a stage that is finished is not run again.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from manticore_hf.data import DataArguments, load_rows
+from manticore_hf.evaluation import compare_losses
+from manticore_hf.logs import HybridLogging
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
+from manticore_hf.stages import ComponentClipping, set_stage
+
+STAGES = {"pretrain": "projectors", "search": "search", "finetune": "finetune"}
+RESULT = "stage.json"
+
+
+@dataclass
+class StageArguments:
+    """What a stage starts from."""
+
+    model: str = field(metadata={"help": "The hybrid to start from: directory or Hub repo."})
+    mixture_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "finetune: a searched hybrid whose mixture weights are taken over and fixed, while components and "
+            "projectors start from --model (the paper's order)."
+        },
+    )
+    component_max_norm: float | None = field(
+        default=None, metadata={"help": "Clip the gradient of each component by its own norm (instead of over all)."}
+    )
+    train_dtype: str = field(
+        default="float32", metadata={"help": "dtype the weights are loaded in; bf16/fp16 options autocast over it."}
+    )
+
+
+class HybridTrainer(HybridLogging, Trainer):
+    """The standard Trainer, with the hybrid's parts in its logs."""
+
+
+def run_stage(stage, start, data, arguments):
+    """Runs one training stage.
+
+    Args:
+        stage: "pretrain", "search" or "finetune".
+        start: StageArguments.
+        data: DataArguments.
+        arguments: TrainingArguments; SearchArguments for "search".
+
+    Returns:
+        The stage's result, as written to `stage.json`: losses on the validation text of the hybrid, each component and
+        their ensemble, mixture weights, steps.
+
+    Raises:
+        ManticoreError: Something in the arguments cannot be used.
+    """
+    if stage not in STAGES:
+        raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(STAGES)}.")
+    output = Path(arguments.output_dir)
+    done = output / RESULT
+    if done.is_file():
+        result = json.loads(done.read_text())
+        print(f"{output}: this stage is finished; delete {done.name} there to run it again.")
+        _print_summary(stage, result)
+        return result
+    set_seed(arguments.seed)
+    model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
+    tokenizer = AutoTokenizer.from_pretrained(start.model)
+    if start.mixture_from is not None:
+        take_mixture(model, start.mixture_from)
+    train, validation = load_rows(data, tokenizer)
+    if stage == "finetune" and model.config.mixture == "static" and model.config.mixture_weights is None:
+        model.set_mixture_weights(model.mixture_weights())
+    set_stage(model, STAGES[stage])
+    kwargs = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
+    kwargs["data_collator"] = _collator(data, tokenizer)
+    if start.component_max_norm is not None:
+        arguments.max_grad_norm = 0.0
+        kwargs["callbacks"] = [ComponentClipping(start.component_max_norm)]
+    trainer = (SearchTrainer if stage == "search" else HybridTrainer)(model=model, args=arguments, **kwargs)
+    resume = arguments.resume_from_checkpoint or last_whole_checkpoint(output)
+    if resume:
+        print(f"{output}: going on from {resume}.")
+    trainer.train(resume_from_checkpoint=resume)
+    return _finish(stage, trainer, model, tokenizer, validation, output)
+
+
+def _finish(stage, trainer, model, tokenizer, validation, output):
+    result = {"stage": stage, "steps": trainer.state.global_step, "components": model.config.component_names}
+    result["mixture_weights"] = model.mixture_weights().tolist()
+    if validation is not None:
+        result["losses"] = compare_losses(model, validation, trainer.args.per_device_eval_batch_size)
+    if not trainer.is_world_process_zero():
+        return result
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    if stage == "search":
+        from manticore_hf.plots import plot_alpha, plot_mixture
+
+        plot_alpha(*alpha_history(trainer.state.log_history), output / "plots" / "alpha.png")
+        plot_mixture(result["mixture_weights"], result["components"], output / "plots" / "mixture.png")
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    # Last, and by rename: its presence says that the stage is finished.
+    scratch = output / f".{RESULT}"
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(scratch, output / RESULT)
+    _print_summary(stage, result)
+    return result
+
+
+def take_mixture(model, source):
+    """Fixes a hybrid's mixture weights at those of another, searched one.
+
+    Raises:
+        ManticoreError: The other hybrid has other components or blocks.
+    """
+    other = ManticoreConfig.from_pretrained(source)
+    mine = model.config
+    if other.component_names != mine.component_names or other.num_blocks != mine.num_blocks:
+        raise ManticoreError(
+            f"{source!r} has components {other.component_names} in {other.num_blocks} block(s), this hybrid "
+            f"{mine.component_names} in {mine.num_blocks}: its mixture weights do not fit."
+        )
+    model.set_mixture_weights(ManticoreForCausalLM.from_pretrained(source).mixture_weights())
+
+
+def last_whole_checkpoint(output):
+    """The newest checkpoint of a run that was written to its end, or None.
+
+    The Trainer writes `trainer_state.json` last; a checkpoint without it, or with half of it, was cut off by a kill.
+    """
+    found = []
+    for folder in Path(output).glob("checkpoint-*"):
+        try:
+            found.append((json.loads((folder / "trainer_state.json").read_text())["global_step"], folder))
+        except (OSError, ValueError, KeyError):
+            continue
+    return str(max(found)[1]) if found else None
+
+
+def _collator(data, tokenizer):
+    if data.prompt_column is None:
+        return default_data_collator
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
+
+
+def _print_summary(stage, result):
+    names = result["components"]
+    print(f"\n{stage}: {result['steps']} steps")
+    print(f"{'block':>8}" + "".join(f"{name:>24}" for name in names) + "   (mixture weights)")
+    for block, row in enumerate(result["mixture_weights"]):
+        print(f"{block + 1:>8}" + "".join(f"{weight:24.3f}" for weight in row))
+    for name, loss in result.get("losses", {}).items():
+        print(f"{name:>24}  {loss:.4f} nats per token on the validation text")
+
+
+def main(stage, argv):
+    """`manticore-hf pretrain|search|finetune ...`; returns the exit status."""
+    kind = SearchArguments if stage == "search" else TrainingArguments
+    parser = HfArgumentParser((StageArguments, DataArguments, kind), prog=f"manticore-hf {stage}", description=__doc__)
+    parser.set_defaults(report_to="none", use_cpu=not torch.cuda.is_available())
+    try:
+        run_stage(stage, *parser.parse_args_into_dataclasses(argv))
+    except ManticoreError as err:
+        print(f"manticore-hf {stage}: {err}", file=sys.stderr)
+        return 2
+    return 0

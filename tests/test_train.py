@@ -1,0 +1,217 @@
+"""The stage commands, as a user runs them; killed at any moment they end where an uninterrupted run does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from manticore_hf import ManticoreError, ManticoreForCausalLM
+from manticore_hf.data import DataArguments, load_rows
+from manticore_hf.train import last_whole_checkpoint, take_mixture
+
+WORDS = "the cat sat on a mat and saw two dogs run".split()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A tiny hybrid with its tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("start")
+    torch.manual_seed(0)
+    neox = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=16, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+                      num_attention_heads=4, max_position_embeddings=64, hidden_dropout=0.1)
+    )  # fmt: skip
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, state_size=4))
+    hybrid = ManticoreForCausalLM.from_components([neox, mamba], num_blocks=2, mixture="static")
+    hybrid.save_pretrained(folder / "hybrid")
+    vocabulary = {word: i for i, word in enumerate(["<end>", "<unknown>", *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", unk_token="<unknown>")
+    tokenizer.save_pretrained(folder / "hybrid")
+    torch.manual_seed(1)
+    text = " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (2000,)).tolist())
+    (folder / "text.txt").write_text(text)
+    return folder
+
+
+def _command(stage, start, output, *more):
+    return [
+        sys.executable, "-m", "manticore_hf.cli", stage, "--model", str(start / "hybrid"),
+        "--data", str(start / "text.txt"), "--block_size", "16", "--output_dir", str(output), "--max_steps", "6",
+        "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--save_steps", "2", "--logging_steps", "1",
+        "--seed", "3", "--use_cpu", "true", *more,
+    ]  # fmt: skip
+
+
+def _run(command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def _same(one, two):
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=0, msg=key)
+    first, second = (json.loads((folder / "stage.json").read_text())["losses"] for folder in (one, two))
+    assert first == pytest.approx(second, abs=1e-6)
+
+
+def _kill_when(command, condition):
+    """Starts the command and kills -9 it as soon as the condition holds; returns whether it was still running."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while process.poll() is None and time.time() < deadline:
+        if condition():
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.002)
+    process.kill()
+    return False
+
+
+def test_killed_while_training_and_while_saving(start, tmp_path):
+    _run(_command("finetune", start, tmp_path / "whole"))
+    output = tmp_path / "killed"
+    command = _command("finetune", start, output)
+    # During the saving of checkpoint 2: its folder is there, its last file is not.
+    early = output / "checkpoint-2"
+    assert _kill_when(command, lambda: early.is_dir() and not (early / "trainer_state.json").exists())
+    # During training: checkpoint 4 is whole, the stage is not finished.
+    assert _kill_when(command, lambda: (output / "checkpoint-4" / "trainer_state.json").exists())
+    assert not (output / "stage.json").exists()
+    done = _run(command)
+    assert "going on from" in done.stdout
+    _same(tmp_path / "whole", output)
+    assert "this stage is finished" in _run(command).stdout
+    for name in ("mixture weights", "ensemble", "hybrid", "gpt_neox", "mamba"):
+        assert name in done.stdout
+    model = ManticoreForCausalLM.from_pretrained(output)
+    assert model.config.mixture_weights == [[0.5, 0.5], [0.5, 0.5]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["darts", "darts_bilevel", "gaea", "dash"])
+def test_a_killed_search_goes_on(start, tmp_path, strategy):
+    more = ("--strategy", strategy, "--alpha_learning_rate", "0.1")
+    _run(_command("search", start, tmp_path / "whole", *more))
+    output = tmp_path / "killed"
+    command = _command("search", start, output, *more)
+    assert _kill_when(command, lambda: (output / "checkpoint-4" / "trainer_state.json").exists())
+    _run(command)
+    _same(tmp_path / "whole", output)
+
+
+def test_search_then_finetune_from_rewound_components(start, tmp_path):
+    _run(_command("search", start, tmp_path / "searched", "--strategy", "gaea", "--alpha_learning_rate", "0.5"))
+    assert (tmp_path / "searched" / "plots" / "alpha.png").stat().st_size > 5000
+    assert (tmp_path / "searched" / "plots" / "mixture.png").stat().st_size > 3000
+    searched = ManticoreForCausalLM.from_pretrained(tmp_path / "searched")
+    assert (searched.mixture_weights() - 0.5).abs().max() > 1e-3
+    _run(_command("finetune", start, tmp_path / "tuned", "--mixture_from", str(tmp_path / "searched")))
+    tuned = ManticoreForCausalLM.from_pretrained(tmp_path / "tuned")
+    torch.testing.assert_close(tuned.mixture_weights(), searched.mixture_weights())
+    log = json.loads((tmp_path / "tuned" / "trainer_state.json").read_text())["log_history"]
+    assert {"loss", "alpha/0/mamba", "alpha/1/gpt_neox", "loss/mixture"} <= set(log[0])
+
+
+def test_pretrain_moves_the_mixer_only(start, tmp_path):
+    _run(_command("pretrain", start, tmp_path / "out"))
+    before, after = (load_file(d / "model.safetensors") for d in (start / "hybrid", tmp_path / "out"))
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    assert changed and all(key.startswith("hybrid_mixer.") for key in changed)
+
+
+def test_user_errors_are_one_sentence(start, tmp_path):
+    command = _command("finetune", start, tmp_path / "x", "--mixture_from", str(start / "hybrid"))
+    command[command.index("--data") + 1] = str(start / "hybrid" / "model.safetensors")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("manticore-hf finetune: ")
+    assert "Traceback" not in done.stderr and "no files of one known format" in done.stderr
+    assert not (tmp_path / "x" / "stage.json").exists()
+
+
+def test_last_whole_checkpoint(tmp_path):
+    assert last_whole_checkpoint(tmp_path) is None
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-14").mkdir()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_take_mixture_refuses_another_shape(start, tmp_path):
+    model = ManticoreForCausalLM.from_pretrained(start / "hybrid")
+    one = ManticoreForCausalLM.from_components([model.component("mamba")])
+    with pytest.raises(ManticoreError, match="do not fit"):
+        take_mixture(one, str(start / "hybrid"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(start):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(start / "hybrid")
+
+
+def test_every_format_gives_the_same_rows(tmp_path, tokenizer):
+    import pandas
+
+    texts = [" ".join(WORDS[i:]) for i in range(8)] * 4
+    frame = pandas.DataFrame({"text": texts})
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_parquet(tmp_path / "a.parquet")
+    rows = [
+        load_rows(DataArguments(data=str(tmp_path / f"a.{kind}"), block_size=8), tokenizer)
+        for kind in ("jsonl", "csv", "parquet")
+    ]
+    for train, validation in rows[1:]:
+        assert train["input_ids"] == rows[0][0]["input_ids"] and validation["input_ids"] == rows[0][1]["input_ids"]
+    total = sum(len(text.split()) + 1 for text in texts) // 8
+    assert len(rows[0][0]) + len(rows[0][1]) == total
+
+
+def test_instruction_rows_have_no_loss_on_the_prompt(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("\n".join(
+        json.dumps({"prompt": "the cat sat", "completion": "on a mat"}) for _ in range(4)
+    ))  # fmt: skip
+    arguments = DataArguments(data=str(tmp_path / "a.jsonl"), block_size=16, prompt_column="prompt")
+    train, _ = load_rows(arguments, tokenizer)
+    row = train[0]
+    assert row["labels"][:3] == [-100] * 3 and row["labels"][3:] == row["input_ids"][3:]
+    assert row["input_ids"][-1] == tokenizer.eos_token_id and len(row["attention_mask"]) == 7
+
+
+@pytest.mark.parametrize(
+    "content,arguments,message",
+    [
+        ("the cat", {"block_size": 512}, "2 tokens|3 tokens"),
+        ("the cat sat on a mat", {"block_size": 4}, "too short to hold out"),
+        ('{"body": "the cat"}', {"name": "a.jsonl"}, "no column 'text'; it has \\['body'\\]"),
+        ('{"text": 3}', {"name": "a.jsonl"}, "holds int, not text"),
+        ("the cat", {"name": "a.docx"}, "no files of one known format"),
+    ],
+)
+def test_bad_data_is_refused_by_name(tmp_path, tokenizer, content, arguments, message):
+    file = tmp_path / arguments.pop("name", "a.txt")
+    file.write_text(content)
+    with pytest.raises(ManticoreError, match=message):
+        load_rows(DataArguments(data=str(file), **arguments), tokenizer)
+
+
+def test_an_unknown_source_is_refused(tokenizer):
+    with pytest.raises(ManticoreError, match="data='nobody/nothing' is no file or folder here"):
+        load_rows(DataArguments(data="nobody/nothing"), tokenizer)
