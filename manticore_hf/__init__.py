@@ -6,10 +6,12 @@ Importing the package registers the classes with Transformers' Auto classes, so 
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from manticore_hf.adapters import lora_config
 from manticore_hf.calibrate import calibrate_projectors
 from manticore_hf.modeling.components_manticore import ComponentSpec
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM, ManticoreModel
+from manticore_hf.search import SearchArguments, SearchTrainer
 from manticore_hf.stages import set_stage
 
 __version__ = "0.1.0"
@@ -19,7 +21,10 @@ __all__ = [
     "ManticoreError",
     "ManticoreForCausalLM",
     "ManticoreModel",
+    "SearchArguments",
+    "SearchTrainer",
     "calibrate_projectors",
+    "lora_config",
     "set_stage",
 ]
 

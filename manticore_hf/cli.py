@@ -25,7 +25,7 @@ def main(argv=None):
 
         return train(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_compose):
+    for add in (_add_demo, _add_compose, _add_calibrate, _add_run):
         add(commands)
     for name, text in TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -83,25 +83,53 @@ def _add_compose(commands):
 
 
 def _compose(args):
-    from transformers import AutoTokenizer, set_seed
+    from manticore_hf.prepare import run_compose
 
-    from manticore_hf import ManticoreForCausalLM
+    settings = {"num_blocks": args.num_blocks, "preset": args.preset}
+    run_compose(args.components, args.output_dir, args.seed, args.dtype, **settings)
 
-    set_seed(args.seed)
-    model = ManticoreForCausalLM.from_components(
-        args.components, num_blocks=args.num_blocks, preset=args.preset, dtype=args.dtype
+
+def _add_calibrate(commands):
+    command = commands.add_parser(
+        "calibrate",
+        help="solve for a hybrid's projectors in closed form",
+        description="Runs each component alone on plain text and solves ridge regressions between their states.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    index = model.config.component_names.index(model.config.tokenizer_component)
-    source, _, _ = args.components[index].partition("@")
-    revision = model.config.components[index]["revision"] or "main"
-    model.save_pretrained(args.output_dir)
-    try:
-        AutoTokenizer.from_pretrained(source, revision=revision).save_pretrained(args.output_dir)
-    except (OSError, ValueError) as err:
-        print(f"No tokenizer was saved: {source} has none that can be read ({err}).", file=sys.stderr)
-    size = sum(entry.stat().st_size for entry in os.scandir(args.output_dir) if entry.name.endswith(".safetensors"))
-    print(f"{args.output_dir}: {', '.join(model.config.component_names)} in {args.num_blocks} block(s)")
-    print(f"{model.num_parameters():,} parameters, of which {size:,} bytes are the hybrid's own on disk")
+    command.add_argument("--model", required=True, help="the hybrid: directory or Hub repo")
+    command.add_argument("--data", required=True, help="text, jsonl, csv or parquet file, or a Hub data set")
+    command.add_argument("--output-dir", required=True, help="where to write the calibrated hybrid")
+    command.add_argument("--tokens", type=int, default=40_000, help="tokens to use")
+    command.add_argument("--block-size", type=int, default=512, help="tokens per row")
+    command.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
+    command.add_argument("--reference", help="reference component (default: the one with the lowest loss)")
+    command.set_defaults(run=_calibrate)
+
+
+def _calibrate(args):
+    from manticore_hf.data import DataArguments
+    from manticore_hf.prepare import run_calibrate
+
+    data = DataArguments(data=args.data, block_size=args.block_size, validation_fraction=0.0)
+    run_calibrate(args.model, data, args.output_dir, args.tokens, args.batch_size, args.reference)
+
+
+def _add_run(commands):
+    command = commands.add_parser(
+        "run",
+        help="run all stages of a recipe",
+        description="Runs the stages of a YAML recipe, each in a directory of its own; finished stages are skipped, so "
+        "the same command goes on after a kill.",
+    )
+    command.add_argument("recipe", help="the YAML file")
+    command.add_argument("--output-dir", required=True, help="directory below which every stage writes its own")
+    command.set_defaults(run=_run)
+
+
+def _run(args):
+    from manticore_hf.recipe import run_recipe
+
+    run_recipe(args.recipe, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ last whole checkpoint when the same command is given again; a stage that is fini
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +29,11 @@ from manticore_hf.evaluation import compare_losses
 from manticore_hf.logs import HybridLogging
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+from manticore_hf.prepare import RESULT, finished, record
 from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
 from manticore_hf.stages import ComponentClipping, set_stage
 
 STAGES = {"pretrain": "projectors", "search": "search", "finetune": "finetune"}
-RESULT = "stage.json"
 
 
 @dataclass
@@ -80,10 +79,8 @@ def run_stage(stage, start, data, arguments):
     if stage not in STAGES:
         raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(STAGES)}.")
     output = Path(arguments.output_dir)
-    done = output / RESULT
-    if done.is_file():
-        result = json.loads(done.read_text())
-        print(f"{output}: this stage is finished; delete {done.name} there to run it again.")
+    if (result := finished(output)) is not None:
+        print(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
         _print_summary(stage, result)
         return result
     set_seed(arguments.seed)
@@ -123,10 +120,7 @@ def _finish(stage, trainer, model, tokenizer, validation, output):
         plot_alpha(*alpha_history(trainer.state.log_history), output / "plots" / "alpha.png")
         plot_mixture(result["mixture_weights"], result["components"], output / "plots" / "mixture.png")
     trainer.state.save_to_json(str(output / "trainer_state.json"))
-    # Last, and by rename: its presence says that the stage is finished.
-    scratch = output / f".{RESULT}"
-    scratch.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(scratch, output / RESULT)
+    record(output, result)
     _print_summary(stage, result)
     return result
 

@@ -1,0 +1,106 @@
+"""Recipes: the shipped ones validate, a run skips what is finished, and mistakes are named with their line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from manticore_hf import ManticoreError, ManticoreForCausalLM
+from manticore_hf.recipe import load_recipe, run_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+WORDS = "the cat sat on a mat and saw two dogs run".split()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_shipped_recipes_validate(path):
+    recipe = load_recipe(path)
+    assert len(recipe.components) >= 2 and recipe.stages
+
+
+def _write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("components: [a/b]\nsteges: []\n", r"x.yaml:2: steges: unknown key"),
+        ("name: x\ncomponents: []\n", r"x.yaml:2: components: names no component"),
+        ("components: [a/b, 3]\n", r"x.yaml:1: components.1: is 3"),
+        ("components: a/b\n", r"x.yaml:1: components: is 'a/b', must be a list"),
+        ("components: [a/b]\nhybrid:\n  num_block: 2\n", r"x.yaml:3: hybrid.num_block: unknown key \(value 2\)"),
+        ("components: [a/b]\ndata: {data: t}\nstages:\n  - serch: {}\n", r"x.yaml:4: stages.0: stage .serch. is unkn"),
+        (
+            "components: [a/b]\ndata: {data: t}\nstages:\n  - finetune:\n      lerning_rate: 1\n",
+            r"x.yaml:5: stages.0.finetune.lerning_rate: unknown key",
+        ),
+        ("components: [a/b]\nstages: [finetune]\n", r"data: has no key 'data'"),
+        ("components: [a/b]\nseed: abc\n", r"x.yaml:2: seed: is 'abc'"),
+        ("components: [a\n", r"is no valid YAML"),
+        ("- a\n", r"must be a mapping"),
+        ("components: !!python/object/apply:os.system ['true']\n", r"is no valid YAML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    with pytest.raises(ManticoreError, match=message):
+        load_recipe(_write(tmp_path / "x.yaml", text))
+
+
+def test_a_missing_recipe(tmp_path):
+    with pytest.raises(ManticoreError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    neox = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=16, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+                      num_attention_heads=4, max_position_embeddings=64)
+    )  # fmt: skip
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, state_size=4))
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<end>", "<unk>", *WORDS])}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", unk_token="<unk>")
+    for name, model in (("neox", neox), ("mamba", mamba)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "text.txt").write_text(" ".join(WORDS[i] for i in torch.randint(0, 11, (3000,)).tolist()))
+    return folder
+
+
+def test_a_run_writes_every_stage_and_skips_what_is_finished(parts, tmp_path, capsys):
+    text = f"""
+name: tiny
+components: [{parts / "neox"}, {parts / "mamba"}]
+hybrid: {{num_blocks: 2, mixture: static}}
+data: {{data: {parts / "text.txt"}, block_size: 16}}
+stages:
+  - calibrate: {{tokens: 1000, batch_size: 4}}
+  - pretrain: {{max_steps: 2, learning_rate: 0.01, save_strategy: "no"}}
+  - search: {{max_steps: 3, strategy: gaea, alpha_learning_rate: 0.5, save_strategy: "no"}}
+  - finetune: {{max_steps: 2, save_strategy: "no"}}
+"""
+    recipe = _write(tmp_path / "tiny.yaml", text)
+    results = run_recipe(recipe, tmp_path / "out")
+    assert [folder.name for folder, _ in results] == [
+        "0-compose", "1-calibrate", "2-pretrain", "3-search", "4-finetune"
+    ]  # fmt: skip
+    for folder, result in results:
+        assert ManticoreForCausalLM.from_pretrained(folder).config.num_blocks == 2
+        assert result["stage"] == folder.name.split("-")[1]
+    searched, tuned = (ManticoreForCausalLM.from_pretrained(results[i][0]) for i in (3, 4))
+    torch.testing.assert_close(tuned.mixture_weights(), searched.mixture_weights())
+    assert (results[4][0] / "recipe.yaml").read_text() == text
+    capsys.readouterr()
+    again = run_recipe(recipe, tmp_path / "out")
+    assert [result for _, result in again] == [result for _, result in results]
+    assert capsys.readouterr().out.count("this stage is finished") == 5
+    other = _write(tmp_path / "other.yaml", text.replace("max_steps: 3", "max_steps: 4"))
+    with pytest.raises(ManticoreError, match="stages of another recipe"):
+        run_recipe(other, tmp_path / "out")
