@@ -3,6 +3,7 @@
 Everything that can be refused is refused from `config.json` and file lists, before weights are downloaded.
 """
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import cached_file, logging
 
 from .configuration_manticore import ManticoreError, check_component_name
@@ -58,14 +62,13 @@ class ComponentSpec:
     @classmethod
     def of(cls, item):
         """An item of `from_components([...])` as a spec."""
-        if isinstance(item, cls) or type(item).__name__ == cls.__name__:
-            return item
-        if isinstance(item, (str, os.PathLike, PreTrainedModel)):
-            return cls(item)
-        raise ManticoreError(
-            f"Component {item!r} is a {type(item).__name__}; give a repo id, a local directory, a causal LM or a "
-            "ComponentSpec."
-        )
+        spec = item if type(item).__name__ == cls.__name__ else cls(item)  # by name: it may be of another copy
+        if not isinstance(spec.source, (str, os.PathLike, PreTrainedModel)):
+            raise ManticoreError(
+                f"Component {spec.source!r} is a {type(spec.source).__name__}; give a repo id, a local directory, a "
+                "causal LM or a ComponentSpec."
+            )
+        return spec
 
 
 @dataclass
@@ -118,7 +121,7 @@ def resolve(spec, hub):
         folder = os.path.join(source, spec.subfolder or "")
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise ManticoreError(f"Component {found.name!r}: the directory {folder!r} has no config.json.")
-        found.config = _read_config(found, folder, {})
+        _read_config(found, folder)
         _check_weight_files(found, lambda file: os.path.isfile(os.path.join(folder, file)))
         return found
     return _resolve_repo(spec, source, hub)
@@ -127,7 +130,14 @@ def resolve(spec, hub):
 def _resolve_model(spec):
     model = spec.source
     found = Resolved(_name(spec, model.config.model_type), model.config, model=model)
-    _check_architecture(found, model.config.to_dict())
+    _check_architecture(found, {**model.config.to_dict(), "architectures": [type(model).__name__]})
+    _check_direction(found)
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type]
+    if type(model).__name__ != usual:
+        raise ManticoreError(
+            f"Component {found.address} is a {type(model).__name__}; a saved hybrid would rebuild it as {usual}. Give "
+            "a model of that class."
+        )
     if spec.revision:
         raise ManticoreError(
             f"Component {found.name!r} is an instantiated model: it has no revision {spec.revision!r}."
@@ -161,7 +171,8 @@ def _resolve_repo(spec, source, hub):
             if required:
                 raise ManticoreError(
                     f"Component {found.address}: {file} at revision {revision!r} is not in the local cache and the Hub "
-                    "cannot be reached."
+                    f"does not give it ({err.__cause__ or 'local files only'}). Go online, or fetch it with "
+                    "`hf download`."
                 ) from err
         except HfHubHTTPError as err:
             if required and err.response is not None and err.response.status_code != 404:
@@ -175,7 +186,7 @@ def _resolve_repo(spec, source, hub):
     if commit is None:
         raise ManticoreError(f"Component {found.address}: revision {revision!r} did not resolve to a commit.")
     found.revision = commit[1]
-    found.config = _read_config(found, os.path.dirname(config_file), {})
+    _read_config(found, os.path.dirname(config_file))
 
     def exists(file):
         path = os.path.join(spec.subfolder, file) if spec.subfolder else file
@@ -205,15 +216,29 @@ def _name(spec, text):
     return name
 
 
-def _read_config(found, folder, kwargs):
-    values, _ = PreTrainedConfig.get_config_dict(folder, **kwargs)
+def _read_config(found, folder):
+    """Sets `found.config` to what config.json says."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            values = json.load(file)
+    except (OSError, ValueError) as err:
+        raise ManticoreError(
+            f"Component {found.address}: its config.json is no JSON object ({err}); repair it or choose another."
+        ) from err
+    if not isinstance(values, dict):
+        raise ManticoreError(
+            f"Component {found.address}: its config.json is no JSON object but {values!r}; repair it or choose another."
+        )
     _check_architecture(found, values)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs)
-    except ManticoreError:
-        raise
+        found.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as err:
-        raise ManticoreError(f"Component {found.address}: its config.json is invalid: {err}") from err
+        raise ManticoreError(
+            f"Component {found.address}: its config.json is invalid ({err}); repair it or choose another."
+        ) from err
+    # The hybrid runs Transformers' own class: the repository's code is not used, and nobody should be sent to it.
+    found.config.__dict__.pop("auto_map", None)
+    _check_direction(found)
 
 
 def _check_architecture(found, values):
@@ -236,12 +261,19 @@ def _check_architecture(found, values):
         )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ManticoreError(f"Component {found.address} is no causal LM (model_type {kind!r}).")
-    # BERT-like classes are causal only by choice; that they were is checked again by running them (verify_segments).
     architectures = values.get("architectures") or []
     if architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
         raise ManticoreError(
             f"Component {found.address} was saved as {architectures[0]}, not as a causal LM; only causal LMs can be "
             "joined."
+        )
+
+
+def _check_direction(found):
+    if found.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(found.config, "is_decoder", True):
+        raise ManticoreError(
+            f"Component {found.address} reads text in both directions (is_decoder=False in its config.json); only "
+            "causal LMs can be joined."
         )
 
 
@@ -306,15 +338,17 @@ def load(found, dtype, hub):
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
             **kwargs,
         )
     except Exception as err:
         raise ManticoreError(f"Component {found.address}: its weights cannot be loaded: {err}") from err
     if info["missing_keys"] or info["mismatched_keys"]:
-        bad = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+        shapes = [f"{key} ({tuple(got)}, not {tuple(need)})" for key, got, need in sorted(info["mismatched_keys"])]
+        bad = sorted(info["missing_keys"]) + shapes
         raise ManticoreError(
             f"Component {found.address}: {len(bad)} weights are missing or of another shape in its checkpoint, "
-            f"for example {bad[0]}."
+            f"for example {bad[0]}: its config.json belongs to other weights."
         )
     return _keep_untied(model)
 

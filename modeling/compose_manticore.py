@@ -1,11 +1,15 @@
 """Composing a hybrid from pretrained models, and checking that what was composed is what was meant."""
 
+import difflib
+import inspect
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .components_manticore import ComponentSpec, check_tokenizers, load, resolve
 from .configuration_manticore import ManticoreError
+
+_NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 
 
 class Composed:
@@ -33,8 +37,18 @@ class Composed:
             ManticoreError: A component or setting that cannot be used, named, before weights are downloaded where
                 possible.
         """
-        if isinstance(components, (str, PreTrainedModel)) or not components:
+        if not isinstance(components, (list, tuple)) or not components:
             raise ManticoreError("from_components takes a list of at least one component.")
+        known = [key for key in inspect.signature(cls.config_class.__init__).parameters if key not in _NO_SETTINGS]
+        for key in settings:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1)
+                raise ManticoreError(
+                    f"{key}={settings[key]!r}: there is no such setting"
+                    + (f"; did you mean {close[0]}?" if close else f"; choose from {known}.")
+                )
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ManticoreError(f"dtype={dtype!r} is no dtype of torch; give for example 'bfloat16'.")
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         found = [resolve(ComponentSpec.of(item), hub) for item in components]
         config = cls.config_class(components=[one.entry() for one in found], **settings)

@@ -164,7 +164,9 @@ class ManticoreConfig(PreTrainedConfig):
             vocab_size = getattr(self, self.tokenizer_component).vocab_size
         if len(set(sizes.values()) | ({vocab_size} if subs else set())) > 1:
             raise ManticoreError(
-                f"The vocabularies differ in size: {sizes}, hybrid {vocab_size}. Components must share one vocabulary."
+                f"The vocabularies differ in size: {sizes}, hybrid vocab_size={vocab_size}. Components must share one "
+                "vocabulary; where they share a tokenizer and differ in padding rows only, load each and call "
+                "resize_token_embeddings with the smallest size first."
             )
         self.vocab_size = vocab_size
         # Read by Transformers (generation, pipelines) and never free choices here: they follow from the components.
@@ -288,7 +290,7 @@ class ManticoreConfig(PreTrainedConfig):
         out.pop("_component_names", None)
         for entry in out["components"]:
             sub = copy.deepcopy(getattr(self, entry["name"])).to_dict()
-            for private in ("transformers_version", "_name_or_path"):
+            for private in ("transformers_version", "_name_or_path", "auto_map"):
                 sub.pop(private, None)
             entry["config"] = sub
             out.pop(entry["name"], None)
