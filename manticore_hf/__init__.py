@@ -1,33 +1,39 @@
 """manticore-hf: pretrained hybrids as ordinary Transformers models.
 
 Importing the package registers the classes with Transformers' Auto classes, so that hybrids load without
-`trust_remote_code`.
+`trust_remote_code`. What trains is imported when it is first asked for: it brings Trainer and datasets with it.
 """
+
+import importlib
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from manticore_hf.adapters import lora_config
-from manticore_hf.calibrate import calibrate_projectors
 from manticore_hf.modeling.components_manticore import ComponentSpec
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM, ManticoreModel
-from manticore_hf.search import SearchArguments, SearchTrainer
-from manticore_hf.stages import set_stage
 
 __version__ = "0.1.0"
-__all__ = [
-    "ComponentSpec",
-    "ManticoreConfig",
-    "ManticoreError",
-    "ManticoreForCausalLM",
-    "ManticoreModel",
-    "SearchArguments",
-    "SearchTrainer",
-    "calibrate_projectors",
-    "lora_config",
-    "set_stage",
-]
+
+_LATER = {
+    "SearchArguments": "search",
+    "SearchTrainer": "search",
+    "calibrate_projectors": "calibrate",
+    "lora_config": "adapters",
+    "set_stage": "stages",
+}
+
+__all__ = ["ComponentSpec", "ManticoreConfig", "ManticoreError", "ManticoreForCausalLM", "ManticoreModel", *_LATER]
 
 AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
 AutoModel.register(ManticoreConfig, ManticoreModel, exist_ok=True)
 AutoModelForCausalLM.register(ManticoreConfig, ManticoreForCausalLM, exist_ok=True)
+
+
+def __getattr__(name):
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+
+
+def __dir__():
+    return sorted({*globals(), *_LATER})
