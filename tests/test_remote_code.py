@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import site
 import subprocess
 import sys
 import venv
@@ -91,8 +90,7 @@ def stranger(tmp_path_factory):
     root = tmp_path_factory.mktemp("stranger")
     libraries = root / "libraries"
     libraries.mkdir()
-    folders = [Path(path) for path in (*site.getsitepackages(), site.getusersitepackages())]
-    for folder in folders:
+    for folder in (Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")):
         for item in folder.iterdir() if folder.is_dir() else ():
             ours = "manticore" in item.name.lower() or item.suffix in (".pth", ".egg-link")
             if not ours and not (libraries / item.name).exists():
