@@ -290,7 +290,12 @@ def _check_weight_files(found, exists):
 
 
 def check_tokenizers(components, hub):
-    """Raises ManticoreError if two components that come with tokenizers map tokens to ids differently."""
+    """Raises ManticoreError if two components that come with tokenizers map tokens to ids differently.
+
+    Returns:
+        The vocabulary's size if all components come with (the same) tokenizer and have embeddings for all its tokens:
+        the smallest of their embeddings' sizes. Else None.
+    """
     vocabularies = {}
     for found in components:
         where = found.directory or found.repo_id
@@ -317,6 +322,9 @@ def check_tokenizers(components, hub):
                 f"Components {one} and {two} have different vocabularies (token {token!r} has id {first.get(token)} "
                 f"and {second.get(token)}); components must share one tokenizer."
             )
+    smallest = min(found.config.vocab_size for found in components)
+    known = len(vocabularies) == len(components) and max(next(iter(vocabularies.values())).values()) < smallest
+    return smallest if known else None
 
 
 def load(found, dtype, hub):

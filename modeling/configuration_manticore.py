@@ -87,7 +87,8 @@ class ManticoreConfig(PreTrainedConfig):
         component_loss_weight: Weight of the sum of the cross-entropies of the components' own heads.
         mixture_weights: Exact mixture weights [S][K], or None while they are learned. A zero is a zero: that component
             is not run in that block.
-        vocab_size: Size of the (common) vocabulary.
+        vocab_size: Size of the common vocabulary. Rows that a component has beyond it are padding and never get
+            probability.
         tokenizer_component: The component whose tokenizer is the hybrid's. Default: the first.
         route: One component name per block once hardened; None for a soft hybrid.
         preset: "paper" or "default": fills every key of these that is not given.
@@ -160,13 +161,13 @@ class ManticoreConfig(PreTrainedConfig):
 
         subs = [getattr(self, name) for name in self._component_names]
         sizes = {name: getattr(self, name).vocab_size for name in self._component_names}
-        if vocab_size is None and subs:
-            vocab_size = getattr(self, self.tokenizer_component).vocab_size
-        if len(set(sizes.values()) | ({vocab_size} if subs else set())) > 1:
+        if vocab_size is None and len(set(sizes.values())) == 1:
+            vocab_size = min(sizes.values())
+        if subs and vocab_size != min(sizes.values()):
             raise ManticoreError(
                 f"The vocabularies differ in size: {sizes}, hybrid vocab_size={vocab_size}. Components must share one "
-                "vocabulary; where they share a tokenizer and differ in padding rows only, load each and call "
-                "resize_token_embeddings with the smallest size first."
+                "vocabulary. Sizes may differ in padding rows only, which shows where every component comes with the "
+                "same tokenizer; for instances load each and call model.resize_token_embeddings(n) with the same n."
             )
         self.vocab_size = vocab_size
         # Read by Transformers (generation, pipelines) and never free choices here: they follow from the components.

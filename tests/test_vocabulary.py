@@ -1,0 +1,73 @@
+"""The same vocabulary padded to different sizes, as Pythia's and Mamba's are."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from manticore_hf import ManticoreError, ManticoreForCausalLM
+
+WORDS = "the cat sat on a mat and saw two dogs run".split()
+
+
+def _save(folder, name, size, words=WORDS):
+    torch.manual_seed(size)
+    if name == "neox":
+        config = GPTNeoXConfig(vocab_size=size, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+                               num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+        GPTNeoXForCausalLM(config).save_pretrained(folder / name)
+    else:
+        config = MambaConfig(vocab_size=size, hidden_size=16, num_hidden_layers=2, state_size=4)
+        MambaForCausalLM(config).save_pretrained(folder / name)
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<end>", *words])}, unk_token="<end>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>").save_pretrained(folder / name)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("embeddings,mixture", [("native", "token"), ("native", "static"), ("mixed", "static")])
+def test_padding_rows_never_get_probability(tmp_path, embeddings, mixture):
+    parts = [_save(tmp_path, "neox", 20), _save(tmp_path, "mamba", 16)]
+    model = ManticoreForCausalLM.from_components(parts, embeddings=embeddings, mixture=mixture)
+    assert model.config.vocab_size == 16
+    ids = torch.randint(0, 12, (2, 7))
+    logits = model(ids).logits
+    assert logits.shape == (2, 7, 16)
+    if embeddings == "native":
+        neox, mamba = (model.component(n)(ids).logits[..., :16].log_softmax(-1) for n in ("neox", "mamba"))
+        torch.testing.assert_close(logits, (neox + mamba) / 2)
+    model.save_pretrained(tmp_path / "hybrid")
+    loaded = ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert torch.equal(loaded(ids).logits, logits)
+    assert loaded.component("neox").config.vocab_size == 20
+    assert loaded.generate(ids, max_new_tokens=3).max() < 16
+    model.set_mixture_weights("neox")
+    assert model(ids, labels=ids).loss.isfinite()
+
+
+def test_rows_are_brought_to_one_size_by_resizing(tmp_path):
+    parts = [_save(tmp_path, "neox", 20), _save(tmp_path, "mamba", 16)]
+    model = ManticoreForCausalLM.from_components(parts)
+    model.resize_token_embeddings(18)
+    assert model(torch.randint(0, 18, (1, 5))).logits.shape[-1] == 18
+
+
+def test_really_different_vocabularies_are_refused(tmp_path):
+    parts = [_save(tmp_path, "neox", 20), _save(tmp_path, "mamba", 16, WORDS[::-1])]
+    with pytest.raises(ManticoreError, match="different vocabularies"):
+        ManticoreForCausalLM.from_components(parts)
+
+
+def test_a_component_without_rows_for_all_tokens_is_refused(tmp_path):
+    parts = [_save(tmp_path, "neox", 20), _save(tmp_path, "mamba", 10)]
+    with pytest.raises(ManticoreError, match="differ in size"):
+        ManticoreForCausalLM.from_components(parts)
+
+
+def test_instances_of_different_size_are_refused_with_the_remedy(tmp_path):
+    neox = GPTNeoXForCausalLM.from_pretrained(_save(tmp_path, "neox", 20))
+    mamba = MambaForCausalLM.from_pretrained(_save(tmp_path, "mamba", 16))
+    with pytest.raises(ManticoreError, match="resize_token_embeddings"):
+        ManticoreForCausalLM.from_components([neox, mamba])
+    neox.resize_token_embeddings(16)
+    assert ManticoreForCausalLM.from_components([neox, mamba]).config.vocab_size == 16
