@@ -155,7 +155,7 @@ def test_gated_component(saved, hub, owner, tmp_path):
 
 
 def test_server_error(saved, hub, owner, tmp_path):
-    hub.fault(f"{owner}/a/resolve", "status", times=-1, status=500)
+    hub.fault(f"{owner}/a/resolve", "status", times=-1, status=400)
     refused(saved[1], tmp_path, "Component 'a'.*cannot be")
 
 

@@ -196,7 +196,7 @@ def test_sign_of_zero_is_a_change(hub, owner, tmp_path):
 
 def test_reference_that_cannot_be_read_is_written(model, hub, owner, tmp_path, caplog):
     model._component_cache_dir = str(tmp_path / "empty")
-    hub.fault(f"{owner}/b/resolve/.*safetensors", "status", times=-1, status=500)
+    hub.fault(f"{owner}/b/resolve/.*safetensors", "status", times=-1, status=400)
     modeling_utils.logging.enable_propagation()
     try:
         model.save_pretrained(tmp_path / "out")
