@@ -8,7 +8,6 @@ import os
 import tempfile
 
 import pytest
-
 from manticore_hf_testing import start_hub
 
 _HOME = tempfile.TemporaryDirectory(prefix="manticore-tests-", ignore_cleanup_errors=True)
