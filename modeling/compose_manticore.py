@@ -6,6 +6,7 @@ import inspect
 import torch
 from torch import nn
 
+from .attention_manticore import settle_attention
 from .components_manticore import ComponentSpec, check_tokenizers, load, resolve
 from .configuration_manticore import ManticoreError
 
@@ -51,8 +52,13 @@ class Composed:
             raise ManticoreError(f"dtype={dtype!r} is no dtype of torch; give for example 'bfloat16'.")
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         found = [resolve(ComponentSpec.of(item), hub) for item in components]
+        padded = len({one.config.vocab_size for one in found}) > 1 and "vocab_size" not in settings
+        if padded:  # or really different: then there is no common size, and the configuration refuses
+            settings["vocab_size"] = check_tokenizers(found, hub)
         config = cls.config_class(components=[one.entry() for one in found], **settings)
-        check_tokenizers(found, hub)
+        settle_attention(config)
+        if not padded:
+            check_tokenizers(found, hub)
         if dtype is None or dtype == "auto":
             dtypes = {one.model.dtype if one.model is not None else one.config.dtype for one in found}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

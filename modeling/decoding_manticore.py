@@ -37,7 +37,7 @@ class CachedDecoding:
                 f"past_key_values is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
             )
         use_cache = (not self.training) if use_cache is None else use_cache
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self.is_activation_checkpointing:
             use_cache = False
         if not use_cache:
             return None

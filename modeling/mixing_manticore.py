@@ -181,12 +181,17 @@ class HybridMixer(nn.Module):
 
     def _gated(self, projector, states, alpha):
         gate = alpha if self.gate == "alpha" else 0.0
-        if isinstance(gate, float) and gate == 0.0:
-            return projector(states)
         width = projector_width(projector)
         if isinstance(gate, float) and gate == 1.0:
             return resize(states, width)
-        return (1 - gate) * projector(states) + gate * resize(states, width)
+        raw = states
+        parameter = next(projector.parameters(), None)
+        if parameter is not None and parameter.is_floating_point():
+            # Some components keep their state in float32 whatever their weights are (Mamba's residual_in_fp32)
+            states = states.to(parameter.dtype)
+        if isinstance(gate, float) and gate == 0.0:
+            return projector(states)
+        return (1 - gate) * projector(states) + gate * resize(raw, width)
 
     def reset(self):
         """(Re-)initialises everything; called by the model's `_init_weights`."""

@@ -7,6 +7,7 @@ mixture, the losses, generation and `from_components`. Weights come by reference
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
+from .attention_manticore import PerComponentAttention, settle_attention
 from .components_manticore import build, prepare
 from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
@@ -40,7 +41,7 @@ class ManticorePreTrainedModel(ReferencedWeights, PreTrainedModel):
             module.reset()
 
 
-class ManticoreModel(CachedDecoding, ManticorePreTrainedModel):
+class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedModel):
     """K components in S blocks, joined; without output head (the components keep theirs, unused here).
 
     Args:
@@ -52,6 +53,7 @@ class ManticoreModel(CachedDecoding, ManticorePreTrainedModel):
         super().__init__(config)
         if not config.component_names:
             raise ManticoreError("A hybrid needs at least one component; ManticoreConfig(components=[...]) is empty.")
+        settle_attention(config)
         for name in config.component_names:
             component = build(getattr(config, name)) if components is None else components[name]
             setattr(config, name, component.config)
@@ -342,7 +344,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
             width = {n: self._modules[n].get_output_embeddings().weight.shape[1] for n in names}
             read = {name: resize(shared, width[name]) for name, w in zip(names, row) if _is_active(w)}
         weights = [w for name, w in zip(names, row) if name in read]
-        own = {name: self._cuts.head(self._modules[name])(state) for name, state in read.items()}
+        own = {name: self._own_logits(name, state) for name, state in read.items()}
         logits, token_weights = self._mix(weights, read, own)
         if kwargs.pop("fused_lm_head", False):
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
@@ -361,6 +363,12 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
             weights=token_weights,
         )
         return out if self._flag(return_dict, "return_dict") else out.to_tuple()
+
+    def _own_logits(self, name, states):
+        """A component's own logits, without those of rows that only pad its vocabulary."""
+        logits = self._cuts.head(self._modules[name])(states)
+        size = self.config.vocab_size
+        return logits if logits.shape[-1] == size else logits[..., :size]
 
     def _mix(self, weights, read, own):
         """The output mixture. Returns logits [batch, time, vocabulary] and the token gate's weights or None."""

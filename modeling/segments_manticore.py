@@ -267,6 +267,9 @@ class Segment:
         Returns:
             [batch, time, width]; after the component's final norm if this is its last segment.
         """
+        # Other components' states may come in float32; only a model that keeps its own so takes them as they are.
+        if not (hidden.dtype == torch.float32 and getattr(self.config, "residual_in_fp32", False)):
+            hidden = hidden.to(next((p.dtype for p in self.stack.parameters() if p.is_floating_point()), hidden.dtype))
         arguments = {"inputs_embeds": hidden, "use_cache": cache is not None}
         if self.anatomy.positions:
             arguments["position_ids"] = position_ids
@@ -336,6 +339,9 @@ class Head:
 
     def __call__(self, states):
         """[batch, time, width] -> logits [batch, time, vocabulary]."""
+        weight = self.component.get_output_embeddings().weight
+        if weight.is_floating_point():
+            states = states.to(weight.dtype)
         return self.shell.module.forward(inputs_embeds=states, use_cache=False).logits
 
 

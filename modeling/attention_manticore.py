@@ -1,0 +1,55 @@
+"""Which attention implementation each component runs: the one asked for, where its class has it.
+
+Transformers refuses an implementation that one sub-model lacks. A hybrid joins models that attend with others that do
+not attend at all (Mamba) or in their own way (Bloom, Gemma 2), so these keep theirs.
+"""
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def supports_attention(cls, implementation):
+    """Whether a model class has an attention implementation ("sdpa", "flash_attention_2", "flex_attention", ...)."""
+    if implementation is None or implementation == "eager":
+        return True
+    for word, flag in (("sdpa", "_supports_sdpa"), ("flex", "_supports_flex_attn"), ("flash", "_supports_flash_attn")):
+        if word in implementation:
+            return bool(getattr(cls, flag))
+    return True
+
+
+def settle_attention(config):
+    """Lets components whose class lacks the requested implementation fall back to their default, before they are built.
+
+    Args:
+        config: A ManticoreConfig whose sub-configs hold what was requested.
+    """
+    for name in config.component_names:
+        sub = getattr(config, name)
+        cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(sub), None)
+        if cls is not None and not supports_attention(cls, sub._attn_implementation):
+            sub._attn_implementation = None
+
+
+class PerComponentAttention:
+    """Mixin of ManticoreModel."""
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """Sets the implementation of every component that has it; the others keep theirs.
+
+        Args:
+            attn_implementation: A name, or a dict {component name: name} that is taken literally.
+            *args, **kwargs: As in Transformers.
+
+        Raises:
+            ValueError: No component has it, or a component named in a dict lacks it.
+        """
+        parts = {name: self.component(name) for name in self.config.component_names}
+        able = list(parts)
+        if isinstance(attn_implementation, str):
+            able = [name for name, part in parts.items() if supports_attention(type(part), attn_implementation)]
+        if 0 < len(able) < len(parts):
+            attn_implementation = {"": attn_implementation} | {
+                name: attn_implementation if name in able else part.config._attn_implementation
+                for name, part in parts.items()
+            }
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
