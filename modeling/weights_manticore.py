@@ -6,13 +6,9 @@ is written. Loading overlays the hybrid's own tensors on the referenced ones. No
 
 import contextlib
 import copy
-import glob
 import json
 import os
-import platform
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -27,15 +23,17 @@ from transformers.utils.hub import create_and_tag_model_card
 
 from .components_manticore import WEIGHT_FILES
 from .configuration_manticore import ManticoreError
+from .saving_manticore import copy_code, whole_directory
 
 logger = logging.get_logger(__name__)
 
 # Always the hybrid's own, always saved: a state dict that has it is a whole checkpoint or the shard that ends one.
 _MARKER = "hybrid_mixer.alpha_logits"
 
+_WEIGHT_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+
 _HUB_KEYS = ("cache_dir", "token", "local_files_only", "force_download")
 
-_WEIGHT_FILE = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 
 
 def _where(entry):
@@ -208,7 +206,7 @@ class ReferencedWeights:
         if state_dict is not None:
             state_dict = dict(state_dict)  # Transformers deletes the ignored keys from the dict it is given
         try:
-            with _whole_directory(target, writes) as directory:
+            with whole_directory(target, writes) as directory:
                 if writes:
                     copy_code(directory)
                 super().save_pretrained(directory, is_main_process, state_dict=state_dict, **kwargs)
@@ -225,6 +223,27 @@ class ReferencedWeights:
         self._upload_modified_files(
             directory, name, timestamps, commit_message=commit_message, token=token, create_pr=bool(create_pr)
         )
+
+    def _upload_modified_files(
+        self, working_dir, repo_id, files_timestamps, commit_message=None, token=None, create_pr=False, revision=None,
+        commit_description=None,
+    ):  # fmt: skip
+        """As in Transformers, in one commit that also removes the weight files of an earlier push.
+
+        A single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
+        """
+        directory, fresh = Path(working_dir), []
+        for file in (file.relative_to(directory) for file in directory.rglob("*") if file.is_file()):
+            if (directory / file.parts[0]).stat().st_mtime > files_timestamps.get(file.parts[0], -1):
+                fresh.append(file.as_posix())
+        api = HfApi(token=token)
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=directory, allow_patterns=fresh, delete_patterns=list(_WEIGHT_PATTERNS),
+            commit_message=commit_message or "Upload hybrid", commit_description=commit_description,
+            create_pr=create_pr, revision=revision,
+        )  # fmt: skip
 
     @classmethod
     def is_remote_code(cls):
@@ -371,63 +390,3 @@ def _owner(model, key):
     if entry is None:
         return "The hybrid's own weights"
     return _where(entry) if entry["weights"] == "reference" else f"Component {entry['name']!r} (embedded)"
-
-
-def copy_code(directory):
-    """Copies the code files of this folder, so that the saved hybrid loads where the package is not installed."""
-    for file in Path(__file__).parent.glob("*_manticore.py"):
-        shutil.copyfile(file, Path(directory) / file.name)
-
-
-@contextlib.contextmanager
-def _whole_directory(target, active):
-    """Gives a scratch directory whose files are moved into `target` when the block ends well.
-
-    A new target appears by one rename. In an existing one each file is replaced whole, config.json last; its other
-    files stay, but for weights of an earlier save.
-    """
-    target = Path(os.path.realpath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    place = target.parent
-    # Renaming works within one file system only, and `target` may be a mounted one.
-    if target.exists() and (target.stat().st_dev != place.stat().st_dev or not os.access(place, os.W_OK)):
-        place = target
-    prefix = f".{target.name}.saving-{platform.node()}-"
-    _clean_up(place, prefix)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place))
-    try:
-        inner = scratch / target.name
-        inner.mkdir()
-        yield str(inner)
-        if not active:
-            return
-        if not target.exists():
-            os.replace(inner, target)
-            return
-        fresh = {file.name for file in inner.iterdir()}
-        for file in sorted(inner.iterdir(), key=lambda f: (f.name == "config.json", f.name)):
-            if file.is_dir():
-                shutil.copytree(file, target / file.name, dirs_exist_ok=True)
-            else:
-                os.replace(file, target / file.name)
-        variants = {match[1] for name in fresh if (match := _WEIGHT_FILE.fullmatch(name))}
-        for file in list(target.iterdir()):
-            match = _WEIGHT_FILE.fullmatch(file.name)
-            if match and match[1] in variants and file.name not in fresh:
-                file.unlink()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _clean_up(place, prefix):
-    """Removes what killed processes of this machine left in `place`."""
-    if os.name != "posix":  # elsewhere os.kill(pid, 0) is no mere question
-        return
-    for stale in place.glob(glob.escape(prefix) + "*"):
-        pid = stale.name[len(prefix) :].split("-")[0]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(stale, ignore_errors=True)
-        except (ValueError, OverflowError, PermissionError):
-            continue

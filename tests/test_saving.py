@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_models import MODEL, assert_same_model, component_keys, logits, nudge, publish, read_json, saved_keys, tiny
-from manticore_hf.modeling import weights_manticore
+from manticore_hf.modeling import saving_manticore, weights_manticore
 from transformers import modeling_utils
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
@@ -108,9 +108,9 @@ def test_killed_while_saving(model, hub, owner, tmp_path):
 
 
 def test_scratch_of_a_living_process_is_left_alone(model, tmp_path):
-    with weights_manticore._whole_directory(tmp_path / "out", True) as other:
+    with saving_manticore.whole_directory(tmp_path / "out", True) as other:
         Path(other, "config.json").write_text("{}")
-        with weights_manticore._whole_directory(tmp_path / "out", True):
+        with saving_manticore.whole_directory(tmp_path / "out", True):
             assert len(list(tmp_path.glob(".out.saving-*"))) == 2
     assert (tmp_path / "out" / "config.json").read_text() == "{}" and not scratch_folders(tmp_path)
 
@@ -220,6 +220,31 @@ def test_push_to_hub(model, hub, owner, tmp_path):
     assert hub.head(f"{owner}/pushed") != commit
     assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/pushed"), model)
     assert_same_model(ManticoreForCausalLM.from_pretrained(tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize("first,second", [("1KB", "50GB"), ("50GB", "1KB")])
+def test_a_push_replaces_the_weight_files_of_an_earlier_one(model, hub, owner, first, second):
+    repo = f"{owner}/resharded"
+    model.push_to_hub(repo, max_shard_size=first)
+    nudge(model, TENSOR)
+    with torch.no_grad():
+        model.hybrid_mixer.alpha_logits.add_(1.0)
+    model.push_to_hub(repo, max_shard_size=second)
+    weights = {file for file in hub.files(repo) if "safetensors" in file}
+    assert (weights == {MODEL}) == (second == "50GB") and (MODEL in weights) == (second == "50GB")
+    assert_same_model(ManticoreForCausalLM.from_pretrained(repo), model)
+
+
+def test_push_to_a_branch_and_as_a_pull_request(model, hub, owner):
+    repo = f"{owner}/branched"
+    model.push_to_hub(repo)
+    main = hub.head(repo)
+    nudge(model, TENSOR)
+    model.push_to_hub(repo, revision="next")
+    assert hub.head(repo) == main and hub.head(repo, "next") != main
+    assert_same_model(ManticoreForCausalLM.from_pretrained(repo, revision="next"), model)
+    model.push_to_hub(repo, create_pr=True)
+    assert hub.head(repo) == main
 
 
 def test_save_with_upload_sends_only_what_it_wrote(model, hub, owner, tmp_path):
