@@ -1,5 +1,7 @@
 """What a hybrid adds to the Trainer's logs: its parts' losses and its mixture, beside the loss."""
 
+import math
+
 import torch
 
 from manticore_hf.modeling.modeling_manticore import ManticoreModel
@@ -54,34 +56,39 @@ def alpha_logs(model):
 
 
 class PartSums:
-    """Running means of what each forward with labels reports about its parts."""
+    """Means over tokens of what each forward with labels reports about its parts."""
 
     def __init__(self, model):
         self.names = model.config.component_names
         self.clear()
-        model.register_forward_hook(self._add)
+        model.report_parts = True
+        model.register_forward_hook(self._add, with_kwargs=True)
 
     def clear(self):
         self.sums, self.counts = {}, {}
 
     @torch.no_grad()
-    def _add(self, module, args, out):
-        if getattr(out, "loss", None) is None:
+    def _add(self, module, args, kwargs, out):
+        labels = kwargs.get("labels")
+        if labels is None or getattr(out, "mixture_loss", None) is None:
             return
-        self._sum("loss/mixture", out.mixture_loss)
+        tokens = (labels[:, 1:] != -100).sum()
+        self._sum("loss/mixture", out.mixture_loss, tokens)
         if out.component_losses is not None:
             for name, value in zip(self.names, out.component_losses.unbind()):
-                self._sum(f"loss/{name}", value)
-        if getattr(out, "ensemble_loss", None) is not None:
-            self._sum("loss/ensemble", out.ensemble_loss)
+                self._sum(f"loss/{name}", value, tokens)
+        if out.ensemble_loss is not None:
+            self._sum("loss/ensemble", out.ensemble_loss, tokens)
         if out.weights is not None:
             for name, value in zip(self.names, out.weights.mean((0, 1)).unbind()):
-                self._sum(f"gate/{name}", value)
+                self._sum(f"gate/{name}", value, tokens)
 
-    def _sum(self, key, value):
+    def _sum(self, key, value, tokens):
         # Kept on the device: reading a number in every step would make the accelerator wait.
-        self.sums[key] = self.sums.get(key, 0.0) + value.detach().float()
-        self.counts[key] = self.counts.get(key, 0) + 1
+        self.sums[key] = self.sums.get(key, 0.0) + value.detach().float() * tokens
+        self.counts[key] = self.counts.get(key, 0) + tokens
 
     def means(self):
-        return {key: float(total) / self.counts[key] for key, total in self.sums.items()}
+        """{key: mean over tokens since the last `clear`}; components that were not run are left out."""
+        means = {key: float(total) / float(self.counts[key]) for key, total in self.sums.items()}
+        return {key: value for key, value in means.items() if not math.isnan(value)}

@@ -98,7 +98,9 @@ class ManticoreConfig(PreTrainedConfig):
     """
 
     model_type = "manticore"
-    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "mixture_loss", "component_losses", "weights"]
+    keys_to_ignore_at_inference = [
+        "past_key_values", "hidden_states", "mixture_loss", "component_losses", "ensemble_loss", "weights"
+    ]  # fmt: skip
 
     def __init__(
         self,

@@ -304,6 +304,9 @@ def _is_active(weight):
 class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMixin):
     """A hybrid with the mixture of its components' heads: an ordinary causal LM."""
 
+    # Set by trainers that log them: compute the losses of the parts and of the plain ensemble in every call.
+    report_parts = False
+
     def forward(
         self,
         input_ids=None,
@@ -350,17 +353,16 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
             return fused_output(self.config, logits, list(own.values()), **labelling)
 
-        loss = mixture_loss = component_losses = None
+        loss, parts = None, {}
         if labels is not None:
-            loss, mixture_loss, component_losses = self._losses(logits, own, labels, kwargs)
+            loss, parts = self._losses(logits, own, labels, kwargs)
         out = ManticoreCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=run["cache"],
             hidden_states=run["hidden_states"],
-            mixture_loss=mixture_loss,
-            component_losses=component_losses,
             weights=token_weights,
+            **parts,
         )
         return out if self._flag(return_dict, "return_dict") else out.to_tuple()
 
@@ -388,17 +390,32 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
         return SPACES[self.config.mixture_space](weights, logprobs), token_weights
 
     def _losses(self, logits, own, labels, kwargs):
+        """(loss, its parts by output name). The parts are means over this call's own tokens, whatever the loss is."""
+
         def cross_entropy(values):
             return self.loss_function(logits=values, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
+        def part(value):
+            items = kwargs.get("num_items_in_batch")
+            return value.detach() if items is None else value.detach() * items / (labels[:, 1:] != -100).sum()
+
         mixture = cross_entropy(logits)
         loss = self.config.mix_loss_weight * mixture if self.config.mix_loss_weight != 1.0 else mixture
-        parts = None
-        if self.config.component_loss_weight > 0:
-            parts = torch.stack([cross_entropy(values) for values in own.values()])
-            loss = loss + self.config.component_loss_weight * parts.sum()
-            parts = parts.detach()
-        return loss, mixture.detach(), parts
+        parts, trained = {"mixture_loss": part(mixture)}, self.config.component_loss_weight > 0
+        if trained or self.report_parts:
+            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+                losses = {name: cross_entropy(values) for name, values in own.items()}
+            if trained:
+                loss = loss + self.config.component_loss_weight * sum(losses.values())
+            missing = torch.full_like(mixture, float("nan")).detach()
+            parts["component_losses"] = torch.stack(
+                [part(losses[name]) if name in losses else missing for name in self.config.component_names]
+            )
+        if self.report_parts:
+            with torch.no_grad():
+                mean = sum(values.float().log_softmax(-1) for values in own.values()) / len(own)
+                parts["ensemble_loss"] = part(cross_entropy(mean))
+        return loss, parts
 
 
 ManticoreConfig.register_for_auto_class()

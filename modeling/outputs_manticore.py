@@ -36,7 +36,9 @@ class ManticoreCausalLMOutput(ModelOutput):
         past_key_values: A ManticoreCache, if caching.
         hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
         mixture_loss: Cross-entropy of the mixture, nats per token.
-        component_losses: [K], cross-entropy of each component's own head (if component_loss_weight > 0).
+        component_losses: [K], cross-entropy of each component's own head, NaN where it was not run (if
+            component_loss_weight > 0, or `report_parts` is set on the model).
+        ensemble_loss: Cross-entropy of the plain ensemble of the heads (if `report_parts` is set).
         weights: [batch, time, K], the token gate's weights (mixture="token").
     """
 
@@ -46,6 +48,7 @@ class ManticoreCausalLMOutput(ModelOutput):
     hidden_states: tuple | None = None
     mixture_loss: torch.Tensor | None = None
     component_losses: torch.Tensor | None = None
+    ensemble_loss: torch.Tensor | None = None
     weights: torch.Tensor | None = None
 
 

@@ -16,7 +16,9 @@ from transformers import (
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
 from manticore_hf.data import pack
+from manticore_hf.evaluation import compare_losses
 from manticore_hf.stages import ComponentClipping
+from manticore_hf.train import HybridTrainer
 
 WORDS = "the cat sat on a mat and saw two dogs run".split()
 
@@ -44,8 +46,8 @@ def tokenizer():
 
 def _arguments(path, **kwargs):
     return TrainingArguments(
-        output_dir=str(path), per_device_train_batch_size=4, learning_rate=1e-2, report_to="none", use_cpu=True,
-        disable_tqdm=True, save_strategy="no", **{"max_steps": 3, **kwargs},
+        output_dir=str(path), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
+        **{"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, **kwargs},
     )  # fmt: skip
 
 
@@ -135,6 +137,30 @@ def test_clipping_bounds_each_part_by_its_own_norm(model, text, tmp_path):
     ).train()  # fmt: skip
     for name, values in norms.items():
         assert len(values) == 3 and all(abs(v - 0.01) < 1e-4 for v in values), (name, values)
+
+
+def test_the_logs_hold_every_part(model, text, tmp_path):
+    args = _arguments(tmp_path, max_steps=2, gradient_accumulation_steps=4, per_device_train_batch_size=1,
+                      logging_steps=1, eval_strategy="steps", eval_steps=2, learning_rate=0.0)  # fmt: skip
+    trainer = HybridTrainer(model=set_stage(model, "search"), args=args, train_dataset=text, eval_dataset=text)
+    trainer.train()
+    first, last = trainer.state.log_history[0], next(r for r in trainer.state.log_history if "eval_loss" in r)
+    rivals = compare_losses(model, text)
+    for name, key in (("gpt_neox", "gpt_neox"), ("mamba", "mamba"), ("ensemble", "ensemble"), ("hybrid", "mixture")):
+        # In 2 blocks a component's own head reads the hybrid's states: from outside only the mixture is comparable.
+        assert last[f"eval_loss/{key}"] > 0 and first[f"loss/{key}"] > 0
+        if name == "hybrid":
+            assert last["eval_loss/mixture"] == pytest.approx(rivals["hybrid"], abs=1e-4)
+            assert first["loss/mixture"] == pytest.approx(first["loss"], abs=1e-4)
+    assert first["alpha/0/mamba"] == 0.5 and first["gate/mamba"] == pytest.approx(0.5)
+
+
+def test_in_one_block_the_logged_parts_are_the_components_alone(model, text, tmp_path):
+    one = ManticoreForCausalLM.from_components([model.component(n) for n in ("gpt_neox", "mamba")])
+    trainer = HybridTrainer(model=one, args=_arguments(tmp_path), eval_dataset=text)
+    metrics, rivals = trainer.evaluate(), compare_losses(one, text)
+    for name in ("gpt_neox", "mamba", "ensemble"):
+        assert metrics[f"eval_loss/{name}"] == pytest.approx(rivals[name], abs=1e-4)
 
 
 def test_packing(tokenizer):
