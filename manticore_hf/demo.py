@@ -16,7 +16,8 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from manticore_hf import ManticoreForCausalLM
+from manticore_hf import ComponentSpec, ManticoreForCausalLM
+from manticore_hf.calibrate import calibrate_projectors
 from manticore_hf.data import pack
 from manticore_hf.demo_text import documents
 from manticore_hf.evaluation import compare_losses
@@ -25,6 +26,7 @@ from manticore_hf.stages import set_stage
 COMPONENTS = Path(__file__).parent / "demo_components"
 NAMES = {"neox-prose": "prose", "mamba-code": "code"}
 BLOCK = 256
+TUNING_RATE = 3e-4  # the best of 1e-4, 3e-4 and 1e-3 for each component alone, on the validation split
 PROMPTS = {"prose": "Return the name of the", "code": "def close(self):\n    self."}
 
 
@@ -33,60 +35,57 @@ def run(output_dir, tokens, seed):
 
     Args:
         output_dir: Where the hybrids are kept.
-        tokens: Training tokens per hybrid.
+        tokens: Training tokens of every model and hybrid.
         seed: Random seed.
     """
     start = time.time()
     logging.set_verbosity_error()
     set_seed(seed)
+    output_dir.mkdir(parents=True, exist_ok=True)
     api = HfApi()
     repos = {name: _publish_component(api, name) for name in NAMES}
     tokenizer = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose")
     half = -(-tokens // BLOCK // 2)
     train = _mix({kind: pack(documents(kind, "train"), tokenizer, BLOCK, half) for kind in PROMPTS}, seed)
     test = {kind: pack(documents(kind, "test"), tokenizer, BLOCK, 60) for kind in PROMPTS}
-    test["both"] = _mix(test, seed)
-    _say(f"{len(train) * BLOCK:,} training tokens, half prose, half code; {len(test['both']) * BLOCK:,} test tokens.")
+    tested = sum(map(len, test.values())) * BLOCK
+    _say(f"{len(train) * BLOCK:,} training tokens, {tested:,} test tokens, half prose and half code.")
 
-    rows, hybrids = {}, {}
-    for blocks in (1, 2):
-        _say(f"Composing {' + '.join(repos.values())} in {blocks} block(s).")
-        model = ManticoreForCausalLM.from_components(list(repos.values()), num_blocks=blocks, dtype="float32")
-        before = {kind: compare_losses(model, text, desc=f"Before training, {kind}") for kind, text in test.items()}
-        _train(model, train, output_dir / f"training-{blocks}", seed)
-        after = {kind: compare_losses(model, text, desc=f"After training, {kind}") for kind, text in test.items()}
-        if blocks == 1:
-            for name in [*model.config.component_names, "ensemble"]:
-                rows[name] = {kind: losses[name] for kind, losses in before.items()}
-        label = f"hybrid, {blocks} block{'s' * (blocks > 1)}"
-        rows[f"{label}, before training"] = {kind: losses["hybrid"] for kind, losses in before.items()}
-        rows[f"{label}, trained"] = {kind: losses["hybrid"] for kind, losses in after.items()}
-        hybrids[blocks] = (model, after["both"]["hybrid"])
-    _print_table(rows)
-    best = min(hybrids, key=lambda blocks: hybrids[blocks][1])
-    model = hybrids[best][0]
+    frozen, joint = _frozen_components(list(repos.values()), train, test, output_dir, seed)
+    tuned = _tuned_components(list(repos.values()), train, test, output_dir, seed, joint)
+    _print_table("components as they are; only projectors and mixture trained", frozen)
+    _print_table("components tuned on the same tokens, too", tuned)
+    _verdict({**frozen, **tuned})
+    model = joint["model"]
     _print_mixture(model, test)
 
-    directory = output_dir / "hybrid"
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    repo_id = api.create_repo("manticore-demo", exist_ok=True).repo_id
-    commit = api.upload_folder(repo_id=repo_id, folder_path=directory).oid
-    own = (directory / "model.safetensors").stat().st_size
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    _say(f"Published the hybrid of {best} block(s) to {repo_id}@{commit[:7]}: {own:,} bytes instead of {whole:,}.")
-
-    loaded = AutoModelForCausalLM.from_pretrained(repo_id, dtype="float32")
-    ids = torch.tensor(test["both"][:2]["input_ids"])
-    with torch.no_grad():
-        same = torch.equal(loaded(ids).logits, model(ids).logits)
-    _say(f"Loaded it back through AutoModelForCausalLM; logits equal to the last bit: {'yes' if same else 'NO'}.")
+    whole, same = sum(p.numel() * p.element_size() for p in model.parameters()), True
+    for label, hybrid in (("components as they are", joint["frozen"]), ("everything trained", model)):
+        loaded, equal = _publish(api, hybrid, tokenizer, output_dir, label, whole, test)
+        same &= equal
     for kind, prompt in PROMPTS.items():
         given = tokenizer(prompt, return_tensors="pt")
         out = loaded.generate(**given, max_new_tokens=48, do_sample=True, temperature=0.7, top_k=40)
         print(f"--- {kind} ---\n{tokenizer.decode(out[0], skip_special_tokens=True)}")
     _say(f"Done in {time.time() - start:.0f} s.")
     return 0 if same else 1
+
+
+def _publish(api, model, tokenizer, output_dir, label, whole, test):
+    """Saves, pushes and loads back. Returns the loaded hybrid, and whether its logits are the same to the last bit."""
+    name = f"manticore-demo-{label.replace(' ', '-')}"
+    model.save_pretrained(output_dir / name)
+    tokenizer.save_pretrained(output_dir / name)
+    repo_id = api.create_repo(name, exist_ok=True).repo_id
+    commit = api.upload_folder(repo_id=repo_id, folder_path=output_dir / name).oid
+    own = (output_dir / name / "model.safetensors").stat().st_size
+    _say(f"Published {repo_id}@{commit[:7]}: {own:,} bytes of weights, of {whole:,} ({label}).")
+    loaded = AutoModelForCausalLM.from_pretrained(repo_id, dtype="float32")
+    ids = torch.tensor(test["code"][:2]["input_ids"])
+    with torch.no_grad():
+        equal = torch.equal(loaded(ids).logits, model(ids).logits)
+    _say(f"Loaded it back through AutoModelForCausalLM; logits equal to the last bit: {'yes' if equal else 'NO'}.")
+    return loaded, equal
 
 
 def _publish_component(api, name):
@@ -102,13 +101,68 @@ def _mix(parts, seed):
     return concatenate_datasets([part.select(range(shortest)) for part in parts.values()]).shuffle(seed=seed)
 
 
-def _train(model, dataset, output_dir, seed):
-    set_stage(model, "projectors")
+def _frozen_components(repos, train, test, output_dir, seed):
+    """Hybrids whose components stay as they are. Returns the table's rows, and the one-block hybrid."""
+    rows, joint = {}, {}
+    for blocks in (1, 2):
+        label = f"hybrid, {blocks} block{'s' * (blocks > 1)}"
+        _say(f"Composing {' + '.join(repos)} in {blocks} block(s).")
+        model = ManticoreForCausalLM.from_components(repos, num_blocks=blocks, dtype="float32")
+        if blocks > 1:
+            found = calibrate_projectors(model, train, tokens=30_000)
+            _say(f"Projectors calibrated in closed form on {found.tokens:,} tokens; reference {found.reference}.")
+        before = _evaluate(model, test, label)
+        _train(set_stage(model, "projectors"), train, output_dir / f"projectors-{blocks}", seed, 1e-2)
+        after = _evaluate(model, test, label)
+        if blocks == 1:
+            rows.update({name: before[name] for name in [*model.config.component_names, "ensemble"]})
+            joint["frozen"] = model
+        rows[f"{label}, before training"], rows[f"{label}, trained"] = before["hybrid"], after["hybrid"]
+    return rows, joint
+
+
+def _tuned_components(repos, train, test, output_dir, seed, joint):
+    """The hybrid trained end to end, and its rivals on the same tokens. Returns the table's rows.
+
+    Fair by construction: the gated rival's components and then its gate see the tokens once each, the hybrid's gate and
+    then all of it do.
+    """
+    rows, parts = {}, []
+    for repo_id in repos:
+        part = AutoModelForCausalLM.from_pretrained(repo_id, dtype="float32")
+        _train(part, train, output_dir / "component", seed, TUNING_RATE)
+        parts.append(ComponentSpec(part, name=repo_id.split("/")[-1].replace("-", "_")))
+    apart = ManticoreForCausalLM.from_components(parts)
+    losses = _evaluate(apart, test, "tuned components")
+    for name in apart.config.component_names:
+        rows[f"{name}, tuned alone"] = losses[name]
+    rows["ensemble of the tuned components"] = losses["ensemble"]
+    _train(set_stage(apart, "projectors"), train, output_dir / "gate", seed, 1e-2)
+    rows["token gate over the tuned components"] = _evaluate(apart, test, "gate")["hybrid"]
+    model = ManticoreForCausalLM.from_components(repos, dtype="float32")
+    model.hybrid_mixer.load_state_dict(joint["frozen"].hybrid_mixer.state_dict())
+    _train(set_stage(model, "finetune"), train, output_dir / "joint", seed, TUNING_RATE)
+    rows["hybrid, trained jointly"] = _evaluate(model, test, "hybrid")["hybrid"]
+    joint["model"] = model
+    return rows
+
+
+def _evaluate(model, test, label):
+    """{row: {kind of text: loss, and "both": their mean, since there is as much of each}}."""
+    found = {kind: compare_losses(model, text, desc=f"Testing {label}, {kind}") for kind, text in test.items()}
+    rows = {}
+    for name in next(iter(found.values())):
+        rows[name] = {kind: found[kind][name] for kind in test}
+        rows[name]["both"] = sum(rows[name].values()) / len(test)
+    return rows
+
+
+def _train(model, dataset, output_dir, seed, learning_rate):
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=1,
         per_device_train_batch_size=8,
-        learning_rate=1e-2,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=5,
         logging_steps=20,
@@ -118,15 +172,26 @@ def _train(model, dataset, output_dir, seed):
         use_cpu=not torch.cuda.is_available(),
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _say(f"Training {trained:,} of {model.num_parameters():,} parameters: the mixer; the components stay as they are.")
+    _say(f"Training {trained:,} of {model.num_parameters():,} parameters of {type(model).__name__}.")
     Trainer(model=model, args=arguments, train_dataset=dataset).train()
     model.eval()
 
 
-def _print_table(rows):
+def _verdict(rows):
+    """Says how the best hybrid does against the best of everything a user has without one."""
+    hybrids = {label: row["both"] for label, row in rows.items() if label.startswith("hybrid")}
+    rivals = {label: row["both"] for label, row in rows.items() if label not in hybrids}
+    one, other = min(hybrids, key=hybrids.get), min(rivals, key=rivals.get)
+    gain = rivals[other] - hybrids[one]
+    word = "better" if gain > 0 else "worse"
+    _say(f"The best hybrid ({one}) is {abs(gain):.3f} nats per token {word} than the best rival ({other}).\n")
+
+
+def _print_table(title, rows):
     kinds = list(next(iter(rows.values())))
     width = max(map(len, rows))
-    print(f"\nTest loss, nats per token (lower is better)\n{'':{width}}" + "".join(f"{kind:>9}" for kind in kinds))
+    print(f"\nTest loss in nats per token (lower is better), {title}")
+    print(" " * width + "".join(f"{kind:>9}" for kind in kinds))
     for label, losses in rows.items():
         print(f"{label:{width}}" + "".join(f"{losses[kind]:9.3f}" for kind in kinds))
     print()
@@ -150,7 +215,7 @@ def main():
     """`python -m manticore_hf.demo`, against the Hub of the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=150_000)
+    parser.add_argument("--tokens", type=int, default=80_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     raise SystemExit(run(args.output_dir, args.tokens, args.seed))
