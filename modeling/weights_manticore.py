@@ -168,6 +168,8 @@ class ReferencedWeights:
                 files = list(checkpoint_files or [])
                 if not files or not all(str(file).endswith(".safetensors") for file in files):
                     raise ManticoreError(f"A hybrid's own weights must be safetensors files; found {files}.")
+                commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(files[0]))
+                model._own_commit = commit[1] if commit else None  # adapters pin the hybrid they were made for
                 state_dict = _open(files, stack, "The hybrid's own weights")
             state_dict = overlay(model, state_dict, hub, stack)
             info, offloaded = PreTrainedModel._load_pretrained_model(

@@ -147,3 +147,20 @@ def test_merge_then_save_then_load(saved, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     loaded = ManticoreForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(loaded(IDS).logits, merged(IDS).logits)
+
+
+def test_the_adapter_is_pinned_to_the_hybrids_commit(saved, hub, tmp_path):
+    commit = hub.add_repo("someone/pinned", saved)
+    model = ManticoreForCausalLM.from_pretrained("someone/pinned")
+    peft = _train(get_peft_model(model, lora_config(model, r=2)))
+    expected = peft(IDS).logits
+    peft.save_pretrained(tmp_path / "adapter")
+    assert peft.peft_config["default"].revision == commit
+    # The hybrid's main branch moves on: the adapter still finds what it was made for.
+    other = ManticoreForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        other.component("llama").get_output_embeddings().weight.mul_(2.0)
+    other.save_pretrained(tmp_path / "moved")
+    assert hub.add_repo("someone/pinned", tmp_path / "moved") != commit
+    auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(auto(IDS).logits, expected)
