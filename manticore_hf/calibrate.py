@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.mixing_manticore import HybridMixer, LinearProjector, resize
+from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -177,14 +177,7 @@ def _change_reference(model, reference):
     if model.config.gate != "none":
         return
     old = model.hybrid_mixer
-    widths = {name: getattr(model.config, name).hidden_size for name in model.config.component_names}
-    parts = {name: model.component(name) for name in model.config.component_names}
-    new = HybridMixer(
-        model.config,
-        {name: part.get_input_embeddings().weight.shape[1] for name, part in parts.items()},
-        widths,
-        {name: part.get_output_embeddings().weight.shape[1] for name, part in parts.items()},
-    ).to(device=old.alpha_logits.device, dtype=old.alpha_logits.dtype)
+    new = model.new_mixer().to(device=old.alpha_logits.device, dtype=old.alpha_logits.dtype)
     new.reset()
     new.alpha_logits.data.copy_(old.alpha_logits)
     if new.token_gate is not None:

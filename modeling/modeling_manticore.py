@@ -63,20 +63,23 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
                 for module in component.modules():
                     module._is_hf_initialized = True
             self.add_module(name, component)
-        widths = {name: getattr(config, name).hidden_size for name in config.component_names}
-        parts = {name: self.component(name) for name in config.component_names}
-        self.hybrid_mixer = HybridMixer(
-            config,
-            {name: part.get_input_embeddings().weight.shape[1] for name, part in parts.items()},
-            widths,
-            {name: part.get_output_embeddings().weight.shape[1] for name, part in parts.items()},
-        )
+        self.hybrid_mixer = self.new_mixer()
         self.__dict__["input_embedding"] = HybridEmbedding(self)
         self.__dict__["_cuts"] = Cuts()
         self.post_init()
         self._follow()
 
     # ---- the parts -------------------------------------------------------------------------------------------------
+
+    def new_mixer(self):
+        """A mixer for the present configuration and components, not yet in use."""
+        names = self.config.component_names
+        return HybridMixer(
+            self.config,
+            {name: self.component(name).get_input_embeddings().weight.shape[1] for name in names},
+            {name: getattr(self.config, name).hidden_size for name in names},
+            {name: self.component(name).get_output_embeddings().weight.shape[1] for name in names},
+        )
 
     def component(self, name):
         """The component as a model of its own class; `model.component(name).save_pretrained(dir)` gives it back.
