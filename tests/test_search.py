@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_hybrid import QUIET, neox
+from transformers import GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.plots import plot_alpha, plot_mixture
@@ -26,10 +27,7 @@ def _text(**kwargs):
 @pytest.fixture(scope="module")
 def trained():
     torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(vocab_size=40, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
-                      num_attention_heads=4, max_position_embeddings=32)
-    )  # fmt: skip
+    model = neox(vocab_size=40, max_position_embeddings=32)
     optimizer, ids = torch.optim.AdamW(model.parameters(), lr=5e-3), _rows()
     for _ in range(80):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -54,9 +52,8 @@ def _hybrid(trained, **settings):
 def _arguments(path, **kwargs):
     settings = {
         "max_steps": 25, "per_device_train_batch_size": 8, "learning_rate": 1e-5, "alpha_learning_rate": 0.2,
-        "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
     }  # fmt: skip
-    return SearchArguments(output_dir=str(path), **{**settings, **kwargs})
+    return SearchArguments(output_dir=str(path), **{**QUIET, **settings, **kwargs})
 
 
 RATES = {"darts": 0.2, "darts_bilevel": 0.2, "gaea": 0.5, "dash": 0.2}

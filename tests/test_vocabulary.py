@@ -2,27 +2,16 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from tiny_hybrid import WORDS, mamba, neox, save
+from transformers import GPTNeoXForCausalLM, MambaForCausalLM
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
-
-WORDS = "the cat sat on a mat and saw two dogs run".split()
 
 
 def _save(folder, name, size, words=WORDS):
     torch.manual_seed(size)
-    if name == "neox":
-        config = GPTNeoXConfig(vocab_size=size, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
-                               num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
-        GPTNeoXForCausalLM(config).save_pretrained(folder / name)
-    else:
-        config = MambaConfig(vocab_size=size, hidden_size=16, num_hidden_layers=2, state_size=4)
-        MambaForCausalLM(config).save_pretrained(folder / name)
-    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<end>", *words])}, unk_token="<end>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>").save_pretrained(folder / name)
-    return str(folder / name)
+    model = {"neox": neox, "mamba": mamba}[name](vocab_size=size)
+    return str(save(model, folder / name, words))
 
 
 @pytest.mark.parametrize("embeddings,mixture", [("native", "token"), ("native", "static"), ("mixed", "static")])

@@ -1,0 +1,135 @@
+"""The selective scan's naive twin, inputs for it, and tiny models that scan; shared by the tests of the scan."""
+
+import importlib.util
+import inspect
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from manticore_hf.modeling import scan_manticore as sm
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+BATCH, D, N, TIME = 2, 5, 3, 37
+SMALL = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
+CONFIGS = {
+    "mamba": {"state_size": 4, "expand": 2, "time_step_rank": 2},
+    "falcon_mamba": {"state_size": 4, "expand": 2, "time_step_rank": 2},
+    "mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4},
+    "jamba": {
+        "num_hidden_layers": 3,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 2,
+    },
+}
+SCANNING = ("mamba", "falcon_mamba", "jamba")
+CACHE_NAME = dict.fromkeys(CONFIGS, "cache_params") | {"jamba": "past_key_values"}
+
+
+def naive_scan(u, dt, A, B, C, state=None):
+    """The recurrence token by token, as written in the paper."""
+    state = u.new_zeros(u.shape[0], *A.shape) if state is None else state
+    outputs = []
+    for t in range(u.shape[2]):
+        state = torch.exp(dt[:, :, t, None] * A) * state + (dt[:, :, t] * u[:, :, t])[..., None] * B[:, None, :, t]
+        outputs.append((state * C[:, None, :, t]).sum(-1))
+    return torch.stack(outputs, -1), state
+
+
+def make_inputs(batch=BATCH, d=D, n=N, time=TIME, dtype=torch.float64, dt=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    steps = F.softplus(draw(batch, d, time)) if dt is None else torch.full((batch, d, time), dt, dtype=torch.float64)
+    tensors = (draw(batch, d, time), steps, -torch.exp(draw(d, n)), draw(batch, n, time), draw(batch, n, time))
+    return [x.to(dtype).requires_grad_() for x in (*tensors, draw(batch, d, n))]
+
+
+@pytest.fixture
+def second_copy():
+    """The file imported once more under another name, as transformers' remote code does."""
+    name = sm.__name__ + "_copy"
+    spec = importlib.util.spec_from_file_location(name, sm.__file__)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]
+
+
+def modeling(model_type):
+    """Transformers' module of a model type."""
+    return sm._modeling_module(model_type)
+
+
+def uninstall(model_type):
+    """Gives a model type its own scan back."""
+    for name, function in list(vars(modeling(model_type)).items()):
+        if inspect.isfunction(function) and hasattr(function, sm._MARK):
+            setattr(modeling(model_type), name, getattr(function, sm._MARK))
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """Takes the scan out of Transformers again after each test; a state left behind is an error."""
+    yield
+    for model_type in CONFIGS:
+        uninstall(model_type)
+    assert getattr(sm._shared.local, "state", None) is None
+
+
+def build(model_type, dtype=torch.float32, **overrides):
+    """A tiny model, in evaluation mode."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(SMALL | CONFIGS[model_type] | overrides))
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # the default scale is so small that a lost state would hardly show
+        for name, parameter in model.named_parameters():
+            if name.endswith(("_proj.weight", "conv1d.weight", "embeddings.weight")):
+                parameter.normal_(std=0.3)
+    return model.to(dtype).eval()
+
+
+def mixers(model):
+    """The modules of a model that scan."""
+    return [m for m in model.modules() if type(m).__name__ in sm._SCAN_MIXERS]
+
+
+def padded_inputs(padded, length=11):
+    """Token ids and their mask, None where nothing is padded."""
+    ids = torch.randint(1, 61, (2, length), generator=torch.Generator().manual_seed(3))
+    if not padded:
+        return ids, None
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # longer than the shortest chunks: whole chunks of one row are padding
+    return ids * mask, mask
+
+
+def chunked(model, model_type, ids, mask, size, full_mask=False):
+    """Logits from prefilling `size` tokens at a time into one cache."""
+    cache = DynamicCache(config=model.config)
+    trims_itself = model_type in ("mamba2", "jamba") or full_mask
+    bounds = list(range(0, ids.shape[1], size)) + [ids.shape[1]]
+    if size == 1 and mask is not None and model_type in ("mamba2", "jamba"):
+        # Their models drop the mask of single tokens, "a generated token is never padding": padding needs one prefill
+        bounds = bounds[:1] + bounds[5:]
+    outputs = []
+    for s, e in zip(bounds, bounds[1:]):
+        kwargs = {CACHE_NAME[model_type]: cache, "use_cache": True}
+        if mask is not None:
+            kwargs["attention_mask"] = mask[:, :e] if trims_itself else mask[:, s:e]
+            if model_type == "jamba":
+                kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, s:e]
+        outputs.append(model(ids[:, s:e], **kwargs).logits)
+    return torch.cat(outputs, 1), cache
