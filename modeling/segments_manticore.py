@@ -246,10 +246,13 @@ class Segment:
             self.shell.own = {"_modules": own, "config": self.config}
             if not self.is_first:
                 for name in _INPUT_SCALES:
-                    if isinstance(getattr(self.stack, name, None), torch.Tensor):
-                        self.shell.own["_buffers"] = {**self.stack._buffers, name: torch.ones(())}
-                    elif hasattr(self.stack, name):
+                    if hasattr(self.stack, name) and name not in self.stack._buffers:
                         self.shell.own[name] = 1.0
+        scaled = [] if self.is_first else [name for name in _INPUT_SCALES if name in self.stack._buffers]
+        if scaled:
+            # Anew each time: what was copied from a model that was still on the meta device would stay there. The one
+            # needs no device of the model's: it has no dimensions.
+            self.shell.own["_buffers"] = {**self.stack._buffers, **{n: torch.ones((), device="cpu") for n in scaled}}
         attention = self.stack.config._attn_implementation_internal
         if self.config._attn_implementation_internal != attention:
             self.config._attn_implementation_internal = attention
@@ -359,6 +362,8 @@ class Cuts:
 
     def anatomy(self, component):
         """The component's `Anatomy`, found once."""
+        if "_anatomy" in component.__dict__:  # of a component that is no longer whole
+            return component._anatomy
         key = id(component)
         if key not in self._anatomies:
             self._anatomies[key] = (component, dissect(component))

@@ -138,6 +138,15 @@ def test_copies_are_independent_and_equal(model):
 
 
 @torch.no_grad()
+def test_what_was_saved_is_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, ids = ManticoreForCausalLM.from_pretrained(tmp_path), tokens()
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    wanted = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False), wanted)
+
+
+@torch.no_grad()
 def test_bfloat16(model):
     ids = tokens()
     half = copy.deepcopy(model).to(torch.bfloat16)
