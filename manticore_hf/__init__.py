@@ -18,7 +18,10 @@ _LATER = {
     "SearchArguments": "search",
     "SearchTrainer": "search",
     "calibrate_projectors": "calibrate",
+    "harden": "hardening",
     "lora_config": "adapters",
+    "pick_route": "hardening",
+    "quantization_skips": "adapters",
     "set_stage": "stages",
 }
 

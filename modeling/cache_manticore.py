@@ -48,20 +48,21 @@ class SegmentCache(Cache):
 
 
 class ManticoreCache(Cache):
-    """The layers of all components in one flat list, in the order of `bounds`.
+    """The layers of all components in one flat list, in the order of `segments`.
 
     Reordering (beams), selecting, resetting and moving act on all layers at once, as Transformers does it.
 
     Args:
         configs: `{component name: configuration}`.
-        bounds: `{component name: [0, ..., depth]}`, the cuts of its segments.
+        segments: `{component name: [(block, start, stop), ...]}`, the layers it runs in each block; a layer that is in
+            none is left out.
         max_cache_len: None for caches that grow, else the length of static ones.
     """
 
     # The token counter is a Python integer, so a compiled decoding step would be traced anew for each token.
     is_compileable = False
 
-    def __init__(self, configs, bounds, max_cache_len=None):
+    def __init__(self, configs, segments, max_cache_len=None):
         layers, self._views = [], {}
         self.max_cache_len = max_cache_len
         for name, config in configs.items():
@@ -69,9 +70,9 @@ class ManticoreCache(Cache):
                 part = DynamicCache(config=config)
             else:
                 part = StaticCache(config=config, max_cache_len=max_cache_len)
-            for block, (start, stop) in enumerate(zip(bounds[name][:-1], bounds[name][1:])):
+            for block, start, stop in segments[name]:
                 self._views[name, block] = SegmentCache(self, part.layers[start:stop], start)
-            layers += part.layers
+                layers += part.layers[start:stop]
         super().__init__(layers=layers)
         self.seen = 0
 

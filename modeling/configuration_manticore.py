@@ -47,7 +47,7 @@ PRESETS = {
     # What measured best so far (BENCHMARKS.md says on what).
     "default": {
         "projector": "linear",
-        "projector_init": "identity",
+        "projector_init": "calibrated",
         "gate": "none",
         "mixture": "token",
         "mixture_space": "logprob",
@@ -74,7 +74,9 @@ class ManticoreConfig(PreTrainedConfig):
         block_layers: Layers per block of each component, `{name: [n_1, ..., n_S]}`. Default: cuts as even as possible,
             the first blocks taking the remainder.
         projector: "linear" (paper, section 3.1), "mlp" (two layers, GELU, residual) or "none" (pad and truncate).
-        projector_init: "default" (the framework's), "identity" or "calibrated" (closed form).
+        projector_init: "default" (the framework's), "identity" or "calibrated" (closed form; the identity until
+            `calibration` says that it was done. Only linear projectors have one: others start as the identity).
+        calibration: What the projectors were solved from (tokens and reference component), or None.
         gate: "alpha" (paper: projector and raw feature mixed by the block's alpha) or "none" (projector only).
         reference_component: With gate="none", the component whose states are the shared space; its own projectors are
             the identity and have no parameters. Default: the first.
@@ -85,8 +87,9 @@ class ManticoreConfig(PreTrainedConfig):
         head_mixture: "last" or "first": the block whose alpha mixes the heads (the paper's code uses the first).
         mix_loss_weight: Weight of the cross-entropy of the mixture.
         component_loss_weight: Weight of the sum of the cross-entropies of the components' own heads.
-        mixture_weights: Exact mixture weights [S][K], or None while they are learned. A zero is a zero: that component
-            is not run in that block.
+        mixture_weights: Exact mixture weights [S][K], or None while they are learned; a row may be None, too: that
+            block's are learned (in the last block of a token mixture: the gate's). A zero is a zero: that component is
+            not run in that block.
         vocab_size: Size of the common vocabulary. Rows that a component has beyond it are padding and never get
             probability.
         tokenizer_component: The component whose tokenizer is the hybrid's. Default: the first.
@@ -109,6 +112,7 @@ class ManticoreConfig(PreTrainedConfig):
         block_layers=None,
         projector=None,
         projector_init=None,
+        calibration=None,
         gate=None,
         reference_component=None,
         mixture=None,
@@ -145,6 +149,9 @@ class ManticoreConfig(PreTrainedConfig):
             if key not in CHOICES:
                 value = _nonnegative(key, value)
             setattr(self, key, value)
+        if self.projector != "linear" and projector_init in (None, "calibrated"):
+            self.projector_init = "identity"
+        self.calibration = calibration
         if self.mix_loss_weight == self.component_loss_weight == 0:
             raise ManticoreError("mix_loss_weight and component_loss_weight are both 0: nothing would be trained.")
 
@@ -154,18 +161,21 @@ class ManticoreConfig(PreTrainedConfig):
             self._add_component(entry)
         self.num_blocks = _positive_int("num_blocks", num_blocks)
         self.block_layers = self._check_block_layers(block_layers)
-        self.reference_component = self._check_name("reference_component", reference_component)
+        if route and isinstance(reference_component, str):  # it may be one that the route dropped
+            self.reference_component = reference_component
+        else:
+            self.reference_component = self._check_name("reference_component", reference_component)
         self.tokenizer_component = self._check_name("tokenizer_component", tokenizer_component)
+        self.route = self._check_route(route)
+        if self.route is not None:
+            mixture_weights = [[float(name == one) for one in self._component_names] for name in self.route]
         self.mixture_weights = self._check_mixture_weights(mixture_weights)
-        if route is not None:
-            raise ManticoreError(f"route={route!r}: hardened hybrids need a newer version of manticore-hf.")
-        self.route = None
 
         subs = [getattr(self, name) for name in self._component_names]
         sizes = {name: getattr(self, name).vocab_size for name in self._component_names}
         if vocab_size is None and len(set(sizes.values())) == 1:
             vocab_size = min(sizes.values())
-        if subs and vocab_size != min(sizes.values()):
+        if subs and not (vocab_size == min(sizes.values()) or route and 0 < (vocab_size or 0) <= min(sizes.values())):
             raise ManticoreError(
                 f"The vocabularies differ in size: {sizes}, hybrid vocab_size={vocab_size}. Components must share one "
                 "vocabulary. Sizes may differ in padding rows only, which shows where every component comes with the "
@@ -173,9 +183,11 @@ class ManticoreConfig(PreTrainedConfig):
             )
         self.vocab_size = vocab_size
         # Read by Transformers (generation, pipelines) and never free choices here: they follow from the components.
-        for derived in ("hidden_size", "num_hidden_layers", "max_position_embeddings"):
+        width, widest = kwargs.pop("hidden_size", None), max((sub.hidden_size for sub in subs), default=None)
+        for derived in ("num_hidden_layers", "max_position_embeddings"):
             kwargs.pop(derived, None)
-        self.hidden_size = max((sub.hidden_size for sub in subs), default=None)
+        # A hardened hybrid keeps the width its projectors were made for, whoever brought it.
+        self.hidden_size = width if route and isinstance(width, int) and width >= widest else widest
         self.num_hidden_layers = self.num_blocks
         limits = [n for sub in subs if isinstance(n := getattr(sub, "max_position_embeddings", None), int)]
         self.max_position_embeddings = min(limits, default=None)
@@ -248,23 +260,36 @@ class ManticoreConfig(PreTrainedConfig):
             cuts[name] = [int(n) for n in cut]
         return cuts
 
+    def _check_route(self, route):
+        if route is None:
+            return None
+        names = self._component_names
+        known = isinstance(route, (list, tuple)) and all(name in names for name in route)
+        if not known or len(route) != self.num_blocks or set(route) != set(names):
+            raise ManticoreError(
+                f"route={route!r} must name one component for each of the {self.num_blocks} block(s) and leave none of "
+                f"{names} out."
+            )
+        return list(route)
+
     def _check_mixture_weights(self, weights):
         if weights is None:
             return None
         rows, columns = self.num_blocks, len(self._component_names)
         try:
-            weights = [[float(w) for w in row] for row in weights]
+            weights = [None if row is None else [float(w) for w in row] for row in weights]
             good = len(weights) == rows and all(
-                len(row) == columns and all(0 <= w <= 1 for w in row) and abs(sum(row) - 1) < 1e-3 for row in weights
-            )
+                len(row) == columns and all(0 <= w <= 1 for w in row) and abs(sum(row) - 1) < 1e-3
+                for row in weights if row is not None
+            )  # fmt: skip
         except (TypeError, ValueError):
             good = False
         if not good:
             raise ManticoreError(
                 f"mixture_weights={weights!r} must be {rows} rows (blocks) of {columns} weights in [0, 1] (components "
-                f"{self._component_names}), each row summing to 1."
+                f"{self._component_names}), each row summing to 1, or None for a block that learns them."
             )
-        return weights
+        return None if all(row is None for row in weights) else weights
 
     @property
     def component_names(self):
@@ -317,7 +342,7 @@ def check_component_name(name):
 _RESERVED = {
     "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "num_blocks",
     "block_layers", "reference_component", "route", "vocab_size", "tokenizer_component", "manticore_version",
-    "mixture_weights", "mix_loss_weight", "component_loss_weight", "hidden_size", "component", "score",
+    "mixture_weights", "calibration", "mix_loss_weight", "component_loss_weight", "hidden_size", "component", "score",
     "num_hidden_layers", "max_position_embeddings", "loss_function", "device", "dtype", "forward", "generate",
     "framework", "model_tags", "base_model", "name", "loss_type", "warnings_issued", "auto_map", "preset",
     "tie_word_embeddings", *CHOICES,

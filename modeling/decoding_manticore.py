@@ -19,11 +19,12 @@ class CachedDecoding:
             ManticoreError: A component's own class gives no right results with a static cache.
         """
         configs = {name: self._modules[name].config for name in self.config.component_names}
-        cache = ManticoreCache(configs, {name: self.config.bounds(name) for name in configs}, max_cache_len)
+        segments = {name: [(block, *self._range(name, block)) for block in self._blocks_of(name)] for name in configs}
+        cache = ManticoreCache(configs, segments, max_cache_len)
         if max_cache_len is not None:
             for name in configs:
                 component = self._modules[name]
-                recurrent = all(cache.view(name, b)._attention is None for b in range(self.config.num_blocks))
+                recurrent = all(cache.view(name, b)._attention is None for b in self._blocks_of(name))
                 if not recurrent and not component._can_compile_fullgraph:
                     raise ManticoreError(
                         f"Component {name!r} ({component.config.model_type}) does not support a static cache; leave "

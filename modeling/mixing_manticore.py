@@ -144,8 +144,11 @@ class HybridMixer(nn.Module):
         blocks, count = config.num_blocks, len(self.names)
         self.alpha_logits = nn.Parameter(torch.zeros(blocks, count))
         self.noise, self.temperature = None, 1.0
-        self.into, self.out_of = nn.ModuleDict(), nn.ModuleDict()
-        native = config.embeddings == "native"
+        self.into, self.out_of, self.across = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        native, self.token_gate = config.embeddings == "native", None
+        if config.route is not None:
+            self._only_the_route(config, widths_in, widths, widths_out, native)
+            return
         for name in self.names:
             reference = config.gate == "none" and name == config.reference_component
             make = Resize if reference else PROJECTORS[config.projector]
@@ -157,8 +160,23 @@ class HybridMixer(nn.Module):
                     self.out_of[f"{name}-{block}"] = make(widths_out[name] if last else widths[name], self.width)
         self.token_gate = TokenGate([widths_out[n] for n in self.names]) if config.mixture == "token" else None
 
+    def _only_the_route(self, config, widths_in, widths, widths_out, native):
+        route, last = config.route, config.num_blocks - 1
+        del self.alpha_logits
+        self.register_buffer("alpha_logits", torch.zeros(config.num_blocks, len(self.names)))  # kept for the record
+        for block, (name, after) in enumerate(zip(route, route[1:]), 1):
+            if name != after:
+                self.across[str(block)] = make_crossing(config, name, after, widths)
+        if not native:
+            for kept, name, block, sizes in (
+                (self.into, route[0], 0, (self.width, widths_in[route[0]])),
+                (self.out_of, route[-1], last, (widths_out[route[-1]] or widths[route[-1]], self.width)),
+            ):
+                reference = config.gate == "none" and name == config.reference_component
+                kept[f"{name}-{block}"] = (Resize if reference else PROJECTORS[config.projector])(*sizes)
+
     def forward(self, step, *args):
-        """Runs one step: "weights", "enter", "leave" or "gate_tokens", the methods below."""
+        """Runs one step: "weights", "enter", "leave", "cross" or "gate_tokens", the methods below."""
         return getattr(self, step)(*args)
 
     def weights(self):
@@ -174,6 +192,10 @@ class HybridMixer(nn.Module):
     def leave(self, block, name, state, alpha):
         """Component state [batch, time, d_k] -> shared space [batch, time, d]."""
         return self._gated(self.out_of[f"{name}-{block}"], state, alpha)
+
+    def cross(self, block, state):
+        """A hardened hybrid's state [batch, time, d_j] -> what the component of `block` reads [batch, time, d_k]."""
+        return self._gated(self.across[str(block)], state, 0.0)
 
     def gate_tokens(self, states, logprobs):
         """The token gate's weights [batch, time, K]."""
@@ -196,14 +218,34 @@ class HybridMixer(nn.Module):
     def reset(self):
         """(Re-)initialises everything; called by the model's `_init_weights`."""
         init.zeros_(self.alpha_logits)
-        for projector in (*self.into.values(), *self.out_of.values()):
+        for projector in (*self.into.values(), *self.out_of.values(), *self.across.values()):
             projector.reset(self.projector_init)
         if self.token_gate is not None:
             self.token_gate.reset()
 
 
+class Chain(nn.Sequential):
+    """Two projectors in a row, where they cannot be one (MLPs)."""
+
+    def reset(self, kind):
+        for projector in self:
+            projector.reset(kind)
+
+
+def make_crossing(config, name, after, widths):
+    """The map that takes a hardened hybrid's state from component `name` to component `after`."""
+    if config.gate == "alpha" or config.projector == "none":  # at alpha = 1 the paper's projectors vanish
+        return Resize(widths[name], widths[after])
+    if config.projector == "linear":
+        return LinearProjector(widths[name], widths[after])
+    sizes = ((name, widths[name], config.hidden_size), (after, config.hidden_size, widths[after]))
+    return Chain(*[(Resize if one == config.reference_component else MLPProjector)(*size) for one, *size in sizes])
+
+
 def projector_width(projector):
     """Output width of a projector."""
+    if isinstance(projector, Chain):
+        return projector_width(projector[-1])
     if isinstance(projector, Resize):
         return projector.width
     return projector.down.out_features if isinstance(projector, MLPProjector) else projector.out_features

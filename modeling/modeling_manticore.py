@@ -15,6 +15,7 @@ from .decoding_manticore import CachedDecoding
 from .mixing_manticore import SPACES, HybridMixer, resize, weighted_sum
 from .outputs_manticore import HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .recurrent_manticore import keep_state_in_cache
+from .route_manticore import Dropped, RunsRoute
 from .segments_manticore import Cuts
 from .sft_manticore import KeepsForward, fused_output
 from .weights_manticore import ReferencedWeights
@@ -41,7 +42,7 @@ class ManticorePreTrainedModel(ReferencedWeights, PreTrainedModel):
             module.reset()
 
 
-class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedModel):
+class ManticoreModel(CachedDecoding, RunsRoute, PerComponentAttention, ManticorePreTrainedModel):
     """K components in S blocks, joined; without output head (the components keep theirs, unused here).
 
     Args:
@@ -63,9 +64,11 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
                 for module in component.modules():
                     module._is_hf_initialized = True
             self.add_module(name, component)
+        self.__dict__["_cuts"] = Cuts()
+        if config.route is not None:
+            self._harden()
         self.hybrid_mixer = self.new_mixer()
         self.__dict__["input_embedding"] = HybridEmbedding(self)
-        self.__dict__["_cuts"] = Cuts()
         self.post_init()
         self._follow()
 
@@ -76,9 +79,9 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
         names = self.config.component_names
         return HybridMixer(
             self.config,
-            {name: self.component(name).get_input_embeddings().weight.shape[1] for name in names},
+            {name: _width(self.component(name).get_input_embeddings()) for name in names},
             {name: getattr(self.config, name).hidden_size for name in names},
-            {name: self.component(name).get_output_embeddings().weight.shape[1] for name in names},
+            {name: _width(self.component(name).get_output_embeddings()) for name in names},
         )
 
     def component(self, name):
@@ -93,20 +96,21 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
 
     def mixture_weights(self):
         """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
-        if self.config.mixture_weights is not None:
-            return torch.tensor(self.config.mixture_weights, device=self.hybrid_mixer.alpha_logits.device)
-        alpha = self.hybrid_mixer.alpha_logits.float().softmax(-1)
+        alpha = self.hybrid_mixer.alpha_logits.detach().float().softmax(-1)
         gate = self.hybrid_mixer.token_gate
         if gate is not None:
-            alpha = torch.cat([alpha[:-1], gate.linear.bias.float().softmax(-1)[None]])
-        return alpha.detach()
+            alpha[-1] = gate.linear.bias.detach().float().softmax(-1)
+        for block, row in enumerate(self.config.mixture_weights or ()):
+            if row is not None:
+                alpha[block] = torch.tensor(row)
+        return alpha
 
     def set_mixture_weights(self, weights):
         """Fixes the mixture weights exactly: a component with weight 0 in a block is not run there.
 
         Args:
             weights: [S, K], rows summing to 1; or a component's name (one-hot on it everywhere); or None (learned
-                again, from the values the parameters have).
+                again, from the values the parameters have). A list may hold None for a block that is to be learned.
 
         Raises:
             ManticoreError: A wrong shape, a negative weight, or rows that do not sum to 1.
@@ -117,25 +121,30 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
             weights = [row] * self.config.num_blocks
         elif isinstance(weights, torch.Tensor):
             weights = weights.double().tolist()
-        self.config.mixture_weights = self.config._check_mixture_weights(weights)
+        weights = self.config._check_mixture_weights(weights)
+        if self.config.route is not None and weights != self.config.mixture_weights:
+            raise ManticoreError(
+                f"This hybrid was hardened to the route {self.config.route}: it has no other mixture weights."
+            )
+        self.config.mixture_weights = weights
 
     def _alpha(self):
-        """S rows of K weights: floats where they are fixed, else tensors."""
+        """S rows of K weights: floats in blocks where they are fixed, else tensors."""
         fixed = self.config.mixture_weights
-        if fixed is not None:
+        if fixed is not None and None not in fixed:
             return fixed
-        return [list(row.unbind()) for row in self.hybrid_mixer("weights")]
+        learned = [list(row.unbind()) for row in self.hybrid_mixer("weights")]
+        return [mine if mine is not None else row for mine, row in zip(fixed or [None] * len(learned), learned)]
 
     def _segment(self, name, block):
-        bounds = self.config.bounds(name)
-        return self._cuts.segment(self._modules[name], bounds[block], bounds[block + 1])
+        return self._cuts.segment(self._modules[name], *self._range(name, block))
 
     def _follow(self):
         """Makes the segments and heads, or lets them follow changes in the components."""
         if torch.compiler.is_compiling():
             return
         for name in self.config.component_names:
-            for block in range(self.config.num_blocks):
+            for block in self._blocks_of(name):
                 self._segment(name, block)
             self._cuts.head(self._modules[name])
         self._cuts.refresh()
@@ -162,6 +171,8 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """Resizes the vocabulary of every component; returns `get_input_embeddings()`."""
+        if self.config.route is not None and len(self.config.component_names) > 1:
+            raise ManticoreError("A hardened hybrid cannot be resized: resize the soft one, then harden it.")
         for name in self.config.component_names:
             component = self.component(name)
             component.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -182,7 +193,7 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
         )
 
     def _split_embeds(self, inputs_embeds):
-        names = self.config.component_names
+        names = self.config.route[:1] if self.config.route else self.config.component_names
         widths = [self._modules[name].get_input_embeddings().weight.shape[1] for name in names]
         if inputs_embeds.shape[-1] != sum(widths):
             raise ManticoreError(
@@ -261,7 +272,8 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
         alpha = self._alpha()
         own, state, boundaries = None, None, ()
         if native:
-            own = self._split_embeds(embeds) if ids is None else {name: self.embed(name, ids) for name in names}
+            readers = self.config.route[:1] if self.config.route else names
+            own = self._split_embeds(embeds) if ids is None else {name: self.embed(name, ids) for name in readers}
             if keep:
                 boundaries += (self._shared(alpha[0], own),)
         else:
@@ -269,6 +281,8 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
             if state.shape[-1] != width:
                 raise ManticoreError(f"inputs_embeds has width {state.shape[-1]}; this hybrid's is {width}.")
             boundaries += (state,) if keep else ()
+        if self.config.route is not None:
+            return self._run_route(own, state, mask, positions, cache, keep, boundaries)
         for block in range(blocks):
             active = {name: w for name, w in zip(names, alpha[block]) if _is_active(w)}
             states, last = {}, block == blocks - 1
@@ -284,13 +298,15 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
                     weights, [self.hybrid_mixer("leave", block, n, states[n], w) for n, w in active.items()]
                 )
             boundaries += (state,) if keep else ()
+        return self._ran(state, states, cache, boundaries if keep else None, mask, time)
+
+    def _ran(self, shared, states, cache, boundaries, mask, time):
         if cache is not None:
             cache.advance(time)
             if time == 1 and mask is not None:
                 cache.forget_padding(mask.any(-1))
         return {
-            "shared": state, "states": states, "alpha": alpha, "cache": cache,
-            "hidden_states": boundaries if keep else None,
+            "shared": shared, "states": states, "alpha": self._alpha(), "cache": cache, "hidden_states": boundaries,
         }  # fmt: skip
 
     def _shared(self, weights, states):
@@ -298,6 +314,11 @@ class ManticoreModel(CachedDecoding, PerComponentAttention, ManticorePreTrainedM
         active = [(w, name) for w, name in zip(weights, self.config.component_names) if _is_active(w)]
         padded = [resize(states[name], self.config.hidden_size) for _, name in active]
         return weighted_sum([w for w, _ in active], padded)
+
+
+def _width(module):
+    """Width of an embedding or head; 0 where a hardened hybrid dropped it."""
+    return 0 if isinstance(module, Dropped) else module.weight.shape[1]
 
 
 def _is_active(weight):
@@ -347,7 +368,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
         else:
             row = alpha[-1 if self.config.head_mixture == "last" else 0]
             shared = run["shared"][:, kept]
-            width = {n: self._modules[n].get_output_embeddings().weight.shape[1] for n in names}
+            width = {n: _width(self._modules[n].get_output_embeddings()) for n in names}
             read = {name: resize(shared, width[name]) for name, w in zip(names, row) if _is_active(w)}
         weights = [w for name, w in zip(names, row) if name in read]
         own = {name: self._own_logits(name, state) for name, state in read.items()}
@@ -380,7 +401,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
         logits = list(own.values())
         if len(logits) == 1:
             return logits[0], None
-        fixed = self.config.mixture_weights is not None
+        fixed = isinstance(weights[0], float)
         static = self.config.mixture == "static" or fixed
         if static and self.config.embeddings != "native" and self.config.mixture_space == "logprob":
             # The paper's sum of logits: it differs from that of log-probabilities by a constant per token.

@@ -149,7 +149,10 @@ def overlay(model, own, hub, stack):
         if entry["weights"] != "reference" or not any(k.startswith(prefix) for k in wanted - covered):
             continue
         found = _open(component_files(entry, hub), stack, _where(entry), prefix)
-        merged.update({key: value for key, value in found.items() if rename(key)[0] not in covered})
+        for key, value in found.items():
+            name = rename(key)[0]
+            if name not in covered and (name in wanted or model.config.route is None):
+                merged[key] = value
     merged.update(own)
     return merged
 

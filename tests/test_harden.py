@@ -1,0 +1,299 @@
+"""Hardened hybrids: what a route gives, what is left of the components, how routes are chosen and healed."""
+
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from families import FAMILIES, components, hybrid, randomise, tiny, tokens
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from test_train import _kill_when, _run, _same, start  # noqa: F401  (a fixture)
+from tiny_hybrid import QUIET
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, lora_config
+from manticore_hf.cli import main
+from manticore_hf.hardening import harden, pick_route, route_logits, segment_costs
+from manticore_hf.heal import HealTrainer
+
+WIRINGS = [
+    {}, {"mixture": "static"}, {"preset": "paper"}, {"projector": "mlp"}, {"projector": "none"},
+    {"embeddings": "mixed"}, {"embeddings": "mixed", "head_mixture": "first"},
+]  # fmt: skip
+
+
+def close(got, wanted, atol=1e-5):
+    torch.testing.assert_close(got, wanted, atol=atol, rtol=1e-5)
+
+
+def names_of(model, route):
+    return [model.config.component_names[k] for k in route]
+
+
+def one_hot(model, route):
+    return [[float(i == k) for i in range(len(model.config.component_names))] for k in route]
+
+
+@pytest.fixture(scope="module")
+def text():
+    ids = torch.randint(3, 90, (12, 11), generator=torch.Generator().manual_seed(5)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+@pytest.mark.parametrize("settings", WIRINGS[:5], ids=str)
+def test_a_change_of_component_is_the_soft_hybrids(settings):
+    """Where every block changes component, the soft hybrid with one-hot weights is the twin."""
+    soft, ids = hybrid("gpt_neox+mamba", num_blocks=3, **settings), tokens()
+    for route in ([0, 1, 0], [1, 0, 1]):
+        hard = harden(soft, names_of(soft, route))
+        soft.set_mixture_weights(one_hot(soft, route))
+        close(hard(input_ids=ids).logits, soft(input_ids=ids).logits)
+        soft.set_mixture_weights(None)
+
+
+@pytest.mark.parametrize("settings", WIRINGS, ids=str)
+def test_every_route_gives_what_was_measured_for_it(settings, tmp_path):
+    soft, ids = hybrid("gpt_neox+mamba", num_blocks=3, **settings), tokens()
+    before = {key: value.clone() for key, value in soft.state_dict().items()}
+    for route in itertools.product(range(2), repeat=3):
+        names = names_of(soft, route)
+        hard = harden(soft, names)
+        logits = hard(input_ids=ids).logits
+        close(logits, route_logits(soft, names, ids), atol=1e-5)
+        if len(set(names)) == 1:
+            assert torch.equal(logits, soft.component(names[0])(input_ids=ids).logits)
+        hard.save_pretrained(tmp_path / "x")
+        assert torch.equal(ManticoreForCausalLM.from_pretrained(tmp_path / "x")(input_ids=ids).logits, logits)
+    assert all(torch.equal(before[key], value) for key, value in soft.state_dict().items())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family(family, tmp_path):
+    """Cached, padded, saved, trained: with every family at the beginning, in the middle and at the end of a route."""
+    other = "gpt2" if family == "llama" else "llama"
+    parts = [ComponentSpec(tiny(family), name="one"), ComponentSpec(tiny(other, seed=1), name="two")]
+    soft, ids = ManticoreForCausalLM.from_components(parts, num_blocks=3, verify=False), tokens()
+    randomise(soft)
+    for route in (["one", "two", "one"], ["two", "one", "one"]):
+        hard = harden(soft, route)
+        logits = hard(input_ids=ids).logits
+        close(logits, route_logits(soft, route, ids), atol=1e-4)
+        greedy = hard.generate(ids, max_new_tokens=5, do_sample=False)
+        assert torch.equal(greedy, hard.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False))
+        padded = torch.cat([torch.zeros_like(ids[:, :2]), ids], 1)
+        mask = torch.cat([torch.zeros_like(ids[:, :2]), torch.ones_like(ids)], 1)
+        close(hard(input_ids=padded, attention_mask=mask).logits[:, 2:], logits, atol=1e-4)
+    hard.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids=ids).logits, logits)
+    loaded.train()
+    loaded(input_ids=ids, labels=ids).loss.backward()
+    idle = {n for n, p in loaded.named_parameters() if p.requires_grad and p.grad is None}
+    assert all("embed" in n or "wte" in n or "wpe" in n or "lm_head" in n for n in idle), idle
+
+
+def test_only_what_the_route_needs_is_left():
+    soft = hybrid("gpt_neox+mamba", num_blocks=2)
+    neox, mamba = soft.config.component_names
+    hard = harden(soft, [neox, mamba])
+    keys = {key.split(".", 1)[1] for key in hard.state_dict() if key.startswith(f"{neox}.")}
+    assert any("embed_in" in key for key in keys) and not any("lm_head" in key or "final_layer" in key for key in keys)
+    kept = {int(key.split(".")[2]) for key in keys if ".layers." in key}
+    assert kept == set(range(soft.config.bounds(neox)[1]))
+    assert list(hard.hybrid_mixer.across) == ["1"] and not hard.hybrid_mixer.into and not hard.hybrid_mixer.out_of
+    alone = harden(soft, mamba)
+    assert alone.config.component_names == [mamba] and not hasattr(alone, neox)
+    assert alone.num_parameters() == soft.component(mamba).num_parameters()
+    with pytest.raises(ManticoreError, match="was dropped when the hybrid was hardened"):
+        hard.component(neox)(input_ids=tokens())
+    assert hard.mixture_weights().tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_tied_components():
+    parts = [ComponentSpec(tiny("gemma2"), name="one"), ComponentSpec(tiny("gpt2", seed=1), name="two")]
+    assert parts[0].source.config.tie_word_embeddings and parts[1].source.config.tie_word_embeddings
+    soft, ids = ManticoreForCausalLM.from_components(parts, num_blocks=3), tokens()
+    for route in itertools.product(["one", "two"], repeat=3):
+        close(harden(soft, list(route))(input_ids=ids).logits, route_logits(soft, list(route), ids), atol=1e-5)
+
+
+def test_three_components_by_reference(owner):
+    """Published hardened, it still references what it kept unchanged."""
+    parts = components("gpt_neox+mamba")
+    repos = []
+    for name, part in parts.items():
+        part.push_to_hub(f"{owner}/{name.replace('_', '-')}-hard")
+        repos.append(f"{owner}/{name.replace('_', '-')}-hard")
+    soft, ids = ManticoreForCausalLM.from_components(repos, num_blocks=2), tokens()
+    randomise(soft)
+    hard = harden(soft, soft.config.component_names)
+    hard.push_to_hub(f"{owner}/hardened")
+    loaded = AutoModelForCausalLM.from_pretrained(f"{owner}/hardened")
+    assert torch.equal(loaded(input_ids=ids).logits, hard(input_ids=ids).logits)
+    assert not loaded.unchanged_keys() ^ {k for k in loaded.state_dict() if not k.startswith("hybrid_mixer")}
+
+
+def test_adapters_and_copies(tmp_path):
+    soft, ids = hybrid("gpt_neox+mamba"), tokens()
+    harden(soft, soft.config.component_names).save_pretrained(tmp_path / "hard")
+    hard = ManticoreForCausalLM.from_pretrained(tmp_path / "hard")
+    close(copy.deepcopy(hard)(input_ids=ids).logits, hard(input_ids=ids).logits, atol=0)
+    adapted = get_peft_model(hard, lora_config(hard, r=4))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    logits = adapted.eval()(input_ids=ids).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(loaded(input_ids=ids).logits, logits)
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    close(ManticoreForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits, logits, atol=1e-4)
+
+
+def test_the_best_measured_route_is_chosen(text):
+    soft = hybrid("gpt_neox+mamba", num_blocks=3)
+    choice = pick_route(soft, "loss", text)
+    assert len(choice.losses) == 8
+    losses = {}
+    for route in itertools.product(soft.config.component_names, repeat=3):
+        hard, ids = harden(soft, list(route)), torch.tensor(text["input_ids"])
+        losses[" > ".join(route)] = hard(input_ids=ids, labels=ids).loss.item()
+    assert losses == pytest.approx(choice.losses, abs=1e-4)
+    assert " > ".join(choice.route) == min(losses, key=losses.get)
+
+
+def test_the_beam_never_ends_worse_than_it_began(text, monkeypatch):
+    soft = hybrid("gpt_neox+mamba", num_blocks=3)
+    everything = pick_route(soft, "loss", text).losses
+    monkeypatch.setattr("manticore_hf.hardening.EXHAUSTIVE", 1)
+    found = pick_route(soft, "loss", text, beam=2)
+    likely = " > ".join(pick_route(soft, "alpha").route)
+    loss = everything[" > ".join(found.route)]
+    assert loss == min(found.losses.values()) <= everything[likely]
+    names = soft.config.component_names
+    near = [" > ".join([*found.route[:b], n, *found.route[b + 1 :]]) for b in range(3) for n in names]
+    assert loss <= min(everything[route] for route in near)
+
+
+def test_by_alpha_and_under_a_budget():
+    soft = hybrid("gpt_neox+mamba", num_blocks=3, mixture="static")
+    neox, mamba = soft.config.component_names
+    with torch.no_grad():
+        soft.hybrid_mixer.alpha_logits.copy_(torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0]]))
+    assert pick_route(soft).route == [neox, mamba, neox]
+    costs = torch.tensor(segment_costs(soft))
+    layers = sum(sum(p.numel() for p in part.parameters()) for n, part in soft.named_modules() if n.endswith("layers"))
+    assert costs.sum() == layers
+    share = costs / costs.sum()
+    wanted = (share[0, 0] + share[1, 1] + share[2, 0]).item()
+    assert pick_route(soft).cost == pytest.approx(wanted)
+    for cost in ("parameters", "flops"):
+        share = torch.tensor(segment_costs(soft, cost))
+        share = share / share.sum()
+        for budget in (0.3, 0.5, 0.7, 1.0):
+            fitting = {
+                route: sum(soft.mixture_weights()[b, k].log().item() for b, k in enumerate(route))
+                for route in itertools.product(range(2), repeat=3)
+                if sum(share[b, k].item() for b, k in enumerate(route)) <= budget
+            }
+            if not fitting:
+                with pytest.raises(ManticoreError, match="the cheapest route costs"):
+                    pick_route(soft, budget=budget, cost=cost)
+                continue
+            choice = pick_route(soft, budget=budget, cost=cost)
+            assert choice.route == names_of(soft, max(fitting, key=fitting.get)) and choice.cost <= budget
+    assert min(map(min, segment_costs(soft, "latency"))) > 0
+
+
+def test_impossible_routes_are_refused(text):
+    soft = hybrid("gpt_neox+mamba")
+    neox, mamba = soft.config.component_names
+    for bad, message in (
+        ([neox], "must name one of"), ([neox, "x"], "must name one of"), ("x", "No component is named 'x'")
+    ):  # fmt: skip
+        with pytest.raises(ManticoreError, match=message):
+            harden(soft, bad)
+    with pytest.raises(ManticoreError, match="needs held-out text"):
+        harden(soft, "loss")
+    with pytest.raises(ManticoreError, match="cost='watts' is unknown"):
+        pick_route(soft, cost="watts")
+    hard = harden(soft, [neox, mamba])
+    for route in ("alpha", [neox, mamba]):
+        with pytest.raises(ManticoreError, match="hardened already"):
+            harden(hard, route)
+    with pytest.raises(ManticoreError, match="was hardened to the route"):
+        hard.set_mixture_weights(neox)
+    with pytest.raises(ManticoreError, match="cannot be resized"):
+        hard.resize_token_embeddings(120)
+    values = hard.config.to_dict()
+    for route in ([neox], [neox, neox], [neox, "x"], "ab", 3):
+        with pytest.raises(ManticoreError, match="route=.* must name one component for each"):
+            type(hard.config).from_dict({**values, "route": route})
+
+
+def test_distillation_is_normalised_by_tokens(tmp_path):
+    """Batch 4 x 1 == batch 1 x 4 with rows of different lengths, and the loss is what the docstring says."""
+    soft = hybrid("gpt_neox+mamba")
+    ids = tokens(4, 9)
+    labels = ids.clone()
+    for row, masked in enumerate((1, 5, 3, 7)):
+        labels[row, :masked] = -100
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    results = []
+    for size, steps in ((4, 1), (1, 4)):
+        hard = harden(soft, soft.config.component_names)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
+            learning_rate=0.1, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant", **QUIET,
+        )  # fmt: skip
+        HealTrainer(model=hard, args=arguments, train_dataset=rows, teacher=soft, distil_weight=0.3).train()
+        results.append(hard.state_dict())
+    for key, value in results[0].items():
+        close(results[1][key], value, atol=1e-5)
+    hard = harden(soft, soft.config.component_names)
+    kept = labels[:, 1:] != -100
+    own, target = (m(input_ids=ids).logits[:, :-1][kept].log_softmax(-1) for m in (hard, soft))
+    loss = 0.7 * hard(input_ids=ids, labels=labels).loss + 0.3 * (target.exp() * (target - own)).sum(-1).mean()
+    loss.backward()
+    key = next(key for key, p in hard.named_parameters() if p.grad is not None and p.ndim == 2)
+    close(results[0][key], (hard.get_parameter(key) - 0.1 * hard.get_parameter(key).grad).detach(), atol=1e-5)
+
+
+def test_the_command_survives_a_kill(start, tmp_path):  # noqa: F811
+    def command(output):
+        import sys
+
+        return [
+            sys.executable, "-m", "manticore_hf.cli", "harden", "--model", str(start / "hybrid"), "--data",
+            str(start / "text.txt"), "--block_size", "16", "--output_dir", str(output), "--route", "loss",
+            "--max_steps", "4", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--save_steps", "2",
+            "--seed", "3", "--use_cpu", "true",
+        ]  # fmt: skip
+
+    done = _run(command(tmp_path / "whole"))
+    for row in ("soft hybrid", "ensemble", "hardened, before healing", "hardened, healed", "of the soft hybrid's"):
+        assert row in done.stdout
+    output = tmp_path / "killed"
+    assert _kill_when(command(output), lambda: (output / "checkpoint-2" / "trainer_state.json").exists())
+    assert "going on from" in _run(command(output)).stdout
+    _same(tmp_path / "whole", output)
+    result = json.loads((output / "stage.json").read_text())
+    model = ManticoreForCausalLM.from_pretrained(output)
+    assert model.config.route == result["route"] and len(result["measured_routes"]) == 4
+
+
+def test_the_command_names_what_is_wrong(start, tmp_path, capsys):  # noqa: F811
+    command = ["harden", "--model", str(start / "hybrid"), "--data", str(start / "text.txt"), "--block_size", "16"]
+    command += ["--output_dir", str(tmp_path / "x"), "--max_steps", "0"]
+    for more, message in (
+        (["--route", "loss", "--budget", "0.01"], "the cheapest route costs"),
+        (["--route", "nobody"], "No component is named 'nobody'"),
+        (["--distil_weight", "2"], "distil_weight=2.0 must be in"),
+    ):
+        assert main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*command, "--route", "mamba,gpt_neox"]) == 0
+    assert "mamba > gpt_neox" in capsys.readouterr().out
