@@ -1,15 +1,21 @@
-"""LoRA on a hybrid's components, with targets that train the same way on every machine.
+"""LoRA and QLoRA on a hybrid's components, with targets that train the same way on every machine.
 
 On the portable path a low-rank update of Mamba's `dt_proj` never gets a gradient (its weight is read raw), and on the
 fused CUDA path those of `x_proj`, `dt_proj` and `out_proj` do not either: PEFT would train different parameters on
 different machines, silently. PEFT's own guard looks at the model type and does not see Mamba inside a hybrid.
+What is read raw cannot be quantised either: QLoRA quantises what LoRA targets, and nothing else.
 """
 
+import copy
+import re
+
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.segments_manticore import dissect
+from manticore_hf.modeling.configuration_manticore import ManticoreError, component_depth
+from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+from manticore_hf.modeling.segments_manticore import _find_layers
 
 UNSAFE = ("x_proj", "dt_proj", "out_proj", "conv1d")
 MIXER = "hybrid_mixer"
@@ -30,8 +36,8 @@ def lora_targets(model, components=None):
     out = []
     for name in names:
         component = model.component(name)
-        anatomy = dissect(component)
-        prefix = f"{name}.{anatomy.path}.{anatomy.layers}."
+        # Not `dissect`, which runs the component without computing: quantised maps cannot do that.
+        prefix = ".".join([name, *_find_layers(component, component_depth(component.config)), ""])
         for key, module in model.named_modules():
             if not key.startswith(prefix) or not isinstance(module, (nn.Linear, Conv1D)):
                 continue
@@ -65,10 +71,12 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
         loaded from the Hub.
 
     Raises:
-        ManticoreError: An unsafe target was asked for, or there is nothing to adapt.
+        ManticoreError: An unsafe target was asked for, there is nothing to adapt, or the hybrid was quantised without
+            `quantization_skips`.
     """
     from peft import LoraConfig
 
+    refuse_quantized(model)
     targets = kwargs.pop("target_modules", None)
     if targets == "all-linear":
         raise ManticoreError(
@@ -89,6 +97,45 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
     )
     refuse_unsafe(model, config)
     return config
+
+
+def quantization_skips(model):
+    """What quantised loading must leave in floating point: every linear map that `lora_targets` leaves out.
+
+    Args:
+        model: A hybrid or, before it is loaded, its configuration.
+
+    Returns:
+        Sorted patterns of module names, as BitsAndBytesConfig takes them for `llm_int8_skip_modules` (other methods of
+        Transformers: `modules_to_not_convert`): heads, expert routers, Mamba's raw and fused projections, the mixer.
+        A pattern holds for all layers of its component.
+    """
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = ManticoreForCausalLM(copy.deepcopy(model))
+    targets = set(lora_targets(model))
+    linear = {key for key, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    kept = {key for key in linear - targets if not key.startswith(f"{MIXER}.")}
+    return sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in kept} | {MIXER})
+
+
+def refuse_quantized(model):
+    """Raises ManticoreError if a weight of a hybrid that is read raw, or one of its mixer, was quantised."""
+    for key, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or not _is_quantized(weight):
+            continue
+        parent, _, leaf = key.rpartition(".")
+        if key.startswith(f"{MIXER}.") or (leaf in UNSAFE and _is_state_space(model.get_submodule(parent))):
+            raise ManticoreError(
+                f"{key!r} was quantised, but has to stay in floating point: load the hybrid with "
+                "llm_int8_skip_modules=quantization_skips(config)."
+            )
+
+
+def _is_quantized(weight):
+    # By name: bitsandbytes may keep 4 bits in a tensor of floating point.
+    return type(weight).__name__ in ("Params4bit", "Int8Params") or not weight.is_floating_point()
 
 
 def refuse_unsafe(model, config):

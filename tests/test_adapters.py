@@ -13,9 +13,11 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.adapters import check_adapters, lora_config, lora_targets
+from manticore_hf.logs import hybrid_of
 
 VOCAB = 60
 
@@ -164,3 +166,28 @@ def test_the_adapter_is_pinned_to_the_hybrids_commit(saved, hub, tmp_path):
     assert hub.add_repo("someone/pinned", tmp_path / "moved") != commit
     auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     torch.testing.assert_close(auto(IDS).logits, expected)
+
+
+def test_a_hybrid_of_remote_code_is_adapted_alike(saved, hub, owner, tmp_path):
+    """Its class is another copy's, though the package is installed."""
+    repo = f"{owner}/hybrid"
+    commit = hub.add_repo(repo, saved)
+    remote = get_class_from_dynamic_module("modeling_manticore.ManticoreForCausalLM", repo)
+    assert remote is not ManticoreForCausalLM
+    model = remote.from_pretrained(repo)
+    assert hybrid_of(model) is model
+    config = lora_config(model, r=2)
+    assert config.revision == commit
+    assert config.target_modules == lora_config(ManticoreForCausalLM.from_pretrained(saved), r=2).target_modules
+    with pytest.raises(ManticoreError, match=r"mixer\.x_proj"):
+        lora_config(model, target_modules=["q_proj", "x_proj"])
+    peft = _train(get_peft_model(model, config))
+    assert check_adapters(peft) is peft and hybrid_of(peft) is model
+    expected = peft(IDS).logits
+    peft.save_pretrained(tmp_path / "adapter")
+    auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert type(auto.get_base_model()) is ManticoreForCausalLM
+    assert torch.equal(auto(IDS).logits, expected)
+    wrapped = get_peft_model(remote.from_pretrained(repo), LoraConfig(target_modules=["q_proj", "dt_proj"]))
+    with pytest.raises(ManticoreError, match="no gradient on some machines"):
+        check_adapters(wrapped)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hub_models import MODEL, component_keys, nudge, publish, publish_hybrid, read_json, tiny, tokenizer
 from manticore_hf.modeling.configuration_manticore import AUTO_MAP
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import manticore_hf
-from manticore_hf import ManticoreForCausalLM, modeling
+from manticore_hf import ManticoreForCausalLM, lora_config, modeling
 
 CODE = Path(modeling.__file__).parent
 FILES = sorted(CODE.glob("*_manticore.py"))
@@ -184,6 +185,42 @@ again = AutoModelForCausalLM.from_pretrained("made", **trust)
 torch.save({"made": facts(made), "again": facts(again)}, output)
 """
 
+ADAPT = """
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+ready, theirs, saved, merged, pushed = more
+config = LoraConfig.from_pretrained(ready)
+load = lambda: AutoModelForCausalLM.from_pretrained(repo, revision=config.revision, **trust)
+model = load()
+assert "transformers_modules" in type(model).__module__
+found = {"plain": facts(model)}
+model = get_peft_model(model, config)
+found["wrapped"] = facts(model)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+model.train()
+found["losses"] = []
+for step in range(4):
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    if step:  # B = 0 at the start leaves A without gradient
+        assert all(p.grad.abs().sum() > 0 for key, p in model.named_parameters() if "lora_" in key)
+    optimizer.step()
+    optimizer.zero_grad()
+    found["losses"].append(loss.item())
+found["trained"] = facts(model)
+model.save_pretrained(saved)
+model.push_to_hub(pushed)
+found["loaded"] = facts(PeftModel.from_pretrained(load(), saved))
+for name, where in {"auto": saved, "pushed": pushed, "theirs": theirs}.items():
+    model = AutoPeftModelForCausalLM.from_pretrained(where, **trust)
+    assert "transformers_modules" in type(model.get_base_model()).__module__
+    found[name] = facts(model)
+    if name == "auto":
+        model = model.merge_and_unload()
+        found["merged"] = facts(model)
+        model.save_pretrained(merged)
+torch.save(found, output)
+"""
+
 
 def ids(rows=2):
     """Rows of eight tokens; the scripts read them from a file."""
@@ -268,6 +305,45 @@ def test_composing_without_the_package(published, run, owner):
     here = ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"], num_blocks=2)
     assert_facts(found["made"], facts(here))
     assert_facts(found["again"], facts(here))
+
+
+def test_adapters_without_the_package(published, run, hub, owner, tmp_path):
+    repo, model = published
+    commit = hub.head(repo)
+    config = lora_config(AutoModelForCausalLM.from_pretrained(repo), r=2)
+    config.save_pretrained(tmp_path / "ready")
+    ours = get_peft_model(AutoModelForCausalLM.from_pretrained(repo), config)
+    with torch.no_grad():
+        for key, parameter in ours.named_parameters():
+            if "lora_" in key or "modules_to_save" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    ours.save_pretrained(tmp_path / "ours")
+    # The hybrid moves on; both adapters are for what it was.
+    nudge(model, TUNED).save_pretrained(tmp_path / "moved")
+    assert hub.add_repo(repo, tmp_path / "moved") != commit
+    places = {name: tmp_path / name for name in ("ready", "ours", "saved", "merged")}
+    found = run(ADAPT, repo, *places.values(), f"{owner}/adapter")
+
+    plain = facts(ManticoreForCausalLM.from_pretrained(repo, revision=commit))
+    assert_facts(found["plain"], plain)
+    assert_facts(found["wrapped"], plain)
+    assert not torch.equal(plain["logits"], facts(model)["logits"])
+    assert found["losses"][-1] < found["losses"][0]
+    # Trained there: loads there in every way, and here.
+    assert not torch.equal(found["trained"]["logits"], plain["logits"])
+    for way in ("loaded", "auto", "pushed"):
+        assert_facts(found[way], found["trained"])
+    for where in (places["saved"], f"{owner}/adapter"):
+        loaded = AutoPeftModelForCausalLM.from_pretrained(where)
+        assert loaded.peft_config["default"].revision == commit
+        assert type(loaded.get_base_model()) is ManticoreForCausalLM
+        assert_facts({"chunked": found["trained"]["chunked"], **facts(loaded)}, found["trained"])
+    merged = ManticoreForCausalLM.from_pretrained(places["merged"])
+    assert_facts({"chunked": found["merged"]["chunked"], **facts(merged)}, found["merged"])
+    torch.testing.assert_close(found["merged"]["logits"], found["trained"]["logits"], rtol=1e-4, atol=1e-4)
+    # Trained here: loads there.
+    assert not torch.equal(found["theirs"]["logits"], plain["logits"])
+    assert_facts(found["theirs"], facts(ours))
 
 
 def test_package_wins_over_remote_code(published):
