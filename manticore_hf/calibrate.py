@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from manticore_hf.data import repack
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
 
@@ -102,14 +103,15 @@ def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=
 
     Args:
         model: A hybrid with projector="linear".
-        dataset: Blocks of `input_ids`, as `pack` makes them; plain text is enough.
+        dataset: Rows of `input_ids`, as `pack` makes them; plain text is enough. Rows of different lengths are joined
+            and cut again.
         tokens: Tokens to use; a few ten thousand.
         batch_size: Blocks per forward pass.
         reference: The reference component; default: the one with the lowest loss on this text.
         held_out: Share of the batches that choose the ridge.
 
     Returns:
-        A Calibration. The model's config gets projector_init="calibrated" and, with gate="none", the reference.
+        A Calibration. The model's config notes it (`calibration`) and, with gate="none", the reference.
 
     Raises:
         ManticoreError: projector="mlp" or "none"; an unknown reference; too little text.
@@ -140,11 +142,23 @@ def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=
         projector.weight[: weight.shape[0], : weight.shape[1]] = weight.to(projector.weight)
         projector.bias[: len(bias)] = bias.to(projector.bias)
         r2[f"{side}:{name}-{block}"], ridges[f"{side}:{name}-{block}"] = score, ridge
+    tokens = sum(batch.numel() for batch in batches)
     config.projector_init = "calibrated"
-    return Calibration(reference, losses, r2, ridges, sum(batch.numel() for batch in batches))
+    config.calibration = {"tokens": tokens, "reference": reference}
+    return Calibration(reference, losses, r2, ridges, tokens)
+
+
+def awaits_calibration(model):
+    """Whether a hybrid was composed with projector_init="calibrated" and has projectors that nobody calibrated yet."""
+    config, mixer = model.config, model.hybrid_mixer
+    if config.projector_init != "calibrated" or config.calibration is not None:
+        return False
+    return any(isinstance(p, LinearProjector) for p in (*mixer.into.values(), *mixer.out_of.values()))
 
 
 def _batches(dataset, tokens, batch_size, device):
+    if "attention_mask" in dataset.column_names:
+        dataset = repack(dataset, tokens)
     out, seen = [], 0
     for batch in DataLoader(dataset.with_format("torch"), batch_size=batch_size):
         out.append(batch["input_ids"].to(device))

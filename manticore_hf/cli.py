@@ -9,10 +9,13 @@ import subprocess
 import sys
 import tempfile
 
-TRAINING = {
+STAGES = {
+    "compose": "join pretrained models into a hybrid",
+    "calibrate": "solve for a hybrid's projectors in closed form",
     "pretrain": "train projectors and mixture, components frozen",
     "search": "search the mixture weights",
     "finetune": "fine-tune everything at fixed mixture weights",
+    "harden": "keep one component per block, and heal by distillation",
 }
 
 
@@ -20,14 +23,19 @@ def main(argv=None):
     """Entry point of `manticore-hf`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="manticore-hf", description="Pretrained hybrids.")
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in TRAINING:  # these take every option of TrainingArguments
-        from manticore_hf.train import main as train
+    if argv and argv[0] in STAGES:  # these take every option of TrainingArguments
+        if argv[0] in ("compose", "calibrate"):
+            from manticore_hf.prepare import main as stage
+        elif argv[0] == "harden":
+            from manticore_hf.heal import main as stage
+        else:
+            from manticore_hf.train import main as stage
 
-        return train(argv[0], argv[1:])
+        return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_compose, _add_calibrate, _add_run):
+    for add in (_add_demo, _add_run, _add_evaluate, _add_inspect):
         add(commands)
-    for name, text in TRAINING.items():
+    for name, text in STAGES.items():
         commands.add_parser(name, help=text, add_help=False)
     args = parser.parse_args(argv)
     from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -66,55 +74,6 @@ def _demo(args):
         return subprocess.run(command, env={**os.environ, **hub.environment(os.path.join(scratch, "home"))}).returncode
 
 
-def _add_compose(commands):
-    command = commands.add_parser(
-        "compose",
-        help="join pretrained models into a hybrid",
-        description="Resolves the components, checks that they fit, and writes a hybrid that loads. Repositories are "
-        "pinned to their commit and referenced; the weights of local directories are embedded.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    command.add_argument("components", nargs="+", metavar="COMPONENT", help="org/repo, org/repo@revision or directory")
-    command.add_argument("--output-dir", required=True, help="where to write the hybrid")
-    command.add_argument("--num-blocks", type=int, default=1, help="blocks into which every component is cut")
-    command.add_argument("--preset", default="default", choices=("default", "paper"), help="settings of the hybrid")
-    command.add_argument("--dtype", default="auto", help="dtype of the weights, for example bfloat16")
-    command.add_argument("--seed", type=int, default=0, help="random seed (initial projectors)")
-    command.set_defaults(run=_compose)
-
-
-def _compose(args):
-    from manticore_hf.prepare import run_compose
-
-    settings = {"num_blocks": args.num_blocks, "preset": args.preset}
-    run_compose(args.components, args.output_dir, args.seed, args.dtype, **settings)
-
-
-def _add_calibrate(commands):
-    command = commands.add_parser(
-        "calibrate",
-        help="solve for a hybrid's projectors in closed form",
-        description="Runs each component alone on plain text and solves ridge regressions between their states.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    command.add_argument("--model", required=True, help="the hybrid: directory or Hub repo")
-    command.add_argument("--data", required=True, help="text, jsonl, csv or parquet file, or a Hub data set")
-    command.add_argument("--output-dir", required=True, help="where to write the calibrated hybrid")
-    command.add_argument("--tokens", type=int, default=40_000, help="tokens to use")
-    command.add_argument("--block-size", type=int, default=512, help="tokens per row")
-    command.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
-    command.add_argument("--reference", help="reference component (default: the one with the lowest loss)")
-    command.set_defaults(run=_calibrate)
-
-
-def _calibrate(args):
-    from manticore_hf.data import DataArguments
-    from manticore_hf.prepare import run_calibrate
-
-    data = DataArguments(data=args.data, block_size=args.block_size, validation_fraction=0.0)
-    run_calibrate(args.model, data, args.output_dir, args.tokens, args.batch_size, args.reference)
-
-
 def _add_run(commands):
     command = commands.add_parser(
         "run",
@@ -124,13 +83,63 @@ def _add_run(commands):
     )
     command.add_argument("recipe", help="the YAML file")
     command.add_argument("--output-dir", required=True, help="directory below which every stage writes its own")
+    command.add_argument("--seed", type=int, help="random seed instead of the recipe's")
     command.set_defaults(run=_run)
 
 
 def _run(args):
     from manticore_hf.recipe import run_recipe
 
-    run_recipe(args.recipe, args.output_dir)
+    run_recipe(args.recipe, args.output_dir, args.seed)
+
+
+def _add_evaluate(commands):
+    command = commands.add_parser(
+        "evaluate",
+        help="losses of a hybrid beside those of its components and their ensemble",
+        description="Prints the loss of a hybrid, of each of its components alone and of their plain ensemble on a "
+        "text, in nats per token.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("--model", required=True, help="the hybrid: directory or Hub repo")
+    command.add_argument("--data", required=True, help="text, jsonl, csv or parquet file, or a Hub data set")
+    command.add_argument("--data-split", default="train", help="split of a Hub data set")
+    command.add_argument("--block-size", type=int, default=512, help="tokens per row")
+    command.add_argument("--max-tokens", type=int, help="use at most so many tokens (default: all)")
+    command.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
+    command.add_argument("--output-dir", help="also write evaluation.json there")
+    command.add_argument("--seed", type=int, default=0, help="random seed (nothing random is left in evaluation)")
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(args):
+    from manticore_hf.data import DataArguments
+    from manticore_hf.evaluation import run_evaluate
+
+    data = DataArguments(
+        data=args.data, data_split=args.data_split, block_size=args.block_size, max_tokens=args.max_tokens,
+        validation_fraction=0.0,
+    )  # fmt: skip
+    run_evaluate(args.model, data, args.batch_size, args.output_dir)
+
+
+def _add_inspect(commands):
+    command = commands.add_parser(
+        "inspect",
+        help="what a hybrid is and costs, without running its code or downloading weights",
+        description="Prints a hybrid's settings and components; per block and component layers, alpha, parameters, "
+        "FLOPs per token, bytes of cache per token and of constant state; the totals beside each component alone.",
+    )
+    command.add_argument("model", help="directory or Hub repo")
+    command.add_argument("--revision", help="revision of a Hub repo")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_inspect)
+
+
+def _inspect(args):
+    from manticore_hf.inspection import run_inspect
+
+    run_inspect(args.model, args.revision, args.json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ with spaces; numbers made that way compare with nothing).
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_dataset_builder
 from tqdm.auto import tqdm
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -84,33 +84,59 @@ def load_rows(arguments, tokenizer):
 
 def _records(arguments):
     path = Path(arguments.data)
-    if path.exists():
-        files = sorted(f for f in path.rglob("*") if f.suffix in _FORMATS) if path.is_dir() else [path]
-        kinds = {_FORMATS.get(file.suffix) for file in files}
-        if len(kinds) != 1 or None in kinds:
-            raise ManticoreError(
-                f"{arguments.data!r} holds no files of one known format (found {sorted({f.suffix for f in files})}); "
-                f"known are {sorted(_FORMATS)}."
-            )
-        kind = kinds.pop()
-        if kind == "text":  # whole files: a line is no document
-            return [{arguments.text_column: file.read_text(encoding="utf-8")} for file in files]
-        source, options = kind, {"data_files": [str(file) for file in files], "split": "train"}
-        if any(file.suffix == ".tsv" for file in files):
-            options["delimiter"] = "\t"
-    else:
-        source = arguments.data
-        options = {
-            "name": arguments.data_config, "split": arguments.data_split, "revision": arguments.data_revision,
-            "streaming": arguments.streaming,
-        }  # fmt: skip
-    try:
-        return load_dataset(source, **options)
-    except Exception as err:
+    if not path.exists():
+        return _hub_records(arguments)
+    files = sorted(f for f in path.rglob("*") if f.suffix in _FORMATS) if path.is_dir() else [path]
+    kinds = {_FORMATS.get(file.suffix) for file in files}
+    if len(kinds) != 1 or None in kinds:
         raise ManticoreError(
-            f"data={arguments.data!r} is no file or folder here, and cannot be read as a Hub data set: {err}"
-            if not path.exists() else f"{arguments.data!r} cannot be read: {err}"
-        ) from err  # fmt: skip
+            f"{arguments.data!r} holds no files of one known format (found {sorted({f.suffix for f in files})}); "
+            f"known are {sorted(_FORMATS)}."
+        )
+    kind = kinds.pop()
+    if kind == "text":  # whole files: a line is no document
+        return [{arguments.text_column: file.read_text(encoding="utf-8")} for file in files]
+    options = {"delimiter": "\t"} if any(file.suffix == ".tsv" for file in files) else {}
+    try:
+        return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+    except Exception as err:
+        raise _unreadable(arguments, err) from err
+
+
+def _hub_records(arguments):
+    revision = arguments.data_revision
+    try:
+        builder = load_dataset_builder(arguments.data, arguments.data_config, revision=revision)
+        # Where the Hub does not answer, `datasets` takes what it prepared last, of whatever revision.
+        if revision is not None and type(builder).__name__ == "Cache" and not builder.hash.startswith(revision):
+            raise ManticoreError(f"the Hub gives no such revision, and the copy in the cache is of {builder.hash}")
+        if arguments.streaming:
+            return _watched(builder.as_streaming_dataset(arguments.data_split), arguments)
+        builder.download_and_prepare()
+        return builder.as_dataset(arguments.data_split)
+    except Exception as err:
+        raise _unreadable(arguments, err) from err
+
+
+def _watched(records, arguments):
+    """The records of a stream, one by one: much of what can go wrong there goes wrong only when they are read."""
+    try:
+        yield from records
+    except Exception as err:
+        raise _unreadable(arguments, err) from err
+
+
+def _unreadable(arguments, err):
+    cause = err.__cause__ if type(err).__name__ == "DatasetGenerationError" and err.__cause__ else err
+    # In one line, and without the client's advice on calls that the user did not write.
+    reason = " ".join(str(cause).partition("Example of usage")[0].split())
+    if Path(arguments.data).exists():
+        return ManticoreError(f"{arguments.data!r} cannot be read: {reason}")
+    asked = ", ".join(f"{key}={getattr(arguments, key)!r}" for key in ("data_config", "data_split", "data_revision"))
+    return ManticoreError(
+        f"data={arguments.data!r} is no file or folder here, and cannot be read as a Hub data set with {asked}: "
+        f"{reason}"
+    )
 
 
 def _column(record, name, arguments):
@@ -123,6 +149,8 @@ def _column(record, name, arguments):
 
 def pack(documents, tokenizer, block_size, limit=None, desc="Tokenising"):
     """Documents end to end, each closed by the end-of-text token, cut into blocks of equal length.
+
+    A tokenizer that begins every text with a token of its own (Llama's, Gemma's) does so here, too.
 
     Args:
         documents: Texts.
@@ -139,9 +167,12 @@ def pack(documents, tokenizer, block_size, limit=None, desc="Tokenising"):
     """
     if tokenizer.eos_token_id is None:
         raise ManticoreError("The tokenizer has no eos_token: documents cannot be told apart once they are packed.")
-    tokens, blocks = [], []
+    tokens, blocks, end = [], [], tokenizer.eos_token_id
     for document in tqdm(documents, desc=desc, unit="doc", leave=False):
-        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids = tokenizer(document, verbose=False)["input_ids"]
+        if ids[:1] == [end]:  # one token for beginning and end: once between two documents
+            ids = ids[1:]
+        tokens += ids if ids[-1:] == [end] else [*ids, end]
         whole = len(tokens) // block_size * block_size
         blocks += [tokens[start : start + block_size] for start in range(0, whole, block_size)]
         tokens = tokens[whole:]
@@ -154,6 +185,17 @@ def pack(documents, tokenizer, block_size, limit=None, desc="Tokenising"):
             "blocks."
         )
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+def repack(rows, tokens):
+    """Rows of different lengths as blocks of one length (that of the longest row), about `tokens` in all."""
+    block_size, joined = max(map(len, rows["input_ids"])), []
+    for ids in rows["input_ids"]:
+        joined += ids
+        if len(joined) >= tokens + block_size:
+            break
+    starts = range(0, len(joined) - block_size + 1, block_size)
+    return Dataset.from_dict({"input_ids": [joined[start : start + block_size] for start in starts]})
 
 
 def mask_prompts(records, tokenizer, arguments, limit=None):
@@ -169,7 +211,9 @@ def mask_prompts(records, tokenizer, arguments, limit=None):
     rows = {"input_ids": [], "attention_mask": [], "labels": []}
     for record in tqdm(records, desc="Tokenising", unit="record", leave=False):
         texts = [_column(record, name, arguments) for name in (arguments.prompt_column, arguments.completion_column)]
-        prompt, answer = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
+        prompt = tokenizer(texts[0], verbose=False)["input_ids"]
+        prompt = prompt[:-1] if prompt[-1:] == [tokenizer.eos_token_id] else prompt
+        answer = tokenizer(texts[1], add_special_tokens=False, verbose=False)["input_ids"]
         ids = (prompt + answer + [tokenizer.eos_token_id])[: arguments.block_size]
         if len(prompt) >= len(ids):
             continue

@@ -1,9 +1,16 @@
 """Losses on held-out text: a hybrid's number is never given without its rivals'."""
 
+import json
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from manticore_hf.data import load_rows
+from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 
 
 @torch.no_grad()
@@ -18,11 +25,12 @@ def compare_losses(model, dataset, batch_size=16, desc="Evaluating"):
 
     Returns:
         {component name: loss, ..., "ensemble": loss, "hybrid": loss} in nats per token; the ensemble is the normalised
-        geometric mean of the components' distributions with equal weights.
+        geometric mean of the components' distributions with equal weights. A hardened hybrid has lost parts of its
+        components, so only "hybrid" is there: its rivals come from the soft one.
     """
-    was_training, names = model.training, model.config.component_names
+    was_training, names = model.training, [] if model.config.route else model.config.component_names
     model.eval()
-    sums, count = dict.fromkeys([*names, "ensemble", "hybrid"], 0.0), 0
+    sums, count = dict.fromkeys([*names, "ensemble", "hybrid"] if names else ["hybrid"], 0.0), 0
     loader = DataLoader(dataset.with_format("torch"), batch_size=batch_size)
     for batch in tqdm(loader, desc=desc, unit="batch", leave=False):
         ids = batch["input_ids"].to(model.device)
@@ -36,8 +44,35 @@ def compare_losses(model, dataset, batch_size=16, desc="Evaluating"):
             logprobs = model.component(name)(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
             sums[name] += loss(logprobs)
             mean = mean + logprobs / len(names)
-        sums["ensemble"] += loss(mean)
+        if names:
+            sums["ensemble"] += loss(mean)
         sums["hybrid"] += loss(model(input_ids=ids, use_cache=False).logits)
         count += target.numel()
     model.train(was_training)
     return {name: total / count for name, total in sums.items()}
+
+
+def run_evaluate(source, data, batch_size=8, output=None):
+    """Prints (and writes) the losses of a saved hybrid and its rivals on a text.
+
+    Args:
+        source: Hybrid: directory or Hub repo.
+        data: DataArguments with validation_fraction 0.
+        batch_size: Rows per forward pass.
+        output: Directory for `evaluation.json`, or None.
+
+    Returns:
+        As `compare_losses`.
+    """
+    model = ManticoreForCausalLM.from_pretrained(source, dtype="float32")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    rows, _ = load_rows(data, AutoTokenizer.from_pretrained(source))
+    losses = compare_losses(model, rows, batch_size)
+    print(f"{source} on {data.data}: {len(rows) * data.block_size:,} tokens, nats per token")
+    for name, loss in losses.items():
+        print(f"{name:>24}  {loss:.4f}")
+    if output is not None:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        result = json.dumps({"data": data.data, "losses": losses}, indent=1)
+        (Path(output) / "evaluation.json").write_text(result + "\n")
+    return losses

@@ -4,14 +4,12 @@ import math
 
 import torch
 
-from manticore_hf.modeling.modeling_manticore import ManticoreModel
-
 
 def hybrid_of(model):
     """The hybrid inside whatever wraps it (accelerate, DDP, PEFT), or None."""
-    if isinstance(model, ManticoreModel):
-        return model
-    return next((module for module in model.modules() if isinstance(module, ManticoreModel)), None)
+    # By name: loaded as remote code, its class is of another copy of the files.
+    names = ((module, {cls.__name__ for cls in type(module).__mro__}) for module in model.modules())
+    return next((module for module, bases in names if "ManticoreModel" in bases), None)
 
 
 class HybridLogging:

@@ -1,24 +1,97 @@
-"""The stages without gradients: compose and calibrate. Each writes a hybrid that loads, with its tokenizer."""
+"""The stages without gradients: compose and calibrate. Each writes a hybrid that loads, with its tokenizer.
 
+    manticore-hf compose org/a org/b --num_blocks 2 --output_dir hybrid
+    manticore-hf calibrate --model hybrid --data text.txt --output_dir calibrated
+
+Both take TrainingArguments like the other stages, so that one set of options serves a whole experiment; what they use
+of it is the output directory, the seed, the device, and (calibrate) per_device_train_batch_size.
+"""
+
+import dataclasses
 import json
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
 from manticore_hf.calibrate import calibrate_projectors
-from manticore_hf.data import load_rows
+from manticore_hf.data import DataArguments, load_rows
+from manticore_hf.modeling.configuration_manticore import CHOICES, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 
 RESULT = "stage.json"
 
 
+def _choice(key, text):
+    return field(default=None, metadata={"help": f"{text}: {', '.join(CHOICES[key])}. Default: the preset's."})
+
+
+@dataclass
+class HybridArguments:
+    """How the components are joined; see ManticoreConfig."""
+
+    num_blocks: int = field(default=1, metadata={"help": "Blocks into which every component is cut."})
+    block_layers: str | None = field(
+        default=None, metadata={"help": 'Layers per block, as JSON: {"name": [4, 2], ...}. Default: as even as can be.'}
+    )
+    preset: str = field(default="default", metadata={"help": "Fills what is not given: default or paper."})
+    projector: str | None = _choice("projector", "Maps between feature spaces")
+    projector_init: str | None = _choice("projector_init", "Where they start")
+    gate: str | None = _choice("gate", "Gate of the projectors")
+    reference_component: str | None = field(
+        default=None, metadata={"help": "Component whose states are the shared space. Default: the first; calibration "
+                                        "takes the one with the lowest loss."}
+    )  # fmt: skip
+    mixture: str | None = _choice("mixture", "Output mixture")
+    mixture_space: str | None = _choice("mixture_space", "What the output mixture averages")
+    embeddings: str | None = _choice("embeddings", "Embeddings and heads")
+    head_mixture: str | None = _choice("head_mixture", "Block whose weights mix the heads")
+    mix_loss_weight: float | None = field(default=None, metadata={"help": "Weight of the mixture's loss."})
+    component_loss_weight: float | None = field(default=None, metadata={"help": "Weight of the parts' own losses."})
+    tokenizer_component: str | None = field(
+        default=None, metadata={"help": "Component whose tokenizer is the hybrid's. Default: the first."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights, for example bfloat16."})
+
+    def settings(self):
+        """What was given, as keyword arguments of `from_components`."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        given = {key: value for key, value in given.items() if value is not None}
+        if "block_layers" in given:
+            try:
+                given["block_layers"] = json.loads(given["block_layers"])
+            except ValueError as err:
+                raise ManticoreError(f"block_layers={given['block_layers']!r} is no JSON: {err}.") from None
+        return given
+
+
+@dataclass
+class CalibrateArguments:
+    """What calibration starts from."""
+
+    model: str = field(metadata={"help": "The hybrid to start from: directory or Hub repo."})
+    tokens: int = field(default=40_000, metadata={"help": "Tokens to use; a few ten thousand."})
+    reference: str | None = field(
+        default=None, metadata={"help": "Reference component. Default: the one with the lowest loss on this text."}
+    )
+    calibration_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
+
+
+def training_defaults():
+    """What the stages set in TrainingArguments where nothing is given: no trackers; the CPU where there is no other."""
+    return {"report_to": "none", "use_cpu": not torch.accelerator.is_available()}
+
+
 def finished(output):
     """The result of a stage that has ended in this directory, or None."""
     file = Path(output) / RESULT
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    print(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
+    return json.loads(file.read_text())
 
 
 def record(output, result):
@@ -29,24 +102,31 @@ def record(output, result):
     return result
 
 
-def run_compose(components, output, seed=0, dtype=None, **settings):
+def run_compose(components, arguments, **settings):
     """Joins components into a hybrid and saves it with the tokenizer of its tokenizer component.
 
     Args:
         components: As `ManticoreForCausalLM.from_components` takes them.
-        output: Directory to write.
-        seed: Random seed of the initial projectors.
-        dtype: Of the weights.
-        **settings: Keys of ManticoreConfig.
+        arguments: TrainingArguments: `output_dir`, and `seed` of the initial projectors.
+        **settings: Keys of ManticoreConfig, and `dtype`.
 
     Returns:
         The stage's result: components, blocks, parameters, bytes of the hybrid's own weights.
     """
-    if (result := finished(output)) is not None:
-        print(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
-        return result
-    set_seed(seed)
-    model = ManticoreForCausalLM.from_components(components, dtype=dtype, **settings)
+    output = Path(arguments.output_dir)
+    result = finished(output)
+    if result is None:
+        result = _compose(components, arguments, settings, output)
+    names = result["components"]
+    print(f"\ncompose: {' + '.join(names)} in {result['num_blocks']} block(s)")
+    print(f"{result['parameters']:,} parameters; {result['own_bytes']:,} bytes of weights written, "
+          f"{result['whole_bytes']:,} with all components")  # fmt: skip
+    return result
+
+
+def _compose(components, arguments, settings, output):
+    set_seed(arguments.seed)
+    model = ManticoreForCausalLM.from_components(components, **settings)
     names = model.config.component_names
     entry = model.config.components[names.index(model.config.tokenizer_component)]
     source = entry["repo_id"] or components[names.index(entry["name"])]
@@ -56,44 +136,58 @@ def run_compose(components, output, seed=0, dtype=None, **settings):
         tokenizer.save_pretrained(output)
     except (OSError, ValueError) as err:
         print(f"No tokenizer was saved: {source} has none that can be read ({err}).", file=sys.stderr)
-    own = sum(file.stat().st_size for file in Path(output).glob("*.safetensors"))
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"\ncompose: {' + '.join(names)} in {model.config.num_blocks} block(s)")
-    print(f"{model.num_parameters():,} parameters; {own:,} bytes of weights written, {whole:,} with all components")
     result = {"stage": "compose", "components": names, "num_blocks": model.config.num_blocks}
-    return record(output, {**result, "parameters": model.num_parameters(), "own_bytes": own})
+    result["parameters"] = model.num_parameters()
+    result["own_bytes"] = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    result["whole_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    return record(output, result)
 
 
-def run_calibrate(start, data, output, tokens=40_000, batch_size=8, reference=None, dtype="float32"):
+def run_calibrate(start, data, arguments):
     """Calibrates a saved hybrid's projectors and saves the result.
 
     Args:
-        start: Hybrid: directory or Hub repo.
-        data: DataArguments; validation_fraction is not used, the ridge is chosen on tokens held out inside.
-        output: Directory to write.
-        tokens: Tokens to use.
-        batch_size: Rows per forward pass.
-        reference: The reference component; default: the one with the lowest loss.
-        dtype: Of the weights while calibrating.
+        start: CalibrateArguments.
+        data: DataArguments; the ridge is chosen on tokens held out inside, the validation text is left alone.
+        arguments: TrainingArguments: `output_dir`, `seed`, `use_cpu` and `per_device_train_batch_size` count.
 
     Returns:
         The stage's result: reference, losses of the components, R^2 of each map.
     """
-    if (result := finished(output)) is not None:
-        print(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
-        return result
-    model = ManticoreForCausalLM.from_pretrained(start, dtype=dtype)
-    if torch.cuda.is_available():
-        model.cuda()
-    tokenizer = AutoTokenizer.from_pretrained(start)
-    rows, _ = load_rows(data, tokenizer)
-    found = calibrate_projectors(model, rows, tokens=tokens, batch_size=batch_size, reference=reference)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    print(f"\ncalibrate: {found.tokens:,} tokens, reference {found.reference}")
-    for name, loss in found.losses.items():
+    output = Path(arguments.output_dir)
+    result = finished(output)
+    if result is None:
+        set_seed(arguments.seed)
+        model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.calibration_dtype).to(arguments.device)
+        tokenizer = AutoTokenizer.from_pretrained(start.model)
+        rows, _ = load_rows(data, tokenizer)
+        options = {"tokens": start.tokens, "reference": start.reference}
+        found = calibrate_projectors(model, rows, batch_size=arguments.per_device_train_batch_size, **options)
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        result = record(output, {"stage": "calibrate", **dataclasses.asdict(found)})
+    print(f"\ncalibrate: {result['tokens']:,} tokens, reference {result['reference']}")
+    for name, loss in result["losses"].items():
         print(f"{name:>24}  {loss:.4f} nats per token")
-    for key, score in found.r2.items():
-        print(f"{key:>32}  R^2 {score:6.3f}  ridge {found.ridges[key]:g}")
-    result = {"stage": "calibrate", "reference": found.reference, "losses": found.losses, "r2": found.r2}
-    return record(output, {**result, "ridges": found.ridges, "tokens": found.tokens})
+    for key, score in result["r2"].items():
+        print(f"{key:>32}  R^2 {score:6.3f}  ridge {result['ridges'][key]:g}")
+    return result
+
+
+def main(stage, argv):
+    """`manticore-hf compose|calibrate ...`; returns the exit status."""
+    kinds = (HybridArguments,) if stage == "compose" else (CalibrateArguments, DataArguments)
+    parser = HfArgumentParser((*kinds, TrainingArguments), prog=f"manticore-hf {stage}", description=__doc__)
+    if stage == "compose":
+        parser.add_argument("components", nargs="+", help="org/repo, org/repo@revision or directory")
+    parser.set_defaults(**training_defaults())
+    try:
+        parsed = parser.parse_args_into_dataclasses(argv)
+        if stage == "compose":
+            run_compose(parsed[2].components, parsed[1], **parsed[0].settings())
+        else:
+            run_calibrate(*parsed)
+    except ManticoreError as err:
+        print(f"manticore-hf {stage}: {err}", file=sys.stderr)
+        return 2
+    return 0

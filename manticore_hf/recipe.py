@@ -9,17 +9,22 @@ YAML's safe loader.
 
 import dataclasses
 import inspect
+import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
 
 from manticore_hf.data import DataArguments
+from manticore_hf.heal import HardenArguments, run_harden
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.search import SearchArguments
-from manticore_hf.train import StageArguments
+from manticore_hf.prepare import CalibrateArguments, run_calibrate, run_compose, training_defaults
+from manticore_hf.search import STRATEGIES, SearchArguments
+from manticore_hf.train import StageArguments, run_stage
 
 TOP = {"name", "description", "seed", "components", "hybrid", "data", "stages"}
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
@@ -36,7 +41,8 @@ class Recipe:
         components: As `from_components` takes them.
         hybrid: Keys of ManticoreConfig (and dtype).
         data: Keys of DataArguments.
-        stages: [(stage, its settings)], in order; compose comes first by itself.
+        stages: [(stage, its settings)], in order; compose comes first by itself. A stage's settings may hold `data` of
+            its own: keys that replace the recipe's, or all of them where it names another source.
     """
 
     path: Path
@@ -87,10 +93,10 @@ def load_recipe(path):
     if isinstance(seed, bool) or not isinstance(seed, int):
         wrong(("seed",), f"is {seed!r}, must be an integer.")
     hybrid, data = values.get("hybrid") or {}, values.get("data") or {}
-    _check_keys(hybrid, _config_keys(), ("hybrid",), wrong)
-    _check_keys(data, _fields(DataArguments), ("data",), wrong)
+    hybrid = _check_values(hybrid, _config_types(), ("hybrid",), wrong)
+    data = _check_values(data, _types(DataArguments), ("data",), wrong)
     stages = [_stage(entry, i, wrong) for i, entry in enumerate(values.get("stages") or [])]
-    if stages and "data" not in data:
+    if any("data" not in {**data, **settings.get("data", {})} for _, settings in stages):
         wrong(("data",), "has no key 'data' that says where the text is.")
     return Recipe(path, str(values.get("name", path.stem)), seed, components, hybrid, data, stages)
 
@@ -106,37 +112,58 @@ def _stage(entry, i, wrong):
     settings = settings or {}
     if not isinstance(settings, dict):
         wrong(("stages", i, stage), f"is {settings!r}, must be a mapping of settings.")
-    _check_keys(settings, _stage_keys()[stage], ("stages", i, stage), wrong)
-    return stage, settings
+    settings, data = dict(settings), settings.get("data")
+    if data is not None:
+        settings.pop("data")
+        if not isinstance(data, dict):
+            wrong(("stages", i, stage, "data"), f"is {data!r}, must be a mapping of data settings.")
+        data = _check_values(data, _types(DataArguments), ("stages", i, stage, "data"), wrong)
+    settings = _check_values(settings, _stage_keys()[stage], ("stages", i, stage), wrong)
+    if settings.get("strategy", "darts") not in STRATEGIES:
+        wrong(("stages", i, stage, "strategy"), f"is {settings['strategy']!r}; choose one of {sorted(STRATEGIES)}.")
+    return stage, settings if data is None else {**settings, "data": data}
 
 
 def _stage_keys():
-    from manticore_hf.prepare import run_calibrate
-
-    training = (_fields(TrainingArguments) | _fields(StageArguments)) - _SET_BY_THE_RUN
-    calibrate = set(inspect.signature(run_calibrate).parameters) - {"start", "data", "output"}
-    return {
-        "calibrate": calibrate,
-        "pretrain": training,
-        "search": (training | _fields(SearchArguments)) - _SET_BY_THE_RUN,
-        "finetune": training,
-    }
+    """{stage: {setting: its type}}."""
+    out = {}
+    for stage, (starts, kind, _) in _STAGES.items():
+        types = {**_types(kind), **_types(starts)}
+        out[stage] = {key: types[key] for key in types if key not in _SET_BY_THE_RUN}
+    return out
 
 
-def _fields(cls):
-    return {f.name for f in dataclasses.fields(cls) if f.init}
+def _types(cls):
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def _config_keys():
+def _config_types():
     known = set(inspect.signature(ManticoreConfig.__init__).parameters)
-    return (known - {"self", "kwargs", "components", "manticore_version"}) | {"dtype"}
+    left = {"self", "kwargs", "components", "manticore_version", "calibration", "route"}
+    return {key: object for key in known - left} | {"dtype": str}  # ManticoreConfig checks the values itself
 
 
-def _check_keys(values, known, where, wrong):
+def _check_values(values, known, where, wrong):
+    """The settings, with numbers that YAML takes for text (2e-4 has no dot) as numbers."""
+    out = {}
     for key, value in values.items():
         if key not in known:
             close = sorted(k for k in known if str(key)[:4] == k[:4]) or sorted(known)[:12]
             wrong((*where, key), f"unknown key (value {value!r}); did you mean one of {close}?")
+        kinds = set(get_args(known[key]) or (known[key],))
+        plain = {kind for kind in kinds if kind in (bool, int, float, str, type(None))}
+        if isinstance(value, str) and float in plain and str not in plain:
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        fits = type(value) in kinds or (float in kinds and type(value) is int)
+        if plain == kinds and not fits:
+            names = sorted("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+            wrong((*where, key), f"is {value!r}, must be {' or '.join(names)}.")
+        out[key] = value
+    return out
 
 
 def _lines(node, path=()):
@@ -152,12 +179,13 @@ def _lines(node, path=()):
     return out
 
 
-def run_recipe(path, output_dir):
+def run_recipe(path, output_dir, seed=None):
     """Runs all stages of a recipe, skipping those that are finished.
 
     Args:
         path: The YAML file.
         output_dir: Directory below which every stage writes its own.
+        seed: Random seed instead of the recipe's.
 
     Returns:
         [(directory, result)] of the stages, in order.
@@ -165,41 +193,55 @@ def run_recipe(path, output_dir):
     Raises:
         ManticoreError: The recipe is invalid, or another recipe was run in this directory.
     """
-    import torch
-
-    from manticore_hf.prepare import run_calibrate, run_compose
-    from manticore_hf.train import run_stage
-
     recipe, output = load_recipe(path), Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    text = recipe.path.read_text(encoding="utf-8")
+    if seed is not None and seed != recipe.seed:
+        recipe.seed, line = seed, f"seed: {seed}"
+        text = re.sub(r"(?m)^seed:.*$", line, text) if re.search(r"(?m)^seed:", text) else f"{line}\n{text}"
     kept = output / "recipe.yaml"
     if kept.exists() and load_recipe(kept) != dataclasses.replace(recipe, path=kept):
         raise ManticoreError(f"{output} holds the stages of another recipe ({kept}); give another --output-dir.")
-    shutil.copyfile(recipe.path, kept)
+    output.mkdir(parents=True, exist_ok=True)
+    kept.write_text(text, encoding="utf-8")
 
+    defaults = {"seed": recipe.seed, **training_defaults()}
     folder = output / "0-compose"
-    results = [(folder, run_compose(recipe.components, str(folder), recipe.seed, **recipe.hybrid))]
+    arguments = TrainingArguments(output_dir=str(folder), **defaults)
+    results = [(folder, run_compose(recipe.components, arguments, **recipe.hybrid))]
     before_search, searched = folder, None
     for number, (stage, settings) in enumerate(recipe.stages, 1):
-        folder = output / f"{number}-{stage}"
-        start = results[-1][0]
+        folder, start = output / f"{number}-{stage}", results[-1][0]
         print(f"[{recipe.name}] {stage} -> {folder}", flush=True)
-        if stage == "calibrate":
-            result = run_calibrate(str(start), DataArguments(**recipe.data), str(folder), **settings)
-        else:
-            own = {key: settings[key] for key in settings if key in _fields(StageArguments)}
-            training = {key: settings[key] for key in settings if key not in own}
-            if stage == "finetune" and searched is not None:
-                # The paper's order: components and projectors start again, the mixture is the one found.
-                start, own["mixture_from"] = before_search, str(searched)
-            defaults = {"seed": recipe.seed, "report_to": "none", "use_cpu": not torch.cuda.is_available()}
-            kind = SearchArguments if stage == "search" else TrainingArguments
-            arguments = kind(output_dir=str(folder), **{**defaults, **training})
-            result = run_stage(stage, StageArguments(str(start), **own), DataArguments(**recipe.data), arguments)
+        starts, kind, run = _STAGES[stage]
+        own = {key: settings[key] for key in settings if key in _types(starts)}
+        training = {key: settings[key] for key in settings if key not in own and key != "data"}
+        if stage == "finetune" and searched is not None:
+            # The paper's order: components and projectors start again, the mixture is the one found.
+            start, own["mixture_from"] = before_search, str(searched)
+        arguments = kind(output_dir=str(folder), **{**defaults, **training})
+        result = run(starts(model=str(start), **own), _data(recipe, settings.get("data", {})), arguments)
         if stage == "search":
             searched = folder
         elif searched is None:
             before_search = folder
-        shutil.copyfile(recipe.path, folder / "recipe.yaml")
+        shutil.copyfile(kept, folder / "recipe.yaml")
         results.append((folder, result))
     return results
+
+
+_STAGES = {
+    "calibrate": (CalibrateArguments, TrainingArguments, run_calibrate),
+    "pretrain": (StageArguments, TrainingArguments, partial(run_stage, "pretrain")),
+    "search": (StageArguments, SearchArguments, partial(run_stage, "search")),
+    "finetune": (StageArguments, TrainingArguments, partial(run_stage, "finetune")),
+    "harden": (HardenArguments, TrainingArguments, run_harden),
+}
+
+
+def _data(recipe, other):
+    """DataArguments of a stage; a relative path counts from the working directory or from the recipe's folder."""
+    values = dict(other) if "data" in other else {**recipe.data, **other}
+    beside = recipe.path.parent / values["data"]
+    if not Path(values["data"]).exists() and beside.exists():
+        values["data"] = str(beside)
+    return DataArguments(**values)

@@ -14,8 +14,9 @@ def set_stage(model, stage):
 
     Args:
         model: A hybrid.
-        stage: "projectors" (projectors, mixture weights and gate; components frozen), "search" (everything) or
-            "finetune" (everything but the static mixture weights, which keep their present values exactly).
+        stage: "projectors" (projectors, mixture weights and gate, with embeddings="fresh" also embeddings and heads;
+            components frozen), "search" (everything) or "finetune" (everything but the static mixture weights, which
+            keep their present values exactly).
 
     Returns:
         The model.
@@ -27,8 +28,30 @@ def set_stage(model, stage):
         raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(STAGES)}.")
     model.requires_grad_(stage != "projectors")
     model.hybrid_mixer.requires_grad_(True)
+    if model.config.embeddings == "fresh":
+        for component in map(model.component, model.config.component_names):
+            component.get_input_embeddings().requires_grad_(True)
+            component.get_output_embeddings().requires_grad_(True)
     if stage == "finetune":
         model.hybrid_mixer.alpha_logits.requires_grad_(False)
+    return model
+
+
+def fix_alpha(model, weights=None):
+    """Fixes the static mixture weights exactly; a token mixture keeps its gate, which is trained like any weight.
+
+    Args:
+        model: A hybrid.
+        weights: [S, K]; default: the present ones.
+
+    Returns:
+        The model.
+    """
+    rows = (model.mixture_weights() if weights is None else weights).double().tolist()
+    if model.config.mixture == "token":
+        rows[-1] = None
+    if any(row is not None for row in rows):
+        model.set_mixture_weights(rows)
     return model
 
 

@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -24,14 +23,15 @@ from transformers import (
     set_seed,
 )
 
+from manticore_hf.calibrate import awaits_calibration, calibrate_projectors
 from manticore_hf.data import DataArguments, load_rows
 from manticore_hf.evaluation import compare_losses
 from manticore_hf.logs import HybridLogging
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
-from manticore_hf.prepare import RESULT, finished, record
+from manticore_hf.prepare import finished, record, training_defaults
 from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
-from manticore_hf.stages import ComponentClipping, set_stage
+from manticore_hf.stages import ComponentClipping, fix_alpha, set_stage
 
 STAGES = {"pretrain": "projectors", "search": "search", "finetune": "finetune"}
 
@@ -80,20 +80,22 @@ def run_stage(stage, start, data, arguments):
         raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(STAGES)}.")
     output = Path(arguments.output_dir)
     if (result := finished(output)) is not None:
-        print(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
         _print_summary(stage, result)
         return result
     set_seed(arguments.seed)
     model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
     tokenizer = AutoTokenizer.from_pretrained(start.model)
+    train, validation = load_rows(data, tokenizer)
+    if awaits_calibration(model):
+        found = calibrate_projectors(model.to(arguments.device), train)
+        print(f"Projectors calibrated on {found.tokens:,} tokens of the training text, reference {found.reference}.")
     if start.mixture_from is not None:
         take_mixture(model, start.mixture_from)
-    train, validation = load_rows(data, tokenizer)
-    if stage == "finetune" and model.config.mixture == "static" and model.config.mixture_weights is None:
-        model.set_mixture_weights(model.mixture_weights())
+    elif stage == "finetune":
+        fix_alpha(model)
     set_stage(model, STAGES[stage])
     kwargs = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
-    kwargs["data_collator"] = _collator(data, tokenizer)
+    kwargs["data_collator"] = collator(data, tokenizer)
     if start.component_max_norm is not None:
         arguments.max_grad_norm = 0.0
         kwargs["callbacks"] = [ComponentClipping(start.component_max_norm)]
@@ -126,19 +128,22 @@ def _finish(stage, trainer, model, tokenizer, validation, output):
 
 
 def take_mixture(model, source):
-    """Fixes a hybrid's mixture weights at those of another, searched one.
+    """Fixes a hybrid's mixture weights at those of another, searched one; a token gate goes on from the other's.
 
     Raises:
         ManticoreError: The other hybrid has other components or blocks.
     """
-    other = ManticoreConfig.from_pretrained(source)
-    mine = model.config
-    if other.component_names != mine.component_names or other.num_blocks != mine.num_blocks:
-        raise ManticoreError(
-            f"{source!r} has components {other.component_names} in {other.num_blocks} block(s), this hybrid "
-            f"{mine.component_names} in {mine.num_blocks}: its mixture weights do not fit."
-        )
-    model.set_mixture_weights(ManticoreForCausalLM.from_pretrained(source).mixture_weights())
+    other, mine = ManticoreConfig.from_pretrained(source), model.config
+    for what in ("component_names", "num_blocks", "mixture"):
+        if getattr(other, what) != getattr(mine, what):
+            raise ManticoreError(
+                f"{source!r} has {what} {getattr(other, what)}, this hybrid {getattr(mine, what)}: its mixture weights "
+                "do not fit."
+            )
+    searched = ManticoreForCausalLM.from_pretrained(source)
+    fix_alpha(model, searched.mixture_weights())
+    if mine.mixture == "token":
+        model.hybrid_mixer.token_gate.load_state_dict(searched.hybrid_mixer.token_gate.state_dict())
 
 
 def last_whole_checkpoint(output):
@@ -155,7 +160,8 @@ def last_whole_checkpoint(output):
     return str(max(found)[1]) if found else None
 
 
-def _collator(data, tokenizer):
+def collator(data, tokenizer):
+    """The data collator for rows of `load_rows`."""
     if data.prompt_column is None:
         return default_data_collator
     if tokenizer.pad_token is None:
@@ -177,7 +183,7 @@ def main(stage, argv):
     """`manticore-hf pretrain|search|finetune ...`; returns the exit status."""
     kind = SearchArguments if stage == "search" else TrainingArguments
     parser = HfArgumentParser((StageArguments, DataArguments, kind), prog=f"manticore-hf {stage}", description=__doc__)
-    parser.set_defaults(report_to="none", use_cpu=not torch.cuda.is_available())
+    parser.set_defaults(**training_defaults())
     try:
         run_stage(stage, *parser.parse_args_into_dataclasses(argv))
     except ManticoreError as err:

@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from tiny_hybrid import pair, save, write_text
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.recipe import load_recipe, run_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-WORDS = "the cat sat on a mat and saw two dogs run".split()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -39,7 +37,32 @@ def _write(path, text):
             r"x.yaml:5: stages.0.finetune.lerning_rate: unknown key",
         ),
         ("components: [a/b]\nstages: [finetune]\n", r"data: has no key 'data'"),
+        (
+            "components: [a/b]\nstages:\n  - search: {data: {data: t}}\n  - finetune: {}\n",
+            r"data: has no key 'data'",
+        ),
+        (
+            "components: [a/b]\nstages:\n  - search:\n      data: {data: t, blocksize: 3}\n",
+            r"x.yaml:4: stages.0.search.data.blocksize: unknown key",
+        ),
+        ("components: [a/b]\nstages:\n  - search:\n      data: t\n", r"x.yaml:4: stages.0.search.data: is 't', must"),
         ("components: [a/b]\nseed: abc\n", r"x.yaml:2: seed: is 'abc'"),
+        (
+            "components: [a/b]\ndata:\n  data: t\n  block_size: big\n",
+            r"x.yaml:4: data.block_size: is 'big', must be",
+        ),
+        (
+            "components: [a/b]\ndata: {data: t}\nstages:\n  - finetune:\n      learning_rate: fast\n",
+            r"x.yaml:5: stages.0.finetune.learning_rate: is 'fast', must be float",
+        ),
+        (
+            "components: [a/b]\ndata: {data: t}\nstages:\n  - finetune:\n      max_steps: 1.5\n",
+            r"x.yaml:5: stages.0.finetune.max_steps: is 1.5, must be int",
+        ),
+        (
+            "components: [a/b]\ndata: {data: t}\nstages:\n  - search: {strategy: best}\n",
+            r"x.yaml:4: stages.0.search.strategy: is 'best'; choose one of",
+        ),
         ("components: [a\n", r"is no valid YAML"),
         ("- a\n", r"must be a mapping"),
         ("components: !!python/object/apply:os.system ['true']\n", r"is no valid YAML"),
@@ -50,6 +73,11 @@ def test_mistakes_are_named(tmp_path, text, message):
         load_recipe(_write(tmp_path / "x.yaml", text))
 
 
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
+    text = "components: [a/b]\ndata: {data: t}\nstages:\n  - finetune: {learning_rate: 2e-4}\n"
+    assert load_recipe(_write(tmp_path / "x.yaml", text)).stages == [("finetune", {"learning_rate": 2e-4})]
+
+
 def test_a_missing_recipe(tmp_path):
     with pytest.raises(ManticoreError, match="cannot be read"):
         load_recipe(tmp_path / "none.yaml")
@@ -58,19 +86,9 @@ def test_a_missing_recipe(tmp_path):
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    neox = GPTNeoXForCausalLM(
-        GPTNeoXConfig(vocab_size=16, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
-                      num_attention_heads=4, max_position_embeddings=64)
-    )  # fmt: skip
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, state_size=4))
-    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<end>", "<unk>", *WORDS])}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", unk_token="<unk>")
-    for name, model in (("neox", neox), ("mamba", mamba)):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    (folder / "text.txt").write_text(" ".join(WORDS[i] for i in torch.randint(0, 11, (3000,)).tolist()))
+    for name, model in zip(("neox", "mamba"), pair()):
+        save(model, folder / name)
+    write_text(folder / "text.txt", 3000)
     return folder
 
 
@@ -81,26 +99,29 @@ components: [{parts / "neox"}, {parts / "mamba"}]
 hybrid: {{num_blocks: 2, mixture: static}}
 data: {{data: {parts / "text.txt"}, block_size: 16}}
 stages:
-  - calibrate: {{tokens: 1000, batch_size: 4}}
+  - calibrate: {{tokens: 1000, per_device_train_batch_size: 4}}
   - pretrain: {{max_steps: 2, learning_rate: 0.01, save_strategy: "no"}}
   - search: {{max_steps: 3, strategy: gaea, alpha_learning_rate: 0.5, save_strategy: "no"}}
-  - finetune: {{max_steps: 2, save_strategy: "no"}}
+  - finetune: {{max_steps: 2, save_strategy: "no", data: {{validation_fraction: 0.0}}}}
+  - harden: {{route: loss, max_steps: 2, save_strategy: "no", data: {{data: {parts / "text.txt"}, block_size: 8}}}}
 """
     recipe = _write(tmp_path / "tiny.yaml", text)
     results = run_recipe(recipe, tmp_path / "out")
     assert [folder.name for folder, _ in results] == [
-        "0-compose", "1-calibrate", "2-pretrain", "3-search", "4-finetune"
+        "0-compose", "1-calibrate", "2-pretrain", "3-search", "4-finetune", "5-harden"
     ]  # fmt: skip
     for folder, result in results:
         assert ManticoreForCausalLM.from_pretrained(folder).config.num_blocks == 2
         assert result["stage"] == folder.name.split("-")[1]
     searched, tuned = (ManticoreForCausalLM.from_pretrained(results[i][0]) for i in (3, 4))
     torch.testing.assert_close(tuned.mixture_weights(), searched.mixture_weights())
+    assert "losses" in results[3][1] and "losses" not in results[4][1]  # each has the data of its own
+    assert ManticoreForCausalLM.from_pretrained(results[5][0]).config.route == results[5][1]["route"]
     assert (results[4][0] / "recipe.yaml").read_text() == text
     capsys.readouterr()
     again = run_recipe(recipe, tmp_path / "out")
     assert [result for _, result in again] == [result for _, result in results]
-    assert capsys.readouterr().out.count("this stage is finished") == 5
+    assert capsys.readouterr().out.count("this stage is finished") == 6
     other = _write(tmp_path / "other.yaml", text.replace("max_steps: 3", "max_steps: 4"))
     with pytest.raises(ManticoreError, match="stages of another recipe"):
         run_recipe(other, tmp_path / "out")

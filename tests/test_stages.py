@@ -3,16 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from tiny_hybrid import QUIET, WORDS, pair, word_tokenizer
+from transformers import Trainer, TrainingArguments
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
 from manticore_hf.data import pack
@@ -20,35 +12,20 @@ from manticore_hf.evaluation import compare_losses
 from manticore_hf.stages import ComponentClipping
 from manticore_hf.train import HybridTrainer
 
-WORDS = "the cat sat on a mat and saw two dogs run".split()
-
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    neox = GPTNeoXForCausalLM(
-        GPTNeoXConfig(vocab_size=16, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
-                      num_attention_heads=4, max_position_embeddings=64)
-    )  # fmt: skip
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, state_size=4))
-    return ManticoreForCausalLM.from_components([neox, mamba], num_blocks=2)
+    return ManticoreForCausalLM.from_components(pair(), num_blocks=2)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(["<end>", "<unknown>", *WORDS])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<end>", pad_token="<end>", unk_token="<unknown>", model_max_length=64
-    )
+    return word_tokenizer(pad_token="<end>", model_max_length=64)
 
 
 def _arguments(path, **kwargs):
-    return TrainingArguments(
-        output_dir=str(path), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
-        **{"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, **kwargs},
-    )  # fmt: skip
+    settings = {**QUIET, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, **kwargs}
+    return TrainingArguments(output_dir=str(path), **settings)
 
 
 def _snapshot(model):
@@ -95,8 +72,8 @@ def test_sft_trainer(model, tokenizer, tmp_path):
     before = _snapshot(model)
     rows = Dataset.from_dict({"text": [" ".join(WORDS[i % 4 :]) for i in range(24)]})
     args = SFTConfig(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
-        use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", max_length=16, gradient_checkpointing=False,
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, bf16=False,
+        max_length=16, gradient_checkpointing=False, **QUIET,
     )  # fmt: skip
     trainer = SFTTrainer(
         model=set_stage(model, "finetune"), args=args, train_dataset=rows, processing_class=tokenizer
@@ -114,9 +91,8 @@ def test_sft_trainer_with_padding_prompt_masks_and_checkpointing(model, tokenize
         "completion": [" sat", " and saw a cat", " the mat"] * 4,
     })  # fmt: skip
     args = SFTConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=3, report_to="none", use_cpu=True,
-        bf16=False, disable_tqdm=True, save_strategy="no", max_length=16, gradient_checkpointing=True,
-        completion_only_loss=True,
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=3, bf16=False, max_length=16,
+        gradient_checkpointing=True, completion_only_loss=True, **QUIET,
     )  # fmt: skip
     SFTTrainer(model=set_stage(model, "finetune"), args=args, train_dataset=rows, processing_class=tokenizer).train()
 

@@ -10,36 +10,21 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from tiny_hybrid import WORDS, pair, save, write_text
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.data import DataArguments, load_rows
 from manticore_hf.train import last_whole_checkpoint, take_mixture
-
-WORDS = "the cat sat on a mat and saw two dogs run".split()
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A tiny hybrid with its tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("start")
-    torch.manual_seed(0)
-    neox = GPTNeoXForCausalLM(
-        GPTNeoXConfig(vocab_size=16, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
-                      num_attention_heads=4, max_position_embeddings=64, hidden_dropout=0.1)
-    )  # fmt: skip
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2, state_size=4))
-    hybrid = ManticoreForCausalLM.from_components([neox, mamba], num_blocks=2, mixture="static")
-    hybrid.save_pretrained(folder / "hybrid")
-    vocabulary = {word: i for i, word in enumerate(["<end>", "<unknown>", *WORDS])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", unk_token="<unknown>")
-    tokenizer.save_pretrained(folder / "hybrid")
-    torch.manual_seed(1)
-    text = " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (2000,)).tolist())
-    (folder / "text.txt").write_text(text)
+    # Dropout, because going on from a checkpoint must also go on in the random numbers.
+    hybrid = ManticoreForCausalLM.from_components(pair(hidden_dropout=0.1), num_blocks=2, mixture="static")
+    save(hybrid, folder / "hybrid")
+    write_text(folder / "text.txt", 2000)
     return folder
 
 
