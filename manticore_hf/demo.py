@@ -1,14 +1,18 @@
-"""The whole way of a hybrid, on real input: compose, train, compare, publish, load back, generate.
+"""The whole way of a hybrid, on real input: recipes run, rivals trained, compared, published, loaded back.
 
     manticore-hf demo
 
 Runs against the Hub that the environment names; `manticore-hf demo` starts one on loopback for it. The components are
 the two shipped with the package, the text is that of the running Python's standard library (modules the components
-have not seen). The numbers are what they are: rivals are printed beside the hybrid.
+have not seen). Both are published to that Hub, and the recipes `demo.yaml` (two blocks) and `demo_one_block.yaml` are
+run as `manticore-hf run` runs them. The numbers are what they are: rivals are printed beside the hybrids.
 """
 
 import argparse
+import json
+import random
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -17,16 +21,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from transformers.utils import logging
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
-from manticore_hf.calibrate import calibrate_projectors
-from manticore_hf.data import pack
+from manticore_hf.data import DataArguments, load_rows, pack
 from manticore_hf.demo_text import documents
 from manticore_hf.evaluation import compare_losses
+from manticore_hf.plots import plot_losses
+from manticore_hf.recipe import load_recipe, run_recipe
 from manticore_hf.stages import set_stage
 
 COMPONENTS = Path(__file__).parent / "demo_components"
-NAMES = {"neox-prose": "prose", "mamba-code": "code"}
-BLOCK = 256
-TUNING_RATE = 3e-4  # the best of 1e-4, 3e-4 and 1e-3 for each component alone, on the validation split
+ORGANISATION = "manticore-demo"
+KINDS = {"neox-prose": "prose", "mamba-code": "code"}
+RECIPES = {1: files("manticore_hf.recipes") / "demo_one_block.yaml", 2: files("manticore_hf.recipes") / "demo.yaml"}
 PROMPTS = {"prose": "Return the name of the", "code": "def close(self):\n    self."}
 
 
@@ -34,53 +39,80 @@ def run(output_dir, tokens, seed):
     """Runs the demo.
 
     Args:
-        output_dir: Where the hybrids are kept.
+        output_dir: Where everything is kept.
         tokens: Training tokens of every model and hybrid.
         seed: Random seed.
+
+    Returns:
+        The exit status: 0 if what was published came back equal to the last bit.
     """
     start = time.time()
     logging.set_verbosity_error()
-    set_seed(seed)
     output_dir.mkdir(parents=True, exist_ok=True)
-    api = HfApi()
-    repos = {name: _publish_component(api, name) for name in NAMES}
-    tokenizer = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose")
-    half = -(-tokens // BLOCK // 2)
-    train = _mix({kind: pack(documents(kind, "train"), tokenizer, BLOCK, half) for kind in PROMPTS}, seed)
-    test = {kind: pack(documents(kind, "test"), tokenizer, BLOCK, 60) for kind in PROMPTS}
-    tested = sum(map(len, test.values())) * BLOCK
-    _say(f"{len(train) * BLOCK:,} training tokens, {tested:,} test tokens, half prose and half code.")
+    api, tokenizer = HfApi(), AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose")
+    recipe = load_recipe(RECIPES[1])
+    for name in KINDS:
+        repo_id = api.create_repo(f"{ORGANISATION}/{name}", exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo_id, folder_path=COMPONENTS / name)
+    _publish_text(api, recipe.data["data"], tokenizer, tokens, seed, output_dir / "text")
+    block = recipe.data["block_size"]
+    test = {kind: pack(documents(kind, "test"), tokenizer, block, 60) for kind in PROMPTS}
+    tested = sum(map(len, test.values())) * block
+    _say(f"About {tokens:,} training tokens, {tested:,} test tokens, half prose and half code.")
 
-    frozen, joint = _frozen_components(list(repos.values()), train, test, output_dir, seed)
-    tuned = _tuned_components(list(repos.values()), train, test, output_dir, seed, joint)
-    _print_table("components as they are; only projectors and mixture trained", frozen)
-    _print_table("components tuned on the same tokens, too", tuned)
+    stages = {}
+    for blocks, path in RECIPES.items():
+        _say(f"manticore-hf run recipes/{path.name}")
+        results = run_recipe(path, output_dir / path.stem, seed)
+        stages[blocks] = {result["stage"]: folder for folder, result in results}
+    frozen = _rows_before_tuning(stages, test)
+    tuned = _rows_after_tuning(recipe, stages, test, output_dir, seed)
+    _print_table("components as they are", frozen)
+    _print_table("everything tuned on the same tokens", tuned)
+    _say("Passes over the text: 1 for a component, 2 with a gate (alone, then all), 3 with a search before that.")
     _verdict({**frozen, **tuned})
-    model = joint["model"]
+    plot_losses({label: row["both"] for label, row in {**frozen, **tuned}.items()}, output_dir / "losses.png")
+    model = ManticoreForCausalLM.from_pretrained(stages[1]["finetune"])
     _print_mixture(model, test)
 
-    whole, same = sum(p.numel() * p.element_size() for p in model.parameters()), True
-    for label, hybrid in (("components as they are", joint["frozen"]), ("everything trained", model)):
-        loaded, equal = _publish(api, hybrid, tokenizer, output_dir, label, whole, test)
+    same = True
+    for label, stage in (("components as they are", "pretrain"), ("everything tuned", "finetune")):
+        loaded, equal = _publish(api, stages[1][stage], label, test)
         same &= equal
     for kind, prompt in PROMPTS.items():
         given = tokenizer(prompt, return_tensors="pt")
+        set_seed(seed)
         out = loaded.generate(**given, max_new_tokens=48, do_sample=True, temperature=0.7, top_k=40)
         print(f"--- {kind} ---\n{tokenizer.decode(out[0], skip_special_tokens=True)}")
     _say(f"Done in {time.time() - start:.0f} s.")
     return 0 if same else 1
 
 
-def _publish(api, model, tokenizer, output_dir, label, whole, test):
-    """Saves, pushes and loads back. Returns the loaded hybrid, and whether its logits are the same to the last bit."""
-    name = f"manticore-demo-{label.replace(' ', '-')}"
-    model.save_pretrained(output_dir / name)
-    tokenizer.save_pretrained(output_dir / name)
-    repo_id = api.create_repo(name, exist_ok=True).repo_id
-    commit = api.upload_folder(repo_id=repo_id, folder_path=output_dir / name).oid
-    own = (output_dir / name / "model.safetensors").stat().st_size
+def _publish_text(api, repo_id, tokenizer, tokens, seed, folder):
+    """A data set repo with as many tokens of prose as of code, document by document in random order."""
+    chosen = []
+    for kind in PROMPTS:
+        left = tokens // 2
+        for text in documents(kind, "train"):
+            ids = tokenizer(text, verbose=False)["input_ids"]
+            chosen.append({"kind": kind, "text": text if len(ids) < left else tokenizer.decode(ids[:left])})
+            left -= len(ids) + 1
+            if left <= 0:
+                break
+    random.Random(seed).shuffle(chosen)
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chosen))
+    api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
+    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder)
+
+
+def _publish(api, folder, label, test):
+    """Pushes a stage's directory and loads it back: the hybrid, and whether its logits are equal to the last bit."""
+    repo_id = api.create_repo(f"{ORGANISATION}/hybrid-{label.replace(' ', '-')}", exist_ok=True).repo_id
+    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoint-*"]).oid
+    model, loaded = (AutoModelForCausalLM.from_pretrained(where, dtype="float32") for where in (folder, repo_id))
+    own, whole = (folder / "model.safetensors").stat().st_size, sum(p.numel() for p in model.parameters()) * 4
     _say(f"Published {repo_id}@{commit[:7]}: {own:,} bytes of weights, of {whole:,} ({label}).")
-    loaded = AutoModelForCausalLM.from_pretrained(repo_id, dtype="float32")
     ids = torch.tensor(test["code"][:2]["input_ids"])
     with torch.no_grad():
         equal = torch.equal(loaded(ids).logits, model(ids).logits)
@@ -88,62 +120,41 @@ def _publish(api, model, tokenizer, output_dir, label, whole, test):
     return loaded, equal
 
 
-def _publish_component(api, name):
-    repo_id = api.create_repo(name, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repo_id, folder_path=COMPONENTS / name)
-    return repo_id
+def _rows_before_tuning(stages, test):
+    """Hybrids whose components are as they were published, and their rivals: {row: losses by kind of text}."""
+    rows = {}
+    for label, folder in (
+        ("hybrid, 1 block, gate trained", stages[1]["pretrain"]),
+        ("hybrid, 2 blocks, calibrated only", stages[2]["calibrate"]),
+        ("hybrid, 2 blocks, projectors and gate trained", stages[2]["pretrain"]),
+    ):
+        found = _evaluate(ManticoreForCausalLM.from_pretrained(folder), test, label)
+        rows[label] = found.pop("hybrid")
+        rows = {**found, **rows}
+    return rows
 
 
-def _mix(parts, seed):
-    from datasets import concatenate_datasets
-
-    shortest = min(len(part) for part in parts.values())
-    return concatenate_datasets([part.select(range(shortest)) for part in parts.values()]).shuffle(seed=seed)
-
-
-def _frozen_components(repos, train, test, output_dir, seed):
-    """Hybrids whose components stay as they are. Returns the table's rows, and the one-block hybrid."""
-    rows, joint = {}, {}
-    for blocks in (1, 2):
-        label = f"hybrid, {blocks} block{'s' * (blocks > 1)}"
-        _say(f"Composing {' + '.join(repos)} in {blocks} block(s).")
-        model = ManticoreForCausalLM.from_components(repos, num_blocks=blocks, dtype="float32")
-        if blocks > 1:
-            found = calibrate_projectors(model, train, tokens=30_000)
-            _say(f"Projectors calibrated in closed form on {found.tokens:,} tokens; reference {found.reference}.")
-        before = _evaluate(model, test, label)
-        _train(set_stage(model, "projectors"), train, output_dir / f"projectors-{blocks}", seed, 1e-2)
-        after = _evaluate(model, test, label)
-        if blocks == 1:
-            rows.update({name: before[name] for name in [*model.config.component_names, "ensemble"]})
-            joint["frozen"] = model
-        rows[f"{label}, before training"], rows[f"{label}, trained"] = before["hybrid"], after["hybrid"]
-    return rows, joint
-
-
-def _tuned_components(repos, train, test, output_dir, seed, joint):
-    """The hybrid trained end to end, and its rivals on the same tokens. Returns the table's rows.
-
-    Fair by construction: the gated rival's components and then its gate see the tokens once each, the hybrid's gate and
-    then all of it do.
-    """
-    rows, parts = {}, []
-    for repo_id in repos:
+def _rows_after_tuning(recipe, stages, test, output_dir, seed):
+    """The hybrids trained end to end, and their rivals trained with the same settings on the same rows."""
+    tokenizer = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose")
+    train, _ = load_rows(DataArguments(**recipe.data), tokenizer)
+    settings, rows, parts = dict(recipe.stages), {}, []
+    for repo_id in recipe.components:
         part = AutoModelForCausalLM.from_pretrained(repo_id, dtype="float32")
-        _train(part, train, output_dir / "component", seed, TUNING_RATE)
+        _train(part, train, output_dir / "rivals", seed, settings["finetune"])
         parts.append(ComponentSpec(part, name=repo_id.split("/")[-1].replace("-", "_")))
     apart = ManticoreForCausalLM.from_components(parts)
+    _train(set_stage(apart, "projectors"), train, output_dir / "rivals", seed, settings["pretrain"])
     losses = _evaluate(apart, test, "tuned components")
     for name in apart.config.component_names:
         rows[f"{name}, tuned alone"] = losses[name]
     rows["ensemble of the tuned components"] = losses["ensemble"]
-    _train(set_stage(apart, "projectors"), train, output_dir / "gate", seed, 1e-2)
-    rows["token gate over the tuned components"] = _evaluate(apart, test, "gate")["hybrid"]
-    model = ManticoreForCausalLM.from_components(repos, dtype="float32")
-    model.hybrid_mixer.load_state_dict(joint["frozen"].hybrid_mixer.state_dict())
-    _train(set_stage(model, "finetune"), train, output_dir / "joint", seed, TUNING_RATE)
-    rows["hybrid, trained jointly"] = _evaluate(model, test, "hybrid")["hybrid"]
-    joint["model"] = model
+    rows["token gate over the tuned components"] = losses["hybrid"]
+    for label, folder in (
+        ("hybrid, 1 block, tuned jointly", stages[1]["finetune"]),
+        ("hybrid, 2 blocks, searched and tuned", stages[2]["finetune"]),
+    ):
+        rows[label] = _evaluate(ManticoreForCausalLM.from_pretrained(folder), test, label)["hybrid"]
     return rows
 
 
@@ -157,22 +168,12 @@ def _evaluate(model, test, label):
     return rows
 
 
-def _train(model, dataset, output_dir, seed, learning_rate):
-    arguments = TrainingArguments(
-        output_dir=str(output_dir),
-        num_train_epochs=1,
-        per_device_train_batch_size=8,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=5,
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _say(f"Training {trained:,} of {model.num_parameters():,} parameters of {type(model).__name__}.")
+def _train(model, dataset, output_dir, seed, settings):
+    """Trains a rival with a stage's settings."""
+    _say(f"Training a rival: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters.")
+    defaults = {"seed": seed, "report_to": "none", "use_cpu": not torch.accelerator.is_available()}
+    set_seed(seed)
+    arguments = TrainingArguments(output_dir=str(output_dir), **defaults, **settings)
     Trainer(model=model, args=arguments, train_dataset=dataset).train()
     model.eval()
 
@@ -200,7 +201,7 @@ def _print_table(title, rows):
 @torch.no_grad()
 def _print_mixture(model, test):
     names = model.config.component_names
-    print("Mixture weights of the trained hybrid, mean over tokens: " + " / ".join(names))
+    print("Mixture weights of the tuned one-block hybrid, mean over tokens: " + " / ".join(names))
     for kind in PROMPTS:
         weights = model(torch.tensor(test[kind][:16]["input_ids"])).weights.mean((0, 1))
         print(f"  on {kind}: " + " / ".join(f"{w:.2f}" for w in weights.tolist()))

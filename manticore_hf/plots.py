@@ -51,6 +51,26 @@ def plot_mixture(weights, names, path):
     _save(figure, path)
 
 
+def plot_losses(losses, path):
+    """Draws losses as bars, hybrids apart from their rivals by colour.
+
+    Args:
+        losses: {label: nats per token}; labels of hybrids begin with "hybrid".
+        path: PNG to write.
+    """
+    labels = sorted(losses, key=losses.get, reverse=True)
+    values = [losses[label] for label in labels]
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.32 * len(labels)))
+    colours = ["tab:orange" if label.startswith("hybrid") else "tab:gray" for label in labels]
+    axis.barh(labels, values, color=colours)
+    for row, value in enumerate(values):
+        axis.text(value, row, f" {value:.3f}", va="center", fontsize="small")
+    low, high = min(values), max(values)
+    axis.set_xlim(low - 0.4 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3)
+    axis.set_xlabel("test loss, nats per token (the axis does not start at 0)")
+    _save(figure, path)
+
+
 def _save(figure, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
