@@ -1,0 +1,96 @@
+"""Which learning rates the demo's recipes use: every rate on the validation split, never on the test split.
+
+    python benchmarks/demo_rates.py --output benchmarks/results/demo_rates.jsonl
+
+The rate of the fine-tuning is chosen for the *components* alone, so that the hybrid's rivals have the best one; the
+rates of gate and projectors with the components frozen. Same text, tokens and settings as the demo. Every run is one
+line of the output; a killed benchmark goes on where it stopped.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from manticore_hf.modeling import scan_manticore
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+from manticore_hf import ManticoreForCausalLM, set_stage
+from manticore_hf.calibrate import calibrate_projectors
+from manticore_hf.data import pack
+from manticore_hf.demo import COMPONENTS, KINDS
+from manticore_hf.demo_text import documents
+
+TUNING = (1e-4, 3e-4, 1e-3)
+PROJECTING = (1e-3, 3e-3, 1e-2)
+BLOCK = 256
+
+
+def _jobs():
+    for name in KINDS:
+        for rate in TUNING:
+            yield name, rate
+    for what in ("gate", "two blocks"):
+        for rate in PROJECTING:
+            yield what, rate
+
+
+def run(what, rate, train, validation, seed):
+    """Trains one model at one rate; returns its loss on the validation rows."""
+    set_seed(seed)
+    if what in KINDS:
+        model = AutoModelForCausalLM.from_pretrained(COMPONENTS / what, dtype="float32")
+    else:
+        parts = [str(COMPONENTS / name) for name in KINDS]
+        model = ManticoreForCausalLM.from_components(parts, num_blocks=1 + (what != "gate"), dtype="float32")
+        if what != "gate":
+            calibrate_projectors(model, train, tokens=30_000)
+        set_stage(model, "projectors")
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(prefix="demo-rates-"), num_train_epochs=1, per_device_train_batch_size=8,
+        learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=5, save_strategy="no", report_to="none", seed=seed,
+        use_cpu=not torch.accelerator.is_available(), disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=train).train()
+    model.eval()
+    with torch.no_grad():
+        batches = torch.tensor(validation["input_ids"]).split(16)
+        losses = [model(input_ids=ids, labels=ids, use_cache=False).loss.item() * len(ids) for ids in batches]
+    return sum(losses) / len(validation)
+
+
+def main():
+    """Measures what is not in the output yet, then prints all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=80_000, help="training tokens, as in the demo")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--output", default="benchmarks/results/demo_rates.jsonl", help="results, one JSON a line")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    scan_manticore.install("mamba")  # for the Mamba alone, which no hybrid brings it to
+    tokenizer, output = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose"), Path(args.output)
+    half, kinds = args.tokens // BLOCK // 2, KINDS.values()
+    from datasets import concatenate_datasets
+
+    train = [pack(documents(kind, "train"), tokenizer, BLOCK, half) for kind in kinds]
+    train = concatenate_datasets(train).shuffle(seed=args.seed)
+    validation = concatenate_datasets([pack(documents(kind, "validation"), tokenizer, BLOCK, 60) for kind in kinds])
+    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    done = {(r["what"], r["rate"]) for r in lines}
+    for what, rate in tqdm([job for job in _jobs() if job not in done], unit="run"):
+        loss = run(what, rate, train, validation, args.seed)
+        lines.append({"what": what, "rate": rate, "tokens": args.tokens, "seed": args.seed, "validation_loss": loss})
+        with output.open("a") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
+    print("| trained | " + " | ".join(f"{rate:g}" for rate in sorted({*TUNING, *PROJECTING})) + " |")
+    for what in dict.fromkeys(r["what"] for r in lines):
+        found = {r["rate"]: f"{r['validation_loss']:.4f}" for r in lines if r["what"] == what}
+        print(f"| {what} | " + " | ".join(found.get(rate, "") for rate in sorted({*TUNING, *PROJECTING})) + " |")
+
+
+if __name__ == "__main__":
+    main()

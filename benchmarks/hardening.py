@@ -1,0 +1,112 @@
+"""Is a component distilled from the hybrid better than the same component fine-tuned plainly on the same tokens?
+
+    python benchmarks/hardening.py --output benchmarks/results/hardening.jsonl
+
+With the demo's components and text: a one-block hybrid is trained (gate, then everything), hardened to each component
+and healed by distillation; the rival is that component fine-tuned with the same settings on the same rows for as many
+steps as hybrid and healing together let the component see (one pass for the hybrid's tuning, one for the healing). Also
+hard routes across components, from a two-block hybrid. Every model is one line of the output.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments, set_seed
+
+from manticore_hf import ManticoreForCausalLM, harden, set_stage
+from manticore_hf.calibrate import calibrate_projectors
+from manticore_hf.data import pack
+from manticore_hf.demo import COMPONENTS, KINDS
+from manticore_hf.demo_text import documents
+from manticore_hf.evaluation import compare_losses
+from manticore_hf.heal import HealTrainer
+
+BLOCK, RATE, GATE_RATE = 256, 3e-4, 1e-2
+
+
+def _arguments(seed, rate, epochs=1):
+    return TrainingArguments(
+        output_dir=tempfile.mkdtemp(prefix="hardening-"), num_train_epochs=epochs, per_device_train_batch_size=8,
+        learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=5, save_strategy="no", report_to="none", seed=seed,
+        use_cpu=not torch.accelerator.is_available(), disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+
+
+def _soft(blocks, train, seed):
+    set_seed(seed)
+    parts = [str(COMPONENTS / name) for name in KINDS]
+    model = ManticoreForCausalLM.from_components(parts, num_blocks=blocks, dtype="float32")
+    if blocks > 1:
+        calibrate_projectors(model, train, tokens=30_000)
+    for stage, rate in (("projectors", GATE_RATE if blocks == 1 else 1e-3), ("finetune", RATE)):
+        Trainer(model=set_stage(model, stage), args=_arguments(seed, rate), train_dataset=train).train()
+    return model.eval()
+
+
+def _models(train, test, seed):
+    """(label, test loss) of every model of one seed, one after the other."""
+    soft = _soft(1, train, seed)
+    losses = compare_losses(soft, test)
+    yield "soft hybrid, 1 block", losses["hybrid"]
+    for name in soft.config.component_names:
+        yield f"{name} inside the soft hybrid", losses[name]
+        fresh = ManticoreForCausalLM.from_components([str(COMPONENTS / kind) for kind in KINDS], dtype="float32")
+        plain = set_stage(harden(fresh, name), "finetune")
+        yield f"{name} as published", compare_losses(plain, test)["hybrid"]
+        HealTrainer(model=plain, args=_arguments(seed, RATE, 2), train_dataset=train, distil_weight=0).train()
+        yield f"{name}, tuned plainly, 2 passes", compare_losses(plain, test)["hybrid"]
+        for start, passes, label in ((soft, 1, "from inside the hybrid, 1 pass"), (fresh, 2, "as published, 2 passes")):
+            hard = set_stage(harden(start, name), "finetune")
+            arguments = _arguments(seed, RATE, passes)
+            HealTrainer(model=hard, args=arguments, train_dataset=train, teacher=soft).train()
+            yield f"{name}, distilled, {label}", compare_losses(hard, test)["hybrid"]
+    soft = _soft(2, train, seed)
+    yield "soft hybrid, 2 blocks", compare_losses(soft, test)["hybrid"]
+    first, second = soft.config.component_names
+    for route in ([first, second], [second, first]):
+        hard = set_stage(harden(soft, route), "finetune")
+        yield " > ".join(route) + ", before healing", compare_losses(hard, test)["hybrid"]
+        HealTrainer(model=hard, args=_arguments(seed, RATE), train_dataset=train, teacher=soft).train()
+        yield " > ".join(route) + ", healed, 1 pass", compare_losses(hard, test)["hybrid"]
+
+
+def main():
+    """Measures the seeds that are not in the output yet, then prints all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=80_000, help="training tokens of one pass")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to n-1")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--output", default="benchmarks/results/hardening.jsonl", help="results, one JSON a line")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    from datasets import concatenate_datasets
+    from transformers import AutoTokenizer
+
+    tokenizer, output = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose"), Path(args.output)
+    half = args.tokens // 2 // BLOCK
+    train = concatenate_datasets([pack(documents(k, "train"), tokenizer, BLOCK, half) for k in KINDS.values()])
+    test = concatenate_datasets([pack(documents(k, "test"), tokenizer, BLOCK, 60) for k in KINDS.values()])
+    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    for seed in range(args.seeds):
+        done = {r["label"] for r in lines if r["seed"] == seed}
+        if sum(label.endswith("healed, 1 pass") for label in done) == 2:
+            continue
+        for label, loss in tqdm(_models(train.shuffle(seed=seed), test, seed), desc=f"seed {seed}", unit="model"):
+            if label not in done:
+                lines.append({"seed": seed, "label": label, "tokens": args.tokens, "loss": loss})
+                with output.open("a") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
+    print("| model | test loss | seeds |\n|---|---|---|")
+    for label in dict.fromkeys(r["label"] for r in lines):
+        found = [r["loss"] for r in lines if r["label"] == label]
+        print(f"| {label} | {statistics.mean(found):.4f} ({max(found) - min(found):.4f}) | {len(found)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What being a hybrid costs: ratios against the components themselves, measured side by side in one process.
+
+    python benchmarks/speed.py --output benchmarks/results/speed.json        # under 10 minutes on two cores
+
+A GPT-NeoX and a Mamba of equal width, random weights, float32. Every repeat runs both sides in turn, so that a change
+of the machine's speed hits both; the ratio is the median over repeats. `benchmarks/scan.py` measures the scan itself.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from manticore_hf.modeling import scan_manticore
+from tqdm.auto import tqdm
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM
+
+from manticore_hf import ComponentSpec, ManticoreForCausalLM, harden, set_stage
+
+VOCABULARY = 2048
+
+
+def components(width, layers):
+    """A GPT-NeoX and a Mamba [width], random weights."""
+    torch.manual_seed(0)
+    neox = GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=4, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    mamba = MambaConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, eos_token_id=None)
+    return GPTNeoXForCausalLM(neox).eval(), MambaForCausalLM(mamba).eval()
+
+
+def compose(parts, **settings):
+    """A soft hybrid of these components; they are its own modules afterwards."""
+    specs = [ComponentSpec(part, name=name) for part, name in zip(parts, ("neox", "mamba"))]
+    return ManticoreForCausalLM.from_components(specs, verify=False, **settings).eval()
+
+
+def timed(run):
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def ratio(label, ours, theirs, repeats, aim, results):
+    """Median ratio of two callables over paired repeats, after one that does not count."""
+    ours(), theirs()
+    pairs = [(timed(ours), timed(theirs)) for _ in tqdm(range(repeats), desc=label, leave=False)]
+    note(results, label, statistics.median(a / b for a, b in pairs), aim, seconds=[
+        statistics.median(side) for side in zip(*pairs)
+    ])  # fmt: skip
+
+
+def note(results, label, value, aim, **more):
+    """Keeps and prints one result; `aim` is the largest (or, with a leading >, the smallest) ratio wanted."""
+    limit = float(aim.strip("<>= "))
+    reached = value >= limit if aim.startswith(">") else value <= limit
+    results.append({"what": label, "ratio": value, "aim": aim, "reached": reached, **more})
+    print(f"{label:78} {value:7.3f}   aim {aim:8} {'reached' if reached else 'NOT reached'}", flush=True)
+
+
+def overhead(args, results):
+    """Forward, and forward with backward, against the sum of the components."""
+    ids = torch.randint(0, VOCABULARY, (args.batch, args.tokens))
+    for blocks, settings in ((1, {}), (2, {}), (2, {"preset": "paper"})):
+        parts = components(args.width, args.layers)
+        hybrid = compose(parts, num_blocks=blocks, **settings)
+        label = f"{blocks} block(s), {settings.get('preset', 'default')} preset"
+        with torch.no_grad():
+            ratio(
+                f"forward / sum of the components, {label}", lambda h=hybrid: h(input_ids=ids, use_cache=False),
+                lambda p=parts: [one(input_ids=ids, use_cache=False) for one in p], args.repeats, "<= 1.05", results,
+            )  # fmt: skip
+
+        def step(model):
+            model.zero_grad()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+        ratio(
+            f"forward+backward / sum of the components, {label}", lambda h=hybrid: step(h),
+            lambda p=parts: [step(one) for one in p], args.repeats, "<= 1.05", results,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def decoding(args, results):
+    """Cached decoding against the components' own, against recomputation, and along the length."""
+    parts = components(args.width, args.layers)
+    hybrid, ids = compose(parts, num_blocks=2), torch.randint(0, VOCABULARY, (1, 32))
+
+    def generate(model, new=64, **more):
+        return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, **more)
+
+    ratio(
+        "cached decoding, 64 tokens / sum of the components'", lambda: generate(hybrid),
+        lambda: [generate(one) for one in parts], args.repeats, "<= 1.10", results,
+    )  # fmt: skip
+    once = max(1, args.repeats // 4)
+    ratio(
+        "recomputation / cached, 256 tokens", lambda: generate(hybrid, 256, use_cache=False),
+        lambda: generate(hybrid, 256), once, ">= 10", results,
+    )  # fmt: skip
+    pair = [MambaForCausalLM(parts[1].config).eval() for _ in range(2)]
+    mambas = ManticoreForCausalLM.from_components([ComponentSpec(m, name=n) for m, n in zip(pair, "ab")], verify=False)
+    cache, token, times = mambas.make_cache(), ids[:, :1], []
+    for _ in range(512):
+        times.append(timed(lambda: mambas(input_ids=token, past_key_values=cache, use_cache=True)))
+    late, early = statistics.median(times[-128:]), statistics.median(times[16:144])
+    note(results, "Mamba-only hybrid: step at token 450 / step at token 80", late / early, "<= 1.05")
+    hard = harden(hybrid, "neox")
+    ratio(
+        "hardened to one component: cached decoding / the component's", lambda: generate(hard),
+        lambda: generate(parts[0]), args.repeats, "<= 1.03", results,
+    )  # fmt: skip
+    long = torch.randint(0, VOCABULARY, (1, args.tokens))
+    ratio(
+        "hardened to one component: forward / the component's", lambda: hard(input_ids=long, use_cache=False),
+        lambda: parts[0](input_ids=long, use_cache=False), 2 * args.repeats, "<= 1.03", results,
+    )  # fmt: skip
+
+
+def stages(args, results):
+    """Optimizer steps of the stages against a full fine-tuning step."""
+    ids = torch.randint(0, VOCABULARY, (args.batch, args.tokens))
+
+    def stepper(stage):
+        model = set_stage(compose(components(args.width, args.layers), num_blocks=2, mixture="static"), stage).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+        def step():
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    finetune = stepper("finetune")
+    ratio("projectors step / finetune step", stepper("projectors"), finetune, args.repeats, "<= 0.75", results)
+    ratio("search step / finetune step", stepper("search"), finetune, args.repeats, "<= 1.05", results)
+
+
+_LOAD = """
+import resource, sys, time, torch
+from transformers import AutoModelForCausalLM
+import manticore_hf
+manticore_hf.ManticoreForCausalLM.from_pretrained(sys.argv[1])  # imports whatever loading imports
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+start = time.perf_counter()
+models = [AutoModelForCausalLM.from_pretrained(path) for path in sys.argv[2:]]
+seconds = time.perf_counter() - start
+size = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base) / size)
+"""
+
+
+def loading(args, results):
+    """Wall time and peak memory of loading, in processes of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = components(64, 2), components(args.load_width, 8)
+        compose(small).save_pretrained(f"{folder}/small")
+        for name, part in zip("ab", large):
+            part.save_pretrained(f"{folder}/{name}")
+        compose(large, num_blocks=2).save_pretrained(f"{folder}/hybrid")
+
+        def load(*names):
+            command = [sys.executable, "-c", _LOAD, f"{folder}/small", *(f"{folder}/{name}" for name in names)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            return float(out[-2]), float(out[-1])
+
+        pairs = [(load("hybrid"), load("a", "b")) for _ in tqdm(range(max(3, args.repeats // 2)), desc="loading")]
+    seconds = [[side[0] for side in both] for both in zip(*pairs)]
+    times = statistics.median(a / b for a, b in zip(*seconds))
+    note(results, "loading / sum of the components", times, "<= 1.2", seconds=[statistics.median(s) for s in seconds])
+    peak = statistics.median(one[1] for one, _ in pairs)
+    alone = statistics.median(two[1] for _, two in pairs)
+    note(results, "peak memory of loading over base / bytes of the weights", peak, "<= 1.15", components=alone)
+
+
+def main():
+    """Runs all parts, prints and writes them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write JSON here")
+    parser.add_argument("--width", type=int, default=256, help="width of the components")
+    parser.add_argument("--layers", type=int, default=4, help="layers of each component")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--batch", type=int, default=1, help="rows")
+    parser.add_argument("--load-width", type=int, default=768, help="width of the components that are loaded")
+    parser.add_argument("--repeats", type=int, default=9, help="counted repeats")
+    parser.add_argument("--only", choices=("overhead", "decoding", "stages", "loading"), help="one part")
+    args = parser.parse_args()
+    scan_manticore.install("mamba")  # the components alone use the same scan
+    results, start = [], time.time()
+    for part in (overhead, decoding, stages, loading):
+        if args.only in (None, part.__name__):
+            part(args, results)
+    if args.output:
+        about = {
+            "date": time.strftime("%Y-%m-%d"), "machine": platform.machine(), "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in ("torch", "transformers")}, "seconds": time.time() - start,
+            "settings": {key: str(value) for key, value in vars(args).items()}, "results": results,
+        }  # fmt: skip
+        args.output.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
