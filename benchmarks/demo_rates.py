@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from manticore_hf.modeling import scan_manticore
+from manticore_hf.modeling import fast_mixers_manticore
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
@@ -71,7 +71,7 @@ def main():
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    scan_manticore.install("mamba")  # for the Mamba alone, which no hybrid brings it to
+    fast_mixers_manticore.install("mamba")  # for the Mamba alone, which no hybrid brings it to
     tokenizer, output = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose"), Path(args.output)
     half, kinds = args.tokens // BLOCK // 2, KINDS.values()
     from datasets import concatenate_datasets

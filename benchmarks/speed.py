@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from manticore_hf.modeling import scan_manticore
+from manticore_hf.modeling import fast_mixers_manticore
 from tqdm.auto import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -197,7 +197,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=9, help="counted repeats")
     parser.add_argument("--only", choices=("overhead", "decoding", "stages", "loading"), help="one part")
     args = parser.parse_args()
-    scan_manticore.install("mamba")  # the components alone use the same scan
+    fast_mixers_manticore.install("mamba")  # the components alone use the same scan
     results, start = [], time.time()
     for part in (overhead, decoding, stages, loading):
         if args.only in (None, part.__name__):

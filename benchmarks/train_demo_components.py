@@ -184,7 +184,7 @@ def train(name: str, tokenizer: PreTrainedTokenizerFast, arguments: argparse.Nam
     recipe, checkpoint = RECIPES[name], arguments.checkpoints / f"{name}.pt"
     if recipe.family == "Mamba":
         # Transformers' own loop over time takes minutes per step at this context.
-        from manticore_hf.modeling.scan_manticore import install
+        from manticore_hf.modeling.fast_mixers_manticore import install
 
         install("mamba")
     torch.manual_seed(arguments.seed)

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file, logging
 
 from .configuration_manticore import ManticoreError, check_component_name
-from .scan_manticore import carry_state, install
+from .fast_mixers_manticore import carry_state, install
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -5,25 +5,18 @@ Spaces" (arXiv:2312.00752), with the zero-order hold simplified as in the refere
 
     h[t] = exp(dt[t] * A) * h[t - 1] + dt[t] * B[t] * u[t]        y[t] = <C[t], h[t]>
 
-Transformers' torch path runs it as several autograd nodes per token, starts every multi-token call from a zero state
-even when the cache holds one, and hands CPU tensors to CUDA kernels once `mamba_ssm` is importable. `install` and
-`carry_state` repair the three from outside, through the module global that the mixers call.
+Transformers' torch path runs it as several autograd nodes per token; `fast_mixers_manticore` puts this in
+its place.
 
 The file is Hub-portable: several copies of it may be imported in one process (the package and any number of remote-code
 modules). What they must agree on (operators, the state handed to the scan, the lock) is therefore kept process-wide.
 """
 
-import importlib
-import importlib.util
-import inspect
 import sys
 import threading
 import types
-import warnings
 
 import torch
-import torch.nn.functional as F
-from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from .scan_kernel_manticore import find_kernel, run_kernel, thread_count
 
@@ -31,11 +24,6 @@ CHUNK = 16
 # Part of the operator names: raise it when a schema or its meaning changes, so that an older copy of this file in the
 # same process keeps the operators it was written against.
 _OP_VERSION = 1
-_MARK = "_manticore_upstream"
-_SCAN_MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
-_SCAN_SIGNATURE = (
-    "hidden_states dt A B C D z delta_bias delta_softplus return_last_state use_mambapy use_associative_scan kwargs"
-)
 
 
 def _process_wide() -> types.ModuleType:
@@ -244,190 +232,3 @@ def selective_scan(
         initial_state = A.new_zeros(u.shape[0], *A.shape, dtype=_compute_dtype(*tensors))
     y, last_state, _ = _FORWARD(u, dt, A, B, C, initial_state, chunk)
     return y, last_state
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Taking the scan's place in Transformers.
-
-
-def _modeling_module(model_type: str) -> types.ModuleType | None:
-    from transformers.models.auto.configuration_auto import model_type_to_module_name
-
-    name = model_type_to_module_name(model_type)
-    try:
-        return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    except ModuleNotFoundError:
-        return None
-
-
-def _is_bound_to_kernel(function) -> bool:
-    """Tells whether Transformers bound a package's CUDA kernel to this function when its module was imported."""
-    try:
-        bound = inspect.getclosurevars(function).nonlocals
-    except TypeError:
-        return False
-    return "implementation" in bound and bound["implementation"] is not inspect.unwrap(function)
-
-
-def _is_packed(kwargs: dict) -> bool:
-    return kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None
-
-
-def _make_dispatcher(upstream):
-    plain, has_kernel = inspect.unwrap(upstream), _is_bound_to_kernel(upstream)
-
-    def mamba_selective_scan(
-        hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
-        use_mambapy=False, use_associative_scan=False, **kwargs,
-    ):  # fmt: skip
-        state, other = getattr(_shared.local, "state", None), None
-        if _is_packed(kwargs) or (state is None and has_kernel and hidden_states.is_cuda):
-            other = upstream  # a CUDA kernel, or the error for sequences packed without one
-        elif state is None and (torch.jit.is_tracing() or is_torchdynamo_exporting()):
-            other = plain  # the exported graph must run where our operator is not registered
-        if other is not None:
-            kwargs |= {"use_mambapy": use_mambapy, "use_associative_scan": use_associative_scan}
-            kwargs |= {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
-            return other(hidden_states, dt, A, B, C, return_last_state=return_last_state, **kwargs)
-        # Types follow upstream's torch path: dt in its own type, the state in at least float32, y in the input's type
-        if delta_bias is not None:
-            dt = dt + delta_bias.to(dt.dtype)[..., None]
-        if delta_softplus:
-            dt = F.softplus(dt)
-        _shared.local.state = None  # taken: whatever is left when the mixer returns is an error
-        y, last_state = selective_scan(hidden_states, dt, A, B, C, state)
-        y = y.to(hidden_states.dtype)
-        if D is not None:
-            y = y + hidden_states * D[None, :, None]
-        if z is not None:
-            y = y * F.silu(z)
-        return (y, last_state) if return_last_state else y
-
-    setattr(mamba_selective_scan, _MARK, upstream)
-    mamba_selective_scan._manticore_owner = __name__
-    return mamba_selective_scan
-
-
-def _make_guard(upstream):
-    """Wraps a function that is bound to a CUDA kernel so that tensors elsewhere get Transformers' torch version."""
-    plain = inspect.unwrap(upstream)
-
-    def guard(*args, **kwargs):
-        tensor = args[0] if args else next(iter(kwargs.values()))
-        if tensor.is_cuda or _is_packed(kwargs):
-            return upstream(*args, **kwargs)
-        return plain(*args, **kwargs)
-
-    setattr(guard, _MARK, upstream)
-    return guard
-
-
-def _install_module(module: types.ModuleType) -> bool:
-    with _shared.lock:
-        for name, function in list(vars(module).items()):
-            if name != "mamba_selective_scan" and inspect.isfunction(function) and _is_bound_to_kernel(function):
-                setattr(module, name, _make_guard(function))
-        current = getattr(module, "mamba_selective_scan", None)
-        if current is None:
-            return False
-        if getattr(current, "_manticore_owner", None) == __name__:
-            return True
-        # Another copy's dispatcher is replaced, never wrapped
-        upstream = getattr(current, _MARK, current)
-        try:
-            signature = tuple(inspect.signature(upstream).parameters)
-        except (TypeError, ValueError):
-            signature = None
-        if signature != tuple(_SCAN_SIGNATURE.split()):
-            warned = _shared.__dict__.setdefault("warned", set())
-            if module.__name__ not in warned:
-                warned.add(module.__name__)
-                warnings.warn(
-                    f"{module.__name__}.mamba_selective_scan has the signature {signature} instead of the expected "
-                    f"({_SCAN_SIGNATURE}): it is left in place. Without CUDA kernels the model will be slow, and calls "
-                    "with several tokens cannot continue from a cache. Use a Transformers version this was tested on.",
-                    stacklevel=3,
-                )
-            return False
-        module.mamba_selective_scan = _make_dispatcher(upstream)
-        return True
-
-
-def install(model_type: str) -> bool:
-    """Makes the mixers of one model type use `selective_scan` wherever no CUDA kernel applies.
-
-    Also keeps tensors that are not on a CUDA device away from the CUDA kernels that Transformers binds on import.
-    Idempotent and thread-safe; a second copy of this file replaces the first one's dispatcher. Model types without a
-    selective scan, unknown ones included, are left alone.
-
-    Args:
-        model_type: `config.model_type` of a component, such as "mamba".
-
-    Returns:
-        Whether our scan is in place. False after a warning if Transformers' function is not the one expected.
-    """
-    module = _modeling_module(model_type)
-    return module is not None and _install_module(module)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Continuing from a cache. The hooks are plain functions that read everything from the module they are given: they can
-# be pickled, and shallow copies of a mixer with another layer_idx, which share the hooks, find their own state.
-
-
-def _carry_state_in(module, args, kwargs):
-    # Also overwrites what an interrupted forward (KeyboardInterrupt skips forward hooks) may have left
-    _shared.local.state = None
-    cache = kwargs["cache_params"] if "cache_params" in kwargs else (args[1] if len(args) > 1 else None)
-    if cache is None:
-        return None
-    tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]
-    if tokens > 1:
-        _shared.local.state = cache.get_recurrent_state(module.layer_idx)
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.ndim == 2 and mask.shape[1] > tokens:
-        # A mask over the whole history would broadcast against one token, silently, and fail against several
-        return args, {**kwargs, "attention_mask": mask[:, -tokens:]}
-    return None
-
-
-def _carry_state_out(module, args, output):
-    if getattr(_shared.local, "state", None) is None:
-        return
-    _shared.local.state = None
-    # After an exception the output is None, and the state is only dropped
-    if output is not None:
-        raise RuntimeError(
-            f"{type(module).__name__} was given several tokens and a cached state that its scan did not take: the "
-            "result would be silently wrong. Call install() for its model type, or pass one token at a time."
-        )
-
-
-_carry_state_in._manticore_carry = True
-
-
-def carry_state(model: torch.nn.Module) -> int:
-    """Makes Mamba, FalconMamba and Jamba mixers continue from the cached state when called with several tokens.
-
-    Transformers 5.23 starts such calls (chunked prefill, a second turn) from a zero state; the convolution is continued
-    correctly. Hooks on each mixer hand the layer's cached state to the dispatcher of `install`, which is called here as
-    well. Nothing is stored outside the cache between calls, and no parameter or buffer is added. A mask that covers the
-    whole history is cut to the new tokens.
-
-    Args:
-        model: a component or any module holding mixers; others are left alone.
-
-    Returns:
-        The number of mixers that continue from a cached state. Calling again adds no hooks.
-    """
-    count = 0
-    for module in model.modules():
-        mixer = next((cls for cls in type(module).__mro__ if cls.__name__ in _SCAN_MIXERS), None)
-        if mixer is None:
-            continue
-        count += 1
-        _install_module(sys.modules[mixer.__module__])
-        if not any(getattr(hook, "_manticore_carry", False) for hook in module._forward_pre_hooks.values()):
-            module.register_forward_pre_hook(_carry_state_in, with_kwargs=True)
-            module.register_forward_hook(_carry_state_out, always_call=True)
-    return count

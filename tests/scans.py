@@ -1,5 +1,6 @@
 """The selective scan's naive twin, inputs for it, and tiny models that scan; shared by the tests of the scan."""
 
+import contextlib
 import importlib.util
 import inspect
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from manticore_hf.modeling import scan_manticore as sm
+from manticore_hf.modeling import fast_mixers_manticore as sm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 BATCH, D, N, TIME = 2, 5, 3, 37
@@ -56,16 +57,22 @@ def make_inputs(batch=BATCH, d=D, n=N, time=TIME, dtype=torch.float64, dt=None, 
     return [x.to(dtype).requires_grad_() for x in (*tensors, draw(batch, d, n))]
 
 
+@contextlib.contextmanager
+def another_copy(module):
+    """A file imported once more under another name, as transformers' remote code does."""
+    name = module.__name__ + "_copy"
+    spec = importlib.util.spec_from_file_location(name, module.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy
+    spec.loader.exec_module(copy)
+    yield copy
+    del sys.modules[name]
+
+
 @pytest.fixture
 def second_copy():
-    """The file imported once more under another name, as transformers' remote code does."""
-    name = sm.__name__ + "_copy"
-    spec = importlib.util.spec_from_file_location(name, sm.__file__)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[name]
+    with another_copy(sm) as copy:
+        yield copy
 
 
 def modeling(model_type):

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import scans
 import torch
-from manticore_hf.modeling import scan_manticore as sm
+from manticore_hf.modeling import fast_mixers_manticore as sm
 from scans import BATCH, TIME, D, build, chunked, make_inputs, mixers, modeling, naive_scan, padded_inputs, uninstall
 
 restored, second_copy = scans.restored, scans.second_copy
@@ -51,7 +51,7 @@ def test_two_copies_do_not_stack(second_copy):
 
 
 def test_other_model_types_are_left_alone():
-    assert not sm.install("gpt_neox") and not sm.install("no_such_model") and not sm.install("mamba2")
+    assert not sm.install("gpt_neox") and not sm.install("no_such_model")
 
 
 def test_unexpected_signature_falls_back_loudly(monkeypatch):

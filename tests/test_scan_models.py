@@ -6,7 +6,7 @@ import threading
 import pytest
 import scans
 import torch
-from manticore_hf.modeling import scan_manticore as sm
+from manticore_hf.modeling import fast_mixers_manticore as sm
 from scans import CONFIGS, SCANNING, build, chunked, mixers, padded_inputs, uninstall
 
 restored = scans.restored

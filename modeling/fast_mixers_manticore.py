@@ -1,0 +1,282 @@
+"""Fast paths for the mixers of state-space models, put into Transformers from outside.
+
+Transformers' torch paths are slow, start every multi-token call of Mamba, FalconMamba and Jamba from a zero state even
+when the cache holds one, and hand CPU tensors to CUDA kernels once `mamba_ssm` is importable. `install` and
+`carry_state` repair the three through the module globals that the mixers call: the selective scan (scan_manticore), the
+causal convolution (conv_manticore) and Mamba-2's chunked scan (ssd_manticore). CUDA kernels stay in use where they are.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+import warnings
+
+import torch
+import torch.nn.functional as F
+from transformers.activations import ACT2FN
+from transformers.utils.import_utils import is_torchdynamo_exporting
+
+from .conv_manticore import causal_conv1d
+from .scan_manticore import _shared, selective_scan
+from .ssd_manticore import chunk_scan
+
+_MARK = "_manticore_upstream"
+_SCAN_MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Taking their place in Transformers.
+
+
+def _modeling_module(model_type: str) -> types.ModuleType | None:
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    name = model_type_to_module_name(model_type)
+    try:
+        return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    except ModuleNotFoundError:
+        return None
+
+
+def _is_bound_to_kernel(function) -> bool:
+    """Tells whether Transformers bound a package's CUDA kernel to this function when its module was imported."""
+    try:
+        bound = inspect.getclosurevars(function).nonlocals
+    except TypeError:
+        return False
+    return "implementation" in bound and bound["implementation"] is not inspect.unwrap(function)
+
+
+def _is_packed(kwargs: dict) -> bool:
+    return kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None
+
+
+def _must_trace() -> bool:
+    return torch.jit.is_tracing() or is_torchdynamo_exporting()
+
+
+def _make_scan(upstream):
+    plain, has_kernel = inspect.unwrap(upstream), _is_bound_to_kernel(upstream)
+
+    def mamba_selective_scan(
+        hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
+        use_mambapy=False, use_associative_scan=False, **kwargs,
+    ):  # fmt: skip
+        state, other = getattr(_shared.local, "state", None), None
+        if _is_packed(kwargs) or (state is None and has_kernel and hidden_states.is_cuda):
+            other = upstream  # a CUDA kernel, or the error for sequences packed without one
+        elif state is None and _must_trace():
+            other = plain  # the exported graph must run where our operator is not registered
+        if other is not None:
+            kwargs |= {"use_mambapy": use_mambapy, "use_associative_scan": use_associative_scan}
+            kwargs |= {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+            return other(hidden_states, dt, A, B, C, return_last_state=return_last_state, **kwargs)
+        # Types follow upstream's torch path: dt in its own type, the state in at least float32, y in the input's type
+        if delta_bias is not None:
+            dt = dt + delta_bias.to(dt.dtype)[..., None]
+        if delta_softplus:
+            dt = F.softplus(dt)
+        _shared.local.state = None  # taken: whatever is left when the mixer returns is an error
+        y, last_state = selective_scan(hidden_states, dt, A, B, C, state)
+        y = y.to(hidden_states.dtype)
+        if D is not None:
+            y = y + hidden_states * D[None, :, None]
+        if z is not None:
+            y = y * F.silu(z)
+        return (y, last_state) if return_last_state else y
+
+    return mamba_selective_scan
+
+
+def _leave_to(upstream, tensor, kwargs):
+    """The version of Transformers' that must run instead of ours, or None."""
+    if tensor.is_cuda or _is_packed(kwargs):
+        return upstream
+    return None if tensor.device.type == "cpu" and not _must_trace() else inspect.unwrap(upstream)
+
+
+def _make_conv(upstream):
+    def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):
+        other = _leave_to(upstream, hidden_states, kwargs)
+        if other is not None:
+            return other(hidden_states, weight, bias, activation, **kwargs)
+        y = causal_conv1d(hidden_states, weight, bias)
+        return (y if activation is None else ACT2FN[activation](y)).to(hidden_states.dtype)
+
+    return causal_conv1d_fn
+
+
+def _make_chunk_scan(upstream):
+    def mamba2_chunk_scan(
+        hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
+        dt_limit=(0.0, float("inf")), return_final_states=False, **kwargs,
+    ):  # fmt: skip
+        other = _leave_to(upstream, hidden_states, kwargs)
+        if other is not None:
+            kwargs |= {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
+            kwargs |= {"dt_limit": dt_limit, "return_final_states": return_final_states}
+            return other(hidden_states, dt, A, B, C, chunk_size, **kwargs)
+        if dt_bias is not None:
+            dt = dt + dt_bias.to(dt.dtype)
+        if dt_softplus:
+            dt = F.softplus(dt)
+        dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
+        y, last_state = chunk_scan(hidden_states, dt, A, B, C, initial_states)
+        if D is not None:
+            y = y + hidden_states.to(y.dtype) * D[:, None]
+        return (y, last_state) if return_final_states else y
+
+    return mamba2_chunk_scan
+
+
+# What is replaced: how ours is made, the parameters upstream must have, and what a user loses where it has others.
+_SLOW = "Without CUDA kernels the model will be slow"
+_FAST = {
+    "mamba_selective_scan": (
+        _make_scan,
+        "hidden_states dt A B C D z delta_bias delta_softplus return_last_state use_mambapy use_associative_scan "
+        "kwargs",
+        f"{_SLOW}, and calls with several tokens cannot continue from a cache.",
+    ),
+    "mamba2_chunk_scan": (
+        _make_chunk_scan,
+        "hidden_states dt A B C chunk_size D dt_bias initial_states dt_softplus dt_limit return_final_states kwargs",
+        f"{_SLOW}.",
+    ),
+    "causal_conv1d_fn": (_make_conv, "hidden_states weight bias activation kwargs", f"{_SLOW}."),
+}
+_SCANS = ("mamba_selective_scan", "mamba2_chunk_scan")
+
+
+def _make_guard(upstream):
+    """Wraps a function that is bound to a CUDA kernel so that tensors elsewhere get Transformers' torch version."""
+    plain = inspect.unwrap(upstream)
+
+    def guard(*args, **kwargs):
+        tensor = args[0] if args else next(iter(kwargs.values()))
+        if tensor.is_cuda or _is_packed(kwargs):
+            return upstream(*args, **kwargs)
+        return plain(*args, **kwargs)
+
+    setattr(guard, _MARK, upstream)
+    return guard
+
+
+def _install_module(module: types.ModuleType) -> bool:
+    with _shared.lock:
+        replaced = _FAST if any(hasattr(module, name) for name in _SCANS) else {}
+        for name, function in list(vars(module).items()):
+            if name not in replaced and inspect.isfunction(function) and _is_bound_to_kernel(function):
+                setattr(module, name, _make_guard(function))
+        found = [_replace(module, name) for name in replaced if hasattr(module, name)]
+        return bool(found) and all(found)
+
+
+def _replace(module, name) -> bool:
+    current = getattr(module, name)
+    if getattr(current, "_manticore_owner", None) == __name__:
+        return True
+    make, expected, loss = _FAST[name]
+    # Another copy's dispatcher is replaced, never wrapped
+    upstream = getattr(current, _MARK, current)
+    try:
+        signature = " ".join(inspect.signature(upstream).parameters)
+    except (TypeError, ValueError):
+        signature = None
+    if signature != expected:
+        warned = _shared.__dict__.setdefault("warned", set())
+        if (module.__name__, name) not in warned:
+            warned.add((module.__name__, name))
+            warnings.warn(
+                f"{module.__name__}.{name} has the signature ({signature}) instead of the expected ({expected}): it is "
+                f"left in place. {loss} Use a Transformers version this was tested on.",
+                stacklevel=4,
+            )
+        return False
+    ours = make(upstream)
+    setattr(ours, _MARK, upstream)
+    ours._manticore_owner = __name__
+    setattr(module, name, ours)
+    return True
+
+
+def install(model_type: str) -> bool:
+    """Makes the mixers of one model type use our scan and convolution wherever no CUDA kernel applies.
+
+    Also keeps tensors that are not on a CUDA device away from the CUDA kernels that Transformers binds on import.
+    Idempotent and thread-safe; a second copy of this file replaces the first one's dispatcher. Model types without a
+    scan of Mamba's or Mamba-2's kind, unknown ones included, are left alone.
+
+    Args:
+        model_type: `config.model_type` of a component, such as "mamba".
+
+    Returns:
+        Whether ours are in place. False after a warning if a function of Transformers' is not the one expected.
+    """
+    module = _modeling_module(model_type)
+    return module is not None and _install_module(module)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Continuing from a cache. The hooks are plain functions that read everything from the module they are given: they can
+# be pickled, and shallow copies of a mixer with another layer_idx, which share the hooks, find their own state.
+
+
+def _carry_state_in(module, args, kwargs):
+    # Also overwrites what an interrupted forward (KeyboardInterrupt skips forward hooks) may have left
+    _shared.local.state = None
+    cache = kwargs["cache_params"] if "cache_params" in kwargs else (args[1] if len(args) > 1 else None)
+    if cache is None:
+        return None
+    tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]
+    if tokens > 1:
+        _shared.local.state = cache.get_recurrent_state(module.layer_idx)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and mask.shape[1] > tokens:
+        # A mask over the whole history would broadcast against one token, silently, and fail against several
+        return args, {**kwargs, "attention_mask": mask[:, -tokens:]}
+    return None
+
+
+def _carry_state_out(module, args, output):
+    if getattr(_shared.local, "state", None) is None:
+        return
+    _shared.local.state = None
+    # After an exception the output is None, and the state is only dropped
+    if output is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} was given several tokens and a cached state that its scan did not take: the "
+            "result would be silently wrong. Call install() for its model type, or pass one token at a time."
+        )
+
+
+_carry_state_in._manticore_carry = True
+
+
+def carry_state(model: torch.nn.Module) -> int:
+    """Makes Mamba, FalconMamba and Jamba mixers continue from the cached state when called with several tokens.
+
+    Transformers 5.23 starts such calls (chunked prefill, a second turn) from a zero state; the convolution is continued
+    correctly. Hooks on each mixer hand the layer's cached state to the dispatcher of `install`, which is called here as
+    well. Nothing is stored outside the cache between calls, and no parameter or buffer is added. A mask that covers the
+    whole history is cut to the new tokens.
+
+    Args:
+        model: a component or any module holding mixers; others are left alone.
+
+    Returns:
+        The number of mixers that continue from a cached state. Calling again adds no hooks.
+    """
+    count = 0
+    for module in model.modules():
+        mixer = next((cls for cls in type(module).__mro__ if cls.__name__ in _SCAN_MIXERS), None)
+        if mixer is None:
+            continue
+        count += 1
+        _install_module(sys.modules[mixer.__module__])
+        if not any(getattr(hook, "_manticore_carry", False) for hook in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(_carry_state_in, with_kwargs=True)
+            module.register_forward_hook(_carry_state_out, always_call=True)
+    return count
