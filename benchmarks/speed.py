@@ -148,6 +148,26 @@ def stages(args, results):
     ratio("search step / finetune step", stepper("search"), finetune, args.repeats, "<= 1.05", results)
 
 
+def fused(args, results):
+    """Would one product for all projectors that read the same h be faster? What it has to beat: 1."""
+    for tokens in (1, args.tokens):
+        state = torch.randn(tokens, args.width)
+        two = [torch.nn.Linear(args.width, args.width) for _ in range(2)]
+
+        def apart(state=state, two=two):
+            for _ in range(20):
+                (two[0](state).sum() + two[1](state).sum()).backward()
+
+        def together(state=state, two=two):
+            for _ in range(20):
+                weight, bias = torch.cat([p.weight for p in two]), torch.cat([p.bias for p in two])
+                left, right = torch.nn.functional.linear(state, weight, bias).chunk(2, -1)
+                (left.sum() + right.sum()).backward()
+
+        label = f"two projectors in one product / in two, forward+backward, {tokens} token(s)"
+        ratio(label, together, apart, 4 * args.repeats, "<= 1", results)
+
+
 _LOAD = """
 import resource, sys, time, torch
 from transformers import AutoModelForCausalLM
@@ -195,11 +215,11 @@ def main():
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--load-width", type=int, default=768, help="width of the components that are loaded")
     parser.add_argument("--repeats", type=int, default=9, help="counted repeats")
-    parser.add_argument("--only", choices=("overhead", "decoding", "stages", "loading"), help="one part")
+    parser.add_argument("--only", choices=("overhead", "decoding", "stages", "fused", "loading"), help="one part")
     args = parser.parse_args()
     fast_mixers_manticore.install("mamba")  # the components alone use the same scan
     results, start = [], time.time()
-    for part in (overhead, decoding, stages, loading):
+    for part in (overhead, decoding, stages, fused, loading):
         if args.only in (None, part.__name__):
             part(args, results)
     if args.output:
