@@ -68,7 +68,8 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
 
     Returns:
         A `peft.LoraConfig` for `peft.get_peft_model(model, config)`; its revision is the hybrid's own commit if it was
-        loaded from the Hub.
+        loaded from the Hub. A hybrid in 4 bits on the CPU gives up bitsandbytes' inference kernel, which has no
+        backward.
 
     Raises:
         ManticoreError: An unsafe target was asked for, there is nothing to adapt, or the hybrid was quantised without
@@ -77,6 +78,7 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
     from peft import LoraConfig
 
     refuse_quantized(model)
+    _keep_trainable(model)
     targets = kwargs.pop("target_modules", None)
     if targets == "all-linear":
         raise ManticoreError(
@@ -97,6 +99,18 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
     )
     refuse_unsafe(model, config)
     return config
+
+
+def _keep_trainable(model):
+    """Keeps bitsandbytes from repacking 4-bit weights for its CPU inference kernel, which has no backward.
+
+    On processors with AVX512-BF16 the first forward in evaluation does so; every training step after it would leave the
+    adapters below without gradient, with a warning at best (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # unpacks what is packed
+            module.support_avx512bf16_for_cpu = False
 
 
 def quantization_skips(model):

@@ -94,6 +94,13 @@ def test_a_name_that_ends_another_stays_apart():
 
 
 @pytest.fixture
+def any_processor(monkeypatch):
+    """Where the processor has AVX512-BF16, evaluation repacks the weights for a kernel that rounds to bfloat16."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+
+
+@pytest.fixture
 def published(hub, owner, tmp_path):
     """A hybrid on the Hub that references its components. Returns (repo id, commit, the hybrid in floating point)."""
     pytest.importorskip("bitsandbytes")
@@ -131,7 +138,7 @@ def twin(model, plain):
     return plain
 
 
-def test_a_quantised_hybrid_is_itself_with_rounded_weights(published, tmp_path):
+def test_a_quantised_hybrid_is_itself_with_rounded_weights(any_processor, published, tmp_path):
     repo, _, plain = published
     model = load(repo)
     assert quantised(model) == set(lora_targets(plain)) == set(lora_targets(model))
@@ -183,7 +190,7 @@ def test_every_family_in_four_bits(family, tmp_path):
     assert adapters and all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapters.values())
 
 
-def test_qlora(published, tmp_path):
+def test_qlora(any_processor, published, tmp_path):
     from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
     repo, commit, _ = published
@@ -225,6 +232,35 @@ def test_qlora(published, tmp_path):
     ):
         assert loaded.peft_config["default"].revision == commit
         assert torch.equal(hub_models.logits(loaded), expected)
+
+
+def test_training_after_an_evaluation(published):
+    """bitsandbytes' inference kernel has no backward: a step after an evaluation would train less, silently."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    model = load(published[0])
+    hub_models.logits(model)  # repacks where the processor has the kernel
+    four = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    packed = [getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in four]
+    if not any(packed):
+        four[0].support_avx512bf16_for_cpu = True  # as if it had
+    model = get_peft_model(prepare_model_for_kbit_training(model), lora_config(model, r=4))
+    assert len(four) > 5 and not any(module.support_avx512bf16_for_cpu for module in four)
+    ids, gradients = hub_models.ids(), []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    for evaluated in (False, True):
+        if evaluated:
+            model.eval()
+            hub_models.logits(model)
+        model.train().zero_grad()
+        torch.manual_seed(0)  # GPT-2's dropout
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if "lora_" in name})
+    for name, before in gradients[0].items():
+        assert before.norm() > 0 and (gradients[1][name] - before).norm() < 1e-3 * before.norm(), name
 
 
 def test_a_hybrid_quantised_all_over_is_refused(published):
