@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from manticore_hf.licenses import combine, describe
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 
@@ -177,6 +178,8 @@ def print_inspection(source, found):
     for entry in found["components"]:
         where = f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] else "(its weights are in this repo)"
         print(f"  {entry['name']}: {entry['model_type']}, {where}, licence {entry['license'] or 'not recorded'}")
+    licenses = {entry["name"]: entry["license"] for entry in found["components"]}
+    print(f"licence of the whole: {describe(combine(licenses))}")
     heads = ("parameters", "FLOPs/token", "cache B/token", "state B")
     width = max(len(row["component"]) for row in found["blocks"])
     print(f"\n{'block':>5}  {'component':{width}}  {'layers':>7}  {'alpha':>6}" + "".join(f"{h:>15}" for h in heads))

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+import yaml
+from huggingface_hub import hf_hub_download, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -83,6 +84,7 @@ class Resolved:
     revision: str | None = None
     subfolder: str | None = None
     embed: bool = False
+    license: str | None = None
 
     def entry(self):
         """The component's entry in ManticoreConfig(components=...)."""
@@ -93,6 +95,7 @@ class Resolved:
             "revision": self.revision,
             "subfolder": self.subfolder,
             "weights": "reference" if reference else "embedded",
+            "license": self.license,
             "config": self.config,
         }
 
@@ -123,6 +126,7 @@ def resolve(spec, hub):
             raise ManticoreError(f"Component {found.name!r}: the directory {folder!r} has no config.json.")
         _read_config(found, folder)
         _check_weight_files(found, lambda file: os.path.isfile(os.path.join(folder, file)))
+        found.license = _read_license(os.path.join(source, "README.md"))
         return found
     return _resolve_repo(spec, source, hub)
 
@@ -157,9 +161,9 @@ def _resolve_repo(spec, source, hub):
     found = Resolved(_name(spec, repo_id.split("/")[-1]), None, repo_id=repo_id, subfolder=spec.subfolder)
     found.embed = spec.embed
 
-    def get(file, required=True, commit=None):
+    def get(file, required=True, commit=None, folder=spec.subfolder):
         try:
-            return hf_hub_download(repo_id, file, subfolder=spec.subfolder, revision=commit or revision, **hub)
+            return hf_hub_download(repo_id, file, subfolder=folder, revision=commit or revision, **hub)
         except RepositoryNotFoundError as err:
             raise ManticoreError(
                 f"Component {found.address}: no such repository, or it is private or gated and the token given does "
@@ -200,7 +204,22 @@ def _resolve_repo(spec, source, hub):
         return HfApi(token=hub.get("token")).file_exists(repo_id, path, revision=found.revision)
 
     _check_weight_files(found, exists)
+    found.license = _read_license(get("README.md", required=False, commit=found.revision, folder=None))
     return found
+
+
+def _read_license(card):
+    """The licence that a model card's metadata state, or None. "other" is replaced by the name it goes with."""
+    if card is None or not os.path.isfile(card):
+        return None
+    try:
+        data = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):  # a broken card is no reason not to use the model
+        return None
+    stated = data.get("license")
+    if stated == "other":
+        stated = data.get("license_name") or stated
+    return stated if isinstance(stated, str) and len(stated) < 200 else None
 
 
 def _name(spec, text):
