@@ -162,13 +162,14 @@ def summarise(lines, picture):
     import matplotlib.pyplot as plt
 
     curves = [r for r in lines if r["purpose"] == "curve"]
+    budgets = [n for n in BUDGETS if any(str(n) in r["curve"] for r in curves)]
     pairs = list(dict.fromkeys(r["pair"] for r in curves))
     figure, axes = plt.subplots(1, len(pairs), figsize=(5.2 * len(pairs), 4.2), squeeze=False)
     for axis, pair in zip(axes[0], pairs):
         rivals = next(r["rivals"] for r in curves if r["pair"] == pair)
         print(f"\n{pair}; untrained: " + ", ".join(f"{name} {loss:.3f}" for name, loss in rivals.items()))
-        print("\n| start | rate | " + " | ".join(f"{n:,}" for n in BUDGETS) + " | alpha in block 1 |")
-        print("|---" * (len(BUDGETS) + 3) + "|")
+        print("\n| start | rate | " + " | ".join(f"{n:,}" for n in budgets) + " | alpha in block 1 |")
+        print("|---" * (len(budgets) + 3) + "|")
         for variant in VARIANTS:
             runs = [r for r in curves if (r["pair"], r["variant"]) == (pair, variant)]
             if not runs:
@@ -176,7 +177,7 @@ def summarise(lines, picture):
             # A seed may have a short run and a long one, whose first points are the same: the long one counts.
             runs = [max((r for r in runs if r["seed"] == seed), key=lambda r: len(r["curve"]))
                     for seed in sorted({r["seed"] for r in runs})]  # fmt: skip
-            points = {n: [r["curve"][str(n)] for r in runs if str(n) in r["curve"]] for n in BUDGETS}
+            points = {n: [r["curve"][str(n)] for r in runs if str(n) in r["curve"]] for n in budgets}
             points = {n: losses for n, losses in points.items() if losses}
             means = [statistics.mean(losses) for losses in points.values()]
             cells = [f"{statistics.mean(p):.3f} ({max(p) - min(p):.3f}, {len(p)})" for p in points.values()]

@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass
 
 import torch
-import yaml
 from huggingface_hub import hf_hub_download, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -214,7 +213,7 @@ def _read_license(card):
         return None
     try:
         data = metadata_load(card) or {}
-    except (ValueError, yaml.YAMLError):  # a broken card is no reason not to use the model
+    except Exception:  # whatever a stranger wrote there, a broken card is no reason not to use the model
         return None
     stated = data.get("license")
     if stated == "other":

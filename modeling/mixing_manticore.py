@@ -1,4 +1,4 @@
-"""Projectors, mixture weights and output mixtures: the only parameters a hybrid adds to its components.
+"""Projectors, mixture weights and token gate: the only parameters a hybrid adds to its components.
 
 Notation of Roberts et al. (arXiv 2406.00894), section 3: component k has width d_k, the shared space width
 d = max d_k, block s has mixture weights alpha_s on the simplex.
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+
+from .mixture_manticore import sureness
 
 
 def resize(states, width):
@@ -95,32 +97,15 @@ class TokenGate(nn.Module):
         init.zeros_(self.linear.weight)
         init.zeros_(self.linear.bias)
 
-    def forward(self, states, logprobs):
-        """states: K x [batch, time, d_k]; logprobs: K x [batch, time, vocabulary] -> [batch, time, K], summing to 1."""
+    def forward(self, states, logits):
+        """states: K x [batch, time, d_k]; logits: K x [batch, time, vocabulary] -> [batch, time, K], summing to 1."""
         features = []
-        for state, logprob in zip(states, logprobs):
-            state, logprob = state.float(), logprob.detach()
+        for state, one in zip(states, logits):
+            state = state.float()
             features.append(state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6))
-            entropy = -(logprob.exp() * logprob).nan_to_num(0.0).sum(-1, keepdim=True)
-            features += [entropy, logprob.amax(-1, keepdim=True)]
+            features.append(sureness(one))
         features = torch.cat(features, -1).to(self.linear.weight.dtype)
         return self.linear(features).float().softmax(-1)
-
-
-def mix_logprob(weights, logprobs):
-    """sum_k w_k log p_k: the (unnormalised) geometric mean. weights: K numbers or [batch, time, 1] tensors."""
-    return sum(weight * logprob for weight, logprob in zip(weights, logprobs))
-
-
-def mix_prob(weights, logprobs):
-    """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong."""
-    terms = []
-    for weight, logprob in zip(weights, logprobs):
-        terms.append(logprob + (math.log(weight) if isinstance(weight, float) else weight.log()))
-    return torch.stack(terms).logsumexp(0)
-
-
-SPACES = {"logprob": mix_logprob, "prob": mix_prob}
 
 
 class HybridMixer(nn.Module):
@@ -197,9 +182,9 @@ class HybridMixer(nn.Module):
         """A hardened hybrid's state [batch, time, d_j] -> what the component of `block` reads [batch, time, d_k]."""
         return self._gated(self.across[str(block)], state, 0.0)
 
-    def gate_tokens(self, states, logprobs):
+    def gate_tokens(self, states, logits):
         """The token gate's weights [batch, time, K]."""
-        return self.token_gate(states, logprobs)
+        return self.token_gate(states, logits)
 
     def _gated(self, projector, states, alpha):
         gate = alpha if self.gate == "alpha" else 0.0

@@ -12,7 +12,8 @@ from .components_manticore import build, prepare
 from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .decoding_manticore import CachedDecoding
-from .mixing_manticore import SPACES, HybridMixer, resize, weighted_sum
+from .mixing_manticore import HybridMixer, resize, weighted_sum
+from .mixture_manticore import SPACES, mix_logprob
 from .outputs_manticore import HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .recurrent_manticore import keep_state_in_cache
 from .route_manticore import Dropped, RunsRoute
@@ -298,15 +299,15 @@ class ManticoreModel(CachedDecoding, RunsRoute, PerComponentAttention, Manticore
                     weights, [self.hybrid_mixer("leave", block, n, states[n], w) for n, w in active.items()]
                 )
             boundaries += (state,) if keep else ()
-        return self._ran(state, states, cache, boundaries if keep else None, mask, time)
+        return self._ran(state, states, alpha, cache, boundaries if keep else None, mask, time)
 
-    def _ran(self, shared, states, cache, boundaries, mask, time):
+    def _ran(self, shared, states, alpha, cache, boundaries, mask, time):
         if cache is not None:
             cache.advance(time)
             if time == 1 and mask is not None:
                 cache.forget_padding(mask.any(-1))
         return {
-            "shared": shared, "states": states, "alpha": self._alpha(), "cache": cache, "hidden_states": boundaries,
+            "shared": shared, "states": states, "alpha": alpha, "cache": cache, "hidden_states": boundaries,
         }  # fmt: skip
 
     def _shared(self, weights, states):
@@ -401,17 +402,13 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
         logits = list(own.values())
         if len(logits) == 1:
             return logits[0], None
-        fixed = isinstance(weights[0], float)
-        static = self.config.mixture == "static" or fixed
-        if static and self.config.embeddings != "native" and self.config.mixture_space == "logprob":
-            # The paper's sum of logits: it differs from that of log-probabilities by a constant per token.
-            return weighted_sum(weights, logits), None
-        logprobs = [one.float().log_softmax(-1) for one in logits]
         token_weights = None
-        if not static:
-            token_weights = self.hybrid_mixer("gate_tokens", list(read.values()), logprobs)
+        if self.config.mixture == "token" and not isinstance(weights[0], float):
+            token_weights = self.hybrid_mixer("gate_tokens", list(read.values()), logits)
             weights = list(token_weights.split(1, -1))
-        return SPACES[self.config.mixture_space](weights, logprobs), token_weights
+        elif self.config.embeddings != "native" and self.config.mixture_space == "logprob":
+            return weighted_sum(weights, logits), None  # the paper's, in the components' own type
+        return SPACES[self.config.mixture_space](weights, [one.float() for one in logits]), token_weights
 
     def _losses(self, logits, own, labels, kwargs):
         """(loss, its parts by output name). The parts are means over this call's own tokens, whatever the loss is."""
@@ -437,7 +434,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
             )
         if self.report_parts:
             with torch.no_grad():
-                mean = sum(values.float().log_softmax(-1) for values in own.values()) / len(own)
+                mean = mix_logprob([1 / len(own)] * len(own), [values.float() for values in own.values()])
                 parts["ensemble_loss"] = part(cross_entropy(mean))
         return loss, parts
 

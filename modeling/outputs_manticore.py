@@ -32,7 +32,7 @@ class ManticoreCausalLMOutput(ModelOutput):
 
     Attributes:
         loss: mix_loss_weight * mixture_loss + component_loss_weight * sum(component_losses), with `labels`.
-        logits: [batch, time, vocabulary] of the mixture.
+        logits: [batch, time, vocabulary] of the mixture; like any model's, up to a constant per token.
         past_key_values: A ManticoreCache, if caching.
         hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
         mixture_loss: Cross-entropy of the mixture, nats per token.

@@ -103,21 +103,30 @@ class RunsRoute:
 
     def _blocks_of(self, name):
         """The blocks in which a component's segments begin."""
-        if self.config.route is None:
-            return range(self.config.num_blocks)
-        return [one.first for one in stretches(self.config) if one.name == name]
+        return [block for (other, block) in self._plan() if other == name]
 
     def _range(self, name, block):
         """(start, stop): the layers that a component runs from `block` on, in one go."""
-        if self.config.route is None:
-            bounds = self.config.bounds(name)
-            return bounds[block], bounds[block + 1]
-        return next((one.start, one.stop) for one in stretches(self.config) if one.first == block)
+        return self._plan()[name, block]
+
+    def _plan(self):
+        """{(component, block its segment begins in): (start, stop)}; made once, since every step asks for it."""
+        if not self._cuts.plan:
+            config, plan = self.config, self._cuts.plan
+            if config.route is not None:
+                plan.update({(one.name, one.first): (one.start, one.stop) for one in stretches(config)})
+            else:
+                for name in config.component_names:
+                    bounds = config.bounds(name)
+                    plan.update({(name, block): pair for block, pair in enumerate(zip(bounds, bounds[1:]))})
+            self._cuts.stretches = stretches(config) if config.route is not None else None
+        return self._cuts.plan
 
     def _run_route(self, own, state, mask, positions, cache, keep, boundaries):
         """A hardened hybrid's blocks: one component after the other, each state as it is until the next takes over."""
         native, width, before = self.config.embeddings == "native", self.config.hidden_size, None
-        for one in stretches(self.config):
+        self._plan()
+        for one in self._cuts.stretches:
             if before is not None:
                 state = self.hybrid_mixer("cross", one.first, state)
             else:
@@ -128,4 +137,5 @@ class RunsRoute:
             before = one
         states, time = {before.name: state}, state.shape[1]
         shared = resize(state, width) if native else self.hybrid_mixer("leave", before.last, before.name, state, 1.0)
-        return self._ran(shared, states, cache, boundaries if keep else None, mask, time)
+        weights = self.config.mixture_weights
+        return self._ran(shared, states, weights, cache, boundaries if keep else None, mask, time)

@@ -110,10 +110,8 @@ def _find_layers(component, depth):
 def _watch_children(component, stack, anatomy):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    events, handles = [], []
-    layers = getattr(stack, anatomy.layers)
-    for layer in layers:
-        handles.append(layer.register_forward_pre_hook(lambda *_: events.append(("layer", None, None, None))))
+    events, layers = [], getattr(stack, anatomy.layers)
+    handles = [layers[0].register_forward_pre_hook(lambda *_: events.append(("layer", None, None, None)))]
 
     def watch(name):
         return lambda module, args, kwargs, out: events.append(("child", name, _first_tensor(args, kwargs), out))
@@ -126,13 +124,20 @@ def _watch_children(component, stack, anatomy):
     experts = stack.config._experts_implementation_internal
     try:
         stack.eval()
+        # One layer shows what happens before and after all: without computing, each would still cost 20 ms.
+        shell = _Shell(stack)
+        shell.own = {
+            "_modules": {**stack._modules, anatomy.layers: nn.ModuleList(layers[:1])},
+            "config": slice_config(stack.config, 0, 1),
+        }
+        shell.follow()
         # The only way of running experts whose shapes do not depend on the values, of which there are none.
         stack.config._experts_implementation_internal = "batched_mm"
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             hidden = torch.zeros(1, 3, width, device=parameter.device, dtype=parameter.dtype)
             # A mask keeps Transformers from looking at the values of the positions (it could not, nothing is computed).
             ones = torch.ones(1, 3, dtype=torch.long, device=parameter.device)
-            stack(inputs_embeds=hidden, attention_mask=ones, use_cache=False)
+            shell.module(inputs_embeds=hidden, attention_mask=ones, use_cache=False)
     finally:
         stack.config._experts_implementation_internal = experts
         stack.train(training)
@@ -147,12 +152,12 @@ def _watch_children(component, stack, anatomy):
             indexed = given is not None and not given.is_floating_point()
             position = indexed or isinstance(stack._modules[name], nn.Embedding)
             anatomy.before[name] = _NoPosition if position else _PassThrough
-        elif seen >= len(layers):
+        elif seen:
             anatomy.after.append(name)
-    if seen != len(layers):
+    if seen != 1:
         raise ManticoreError(
-            f"Architecture {component.config.model_type!r} cannot be cut: its forward ran {seen} layers, not the "
-            f"{len(layers)} of {anatomy.path}.{anatomy.layers}."
+            f"Architecture {component.config.model_type!r} cannot be cut: its forward ran the first layer of "
+            f"{anatomy.path}.{anatomy.layers} {seen} times."
         )
 
 
@@ -223,6 +228,7 @@ class Segment:
         self.shell = _Shell(self.stack)
         self.is_first, self.is_last = start == 0, stop == len(getattr(self.stack, anatomy.layers))
         self.config = slice_config(self.stack.config, start, stop)
+        self.takes_float32 = bool(getattr(self.config, "residual_in_fp32", False))
         self.stand_ins = {}
         if not self.is_first:
             self.stand_ins.update({name: cls() for name, cls in anatomy.before.items()})
@@ -271,7 +277,7 @@ class Segment:
             [batch, time, width]; after the component's final norm if this is its last segment.
         """
         # Other components' states may come in float32; only a model that keeps its own so takes them as they are.
-        if not (hidden.dtype == torch.float32 and getattr(self.config, "residual_in_fp32", False)):
+        if not (hidden.dtype == torch.float32 and self.takes_float32):
             hidden = hidden.to(next((p.dtype for p in self.stack.parameters() if p.is_floating_point()), hidden.dtype))
         arguments = {"inputs_embeds": hidden, "use_cache": cache is not None}
         if self.anatomy.positions:
@@ -353,6 +359,7 @@ class Cuts:
 
     def __init__(self):
         self._segments, self._heads, self._anatomies = {}, {}, {}
+        self.plan, self.stretches = {}, None  # see RunsRoute._plan
 
     def __deepcopy__(self, memo):
         return type(self)()
