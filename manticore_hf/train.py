@@ -119,7 +119,9 @@ def _finish(stage, trainer, model, tokenizer, validation, output):
     if stage == "search":
         from manticore_hf.plots import plot_alpha, plot_mixture
 
-        plot_alpha(*alpha_history(trainer.state.log_history), output / "plots" / "alpha.png")
+        steps, history = alpha_history(trainer.state.log_history)
+        if steps:  # a search shorter than its logging_steps has logged nothing
+            plot_alpha(steps, history, output / "plots" / "alpha.png")
         plot_mixture(result["mixture_weights"], result["components"], output / "plots" / "mixture.png")
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     record(output, result)

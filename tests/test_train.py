@@ -111,6 +111,13 @@ def test_search_then_finetune_from_rewound_components(start, tmp_path):
     assert {"loss", "alpha/0/mamba", "alpha/1/gpt_neox", "loss/mixture"} <= set(log[0])
 
 
+def test_a_search_too_short_to_log_anything(start, tmp_path):
+    _run(_command("search", start, tmp_path / "out", "--logging_steps", "1000"))
+    assert (tmp_path / "out" / "plots" / "mixture.png").is_file()
+    assert not (tmp_path / "out" / "plots" / "alpha.png").exists()
+    ManticoreForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_pretrain_moves_the_mixer_only(start, tmp_path):
     _run(_command("pretrain", start, tmp_path / "out"))
     before, after = (load_file(d / "model.safetensors") for d in (start / "hybrid", tmp_path / "out"))
