@@ -28,6 +28,7 @@ def plot_alpha(steps, history, path):
         axis.grid(alpha=0.3)
     axes[0, 0].legend(loc="best", fontsize="small")
     axes[-1, 0].set_xlabel("optimizer step")
+    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)
 
 
