@@ -97,7 +97,9 @@ class Rollback:
     """Takes a hybrid's or component's cache back to where it was: attention is cropped, recurrent states are copied."""
 
     def __init__(self, cache):
-        self.cache, self.seen = cache, cache.get_seq_length()
+        self.cache = cache
+        self.attention = [layer for layer in cache.layers if not isinstance(layer, LinearAttentionCacheLayerMixin)]
+        self.seen = self.attention[0].get_seq_length() if self.attention else 0
         self.recurrent = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
         self.states = [
             {at: state.clone() for at, state in states.items()}
@@ -109,10 +111,8 @@ class Rollback:
         for states, kept in zip(now, self.states):
             for at, state in kept.items():
                 states[at].copy_(state)
-        tokens = self.cache.get_seq_length() - self.seen
-        for layer in self.cache.layers:
-            if tokens and not isinstance(layer, LinearAttentionCacheLayerMixin):
-                layer.crop(-tokens)
+        for layer in self.attention:
+            layer.crop(self.seen - layer.get_seq_length())
         if hasattr(self.cache, "seen"):
             self.cache.seen = self.seen
 

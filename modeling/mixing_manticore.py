@@ -234,11 +234,3 @@ def projector_width(projector):
     if isinstance(projector, Resize):
         return projector.width
     return projector.down.out_features if isinstance(projector, MLPProjector) else projector.out_features
-
-
-def weighted_sum(weights, terms):
-    """sum_k w_k x_k; a single term of weight 1 is returned as it is, to the last bit."""
-    if len(terms) == 1 and isinstance(weights[0], float) and weights[0] == 1.0:
-        return terms[0]
-    return sum((weight if isinstance(weight, float) else weight.to(term.dtype)) * term
-               for weight, term in zip(weights, terms))  # fmt: skip

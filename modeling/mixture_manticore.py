@@ -13,7 +13,7 @@ PIECES, PIECE = 32, 1 << 18  # at most so many pieces, of at least so many numbe
 
 
 class _WeightedSum(torch.autograd.Function):
-    """sum_k w_k x_k of (w_1, ..., w_K, x_1, ..., x_K), w_k [..., 1]; no product is stored, in the backward neither."""
+    """sum_k w_k x_k of (w_1, ..., w_K, x_1, ..., x_K), w_k scalar or [..., 1]; no product is stored, then or later."""
 
     @staticmethod
     def forward(*tensors):
@@ -31,30 +31,40 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx, grad):
         count, needed = len(ctx.saved_tensors) // 2, ctx.needs_input_grad
         weights, terms = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        dots = [torch.linalg.vecdot(grad, x)[..., None] if need else None for x, need in zip(terms, needed)]
+        dots = [_dot(grad, x, w) if need else None for w, x, need in zip(weights, terms, needed)]
         scaled = [w * grad if need else None for w, need in zip(weights, needed[count:])]
         return *dots, *scaled
 
 
-def mix_logprob(weights, logits):
-    """sum_k w_k x_k: logits of the geometric mean of the distributions, prod_k p_k^w_k up to a factor.
+def _dot(grad, term, weight):
+    dots = torch.linalg.vecdot(grad, term)
+    return dots[..., None] if weight.dim() else dots.sum()
+
+
+def weighted_sum(weights, terms):
+    """sum_k w_k x_k; a single term of weight 1 is returned as it is, to the last bit.
 
     Args:
-        weights: K numbers, scalars or tensors [batch, time, 1].
-        logits: K tensors [batch, time, vocabulary], normalised or not: what normalises them is a constant per token,
-            which changes neither the distribution nor any gradient.
+        weights: K numbers, K scalar tensors, or K tensors [batch, time, 1].
+        terms: K tensors [batch, time, n].
 
     Returns:
-        [batch, time, vocabulary].
+        [batch, time, n]. Of logits in this sum, the logits of the geometric mean of their distributions, prod_k p_k^w_k
+        up to a factor: what normalises logits is a constant per token, which changes neither the distribution nor any
+        gradient, so they may come as they are.
     """
-    per_token = all(isinstance(weight, torch.Tensor) and weight.dim() for weight in weights)
-    if per_token and not torch.compiler.is_compiling():  # a compiler joins the terms by itself
-        return _WeightedSum.apply(*weights, *logits)
-    return sum(weight * one for weight, one in zip(weights, logits))
+    if len(terms) == 1 and isinstance(weights[0], float) and weights[0] == 1.0:
+        return terms[0]
+    floats = [isinstance(weight, float) for weight in weights]
+    weights = [w if isinstance(w, float) else w.to(x.dtype) for w, x in zip(weights, terms)]
+    one_type = len({term.dtype for term in terms}) == 1
+    if any(floats) or not one_type or torch.compiler.is_compiling():  # a compiler joins the terms by itself
+        return sum(weight * term for weight, term in zip(weights, terms))
+    return _WeightedSum.apply(*weights, *terms)
 
 
 def mix_prob(weights, logits):
-    """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong. As `mix_logprob`."""
+    """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong (see `weighted_sum`)."""
     terms = []
     for weight, one in zip(weights, logits):
         scale = math.log(weight) if isinstance(weight, float) else weight.log()
@@ -62,7 +72,7 @@ def mix_prob(weights, logits):
     return torch.stack(terms).logsumexp(0)
 
 
-SPACES = {"logprob": mix_logprob, "prob": mix_prob}
+SPACES = {"logprob": weighted_sum, "prob": mix_prob}
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from .components_manticore import build, prepare
 from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .decoding_manticore import CachedDecoding
-from .mixing_manticore import HybridMixer, resize, weighted_sum
-from .mixture_manticore import SPACES, mix_logprob
+from .mixing_manticore import HybridMixer, resize
+from .mixture_manticore import SPACES, weighted_sum
 from .outputs_manticore import HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .recurrent_manticore import keep_state_in_cache
 from .route_manticore import Dropped, RunsRoute
@@ -434,7 +434,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
             )
         if self.report_parts:
             with torch.no_grad():
-                mean = mix_logprob([1 / len(own)] * len(own), [values.float() for values in own.values()])
+                mean = weighted_sum([1 / len(own)] * len(own), [values.float() for values in own.values()])
                 parts["ensemble_loss"] = part(cross_entropy(mean))
         return loss, parts
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from manticore_hf.modeling import mixture_manticore
-from manticore_hf.modeling.mixture_manticore import mix_logprob, mix_prob, sureness
+from manticore_hf.modeling.mixture_manticore import mix_prob, sureness, weighted_sum
 
 
 def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -19,7 +19,7 @@ def test_the_geometric_mean_and_its_gradients(count):
         weights = raw.softmax(-1)
         return sum(weights[..., k, None] * one.log_softmax(-1) for k, one in enumerate(logits)).log_softmax(-1)
 
-    ours = mix_logprob(list(raw.softmax(-1).split(1, -1)), logits).log_softmax(-1)
+    ours = weighted_sum(list(raw.softmax(-1).split(1, -1)), logits).log_softmax(-1)
     torch.testing.assert_close(ours, plain())
     seed = draw(2, 3, 7, seed=5)
     for mine, theirs in zip(torch.autograd.grad(ours, [raw, *logits], seed, retain_graph=True),
@@ -27,12 +27,13 @@ def test_the_geometric_mean_and_its_gradients(count):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-9)
 
 
-def test_derivatives_by_number():
-    weights = [draw(2, 3, 1, seed=k).sigmoid().requires_grad_() for k in range(2)]
+@pytest.mark.parametrize("shape", [(2, 3, 1), ()])
+def test_derivatives_by_number(shape):
+    weights = [draw(*shape, seed=k).sigmoid().requires_grad_() for k in range(2)]
     logits = [draw(2, 3, 4, seed=k + 2).requires_grad_() for k in range(2)]
 
     def mix(*tensors):
-        return mix_logprob(list(tensors[:2]), list(tensors[2:]))
+        return weighted_sum(list(tensors[:2]), list(tensors[2:]))
 
     assert torch.autograd.gradcheck(mix, (*weights, *logits))
     assert torch.autograd.gradgradcheck(mix, (*weights, *logits))
@@ -42,7 +43,7 @@ def test_derivatives_by_number():
 def test_nothing_is_computed_for_what_is_frozen(frozen):
     weights = [torch.rand(2, 3, 1, requires_grad=frozen != "weights") for _ in range(2)]
     logits = [torch.randn(2, 3, 4, requires_grad=frozen != "logits") for _ in range(2)]
-    mix_logprob(weights, logits).square().sum().backward()
+    weighted_sum(weights, logits).square().sum().backward()
     assert all((one.grad is None) == (frozen == "weights") for one in weights)
     assert all((one.grad is None) == (frozen == "logits") for one in logits)
 
@@ -50,11 +51,25 @@ def test_nothing_is_computed_for_what_is_frozen(frozen):
 def test_the_operands_are_left_alone():
     weights, logits = [torch.rand(2, 3, 1) for _ in range(3)], [torch.randn(2, 3, 4) for _ in range(3)]
     before = [one.clone() for one in logits]
-    mix_logprob(weights, logits)
+    weighted_sum(weights, logits)
     assert all(torch.equal(one, other) for one, other in zip(logits, before))
 
 
-@pytest.mark.parametrize("mix", [mix_logprob, mix_prob])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 3, 1), ()])
+def test_lower_precision_trains(dtype, shape):
+    weights = [torch.rand(shape, requires_grad=True) for _ in range(2)]
+    terms = [torch.randn(2, 3, 4, dtype=dtype, requires_grad=True) for _ in range(2)]
+    out = weighted_sum(weights, terms)
+    assert out.dtype == dtype
+    out.float().square().sum().backward()
+    plain = [one.detach().clone().requires_grad_() for one in weights]
+    sum(w * x.detach().float() for w, x in zip(plain, terms)).square().sum().backward()
+    for mine, theirs in zip(weights, plain):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("mix", [weighted_sum, mix_prob])
 @pytest.mark.parametrize("weights", [[0.3, 0.7], [torch.tensor(0.3), torch.tensor(0.7)]], ids=["floats", "scalars"])
 def test_weights_that_do_not_depend_on_the_token(mix, weights):
     logits = [draw(2, 3, 7, seed=k) for k in range(2)]
