@@ -64,7 +64,7 @@ def weighted_sum(weights, terms):
 
 
 def mix_prob(weights, logits):
-    """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong (see `weighted_sum`)."""
+    """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong. See `weighted_sum`."""
     terms = []
     for weight, one in zip(weights, logits):
         scale = math.log(weight) if isinstance(weight, float) else weight.log()
