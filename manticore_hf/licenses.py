@@ -186,7 +186,7 @@ def check(licenses, commercial=False, override=False):
     if found.conflicts and not override:
         raise ManticoreError(
             f"The components' licences conflict: {' '.join(found.conflicts)} Choose other components, or, "
-            "with permission, override this check explicitly (--ignore-license-conflicts). This is not legal advice."
+            "with permission, override this check explicitly (override=True). This is not legal advice."
         )
     return found
 

@@ -119,23 +119,20 @@ class RunsRoute:
                 for name in config.component_names:
                     bounds = config.bounds(name)
                     plan.update({(name, block): pair for block, pair in enumerate(zip(bounds, bounds[1:]))})
-            self._cuts.stretches = stretches(config) if config.route is not None else None
         return self._cuts.plan
 
     def _run_route(self, own, state, mask, positions, cache, keep, boundaries):
         """A hardened hybrid's blocks: one component after the other, each state as it is until the next takes over."""
-        native, width, before = self.config.embeddings == "native", self.config.hidden_size, None
-        self._plan()
-        for one in self._cuts.stretches:
-            if before is not None:
-                state = self.hybrid_mixer("cross", one.first, state)
+        native, width, name = self.config.embeddings == "native", self.config.hidden_size, None
+        for after, block in self._plan():
+            if name is not None:
+                state = self.hybrid_mixer("cross", block, state)
             else:
-                state = own[one.name] if native else self.hybrid_mixer("enter", 0, one.name, state, 1.0)
-            view = None if cache is None else cache.view(one.name, one.first)
-            state = self._segment(one.name, one.first)(state, mask, positions, view)
+                state = own[after] if native else self.hybrid_mixer("enter", 0, after, state, 1.0)
+            name, view = after, None if cache is None else cache.view(after, block)
+            state = self._segment(name, block)(state, mask, positions, view)
             boundaries += (resize(state, width),) if keep else ()
-            before = one
-        states, time = {before.name: state}, state.shape[1]
-        shared = resize(state, width) if native else self.hybrid_mixer("leave", before.last, before.name, state, 1.0)
+        states, time, last = {name: state}, state.shape[1], self.config.num_blocks - 1
+        shared = resize(state, width) if native else self.hybrid_mixer("leave", last, name, state, 1.0)
         weights = self.config.mixture_weights
         return self._ran(shared, states, weights, cache, boundaries if keep else None, mask, time)

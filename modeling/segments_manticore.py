@@ -359,7 +359,7 @@ class Cuts:
 
     def __init__(self):
         self._segments, self._heads, self._anatomies = {}, {}, {}
-        self.plan, self.stretches = {}, None  # see RunsRoute._plan
+        self.plan = {}  # see RunsRoute._plan
 
     def __deepcopy__(self, memo):
         return type(self)()

@@ -83,14 +83,3 @@ def test_models_train_alike(model_type):
     assert gradients[0].keys() == gradients[1].keys() and any("conv1d" in name for name in gradients[0])
     for name in gradients[0]:
         torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-def test_another_signature_is_left_in_place(monkeypatch):
-    def changed(hidden_states, weight):
-        raise AssertionError("not called")
-
-    monkeypatch.setattr(modeling("mamba2"), "causal_conv1d_fn", changed)
-    fm._shared.__dict__.pop("warned", None)
-    with pytest.warns(UserWarning, match="causal_conv1d_fn has the signature"):
-        assert not fm.install("mamba2")
-    assert modeling("mamba2").causal_conv1d_fn is changed

@@ -54,18 +54,22 @@ def test_other_model_types_are_left_alone():
     assert not sm.install("gpt_neox") and not sm.install("no_such_model")
 
 
-def test_unexpected_signature_falls_back_loudly(monkeypatch):
+@pytest.mark.parametrize(
+    "model_type, name",
+    [("jamba", "mamba_selective_scan"), ("mamba2", "causal_conv1d_fn"), ("mamba2", "mamba2_chunk_scan")],
+)
+def test_unexpected_signature_falls_back_loudly(monkeypatch, model_type, name):
     def changed(hidden_states, dt, A, B, C, new_argument=None):
         raise AssertionError("not called")
 
-    monkeypatch.setattr(modeling("jamba"), "mamba_selective_scan", changed)
+    monkeypatch.setattr(modeling(model_type), name, changed)
     sm._shared.__dict__.pop("warned", None)
-    with pytest.warns(UserWarning, match="left in place"):
-        assert not sm.install("jamba")
-    assert modeling("jamba").mamba_selective_scan is changed
+    with pytest.warns(UserWarning, match=f"{name} has the signature.*left in place"):
+        assert not sm.install(model_type)
+    assert getattr(modeling(model_type), name) is changed
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not sm.install("jamba")  # once is enough
+        assert not sm.install(model_type)  # once is enough
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
