@@ -128,7 +128,8 @@ def _rows_before_tuning(stages, test):
         ("hybrid, 2 blocks, calibrated only", stages[2]["calibrate"]),
         ("hybrid, 2 blocks, projectors and gate trained", stages[2]["pretrain"]),
     ):
-        found = _evaluate(ManticoreForCausalLM.from_pretrained(folder), test, label)
+        # The components are the same in all three: their rows come from the first.
+        found = _evaluate(ManticoreForCausalLM.from_pretrained(folder), test, label, rivals=not rows)
         rows[label] = found.pop("hybrid")
         rows = {**found, **rows}
     return rows
@@ -154,14 +155,16 @@ def _rows_after_tuning(recipe, stages, test, output_dir, seed):
         ("hybrid, 1 block, tuned jointly", stages[1]["finetune"]),
         ("hybrid, 2 blocks, searched and tuned", stages[2]["finetune"]),
     ):
-        rows[label] = _evaluate(ManticoreForCausalLM.from_pretrained(folder), test, label)["hybrid"]
+        model = ManticoreForCausalLM.from_pretrained(folder)
+        rows[label] = _evaluate(model, test, label, rivals=False)["hybrid"]
     return rows
 
 
-def _evaluate(model, test, label):
+def _evaluate(model, test, label, rivals=True):
     """{row: {kind of text: loss, and "both": their mean, since there is as much of each}}."""
-    found = {kind: compare_losses(model, text, desc=f"Testing {label}, {kind}") for kind, text in test.items()}
-    rows = {}
+    found, rows = {}, {}
+    for kind, text in test.items():
+        found[kind] = compare_losses(model, text, desc=f"Testing {label}, {kind}", rivals=rivals)
     for name in next(iter(found.values())):
         rows[name] = {kind: found[kind][name] for kind in test}
         rows[name]["both"] = sum(rows[name].values()) / len(test)

@@ -14,7 +14,7 @@ from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 
 
 @torch.no_grad()
-def compare_losses(model, dataset, batch_size=16, desc="Evaluating"):
+def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True):
     """Mean next-token loss of a hybrid, of each component alone, and of their plain ensemble, in one pass.
 
     Args:
@@ -22,13 +22,14 @@ def compare_losses(model, dataset, batch_size=16, desc="Evaluating"):
         dataset: Blocks of `input_ids`, as `pack` makes them.
         batch_size: Blocks per forward pass.
         desc: Label of the progress bar.
+        rivals: Also run the components; False where their losses on this text are known already.
 
     Returns:
         {component name: loss, ..., "ensemble": loss, "hybrid": loss} in nats per token; the ensemble is the normalised
         geometric mean of the components' distributions with equal weights. A hardened hybrid has lost parts of its
         components, so only "hybrid" is there: its rivals come from the soft one.
     """
-    was_training, names = model.training, [] if model.config.route else model.config.component_names
+    was_training, names = model.training, model.config.component_names if rivals and not model.config.route else []
     model.eval()
     sums, count = dict.fromkeys([*names, "ensemble", "hybrid"] if names else ["hybrid"], 0.0), 0
     loader = DataLoader(dataset.with_format("torch"), batch_size=batch_size)
