@@ -9,6 +9,7 @@ from torch import nn
 from .attention_manticore import settle_attention
 from .components_manticore import ComponentSpec, check_tokenizers, load, resolve
 from .configuration_manticore import ManticoreError
+from .references_manticore import record
 
 _NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 
@@ -63,7 +64,12 @@ class Composed:
             dtypes = {one.model.dtype if one.model is not None else one.config.dtype for one in found}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-        parts = {one.name: load(one, dtype, hub).to(dtype) for one in found}
+        parts = {}
+        for one, entry in zip(found, config.components):
+            if one.repo_id is not None:  # fetched here, where what arrives is checked
+                files = record(entry, hub)
+                entry["files"] = files if entry["weights"] == "reference" else None
+            parts[one.name] = load(one, dtype, hub).to(dtype)
         config.dtype = dtype
         first = parts[config.tokenizer_component]
         before = torch.get_default_dtype()

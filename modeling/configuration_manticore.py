@@ -69,7 +69,8 @@ class ManticoreConfig(PreTrainedConfig):
     Args:
         components: One dict per component: `name` (a Python identifier), `config` (a configuration or its dict, with
             `model_type`), and where its weights live: `repo_id`, `revision` (40-hex commit), `subfolder`, `weights`
-            ("reference": read from that repo; "embedded": kept in the hybrid's own file), `license`.
+            ("reference": read from that repo; "embedded": kept in the hybrid's own file), `files` (of a reference:
+            `{safetensors file: its SHA-256}`), `license` (as the component's card states it).
         num_blocks: S, the number of blocks; at most the depth of the shallowest component.
         block_layers: Layers per block of each component, `{name: [n_1, ..., n_S]}`. Default: cuts as even as possible,
             the first blocks taking the remainder.
@@ -217,8 +218,8 @@ class ManticoreConfig(PreTrainedConfig):
         if weights not in ("reference", "embedded"):
             raise ManticoreError(f"Component {name!r}: weights={weights!r}; choose 'reference' or 'embedded'.")
         if weights == "reference":
-            check_reference(name, entry.get("repo_id"), entry.get("revision"), entry.get("subfolder"))
-        entry = {key: entry.get(key) for key in ("name", "repo_id", "revision", "subfolder", "weights", "license")}
+            check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
+        entry = {key: entry.get(key) for key in _ENTRY_KEYS}
         setattr(self, name, sub)
         self.components.append(entry)
         self._component_names.append(name)
@@ -339,6 +340,7 @@ def check_component_name(name):
         raise ManticoreError(f"Component name {name!r} is used by the model itself; give the component another name.")
 
 
+_ENTRY_KEYS = ("name", "repo_id", "revision", "subfolder", "weights", "files", "license")
 _RESERVED = {
     "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "num_blocks",
     "block_layers", "reference_component", "route", "vocab_size", "tokenizer_component", "manticore_version",
@@ -349,10 +351,11 @@ _RESERVED = {
 }  # fmt: skip
 
 
-def check_reference(name, repo_id, revision, subfolder=None):
-    """Raises ManticoreError unless a component's address is one that others can reach and that cannot move.
+def check_reference(name, repo_id, revision, subfolder=None, files=None):
+    """Raises ManticoreError unless a component's address is one that others can reach.
 
-    A configuration may come from a stranger's repository, so paths, URLs and moving branches are refused.
+    A configuration may come from a stranger's repository, so paths and URLs are refused. Reading the weights replaces a
+    branch or tag, which can move, by its commit.
     """
     good = (
         isinstance(repo_id, str)
@@ -361,13 +364,27 @@ def check_reference(name, repo_id, revision, subfolder=None):
     )
     if not good:
         raise ManticoreError(f"Component {name!r}: repo_id={repo_id!r} is no Hub repository id ('organisation/name').")
-    if not isinstance(revision, str) or not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise ManticoreError(
-            f"Component {name!r}: revision={revision!r} of {repo_id!r} is no 40-hex commit; a branch can move."
-        )
+    named = isinstance(revision, str) and re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)*", revision)
+    hashlike = named and re.fullmatch(r"[0-9a-fA-F]{7,}", revision)  # an abbreviated commit may fit several
+    if not named or ".." in revision or len(revision) > 200 or hashlike and not is_commit(revision):
+        raise ManticoreError(f"Component {name!r}: revision={revision!r} of {repo_id!r} is no 40-hex commit.")
     plain = isinstance(subfolder, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", subfolder)
     if subfolder and (not plain or ".." in subfolder.split("/")):
         raise ManticoreError(f"Component {name!r}: subfolder={subfolder!r} is no plain sub-folder of a repository.")
+    if files is None:
+        return
+    if not isinstance(files, dict) or not any(str(file).endswith(".safetensors") for file in files):
+        raise ManticoreError(f"Component {name!r}: files={files!r} must map its safetensors files to their SHA-256.")
+    for file, digest in files.items():
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(file)):
+            raise ManticoreError(f"Component {name!r}: {file!r} in files is no plain name of a safetensors file.")
+        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise ManticoreError(f"Component {name!r}: {digest!r} of {file!r} is no SHA-256 of 64 hex digits.")
+
+
+def is_commit(revision):
+    """Whether a revision is a full commit hash, which cannot move."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
 def _build_config(name, values):

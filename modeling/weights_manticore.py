@@ -6,23 +6,20 @@ is written. Loading overlays the hybrid's own tensors on the referenced ones. No
 
 import contextlib
 import copy
-import json
 import os
 import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 from transformers.utils.hub import create_and_tag_model_card
 
-from .components_manticore import WEIGHT_FILES
-from .configuration_manticore import ManticoreError
+from .configuration_manticore import ManticoreError, is_commit
+from .references_manticore import component_files, open_files, where
 from .saving_manticore import copy_code, whole_directory
 
 logger = logging.get_logger(__name__)
@@ -31,76 +28,6 @@ logger = logging.get_logger(__name__)
 _MARKER = "hybrid_mixer.alpha_logits"
 
 _WEIGHT_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-
-_HUB_KEYS = ("cache_dir", "token", "local_files_only", "force_download")
-
-
-
-def _where(entry):
-    return f"Component {entry['name']!r} ({entry['repo_id']}@{entry['revision'][:12]})"
-
-
-def component_files(entry, hub):
-    """Paths of a referenced component's safetensors files at its pinned commit, downloaded if need be.
-
-    Args:
-        entry: The component's entry in the configuration.
-        hub: Keyword arguments of the Hub client.
-
-    Raises:
-        ManticoreError: Names the component, the repository and what to do.
-    """
-    hub = {key: value for key, value in (hub or {}).items() if key in _HUB_KEYS and value is not None}
-    where = _where(entry)
-
-    def get(file):
-        return hf_hub_download(
-            entry["repo_id"], file, revision=entry["revision"], subfolder=entry["subfolder"] or None, **hub
-        )
-
-    try:
-        try:
-            return [get(WEIGHT_FILES[0])]
-        except LocalEntryNotFoundError:
-            index = get(WEIGHT_FILES[1])
-        except EntryNotFoundError:
-            index = get(WEIGHT_FILES[1])
-        try:
-            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-            plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard) for shard in shards)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            plain = False
-        if not plain:  # it comes from someone else's repository: no paths, no pickles
-            raise ManticoreError(
-                f"{where}: {WEIGHT_FILES[1]} is no index of safetensors files beside it; use another commit of "
-                "the component."
-            )
-        return [get(shard) for shard in shards]
-    except LocalEntryNotFoundError as err:
-        raise ManticoreError(
-            f"{where}: its weights are not in the local cache and the Hub cannot be reached; go online once, or put "
-            "them in the cache with `hf download`."
-        ) from err
-    except (HfHubHTTPError, OSError) as err:
-        raise ManticoreError(
-            f"{where}: its weights cannot be read: {err}. If the repository is private or gated, log in with an "
-            "account that may read it; if it is gone, the hybrid cannot be loaded without a copy."
-        ) from err
-
-
-def _open(files, stack, where, prefix=""):
-    """{prefix + key: lazy slice} of safetensors files, kept open by `stack`; `where` names them in an error."""
-    out = {}
-    for file in files:
-        try:
-            handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-        except Exception as err:
-            raise ManticoreError(
-                f"{where}: {file} is no readable safetensors file ({err}). Delete it from the local cache and load "
-                "again; if it stays so, the repository itself is damaged."
-            ) from err
-        out.update({prefix + key: handle.get_slice(key) for key in handle.keys()})
-    return out
 
 
 class _Renamer:
@@ -148,7 +75,7 @@ def overlay(model, own, hub, stack):
         prefix = entry["name"] + "."
         if entry["weights"] != "reference" or not any(k.startswith(prefix) for k in wanted - covered):
             continue
-        found = _open(component_files(entry, hub), stack, _where(entry), prefix)
+        found = open_files(component_files(entry, hub), stack, where(entry), prefix)
         for key, value in found.items():
             name = rename(key)[0]
             if name not in covered and (name in wanted or model.config.route is None):
@@ -173,7 +100,7 @@ class ReferencedWeights:
                     raise ManticoreError(f"A hybrid's own weights must be safetensors files; found {files}.")
                 commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(files[0]))
                 model._own_commit = commit[1] if commit else None  # adapters pin the hybrid they were made for
-                state_dict = _open(files, stack, "The hybrid's own weights")
+                state_dict = open_files(files, stack, "The hybrid's own weights")
             state_dict = overlay(model, state_dict, hub, stack)
             info, offloaded = PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
@@ -208,6 +135,13 @@ class ReferencedWeights:
         writes = self.should_save_on_this_rank(is_main_process)
         before = self._keys_to_ignore_on_save
         self._keys_to_ignore_on_save = set(before or ()) | (self.unchanged_keys(state_dict) if writes else set())
+        for entry in self.config.components if writes else ():
+            if entry["weights"] == "reference" and not is_commit(entry["revision"]):
+                self._keys_to_ignore_on_save = before
+                raise ManticoreError(
+                    f"{where(entry)} is referenced by a name that can move, and the Hub cannot be asked for its "
+                    "commit: nothing was saved. Go online, or give the 40-hex commit."
+                )
         if state_dict is not None:
             state_dict = dict(state_dict)  # Transformers deletes the ignored keys from the dict it is given
         try:
@@ -290,7 +224,7 @@ class ReferencedWeights:
         except ManticoreError:
             files = component_files(entry, hub)
         rename, out, converted = _Renamer(self), {}, False
-        for key, value in _open(files, stack, _where(entry), prefix).items():
+        for key, value in open_files(files, stack, where(entry), prefix).items():
             name, changed = rename(key)
             converted |= changed
             out[name] = value
@@ -394,4 +328,4 @@ def _owner(model, key):
     entry = next((entry for entry in model.config.components if key.startswith(entry["name"] + ".")), None)
     if entry is None:
         return "The hybrid's own weights"
-    return _where(entry) if entry["weights"] == "reference" else f"Component {entry['name']!r} (embedded)"
+    return where(entry) if entry["weights"] == "reference" else f"Component {entry['name']!r} (embedded)"

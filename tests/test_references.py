@@ -1,6 +1,7 @@
 """References that move, vanish or lie; and the configuration that carries them."""
 
 import copy
+import hashlib
 import json
 import os
 import subprocess
@@ -163,20 +164,20 @@ def test_server_error(saved, hub, owner, tmp_path):
 def test_bad_index(saved, hub, owner, tmp_path, index):
     files = {**hub.files(f"{owner}/b"), INDEX: index.encode()}
     commit = hub.add_repo(f"{owner}/b", files)
-    edit_config(saved[1], lambda values: values["components"][1].update(revision=commit))
+    edit_config(saved[1], lambda values: values["components"][1].update(revision=commit, files=None))
     refused(saved[1], tmp_path, "Component 'b'.*no index of safetensors files")
 
 
 def with_weights(hub, owner, folder, change):
-    """Points the hybrid at a commit of component a with other weights."""
+    """Points the hybrid at a commit of component a with other weights, as if they were the ones it was made with."""
     (folder / "other").mkdir()
     (folder / "other" / MODEL).write_bytes(hub.files(f"{owner}/a")[MODEL])
     tensors = load_file(folder / "other" / MODEL)
     change(tensors)
     save_file(tensors, folder / "other" / MODEL, {"format": "pt"})
     files = {**hub.files(f"{owner}/a"), MODEL: (folder / "other" / MODEL).read_bytes()}
-    commit = hub.add_repo(f"{owner}/a", files)
-    edit_config(folder, lambda values: values["components"][0].update(revision=commit))
+    commit, digest = hub.add_repo(f"{owner}/a", files), hashlib.sha256(files[MODEL]).hexdigest()
+    edit_config(folder, lambda values: values["components"][0].update(revision=commit, files={MODEL: digest}))
 
 
 def test_wrong_shape(saved, hub, owner, tmp_path):
@@ -193,7 +194,9 @@ def test_missing_tensor(saved, hub, owner, tmp_path):
 
 
 def test_corrupt_component(saved, hub, owner, tmp_path):
-    hub.fault(f"GET /{owner}/a/resolve/.*safetensors", "flip", times=-1, offset=9)
+    files = {**hub.files(f"{owner}/a"), MODEL: hub.files(f"{owner}/a")[MODEL][:-100]}
+    commit = hub.add_repo(f"{owner}/a", files)
+    edit_config(saved[1], lambda values: values["components"][0].update(revision=commit, files=None))
     refused(saved[1], tmp_path, "Component 'a'.*no readable safetensors file.*Delete it")
 
 
@@ -252,7 +255,7 @@ def test_newer_format_is_refused(saved):
 HOSTILE = [
     ("repo_id", "../x"), ("repo_id", "/abs"), ("repo_id", "file:///etc"), ("repo_id", "https://evil.example/a/b"),
     ("repo_id", "a/b/c"), ("repo_id", "a/.."), ("repo_id", "C:\\x"), ("repo_id", "."), ("repo_id", ""),
-    ("repo_id", 7), ("repo_id", "a/b\n"), ("revision", "main"), ("revision", None), ("revision", "0" * 39),
+    ("repo_id", 7), ("repo_id", "a/b\n"), ("revision", None), ("revision", "0" * 39),
     ("revision", "../" + "0" * 37), ("revision", "A" * 40), ("revision", "0" * 40 + "\n"), ("subfolder", "../up"),
     ("subfolder", "/abs"), ("subfolder", "a/../b"), ("subfolder", 3), ("subfolder", "x\n"),
 ]  # fmt: skip

@@ -1,0 +1,178 @@
+"""The files that a hybrid references: fetched at their pinned commit, and what was fetched is what was meant.
+
+A component's entry in the configuration records the SHA-256 of each of its weight files (the Hub's LFS id). What the
+client says of a file is compared with that at every load; the bytes themselves are hashed where they have just come
+over the network, or where the client knows no such id.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from transformers.utils import logging
+
+from .components_manticore import WEIGHT_FILES
+from .configuration_manticore import ManticoreError, is_commit
+
+logger = logging.get_logger(__name__)
+
+_HUB_KEYS = ("cache_dir", "token", "local_files_only", "force_download")
+_BUSY = (500, 502, 503, 504)
+_WAITS = (1.0, 4.0)
+
+
+def where(entry):
+    """What a message calls a referenced component."""
+    return f"Component {entry['name']!r} ({entry['repo_id']}@{entry['revision'][:12]})"
+
+
+def component_files(entry, hub):
+    """Paths of a referenced component's safetensors files at its pinned commit, downloaded if need be.
+
+    A branch or tag in the entry is replaced by the commit it stands for.
+
+    Args:
+        entry: The component's entry in the configuration.
+        hub: Keyword arguments of the Hub client.
+
+    Raises:
+        ManticoreError: Names the component, the repository and what to do.
+    """
+    hub = {key: value for key, value in (hub or {}).items() if key in _HUB_KEYS and value is not None}
+    try:
+        if not is_commit(entry["revision"]):
+            _pin(entry, hub)
+        if entry.get("files"):  # recorded when it was composed: nothing else is read
+            return [_fetch(entry, file, hub) for file in sorted(entry["files"]) if file.endswith(".safetensors")]
+        try:
+            return [_fetch(entry, WEIGHT_FILES[0], hub)]
+        except LocalEntryNotFoundError:
+            index = _fetch(entry, WEIGHT_FILES[1], hub)
+        except EntryNotFoundError:
+            index = _fetch(entry, WEIGHT_FILES[1], hub)
+        return [_fetch(entry, shard, hub) for shard in _shards(index, entry)]
+    except LocalEntryNotFoundError as err:
+        raise ManticoreError(
+            f"{where(entry)}: its weights are not in the local cache and the Hub cannot be reached; go online once, or "
+            "put them in the cache with `hf download`."
+        ) from err
+    except ManticoreError:
+        raise
+    except Exception as err:  # the HTTP library's own errors among them
+        raise ManticoreError(
+            f"{where(entry)}: its weights cannot be read: {err}. If the repository is private or gated, log in with an "
+            "account that may read it; if it is gone, the hybrid cannot be loaded without a copy."
+        ) from err
+
+
+def record(entry, hub):
+    """{file: SHA-256} of a referenced component's safetensors files (and their index), for its entry."""
+    files = component_files({**entry, "files": None}, hub)
+    index = Path(files[0]).with_name(WEIGHT_FILES[1])
+    if Path(files[0]).name != WEIGHT_FILES[0] and index.is_file():
+        files = [*files, index]
+    return {os.path.basename(file): _lfs_id(file) or _sha256(file) for file in files}
+
+
+def open_files(files, stack, owner, prefix=""):
+    """{prefix + key: lazy slice} of safetensors files, kept open by `stack`; `owner` names them in an error."""
+    out = {}
+    for file in files:
+        try:
+            handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        except Exception as err:
+            raise ManticoreError(
+                f"{owner}: {file} is no readable safetensors file ({err}). Delete it from the local cache and load "
+                "again; if it stays so, the repository itself is damaged."
+            ) from err
+        out.update({prefix + key: handle.get_slice(key) for key in handle.keys()})
+    return out
+
+
+def _pin(entry, hub):
+    """Replaces a branch or tag by its commit."""
+    moving = entry["revision"]
+    path = _download(entry, "config.json", hub)
+    commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
+    if commit is None:
+        raise ManticoreError(f"{where(entry)}: revision {moving!r} did not resolve to a commit.")
+    entry["revision"] = commit[1]
+    logger.warning(
+        f"{where(entry)} was referenced by {moving!r}, which can move; it stands for commit {commit[1]} now, and that "
+        "is what saving this hybrid writes."
+    )
+
+
+def _shards(index, entry):
+    try:
+        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard) for shard in shards)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        plain = False
+    if not plain:  # it comes from someone else's repository: no paths, no pickles
+        raise ManticoreError(
+            f"{where(entry)}: {WEIGHT_FILES[1]} is no index of safetensors files beside it; use another commit of "
+            "the component."
+        )
+    return shards
+
+
+def _fetch(entry, file, hub):
+    """Path of one file of a component, checked against what was recorded and what the Hub says it is."""
+    in_repo = f"{entry['subfolder']}/{file}" if entry["subfolder"] else file
+    known = try_to_load_from_cache(
+        entry["repo_id"], in_repo, cache_dir=hub.get("cache_dir"), revision=entry["revision"]
+    )
+    fresh = not isinstance(known, str) or hub.get("force_download", False)
+    path = _download(entry, file, hub)
+    recorded, stated = (entry.get("files") or {}).get(file), _lfs_id(path)
+    if recorded and stated and recorded != stated:
+        raise ManticoreError(
+            f"{where(entry)}: {file} is not the file this hybrid was made with (SHA-256 {stated[:16]}..., recorded "
+            f"{recorded[:16]}...). Do not use it: ask whoever published the hybrid for the right commit."
+        )
+    expected = recorded or stated
+    if expected and (fresh or not stated) and _sha256(path) != expected:
+        _forget(path)
+        raise ManticoreError(
+            f"{where(entry)}: {file} is damaged: its SHA-256 is not {expected[:16]}... as recorded. It was removed "
+            "from the local cache; load again to fetch it anew."
+        )
+    return path
+
+
+def _download(entry, file, hub):
+    """`hf_hub_download`, trying again while the Hub is busy (the client itself does so for 408 and 429 only)."""
+    for wait in (*_WAITS, None):
+        try:
+            return hf_hub_download(
+                entry["repo_id"], file, revision=entry["revision"], subfolder=entry["subfolder"] or None, **hub
+            )
+        except HfHubHTTPError as err:
+            if wait is None or err.response is None or err.response.status_code not in _BUSY:
+                raise
+            logger.warning(f"{where(entry)}: {file}: {err}; trying again in {wait:g} s.")
+            time.sleep(wait)
+
+
+def _lfs_id(path):
+    """The SHA-256 that the Hub states for a cached file, None where it states none (a plain git file, no links)."""
+    name = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
+    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _forget(path):
+    """Removes a damaged file from the cache, blob and link."""
+    for one in {os.path.realpath(path), os.fspath(path)}:
+        Path(one).unlink(missing_ok=True)
