@@ -1,0 +1,217 @@
+"""From a model and texts to what the metrics take: log-probabilities of every token, batched.
+
+    texts = ["First text.", "Second text."]
+    scores = token_logprobs(model, tokenizer, texts)
+    load_metric("token_loss").compute(predictions=scores, references=texts)
+
+`manticore-hf evaluate` packs texts into blocks and compares a hybrid with its rivals on them; here every text stands
+alone, every one of its tokens is predicted, and models of different tokenizers compare in bits per byte.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+
+METRICS = ("mad_accuracy", "token_loss")
+
+
+def load_metric(name, **options):
+    """Loads a metric of this package; reads the script that is installed with it, and no network.
+
+    Args:
+        name: "token_loss" or "mad_accuracy".
+        **options: As `evaluate.load` (`keep_in_memory`, `cache_dir`, `num_process`, ...).
+
+    Returns:
+        The `evaluate.Metric`; its `inputs_description` says what it takes and returns.
+
+    Raises:
+        ManticoreError: There is no metric of that name.
+        ImportError: `evaluate` is not installed.
+    """
+    if name not in METRICS:
+        raise ManticoreError(f"There is no metric {name!r} here; there are {list(METRICS)}.")
+    try:
+        import evaluate
+    except ImportError as err:
+        raise ImportError(
+            f"The metric {name!r} needs the package evaluate, which cannot be imported ({err}): "
+            "pip install 'manticore-hf[evaluate]'."
+        ) from err
+    return evaluate.load(str(Path(__file__).parent / name), **options)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What one row of a batch reads and scores."""
+
+    text: int  # whose tokens these are
+    ids: list
+    first: int  # the first of them that is scored; all after it are, too
+    start: int  # where its log-probability goes among those of the text
+
+
+def token_logprobs(
+    model, tokenizer, texts, *, batch_size=8, max_length=None, stride=None, start_token_id=None, progress=True
+):
+    """Log-probabilities of every token of every text, by any causal LM of Transformers.
+
+    Every token of a text is predicted, the first one from a start token, so that the bytes of a text are all paid for
+    and bits per byte compare between tokenizers. The start is what the tokenizer itself puts before a text; where it
+    puts nothing, its bos_token, or else its eos_token, which is what stands before a document where documents are
+    packed. The start itself, and what the tokenizer puts after a text, is not scored.
+
+    Args:
+        model: A hybrid or any other causal LM, on its device. It is run in evaluation mode and left as it was.
+        tokenizer: Its tokenizer.
+        texts: List of texts. Duplicates are scored as often as they occur; an empty text has no token.
+        batch_size: Texts (or windows of long ones) per forward pass. They are sorted by length and padded on the
+            right, where no causal model looks.
+        max_length: Most tokens that the model reads at once, the start included; None for the configuration's
+            `max_position_embeddings` (no limit where there is none, as for Mamba).
+        stride: How a longer text is read; None to refuse it. The first max_length tokens are read at once; then each
+            pass scores the next `stride` tokens with as many before them as max_length allows. So every token sees
+            max_length - stride tokens or more, from the start of the text on if it is no further away; a smaller
+            stride costs more passes and gives lower losses.
+        start_token_id: Id of another start token.
+        progress: Show a progress bar.
+
+    Returns:
+        For each text the list of its tokens' log-probabilities (natural logarithm, a softmax in float32), in order.
+
+    Raises:
+        ManticoreError: A text is longer than max_length and there is no stride, has a token that the tokenizer does
+            not know, or an argument is out of range.
+    """
+    if isinstance(texts, str):
+        raise ManticoreError("texts is one str; give a list of them.")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ManticoreError(f"texts[{i}] is of type {type(text).__name__}; give a list of str.")
+    if max_length is None:
+        max_length = getattr(model.config, "max_position_embeddings", None)
+    _check_sizes(batch_size, max_length, stride)
+    windows, scores = [], []
+    for i, (start, ids) in enumerate(_tokens(tokenizer, texts, start_token_id)):
+        windows += _windows(i, start, ids, max_length, stride)
+        scores.append([0.0] * len(ids))
+    # The longest first: where memory is too small, that shows at once.
+    windows.sort(key=lambda window: -len(window.ids))
+    was_training = model.training
+    model.eval()
+    try:
+        steps = range(0, len(windows), batch_size)
+        for step in tqdm(steps, desc="Scoring", unit="batch", leave=False, disable=not progress):
+            batch = windows[step : step + batch_size]
+            for window, values in zip(batch, _score(model, batch)):
+                scores[window.text][window.start : window.start + len(values)] = values
+    finally:
+        model.train(was_training)
+    return scores
+
+
+def _check_sizes(batch_size, max_length, stride):
+    if batch_size < 1:
+        raise ManticoreError(f"batch_size={batch_size} must be at least 1.")
+    if max_length is not None and max_length < 2:
+        raise ManticoreError(f"max_length={max_length} must be at least 2: one token to read and one to predict.")
+    if stride is None:
+        return
+    if max_length is None:
+        raise ManticoreError(
+            f"stride={stride} needs a max_length, because this model's configuration has no limit: give one, or no "
+            "stride."
+        )
+    if not 1 <= stride < max_length:
+        raise ManticoreError(
+            f"stride={stride} must be at least 1 and less than max_length={max_length}, so that every token sees one "
+            "before it; max_length // 2 is usual."
+        )
+
+
+def _tokens(tokenizer, texts, start_token_id):
+    """[(start tokens, tokens of the text)] of every text."""
+    if not texts:
+        return []
+    bare = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    for i, (text, ids) in enumerate(zip(texts, bare)):
+        # GPT-2 calls its end-of-text token unknown, too; one that is written out in the text is known.
+        if unknown is not None and (lost := ids.count(unknown) - text.count(tokenizer.unk_token)) > 0:
+            raise ManticoreError(
+                f"texts[{i}] has {lost} piece(s) that the tokenizer does not know; the probability of "
+                f"{tokenizer.unk_token!r} is not that of what it stands for. Leave the text out, or write "
+                f"{tokenizer.unk_token!r} for them."
+            )
+    # What stands before a text is the same for every one, so one text shows it.
+    shown = next((i for i, ids in enumerate(bare) if ids), None)
+    if shown is None:
+        return [([], ids) for ids in bare]
+    start = [start_token_id] if start_token_id is not None else _start(tokenizer, texts[shown], bare[shown])
+    return [(start, ids) for ids in bare]
+
+
+def _start(tokenizer, text, ids):
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    for length in range(len(whole) - len(ids) + 1):
+        if whole[length : length + len(ids)] == ids:
+            break
+    else:
+        raise ManticoreError(
+            "The tokenizer cuts a text differently with and without its special tokens, so it does not show what it "
+            "puts before a text: give start_token_id."
+        )
+    if length:
+        return whole[:length]
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [token]
+    raise ManticoreError(
+        "The tokenizer has no bos_token and no eos_token to predict a text's first token from: give start_token_id."
+    )
+
+
+def _windows(i, start, ids, max_length, stride):
+    if not ids:
+        return []
+    whole = start + ids
+    if max_length is None or len(whole) <= max_length:
+        return [_Window(i, whole, len(start), 0)]
+    if stride is None:
+        raise ManticoreError(
+            f"texts[{i}] has {len(whole)} tokens, its start included, more than max_length={max_length}: give "
+            f"stride={max_length // 2} to read it in overlapping windows, a larger max_length if the model can read "
+            "more, or a shorter text."
+        )
+    if len(start) >= max_length:
+        raise ManticoreError(f"max_length={max_length} leaves no room after the {len(start)} start tokens.")
+    windows = [_Window(i, whole[:max_length], len(start), 0)]
+    for done in range(max_length, len(whole), stride):
+        end = min(done + stride, len(whole))
+        begin = end - max_length
+        windows.append(_Window(i, whole[begin:end], done - begin, done - len(start)))
+    return windows
+
+
+@torch.no_grad()
+def _score(model, windows):
+    """For each window the log-probabilities of the tokens that it scores."""
+    longest = max(len(window.ids) for window in windows)
+    # Zero is a token of every vocabulary; a tokenizer's padding token may have no row in the model.
+    ids = torch.tensor([window.ids + [0] * (longest - len(window.ids)) for window in windows])
+    mask = torch.tensor([[1] * len(window.ids) + [0] * (longest - len(window.ids)) for window in windows])
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    values = []
+    for row, window in enumerate(windows):
+        # Row by row, so that not the whole batch exists in float32 a second time
+        scored = slice(window.first, len(window.ids))
+        before = slice(window.first - 1, len(window.ids) - 1)
+        logprobs = logits[row, before].float().log_softmax(-1)
+        values.append(logprobs.gather(-1, ids[row, scored].to(logits.device)[:, None])[:, 0].tolist())
+    return values
