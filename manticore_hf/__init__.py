@@ -21,6 +21,7 @@ _LATER = {
     "harden": "hardening",
     "lora_config": "adapters",
     "pick_route": "hardening",
+    "publish": "publishing",
     "quantization_skips": "adapters",
     "set_stage": "stages",
 }

@@ -33,7 +33,7 @@ def main(argv=None):
 
         return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_run, _add_evaluate, _add_inspect):
+    for add in (_add_demo, _add_run, _add_evaluate, _add_inspect, _add_push):
         add(commands)
     for name, text in STAGES.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -140,6 +140,48 @@ def _inspect(args):
     from manticore_hf.inspection import run_inspect
 
     run_inspect(args.model, args.revision, args.json)
+
+
+def _add_push(commands):
+    command = commands.add_parser(
+        "push",
+        help="publish a hybrid: weights, code, tokenizer, recipe, card and plots in one commit",
+        description="Publishes a saved hybrid. Component weights that it references are not uploaded. The card is made "
+        "from what is measured in the directory, and keeps what people wrote into it. Licences that conflict stop it.",
+    )
+    command.add_argument("model", help="directory of the hybrid")
+    command.add_argument("repo_id", help="repository on the Hub, made if it is not there: you/name")
+    command.add_argument("--private", action=argparse.BooleanOptionalAction, help="whether a new repository is private")
+    command.add_argument("--revision", help="branch, made from main if it is not there")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    command.add_argument("--dry-run", action="store_true", help="list files and sizes, write nothing to the Hub")
+    command.add_argument("--commit-message", help="default: Publish hybrid")
+    command.add_argument("--tokenizer", help="directory or repository of the tokenizer (default: the directory's, else "
+                         "that of the tokenizer component)")  # fmt: skip
+    command.add_argument("--recipe", help="recipe that made it (default: recipe.yaml in the directory)")
+    command.add_argument("--license", help="the hybrid's licence (default: the one that satisfies all components')")
+    command.add_argument("--commercial", action="store_true", help="commercial use is wanted: refuse what excludes it")
+    command.add_argument("--override-licenses", action="store_true", help="publish although licences conflict")
+    command.add_argument("--card", choices=("merge", "local", "hub"), default="merge",
+                         help="which card the new one updates (default: the one with all edits)")  # fmt: skip
+    command.add_argument("--dataset", action="append", default=[], help="data set it was trained on (repeatable)")
+    command.add_argument("--tag", action="append", default=[], help="tag for the card (repeatable)")
+    command.set_defaults(run=_push)
+
+
+def _push(args):
+    from manticore_hf.publishing import print_published, publish
+
+    tokenizer = None
+    if args.tokenizer is not None:
+        from manticore_hf.parcel import load_tokenizer
+
+        tokenizer = load_tokenizer(args.tokenizer)
+    same = ("recipe", "private", "revision", "create_pr", "dry_run", "commit_message", "license", "commercial",
+            "override_licenses", "card")  # fmt: skip
+    options = {key: getattr(args, key) for key in same}
+    out = publish(args.model, args.repo_id, tokenizer=tokenizer, datasets=args.dataset, tags=args.tag, **options)
+    print_published(out)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,13 @@ from manticore_hf.data import DataArguments, load_rows, pack
 from manticore_hf.demo_text import documents
 from manticore_hf.evaluation import compare_losses
 from manticore_hf.plots import plot_losses
+from manticore_hf.publishing import publish
 from manticore_hf.recipe import load_recipe, run_recipe
 from manticore_hf.stages import set_stage
 
 COMPONENTS = Path(__file__).parent / "demo_components"
 ORGANISATION = "manticore-demo"
+TUNED = "everything tuned"
 KINDS = {"neox-prose": "prose", "mamba-code": "code"}
 RECIPES = {1: files("manticore_hf.recipes") / "demo_one_block.yaml", 2: files("manticore_hf.recipes") / "demo.yaml"}
 PROMPTS = {"prose": "Return the name of the", "code": "def close(self):\n    self."}
@@ -76,8 +78,8 @@ def run(output_dir, tokens, seed):
     _print_mixture(model, test)
 
     same = True
-    for label, stage in (("components as they are", "pretrain"), ("everything tuned", "finetune")):
-        loaded, equal = _publish(api, stages[1][stage], label, test)
+    for label, stage, rows in (("components as they are", "pretrain", frozen), (TUNED, "finetune", tuned)):
+        loaded, equal = _publish(stages[1][stage], label, test, rows)
         same &= equal
     for kind, prompt in PROMPTS.items():
         given = tokenizer(prompt, return_tensors="pt")
@@ -106,13 +108,29 @@ def _publish_text(api, repo_id, tokenizer, tokens, seed, folder):
     api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder)
 
 
-def _publish(api, folder, label, test):
-    """Pushes a stage's directory and loads it back: the hybrid, and whether its logits are equal to the last bit."""
-    repo_id = api.create_repo(f"{ORGANISATION}/hybrid-{label.replace(' ', '-')}", exist_ok=True).repo_id
-    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoint-*"]).oid
+def _publish(folder, label, test, rows):
+    """Publishes a stage's directory and loads it back: the hybrid, and whether its logits are equal to the last bit.
+
+    The card gets the losses of this hybrid and of its rivals on the test text.
+    """
+    own = next(row for row in rows if row.startswith("hybrid, 1 block"))
+    shown = {row: losses for row, losses in rows.items() if row == own or not row.startswith("hybrid")}
+    rows_of = {kind: sum(map(len, text["input_ids"])) - len(text) for kind, text in test.items()}
+    results = [
+        {
+            "data": f"Python's standard library, {kind}", "tokens": tokens, "own": own,
+            "note": "Files of their own for the test; every model tuned on the same tokens." if label == TUNED else
+            "Files of their own for the test; the components as they were published.",
+            "losses": {row: losses[kind] for row, losses in shown.items()},
+        }
+        for kind, tokens in rows_of.items()
+    ]  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    out = publish(folder, f"{ORGANISATION}/hybrid-{label.replace(' ', '-')}")
+    repo_id = out.repo_id
     model, loaded = (AutoModelForCausalLM.from_pretrained(where, dtype="float32") for where in (folder, repo_id))
-    own, whole = (folder / "model.safetensors").stat().st_size, sum(p.numel() for p in model.parameters()) * 4
-    _say(f"Published {repo_id}@{commit[:7]}: {own:,} bytes of weights, of {whole:,} ({label}).")
+    weights, whole = (folder / "model.safetensors").stat().st_size, sum(p.numel() for p in model.parameters()) * 4
+    _say(f"Published {repo_id}@{out.commit[:7]}: {weights:,} bytes of weights, of {whole:,} ({label}).")
     ids = torch.tensor(test["code"][:2]["input_ids"])
     with torch.no_grad():
         equal = torch.equal(loaded(ids).logits, model(ids).logits)

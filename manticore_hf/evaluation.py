@@ -53,6 +53,20 @@ def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True
     return {name: total / count for name, total in sums.items()}
 
 
+def measured_on(data, rows):
+    """What a result says of the text it was measured on: {"data": its name, "tokens": predicted ones, "note": how}.
+
+    Args:
+        data: DataArguments.
+        rows: The rows that were used.
+    """
+    tokens = sum(len(ids) - 1 for ids in rows["input_ids"])
+    part = f"{data.validation_fraction:.0%} of it, held out" if data.validation_fraction else "All of it"
+    note = f"{part}; for every component its own head inside this hybrid, for the ensemble their plain mean."
+    local = Path(data.data)
+    return {"data": local.name if local.exists() else data.data, "tokens": tokens, "note": note}
+
+
 def run_evaluate(source, data, batch_size=8, output=None):
     """Prints (and writes) the losses of a saved hybrid and its rivals on a text.
 
@@ -74,6 +88,6 @@ def run_evaluate(source, data, batch_size=8, output=None):
         print(f"{name:>24}  {loss:.4f}")
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
-        result = json.dumps({"data": data.data, "losses": losses}, indent=1)
+        result = json.dumps({**measured_on(data, rows), "losses": losses}, indent=1)
         (Path(output) / "evaluation.json").write_text(result + "\n")
     return losses

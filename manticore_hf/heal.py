@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from manticore_hf.data import DataArguments, load_rows
-from manticore_hf.evaluation import compare_losses
+from manticore_hf.evaluation import compare_losses, measured_on
 from manticore_hf.hardening import harden, pick_route
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
@@ -140,6 +140,8 @@ def _run(start, data, arguments, output):
             losses["hardened, healed"] = compare_losses(hard, validation, batch)["hybrid"]
     hard.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    if losses:
+        result.update(measured_on(data, validation), own=list(losses)[-1])
     return record(output, {**result, "losses": losses, "measured_routes": measured})
 
 

@@ -5,7 +5,7 @@ finds the plain cases, and says where a person has to look. A licence that is mi
 unknown, never guessed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
@@ -176,19 +176,38 @@ def _exclude(one, two):
     return None
 
 
-def check(licenses, commercial=False, override=False):
+def check(licenses, commercial=False, override=False, chosen=None):
     """`combine`, refusing conflicts.
+
+    Args:
+        licenses, commercial: As for `combine`.
+        override: Return the conflicts instead of raising.
+        chosen: The licence that the publisher wants for the hybrid, None for the one that follows.
 
     Raises:
         ManticoreError: There is a conflict and it was not overridden.
     """
     found = combine(licenses, commercial)
+    if chosen not in (None, "other", found.license):
+        found = replace(found, conflicts=(*found.conflicts, *_uncovered(licenses, chosen)))
     if found.conflicts and not override:
         raise ManticoreError(
             f"The components' licences conflict: {' '.join(found.conflicts)} Choose other components, or, "
-            "with permission, override this check explicitly (override=True). This is not legal advice."
+            "with permission, override this check explicitly (override_licenses=True, --override-licenses). This is "
+            "not legal advice."
         )
     return found
+
+
+def _uncovered(licenses, chosen):
+    """Sentences on the licences that the one a publisher wants does not satisfy."""
+    if chosen not in LICENSES:
+        return [f"{chosen!r}, wanted for the hybrid, is not in the table, so it cannot be checked."]
+    return [
+        f"{name} ({one}) is not satisfied by {chosen}, which is wanted for the hybrid."
+        for name, one in licenses.items()
+        if one in LICENSES and one != chosen and one not in _COVERS.get(chosen, ())
+    ]
 
 
 def describe(found):

@@ -15,6 +15,8 @@ def hybrid_of(model):
 class HybridLogging:
     """Mixin before a Trainer class: logs alpha (and, where the model gives them, the losses of its parts).
 
+    With `push_to_hub` the model card is that of a hybrid, with what people wrote into it, and not the Trainer's own.
+
     Keys: "alpha/BLOCK/COMPONENT", "loss/mixture", "loss/COMPONENT", "loss/ensemble", "gate/COMPONENT" (mean token
     weight); with the prefix "eval_" after an evaluation.
     """
@@ -44,6 +46,18 @@ class HybridLogging:
             logs = {**logs, **alpha_logs(hybrid_of(self.model)), **self._parts().means()}
             self._parts().clear()
         return super().log(logs, *args, **kwargs)
+
+
+    def create_model_card(self, license=None, tags=None, dataset=None, **kwargs):
+        """Writes the hybrid's card to the output directory; arguments as in Transformers, others are not used."""
+        if self.is_world_process_zero():
+            from manticore_hf.publishing import update_card  # brings much that training does not need
+
+            listed = [[one] if isinstance(one, str) else list(one or ()) for one in (tags, dataset)]
+            update_card(
+                self.args.output_dir, self.hub_model_id or self.args.hub_model_id, token=self.args.hub_token,
+                license=license, tags=listed[0], datasets=listed[1],
+            )  # fmt: skip
 
 
 def alpha_logs(model):

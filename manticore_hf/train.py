@@ -25,7 +25,7 @@ from transformers import (
 
 from manticore_hf.calibrate import awaits_calibration, calibrate_projectors
 from manticore_hf.data import DataArguments, load_rows
-from manticore_hf.evaluation import compare_losses
+from manticore_hf.evaluation import compare_losses, measured_on
 from manticore_hf.logs import HybridLogging
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
@@ -104,14 +104,15 @@ def run_stage(stage, start, data, arguments):
     if resume:
         print(f"{output}: going on from {resume}.")
     trainer.train(resume_from_checkpoint=resume)
-    return _finish(stage, trainer, model, tokenizer, validation, output)
+    return _finish(stage, trainer, model, tokenizer, validation, output, data)
 
 
-def _finish(stage, trainer, model, tokenizer, validation, output):
+def _finish(stage, trainer, model, tokenizer, validation, output, data):
     result = {"stage": stage, "steps": trainer.state.global_step, "components": model.config.component_names}
     result["mixture_weights"] = model.mixture_weights().tolist()
     if validation is not None:
         result["losses"] = compare_losses(model, validation, trainer.args.per_device_eval_batch_size)
+        result.update(measured_on(data, validation))
     if not trainer.is_world_process_zero():
         return result
     model.save_pretrained(output)

@@ -125,7 +125,7 @@ def resolve(spec, hub):
             raise ManticoreError(f"Component {found.name!r}: the directory {folder!r} has no config.json.")
         _read_config(found, folder)
         _check_weight_files(found, lambda file: os.path.isfile(os.path.join(folder, file)))
-        found.license = _read_license(os.path.join(source, "README.md"))
+        found.license = read_license(os.path.join(source, "README.md"))
         return found
     return _resolve_repo(spec, source, hub)
 
@@ -203,11 +203,11 @@ def _resolve_repo(spec, source, hub):
         return HfApi(token=hub.get("token")).file_exists(repo_id, path, revision=found.revision)
 
     _check_weight_files(found, exists)
-    found.license = _read_license(get("README.md", required=False, commit=found.revision, folder=None))
+    found.license = read_license(get("README.md", required=False, commit=found.revision, folder=None))
     return found
 
 
-def _read_license(card):
+def read_license(card):
     """The licence that a model card's metadata state, or None. "other" is replaced by the name it goes with."""
     if card is None or not os.path.isfile(card):
         return None

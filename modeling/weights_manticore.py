@@ -8,6 +8,7 @@ import contextlib
 import copy
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from transformers.utils.hub import create_and_tag_model_card
 
 from .configuration_manticore import ManticoreError, is_commit
 from .references_manticore import component_files, open_files, where
-from .saving_manticore import copy_code, whole_directory
+from .saving_manticore import carry_card, copy_code, source_card, whole_directory
 
 logger = logging.get_logger(__name__)
 
@@ -100,6 +101,7 @@ class ReferencedWeights:
                     raise ManticoreError(f"A hybrid's own weights must be safetensors files; found {files}.")
                 commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(files[0]))
                 model._own_commit = commit[1] if commit else None  # adapters pin the hybrid they were made for
+                model._loaded_from = os.path.dirname(os.path.abspath(files[0]))
                 state_dict = open_files(files, stack, "The hybrid's own weights")
             state_dict = overlay(model, state_dict, hub, stack)
             info, offloaded = PreTrainedModel._load_pretrained_model(
@@ -148,6 +150,7 @@ class ReferencedWeights:
             with whole_directory(target, writes) as directory:
                 if writes:
                     copy_code(directory)
+                    carry_card(self, directory, target)
                 super().save_pretrained(directory, is_main_process, state_dict=state_dict, **kwargs)
         finally:
             self._keys_to_ignore_on_save = before
@@ -158,7 +161,8 @@ class ReferencedWeights:
         """What `save_pretrained(push_to_hub=True)` of Transformers does once the files are written."""
         name = repo_id or directory.absolute().name
         name = HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
-        create_and_tag_model_card(name, self.model_tags, token=token).save(directory / "README.md")
+        if not (directory / "README.md").exists() or HfApi(token=token).file_exists(name, "README.md"):
+            create_and_tag_model_card(name, self.model_tags, token=token).save(directory / "README.md")
         self._upload_modified_files(
             directory, name, timestamps, commit_message=commit_message, token=token, create_pr=bool(create_pr)
         )
@@ -176,6 +180,9 @@ class ReferencedWeights:
             if (directory / file.parts[0]).stat().st_mtime > files_timestamps.get(file.parts[0], -1):
                 fresh.append(file.as_posix())
         api = HfApi(token=token)
+        if (card := source_card(self)) is not None and not api.file_exists(repo_id, "README.md"):
+            # Transformers has put an empty one there.
+            shutil.copyfile(card, directory / "README.md")
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(

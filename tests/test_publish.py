@@ -1,0 +1,486 @@
+"""Publishing: what is uploaded, what is not, what is refused, and what is left when something fails."""
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from hub_models import assert_same_model, nudge, read_json, tiny, tokenizer
+from hub_models import publish as put
+from huggingface_hub import HfApi, hf_hub_download
+from manticore_local_hub import TOKEN
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, harden, publish
+from manticore_hf.cli import main
+from manticore_hf.train import HybridTrainer
+
+MIT, APACHE = "---\nlicense: mit\n---\n", "---\nlicense: apache-2.0\n---\n"
+
+
+def component(hub, repo_id, family, root, card=MIT, **options):
+    """Puts a component on the Hub, with its tokenizer and a card."""
+
+    def edit(folder):
+        if card is not None:
+            (folder / "README.md").write_text(card)
+
+    return put(hub, repo_id, tiny(family), root, tokenizer(), edit=edit, **options)
+
+
+@pytest.fixture
+def parts(hub, owner, tmp_path):
+    component(hub, f"{owner}/a", "gpt_neox", tmp_path / "src")
+    component(hub, f"{owner}/b", "mamba", tmp_path / "src", APACHE)
+    return [f"{owner}/a", f"{owner}/b"]
+
+
+@pytest.fixture
+def saved(parts, tmp_path):
+    """A saved hybrid. Returns (model, folder)."""
+    model = ManticoreForCausalLM.from_components(parts, num_blocks=2)
+    model.save_pretrained(tmp_path / "out")
+    return model, tmp_path / "out"
+
+
+def exists(repo_id):
+    return HfApi().repo_exists(repo_id)
+
+
+# ---- what is uploaded ------------------------------------------------------------------------------------------------
+
+
+def test_a_published_hybrid_loads_with_all_that_belongs_to_it(saved, hub, owner):
+    out = publish(saved[1], f"{owner}/h")
+    files = hub.files(f"{owner}/h")
+    assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "modeling_manticore.py", "plots/mixture.png"} < set(files)  # fmt: skip
+    assert {name: len(data) for name, data in files.items() if name != ".gitattributes"} == out.files
+    assert out.commit == hub.head(f"{owner}/h")
+    assert_same_model(AutoModelForCausalLM.from_pretrained(f"{owner}/h"), saved[0])
+    assert AutoTokenizer.from_pretrained(f"{owner}/h").get_vocab() == tokenizer().get_vocab()
+    assert b"model-index" not in files["README.md"] and b"license: apache-2.0" in files["README.md"]
+
+
+def test_it_is_one_commit_and_says_what_referencing_saves(saved, hub, owner):
+    out = publish(saved[1], f"{owner}/h")
+    commits = [commit.title for commit in HfApi().list_repo_commits(f"{owner}/h")]
+    assert commits == ["Publish hybrid", "initial commit"]
+    whole = sum(len(hub.files(f"{owner}/{name}")["model.safetensors"]) for name in "ab")
+    assert out.referenced_bytes == whole and sum(out.files.values()) > len(hub.files(f"{owner}/h")["model.safetensors"])
+
+
+def test_what_was_trained_is_no_saving(saved, hub, owner):
+    nudge(saved[0], "a.gpt_neox.embed_in.weight")
+    out = publish(saved[0], f"{owner}/h")
+    whole = sum(len(hub.files(f"{owner}/{name}")["model.safetensors"]) for name in "ab")
+    assert out.referenced_bytes == whole - 4 * saved[0].a.gpt_neox.embed_in.weight.numel()
+    assert "changed ones here" in hub.files(f"{owner}/h")["README.md"].decode()
+
+
+def test_a_dry_run_lists_the_same_and_writes_nothing(saved, hub, owner, capsys):
+    hub.clear_requests()
+    assert main(["push", str(saved[1]), f"{owner}/h", "--dry-run"]) == 0
+    assert {method for method, path in hub.requests if "validate-yaml" not in path} <= {"GET", "HEAD"}
+    assert not exists(f"{owner}/h") and not (saved[1] / "README.md").exists()
+    listed = capsys.readouterr().out
+    out = publish(saved[1], f"{owner}/h")
+    for name, size in out.files.items():
+        assert re.search(rf"^ +{re.escape(name)} +{size:,} bytes$", listed, re.MULTILINE), name
+    assert "Dry run" in listed and f"{out.referenced_bytes:,} bytes of component weights" in listed
+
+
+def test_only_known_files_are_taken(saved, hub, owner):
+    for name in ("optimizer.pt", "training_args.bin", "notes.txt", ".env", "model.safetensors.bak", "plots/notes.txt",
+                 "checkpoint-5/model.safetensors", "plots/a.png", "trainer_state.json", "runs/events"):  # fmt: skip
+        (saved[1] / name).parent.mkdir(exist_ok=True)
+        (saved[1] / name).write_text("x")
+    out = publish(saved[1], f"{owner}/h")
+    assert "plots/a.png" in out.files
+    strange = [name for name in out.files if not name.endswith(("_manticore.py", ".png", ".json", ".md"))]
+    assert strange == ["model.safetensors"] and not any("checkpoint" in name for name in out.files)
+
+
+def test_a_later_push_removes_what_would_be_read_in_its_place(saved, hub, owner, tmp_path):
+    publish(saved[1], f"{owner}/h")
+    api = HfApi()
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "old_manticore.py", "notes.md",
+                 "plots/old.png", "figures/x.png"):  # fmt: skip
+        api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id=f"{owner}/h")
+    out = publish(saved[1], f"{owner}/h")
+    assert out.deleted == ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "old_manticore.py",
+                           "plots/old.png"]  # fmt: skip
+    left = set(hub.files(f"{owner}/h"))
+    assert {"notes.md", "figures/x.png"} < left and not left & set(out.deleted)
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h"), saved[0])
+
+
+def test_embedded_and_hardened_hybrids(saved, hub, owner):
+    parts = [ComponentSpec(tiny("gpt_neox"), name="a"), ComponentSpec(tiny("mamba"), name="b")]
+    whole = ManticoreForCausalLM.from_components(parts)
+    out = publish(whole, f"{owner}/whole", tokenizer=tokenizer())
+    assert out.referenced_bytes == 0 and "tokenizer.json" in out.files
+    assert [note for note in out.notices if "unknown" in note]
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/whole"), whole)
+    hard = harden(saved[0], ["a", "b"])
+    publish(hard, f"{owner}/hard")
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/hard"), hard)
+
+
+def test_weights_in_shards(parts, hub, owner, tmp_path):
+    model = ManticoreForCausalLM.from_components([ComponentSpec(part, embed=True) for part in parts])
+    model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
+    out = publish(tmp_path / "out", f"{owner}/h")
+    assert sum(name.endswith(".safetensors") for name in out.files) > 2
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h"), model)
+
+
+def test_the_tokenizer_comes_from_where_there_is_one(saved, hub, owner, tmp_path):
+    other = tokenizer(first=["other"])
+    cases = {"component": {}, "given": {"tokenizer": other}}
+    for name, options in cases.items():
+        publish(saved[1], f"{owner}/{name}", **options)
+    other.save_pretrained(saved[1])
+    publish(saved[1], f"{owner}/directory")
+    for name, wanted in (("component", tokenizer()), ("given", other), ("directory", other)):
+        assert AutoTokenizer.from_pretrained(f"{owner}/{name}").get_vocab() == wanted.get_vocab()
+
+
+def test_a_recipe_is_published_and_shown(saved, hub, owner, tmp_path):
+    (tmp_path / "mine.yaml").write_text("name: mine\ndata: {data: org/books}\nstages: []\n")
+    publish(saved[1], f"{owner}/h", recipe=tmp_path / "mine.yaml")
+    files = hub.files(f"{owner}/h")
+    assert files["recipe.yaml"] == (tmp_path / "mine.yaml").read_bytes() and b"- org/books" in files["README.md"]
+    assert not (saved[1] / "recipe.yaml").exists()
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h"), saved[0])
+
+
+# ---- where it goes ---------------------------------------------------------------------------------------------------
+
+
+def test_private_branch_and_pull_request(saved, hub, owner):
+    publish(saved[1], f"{owner}/h", private=True)
+    assert HfApi().model_info(f"{owner}/h").private
+    first = hub.head(f"{owner}/h")
+    out = publish(saved[1], f"{owner}/h", private=False, revision="try", commit_message="Second", tags=["two"])
+    assert hub.head(f"{owner}/h") == first and hub.head(f"{owner}/h", "try") == out.commit
+    assert any("stays private" in notice for notice in out.notices)
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h", revision="try"), saved[0])
+    out = publish(saved[1], f"{owner}/h", create_pr=True, tags=["three"])
+    assert hub.head(f"{owner}/h") == first and hub.head(f"{owner}/h", "refs/pr/1") == out.commit
+    assert "discussions/1" in out.url
+
+
+def test_what_someone_commits_meanwhile_is_not_lost(saved, hub, owner, monkeypatch):
+    publish(saved[1], f"{owner}/h")
+    commit = HfApi.create_commit
+
+    def slow(self, repo_id, operations, **options):
+        monkeypatch.undo()
+        self.upload_file(path_or_fileobj=b"theirs", path_in_repo="README.md", repo_id=repo_id)
+        return commit(self, repo_id, operations, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", slow)
+    with pytest.raises(ManticoreError, match="changed by someone else meanwhile"):
+        publish(saved[1], f"{owner}/h", tags=["new"])
+    assert hub.files(f"{owner}/h")["README.md"] == b"theirs"
+
+
+# ---- the card --------------------------------------------------------------------------------------------------------
+
+
+def edit_on_the_hub(repo_id, old, new):
+    text = Path(hf_hub_download(repo_id, "README.md", force_download=True)).read_text()
+    assert old in text
+    HfApi().upload_file(path_or_fileobj=text.replace(old, new).encode(), path_in_repo="README.md", repo_id=repo_id)
+
+
+def test_text_that_a_person_added_survives(saved, hub, owner):
+    repo_id = f"{owner}/h"
+    publish(saved[1], repo_id)
+    edit_on_the_hub(repo_id, "## Limits", "## Why\n\nBecause.\n\n## Limits of mine")
+    (saved[1] / "evaluation.json").write_text(json.dumps({"losses": {"a": 2.0, "hybrid": 1.0}}))
+    out = publish(saved[1], repo_id)
+    text = hub.files(repo_id)["README.md"].decode()
+    assert "Because." in text and "Limits of mine" in text and "1.0000" in text
+    assert any("'limits'" in notice for notice in out.notices)
+    assert (saved[1] / "README.md").read_text() == text
+    local = text.replace("## Results", "My remark.\n\n## Results")
+    (saved[1] / "README.md").write_text(local)
+    publish(saved[1], repo_id)
+    assert {"My remark.", "Because."} <= set(hub.files(repo_id)["README.md"].decode().splitlines())
+    edit_on_the_hub(repo_id, "Because.", "Because of that.")
+    (saved[1] / "README.md").write_text(local + "More.")
+    with pytest.raises(ManticoreError, match="--card local"):
+        publish(saved[1], repo_id)
+    publish(saved[1], repo_id, card="hub")
+    assert "Because of that." in hub.files(repo_id)["README.md"].decode()
+
+
+def test_a_tuned_and_saved_hybrid_keeps_the_card_it_came_with(saved, hub, owner, tmp_path):
+    publish(saved[1], f"{owner}/h")
+    edit_on_the_hub(f"{owner}/h", "## Limits", "Written by hand.\n\n## Limits")
+    model = ManticoreForCausalLM.from_pretrained(f"{owner}/h")
+    nudge(model, "hybrid_mixer.alpha_logits")
+    model.save_pretrained(tmp_path / "tuned")
+    assert "Written by hand." in (tmp_path / "tuned" / "README.md").read_text()
+    for name, what in (("directory", tmp_path / "tuned"), ("instance", model)):
+        publish(what, f"{owner}/{name}")
+        text = hub.files(f"{owner}/{name}")["README.md"].decode()
+        assert "Written by hand." in text and f'from_pretrained("{owner}/{name}"' in text
+        assert f"{owner}/h" not in text.partition("<!-- manticore-hf:card")[0]
+    again = ManticoreForCausalLM.from_pretrained(tmp_path / "tuned")
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_bytes() == (tmp_path / "tuned" / "README.md").read_bytes()
+    again.push_to_hub(f"{owner}/plain")
+    assert "Written by hand." in hub.files(f"{owner}/plain")["README.md"].decode()
+
+
+def test_saving_leaves_a_card_of_the_directory_alone(saved, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("Mine.")
+    (saved[1] / "README.md").write_text("Theirs.")
+    ManticoreForCausalLM.from_pretrained(saved[1]).save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "Mine."
+
+
+ROWS = [{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}] * 8
+
+
+@pytest.mark.parametrize("kind", [Trainer, HybridTrainer])
+def test_trainers_push_hybrids_that_load(saved, hub, owner, tmp_path, kind):
+    repo_id = f"{owner}/h"
+    publish(saved[1], repo_id)
+    edit_on_the_hub(repo_id, "## Limits", "Written by hand.\n\n## Limits")
+    model = ManticoreForCausalLM.from_pretrained(repo_id)
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, push_to_hub=True,
+        hub_model_id=repo_id, save_strategy="no",
+    )  # fmt: skip
+    trainer = kind(model, arguments, train_dataset=ROWS)
+    trainer.train()
+    trainer.push_to_hub(dataset="org/books")
+    assert_same_model(ManticoreForCausalLM.from_pretrained(repo_id), trainer.model)
+    text = hub.files(repo_id)["README.md"].decode()
+    # The Trainer of Transformers writes a card of its own.
+    assert ("Written by hand." in text) == ("changed ones here" in text) == (kind is HybridTrainer)
+    assert "org/books" in text
+
+
+# ---- components ------------------------------------------------------------------------------------------------------
+
+
+def test_licences_that_conflict_stop_it(hub, owner, tmp_path):
+    component(hub, f"{owner}/a", "gpt_neox", tmp_path / "src", "---\nlicense: gpl-3.0\n---\n")
+    component(hub, f"{owner}/b", "mamba", tmp_path / "src", "---\nlicense: cc-by-nc-4.0\n---\n")
+    model = ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"])
+    with pytest.raises(ManticoreError, match="gpl-3.0.*cc-by-nc-4.0.*cannot be combined.*not legal advice"):
+        publish(model, f"{owner}/h")
+    assert not exists(f"{owner}/h")
+    out = publish(model, f"{owner}/h", override_licenses=True)
+    assert any("Overridden" in notice for notice in out.notices)
+    text = hub.files(f"{owner}/h")["README.md"].decode()
+    assert "**Conflict:**" in text and "license: other" in text and "LICENSE.md" in out.files
+
+
+def test_commercial_use_and_a_licence_of_ones_own(hub, owner, tmp_path, capsys):
+    component(hub, f"{owner}/a", "gpt_neox", tmp_path / "src", "---\nlicense: cc-by-nc-4.0\n---\n")
+    model = ManticoreForCausalLM.from_components([f"{owner}/a"])
+    model.save_pretrained(tmp_path / "out")
+    publish(model, f"{owner}/free", dry_run=True)
+    assert main(["push", str(tmp_path / "out"), f"{owner}/h", "--commercial"]) == 2
+    assert "excludes commercial use" in capsys.readouterr().err
+    with pytest.raises(ManticoreError, match="not satisfied by mit"):
+        publish(model, f"{owner}/h", license="mit")
+    with pytest.raises(ManticoreError, match="'my-own'.*not in the table"):
+        publish(model, f"{owner}/h", license="my-own")
+    publish(model, f"{owner}/h", license="cc-by-nc-sa-4.0")
+    assert "license: cc-by-nc-sa-4.0" in hub.files(f"{owner}/h")["README.md"].decode()
+
+
+def test_unknown_licences_are_said_and_read_again(hub, owner, tmp_path):
+    component(hub, f"{owner}/a", "gpt_neox", tmp_path / "src", None)
+    model = ManticoreForCausalLM.from_components([f"{owner}/a"])
+    out = publish(model, f"{owner}/h", dry_run=True)
+    assert any("licence of component 'a' is unknown" in notice for notice in out.notices)
+    component(hub, f"{owner}/b", "gpt_neox", tmp_path / "src")
+    model = ManticoreForCausalLM.from_components([f"{owner}/b"])
+    model.config.components[0]["license"] = None  # as of a hybrid that was made offline
+    publish(model, f"{owner}/h")
+    assert "license: mit" in hub.files(f"{owner}/h")["README.md"].decode()
+
+
+def test_components_that_not_everyone_can_read_are_said(hub, owner, tmp_path):
+    component(hub, f"{owner}/a", "gpt_neox", tmp_path / "src", private=True)
+    commit = component(hub, f"{owner}/b", "mamba", tmp_path / "src")
+    model = ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"])
+    hub._storage.repos[f"{owner}/b"].gated = "auto"
+    out = publish(model, f"{owner}/h")
+    assert [notice for notice in out.notices if f"{owner}/a is private" in notice]
+    assert [notice for notice in out.notices if f"{owner}/b is gated" in notice]
+    text = hub.files(f"{owner}/h")["README.md"].decode()
+    assert "is private: only who has access" in text and "is gated" in text and commit in text
+
+
+def test_a_component_that_is_gone_stops_it(saved, owner):
+    HfApi().delete_repo(f"{owner}/b")
+    with pytest.raises(ManticoreError, match=f"'b' .{owner}/b@.*nobody could load.*embed=True"):
+        publish(saved[1], f"{owner}/h")
+    assert not exists(f"{owner}/h")
+
+
+def test_a_reference_that_can_move_stops_it(saved, owner):
+    values = read_json(saved[1])
+    values["components"][0]["revision"] = "main"
+    (saved[1] / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ManticoreError, match="name that can move; load the hybrid and save it again"):
+        publish(saved[1], f"{owner}/h")
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_hybrid_is_refused(saved, hub, owner, tmp_path):
+    class PeftModel:
+        peft_config = {}
+
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(saved[1], tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(saved[1], tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    tiny("gpt2").save_pretrained(tmp_path / "gpt2")
+    for what, message in (
+        (tiny("gpt2"), "GPT2LMHeadModel is no hybrid"), (PeftModel(), "holds an adapter"),
+        (tmp_path / "gpt2", "type 'gpt2', no hybrid"),
+        (tmp_path / "empty", "no config.json"), (tmp_path / "nowhere", "no config.json"),
+        (tmp_path / "light", "no model.safetensors"), (tmp_path / "damaged", "no readable safetensors"),
+    ):  # fmt: skip
+        with pytest.raises(ManticoreError, match=message):
+            publish(what, f"{owner}/h")
+    assert not exists(f"{owner}/h")
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"card": "mine"}, "card='mine'"), ({"recipe": "nowhere.yaml"}, "nowhere.yaml")]
+)
+def test_options_that_cannot_be(saved, owner, options, message):
+    with pytest.raises(ManticoreError, match=message):
+        publish(saved[1], f"{owner}/h", **options)
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "..", "a b", ""])
+def test_repositories_that_cannot_be(saved, repo_id):
+    with pytest.raises(ManticoreError, match="no repository id"):
+        publish(saved[1], repo_id)
+
+
+def test_another_model_is_not_overwritten(saved, hub, owner):
+    before = hub.head(f"{owner}/a")
+    with pytest.raises(ManticoreError, match="holds a model that is no hybrid"):
+        publish(saved[1], f"{owner}/a")
+    assert hub.head(f"{owner}/a") == before
+
+
+def test_metadata_that_the_hub_refuses_stop_it(saved, owner):
+    (saved[1] / "README.md").write_text("---\nlicense: Not A Licence!\n---\n")
+    with pytest.raises(ManticoreError, match="metadata of README.md are refused.*license"):
+        publish(saved[1], f"{owner}/h")
+    assert not exists(f"{owner}/h")
+
+
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["README.md", "recipe.yaml", "evaluation.json", "config.json"])
+def test_a_token_in_a_file_stops_it(saved, owner, place):
+    secret = "hf_" + "S3cret" * 6
+    if place == "config.json":
+        values = {**read_json(saved[1]), "comment": secret}
+        (saved[1] / place).write_text(json.dumps(values))
+    else:
+        (saved[1] / place).write_text(f'{{"data": "{secret}"}}')
+    with pytest.raises(ManticoreError, match="holds an access token") as err:
+        publish(saved[1], f"{owner}/h")
+    assert secret not in str(err.value) and not exists(f"{owner}/h")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_token_is_in_no_file_and_no_log(parts, hub, owner, tmp_path, caplog, capfd, monkeypatch, fails):
+    """A marker stands in for the token, everywhere one is used: composing, saving, publishing, failing."""
+    marker = "hf_MarkerMarkerMarkerMarkerMarkerMarker"
+    for repo in (*parts, f"{owner}/h"):
+        if repo in hub._storage.repos:
+            monkeypatch.setattr(hub._storage.repos[repo], "owner", marker)
+    monkeypatch.setenv("HF_TOKEN", marker)
+    monkeypatch.setenv("HF_DEBUG", "0")
+    if fails:
+        hub.fault(f"POST .*{owner}/h/commit", "status", times=-1, status=403, message="No write access")
+    with caplog.at_level(logging.DEBUG):
+        model = ManticoreForCausalLM.from_components(parts, token=marker)
+        model.save_pretrained(tmp_path / "out", token=marker)
+        try:
+            publish(tmp_path / "out", f"{owner}/h", token=marker)
+            ManticoreForCausalLM.from_pretrained(f"{owner}/h", token=marker)
+        except ManticoreError as err:
+            assert fails and marker not in str(err) and "write" in str(err)
+    printed = "".join(capfd.readouterr()) + caplog.text
+    assert marker not in printed
+    folders = [tmp_path, Path(os.environ["HF_HOME"]) / "hub", Path(os.environ["HF_HOME"]) / "modules"]
+    seen = [path for folder in folders if folder.exists() for path in folder.rglob("*") if path.is_file()]
+    assert len(seen) > 20 and not [path for path in seen if marker.encode() in path.read_bytes()]
+    assert not [name for name, data in hub.files(f"{owner}/h").items() if marker.encode() in data]
+    assert len(hub.files(f"{owner}/h")) > 20 or fails
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern, fault, message",
+    [
+        ("POST .*/commit", {"kind": "status", "status": 500}, "look there, then publish again"),
+        ("POST .*/commit", {"kind": "status", "status": 403}, "token that may write"),
+        ("POST .*/preupload", {"kind": "status", "status": 500}, "publish again"),
+        ("PUT /lfs-objects", {"kind": "status", "status": 400}, "publish again"),
+        ("GET .*/api/models/.*/h", {"kind": "unauthorized"}, "was not published"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value.get("status", "")),
+)
+def test_a_push_that_fails_leaves_the_repository_as_it_was(saved, hub, owner, pattern, fault, message):
+    publish(saved[1], f"{owner}/h")
+    before, card = hub.head(f"{owner}/h"), (saved[1] / "README.md").read_bytes()
+    # Never the same: the Hub does not ask again for bytes that it has from another test.
+    saved[0].hybrid_mixer.alpha_logits.data.fill_(0.1 + int(owner.removeprefix("org")))
+    hub.fault(pattern, times=-1, **fault)
+    with pytest.raises(ManticoreError, match=message):
+        publish(saved[0], f"{owner}/h")
+    hub.clear_faults()
+    assert hub.head(f"{owner}/h") == before and (saved[1] / "README.md").read_bytes() == card
+    publish(saved[0], f"{owner}/h")
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h"), saved[0])
+
+
+def test_a_directory_that_cannot_be_written_is_published_all_the_same(saved, hub, owner, monkeypatch):
+    def refuse(*_):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    out = publish(saved[1], f"{owner}/h")
+    assert not [path for path in saved[1].iterdir() if "README" in path.name]
+    assert any("README.md was not written" in notice for notice in out.notices)
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h"), saved[0])
+
+
+def test_the_hub_that_is_not_there(saved, tmp_path):
+    assert TOKEN
+    import subprocess
+    import sys
+
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "manticore_hf.cli", "push", str(saved[1]), "me/h", "--dry-run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "manticore-hf push: me/h was not published" in done.stderr.splitlines()[-1]
