@@ -1,7 +1,9 @@
 """Writing a directory whole or not at all, with the code that a hybrid needs to load elsewhere."""
 
 import contextlib
+import getpass
 import glob
+import hashlib
 import os
 import platform
 import re
@@ -10,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import WeakFileLock
 
 _WEIGHT_FILE = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 
@@ -53,7 +56,8 @@ def whole_directory(target, active):
     """Gives a scratch directory whose files are moved into `target` when the block ends well.
 
     A new target appears by one rename. In an existing one each file is replaced whole, config.json last; its other
-    files stay, but for weights of an earlier save.
+    files stay, but for weights of an earlier save. Of several processes that save into one directory at once, one after
+    the other moves its files.
     """
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,22 +74,33 @@ def whole_directory(target, active):
         yield str(inner)
         if not active:
             return
-        if not target.exists():
-            os.replace(inner, target)
-            return
-        fresh = {file.name for file in inner.iterdir()}
-        for file in sorted(inner.iterdir(), key=lambda f: (f.name == "config.json", f.name)):
-            if file.is_dir():
-                shutil.copytree(file, target / file.name, dirs_exist_ok=True)
-            else:
-                os.replace(file, target / file.name)
-        variants = {match[1] for name in fresh if (match := _WEIGHT_FILE.fullmatch(name))}
-        for file in list(target.iterdir()):
-            match = _WEIGHT_FILE.fullmatch(file.name)
-            if match and match[1] in variants and file.name not in fresh:
-                file.unlink()
+        with _one_at_a_time(target):
+            _move(inner, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move(inner, target):
+    if not target.exists():
+        os.replace(inner, target)
+        return
+    fresh = {file.name for file in inner.iterdir()}
+    for file in sorted(inner.iterdir(), key=lambda f: (f.name == "config.json", f.name)):
+        if file.is_dir():
+            shutil.copytree(file, target / file.name, dirs_exist_ok=True)
+        else:
+            os.replace(file, target / file.name)
+    variants = {match[1] for name in fresh if (match := _WEIGHT_FILE.fullmatch(name))}
+    for file in list(target.iterdir()):
+        match = _WEIGHT_FILE.fullmatch(file.name)
+        if match and match[1] in variants and file.name not in fresh:
+            file.unlink()
+
+
+def _one_at_a_time(target):
+    """A lock on a directory, among the processes of this machine and user; it leaves no file beside the directory."""
+    name = hashlib.sha256(f"{getpass.getuser()}:{target}".encode()).hexdigest()[:24]
+    return WeakFileLock(os.path.join(tempfile.gettempdir(), f"manticore-{name}.lock"))
 
 
 def _clean_up(place, prefix):
