@@ -8,11 +8,8 @@ The model is built on the meta device: shapes without storage. FLOPs are counted
 
 import json
 import math
-import struct
-from pathlib import Path
 
 import torch
-from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,9 +18,16 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from manticore_hf.licenses import combine, describe
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+from manticore_hf.provenance import (
+    component_state,
+    open_weights,
+    print_repository,
+    print_state,
+    read_header,
+    repository,
+)
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LARGEST_HEADER = 50_000_000
 
 
 def inspect_hybrid(source, tokens=128, revision=None):
@@ -141,7 +145,7 @@ def _alpha(model, source, revision):
     names = ["hybrid_mixer.alpha_logits"] + ["hybrid_mixer.token_gate.linear.bias"] * (model.config.mixture == "token")
     try:
         logits = [_read_tensor(source, name, revision) for name in names]
-    except (OSError, KeyError, ValueError, HfHubHTTPError):
+    except (OSError, KeyError, ValueError, TypeError, RecursionError, HfHubHTTPError):  # damaged, or hostile
         return None
     rows = logits[0].float().softmax(-1).tolist()
     if len(logits) > 1:
@@ -151,35 +155,36 @@ def _alpha(model, source, revision):
 
 
 def _read_tensor(source, name, revision):
-    """One tensor of a hybrid's own model.safetensors, by its byte range; of a Hub repo without the rest of the file."""
-    local = Path(source) / "model.safetensors"
-    if Path(source).is_dir():
-        opened = open(local, "rb")
-    else:
-        at = "" if revision is None else f"@{revision}"
-        opened = HfFileSystem().open(f"{source}{at}/model.safetensors", "rb", block_size=2**16)
+    """One tensor of a hybrid's own weights, by its byte range; of a Hub repo without the rest of the file."""
+    try:
+        opened = open_weights(source, "model.safetensors", revision)
+    except FileNotFoundError:  # in shards
+        with open_weights(source, "model.safetensors.index.json", revision) as index:
+            shard = json.loads(index.read())["weight_map"][name]
+        opened = open_weights(source, shard, revision)
     with opened as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > _LARGEST_HEADER:
-            raise ValueError(f"a header of {length} bytes")
-        entry = json.loads(file.read(length))[name]
+        header, begin = read_header(file)
+        entry = header[name]
         start, stop = entry["data_offsets"]
         dtype = _DTYPES[entry["dtype"]]
-        if stop - start != math.prod(entry["shape"]) * dtype.itemsize or stop - start > 2**20:
+        if stop - start != math.prod(entry["shape"]) * dtype.itemsize or not 0 <= start <= stop <= start + 2**20:
             raise ValueError(f"{name} has impossible offsets")
-        file.seek(8 + length + start)
+        file.seek(begin + start)
         return torch.frombuffer(bytearray(file.read(stop - start)), dtype=dtype).reshape(entry["shape"])
 
 
 def print_inspection(source, found):
-    """Prints what `inspect_hybrid` found as tables."""
+    """Prints what `inspect_hybrid`, `repository` and `component_state` found as tables."""
     print(f"{source}: " + ", ".join(f"{key}={value}" for key, value in found["settings"].items() if value is not None))
     print("\ncomponents")
     for entry in found["components"]:
         where = f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] else "(its weights are in this repo)"
-        print(f"  {entry['name']}: {entry['model_type']}, {where}, licence {entry['license'] or 'not recorded'}")
+        state = f"; {print_state(entry['state'])}" if entry.get("state") else ""
+        print(f"  {entry['name']}: {entry['model_type']}, {where}, licence {entry['license'] or 'not recorded'}{state}")
     licenses = {entry["name"]: entry["license"] for entry in found["components"]}
     print(f"licence of the whole: {describe(combine(licenses))}")
+    if "repository" in found:
+        print_repository(source, found["repository"])
     heads = ("parameters", "FLOPs/token", "cache B/token", "state B")
     width = max(len(row["component"]) for row in found["blocks"])
     print(f"\n{'block':>5}  {'component':{width}}  {'layers':>7}  {'alpha':>6}" + "".join(f"{h:>15}" for h in heads))
@@ -200,6 +205,10 @@ def run_inspect(source, revision=None, as_json=False):
     """`manticore-hf inspect`."""
     try:
         found = inspect_hybrid(source, revision=revision)
+        found["repository"] = repository(source, revision)
+        for entry in found["components"]:
+            if entry["weights"] == "reference":
+                entry["state"] = component_state(entry)
     except (OSError, HfHubHTTPError) as err:
         raise ManticoreError(f"{source!r} cannot be read as a hybrid: {err}") from err
     if as_json:

@@ -6,8 +6,10 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES, hybrid
+from hub_models import nudge, publish, tiny, tokenizer
 from huggingface_hub import try_to_load_from_cache
 
+from manticore_hf import ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.hardening import harden
 from manticore_hf.inspection import inspect_hybrid
@@ -82,3 +84,95 @@ def test_nothing_is_downloaded_and_no_code_is_run(hub, owner, tmp_path, capsys):
     assert "cannot be read as a hybrid" in capsys.readouterr().err
     assert try_to_load_from_cache(f"{owner}/inspected", "model.safetensors") is None  # a range was read, not the file
     assert try_to_load_from_cache(f"{owner}/inspected", "config.json") is not None
+
+
+# ---- where it comes from ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(hub, owner, tmp_path):
+    """A hybrid on the Hub that has one tensor of its own of component a. Returns its repo id."""
+    publish(hub, f"{owner}/a", tiny("gpt_neox"), tmp_path / "src", tokenizer())
+    publish(hub, f"{owner}/b", tiny("mamba"), tmp_path / "src")
+    model = ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"])
+    nudge(model, "a.gpt_neox.embed_in.weight").save_pretrained(tmp_path / "out")
+    hub.add_repo(f"{owner}/h", tmp_path / "out")
+    return f"{owner}/h"
+
+
+def inspected(repo_id, capsys, *options):
+    assert main(["inspect", repo_id, *options]) == 0
+    return capsys.readouterr().out
+
+
+def change(hub, repo_id, **files):
+    present = hub.files(repo_id)
+    hub.add_repo(repo_id, {**present, **{name.replace("__", "."): data for name, data in files.items()}})
+
+
+def test_the_repository_is_described(published, hub, owner, capsys):
+    hub.clear_requests()
+    shown = inspected(published, capsys)
+    assert f"{published}@{hub.head(published)}: {len(hub.files(published))} files" in shown
+    assert "tensors: 1 of a, " in shown and "of hybrid_mixer" in shown
+    count = len([name for name in hub.files(published) if name.endswith("_manticore.py")])
+    assert f"code: {count} files as in the installed" in shown and "CODE" not in shown and "PICKLES" not in shown
+    assert shown.count("; public, ") == 2
+    fetched = {path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and "/resolve/" in path}
+    assert fetched <= {"config.json", "model.safetensors"} and f"/{owner}/a/resolve" not in str(hub.requests)
+
+
+def test_what_is_not_as_it_should_be_stands_out(published, hub, owner, capsys):
+    change(hub, published, scan_manticore__py=b"import os", evil__py=b"x", pytorch_model__bin=b"x")
+    shown = inspected(published, capsys)
+    assert "CODE other content than in the installed manticore-hf, read it: scan_manticore.py" in shown
+    assert "CODE not in the installed manticore-hf, read it: evil.py" in shown
+    assert "PICKLES (never read): pytorch_model.bin" in shown
+
+
+def test_a_directory_is_described_alike(published, hub, tmp_path, capsys):
+    (tmp_path / "out" / "evil.py").write_text("x")
+    shown = inspected(str(tmp_path / "out"), capsys)
+    assert "tensors: 1 of a, " in shown and "read it: evil.py" in shown and "repository:" in shown
+    found = json.loads(inspected(str(tmp_path / "out"), capsys, "--json"))
+    assert found["repository"]["code"]["evil.py"] == "unknown"
+    assert [entry["state"]["access"] for entry in found["components"]] == ["public", "public"]
+
+
+def test_the_state_of_components_is_shown(published, hub, owner, capsys):
+    repos = hub._storage.repos
+    repos[f"{owner}/a"].private = True
+    repos[f"{owner}/b"].gated = "auto"
+    shown = inspected(published, capsys)
+    assert "; private, " in shown and "; gated, " in shown
+    del repos[f"{owner}/b"]
+    hub.fault(f"GET /api/models/{owner}/a", "status", times=-1, status=404)
+    shown = inspected(published, capsys)
+    assert "MISSING: the hybrid cannot be loaded" in shown
+
+
+def test_files_that_are_not_the_recorded_ones_are_named(published, hub, capsys):
+    values = json.loads(hub.files(published)["config.json"])
+    values["components"][0]["files"]["model.safetensors"] = "0" * 64
+    change(hub, published, config__json=json.dumps(values).encode())
+    assert "NOT the recorded files: model.safetensors" in inspected(published, capsys)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{}", b"\x08\0\0\0\0\0\0\0" + b"[" * 8,
+     b"\x10\x27\0\0\0\0\0\0" + b"[" * 10000],
+    ids=range(6),
+)  # fmt: skip
+def test_damaged_weights_do_not_keep_it_from_being_shown(published, hub, capsys, data):
+    change(hub, published, model__safetensors=data)
+    assert "tensors: " in inspected(published, capsys)
+
+
+def test_alpha_is_read_from_shards(published, hub, owner, tmp_path):
+    model = ManticoreForCausalLM.from_components([tiny("gpt_neox"), tiny("mamba")])
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert not (tmp_path / "shards" / "model.safetensors").exists()
+    hub.add_repo(f"{owner}/shards", tmp_path / "shards")
+    for source in (tmp_path / "shards", f"{owner}/shards"):
+        assert [row["alpha"] for row in inspect_hybrid(source)["blocks"]] == [0.5, 0.5]
