@@ -1,1 +1,1 @@
-"""Templates of what people read on the Hub; installed as `manticore_hf.hub_cards`. The sections of a card are blocks."""
+"""Templates of what people read on the Hub; installed as `manticore_hf.hub_cards`. Blocks are sections of a card."""

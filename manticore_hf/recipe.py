@@ -4,7 +4,7 @@
 
 Every stage writes a directory of its own below the output directory; stages that are finished are not run again, so the
 same command goes on after a kill. A recipe is data: it names settings of the stages and nothing else, and is read with
-YAML's safe loader.
+YAML's safe loader, within bounds that no experiment needs and that keep a hostile file from taking the machine.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import inspect
 import re
 import shutil
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -21,13 +21,15 @@ from transformers import TrainingArguments
 
 from manticore_hf.data import DataArguments
 from manticore_hf.heal import HardenArguments, run_harden
-from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.modeling.bounds_manticore import ManticoreError, show
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.prepare import CalibrateArguments, run_calibrate, run_compose, training_defaults
 from manticore_hf.search import STRATEGIES, SearchArguments
 from manticore_hf.train import StageArguments, run_stage
 
 TOP = {"name", "description", "seed", "components", "hybrid", "data", "stages"}
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH, _MAX_TEXT = 200_000, 5_000, 16, 10_000
 
 
 @dataclass
@@ -61,19 +63,23 @@ def load_recipe(path):
         ManticoreError: Names file, line, key and value of what is wrong.
     """
     path = Path(path)
+    text = _read(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as err:
-        raise ManticoreError(f"Recipe {str(path)!r} cannot be read: {err}") from err
-    try:
-        values = yaml.safe_load(text)
-        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+        loader = _BoundedLoader(text)
+        node = loader.get_single_node()
+        lines = _lines(node)  # before the construction, which writes merged keys (<<) into the nodes
+        values = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as err:
         raise ManticoreError(f"Recipe {str(path)!r} is no valid YAML: {err}") from err
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
+        # A date or number that is none, or a tag on what is none: the library's constructors do not check.
+        reason = show(f"{type(err).__name__}: {err}")
+        raise ManticoreError(f"Recipe {str(path)!r} has a value that is not of its YAML type: {reason}") from err
 
     def wrong(where, message):
         line = next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), 1)
-        raise ManticoreError(f"{path}:{line}: {'.'.join(map(str, where)) or 'recipe'}: {message}")
+        place = ".".join(str(one)[:100] for one in where) or "recipe"
+        raise ManticoreError(f"{path}:{line}: {place}: {message}")
 
     if not isinstance(values, dict):
         wrong((), "must be a mapping of settings.")
@@ -82,45 +88,91 @@ def load_recipe(path):
             wrong((key,), f"unknown key; known are {sorted(TOP)}.")
     for key, kind in (("components", list), ("stages", list), ("hybrid", dict), ("data", dict)):
         if not isinstance(values.get(key, kind()), kind):
-            wrong((key,), f"is {values[key]!r}, must be a {'list' if kind is list else 'mapping'}.")
+            wrong((key,), f"is {show(values[key])}, must be a {'list' if kind is list else 'mapping'}.")
     components = values.get("components") or []
     if not components:
         wrong(("components",), "names no component.")
     for i, component in enumerate(components):
         if not isinstance(component, str):
-            wrong(("components", i), f"is {component!r}, must be a repo id or a directory.")
+            wrong(("components", i), f"is {show(component)}, must be a repo id or a directory.")
     seed = values.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        wrong(("seed",), f"is {seed!r}, must be an integer.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        wrong(("seed",), f"is {show(seed)}, must be an integer in [0, 2**32).")
+    name = values.get("name", path.stem)
+    if not isinstance(name, str):
+        wrong(("name",), f"is {show(name)}, must be text.")
     hybrid, data = values.get("hybrid") or {}, values.get("data") or {}
     hybrid = _check_values(hybrid, _config_types(), ("hybrid",), wrong)
     data = _check_values(data, _types(DataArguments), ("data",), wrong)
     stages = [_stage(entry, i, wrong) for i, entry in enumerate(values.get("stages") or [])]
     if any("data" not in {**data, **settings.get("data", {})} for _, settings in stages):
         wrong(("data",), "has no key 'data' that says where the text is.")
-    return Recipe(path, str(values.get("name", path.stem)), seed, components, hybrid, data, stages)
+    return Recipe(path, name, seed, components, hybrid, data, stages)
+
+
+def _read(path):
+    """A recipe's text, if it is one of a size that can be looked at."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as err:
+        raise ManticoreError(f"Recipe {str(path)!r} cannot be read: {err}") from err
+    if len(content) > _MAX_BYTES:
+        raise ManticoreError(f"Recipe {str(path)!r} has more than {_MAX_BYTES} bytes; that is no recipe.")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise ManticoreError(f"Recipe {str(path)!r} is no UTF-8 text ({err}); save it as such.") from err
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """YAML's safe loader, which alone follows any depth and any repetition of aliases (a billion from ten lines)."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.depth, self.sizes = 0, {}
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        alias, mark = isinstance(event, yaml.AliasEvent), event.start_mark
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_DEPTH} levels of nesting", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if not alias:  # else it has been counted, unless it is inside itself
+            parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
+            parts = [one for pair in parts for one in pair] if isinstance(node, yaml.MappingNode) else parts
+            self.sizes[id(node)] = 1 + sum(self.sizes[id(one)] for one in parts)
+        if self.sizes.get(id(node), _MAX_VALUES + 1) > _MAX_VALUES:
+            problem = f"more than {_MAX_VALUES} values, aliases written out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > _MAX_TEXT:
+            problem = f"a text of more than {_MAX_TEXT} characters"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        return node
 
 
 def _stage(entry, i, wrong):
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, dict) or len(entry) != 1:
-        wrong(("stages", i), f"is {entry!r}, must be one stage with its settings.")
+        wrong(("stages", i), f"is {show(entry)}, must be one stage with its settings.")
     (stage, settings), = entry.items()
     if stage not in _stage_keys():
-        wrong(("stages", i), f"stage {stage!r} is unknown; known are {sorted(_stage_keys())}.")
+        wrong(("stages", i), f"stage {show(stage)} is unknown; known are {sorted(_stage_keys())}.")
     settings = settings or {}
     if not isinstance(settings, dict):
-        wrong(("stages", i, stage), f"is {settings!r}, must be a mapping of settings.")
+        wrong(("stages", i, stage), f"is {show(settings)}, must be a mapping of settings.")
     settings, data = dict(settings), settings.get("data")
     if data is not None:
         settings.pop("data")
         if not isinstance(data, dict):
-            wrong(("stages", i, stage, "data"), f"is {data!r}, must be a mapping of data settings.")
+            wrong(("stages", i, stage, "data"), f"is {show(data)}, must be a mapping of data settings.")
         data = _check_values(data, _types(DataArguments), ("stages", i, stage, "data"), wrong)
     settings = _check_values(settings, _stage_keys()[stage], ("stages", i, stage), wrong)
     if settings.get("strategy", "darts") not in STRATEGIES:
-        wrong(("stages", i, stage, "strategy"), f"is {settings['strategy']!r}; choose one of {sorted(STRATEGIES)}.")
+        wrong(("stages", i, stage, "strategy"), f"is {show(settings['strategy'])}; choose one of {sorted(STRATEGIES)}.")
     return stage, settings if data is None else {**settings, "data": data}
 
 
@@ -133,6 +185,7 @@ def _stage_keys():
     return out
 
 
+@cache
 def _types(cls):
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
@@ -150,7 +203,7 @@ def _check_values(values, known, where, wrong):
     for key, value in values.items():
         if key not in known:
             close = sorted(k for k in known if str(key)[:4] == k[:4]) or sorted(known)[:12]
-            wrong((*where, key), f"unknown key (value {value!r}); did you mean one of {close}?")
+            wrong((*where, key), f"unknown key (value {show(value)}); did you mean one of {close}?")
         kinds = set(get_args(known[key]) or (known[key],))
         plain = {kind for kind in kinds if kind in (bool, int, float, str, type(None))}
         if isinstance(value, str) and float in plain and str not in plain:
@@ -161,7 +214,7 @@ def _check_values(values, known, where, wrong):
         fits = type(value) in kinds or (float in kinds and type(value) is int)
         if plain == kinds and not fits:
             names = sorted("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
-            wrong((*where, key), f"is {value!r}, must be {' or '.join(names)}.")
+            wrong((*where, key), f"is {show(value)}, must be {' or '.join(names)}.")
         out[key] = value
     return out
 
@@ -171,8 +224,9 @@ def _lines(node, path=()):
     out = {path: node.start_mark.line + 1} if node is not None else {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            out.update(_lines(value, (*path, key.value)))
-            out[(*path, key.value)] = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                out.update(_lines(value, (*path, key.value)))
+                out[(*path, key.value)] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             out.update(_lines(value, (*path, i)))
@@ -194,7 +248,7 @@ def run_recipe(path, output_dir, seed=None):
         ManticoreError: The recipe is invalid, or another recipe was run in this directory.
     """
     recipe, output = load_recipe(path), Path(output_dir)
-    text = recipe.path.read_text(encoding="utf-8")
+    text = _read(recipe.path)
     if seed is not None and seed != recipe.seed:
         recipe.seed, line = seed, f"seed: {seed}"
         text = re.sub(r"(?m)^seed:.*$", line, text) if re.search(r"(?m)^seed:", text) else f"{line}\n{text}"

@@ -24,8 +24,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file, logging
 
+from .bounds_manticore import is_causal_lm
 from .configuration_manticore import ManticoreError, check_component_name
 from .fast_mixers_manticore import carry_state, install
+from .remote_manticore import code_of, registered, trust
+from .sizes_manticore import build_component
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -51,6 +54,8 @@ class ComponentSpec:
         revision: Branch, tag or commit; resolved to a 40-hex commit.
         subfolder: Folder of the repo that holds the model.
         embed: Keep the weights in the hybrid's own file even though a repo holds them.
+        trust_remote_code: Run the code of the repo, at the commit that it resolves to, if its architecture is not
+            Transformers' own. Whoever loads the hybrid has to ask for that again (`trust_component_code=[name]`).
     """
 
     source: object
@@ -58,6 +63,7 @@ class ComponentSpec:
     revision: str | None = None
     subfolder: str | None = None
     embed: bool = False
+    trust_remote_code: bool = False
 
     @classmethod
     def of(cls, item):
@@ -84,6 +90,7 @@ class Resolved:
     subfolder: str | None = None
     embed: bool = False
     license: str | None = None
+    code: dict | None = None
 
     def entry(self):
         """The component's entry in ManticoreConfig(components=...)."""
@@ -95,6 +102,7 @@ class Resolved:
             "subfolder": self.subfolder,
             "weights": "reference" if reference else "embedded",
             "license": self.license,
+            "code": self.code,
             "config": self.config,
         }
 
@@ -135,7 +143,9 @@ def _resolve_model(spec):
     found = Resolved(_name(spec, model.config.model_type), model.config, model=model)
     _check_architecture(found, {**model.config.to_dict(), "architectures": [type(model).__name__]})
     _check_direction(found)
-    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type]
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type)
+    if usual is None:
+        raise ManticoreError(f"Component {found.address} is of remote code: name its repository, which has the code.")
     if type(model).__name__ != usual:
         raise ManticoreError(
             f"Component {found.address} is a {type(model).__name__}; a saved hybrid would rebuild it as {usual}. Give "
@@ -189,7 +199,7 @@ def _resolve_repo(spec, source, hub):
     if commit is None:
         raise ManticoreError(f"Component {found.address}: revision {revision!r} did not resolve to a commit.")
     found.revision = commit[1]
-    _read_config(found, os.path.dirname(config_file))
+    _read_config(found, os.path.dirname(config_file), spec.trust_remote_code, hub.get("token"))
 
     def exists(file):
         path = os.path.join(spec.subfolder, file) if spec.subfolder else file
@@ -234,8 +244,8 @@ def _name(spec, text):
     return name
 
 
-def _read_config(found, folder):
-    """Sets `found.config` to what config.json says."""
+def _read_config(found, folder, trusted=False, token=None):
+    """Sets `found.config` to what config.json says; its repository's code is run only if it is trusted."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             values = json.load(file)
@@ -247,6 +257,11 @@ def _read_config(found, folder):
         raise ManticoreError(
             f"Component {found.address}: its config.json is no JSON object but {values!r}; repair it or choose another."
         )
+    kind, auto_map = values.get("model_type"), values.get("auto_map")
+    if trusted and auto_map and (kind not in CONFIG_MAPPING or kind in registered()):
+        what = f"Component {found.address}"
+        found.code = code_of(what, auto_map)
+        trust(what, found.entry(), kind, token)
     _check_architecture(found, values)
     try:
         found.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -263,11 +278,12 @@ def _check_architecture(found, values):
     kind = values.get("model_type")
     if kind == "manticore":
         raise ManticoreError(f"Component {found.address} is itself a hybrid; name its components instead.")
-    if kind not in CONFIG_MAPPING:
+    if kind not in CONFIG_MAPPING or kind in registered() and found.code is None:
         if values.get("auto_map"):
             raise ManticoreError(
                 f"Component {found.address} needs remote code (model_type {kind!r}, auto_map {values['auto_map']}); "
-                "components must be of an architecture that Transformers itself has."
+                "read that code, then give ComponentSpec(..., trust_remote_code=True), or choose a component of an "
+                "architecture that Transformers itself has."
             )
         raise ManticoreError(
             f"Component {found.address}: its architecture (model_type {kind!r}) is unknown to the installed "
@@ -277,7 +293,7 @@ def _check_architecture(found, values):
         raise ManticoreError(
             f"Component {found.address} is an encoder-decoder ({kind}); only causal LMs can be joined."
         )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not is_causal_lm(kind):
         raise ManticoreError(f"Component {found.address} is no causal LM (model_type {kind!r}).")
     architectures = values.get("architectures") or []
     if architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
@@ -390,12 +406,28 @@ def _keep_untied(model):
     return model
 
 
-def build(config):
-    """A component's module with initial weights, of Transformers' own class."""
-    return AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+def build(name, config, beside=()):
+    """A component's module with initial weights, of Transformers' own class.
+
+    Args:
+        name: The component's name.
+        config: Its configuration.
+        beside: The components that were built before it and share the machine's memory with it.
+
+    Raises:
+        ManticoreError: It cannot be built, or there is not enough memory for it.
+    """
+    return build_component(f"Component {name!r} ({config.model_type})", config, beside)
 
 
 def prepare(component):
-    """Repairs what Transformers gets wrong for a component: recurrent states ignored in multi-token calls."""
+    """Repairs what Transformers gets wrong for a component: recurrent states ignored in multi-token calls, and experts.
+
+    Experts run in groups by default, which torch cannot multiply where a row of their weights is not a multiple of 16
+    bytes.
+    """
+    experts = [tensor for name, tensor in component.named_parameters() if ".experts." in name and tensor.ndim == 3]
+    if any(size * tensor.element_size() % 16 for tensor in experts for size in tensor.shape[1:]):
+        component.set_experts_implementation("eager")
     install(component.config.model_type)
     carry_state(component)

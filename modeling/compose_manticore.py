@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 
 import torch
 from torch import nn
@@ -9,7 +10,8 @@ from torch import nn
 from .attention_manticore import settle_attention
 from .components_manticore import ComponentSpec, check_tokenizers, load, resolve
 from .configuration_manticore import ManticoreError
-from .references_manticore import record
+from .references_manticore import component_files, record
+from .sizes_manticore import check_checkpoint, checkpoint_files
 
 _NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 
@@ -67,8 +69,12 @@ class Composed:
         parts = {}
         for one, entry in zip(found, config.components):
             if one.repo_id is not None:  # fetched here, where what arrives is checked
-                files = record(entry, hub)
-                entry["files"] = files if entry["weights"] == "reference" else None
+                files = component_files({**entry, "files": None}, hub)
+                entry["files"] = record(files) if entry["weights"] == "reference" else None
+            elif one.directory is not None:
+                files = checkpoint_files(os.path.join(one.directory, one.subfolder or ""))
+            if one.model is None:
+                check_checkpoint(one.address, one.config, files)
             parts[one.name] = load(one, dtype, hub).to(dtype)
         config.dtype = dtype
         first = parts[config.tokenizer_component]

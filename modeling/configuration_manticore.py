@@ -5,11 +5,25 @@ repository; only the component *weights* are references (repo id + 40-hex commit
 """
 
 import copy
-import keyword
-import re
 
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedConfig
+
+from .bounds_manticore import (
+    MAX_COMPONENTS,
+    MAX_LAYERS,
+    MAX_WIDTH,
+    ManticoreError,
+    build_config,
+    check_component,
+    check_component_name,
+    check_hybrid,
+    check_plain,
+    check_reference,
+    clean,
+    is_commit,
+    show,
+)
+from .remote_manticore import require, trust
 
 FORMAT_VERSION = 1
 """Version of the repository layout. Raised when an older package could no longer read a newer repository."""
@@ -57,10 +71,6 @@ PRESETS = {
         "component_loss_weight": 0.0,
     },
 }
-
-
-class ManticoreError(ValueError):
-    """A hybrid, component, file or setting that cannot be used; the message names it and says what to do."""
 
 
 class ManticoreConfig(PreTrainedConfig):
@@ -130,14 +140,16 @@ class ManticoreConfig(PreTrainedConfig):
         manticore_version=FORMAT_VERSION,
         **kwargs,
     ):
-        if not isinstance(manticore_version, int) or manticore_version > FORMAT_VERSION:
+        check_plain("The hybrid's configuration", {key: value for key, value in locals().items() if key != "self"})
+        check_hybrid(kwargs)
+        if type(manticore_version) is not int or not 1 <= manticore_version <= FORMAT_VERSION:
             raise ManticoreError(
-                f"This hybrid has format version {manticore_version!r}; the installed code reads up to "
+                f"This hybrid has format version {show(manticore_version)}; the installed code reads up to "
                 f"{FORMAT_VERSION}. Upgrade manticore-hf, or load with trust_remote_code=True."
             )
         self.manticore_version = manticore_version
-        if preset not in PRESETS:
-            raise ManticoreError(f"preset={preset!r} is unknown; choose one of {sorted(PRESETS)}.")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ManticoreError(f"preset={show(preset)} is unknown; choose one of {sorted(PRESETS)}.")
         given = {
             "projector": projector, "projector_init": projector_init, "gate": gate, "mixture": mixture,
             "mixture_space": mixture_space, "embeddings": embeddings, "head_mixture": head_mixture,
@@ -146,7 +158,7 @@ class ManticoreConfig(PreTrainedConfig):
         for key, default in PRESETS[preset].items():
             value = default if given[key] is None else given[key]
             if key in CHOICES and value not in CHOICES[key]:
-                raise ManticoreError(f"{key}={value!r} is unknown; choose one of {list(CHOICES[key])}.")
+                raise ManticoreError(f"{key}={show(value)} is unknown; choose one of {list(CHOICES[key])}.")
             if key not in CHOICES:
                 value = _nonnegative(key, value)
             setattr(self, key, value)
@@ -163,6 +175,7 @@ class ManticoreConfig(PreTrainedConfig):
         self.num_blocks = _positive_int("num_blocks", num_blocks)
         self.block_layers = self._check_block_layers(block_layers)
         if route and isinstance(reference_component, str):  # it may be one that the route dropped
+            check_component_name(reference_component)
             self.reference_component = reference_component
         else:
             self.reference_component = self._check_name("reference_component", reference_component)
@@ -173,14 +186,18 @@ class ManticoreConfig(PreTrainedConfig):
         self.mixture_weights = self._check_mixture_weights(mixture_weights)
 
         subs = [getattr(self, name) for name in self._component_names]
+        if sum(component_depth(sub) for sub in subs) > MAX_LAYERS:
+            raise ManticoreError(f"The components have more than {MAX_LAYERS} layers in all; join fewer, or smaller.")
         sizes = {name: getattr(self, name).vocab_size for name in self._component_names}
         if vocab_size is None and len(set(sizes.values())) == 1:
             vocab_size = min(sizes.values())
-        if subs and not (vocab_size == min(sizes.values()) or route and 0 < (vocab_size or 0) <= min(sizes.values())):
+        fits = type(vocab_size) is int and 0 < vocab_size <= min(sizes.values(), default=0)
+        if subs and not (fits and (route or vocab_size == min(sizes.values()))):
             raise ManticoreError(
-                f"The vocabularies differ in size: {sizes}, hybrid vocab_size={vocab_size}. Components must share one "
-                "vocabulary. Sizes may differ in padding rows only, which shows where every component comes with the "
-                "same tokenizer; for instances load each and call model.resize_token_embeddings(n) with the same n."
+                f"The vocabularies differ in size: {sizes}, hybrid vocab_size={show(vocab_size)}. Components must "
+                "share one vocabulary. Sizes may differ in padding rows only, which shows where every component comes "
+                "with the same tokenizer; for instances load each and call model.resize_token_embeddings(n) with the "
+                "same n."
             )
         self.vocab_size = vocab_size
         # Read by Transformers (generation, pipelines) and never free choices here: they follow from the components.
@@ -188,7 +205,11 @@ class ManticoreConfig(PreTrainedConfig):
         for derived in ("num_hidden_layers", "max_position_embeddings"):
             kwargs.pop(derived, None)
         # A hardened hybrid keeps the width its projectors were made for, whoever brought it.
-        self.hidden_size = width if route and isinstance(width, int) and width >= widest else widest
+        self.hidden_size = width if route and type(width) is int and width >= widest else widest
+        if subs and self.hidden_size > MAX_WIDTH:
+            raise ManticoreError(
+                f"The hybrid's hidden_size={self.hidden_size} is more than any model has; give at most {MAX_WIDTH}."
+            )
         self.num_hidden_layers = self.num_blocks
         limits = [n for sub in subs if isinstance(n := getattr(sub, "max_position_embeddings", None), int)]
         self.max_position_embeddings = min(limits, default=None)
@@ -198,7 +219,13 @@ class ManticoreConfig(PreTrainedConfig):
         for key in ("attn_implementation", "experts_implementation"):
             if kwargs.get(key) is None:
                 kept += [(sub, f"_{key}_internal", getattr(sub, f"_{key}")) for sub in subs]
-        super().__init__(**kwargs)
+        taken = {"_component_names", *self._component_names} & set(kwargs)
+        if taken:
+            raise ManticoreError(f"{min(taken)!r} is set beside 'components', which says all of it; remove it.")
+        try:
+            super().__init__(**kwargs)
+        except Exception as err:  # Transformers checks with as many kinds of errors as there are checks
+            raise ManticoreError(f"The hybrid's configuration is invalid: {type(err).__name__}: {err}") from err
         for sub, key, value in kept:
             setattr(sub, key, value)
 
@@ -211,13 +238,15 @@ class ManticoreConfig(PreTrainedConfig):
         sub = entry.pop("config", None)
         sub = sub if sub is not None else getattr(self, name, None)
         if isinstance(sub, dict):
-            sub = _build_config(name, sub)
+            require(name, entry, sub)
+            sub = build_config(name, sub)
         if not isinstance(sub, PreTrainedConfig):
-            raise ManticoreError(f"Component {name!r} has no configuration (components[...]['config'] is {sub!r}).")
+            raise ManticoreError(f"Component {name!r} has no configuration (components[...]['config'] is {show(sub)}).")
+        check_component(name, sub)
         weights = entry.setdefault("weights", "reference" if entry.get("repo_id") else "embedded")
         if weights not in ("reference", "embedded"):
-            raise ManticoreError(f"Component {name!r}: weights={weights!r}; choose 'reference' or 'embedded'.")
-        if weights == "reference":
+            raise ManticoreError(f"Component {name!r}: weights={show(weights)}; choose 'reference' or 'embedded'.")
+        if weights == "reference" or entry.get("repo_id") is not None:
             check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
         entry = {key: entry.get(key) for key in _ENTRY_KEYS}
         setattr(self, name, sub)
@@ -228,14 +257,14 @@ class ManticoreConfig(PreTrainedConfig):
         if value is None:
             return self._component_names[0] if self._component_names else None
         if value not in self._component_names:
-            raise ManticoreError(f"{key}={value!r} is no component; choose one of {self._component_names}.")
+            raise ManticoreError(f"{key}={show(value)} is no component; choose one of {self._component_names}.")
         return value
 
     def _check_block_layers(self, block_layers):
         block_layers = {} if block_layers is None else block_layers
         if not isinstance(block_layers, dict) or set(block_layers) - set(self._component_names):
             raise ManticoreError(
-                f"block_layers={block_layers!r} must map component names to layers per block; "
+                f"block_layers={show(block_layers)} must map component names to layers per block; "
                 f"the components are {self._component_names}."
             )
         cuts = {}
@@ -251,11 +280,11 @@ class ManticoreConfig(PreTrainedConfig):
             if (
                 not isinstance(cut, (list, tuple))
                 or len(cut) != self.num_blocks
-                or not all(isinstance(n, int) and n >= 1 for n in cut)
+                or not all(type(n) is int and n >= 1 for n in cut)
                 or sum(cut) != depth
             ):
                 raise ManticoreError(
-                    f"block_layers[{name!r}]={cut!r} must be {self.num_blocks} positive integers that sum to the "
+                    f"block_layers[{name!r}]={show(cut)} must be {self.num_blocks} positive integers that sum to the "
                     f"component's {depth} layers."
                 )
             cuts[name] = [int(n) for n in cut]
@@ -268,8 +297,8 @@ class ManticoreConfig(PreTrainedConfig):
         known = isinstance(route, (list, tuple)) and all(name in names for name in route)
         if not known or len(route) != self.num_blocks or set(route) != set(names):
             raise ManticoreError(
-                f"route={route!r} must name one component for each of the {self.num_blocks} block(s) and leave none of "
-                f"{names} out."
+                f"route={show(route)} must name one component for each of the {self.num_blocks} block(s) and leave "
+                f"none of {names} out."
             )
         return list(route)
 
@@ -283,12 +312,12 @@ class ManticoreConfig(PreTrainedConfig):
                 len(row) == columns and all(0 <= w <= 1 for w in row) and abs(sum(row) - 1) < 1e-3
                 for row in weights if row is not None
             )  # fmt: skip
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             good = False
         if not good:
             raise ManticoreError(
-                f"mixture_weights={weights!r} must be {rows} rows (blocks) of {columns} weights in [0, 1] (components "
-                f"{self._component_names}), each row summing to 1, or None for a block that learns them."
+                f"mixture_weights={show(weights)} must be {rows} rows (blocks) of {columns} weights in [0, 1] "
+                f"(components {self._component_names}), each row summing to 1, or None for a block that learns them."
             )
         return None if all(row is None for row in weights) else weights
 
@@ -308,6 +337,39 @@ class ManticoreConfig(PreTrainedConfig):
         for n in self.block_layers[name]:
             out.append(out[-1] + n)
         return out
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in Transformers, for what a file says: instructions to load code or files are not taken from it.
+
+        Args:
+            config_dict: What the file says.
+            **kwargs: As in Transformers, and `trust_component_code`: names of components whose own code may be run.
+
+        Raises:
+            ManticoreError: It is no configuration of a hybrid.
+        """
+        what = "The hybrid's config.json"
+        check_plain(what, config_dict)
+        if not isinstance(config_dict, dict):
+            raise ManticoreError(f"{what} is no JSON object but {show(config_dict)}; it is damaged or no hybrid's.")
+        _run_code(kwargs.pop("trust_component_code", None) or (), config_dict)
+        # For its classes the caller decides (trust_remote_code).
+        classes = {"auto_map": config_dict["auto_map"]} if isinstance(config_dict.get("auto_map"), dict) else {}
+        return super().from_dict({**clean(what, config_dict, cls), **classes}, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in Transformers, which reads files that hold anything but a JSON object with odd errors."""
+        try:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (OSError, TypeError, AttributeError, KeyError, RecursionError) as err:
+            if isinstance(err, OSError) and not isinstance(err.__context__, ValueError):
+                raise  # there is no such file, or no connection
+            raise ManticoreError(
+                f"{str(pretrained_model_name_or_path)!r}: its config.json is no JSON object of settings "
+                f"({type(err).__name__}); it is damaged or no hybrid's."
+            ) from err
 
     def get_text_config(self, *args, **kwargs):
         """A hybrid is a text model: the configuration itself."""
@@ -332,88 +394,42 @@ def component_depth(config):
     return config.get_text_config().num_hidden_layers
 
 
-def check_component_name(name):
-    """Raises ManticoreError unless `name` can be an attribute of the model and of the configuration."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or keyword.iskeyword(name):
-        raise ManticoreError(f"Component name {name!r} must be a Python identifier that starts with a letter.")
-    if name in _RESERVED or hasattr(PreTrainedConfig, name):
-        raise ManticoreError(f"Component name {name!r} is used by the model itself; give the component another name.")
+_ENTRY_KEYS = ("name", "repo_id", "revision", "subfolder", "weights", "files", "license", "code")
 
 
-_ENTRY_KEYS = ("name", "repo_id", "revision", "subfolder", "weights", "files", "license")
-_RESERVED = {
-    "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "num_blocks",
-    "block_layers", "reference_component", "route", "vocab_size", "tokenizer_component", "manticore_version",
-    "mixture_weights", "calibration", "mix_loss_weight", "component_loss_weight", "hidden_size", "component", "score",
-    "num_hidden_layers", "max_position_embeddings", "loss_function", "device", "dtype", "forward", "generate",
-    "framework", "model_tags", "base_model", "name", "loss_type", "warnings_issued", "auto_map", "preset",
-    "tie_word_embeddings", *CHOICES,
-}  # fmt: skip
-
-
-def check_reference(name, repo_id, revision, subfolder=None, files=None):
-    """Raises ManticoreError unless a component's address is one that others can reach.
-
-    A configuration may come from a stranger's repository, so paths and URLs are refused. Reading the weights replaces a
-    branch or tag, which can move, by its commit.
-    """
-    good = (
-        isinstance(repo_id, str)
-        and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repo_id)
-        and ".." not in repo_id
-    )
-    if not good:
-        raise ManticoreError(f"Component {name!r}: repo_id={repo_id!r} is no Hub repository id ('organisation/name').")
-    named = isinstance(revision, str) and re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)*", revision)
-    hashlike = named and re.fullmatch(r"[0-9a-fA-F]{7,}", revision)  # an abbreviated commit may fit several
-    if not named or ".." in revision or len(revision) > 200 or hashlike and not is_commit(revision):
-        raise ManticoreError(f"Component {name!r}: revision={revision!r} of {repo_id!r} is no 40-hex commit.")
-    plain = isinstance(subfolder, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", subfolder)
-    if subfolder and (not plain or ".." in subfolder.split("/")):
-        raise ManticoreError(f"Component {name!r}: subfolder={subfolder!r} is no plain sub-folder of a repository.")
-    if files is None:
-        return
-    if not isinstance(files, dict) or not any(str(file).endswith(".safetensors") for file in files):
-        raise ManticoreError(f"Component {name!r}: files={files!r} must map its safetensors files to their SHA-256.")
-    for file, digest in files.items():
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(file)):
-            raise ManticoreError(f"Component {name!r}: {file!r} in files is no plain name of a safetensors file.")
-        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise ManticoreError(f"Component {name!r}: {digest!r} of {file!r} is no SHA-256 of 64 hex digits.")
-
-
-def is_commit(revision):
-    """Whether a revision is a full commit hash, which cannot move."""
-    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
-
-
-def _build_config(name, values):
-    values = dict(values)
-    model_type = values.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        raise ManticoreError(
-            f"Component {name!r} has model_type={model_type!r}, which the installed Transformers does not know."
-        )
-    try:
-        return AutoConfig.for_model(model_type, **values)
-    except Exception as err:
-        raise ManticoreError(f"Component {name!r}: its {model_type!r} configuration is invalid: {err}") from err
+def _run_code(names, values):
+    """Runs the code of the components that a caller trusts."""
+    entries = values.get("components") if isinstance(values.get("components"), list) else []
+    entries = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+    found = {entry["name"]: entry for entry in entries if entry.get("code") is not None}
+    for name in [names] if isinstance(names, str) else names:
+        if name not in found:
+            raise ManticoreError(f"trust_component_code: {show(name)} is no component that needs code of its own.")
+        entry = {**dict.fromkeys(_ENTRY_KEYS), **found[name]}
+        check_component_name(name)
+        check_reference(name, entry["repo_id"], entry["revision"], entry["subfolder"], entry["files"])
+        if not is_commit(entry["revision"]):
+            raise ManticoreError(f"Component {name!r}: its code must be pinned by a commit, not {entry['revision']!r}.")
+        sub = entry.get("config") or values.get(name)
+        trust(f"Component {name!r}", entry, sub.get("model_type") if isinstance(sub, dict) else None)
 
 
 def _list_of_dicts(components):
     components = [] if components is None else components
     if not isinstance(components, (list, tuple)) or not all(isinstance(entry, dict) for entry in components):
-        raise ManticoreError(f"components={components!r} must be a list of dicts with a name and a config.")
+        raise ManticoreError(f"components={show(components)} must be a list of dicts with a name and a config.")
+    if len(components) > MAX_COMPONENTS:
+        raise ManticoreError(f"{len(components)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
     return components
 
 
 def _positive_int(key, value):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ManticoreError(f"{key}={value!r} must be a positive integer.")
+        raise ManticoreError(f"{key}={show(value)} must be a positive integer.")
     return value
 
 
 def _nonnegative(key, value):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ManticoreError(f"{key}={value!r} must be a non-negative number.")
+        raise ManticoreError(f"{key}={show(value)} must be a non-negative number.")
     return float(value)

@@ -19,6 +19,7 @@ from .recurrent_manticore import keep_state_in_cache
 from .route_manticore import Dropped, RunsRoute
 from .segments_manticore import Cuts
 from .sft_manticore import KeepsForward, fused_output
+from .sizes_manticore import construct, trying
 from .weights_manticore import ReferencedWeights
 
 
@@ -56,8 +57,10 @@ class ManticoreModel(CachedDecoding, RunsRoute, PerComponentAttention, Manticore
         if not config.component_names:
             raise ManticoreError("A hybrid needs at least one component; ManticoreConfig(components=[...]) is empty.")
         settle_attention(config)
+        self.__dict__["_cuts"] = Cuts()
         for name in config.component_names:
-            component = build(getattr(config, name)) if components is None else components[name]
+            sub, there = getattr(config, name), list(self.children())
+            component = build(name, sub, there) if components is None else components[name]
             setattr(config, name, component.config)
             prepare(component)
             keep_state_in_cache(component)
@@ -65,10 +68,11 @@ class ManticoreModel(CachedDecoding, RunsRoute, PerComponentAttention, Manticore
                 for module in component.modules():
                     module._is_hf_initialized = True
             self.add_module(name, component)
-        self.__dict__["_cuts"] = Cuts()
+            with trying(f"Component {name!r} ({sub.model_type})"):
+                self._cuts.anatomy(component)
         if config.route is not None:
             self._harden()
-        self.hybrid_mixer = self.new_mixer()
+        self.hybrid_mixer = construct("The hybrid's mixer", self.new_mixer, list(self.children()))
         self.__dict__["input_embedding"] = HybridEmbedding(self)
         self.post_init()
         self._follow()

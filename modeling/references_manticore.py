@@ -71,9 +71,8 @@ def component_files(entry, hub):
         ) from err
 
 
-def record(entry, hub):
-    """{file: SHA-256} of a referenced component's safetensors files (and their index), for its entry."""
-    files = component_files({**entry, "files": None}, hub)
+def record(files):
+    """{file: SHA-256} of a component's fetched safetensors files (and their index), for its entry."""
     index = Path(files[0]).with_name(WEIGHT_FILES[1])
     if Path(files[0]).name != WEIGHT_FILES[0] and index.is_file():
         files = [*files, index]

@@ -124,11 +124,13 @@ def _watch_children(component, stack, anatomy):
     experts = stack.config._experts_implementation_internal
     try:
         stack.eval()
-        # One layer shows what happens before and after all: without computing, each would still cost 20 ms.
+        # One layer of each kind shows what happens before and after all, and that they run: without computing, each
+        # would still cost 20 ms.
+        kept = _one_of_each(layers)
         shell = _Shell(stack)
         shell.own = {
-            "_modules": {**stack._modules, anatomy.layers: nn.ModuleList(layers[:1])},
-            "config": slice_config(stack.config, 0, 1),
+            "_modules": {**stack._modules, anatomy.layers: nn.ModuleList([layers[i] for i in kept])},
+            "config": pick_config(stack.config, kept),
         }
         shell.follow()
         # The only way of running experts whose shapes do not depend on the values, of which there are none.
@@ -161,12 +163,30 @@ def _watch_children(component, stack, anatomy):
         )
 
 
+def _one_of_each(layers):
+    """Indices of the layers that are the first of their kind: other modules, shapes or settings (windows)."""
+    kinds = {}
+    for i, layer in enumerate(layers):
+        kind = []
+        for name, module in layer.named_modules():
+            shapes = tuple((key, *tensor.shape) for key, tensor in module.named_parameters(recurse=False))
+            values = [(key, x if isinstance(x, (str, bool)) else type(x)) for key, x in vars(module).items()]
+            kind.append((name, type(module), shapes, tuple(values)))
+        kinds.setdefault(tuple(kind), i)
+    return sorted(kinds.values())
+
+
 def _first_tensor(args, kwargs):
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
 
 
 def slice_config(config, start, stop):
-    """A copy of a component's configuration that describes its layers [start, stop).
+    """A copy of a component's configuration that describes its layers [start, stop)."""
+    return pick_config(config, range(start, stop))
+
+
+def pick_config(config, indices):
+    """A copy of a component's configuration that describes the layers of these indices.
 
     Every per-layer list is cut, whether it is a field or a read-only property (Jamba's `layer_types`).
     """
@@ -182,7 +202,7 @@ def slice_config(config, start, stop):
             except Exception:  # a property of another kind of model: none of this one's layers
                 continue
             if isinstance(value, (list, tuple)) and len(value) == depth:
-                frozen[name] = list(value[start:stop])
+                frozen[name] = [value[i] for i in indices]
     if frozen:
         cls = type(config)
         out.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **frozen})
@@ -190,8 +210,8 @@ def slice_config(config, start, stop):
         if name in frozen or name.startswith("_") or name == "architectures":
             continue
         if isinstance(value, (list, tuple)) and len(value) == depth:
-            out.__dict__[name] = type(value)(value[start:stop])
-    out.__dict__[type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")] = stop - start
+            out.__dict__[name] = type(value)(value[i] for i in indices)
+    out.__dict__[type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(indices)
     return out
 
 

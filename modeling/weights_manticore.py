@@ -9,19 +9,19 @@ import copy
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 from transformers.utils.hub import create_and_tag_model_card
 
 from .configuration_manticore import ManticoreError, is_commit
 from .references_manticore import component_files, open_files, where
 from .saving_manticore import carry_card, copy_code, source_card, whole_directory
+from .sizes_manticore import Renamer, check_tensors, refuse, tie_groups
 
 logger = logging.get_logger(__name__)
 
@@ -31,31 +31,7 @@ _MARKER = "hybrid_mixer.alpha_logits"
 _WEIGHT_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 
 
-class _Renamer:
-    """Checkpoint keys -> keys of the model, as Transformers renames them when it loads (embed_out -> lm_head, ...)."""
-
-    def __init__(self, model):
-        transforms = get_model_conversion_mapping(model)
-        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self.converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
-
-    def __call__(self, key):
-        """(key in the model, whether the tensor itself is converted too: fused, split or transposed)."""
-        name, pattern = rename_source_key(key, self.renamings, self.converters, None, None)
-        return name, pattern is not None
-
-
-def _tie_groups(model):
-    """Key -> the keys of its tie group (itself included)."""
-    groups = {}
-    for target, source in (model.all_tied_weights_keys or {}).items():
-        group = groups.setdefault(source, {source})
-        group.add(target)
-        groups[target] = group
-    return groups
-
-
-def overlay(model, own, hub, stack):
+def overlay(model, own, hub, stack, rename, ties):
     """The hybrid's own tensors over its components' referenced ones, as one lazily read state dict.
 
     Args:
@@ -63,8 +39,9 @@ def overlay(model, own, hub, stack):
         own: Own tensors by checkpoint key.
         hub: Keyword arguments of the Hub client.
         stack: ExitStack that keeps the component files open.
+        rename: The model's `Renamer`.
+        ties: Its `tie_groups`.
     """
-    rename, ties = _Renamer(model), _tie_groups(model)
     covered = set()
     for key in own:
         name, _ = rename(key)
@@ -103,11 +80,14 @@ class ReferencedWeights:
                 model._own_commit = commit[1] if commit else None  # adapters pin the hybrid they were made for
                 model._loaded_from = os.path.dirname(os.path.abspath(files[0]))
                 state_dict = open_files(files, stack, "The hybrid's own weights")
-            state_dict = overlay(model, state_dict, hub, stack)
+            rename, ties, owner = Renamer(model), tie_groups(model), partial(_owner, model)
+            state_dict = overlay(model, state_dict, hub, stack, rename, ties)
+            ignored = load_config.ignore_mismatched_sizes
+            check_tensors(model, state_dict, rename, ties, owner, load_config.hf_quantizer, ignored)
             info, offloaded = PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
-        _refuse_incomplete(model, info, load_config.ignore_mismatched_sizes)
+        _refuse_incomplete(model, info, ties, owner, ignored)
         if offloaded is not None:
             # Transformers 5.23 ties disk-offloaded keys only if they are in the first checkpoint file.
             for target, source in (model.all_tied_weights_keys or {}).items():
@@ -200,7 +180,7 @@ class ReferencedWeights:
     def unchanged_keys(self, state_dict=None):
         """Keys of the tensors that are bit-equal to the referenced ones and therefore need not be saved."""
         state_dict = self.state_dict() if state_dict is None else state_dict
-        ties, out = _tie_groups(self), set()
+        ties, out = tie_groups(self), set()
         with contextlib.ExitStack() as stack:
             for entry in self.config.components:
                 if entry["weights"] != "reference":
@@ -230,7 +210,7 @@ class ReferencedWeights:
             files = component_files(entry, {**hub, "local_files_only": True})
         except ManticoreError:
             files = component_files(entry, hub)
-        rename, out, converted = _Renamer(self), {}, False
+        rename, out, converted = Renamer(self), {}, False
         for key, value in open_files(files, stack, where(entry), prefix).items():
             name, changed = rename(key)
             converted |= changed
@@ -261,7 +241,7 @@ class ReferencedWeights:
         given = dict(state_dict)
         earlier = self.__dict__.setdefault("_earlier_shards", set())
         own = super().state_dict()
-        ties = _tie_groups(self)
+        ties = tie_groups(self)
         for key in list(given):
             for twin in ties.get(key, ()):
                 given.setdefault(twin, given[key])
@@ -308,26 +288,14 @@ def _bytes(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _refuse_incomplete(model, info, ignore_mismatched):
+def _refuse_incomplete(model, info, ties, owner, ignore_mismatched):
+    """Once more after loading: headers do not show what a conversion makes, nor what a quantised file lacks."""
     patterns = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
-    ties = _tie_groups(model)
     missing = {
         key for key in info.missing_keys
         if not any(p.search(key) for p in patterns) and ties.get(key, {key}) <= set(info.missing_keys)
     }  # fmt: skip
-    if missing:
-        raise ManticoreError(
-            f"{_owner(model, min(missing))}: {len(missing)} tensors are neither in the hybrid's file nor in its "
-            f"components' repositories, for example {min(missing)}. The repository is incomplete: save or upload the "
-            "hybrid again from where it is whole."
-        )
-    if info.mismatched_keys and not ignore_mismatched:
-        key, got, expected = sorted(info.mismatched_keys)[0]
-        raise ManticoreError(
-            f"{_owner(model, key)}: {len(info.mismatched_keys)} tensors have another shape than config.json says, for "
-            f"example {key}: {tuple(got)} in the file, {tuple(expected)} in the model. Use the config.json that was "
-            "saved with these weights."
-        )
+    refuse(missing, {} if ignore_mismatched else {key: shapes for key, *shapes in info.mismatched_keys}, owner)
 
 
 def _owner(model, key):

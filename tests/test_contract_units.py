@@ -128,7 +128,7 @@ COMMIT = "0" * 40
         ({"components": entries(config=None)}, "has no configuration"),
         ({"components": entries(config={"model_type": "no_such"})}, "model_type='no_such'"),
         ({"components": entries(weights="somewhere")}, "choose 'reference' or 'embedded'"),
-        ({"components": entries(repo_id="a/b", revision="main")}, "no 40-hex commit"),
+        ({"components": entries(repo_id="a/b", revision="abc1234")}, "no 40-hex commit"),
         ({"components": entries(repo_id="../b", revision=COMMIT)}, "no Hub repository id"),
         ({"components": "gpt2"}, "must be a list of dicts"),
     ],

@@ -1,0 +1,342 @@
+"""How much a model would take, found out before it is taken; and whether a checkpoint has what a model needs.
+
+Shapes are counted on the meta device, where tensors have no storage: a configuration that asks for a trillion
+parameters is refused with numbers instead of ending the process, and a checkpoint is compared by its headers.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import re
+
+import torch
+from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .bounds_manticore import ManticoreError
+
+MAX_ELEMENTS = 10**12
+"""Elements of one component."""
+
+_MAX_TENSORS = 2**17
+_MAX_STEPS = 2**16  # operations of a dry run
+_USABLE = 0.9  # of the memory; the rest is the system's and the interpreter's
+
+
+def memory_of(device):
+    """Bytes of memory that a device has, None where that cannot be told."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+class _Meter(TorchDispatchMode):
+    """Refuses tensors beyond any sense while a model is made or run on the meta device.
+
+    Args:
+        what: How a message calls the model.
+        steps: Operations after which it is refused as endless.
+    """
+
+    def __init__(self, what, steps):
+        super().__init__()
+        self.what, self.steps, self.done, self.elements = what, steps, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        self.done += 1
+        if self.done > self.steps:
+            raise ManticoreError(f"{self.what} is endless: it takes more than {self.steps} operations. Do not use it.")
+        device = kwargs.get("device")
+        made = not any(isinstance(one, torch.Tensor) for one in args)
+        if made and device is not None and torch.device(device).type != "meta":
+            self.measure(func(*args, **{**kwargs, "device": torch.device("meta")}), made)  # before it is taken
+        out = func(*args, **kwargs)
+        self.measure(out, made)
+        return out
+
+    def measure(self, out, made):
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, torch.Tensor):
+                self.elements += one.numel() if made else 0
+                if max(self.elements, one.numel()) > MAX_ELEMENTS:
+                    raise ManticoreError(
+                        f"{self.what} asks for {max(self.elements, one.numel()):.1e} parameters (a tensor of shape "
+                        f"{tuple(one.shape)} among them); at most {MAX_ELEMENTS:.1e} are allowed. Repair or do not use "
+                        "its configuration."
+                    )
+
+
+@contextlib.contextmanager
+def trying(what, steps=_MAX_STEPS):
+    """Context in which a stranger's model is made or run without storage; whatever fails is a ManticoreError.
+
+    Args:
+        what: How a message calls the model.
+        steps: Operations after which it is refused.
+    """
+    with _explained(what), _Meter(what, steps):
+        yield
+
+
+@contextlib.contextmanager
+def _explained(what):
+    try:
+        yield
+    except ManticoreError:
+        raise
+    except ImportError as err:  # a package is missing: nothing is wrong with the model
+        raise ManticoreError(f"{what} needs a package that is not installed: {err}") from err
+    except Exception as err:
+        reason = " ".join(f"{type(err).__name__}: {err}".split())
+        raise ManticoreError(f"{what} cannot be built from its configuration: {reason[:1000]}") from err
+
+
+def construct(what, make, beside=()):
+    """Makes a module, after its size was counted on the meta device.
+
+    Args:
+        what: How a message calls the module.
+        make: Function that makes it; called twice where the default device has storage.
+        beside: Modules that are there already and stay.
+
+    Raises:
+        ManticoreError: It cannot be made, or there is not enough memory; the message has the numbers.
+    """
+    device = torch.get_default_device()
+    if device.type != "meta" and is_deepspeed_zero3_enabled():  # it divides every tensor as soon as it is made
+        return make()
+    with torch.device("meta"), trying(what, steps=4 * _MAX_TENSORS):
+        module = make()
+    tensors = list(_tensors(module))
+    if len(tensors) > _MAX_TENSORS:
+        raise ManticoreError(f"{what} has {len(tensors)} tensors; at most {_MAX_TENSORS} are allowed.")
+    if device.type == "meta":
+        # What no checkpoint holds is made at its full size, whatever a checkpoint's headers say.
+        own = {name for part in module.modules() for name in part._non_persistent_buffers_set}
+        left = [tensor for name, tensor in module.named_buffers() if name.rpartition(".")[2] in own]
+        check_memory(what, left, "", "cpu")
+        return module
+    there = [tensor for one in beside for tensor in _tensors(one)]
+    check_memory(what, tensors + there, " with what is built before it" if there else "", device)
+    with _explained(what):  # only tensors with storage get initial values
+        return make()
+
+
+def check_memory(what, tensors, more="", device="cpu"):
+    """Raises ManticoreError if tensors, of whatever device, are more than the memory of `device`."""
+    there = memory_of(torch.device(device))
+    asked, count = sum(one.nbytes for one in tensors), sum(one.numel() for one in tensors)
+    if there is not None and asked > _USABLE * there:
+        raise ManticoreError(
+            f"{what}{more} asks for {count:.2e} parameters, {asked / 2**30:,.1f} GiB; this machine has "
+            f"{there / 2**30:,.1f} GiB of memory. Use a larger machine, or repair its configuration if it is wrong."
+        )
+
+
+def build_component(what, config, beside=()):
+    """A component's module with initial weights, of Transformers' own class.
+
+    Args:
+        what: How a message calls the component.
+        config: Its configuration.
+        beside: Modules that are there already and stay.
+
+    Raises:
+        ManticoreError: It cannot be built, or there is not enough memory.
+    """
+
+    def make():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False)
+
+    module = construct(what, make, beside)
+    for find in ("get_input_embeddings", "get_output_embeddings"):
+        if not isinstance(getattr(getattr(module, find)(), "weight", None), torch.Tensor):
+            raise ManticoreError(f"{what} cannot be joined: its {find}() gives no module with a weight.")
+    return module
+
+
+def _tensors(module):
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Renamer:
+    """Checkpoint keys -> keys of the model, as Transformers renames them when it loads (embed_out -> lm_head, ...).
+
+    Args:
+        model: The model, on any device.
+        prefixed: Whether a base model's prefix is added or removed where the model needs that (a component's own
+            checkpoint may have been saved without its head).
+    """
+
+    def __init__(self, model, prefixed=False):
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+        self.known = model.state_dict()
+        self.prefix = (model.base_model_prefix, self.known) if prefixed else (None, None)
+
+    def __call__(self, key):
+        """(key in the model, whether the tensor itself is converted too: fused, split or transposed)."""
+        name, pattern = rename_source_key(key, self.renamings, self.converters, *self.prefix)
+        if name not in self.known and key in self.known:  # as Transformers does
+            return key, False
+        return name, pattern is not None
+
+
+def compare(model, tensors, rename, ties=None):
+    """Compares a checkpoint with a model by names and shapes; nothing is read but headers.
+
+    Args:
+        model: The model, on the meta device or not.
+        tensors: {checkpoint key: tensor or lazy slice of a safetensors file}.
+        rename: Function from a checkpoint's key to (key in the model, whether the tensor itself is converted).
+        ties: {key: the keys of its tie group, itself included}.
+
+    Returns:
+        (missing, wrong): the model's keys that no tensor covers, and {key: (shape there, shape in the model)}. Tensors
+        that Transformers converts are compared by the number of their elements.
+    """
+    wanted = model.state_dict(keep_vars=True)
+    ties, covered, wrong, parts, given = ties or {}, set(), {}, {}, {}
+    for key, tensor in sorted(tensors.items()):  # some renamings wait for a key that sorts before theirs
+        name, converted = rename(key)
+        shape = tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+        if converted:  # one may become several beside each other (a fused projection that is split)
+            parent = name.rsplit(".", 2)[0]
+            given[parent] = given.get(parent, 0) + math.prod(shape)
+            parts.setdefault(parent, name)
+            continue
+        covered |= ties.get(name, {name})
+        if name in wanted and shape != (need := tuple(getattr(wanted[name], "ds_shape", wanted[name].shape))):
+            wrong[name] = (shape, need)
+    for parent, name in parts.items():
+        made = [key for key in wanted if key.startswith(parent + ".") and key not in covered]
+        asked = sum(wanted[key].numel() for key in made)
+        if asked > given[parent]:
+            wrong[name] = ((given[parent],), (asked,))
+        covered |= set(made)
+    patterns = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    missing = sorted(key for key in wanted if key not in covered and not any(p.search(key) for p in patterns))
+    return missing, wrong
+
+
+def check_tensors(model, tensors, rename, ties, owner, quantizer=None, ignore_mismatched=False):
+    """Refuses a hybrid's checkpoint before anything is allocated for it.
+
+    Args:
+        model, tensors, rename, ties: As in `compare`.
+        owner: Function from a model's key to what a message calls the part that has it.
+        quantizer: Transformers' quantizer of the model, if it has one.
+        ignore_mismatched: Accept other shapes (`ignore_mismatched_sizes`), if there is memory for the new tensors.
+
+    Raises:
+        ManticoreError: As `refuse`.
+    """
+    missing, wrong = compare(model, tensors, rename, ties)
+    if quantizer is not None:  # it packs tensors, and turns some round before
+        packed = quantizer.pre_quantized
+        wrong = {key: two for key, two in wrong.items() if not packed and math.prod(two[0]) != math.prod(two[1])}
+    if wrong and ignore_mismatched:
+        state = model.state_dict(keep_vars=True)
+        check_memory(owner(min(wrong)), [state[key] for key in wrong if key in state], ": its tensors of another shape")
+    refuse(missing, {} if ignore_mismatched else wrong, owner)
+
+
+def refuse(missing, wrong, owner):
+    """Raises ManticoreError if a checkpoint lacks tensors or has them in other shapes, which `compare` found.
+
+    Args:
+        missing: Keys of the model.
+        wrong: {key: (shape in the file, shape in the model)}.
+        owner: As in `check_tensors`.
+    """
+    if missing:
+        key = min(missing)
+        raise ManticoreError(
+            f"{owner(key)}: {len(missing)} tensors are neither in the hybrid's file nor in its components' "
+            f"repositories, for example {key}. The repository is incomplete: save or upload the hybrid again from "
+            "where it is whole."
+        )
+    if wrong:
+        key = min(wrong)
+        got, need = wrong[key]
+        raise ManticoreError(
+            f"{owner(key)}: {len(wrong)} tensors have another shape than config.json says, for example {key}: "
+            f"{tuple(got)} in the file, {tuple(need)} in the model. Use the config.json that was saved with these "
+            "weights."
+        )
+
+
+def check_checkpoint(address, config, files):
+    """Refuses a component whose configuration and weight files differ, before anything is allocated for it.
+
+    Args:
+        address: How a message calls the component, after the word "Component".
+        config: Its configuration.
+        files: Paths of its safetensors files.
+
+    Raises:
+        ManticoreError: The component cannot be built, or its files lack tensors or have them in another shape.
+    """
+    what = f"Component {address}"
+    with torch.device("meta"):
+        model = build_component(what, copy.deepcopy(config))
+    with contextlib.ExitStack() as stack:
+        tensors = {}
+        for file in files:
+            try:
+                handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                tensors.update({key: handle.get_slice(key) for key in handle.keys()})
+            except Exception as err:
+                raise ManticoreError(f"{what}: {file} is no readable safetensors file ({err}).") from err
+        missing, wrong = compare(model, tensors, Renamer(model, prefixed=True), tie_groups(model))
+    bad = missing + [f"{key} ({got}, not {need})" for key, (got, need) in sorted(wrong.items())]
+    if bad:
+        raise ManticoreError(
+            f"{what}: {len(bad)} weights are missing or of another shape in its checkpoint, for example {bad[0]}: its "
+            "config.json belongs to other weights."
+        )
+
+
+def checkpoint_files(folder):
+    """Paths of the safetensors files of a component's directory: one, or those that its index names.
+
+    Raises:
+        ManticoreError: The index names other files than safetensors files beside it.
+    """
+    whole, index = (os.path.join(folder, "model.safetensors" + end) for end in ("", ".index.json"))
+    if os.path.isfile(whole):
+        return [whole]
+    try:
+        with open(index, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+        plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard) for shard in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        plain = False
+    if not plain:
+        raise ManticoreError(f"{index} is no index of safetensors files beside it; save the component again.")
+    return [os.path.join(folder, shard) for shard in shards]
+
+
+def tie_groups(model):
+    """Key -> the keys of its tie group (itself included)."""
+    groups = {}
+    for target, source in (model.all_tied_weights_keys or {}).items():
+        group = groups.setdefault(source, {source})
+        group.add(target)
+        groups[target] = group
+    return groups

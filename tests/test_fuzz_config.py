@@ -1,0 +1,167 @@
+"""Thousands of damaged configurations: each gives a working hybrid or an error with a message, and nothing else.
+
+Nothing else: no other kind of error, no hang, no memory taken, no part of a file written.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from fuzzing import HOSTILE_KEYS, HOSTILE_VALUES, fuzzed, garbled, mutated, outcome
+from hub_models import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM, harden
+from manticore_hf.inspection import inspect_hybrid
+
+HYBRIDS = {
+    "gpt_neox+mamba": {},
+    "llama+mamba2": {"preset": "paper"},
+    "gpt2+jamba": {"embeddings": "mixed", "mixture": "token", "projector": "mlp"},
+    "llama+mamba": {"num_blocks": 1, "mixture_weights": [[0.5, 0.5]]},
+    "hardened": {"num_blocks": 2},
+}
+
+
+class Saved(dict):
+    """{name: (directory, its config.json as text)} of small hybrids."""
+
+    def __repr__(self):  # hypothesis prints the arguments of a failing example
+        return "saved"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    out = Saved()
+    for name, choices in HYBRIDS.items():
+        families = ["gpt_neox", "mamba"] if name == "hardened" else name.split("+")
+        parts = [ComponentSpec(tiny(family, seed=i), name=family) for i, family in enumerate(families)]
+        model = ManticoreForCausalLM.from_components(parts, **{"num_blocks": 2, **choices})
+        model = harden(model, families) if name == "hardened" else model
+        folder = tmp_path_factory.mktemp("saved") / name
+        model.save_pretrained(folder)
+        out[name] = folder, (folder / "config.json").read_text()
+    return out
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """Function (name, text of a config.json) -> a hybrid's directory with that configuration."""
+
+    def make(name, text):
+        target = tmp_path / "fuzzed"
+        target.mkdir(exist_ok=True)
+        for file in ("model.safetensors", "generation_config.json"):
+            if not (target / file).is_symlink() or (target / file).readlink().parent != saved[name][0]:
+                (target / file).unlink(missing_ok=True)
+                (target / file).symlink_to(saved[name][0] / file)
+        (target / "config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+        return target
+
+    return make
+
+
+def changed(text, random):
+    """A config.json whose values were changed: in one component, or anywhere."""
+    values = json.loads(text)
+    part = random.randrange(len(values["components"]) + 1)
+    within = None if part == len(values["components"]) else lambda copy: copy["components"][part]["config"]
+    try:
+        return json.dumps(mutated(values, random, times=random.choice([1, 1, 1, 2, 5]), within=within))
+    except (KeyError, TypeError, IndexError):  # the part itself is gone
+        return json.dumps(mutated(values, random))
+
+
+def on_meta(folder):
+    config = ManticoreConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        ManticoreForCausalLM(config)
+
+
+@torch.no_grad()
+def loaded(folder):
+    model = ManticoreForCausalLM.from_pretrained(folder)
+    logits = model(input_ids=torch.tensor([[3, 1, 4, 1, 5]])).logits
+    assert logits.shape == (1, 5, model.config.vocab_size)
+    target = folder.parent / "again"
+    shutil.rmtree(target, ignore_errors=True)
+    model.save_pretrained(target)
+    again = ManticoreForCausalLM.from_pretrained(target)
+    torch.testing.assert_close(again(input_ids=torch.tensor([[3, 1, 4, 1, 5]])).logits, logits, equal_nan=True)
+
+
+def test_the_hybrids_themselves_work(saved, folder):
+    for name, (_, text) in saved.items():
+        assert all(outcome(run, folder(name, text)) for run in (on_meta, loaded, inspect_hybrid))
+
+
+@fuzzed(1000)
+@given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
+def test_changed_values_as_dicts(saved, name, random):
+    def read(values):
+        config = ManticoreConfig.from_dict(values)
+        assert ManticoreConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+    outcome(read, json.loads(changed(saved[name][1], random)))
+
+
+@fuzzed(200)
+@given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
+def test_changed_values(saved, folder, name, random):
+    outcome(on_meta, folder(name, changed(saved[name][1], random)))
+
+
+@fuzzed(60)
+@given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
+def test_what_can_be_built_also_loads_and_runs(saved, folder, name, random):
+    outcome(loaded, folder(name, changed(saved[name][1], random)))
+
+
+@fuzzed(40)
+@given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
+def test_inspection(saved, folder, name, random):
+    outcome(inspect_hybrid, folder(name, changed(saved[name][1], random)))
+
+
+@fuzzed(300)
+@given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
+def test_garbled_text(saved, folder, name, random):
+    outcome(on_meta, folder(name, garbled(saved[name][1], random, times=random.choice([1, 1, 3]))))
+
+
+@pytest.fixture(scope="module")
+def models(saved):
+    return {name: ManticoreForCausalLM.from_pretrained(folder) for name, (folder, _) in saved.items()}
+
+
+@fuzzed(100)
+@given(name=st.sampled_from(sorted(HYBRIDS)), key=st.sampled_from(HOSTILE_KEYS), value=st.sampled_from(HOSTILE_VALUES))
+def test_a_save_that_fails_leaves_no_file(models, tmp_path, name, key, value):
+    """Whatever a user did to the configuration in memory: a directory that can be read, or none at all."""
+    config, target = models[name].config, tmp_path / "target"
+    before = dict(vars(config))
+    try:
+        vars(config)[key] = value
+        models[name].save_pretrained(target)
+    except Exception:  # it is the user's own object: any error will do
+        assert not list(tmp_path.iterdir())
+    else:
+        assert {"config.json", "model.safetensors"} <= {file.name for file in target.iterdir()}
+        outcome(ManticoreConfig.from_pretrained, target)
+    finally:
+        vars(config).clear()
+        vars(config).update(before)
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def test_errors_of_other_kinds_do_not_pass():
+    def refuse(error):
+        raise error
+
+    with pytest.raises(KeyError):
+        outcome(refuse, KeyError("x"))
+    with pytest.raises(AssertionError):
+        outcome(refuse, ManticoreError(""))
+    assert not outcome(refuse, ManticoreError("no"))
