@@ -33,7 +33,7 @@ def main(argv=None):
 
         return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_run, _add_evaluate, _add_inspect, _add_push):
+    for add in (_add_demo, _add_run, _add_evaluate, _add_inspect, _add_push, _add_mad):
         add(commands)
     for name, text in STAGES.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -96,23 +96,34 @@ def _run(args):
 def _add_evaluate(commands):
     command = commands.add_parser(
         "evaluate",
-        help="losses of a hybrid beside those of its components and their ensemble",
+        help="losses or task scores of a hybrid beside those of its components and their ensemble",
         description="Prints the loss of a hybrid, of each of its components alone and of their plain ensemble on a "
-        "text, in nats per token.",
+        "text, in nats per token (--data), or their scores on tasks of the lm-evaluation-harness (--tasks).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument("--model", required=True, help="the hybrid: directory or Hub repo")
-    command.add_argument("--data", required=True, help="text, jsonl, csv or parquet file, or a Hub data set")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="text, jsonl, csv or parquet file, or a Hub data set")
+    what.add_argument("--tasks", help="tasks of the lm-evaluation-harness: arc_easy,hellaswag")
     command.add_argument("--data-split", default="train", help="split of a Hub data set")
     command.add_argument("--block-size", type=int, default=512, help="tokens per row")
     command.add_argument("--max-tokens", type=int, help="use at most so many tokens (default: all)")
     command.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
-    command.add_argument("--output-dir", help="also write evaluation.json there")
-    command.add_argument("--seed", type=int, default=0, help="random seed (nothing random is left in evaluation)")
+    command.add_argument("--include-path", help="--tasks: directory with task definitions of your own")
+    command.add_argument("--num-fewshot", type=int, help="--tasks: examples before each question (default: the task's)")
+    command.add_argument("--limit", type=int, help="--tasks: documents of each task (default: all)")
+    command.add_argument("--output-dir", help="also write evaluation.json (--data) or tasks.json (--tasks) there")
+    command.add_argument("--seed", type=int, default=0, help="random seed of few-shot examples")
     command.set_defaults(run=_evaluate)
 
 
 def _evaluate(args):
+    if args.tasks is not None:
+        from manticore_hf.harness import run_tasks
+
+        run_tasks(args.model, [task for task in args.tasks.split(",") if task], args.include_path, args.batch_size,
+                  args.num_fewshot, args.limit, args.output_dir, args.seed)  # fmt: skip
+        return
     from manticore_hf.data import DataArguments
     from manticore_hf.evaluation import run_evaluate
 
@@ -182,6 +193,52 @@ def _push(args):
     options = {key: getattr(args, key) for key in same}
     out = publish(args.model, args.repo_id, tokenizer=tokenizer, datasets=args.dataset, tags=args.tag, **options)
     print_published(out)
+
+
+def _add_mad(commands):
+    command = commands.add_parser(
+        "mad",
+        help="train a model or a hybrid from scratch on a MAD task, and print its accuracy",
+        description="Trains a small model from scratch on one of the MAD tasks (in-context recall, fuzzy and noisy "
+        "recall, selective copying, compression, memorization) and prints its accuracy, micro and macro; for a hybrid "
+        "beside each component trained alone on the same sequences, and their ensemble. A finished run is not "
+        "repeated. Defaults are the benchmark's; on a CPU give fewer epochs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("task", help="in-context-recall, fuzzy-in-context-recall, noisy-in-context-recall, "
+                         "selective-copying, compression or memorization")  # fmt: skip
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model type of Transformers: llama, mamba, gpt_neox, ...")
+    what.add_argument("--hybrid", help="model types of a hybrid's components: llama,mamba")
+    command.add_argument("--output-dir", required=True, help="directory of the results, one JSON file per run")
+    command.add_argument("--layers", type=int, default=2, help="layers of every model")
+    command.add_argument("--hidden-size", type=int, default=128, help="width of every model")
+    command.add_argument("--num-blocks", type=int, default=1, help="blocks of the hybrid")
+    command.add_argument("--preset", default="default", help="settings of the hybrid: default or paper")
+    command.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True,
+                         help="also train each of the hybrid's components alone")  # fmt: skip
+    for name, kind, text in (
+        ("vocab-size", int, "token ids, special and noise tokens included"),
+        ("seq-len", int, "tokens per sequence"),
+        ("num-train", int, "training sequences"),
+        ("num-test", int, "test sequences"),
+        ("frac-noise", float, "share of pairs (compression: tokens) that are noise"),
+        ("noise-vocab-size", int, "token ids that only noise uses"),
+        ("tokens-to-copy", int, "tokens to copy (selective copying)"),
+    ):
+        command.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the task's)")
+    command.add_argument("--epochs", type=int, default=200, help="passes over the training sequences")
+    command.add_argument("--learning-rate", type=float, default=5e-4, help="of AdamW, at the start")
+    command.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
+    command.add_argument("--batch-size", type=int, default=128, help="sequences per step")
+    command.add_argument("--seed", type=int, default=0, help="random seed of sequences, weights and their order")
+    command.set_defaults(run=_mad)
+
+
+def _mad(args):
+    from manticore_hf.tasks.run import main as run
+
+    run(args)
 
 
 if __name__ == "__main__":
