@@ -10,7 +10,7 @@ import json
 import math
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -145,7 +145,7 @@ def _alpha(model, source, revision):
     names = ["hybrid_mixer.alpha_logits"] + ["hybrid_mixer.token_gate.linear.bias"] * (model.config.mixture == "token")
     try:
         logits = [_read_tensor(source, name, revision) for name in names]
-    except (OSError, KeyError, ValueError, TypeError, RecursionError, HfHubHTTPError):  # damaged, or hostile
+    except (OSError, KeyError, ValueError, TypeError, RecursionError, HTTPError):  # damaged, or hostile
         return None
     rows = logits[0].float().softmax(-1).tolist()
     if len(logits) > 1:
@@ -209,7 +209,7 @@ def run_inspect(source, revision=None, as_json=False):
         for entry in found["components"]:
             if entry["weights"] == "reference":
                 entry["state"] = component_state(entry)
-    except (OSError, HfHubHTTPError) as err:
+    except (OSError, HTTPError) as err:
         raise ManticoreError(f"{source!r} cannot be read as a hybrid: {err}") from err
     if as_json:
         print(json.dumps(found, indent=1))

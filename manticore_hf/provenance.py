@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 
 from huggingface_hub import HfApi, HfFileSystem
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from manticore_hf import modeling
 
@@ -69,7 +69,7 @@ def component_state(entry):
         return {**state, "access": "gated"}
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return {**state, "access": "missing"}
-    except (HfHubHTTPError, OSError):
+    except (HTTPError, OSError):
         return state
     folder, recorded = f"{entry['subfolder']}/" if entry["subfolder"] else "", entry["files"] or {}
     there = {file.rfilename: file for file in info.siblings}
@@ -113,7 +113,7 @@ def _count_tensors(source, name, revision):
     try:
         with open_weights(source, name, revision) as opened:
             header, _ = read_header(opened)
-    except (OSError, ValueError, HfHubHTTPError, RecursionError):
+    except (OSError, ValueError, HTTPError, RecursionError):
         return {}
     out = {}
     for key in header:

@@ -1,7 +1,10 @@
 """`manticore-hf inspect`: counted sizes against measured ones, and what it must not do."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -176,3 +179,13 @@ def test_alpha_is_read_from_shards(published, hub, owner, tmp_path):
     hub.add_repo(f"{owner}/shards", tmp_path / "shards")
     for source in (tmp_path / "shards", f"{owner}/shards"):
         assert [row["alpha"] for row in inspect_hybrid(source)["blocks"]] == [0.5, 0.5]
+
+
+def test_without_a_hub_a_directory_is_described_all_the_same(published, tmp_path):
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    for source, code in ((tmp_path / "out", 0), ("org/nowhere", 2)):
+        command = [sys.executable, "-m", "manticore_hf.cli", "inspect", str(source)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        assert done.stdout.count("; the Hub does not answer") == (2 if code == 0 else 0)
+        assert ("cannot be read as a hybrid" in done.stderr) == bool(code)
