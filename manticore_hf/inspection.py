@@ -6,8 +6,11 @@ The model is built on the meta device: shapes without storage. FLOPs are counted
 `tokens` tokens without a past. Only the mixture weights are read from the hybrid's own file, by their byte range.
 """
 
+import contextlib
+import io
 import json
 import math
+import re
 
 import torch
 from huggingface_hub.errors import HTTPError
@@ -28,6 +31,7 @@ from manticore_hf.provenance import (
 )
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LARGEST_INDEX = 50_000_000
 
 
 def inspect_hybrid(source, tokens=128, revision=None):
@@ -147,6 +151,9 @@ def _alpha(model, source, revision):
         logits = [_read_tensor(source, name, revision) for name in names]
     except (OSError, KeyError, ValueError, TypeError, RecursionError, HTTPError):  # damaged, or hostile
         return None
+    count = len(model.config.component_names)
+    if any(tuple(one.shape) != shape for one, shape in zip(logits, [(model.config.num_blocks, count), (count,)])):
+        return None
     rows = logits[0].float().softmax(-1).tolist()
     if len(logits) > 1:
         rows[-1] = logits[1].float().softmax(-1).tolist()
@@ -160,7 +167,9 @@ def _read_tensor(source, name, revision):
         opened = open_weights(source, "model.safetensors", revision)
     except FileNotFoundError:  # in shards
         with open_weights(source, "model.safetensors.index.json", revision) as index:
-            shard = json.loads(index.read())["weight_map"][name]
+            shard = json.loads(index.read(_LARGEST_INDEX))["weight_map"][name]
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+            raise ValueError(f"{name} is in {shard!r}, which is no file beside the index") from None
         opened = open_weights(source, shard, revision)
     with opened as file:
         header, begin = read_header(file)
@@ -214,4 +223,7 @@ def run_inspect(source, revision=None, as_json=False):
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        print_inspection(source, found)
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            print_inspection(source, found)
+        # Names of files are a stranger's, too: none of them may command the terminal.
+        print("".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text.getvalue()), end="")

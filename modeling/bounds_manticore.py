@@ -24,6 +24,7 @@ MAX_WIDTH = 2**18
 _MAX_COUNT = 2**16  # heads, experts, groups, labels: each may become a Python object
 _MAX_SIZE = 2**25  # widths, vocabularies, positions
 _MAX_NUMBER = 2**63  # what is only calculated with
+_MAX_BITS = 128  # some files say 10**30 for "no limit"
 _MAX_LIST, _MAX_VALUES, _MAX_DEPTH, _MAX_TEXT = 4096, 100_000, 24, 100_000
 
 # Said by a configuration they load code or files, or replace what Transformers' classes do; none says what a model is.
@@ -138,12 +139,15 @@ def check_plain(what, values):
             raise ManticoreError(f"{what} has {size} (at {show(key)}): no model's configuration needs that many.")
         if isinstance(value, str) and len(value) > _MAX_TEXT:
             raise ManticoreError(f"{what}: {show(key)} is a text of {len(value)} characters; give at most {_MAX_TEXT}.")
-        if isinstance(value, int) and abs(value) >= _MAX_NUMBER:
-            raise ManticoreError(f"{what}: {show(key)} is an integer of {value.bit_length()} bits; give at most 63.")
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            bits = value.bit_length()
+            raise ManticoreError(f"{what}: {show(key)} is an integer of {bits} bits; give at most {_MAX_BITS}.")
         if isinstance(value, dict):
             for name in value:
                 if not isinstance(name, (str, int)) or isinstance(name, str) and len(name) > 1000:
                     raise ManticoreError(f"{what}: {show(key)} has the key {show(name)}, which is no name.")
+            if not isinstance(value.get("dtype"), (str, int, dict, torch.dtype, type(None))):
+                check_dtype(f"{what}: {show(key)}", value["dtype"])  # Transformers could not write it again
             todo += [(str(name), item, depth + 1) for name, item in value.items()]
         elif isinstance(value, (list, tuple)):
             todo += [(key, item, depth + 1) for item in value]
@@ -173,11 +177,26 @@ def check_sizes(what, values, layer_keys=()):
             )
 
 
+def check_values(what, values):
+    """`check_plain` and `check_sizes` of a config.json, which must be done before Transformers reads it.
+
+    Args:
+        what: How a message calls the component.
+        values: What the file says.
+    """
+    check_plain(what, values)
+    kind = values.get("model_type")
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    check_sizes(what, values, _layer_keys(CONFIG_MAPPING[kind]) if known else ())
+
+
 def _most(key, layer_keys):
     """The largest integer that makes sense under a name."""
     if key in layer_keys or re.search(r"(^|_)(layers?|blocks|depth|types?)$", key):
         return MAX_LAYERS
-    if re.search(r"(theta|base|seed|max_length|_ids?|_index|_token|scale|factor)$", key):
+    if key.endswith("max_length"):
+        return 2**_MAX_BITS
+    if re.search(r"(theta|base|seed|_ids?|_index|_token|scale|factor|window)$", key):
         return _MAX_NUMBER
     if key.startswith("num_") or re.search(r"heads?($|_)|experts?$|groups?$|cycles|iters|kernel|conv", key):
         return _MAX_COUNT
@@ -243,7 +262,7 @@ def build_config(name, values):
         ManticoreError: Names the component and what is wrong with its configuration.
     """
     what = f"Component {name!r}"
-    check_plain(what, values)
+    check_values(what, values)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ManticoreError(
@@ -252,7 +271,6 @@ def build_config(name, values):
     if not is_causal_lm(model_type):
         raise ManticoreError(f"{what} is no causal LM (model_type {model_type!r}); only causal LMs can be joined.")
     what, cls = f"Component {name!r} ({model_type})", CONFIG_MAPPING[model_type]
-    check_sizes(what, values, _layer_keys(cls))
     values = clean(what, {key: value for key, value in values.items() if key not in _OF_THE_HYBRID}, cls)
     for key in ("dtype", "torch_dtype"):
         if key in values:
@@ -300,14 +318,15 @@ def check_component(name, config):
 def check_hybrid(values):
     """Raises ManticoreError if one of a hybrid's settings beyond its own (ids, dtype, ...) has an impossible value."""
     what = "The hybrid's configuration"
+    check_sizes(what, values)
     for key in ("dtype", "torch_dtype"):
         check_dtype(what, values.get(key))
     for key, value in values.items():
-        ids = value if isinstance(value, list) else [value]
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if key.endswith("_token_id") and not all(
             one is None or isinstance(one, int) and not isinstance(one, bool) and 0 <= one < _MAX_SIZE for one in ids
         ):
-            raise ManticoreError(f"{what}: {key}={show(value)} must be a token's number, or a list of such.")
+            raise ManticoreError(f"{what}: {key}={show(value)} must be a token's number (eos_token_id: or a list).")
     if values.get("is_encoder_decoder"):
         raise ManticoreError(f"{what}: is_encoder_decoder={show(values['is_encoder_decoder'])}; a hybrid is a decoder.")
     for key in ("attn_implementation", "experts_implementation"):

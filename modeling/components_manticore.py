@@ -228,7 +228,7 @@ def read_license(card):
     stated = data.get("license")
     if stated == "other":
         stated = data.get("license_name") or stated
-    return stated if isinstance(stated, str) and len(stated) < 200 else None
+    return stated if isinstance(stated, str) and len(stated) < 200 and stated.isprintable() else None
 
 
 def _name(spec, text):
@@ -249,15 +249,18 @@ def _read_config(found, folder, trusted=False, token=None):
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             values = json.load(file)
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ManticoreError(
             f"Component {found.address}: its config.json is no JSON object ({err}); repair it or choose another."
         ) from err
     if not isinstance(values, dict):
         raise ManticoreError(
-            f"Component {found.address}: its config.json is no JSON object but {values!r}; repair it or choose another."
+            f"Component {found.address}: its config.json is no JSON object but {show(values)}; repair it or choose another."
         )
+    check_values(f"Component {found.address}", values)
     kind, auto_map = values.get("model_type"), values.get("auto_map")
+    if not isinstance(kind, str):
+        raise ManticoreError(f"Component {found.address}: model_type={show(kind)} in its config.json is no name.")
     if trusted and auto_map and (kind not in CONFIG_MAPPING or kind in registered()):
         what = f"Component {found.address}"
         found.code = code_of(what, auto_map)

@@ -211,7 +211,8 @@ class ManticoreConfig(PreTrainedConfig):
                 f"The hybrid's hidden_size={self.hidden_size} is more than any model has; give at most {MAX_WIDTH}."
             )
         self.num_hidden_layers = self.num_blocks
-        limits = [n for sub in subs if isinstance(n := getattr(sub, "max_position_embeddings", None), int)]
+        limits = [getattr(sub, "max_position_embeddings", None) for sub in subs]
+        limits = [n for n in limits if type(n) is int and n > 0]  # -1: there is none
         self.max_position_embeddings = min(limits, default=None)
         kwargs.setdefault("tie_word_embeddings", False)
         # Transformers sets both on every sub-config, even to None: a component would lose the one it was loaded with.
@@ -246,6 +247,9 @@ class ManticoreConfig(PreTrainedConfig):
         weights = entry.setdefault("weights", "reference" if entry.get("repo_id") else "embedded")
         if weights not in ("reference", "embedded"):
             raise ManticoreError(f"Component {name!r}: weights={show(weights)}; choose 'reference' or 'embedded'.")
+        said = entry.get("license")
+        if said is not None and not (isinstance(said, str) and len(said) < 200 and said.isprintable()):
+            raise ManticoreError(f"Component {name!r}: license={show(said)} must be the short name of one, or null.")
         if weights == "reference" or entry.get("repo_id") is not None:
             check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
         entry = {key: entry.get(key) for key in _ENTRY_KEYS}

@@ -53,7 +53,8 @@ class ManticoreModel(CachedDecoding, RunsRoute, PerComponentAttention, Manticore
     """
 
     def __init__(self, config, components=None):
-        super().__init__(config)
+        with trying("The hybrid"):
+            super().__init__(config)
         if not config.component_names:
             raise ManticoreError("A hybrid needs at least one component; ManticoreConfig(components=[...]) is empty.")
         settle_attention(config)

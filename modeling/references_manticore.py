@@ -112,7 +112,7 @@ def _shards(index, entry):
     try:
         shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
         plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard) for shard in shards)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         plain = False
     if not plain:  # it comes from someone else's repository: no paths, no pickles
         raise ManticoreError(

@@ -1,5 +1,6 @@
-"""A configuration made hostile: refused with a sentence, before anything is allocated, fetched or run for it."""
+"""Hostile hybrids, one thing at a time: each is refused by name, before memory, network or code is touched."""
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -7,298 +8,384 @@ import sys
 
 import pytest
 import torch
-from hub_models import assert_same_model, publish, read_json, tiny
-from manticore_hf.modeling import bounds_manticore, sizes_manticore
+from hub_models import assert_same_model, folder_of, publish, read_json, tiny
+from manticore_hf.modeling import sizes_manticore
 from manticore_hf.modeling.bounds_manticore import build_config, check_component
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
+from manticore_hf.inspection import inspect_hybrid
+
+# Of these, the default configuration of Transformers 5.23 cannot be made, does not survive its own dict, or has its
+# sizes one level below, where a hybrid would not find them.
+_NO_DEFAULT, _NOT_ITSELF = {"gemma4_assistant"}, {"moshi"}
+_NESTED = {
+    "blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "gemma4_unified_assistant",
+    "got_ocr2", "llama4", "mllama", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "qwen3_5", "qwen3_5_moe",
+    "qwen4_exp",
+}  # fmt: skip
 
 
 @pytest.fixture
-def saved(hub, owner, tmp_path):
-    """A saved hybrid of a referenced GPT-NeoX and an embedded Mamba. Returns (model, folder)."""
-    publish(hub, f"{owner}/a", tiny("gpt_neox"), tmp_path / "src")
-    parts = [ComponentSpec(f"{owner}/a", name="a"), ComponentSpec(tiny("mamba"), name="b")]
-    model = ManticoreForCausalLM.from_components(parts)
-    model.save_pretrained(tmp_path / "out")
-    return model, tmp_path / "out"
+def saved(tmp_path):
+    """A hybrid of a GPT-NeoX and a Mamba that holds all its weights."""
+    parts = [ComponentSpec(tiny(family), name=family) for family in ("gpt_neox", "mamba")]
+    ManticoreForCausalLM.from_components(parts, num_blocks=2).save_pretrained(tmp_path / "hybrid")
+    return tmp_path / "hybrid"
 
 
-def edit(folder, component=None, **changes):
-    """Changes config.json: a component's configuration, or the hybrid's own."""
+def change(folder, edit):
+    """Lets `edit` change config.json's values; returns the folder."""
     values = read_json(folder)
-    target = values if component is None else values["components"][component]["config"]
-    target.update(changes)
+    edit(values)
     (folder / "config.json").write_text(json.dumps(values))
+    return folder
 
 
-def refused(folder, message, capsys=None):
-    """What loads a hybrid and what inspects it refuse it, in one sentence."""
-    with pytest.raises(ManticoreError, match=message) as err:
+def in_component(number=0, **settings):
+    """An edit that puts settings into a component's configuration."""
+    return lambda values: values["components"][number]["config"].update(settings)
+
+
+def refused_everywhere(folder, message, capsys):
+    """Asserts that loading and inspecting refuse, each with that message and nothing else."""
+    with pytest.raises(ManticoreError, match=message):
         ManticoreForCausalLM.from_pretrained(folder)
-    assert len(str(err.value)) < 2000
+    with pytest.raises(ManticoreError, match=message):
+        inspect_hybrid(folder)
+    capsys.readouterr()
     assert main(["inspect", str(folder)]) == 2
-    if capsys is not None:
-        shown = capsys.readouterr().err
-        assert shown.startswith("manticore-hf inspect: ") and "Traceback" not in shown
+    assert "Traceback" not in capsys.readouterr().err
 
 
-# ---- sizes -----------------------------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------------------------
+
+def deep(layers):
+    """An edit that makes a component of 80 billion parameters a layer that deep."""
+
+    def edit(values):
+        in_component(**{**TRILLION, "num_hidden_layers": layers})(values)
+        values["block_layers"] = None
+
+    return edit
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"hidden_size": 10**12}, "hidden_size=10{12} is more than any model has"),
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers=10{6} is more"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive"),
-        ({"hidden_size": 10**6, "num_attention_heads": 10}, "hidden_size=1000000 is more than any model has"),
-        ({"vocab_size": 10**30}, "integer of 100 bits"),
-        ({"vocab_size": -5}, "vocab_size=-5"),
-        ({"num_attention_heads": 10**9}, "num_attention_heads"),
-        ({"hidden_size": "16"}, "hidden_size|invalid"),
-        ({"hidden_size": True}, "hidden_size|invalid"),
-        ({"num_hidden_layers": 3.5}, "num_hidden_layers|invalid"),
-        ({"layer_types": ["x"] * 10**5}, "values"),
-        ({"rope_scaling": [[[[[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]]]]]}, "levels"),
-        ({"hidden_act": "x" * 200_000}, "text of 200000 characters"),
-    ],
-    ids=lambda value: str(list(value))[:40] if isinstance(value, dict) else "",
-)
-def test_sizes_beyond_sense(saved, capsys, changes, message):
-    edit(saved[1], 0, **changes)
-    refused(saved[1], message, capsys)
+TRILLION = {"hidden_size": 2**16, "intermediate_size": 2**19, "num_hidden_layers": 3, "num_attention_heads": 64}
+
+LARGE = [
+    # 2**22 rows of 2**18 numbers
+    (in_component(vocab_size=2**22, hidden_size=2**18), "at most 1.0e\\+12 are allowed|hidden_size=262144"),
+    (deep(30), "e\\+1[23] parameters .*at most 1.0e\\+12 are allowed"),
+    (in_component(num_hidden_layers=10**6), "num_hidden_layers=1000000 is more than any model has"),
+    (in_component(num_labels=10**9), "num_labels=1000000000 is more than any model has"),
+    (in_component(num_attention_heads=10**6), "num_attention_heads=1000000 is more than any model has"),
+    (in_component(vocab_size=10**30), "'vocab_size' is an integer of 100 bits; give at most 63"),
+    (in_component(hidden_size=10**12), "hidden_size=1000000000000 is more than any model has"),
+    (in_component(layer_types=["full_attention"] * 5000), "layer_types is a list of 5000 values"),
+    (in_component(bad_words=[0] * 200_000), "more than 100000 values"),
+    (in_component(note="x" * 200_000), "'note' is a text of 200000 characters"),
+    (lambda values: values.update(num_labels=10**9), "The hybrid's configuration: num_labels=1000000000 is more than"),
+    (lambda values: values.update(num_blocks=10**9), "more than the 3 layers of component 'gpt_neox'"),
+    (lambda values: values.update(components=values["components"] * 40), "80 components are too many"),
+]
 
 
-def test_a_hybrid_has_bounds_as_a_whole(saved):
-    values = {**read_json(saved[1]), "block_layers": None, "reference_component": None, "tokenizer_component": None}
-    entry = values["components"][1]
-    many = {**values, "components": [{**copy.deepcopy(entry), "name": f"c{i}"} for i in range(33)]}
-    with pytest.raises(ManticoreError, match="33 components are too many"):
-        ManticoreConfig.from_dict(many)
-    deep = [{**entry, "name": f"c{i}", "config": {**entry["config"], "num_hidden_layers": 1000}} for i in range(2)]
+@pytest.mark.parametrize("edit, message", LARGE, ids=[message[:30] for _, message in LARGE])
+def test_what_is_too_large_is_refused(saved, edit, message, capsys):
+    refused_everywhere(change(saved, edit), message, capsys)
+
+
+@pytest.mark.parametrize("depth", [40, 100_000])
+def test_what_is_nested_too_deep_is_refused(saved, depth, capsys):
+    text = (saved / "config.json").read_text()
+    nested = '"note": ' + "[" * depth + "]" * depth + ","
+    (saved / "config.json").write_text(text.replace("{", "{" + nested, 1))
+    refused_everywhere(saved, "more than 24 levels|RecursionError", capsys)
+
+
+def test_layers_of_all_components_count_together():
+    config = tiny("gpt_neox").config
+    config.num_hidden_layers = 600
     with pytest.raises(ManticoreError, match="more than 1024 layers in all"):
-        ManticoreConfig.from_dict({**values, "components": deep})
-    wide = {**values, "components": [entry], "hidden_size": 10**6, "route": ["b"]}
-    with pytest.raises(ManticoreError, match="hidden_size=1000000 is more"):
-        ManticoreConfig.from_dict(wide)
+        ManticoreConfig(components=[{"name": name, "config": config} for name in ("one", "two")])
 
 
-MEASURED = """
-import resource, sys
-from manticore_hf import ManticoreError, ManticoreForCausalLM
+def test_a_refusal_takes_no_memory(saved):
+    """In a process of its own, whose peak is measured; the refused matrices have 50 GiB and more each."""
+    change(saved, in_component(**TRILLION))
+    code = """
+import resource, sys, torch
+from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
+from manticore_hf.inspection import inspect_hybrid
+from manticore_hf.modeling import sizes_manticore
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    if sys.argv[2] == "load":
-        ManticoreForCausalLM.from_pretrained(sys.argv[1])
-    elif sys.argv[2] == "compose":
-        ManticoreForCausalLM.from_components([sys.argv[1]])
+sizes_manticore.memory_of = lambda device: 2**36
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+folder, before = sys.argv[1], peak()
+config = ManticoreConfig.from_pretrained(folder)
+found = inspect_hybrid(folder)  # some machine may have the memory
+assert found["parts"][-1]["parameters"] > 2e11, found["parts"][-1]
+for run in (ManticoreForCausalLM.from_pretrained, lambda _: ManticoreForCausalLM(config)):
+    try:
+        run(folder)
+    except ManticoreError as err:
+        print(err)
     else:
-        from transformers import AutoConfig
-        ManticoreForCausalLM(AutoConfig.from_pretrained(sys.argv[1]))
-except ManticoreError as err:
-    print(err)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+        sys.exit("it was not refused")
+assert peak() - before < 2000, (peak(), before)
 """
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = done.stdout.strip().splitlines()
+    assert "tensors have another shape than config.json says" in first or "neither in the hybrid's file" in first
+    assert "GiB of memory" in second and "gpt_neox" in second
 
 
-@pytest.mark.parametrize("way", ["load", "build", "compose"])
-def test_a_trillion_parameters_take_no_memory(saved, tmp_path, way):
-    """Each number is one that some model has; together they ask for 10^12 parameters."""
-    huge = {"hidden_size": 2**15, "intermediate_size": 2**17, "num_hidden_layers": 100, "num_attention_heads": 64}
-    if way == "compose":
-        tiny("gpt_neox").save_pretrained(tmp_path / "part")
-        values = {**read_json(tmp_path / "part"), **huge}
-        (tmp_path / "part" / "config.json").write_text(json.dumps(values))
-    else:
-        edit(saved[1], 0, **huge)
-        edit(saved[1], block_layers=None)
-    folder = tmp_path / "part" if way == "compose" else saved[1]
-    command = [sys.executable, "-c", MEASURED, str(folder), way]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    message, grown = done.stdout.strip().rsplit("\n", 1)
-    assert done.returncode == 0 and "omponent" in message, done.stderr
-    assert "parameters" in message or "another shape" in message
-    assert int(grown) < 1500  # MiB: of imports; the model would be 5 TB
+def test_components_share_the_machines_memory(saved, monkeypatch):
+    config = ManticoreConfig.from_pretrained(saved)
+    one = sum(p.nbytes for p in tiny("gpt_neox").state_dict().values())
+    monkeypatch.setattr(sizes_manticore, "memory_of", lambda device: 1.3 * one)
+    with pytest.raises(ManticoreError, match=r"'mamba' \(mamba\) with what is built before it asks for"):
+        ManticoreForCausalLM(config)
+    with torch.device("meta"):
+        ManticoreForCausalLM(config)
 
 
-def test_more_than_the_machine_has_is_refused_with_numbers(saved, monkeypatch):
-    monkeypatch.setattr(sizes_manticore, "memory_of", lambda device: 50_000)
-    with pytest.raises(ManticoreError, match=r"asks for \S+ parameters, .* GiB; this machine has .* GiB of memory"):
-        ManticoreForCausalLM(saved[0].config)
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def test_a_configuration_of_other_weights(saved, tmp_path):
-    edit(saved[1], 1, intermediate_size=4096)
-    with pytest.raises(ManticoreError, match=r"Component 'b' \(embedded\).*another shape.*in the file.*in the model"):
-        ManticoreForCausalLM.from_pretrained(saved[1])
-    tiny("mamba").save_pretrained(tmp_path / "part")
-    values = {**read_json(tmp_path / "part"), "intermediate_size": 96}
-    (tmp_path / "part" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ManticoreError, match="config.json belongs to other weights"):
-        ManticoreForCausalLM.from_components([tmp_path / "part"])
-
-
-def test_shapes_are_compared_before_anything_is_allocated(saved, monkeypatch):
-    edit(saved[1], 1, intermediate_size=4096)
-    monkeypatch.setattr("transformers.PreTrainedModel._load_pretrained_model", None)
-    with pytest.raises(ManticoreError, match="another shape"):
-        ManticoreForCausalLM.from_pretrained(saved[1])
-
-
-def test_a_checkpoint_that_lacks_a_tensor(saved):
-    file = saved[1] / "model.safetensors"
-    tensors = load_file(file)
-    tensors.pop("b.backbone.layers.0.mixer.D")
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ManticoreError, match=r"'b' \(embedded\): 1 tensors are neither in.*layers.0.mixer.D"):
-        ManticoreForCausalLM.from_pretrained(saved[1])
-
-
-def test_other_shapes_can_still_be_asked_for(saved):
-    edit(saved[1], 1, state_size=8)
-    model = ManticoreForCausalLM.from_pretrained(saved[1], ignore_mismatched_sizes=True)
-    assert model.b.backbone.layers[0].mixer.A_log.shape[1] == 8
-    assert torch.equal(model.b.backbone.layers[0].mixer.D, saved[0].b.backbone.layers[0].mixer.D)
-
-
-@pytest.mark.parametrize(
-    "index",
-    ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": "x.bin"}}'],
-)
-def test_an_index_that_leads_elsewhere(tmp_path, index):
-    tiny("mamba").save_pretrained(tmp_path / "part")
-    (tmp_path / "part" / "model.safetensors").unlink()
-    (tmp_path / "part" / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ManticoreError, match="no index of safetensors files beside it"):
-        ManticoreForCausalLM.from_components([tmp_path / "part"])
+def test_a_model_of_endlessly_many_parts_is_refused(monkeypatch):
+    with pytest.raises(ManticoreError, match="X is endless: it takes more than 3 operations"):
+        with torch.device("meta"), sizes_manticore.trying("X", steps=3):
+            torch.nn.Linear(2, 2)
+    monkeypatch.setattr(sizes_manticore, "_MAX_TENSORS", 3)
+    with pytest.raises(ManticoreError, match="X has 4 tensors; at most 3"):
+        sizes_manticore.construct("X", lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("component", [None, 0], ids=["hybrid", "component"])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("where", ["hybrid", "component"])
+def test_a_kernel_is_not_fetched(saved, hub, key, where):
+    plain = ManticoreForCausalLM.from_pretrained(saved)
+    settings = {key: "org/kernel"}
+    change(saved, in_component(**settings) if where == "component" else lambda values: values.update(settings))
+    hub.requests.clear()
+    assert_same_model(ManticoreForCausalLM.from_pretrained(saved), plain)
+    assert not [path for _, path in hub.requests if "kernel" in path]
+
+
+def test_code_that_a_component_names_is_not_run(saved, hub):
+    plain = ManticoreForCausalLM.from_pretrained(saved)
+    change(saved, in_component(auto_map={"AutoConfig": "org/evil--configuration.Config"}))
+    hub.requests.clear()
+    model = ManticoreForCausalLM.from_pretrained(saved)
+    assert not [path for _, path in hub.requests if "evil" in path]
+    assert_same_model(model, plain)
+    assert not hasattr(model.config.gpt_neox, "auto_map")
+
+
 @pytest.mark.parametrize(
-    "key, value",
+    "edit, message",
     [
-        ("attn_implementation", "evil/kernel"), ("_attn_implementation", "evil/kernel"),
-        ("_attn_implementation_internal", "evil/kernel:attend"), ("experts_implementation", "evil/kernel"),
-        ("name_or_path", "evil/other"), ("_name_or_path", "evil/other"), ("transformers_weights", "../x.safetensors"),
-        ("kernel_config", {"RMSNorm": "evil/kernel:X"}), ("custom_pipelines", {"x": {"impl": "evil--x.X"}}),
-        ("backbone", "evil/other"), ("use_pretrained_backbone", True), ("gguf_file", "x.gguf"),
-        ("distributed_config", {"tp_plan": "auto"}), ("_commit_hash", "main"), ("_component_names", ["x"]),
+        (in_component(quantization_config={"quant_method": "gptq"}), "'gpt_neox' .* has a quantization_config"),
+        (lambda values: values.update(quantization_config={"quant_method": "fp8"}), "quant_method='fp8' is not supp"),
+        (lambda values: values.update(quantization_config=["x"]), "quantization_config=\\['x'\\] must be a dict"),
+        (in_component(dtype="load"), "dtype='load' is no dtype of torch"),
+        (in_component(torch_dtype="os"), "dtype='os' is no dtype of torch"),
+        (lambda values: values.update(dtype="hub"), "dtype='hub' is no dtype of torch"),
+        (in_component(rope_parameters={"dtype": 1.5}), "'rope_parameters': dtype=1.5 is no dtype of torch"),
+        (lambda values: values.update(pad_token_id=[1]), "pad_token_id=\\[1\\] must be a token's number"),
+        (lambda values: values.update(max_new_tokens="x"), "The hybrid cannot be built from its configuration: Type"),
+        (in_component(to_dict="x"), "to_dict='x' is no setting of a configuration"),
+        (in_component(model_type="manticore"), "no causal LM"),
+        (in_component(model_type="vit"), "no causal LM"),
+        (in_component(model_type=["gpt2"]), "model_type=\\['gpt2'\\]"),
+        (lambda values: values["components"][0].update(name="forward"), "used by the model itself"),
+        (lambda values: values["components"][0].update(name="../x"), "must be a Python identifier"),
     ],
-)  # fmt: skip
-def test_instructions_in_a_file_are_not_followed(saved, hub, component, key, value):
-    edit(saved[1], component, **{key: value})
-    hub.clear_requests()
-    assert_same_model(ManticoreForCausalLM.from_pretrained(saved[1]), saved[0])
-    assert "evil" not in str(hub.requests)
-
-
-def test_code_that_a_component_names_is_not_run(saved, tmp_path):
-    (saved[1] / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass X: pass\n")
-    edit(saved[1], 0, auto_map={"AutoModelForCausalLM": "evil.X", "AutoConfig": "evil.X"})
-    assert_same_model(ManticoreForCausalLM.from_pretrained(saved[1]), saved[0])
-    assert_same_model(AutoModelForCausalLM.from_pretrained(saved[1]), saved[0])
-    assert not (tmp_path / "canary").exists()
-
-
-@pytest.mark.parametrize(
-    "component, key, value, message",
-    [
-        (0, "quantization_config", {"quant_method": "gptq", "bits": 4}, "'a'.*quantization_config"),
-        (None, "quantization_config", {"quant_method": "gptq", "bits": 4}, "quant_method='gptq' is not supported"),
-        (0, "dtype", "load", "dtype='load' is no dtype of torch"), (None, "dtype", "os", "dtype='os' is no dtype"),
-        (None, "torch_dtype", {"a": 1}, "is no dtype"), (0, "to_dict", 1, "to_dict=1 is no setting"),
-        (0, "self", 1, "self=1 is no setting"), (None, "save_pretrained", "x", "save_pretrained='x' is no setting"),
-        (None, "is_encoder_decoder", True, "a hybrid is a decoder"),
-        (None, "eos_token_id", "x", "eos_token_id='x' must be a token's number"),
-        (None, "eos_token_id", -7, "eos_token_id=-7 must be a token's number"),
-        (0, "model_type", "t5", "'a' is no causal LM"), (0, "model_type", "manticore", "'a' is no causal LM"),
-        (0, "model_type", ["llama"], r"model_type=\['llama'\]"), (0, "sliding_window", -3, "sliding_window=-3"),
-        (None, "num_blocks", 10**9, "num_blocks"), (None, "manticore_version", 99, "format version 99"),
-        (None, "mixture_weights", [[float("inf"), 0]], "mixture_weights"), (None, "block_layers", {"a": [10**9]}, "."),
-        (None, "a", {"model_type": "llama"}, "'a' is set beside 'components'"),
-    ],
-)  # fmt: skip
-def test_impossible_settings_are_refused(saved, component, key, value, message):
-    edit(saved[1], component, **{key: value})
-    refused(saved[1], message)
-
-
-@pytest.mark.parametrize(
-    "name", ["forward", "config", "__class__", "to_dict", "a b", "1a", "", "class", "x" * 200, 3, "é"], ids=range(11)
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_names_that_would_replace_something(saved, name):
-    values = read_json(saved[1])
-    values["components"][0]["name"] = name
-    (saved[1] / "config.json").write_text(json.dumps(values))
-    refused(saved[1], "Component name")
+def test_what_no_file_may_say_is_refused(saved, edit, message, capsys):
+    refused_everywhere(change(saved, edit), message, capsys)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "3", "null", "{", '{"a":' * 3000, "[" * 100_000, "\x00", '{"model_type": "manticore"}'],
-    ids=range(9),
-)
-def test_files_that_are_no_configuration(saved, text):
-    (saved[1] / "config.json").write_text(text)
-    with pytest.raises((ValueError, OSError)) as err:
-        ManticoreForCausalLM.from_pretrained(saved[1])
-    assert str(err.value)
-    assert main(["inspect", str(saved[1])]) == 2
+@pytest.mark.parametrize("address", ["../x", "/etc", "file:///etc", "https://evil.example/x", "a/b/c", "a/../b"])
+def test_what_is_no_repository_is_refused(saved, address, capsys):
+    edit = {"repo_id": address, "revision": "0" * 40, "weights": "reference"}
+    change(saved, lambda values: values["components"][0].update(edit))
+    refused_everywhere(saved, "is no Hub repository id", capsys)
 
 
-# ---- what is legitimate ----------------------------------------------------------------------------------------------
-
-KNOWN = sorted(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING and kind != "manticore")
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KNOWN)
-def test_the_defaults_of_every_architecture_are_within_bounds(kind):
-    """Each default configuration is that of a published model; what the bounds refuse must have another reason."""
-    try:
-        config = CONFIG_MAPPING[kind]()
-    except Exception as err:  # its defaults are none
-        pytest.skip(f"{type(err).__name__}: {err}"[:200])
-    if config.is_encoder_decoder or getattr(config, "quantization_config", None) is not None:
-        pytest.skip("an encoder-decoder, or packed weights")
-    values = json.loads(config.to_json_string(use_diff=False))
-    try:
-        again = build_config("one", values)
+@contextlib.contextmanager
+def nothing_is_loaded(monkeypatch):
+    """Context in which it is an error to read weights."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.convert_and_load_state_dict_in_model", load)
+        yield
+
+
+def test_other_shapes_in_the_file_are_seen_before_anything_is_read(saved, monkeypatch):
+    change(saved, in_component(intermediate_size=48))
+    message = r"mlp.*: \(16, 32\) in the file, \(16, 48\) in the model"
+    with nothing_is_loaded(monkeypatch), pytest.raises(ManticoreError, match=message):
+        ManticoreForCausalLM.from_pretrained(saved)
+    model = ManticoreForCausalLM.from_pretrained(saved, ignore_mismatched_sizes=True)
+    assert model.gpt_neox.config.intermediate_size == 48
+    assert model.gpt_neox.gpt_neox.layers[0].mlp.dense_h_to_4h.weight.shape == (48, 16)
+
+
+def test_other_shapes_are_ignored_only_where_there_is_memory(saved):
+    change(saved, in_component(intermediate_size=2**25))
+    with pytest.raises(ManticoreError, match="its tensors of another shape asks for .* GiB of memory"):
+        ManticoreForCausalLM.from_pretrained(saved, ignore_mismatched_sizes=True, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_tensor_that_is_lacking_is_seen_before_anything_is_read(saved, monkeypatch, ignore):
+    tensors = load_file(saved / "model.safetensors")
+    key = "mamba.backbone.layers.1.mixer.A_log"
+    del tensors[key]
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    with nothing_is_loaded(monkeypatch), pytest.raises(ManticoreError, match=f"1 tensors are neither .* {key}"):
+        ManticoreForCausalLM.from_pretrained(saved, ignore_mismatched_sizes=ignore)
+
+
+def test_a_referenced_file_of_other_shapes(hub, owner, tmp_path):
+    """The hybrid names another commit of its component than the one its configuration is of."""
+    publish(hub, f"{owner}/one", tiny("gpt_neox"), tmp_path)
+    model = ManticoreForCausalLM.from_components([ComponentSpec(f"{owner}/one", name="one")], num_blocks=2)
+    other = publish(hub, f"{owner}/one", tiny("gpt_neox", hidden_size=20), tmp_path / "other", branch="other")
+    model.save_pretrained(tmp_path / "hybrid")
+    change(tmp_path / "hybrid", lambda values: values["components"][0].update(revision=other, files=None))
+    with pytest.raises(ManticoreError, match=f"'one' .*{other[:12]}.* have another shape than config.json says"):
+        ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "jamba"])
+@pytest.mark.parametrize("repo", [True, False])
+def test_a_component_whose_configuration_is_of_other_weights(hub, owner, tmp_path, monkeypatch, family, repo):
+    def edit(folder):
+        change(folder, lambda values: values.update(intermediate_size=64))
+
+    if repo:
+        publish(hub, f"{owner}/mixed", tiny(family), tmp_path, edit=edit)
+        source = f"{owner}/mixed"
+    else:
+        source = folder_of(tiny(family), tmp_path / "mixed")
+        edit(source)
+    with nothing_is_loaded(monkeypatch):
+        with pytest.raises(ManticoreError, match="its config.json belongs to other weights"):
+            ManticoreForCausalLM.from_components([ComponentSpec(source, name="one")])
+
+
+def test_shards_that_an_index_names_stay_in_the_folder(tmp_path):
+    folder = folder_of(tiny("gpt_neox"), tmp_path / "one", max_shard_size="5KB")
+    ManticoreForCausalLM.from_components([ComponentSpec(folder, name="one")])
+    index = read_json(folder, "model.safetensors.index.json")
+    key = next(iter(index["weight_map"]))
+    index["weight_map"][key] = "../one/" + index["weight_map"][key]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ManticoreError, match="is no index of safetensors files beside it"):
+        ManticoreForCausalLM.from_components([ComponentSpec(folder, name="one")])
+
+
+# ---- what is allowed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - _NO_DEFAULT))
+def test_every_causal_lm_of_transformers_may_be_configured(name):
+    if name not in CONFIG_MAPPING or name == "manticore":
+        pytest.skip("no configuration of Transformers")
+    config = CONFIG_MAPPING[name]()
+    again = build_config("one", json.loads(json.dumps(config.to_dict())))
+    assert type(again) is type(config)
+    if name not in _NOT_ITSELF:
+        assert json.dumps(again.to_dict(), sort_keys=True) == json.dumps(config.to_dict(), sort_keys=True)
+    if name in _NESTED:
+        with pytest.raises(ManticoreError, match="has no hidden_size, vocab_size or layers"):
+            check_component("one", again)
+    else:
         check_component("one", again)
-    except ManticoreError as err:
-        assert "more than" not in str(err) and "is no setting" not in str(err), str(err)
-        pytest.skip(str(err))
-    ours = json.loads(again.to_json_string(use_diff=False))
-    theirs = json.loads(type(config)(**values).to_json_string(use_diff=False))  # what Transformers makes of the same
-    dropped = bounds_manticore._INSTRUCTIONS | set(bounds_manticore._OF_THE_HYBRID) | {"attn_implementation"}
-    compared = [key for key in theirs if key not in dropped and not key.startswith("_")]
-    assert {key: ours.get(key) for key in compared} == {key: theirs[key] for key in compared}
 
 
 @pytest.mark.parametrize(
-    "kind, values",
+    "settings",
     [
-        ("llama", {"vocab_size": 262_144, "max_position_embeddings": 10 * 2**20, "rope_theta": 1e9}),
-        ("llama", {"hidden_size": 16_384, "num_hidden_layers": 126, "intermediate_size": 53_248}),
-        ("mixtral", {"num_local_experts": 1024, "num_experts_per_tok": 32}),
-        ("mamba2", {"hidden_size": 4096, "state_size": 256, "num_heads": 128, "head_dim": 64, "chunk_size": 256}),
-        ("qwen3", {"layer_types": ["full_attention"] * 36, "num_hidden_layers": 36, "sliding_window": None}),
-        ("llama", {"eos_token_id": [128_001, 128_008, 128_009], "bos_token_id": 128_000, "vocab_size": 128_256}),
+        {"vocab_size": 262_144, "max_position_embeddings": 10 * 2**20, "rope_parameters": {"rope_theta": 10_000_000}},
+        {"num_hidden_layers": 126, "hidden_size": 16_384, "intermediate_size": 65_536, "num_attention_heads": 128},
+        {"num_labels": 1000, "layer_types": ["full_attention"] * 126, "num_hidden_layers": 126},
+        {"sliding_window": 2**31 - 1, "eos_token_id": [1, 2, 3], "max_position_embeddings": 2**22},
     ],
-)  # fmt: skip
-def test_large_real_models_are_within_bounds(kind, values):
-    config = build_config("one", {"model_type": kind, **values})
+    ids=str,
+)
+def test_the_largest_models_there_are_may_be_configured(settings):
+    config = build_config("one", {"model_type": "llama", **copy.deepcopy(settings)})
     check_component("one", config)
-    assert all(getattr(config, key) == value for key, value in values.items() if key != "rope_theta")
+    for key in set(settings) - {"rope_parameters"}:
+        assert getattr(config, key) == settings[key]
+
+
+def test_what_is_dropped_changes_nothing(saved):
+    """A component's choices of how to run belong to whoever loads it, as in Transformers."""
+    model = ManticoreForCausalLM.from_pretrained(saved, attn_implementation="eager")
+    model.save_pretrained(saved.parent / "again")
+    again = ManticoreForCausalLM.from_pretrained(saved.parent / "again", attn_implementation="eager")
+    assert_same_model(again, model)
+    for one in (model, again):
+        assert {part.config._attn_implementation for part in (one.gpt_neox, one.mamba)} == {"eager"}
+    assert ManticoreForCausalLM.from_pretrained(saved.parent / "again").gpt_neox.config._attn_implementation == "sdpa"
+
+
+# ---- inspection ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"", b"\xff" * 8, b"\x02" + b"\x00" * 7 + b"[]", b"\x09" + b"\x00" * 7 + b"[" * 9,
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0]}, {"dtype": "F32", "shape": "x", "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [-16, 0]}, {"dtype": [], "shape": [], "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [0, 2], "data_offsets": [0, 0]}, [], None, "x",
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_mixture_weights_that_cannot_be_read_are_shown_as_unknown(saved, header):
+    if not isinstance(header, bytes):
+        text = json.dumps({"hybrid_mixer.alpha_logits": header}).encode()
+        header = len(text).to_bytes(8, "little") + text + b"\x00" * 16
+    (saved / "model.safetensors").write_bytes(header)
+    assert {row["alpha"] for row in inspect_hybrid(saved)["blocks"]} == {None}
+
+
+@pytest.mark.parametrize("shard", ["../other/model.safetensors", "/dev/zero", "x", 3, None])
+def test_an_index_leads_to_no_other_folder(saved, shard):
+    (saved / "model.safetensors").rename(saved.parent / "model.safetensors")
+    (saved.parent / "other").mkdir()
+    (saved.parent / "model.safetensors").rename(saved.parent / "other" / "model.safetensors")
+    index = {"weight_map": {"hybrid_mixer.alpha_logits": shard, "hybrid_mixer.token_gate.linear.bias": shard}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert {row["alpha"] for row in inspect_hybrid(saved)["blocks"]} == {None}
+
+
+def test_names_do_not_command_the_terminal(saved, capsys):
+    (saved / "x\x1b[2J.py").write_text("")
+    assert main(["inspect", str(saved)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "x\\x1b[2J.py" in printed
+    change(saved, lambda values: values["components"][0].update(license="mit\x1b[2J"))
+    refused_everywhere(saved, "must be the short name of one", capsys)

@@ -125,7 +125,7 @@ def test_inspection(saved, folder, name, random):
     outcome(inspect_hybrid, folder(name, changed(saved[name][1], random)))
 
 
-@fuzzed(300)
+@fuzzed(200)
 @given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
 def test_garbled_text(saved, folder, name, random):
     outcome(on_meta, folder(name, garbled(saved[name][1], random, times=random.choice([1, 1, 3]))))
