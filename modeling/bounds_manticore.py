@@ -251,26 +251,27 @@ def is_causal_lm(model_type):
     return model_type != "manticore" and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING  # registered
 
 
-def build_config(name, values):
+def build_config(name, values, what=None):
     """A component's configuration from its dict.
 
     Args:
         name: The component's name.
         values: What its config.json says, `model_type` included.
+        what: How a message calls it; default: by name and model type.
 
     Raises:
         ManticoreError: Names the component and what is wrong with its configuration.
     """
-    what = f"Component {name!r}"
+    given, what = what, what or f"Component {name!r}"
     check_values(what, values)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ManticoreError(
-            f"Component {name!r} has model_type={show(model_type)}, which the installed Transformers does not know."
+            f"{what} has model_type={show(model_type)}, which the installed Transformers does not know."
         )
     if not is_causal_lm(model_type):
         raise ManticoreError(f"{what} is no causal LM (model_type {model_type!r}); only causal LMs can be joined.")
-    what, cls = f"Component {name!r} ({model_type})", CONFIG_MAPPING[model_type]
+    what, cls = given or f"Component {name!r} ({model_type})", CONFIG_MAPPING[model_type]
     values = clean(what, {key: value for key, value in values.items() if key not in _OF_THE_HYBRID}, cls)
     for key in ("dtype", "torch_dtype"):
         if key in values:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file, logging
 
-from .bounds_manticore import is_causal_lm
+from .bounds_manticore import build_config, check_values, is_causal_lm, show
 from .configuration_manticore import ManticoreError, check_component_name
 from .fast_mixers_manticore import carry_state, install
 from .remote_manticore import code_of, registered, trust
@@ -255,11 +255,12 @@ def _read_config(found, folder, trusted=False, token=None):
         ) from err
     if not isinstance(values, dict):
         raise ManticoreError(
-            f"Component {found.address}: its config.json is no JSON object but {show(values)}; repair it or choose another."
+            f"Component {found.address}: its config.json is no JSON object but {show(values)}; repair it or choose "
+            "another."
         )
     check_values(f"Component {found.address}", values)
     kind, auto_map = values.get("model_type"), values.get("auto_map")
-    if not isinstance(kind, str):
+    if kind is not None and not isinstance(kind, str):
         raise ManticoreError(f"Component {found.address}: model_type={show(kind)} in its config.json is no name.")
     if trusted and auto_map and (kind not in CONFIG_MAPPING or kind in registered()):
         what = f"Component {found.address}"
@@ -267,13 +268,12 @@ def _read_config(found, folder, trusted=False, token=None):
         trust(what, found.entry(), kind, token)
     _check_architecture(found, values)
     try:
-        found.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        values, _ = PreTrainedConfig.get_config_dict(folder)  # which knows how infinities are written
     except Exception as err:
         raise ManticoreError(
             f"Component {found.address}: its config.json is invalid ({err}); repair it or choose another."
         ) from err
-    # The hybrid runs Transformers' own class: the repository's code is not used, and nobody should be sent to it.
-    found.config.__dict__.pop("auto_map", None)
+    found.config = build_config(found.name, values, f"Component {found.address}")
     _check_direction(found)
 
 
@@ -299,10 +299,11 @@ def _check_architecture(found, values):
     if not is_causal_lm(kind):
         raise ManticoreError(f"Component {found.address} is no causal LM (model_type {kind!r}).")
     architectures = values.get("architectures") or []
-    if architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
+    architectures = architectures if isinstance(architectures, list) else [architectures]
+    if architectures and not any("CausalLM" in str(name) or "LMHead" in str(name) for name in architectures):
         raise ManticoreError(
-            f"Component {found.address} was saved as {architectures[0]}, not as a causal LM; only causal LMs can be "
-            "joined."
+            f"Component {found.address} was saved as {show(architectures[0])}, not as a causal LM; only causal LMs "
+            "can be joined."
         )
 
 

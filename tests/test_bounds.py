@@ -82,7 +82,8 @@ LARGE = [
     (in_component(num_hidden_layers=10**6), "num_hidden_layers=1000000 is more than any model has"),
     (in_component(num_labels=10**9), "num_labels=1000000000 is more than any model has"),
     (in_component(num_attention_heads=10**6), "num_attention_heads=1000000 is more than any model has"),
-    (in_component(vocab_size=10**30), "'vocab_size' is an integer of 100 bits; give at most 63"),
+    (in_component(vocab_size=10**30), "vocab_size=1000000000000000000000000000000 is more than any"),
+    (in_component(vocab_size=10**50), "'vocab_size' is an integer of 167 bits; give at most 128"),
     (in_component(hidden_size=10**12), "hidden_size=1000000000000 is more than any model has"),
     (in_component(layer_types=["full_attention"] * 5000), "layer_types is a list of 5000 values"),
     (in_component(bad_words=[0] * 200_000), "more than 100000 values"),
@@ -327,7 +328,7 @@ def test_every_causal_lm_of_transformers_may_be_configured(name):
         {"vocab_size": 262_144, "max_position_embeddings": 10 * 2**20, "rope_parameters": {"rope_theta": 10_000_000}},
         {"num_hidden_layers": 126, "hidden_size": 16_384, "intermediate_size": 65_536, "num_attention_heads": 128},
         {"num_labels": 1000, "layer_types": ["full_attention"] * 126, "num_hidden_layers": 126},
-        {"sliding_window": 2**31 - 1, "eos_token_id": [1, 2, 3], "max_position_embeddings": 2**22},
+        {"model_max_length": 10**30, "sliding_window": 2**31 - 1, "eos_token_id": [1, 2, 3]},
     ],
     ids=str,
 )

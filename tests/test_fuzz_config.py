@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from fuzzing import HOSTILE_KEYS, HOSTILE_VALUES, fuzzed, garbled, mutated, outcome
-from hub_models import tiny
+from hub_models import FAMILIES, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -129,6 +129,25 @@ def test_inspection(saved, folder, name, random):
 @given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
 def test_garbled_text(saved, folder, name, random):
     outcome(on_meta, folder(name, garbled(saved[name][1], random, times=random.choice([1, 1, 3]))))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """{family: directory} of components."""
+    folders = {family: tmp_path_factory.mktemp("parts") / family for family in FAMILIES}
+    for family, folder in folders.items():
+        tiny(family).save_pretrained(folder)
+    return folders
+
+
+@fuzzed(150)
+@given(family=st.sampled_from(sorted(FAMILIES)), random=st.randoms(), garble=st.booleans())
+def test_components(parts, tmp_path, family, random, garble):
+    target, text = tmp_path / "part", (parts[family] / "config.json").read_text()
+    shutil.copytree(parts[family], target, dirs_exist_ok=True)
+    text = garbled(text, random) if garble else json.dumps(mutated(json.loads(text), random, random.choice([1, 1, 3])))
+    (target / "config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    outcome(lambda: ManticoreForCausalLM.from_components([ComponentSpec(target, name="one")]))
 
 
 @pytest.fixture(scope="module")
