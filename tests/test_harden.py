@@ -17,6 +17,7 @@ from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, lo
 from manticore_hf.cli import main
 from manticore_hf.hardening import harden, pick_route, route_logits, segment_costs
 from manticore_hf.heal import HealTrainer
+from manticore_hf.train import last_whole_checkpoint  # noqa: I001
 
 WIRINGS = [
     {}, {"mixture": "static"}, {"preset": "paper"}, {"projector": "mlp"}, {"projector": "none"},
@@ -277,7 +278,7 @@ def test_the_command_survives_a_kill(start, tmp_path):  # noqa: F811
     for row in ("soft hybrid", "ensemble", "hardened, before healing", "hardened, healed", "of the soft hybrid's"):
         assert row in done.stdout
     output = tmp_path / "killed"
-    assert _kill_when(command(output), lambda: (output / "checkpoint-2" / "trainer_state.json").exists())
+    assert _kill_when(command(output), lambda: last_whole_checkpoint(output) is not None)
     assert "going on from" in _run(command(output)).stdout
     _same(tmp_path / "whole", output)
     result = json.loads((output / "stage.json").read_text())
