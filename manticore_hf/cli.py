@@ -33,7 +33,7 @@ def main(argv=None):
 
         return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_run, _add_evaluate, _add_inspect, _add_push, _add_mad):
+    for add in (_add_demo, _add_run, _add_evaluate, _add_compare, _add_inspect, _add_push, _add_mad):
         add(commands)
     for name, text in STAGES.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -132,6 +132,44 @@ def _evaluate(args):
         validation_fraction=0.0,
     )  # fmt: skip
     run_evaluate(args.model, data, args.batch_size, args.output_dir)
+
+
+def _add_compare(commands):
+    command = commands.add_parser(
+        "compare",
+        help="train and test a recipe's hybrid and every rival at equal budget, over seeds",
+        description="Trains the hybrid of a recipe and every rival a user has (each component tuned alone, also for as "
+        "many FLOPs as the hybrid; their ensemble, plain, weighed, and with a gate per token) on the same tokens with "
+        "the same grid of settings, chosen on a validation split, and tests them on the same documents: losses with "
+        "intervals, paired tests, FLOPs and time. Finished runs are not repeated.",
+    )
+    command.add_argument("recipe", help="the YAML file; its finetune stage is what all models are tuned with")
+    command.add_argument("--output-dir", required=True, help="directory of the runs and the comparison")
+    command.add_argument("--test", required=True, help="held-out documents: file, folder or Hub data set; a column "
+                         "'kind' splits the losses")  # fmt: skip
+    command.add_argument("--test-split", help="split of a Hub data set (default: test)")
+    command.add_argument("--max-test-tokens", type=int, help="test on at most so many tokens")
+    command.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
+    recipe = "(default: the recipe's)"
+    command.add_argument("--learning-rates", type=float, nargs="+", help=f"grid of fine-tuning {recipe}")
+    command.add_argument("--gate-learning-rates", type=float, nargs="+", help=f"grid of gates trained alone {recipe}")
+    command.add_argument("--epochs", type=float, nargs="+", help=f"grid of passes over the text {recipe}")
+    command.add_argument("--blocks", type=int, nargs="+", help=f"hybrids of so many blocks {recipe}")
+    command.add_argument("--projectors", nargs="+", help=f"of hybrids of several blocks: linear, mlp, none {recipe}")
+    command.add_argument("--spaces", nargs="+", help=f"grid of mixture spaces: logprob, prob {recipe}")
+    command.add_argument("--loss-weights", nargs="+", metavar="MIX:OWN", help=f"grid of the hybrids' losses {recipe}")
+    command.add_argument("--from-tuned", action="store_true", help="also start hybrids from the tuned components")
+    command.add_argument("--harden", action="store_true", help="also harden and heal every hybrid")
+    command.add_argument("--singles", nargs="+", help="other models with the same tokenizer, tuned likewise")
+    command.add_argument("--all-text", help="the components' own training text: also retrain each on all of it")
+    command.add_argument("--retrain", nargs="+", help="only these components are retrained on all text")
+    command.set_defaults(run=_compare)
+
+
+def _compare(args):
+    from manticore_hf.compare.run import main as run
+
+    run(args)
 
 
 def _add_inspect(commands):

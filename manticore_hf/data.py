@@ -62,10 +62,10 @@ def load_rows(arguments, tokenizer):
     Raises:
         ManticoreError: The source cannot be read, has no such column, or is too short; names it.
     """
-    records = _records(arguments)
+    records = read_records(arguments)
     limit = None if arguments.max_tokens is None else max(1, arguments.max_tokens // arguments.block_size)
     if arguments.prompt_column is None:
-        texts = (_column(record, arguments.text_column, arguments) for record in records)
+        texts = (text_of(record, arguments.text_column, arguments) for record in records)
         rows = pack(texts, tokenizer, arguments.block_size, limit)
     else:
         rows = mask_prompts(records, tokenizer, arguments, limit)
@@ -82,7 +82,7 @@ def load_rows(arguments, tokenizer):
     return parts["train"], parts["test"]
 
 
-def _records(arguments):
+def read_records(arguments):
     path = Path(arguments.data)
     if not path.exists():
         return _hub_records(arguments)
@@ -139,7 +139,7 @@ def _unreadable(arguments, err):
     )
 
 
-def _column(record, name, arguments):
+def text_of(record, name, arguments):
     if name not in record:
         raise ManticoreError(f"{arguments.data!r} has no column {name!r}; it has {sorted(record)}.")
     if not isinstance(record[name], str):
@@ -210,7 +210,7 @@ def mask_prompts(records, tokenizer, arguments, limit=None):
     """
     rows = {"input_ids": [], "attention_mask": [], "labels": []}
     for record in tqdm(records, desc="Tokenising", unit="record", leave=False):
-        texts = [_column(record, name, arguments) for name in (arguments.prompt_column, arguments.completion_column)]
+        texts = [text_of(record, name, arguments) for name in (arguments.prompt_column, arguments.completion_column)]
         prompt = tokenizer(texts[0], verbose=False)["input_ids"]
         prompt = prompt[:-1] if prompt[-1:] == [tokenizer.eos_token_id] else prompt
         answer = tokenizer(texts[1], add_special_tokens=False, verbose=False)["input_ids"]

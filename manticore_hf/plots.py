@@ -72,6 +72,30 @@ def plot_losses(losses, path):
     _save(figure, path)
 
 
+def plot_differences(rows, hybrid, path):
+    """Draws how much each rival loses against a hybrid, with its interval.
+
+    Args:
+        rows: Rows of a comparison: name, kind, difference, difference_interval.
+        hybrid: Name of the hybrid that all are compared with.
+        path: PNG to write.
+    """
+    shown = sorted((row for row in rows if "difference" in row), key=lambda row: row["difference"], reverse=True)
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * len(shown)))
+    colours = {"hybrid": "tab:orange", "hardened": "tab:orange", "oracle": "tab:green", "single": "tab:purple"}
+    for place, row in enumerate(shown):
+        low, high = row["difference_interval"]
+        colour = colours.get(row["kind"], "tab:gray")
+        axis.plot([low, high], [place, place], color=colour, linewidth=2)
+        axis.plot(row["difference"], place, "o", color=colour)
+    axis.set_yticks(range(len(shown)), [row["name"] for row in shown], fontsize="small")
+    axis.axvline(0, color="black", linewidth=1)
+    axis.grid(alpha=0.3, axis="x")
+    text = f"loss minus that of '{hybrid}', nats per token (right of 0: the hybrid is better)"
+    axis.set_xlabel(text, fontsize="small")
+    _save(figure, path)
+
+
 def _save(figure, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()

@@ -97,7 +97,7 @@ def token_logprobs(
         max_length = getattr(model.config, "max_position_embeddings", None)
     _check_sizes(batch_size, max_length, stride)
     windows, scores = [], []
-    for i, (start, ids) in enumerate(_tokens(tokenizer, texts, start_token_id)):
+    for i, (start, ids) in enumerate(tokens_with_start(tokenizer, texts, start_token_id)):
         windows += _windows(i, start, ids, max_length, stride)
         scores.append([0.0] * len(ids))
     # The longest first: where memory is too small, that shows at once.
@@ -134,7 +134,7 @@ def _check_sizes(batch_size, max_length, stride):
         )
 
 
-def _tokens(tokenizer, texts, start_token_id):
+def tokens_with_start(tokenizer, texts, start_token_id):
     """[(start tokens, tokens of the text)] of every text."""
     if not texts:
         return []

@@ -1,0 +1,251 @@
+"""The models of a comparison: how each is made from the recipe, trained, and loaded again.
+
+A contender's `train(options, seed, folder)` leaves what `load(run)` needs in the folder, and returns what it cost.
+Components are tuned by the standard Trainer with the settings of the recipe's finetune stage, gates with those of its
+pretrain stage; hybrids run the recipe itself, changed in the keys that a variant is about.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+from manticore_hf.compare.scores import forward_flops
+from manticore_hf.compare.settings import training_settings
+from manticore_hf.data import DataArguments
+from manticore_hf.heal import HardenArguments, run_harden
+from manticore_hf.modeling.components_manticore import ComponentSpec
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.fast_mixers_manticore import install
+from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+from manticore_hf.prepare import training_defaults
+from manticore_hf.recipe import run_recipe
+from manticore_hf.stages import set_stage
+from manticore_hf.train import last_whole_checkpoint
+
+# FLOPs of training a token, in forward passes: all weights trained; through frozen layers to what is before or between
+# them; no gradient through the components at all.
+ALL, THROUGH, NONE = 3, 2, 1
+
+
+@dataclass
+class Contender:
+    """One row of the comparison.
+
+    Attributes:
+        name: Its label.
+        kind: untuned, component, ensemble, gate, single, hybrid, hardened or oracle.
+        train: (options, seed, folder) -> {"training_flops", "training_tokens"}.
+        load: (run) -> model.
+        options: The grid it is chosen from, on the first seed; the others train with what was chosen.
+        needs: What a user must have for it, beyond the components and the text.
+        base: Names of contenders it starts from; their training is part of its cost.
+        seeded: False where nothing is trained, so that one run is all there is.
+    """
+
+    name: str
+    kind: str
+    train: callable
+    load: callable
+    options: list = field(default_factory=lambda: [{}])
+    needs: str = ""
+    base: list = field(default_factory=list)
+    seeded: bool = True
+
+
+class Workshop:
+    """Trains and loads the contenders of one recipe.
+
+    Args:
+        recipe: As `read_recipe` gives it.
+        folder: Where the untuned hybrid of one block is kept, whose components are the starting points.
+        dtype: Of all weights in training.
+    """
+
+    def __init__(self, recipe, folder, dtype="float32"):
+        self.recipe, self.folder, self.dtype = recipe, Path(folder), dtype
+        if not (self.folder / "config.json").is_file():
+            hybrid = {key: recipe.hybrid[key] for key in ("tokenizer_component",) if key in recipe.hybrid}
+            model = ManticoreForCausalLM.from_components(recipe.components, num_blocks=1, dtype=dtype, **hybrid)
+            model.save_pretrained(self.folder)
+            entry = model.config.components[model.config.component_names.index(model.config.tokenizer_component)]
+            source = entry["repo_id"] or recipe.components[model.config.component_names.index(entry["name"])]
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=entry["revision"] or "main")
+            tokenizer.save_pretrained(self.folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        config = self.untuned().config
+        self.names = config.component_names
+        # A branch that moves while the comparison runs must not change what is compared.
+        self.sources = [
+            f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] and not entry["subfolder"] else source
+            for entry, source in zip(config.components, recipe.components)
+        ]
+        self.train_rows = self.validation_rows = None
+
+    def untuned(self):
+        return ManticoreForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+
+    def component(self, name, run=None):
+        """A component as its own class: as it was, or as a run tuned it."""
+        if run is None:
+            return self.untuned().component(name)
+        return self.load_plain(run)
+
+    def load_plain(self, run):
+        model = AutoModelForCausalLM.from_pretrained(run["folder"] / "model", dtype=self.dtype)
+        install(model.config.model_type)
+        return model
+
+    # ---- single models -----------------------------------------------------------------------------------------------
+
+    def train_plain(self, model, rows, options, seed, folder, passes=1):
+        """Tunes any causal LM, `passes` times as often over the rows as the options say."""
+        options = {**options, "num_train_epochs": passes * options["num_train_epochs"]}
+        settings = training_settings(self.recipe, "finetune", **options)
+        model.requires_grad_(True)
+        cost = self._fit(model, rows, settings, seed, folder, ALL)
+        model.save_pretrained(folder / "model")
+        self.tokenizer.save_pretrained(folder / "model")
+        return cost
+
+    def _fit(self, model, rows, settings, seed, folder, factor):
+        install(getattr(model.config, "model_type", ""))
+        set_seed(seed)
+        scratch = folder / "trainer"
+        arguments = TrainingArguments(
+            output_dir=str(scratch), **{**training_defaults(), "seed": seed, "disable_tqdm": True, **settings}
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch))
+        shutil.rmtree(scratch, ignore_errors=True)
+        model.eval()
+        tokens = self._tokens(trainer.state.global_step, arguments, rows)
+        return {"training_tokens": tokens, "training_flops": factor * tokens * forward_flops(model)}
+
+    def _tokens(self, steps, arguments, rows):
+        """Tokens that were trained on; the last batch of a pass may be smaller."""
+        size, row = len(rows), len(rows[0]["input_ids"])
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        passes, rest = divmod(steps, -(-size // batch))
+        return (passes * size + min(rest * batch, size)) * row
+
+    # ---- mixtures of models that were trained apart ------------------------------------------------------------------
+
+    def mixture(self, runs, mixture, space="logprob"):
+        """The one-block hybrid of tuned components (None: untuned), at its start: their plain ensemble."""
+        parts = [ComponentSpec(self.component(name, run), name=name) for name, run in zip(self.names, runs)]
+        settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native"}
+        return ManticoreForCausalLM.from_components(parts, num_blocks=1, dtype=self.dtype, verify=False, **settings)
+
+    def train_gate(self, runs, mixture, options, seed, folder):
+        """Trains only the mixture weights (one per component, or a gate per token) over frozen components."""
+        model = set_stage(self.mixture(runs, mixture, options.get("mixture_space", "logprob")), "projectors")
+        rate = {"learning_rate": options["gate_learning_rate"]} if "gate_learning_rate" in options else {}
+        settings = training_settings(self.recipe, "pretrain", **rate)
+        cost = self._fit(model, self.train_rows, settings, seed, folder, NONE)
+        (folder / "model").mkdir(exist_ok=True)
+        state = {key: value.contiguous() for key, value in model.hybrid_mixer.state_dict().items()}
+        save_file(state, folder / "model" / "mixer.safetensors")
+        return cost
+
+    def load_gate(self, run, runs, mixture):
+        model = self.mixture(runs, mixture, run["options"].get("mixture_space", "logprob"))
+        model.hybrid_mixer.load_state_dict(load_file(run["folder"] / "model" / "mixer.safetensors"))
+        return model.eval()
+
+    # ---- hybrids -----------------------------------------------------------------------------------------------------
+
+    def train_hybrid(self, hybrid, sources, options, seed, folder):
+        """Runs the recipe with other settings of the hybrid and of its finetune stage.
+
+        Args:
+            hybrid: Keys of ManticoreConfig, instead of the recipe's.
+            sources: The components: `self.sources`, or directories of tuned ones.
+            options: The choice from the grid.
+            seed: Random seed of all stages.
+            folder: The run's.
+        """
+        keys = ("mixture_space", "mix_loss_weight", "component_loss_weight")
+        if sources is not self.sources:
+            sources = [_named(folder / name, source) for name, source in zip(self.names, sources)]
+        hybrid = {**self.recipe.hybrid, **hybrid, **{key: options[key] for key in keys if key in options}}
+        tuning = {key: value for key, value in options.items() if key not in keys}
+        stages = []
+        for stage, settings in self.recipe.stages:
+            settings = {**settings, **tuning} if stage == "finetune" else settings
+            one_block = hybrid.get("num_blocks", 1) == 1
+            if stage == "calibrate" and (one_block or hybrid.get("projector", "linear") != "linear"):
+                continue  # nothing to calibrate
+            if stage == "search" and one_block and hybrid.get("mixture", "token") == "token":
+                continue  # no static alpha to search: the gate is trained like any weight
+            if stage != "harden":
+                stages.append({stage: settings if stage == "calibrate" else {**settings, "disable_tqdm": True}})
+        values = {"name": self.recipe.name, "seed": seed, "components": sources, "hybrid": hybrid}
+        values |= {"data": self.recipe.data, "stages": stages}
+        variant = folder / "variant.yaml"
+        variant.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        results = run_recipe(variant, folder / "stages")
+        last = results[-1][0]
+        flops, tokens = 0.0, 0
+        model = ManticoreForCausalLM.from_pretrained(last, dtype=self.dtype)
+        forward = forward_flops(model)
+        for (name, settings), (_, result) in zip([next(iter(s.items())) for s in stages], results[1:]):
+            if name == "calibrate":
+                flops += result["tokens"] * forward
+                continue
+            through = THROUGH if model.config.num_blocks > 1 or model.config.embeddings != "native" else NONE
+            arguments = TrainingArguments(
+                output_dir=str(last), **{**training_defaults(), **{k: v for k, v in settings.items() if k != "strategy"
+                                                                   and k in TrainingArguments.__dataclass_fields__}}
+            )  # fmt: skip
+            seen = self._tokens(result["steps"], arguments, self.train_rows)
+            tokens += seen
+            flops += (through if name == "pretrain" else ALL) * seen * forward
+        for stage, _ in results[:-1]:  # the last one is loaded; of the others the results stay
+            for weights in stage.glob("*.safetensors"):
+                weights.unlink()
+        (folder / "model").unlink(missing_ok=True)
+        (folder / "model").symlink_to(last.relative_to(folder))
+        return {"training_tokens": tokens, "training_flops": flops}
+
+    def load_hybrid(self, run):
+        return ManticoreForCausalLM.from_pretrained(run["folder"] / "model", dtype=self.dtype).eval()
+
+    def harden(self, soft, options, seed, folder):
+        """Hardens a tuned hybrid and heals it with the finetune stage's settings, by distillation."""
+        settings = training_settings(self.recipe, "harden") or training_settings(self.recipe, "finetune")
+        given = next((dict(values) for stage, values in self.recipe.stages if stage == "harden"), {"route": "loss"})
+        own = {key: given[key] for key in HardenArguments.__dataclass_fields__ if key in given}
+        arguments = TrainingArguments(
+            output_dir=str(folder / "model"),
+            **{**training_defaults(), "seed": seed, "disable_tqdm": True, "save_strategy": "no", **settings, **options},
+        )
+        start = HardenArguments(**{**own, "model": str((soft["folder"] / "model").resolve())})
+        result = run_harden(start, DataArguments(**self.recipe.data), arguments)
+        hard, whole = (ManticoreForCausalLM.from_pretrained(p) for p in (folder / "model", start.model))
+        tokens = self._tokens(result["steps"], arguments, self.train_rows)
+        flops = tokens * (ALL * forward_flops(hard) + forward_flops(whole))
+        return {"training_tokens": tokens, "training_flops": flops}
+
+
+def _named(link, source):
+    """A directory under another name: a component is called after its directory."""
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(source, link.parent))
+    return str(link.absolute())
+
+
+def read_run(folder):
+    """What a finished run left in its folder, or None."""
+    file = Path(folder) / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        return {**json.loads(file.read_text()), "folder": Path(folder)}
+    except ValueError as err:
+        raise ManticoreError(f"{file} is no JSON ({err}); delete that folder to repeat the run.") from None

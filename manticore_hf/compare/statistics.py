@@ -1,0 +1,53 @@
+"""How sure a difference is: intervals by the bootstrap, and a paired test by flipping signs.
+
+Both work on units (documents) and seeds. Losses are sums over a unit's tokens, so that means are per token.
+"""
+
+import numpy as np
+
+DRAWS = 4000
+LEVEL = 0.95
+
+
+def mean_loss(nll, tokens):
+    """Loss per token: sums over units [..., units] divided by the tokens [units] of all."""
+    return np.asarray(nll, dtype=float).sum(-1) / np.sum(tokens)
+
+
+def bootstrap(nll, tokens, draws=DRAWS, seed=0):
+    """Interval of the loss per token, over units and over seeds (Efron's percentile interval, both resampled).
+
+    Args:
+        nll: [seeds, units] sums of losses; differences of two models' for a paired interval.
+        tokens: [units].
+        draws: Resamples.
+        seed: Of the resampling. The same for all models, so every model meets the same resamples of units.
+
+    Returns:
+        (low, high), the middle 95 %.
+    """
+    nll, tokens = np.atleast_2d(np.asarray(nll, dtype=float)), np.asarray(tokens, dtype=float)
+    draw = np.random.default_rng(seed)
+    units = draw.integers(nll.shape[1], size=(draws, nll.shape[1]))
+    seeds = draw.integers(nll.shape[0], size=(draws, nll.shape[0]))
+    # How often each unit and each seed was drawn: [draws, units], [draws, seeds]
+    counts = np.stack([np.bincount(row, minlength=nll.shape[1]) for row in units])
+    shares = np.stack([np.bincount(row, minlength=nll.shape[0]) for row in seeds]) / nll.shape[0]
+    means = np.einsum("ds,su,du->d", shares, nll, counts, optimize=True) / (counts @ tokens)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def paired_p(difference, draws=10_000, seed=0):
+    """Two-sided p-value of "the two models are exchangeable on every unit" (Fisher's randomisation test).
+
+    Args:
+        difference: [seeds, units] or [units] differences of losses; seeds are averaged first, so units are the sample.
+        draws: Random sign flips.
+        seed: Of the flips.
+    """
+    difference = np.atleast_2d(np.asarray(difference, dtype=float)).mean(0)
+    signs = np.random.default_rng(seed).integers(0, 2, size=(draws, len(difference)), dtype=np.int8) * 2 - 1
+    flipped = np.abs(signs @ difference)
+    # The observed flip is one of them; what floating point makes of equal sums counts as equal.
+    return float((1 + (flipped >= np.abs(difference.sum()) * (1 - 1e-12)).sum()) / (1 + draws))

@@ -1,0 +1,161 @@
+"""From tested runs to what people read: `comparison.json`, `comparison.md`, `comparison.png`."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from manticore_hf.compare.statistics import bootstrap, mean_loss, paired_p
+from manticore_hf.plots import plot_differences
+
+VERSION = 1
+ORACLE = "oracle: the best tuned component for each document"
+
+
+def summarise(rows, documents, facts):
+    """The comparison as plain values.
+
+    Args:
+        rows: [{"contender", "runs": {seed: run}, "nll": [seeds, units], "correct": [seeds, units]}].
+        documents: Documents.
+        facts: What is stated beside the rows.
+
+    Returns:
+        {"hybrid": name of the hybrid with the lowest validation loss, "rows": [...], ...}; a row's `difference` is its
+        loss minus that hybrid's: positive where the hybrid is better.
+    """
+    hybrids = [row for row in rows if row["contender"].kind == "hybrid"]
+    own = min(hybrids, key=lambda row: np.mean([run["validation"] for run in row["runs"].values()]))
+    out = [_row(row, documents, own) for row in rows]
+    _add_base(out, {row["contender"].name: row["contender"].base for row in rows})
+    tuned = [row for row in rows if row["contender"].kind == "component"]
+    out.append(_oracle(tuned, documents, own, out))
+    return {
+        "version": VERSION, **facts, "test_tokens": int(documents.tokens.sum()), "units": documents.units,
+        "test_units": len(documents), "hybrid": own["contender"].name, "rows": out,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }  # fmt: skip
+
+
+def _row(row, documents, own):
+    contender, runs = row["contender"], list(row["runs"].values())
+    first = runs[0]
+    out = {"name": contender.name, "kind": contender.kind, "needs": contender.needs, "options": first["options"]}
+    out |= _losses(row["nll"], documents, own, row is own)
+    if documents.bytes.sum():
+        out["bits_per_byte"] = float(row["nll"].mean(0).sum() / documents.bytes.sum() / np.log(2))
+    out["accuracy"] = float(row["correct"].mean(0).sum() / documents.tokens.sum())
+    out["validation"] = float(np.mean([run["validation"] for run in runs]))
+    for key in ("parameters", "flops_per_token"):
+        out[key] = first[key]
+    for key in ("training_flops", "training_tokens", "seconds"):
+        out[key] = float(np.mean([run[key] for run in runs]))
+    if "mixture_weights" in first:
+        out["mixture_weights"] = np.mean([run["mixture_weights"] for run in runs], axis=0).tolist()
+    return out
+
+
+def _add_base(rows, base):
+    """Adds to every row the training of what it starts from; those come before it."""
+    done = {}
+    for row in rows:
+        done[row["name"]] = row
+        for key in ("training_flops", "seconds"):
+            row[key] += sum(done[name][key] for name in base[row["name"]])
+        passes = max((done[name]["training_tokens"] for name in base[row["name"]]), default=0)
+        row["training_tokens"] += passes  # of the text, by each of them
+
+
+def _losses(nll, documents, own, is_own):
+    tokens = documents.tokens
+    losses = mean_loss(nll, tokens)
+    out = {"loss": float(losses.mean()), "interval": bootstrap(nll, tokens), "losses": losses.tolist()}
+    if documents.kinds is not None:
+        kinds = np.array(documents.kinds)
+        parts = {kind: kinds == kind for kind in sorted(set(kinds))}
+        out["by_kind"] = {kind: float(nll[:, part].mean(0).sum() / tokens[part].sum()) for kind, part in parts.items()}
+    if not is_own:
+        difference = nll - own["nll"]
+        out["difference"] = float(mean_loss(difference, tokens).mean())
+        out["difference_interval"] = bootstrap(difference, tokens)
+        out["p"] = paired_p(difference)
+        out["seeds_won"] = int((mean_loss(difference, tokens) > 0).sum())
+    return out
+
+
+def _oracle(tuned, documents, own, rows):
+    """A router that knows the answer: for every document the tuned component with the lowest loss on it."""
+    nll = np.stack([row["nll"] for row in tuned])
+    best = nll.argmin(0)
+    row = {"name": ORACLE, "kind": "oracle", "needs": "the answer", "options": {}}
+    row |= _losses(nll.min(0), documents, own, False)
+    correct = np.take_along_axis(np.stack([row["correct"] for row in tuned]), best[None], 0)[0]
+    row["accuracy"] = float(correct.mean(0).sum() / documents.tokens.sum())
+    parts = [one for one in rows if one["kind"] == "component"]
+    for key in ("parameters", "training_flops", "training_tokens", "seconds"):
+        row[key] = sum(one[key] for one in parts)
+    row["flops_per_token"] = max(one["flops_per_token"] for one in parts)
+    return row
+
+
+def write_summary(result, output):
+    """Writes the three files, each by rename, and prints the table."""
+    output = Path(output)
+    table = as_markdown(result)
+    for name, text in (("comparison.json", json.dumps(result, indent=1) + "\n"), ("comparison.md", table)):
+        scratch = output / f".{name}"
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, output / name)
+    plot_differences(result["rows"], result["hybrid"], output / "comparison.png")
+    print(table)
+
+
+def as_markdown(result):
+    """The table, best loss first, with what it says in one sentence."""
+    seeds, units = len(result["seeds"]), f"{result['test_units']} {result['units']}s"
+    kinds = sorted({kind for row in result["rows"] for kind in row.get("by_kind", ())})
+    head = ["", "loss", "95 % interval", *kinds, "accuracy", "rival - hybrid", "95 % interval", "p", "seeds won",
+            "parameters", "FLOPs/token", "training FLOPs", "s"]  # fmt: skip
+    lines = [
+        f"Trained on {result['tokens']:,} tokens of {result['data']}, tested on {result['test_tokens']:,} tokens "
+        f"({units}) of {result['test']}, {seeds} seed{'s' if seeds > 1 else ''}. Loss in nats per token; intervals by "
+        f"the bootstrap over {result['units']}s and seeds, p by a paired randomisation test over {result['units']}s. "
+        f"Hybrid: {result['hybrid']}, the best hybrid on the validation split.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    for row in sorted(result["rows"], key=lambda row: row["loss"]):
+        name = f"**{row['name']}**" if row["kind"] == "hybrid" else row["name"]
+        name += f" (needs {row['needs']})" if row["needs"] else ""
+        low, high = row["interval"]
+        cells = [name, f"{row['loss']:.4f}", f"{low:.3f} to {high:.3f}"]
+        cells += [f"{row['by_kind'][kind]:.3f}" for kind in kinds] + [f"{row['accuracy']:.3f}"]
+        if "difference" in row:
+            low, high = row["difference_interval"]
+            cells += [f"{row['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{row['p']:.4f}",
+                      f"{row['seeds_won']} of {len(row['losses'])}"]  # fmt: skip
+        else:
+            cells += [""] * 4
+        cells += [f"{row['parameters']:,}", f"{row['flops_per_token']:.3g}", f"{row['training_flops']:.3g}",
+                  f"{row['seconds']:.0f}"]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", verdict(result), ""])
+
+
+def verdict(result):
+    """One sentence: the hybrid against the best rival that needs nothing more than the components and the text."""
+    own = next(row for row in result["rows"] if row["name"] == result["hybrid"])
+    rivals = [row for row in result["rows"] if row["kind"] not in ("hybrid", "hardened", "oracle") and not row["needs"]]
+    best = min(rivals, key=lambda row: row["loss"])
+    low, high = best["difference_interval"]
+    sure = "better" if low > 0 else "worse" if high < 0 else "no different"
+    return (
+        f"{own['name']} ({own['loss']:.4f}) is {sure}{' than' if sure != 'no different' else ' from'} the best rival, "
+        f"{best['name']} ({best['loss']:.4f}): {best['difference']:+.4f} nats per token, 95 % interval "
+        f"{low:+.4f} to {high:+.4f}, in {best['seeds_won']} of {len(best['losses'])} seeds."
+    )

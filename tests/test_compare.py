@@ -1,0 +1,240 @@
+"""A comparison: every rival trained likewise, chosen on validation text, tested once, and resumed after a kill."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny_hybrid import QUIET, WORDS, pair, save, write_text
+from transformers import AutoModelForCausalLM
+
+import manticore_hf.compare.contenders as contenders
+from manticore_hf import ManticoreError, ManticoreForCausalLM
+from manticore_hf.cli import main
+from manticore_hf.compare import CompareArguments, run_compare
+from manticore_hf.compare.run import Comparison
+from manticore_hf.compare.summary import as_markdown, verdict
+
+GRID = {"learning_rates": (1e-3, 1e-2), "seeds": (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two components, a recipe, a training text, test documents of two kinds."""
+    folder = tmp_path_factory.mktemp("place")
+    for name, model in zip(("attention", "state"), pair()):
+        save(model, folder / name)
+    write_text(folder / "train.txt", 600)
+    write_text(folder / "more.txt", 100, seed=2)
+    draw = np.random.default_rng(0)
+    records = [{"kind": "ab"[i % 2], "text": " ".join(draw.choice(WORDS, size=12))} for i in range(24)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    _recipe(folder / "recipe.yaml")
+    return folder
+
+
+def _recipe(path, stages=("calibrate", "pretrain", "finetune"), **data):
+    training = {**QUIET, "num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    settings = {"calibrate": {"tokens": 300}, "pretrain": training, "finetune": training}
+    values = {
+        "components": ["attention", "state"], "hybrid": {"num_blocks": 1, "dtype": "float32"},
+        "data": {"data": "train.txt", "block_size": 16, **data},
+        "stages": [{stage: settings[stage]} for stage in stages],
+    }  # fmt: skip
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return path
+
+
+def _compare(place, output, **settings):
+    arguments = CompareArguments(test=str(place / "test.jsonl"), **{**GRID, **settings})
+    return run_compare(place / "recipe.yaml", arguments, output)
+
+
+@pytest.fixture(scope="module")
+def compared(place, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compared")
+    return output, _compare(place, output)
+
+
+def _row(result, name):
+    return next(row for row in result["rows"] if row["name"] == name)
+
+
+def _runs(output, contender):
+    found = [json.loads(file.read_text()) | {"folder": file.parent} for file in output.glob("runs/*/run.json")]
+    return [run for run in found if run["contender"] == contender]
+
+
+def test_every_rival_is_there(compared):
+    names = {row["name"] for row in compared[1]["rows"]}
+    assert names == {
+        "attention, untuned", "state, untuned", "ensemble, untuned", "attention, tuned", "state, tuned",
+        "ensemble of the tuned components", "the same, one weight per component",
+        "token gate over the tuned components", "attention, tuned 2 times as long", "state, tuned 2 times as long",
+        "hybrid, 1 block", "oracle: the best tuned component for each document",
+    }  # fmt: skip
+
+
+def test_the_grid_is_chosen_on_the_validation_text_alone(compared):
+    output, result = compared
+    runs = _runs(output, "hybrid, 1 block")
+    first = [run for run in runs if run["seed"] == 0]
+    assert len(first) == 2 and len(runs) == 3
+    best = min(first, key=lambda run: run["validation"])
+    assert _row(result, "hybrid, 1 block")["options"] == best["options"]
+    tested = [run for run in runs if list(run["folder"].glob("test-*.json"))]
+    assert {run["seed"] for run in tested} == {0, 1}
+    assert all(run["options"] == best["options"] for run in tested)
+    # What was not chosen keeps its numbers and not its weights
+    dropped = next(run for run in first if run is not best)
+    assert not list(dropped["folder"].rglob("*.safetensors")) and list(best["folder"].rglob("*.safetensors"))
+
+
+def test_the_ensemble_is_that_of_the_tuned_components(compared, place):
+    output, result = compared
+    comparison = Comparison(place / "recipe.yaml", CompareArguments(test=str(place / "test.jsonl"), **GRID), output)
+    losses, oracle = [], []
+    for seed in (0, 1):
+        models = []
+        for name in ("attention, tuned", "state, tuned"):
+            options = _row(result, name)["options"]
+            run = next(r for r in _runs(output, name) if r["seed"] == seed and r["options"] == options)
+            models.append(AutoModelForCausalLM.from_pretrained(run["folder"] / "model").eval())
+        total, best, count = 0.0, 0.0, 0
+        for _, ids in comparison.documents.rows:
+            row = torch.tensor([ids])
+            with torch.no_grad():
+                logprobs = [model(row).logits[0, :-1].log_softmax(-1) for model in models]
+            mean = (sum(logprobs) / 2).log_softmax(-1)
+            total -= mean.gather(1, row[0, 1:, None]).sum().item()
+            best += min(-one.gather(1, row[0, 1:, None]).sum().item() for one in logprobs)  # a row is a document here
+            count += len(ids) - 1
+        losses.append(total / count)
+        oracle.append(best / count)
+    assert _row(result, "ensemble of the tuned components")["losses"] == pytest.approx(losses, abs=1e-5)
+    assert result["rows"][-1]["kind"] == "oracle" and result["rows"][-1]["losses"] == pytest.approx(oracle, abs=1e-5)
+
+
+def test_differences_kinds_and_costs(compared):
+    _, result = compared
+    own = _row(result, result["hybrid"])
+    for row in result["rows"]:
+        assert np.mean(list(row["by_kind"].values())) == pytest.approx(row["loss"], abs=1e-6)  # as much of each
+        if row is not own:
+            assert row["difference"] == pytest.approx(row["loss"] - own["loss"])
+            assert row["difference_interval"][0] <= row["difference"] <= row["difference_interval"][1]
+            assert row["seeds_won"] == sum(a > b for a, b in zip(row["losses"], own["losses"]))
+    one, twice = (_row(result, f"attention, tuned{more}") for more in ("", " 2 times as long"))
+    assert twice["training_flops"] == 2 * one["training_flops"] > 0
+    parts = sum(_row(result, f"{name}, tuned")["training_flops"] for name in ("attention", "state"))
+    assert _row(result, "ensemble of the tuned components")["training_flops"] == pytest.approx(parts)
+    assert _row(result, "token gate over the tuned components")["training_flops"] > parts
+    tokens = 16 * (600 // 16 - round(600 // 16 * 0.05))
+    assert one["training_tokens"] == tokens and own["training_tokens"] == 2 * tokens  # the gate, then all
+    assert own["training_flops"] == pytest.approx(4 * tokens * own["flops_per_token"])
+
+
+def test_the_table_says_what_the_numbers_say(compared):
+    output, result = compared
+    table = (output / "comparison.md").read_text()
+    assert table == as_markdown(result) and f"{_row(result, 'state, tuned')['loss']:.4f}" in table
+    assert (output / "comparison.png").stat().st_size > 1000
+    rows = {row["name"]: row for row in json.loads(json.dumps(result))["rows"]}
+    better = {**result, "rows": [{**row, "loss": 9.0, "difference": 5.0, "difference_interval": [4.0, 6.0]}
+                                 if row["kind"] != "hybrid" else row for row in rows.values()]}  # fmt: skip
+    assert "is better than the best rival" in verdict(better)
+    for row in better["rows"]:
+        row["difference_interval"] = [-1.0, 6.0]
+    assert "is no different from the best rival" in verdict(better)
+
+
+def test_a_killed_comparison_goes_on(compared, place, tmp_path, monkeypatch):
+    trained, fit = [], contenders.Workshop._fit
+
+    def counted(self, model, rows, settings, seed, folder, factor):
+        if len(trained) == 7 and "killed" not in trained:
+            trained.append("killed")
+            raise KeyboardInterrupt
+        trained.append((folder.name, seed))
+        return fit(self, model, rows, settings, seed, folder, factor)
+
+    monkeypatch.setattr(contenders.Workshop, "_fit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        _compare(place, tmp_path / "out")
+    again = _compare(place, tmp_path / "out")
+    trained.remove("killed")
+    assert len(trained) == len(set(trained))  # nothing was trained twice
+    for row, other in zip(again["rows"], compared[1]["rows"]):
+        assert row["losses"] == other["losses"] and row["options"] == other["options"]
+    before = len(trained)
+    assert _compare(place, tmp_path / "out")["rows"] == again["rows"] and len(trained) == before
+
+
+def test_a_grid_without_what_was_best_trains_its_own_best_again(compared, place, tmp_path):
+    shutil.copytree(compared[0], tmp_path / "out", symlinks=True)
+    best = _row(compared[1], "attention, tuned")["options"]["learning_rate"]
+    (other,) = set(GRID["learning_rates"]) - {best}
+    found = _compare(place, tmp_path / "out", learning_rates=(other,), seeds=(0,))
+    fresh = _compare(place, tmp_path / "fresh", learning_rates=(other,), seeds=(0,))
+    assert [row["losses"] for row in found["rows"]] == [row["losses"] for row in fresh["rows"]]
+
+
+def test_another_recipe_in_the_same_directory_is_refused(compared, place, tmp_path):
+    other = tmp_path / "place"
+    shutil.copytree(place, other)
+    with pytest.raises(ManticoreError, match="compares another recipe"):
+        run_compare(other / "recipe.yaml", CompareArguments(test=str(place / "test.jsonl"), **GRID), compared[0])
+
+
+@pytest.mark.slow
+def test_all_variants(place, tmp_path):
+    result = _compare(
+        place, tmp_path / "out", learning_rates=(1e-2,), seeds=(0,), spaces=("prob",), blocks=(1, 2), from_tuned=True,
+        projectors=("linear", "none"), harden=True, all_text=str(place / "more.txt"), loss_weights=((0.3, 1.0),),
+        singles=(str(place / "state"),),
+    )  # fmt: skip
+    rows = {row["name"]: row for row in result["rows"]}
+    for blocks in ("1 block", "2 blocks", "2 blocks, no projectors"):
+        for start in ("", ", from tuned components"):
+            soft, hard = rows[f"hybrid, {blocks}{start}"], rows[f"hybrid, {blocks}{start}, hardened"]
+            assert hard["parameters"] < soft["parameters"] and hard["training_flops"] > soft["training_flops"]
+            assert soft["options"] | {"mix_loss_weight": 0.3, "mixture_space": "prob"} == soft["options"]
+    # One block has no place for projectors; without them nothing is calibrated, so only two have them
+    settings = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("runs/*/stages/3-*/config.json")]
+    assert [one["projector"] for one in settings] == ["linear"] * 2 and {one["num_blocks"] for one in settings} == {2}
+    assert rows["state, retrained on all text"]["needs"] == "the components' training text"
+    tokens = rows["state, retrained on all text"]["training_tokens"]
+    assert tokens == rows["state, tuned"]["training_tokens"] + 96  # of 100 words, in whole rows
+    # The same model, the same settings: whether named as a component or as another model
+    one, other = [row["losses"] for row in result["rows"] if row["name"] in ("state, tuned", "state (single), tuned")]
+    assert one == other
+    tuned = _runs(tmp_path / "out", "hybrid, 1 block, from tuned components")[0]["folder"] / "model"
+    assert ManticoreForCausalLM.from_pretrained(tuned).config.component_names == ["attention", "state"]
+
+
+@pytest.mark.parametrize(
+    "stages,settings,message",
+    [
+        (("pretrain",), {}, "needs a finetune stage"),
+        (("finetune",), {"spaces": ("sum",)}, "'sum' is none of"),
+        (("finetune",), {"seeds": ()}, "seeds is empty"),
+        (("finetune",), {"blocks": (0,)}, "blocks=.* must be different numbers of at least 1"),
+        (("finetune",), {"learning_rates": (0.0,)}, "learning_rates=.* must be"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_written(place, tmp_path, stages, settings, message):
+    recipe = _recipe(place / "wrong.yaml", stages)
+    with pytest.raises(ManticoreError, match=message):
+        run_compare(recipe, CompareArguments(test=str(place / "test.jsonl"), **settings), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line(place, tmp_path, capsys):
+    words = ["compare", str(place / "recipe.yaml"), "--test", str(place / "test.jsonl"), "--loss-weights", "1"]
+    assert main([*words, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "'1' is no pair mix:own" in capsys.readouterr().err
+    words[-2:] = ["--seeds", "3", "--learning-rates", "1e-2", "--max-test-tokens", "60"]
+    assert main([*words, "--output-dir", str(tmp_path / "out")]) == 0
+    assert "| **hybrid, 1 block** |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["seeds"] == [3]
