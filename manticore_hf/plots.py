@@ -94,8 +94,12 @@ def plot_profile(scores, chance, path):
     axis.set_yticks([0.25, 0.5, 0.75, 1], ["", "half way", "", "1"], fontsize="x-small", color="dimgray")
     axis.set_rlabel_position(180 / len(chance))
     axis.set_xticks(angles, [f"{task}\n(chance {low:.3f})" for task, low in chance.items()], fontsize="small")
-    axis.tick_params(axis="x", pad=22)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.18, 1.05), fontsize="small", title="chance (centre) to 1")
+    for angle, label in zip(angles, axis.get_xticklabels()):
+        side = math.sin(angle)  # labels beside the circle begin or end at it
+        label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+    axis.tick_params(axis="x", pad=8)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.2, 1.1), fontsize="small", title="from chance to 1",
+                title_fontsize="small")  # fmt: skip
     _save(figure, path)
 
 

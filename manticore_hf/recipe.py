@@ -201,7 +201,10 @@ def _check_program(hybrid, program, stages, wrong):
             settings.depth(hybrid.get("num_blocks", 1))
     except ManticoreError as err:
         wrong(("program",), str(err))
-    native = hybrid.get("embeddings", "native" if hybrid.get("preset", "default") == "default" else None) == "native"
+    if hybrid.get("mixture_weights") is not None:
+        wrong(("hybrid", "mixture_weights"), "are given, and mixture is programmed: drop one of the two.")
+    default = hybrid.get("preset", "default") == "default"
+    native = hybrid.get("embeddings") == "native" or (default and hybrid.get("embeddings") is None)
     for i, (stage, _) in enumerate(stages):
         if stage == "search":
             wrong(("stages", i), f"search would move the alpha that mixture {show(hybrid['mixture'])} has programmed: "

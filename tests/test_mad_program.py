@@ -74,9 +74,12 @@ def test_every_task_moves_alpha(name, preset, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
-def test_every_strategy_searches(strategy, tmp_path):
+def test_every_strategy_searches(strategy, tmp_path, monkeypatch):
+    used, train = [], program.SearchTrainer.train
+    monkeypatch.setattr(program.SearchTrainer, "train", lambda self: used.append(type(self.strategy)) or train(self))
     settings = ProgramSettings(**SIZES, strategy=strategy, alpha_learning_rate=0.5)
     found = program_alpha(PAIR, ["compression"], 1, tmp_path, settings, quiet=True)
+    assert used == [STRATEGIES[strategy]]
     assert (found.alpha - 0.5).abs().max() > 1e-4
 
 
@@ -158,6 +161,7 @@ HEAD = "components: [a/b, c/d]\ndata: {data: t}\n"
         (f"{{mixture: mad:{'recall+' * 1200}}}", "3: hybrid.mixture: is 'mad:recall.recall.*characters"),
         ("{mixture: mad:recall}\nstages:\n  - search: {}", "5: stages.0: search would move the alpha that"),
         ("{mixture: mad:recall}\nstages:\n  - finetune\n  - pretrain: {}", "6: stages.1: pretrain has nothing to"),
+        ("{mixture: mad:recall, mixture_weights: [[1, 0]]}", "3: hybrid.mixture_weights: are given, and mixture is"),
         ("{mixture: token}\nprogram:\n  steps: 3", "4: program: is for a mixture that is programmed"),
         ("{mixture: mad:recall}\nprogram:\n  step: 3", r"5: program.step: unknown key \(value 3\)"),
         ("{mixture: mad:recall}\nprogram:\n  steps: 1.5", "5: program.steps: is 1.5, must be int"),

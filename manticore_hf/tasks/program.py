@@ -206,10 +206,10 @@ def print_program(names, alpha, record):
         alpha: [S, K] nested lists, the mean.
         record: As ProgrammedAlpha.record gives it.
     """
-    print(f"\n{'alpha programmed with MAD':28}{'block':>6}" + "".join(f"{name:>16}" for name in names))
+    print(f"\n{'alpha programmed with MAD':28}{'block':>6}" + "".join(f"{name:>24}" for name in names))
     for task, one in {**record, "mean": {"alpha": alpha}}.items():
         for block, row in enumerate(one["alpha"], 1):
             score = ""
             if block == 1 and "accuracy" in one:
                 score = f"   accuracy {one['accuracy']:.3f} (chance {one['chance']:.3f})"
-            print(f"{task if block == 1 else '':28}{block:6}" + "".join(f"{weight:16.3f}" for weight in row) + score)
+            print(f"{task if block == 1 else '':28}{block:6}" + "".join(f"{weight:24.3f}" for weight in row) + score)
