@@ -1,6 +1,6 @@
 """Alpha programmed with MAD for one pair of families, and profiles of several, at easy sizes.
 
-    python benchmarks/mad_program.py DIR --output benchmarks/results/mad_program.json    # 20 minutes on one core
+    python benchmarks/mad_program.py DIR --output benchmarks/results/mad_program.json    # half an hour on a busy core
 
 At the defaults of ProgramSettings and EasySettings: 32 tokens, 1600 sequences, two layers of width 64, 400 steps of 32.
 Finished runs in DIR are not repeated. DIR/profile holds the picture.
