@@ -263,6 +263,7 @@ def test_compose_alone_names_the_recipe(parts, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # on a busy machine
 @pytest.mark.parametrize("families", [PAIR, PAIR[::-1]], ids="-".join)
 def test_alpha_goes_to_the_family_that_solves_the_task(families, tmp_path):
     """In-context recall: within these steps the Mamba learns it, and attention without a convolution does not."""
