@@ -33,7 +33,8 @@ def main(argv=None):
 
         return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_run, _add_evaluate, _add_compare, _add_inspect, _add_push, _add_mad):
+    adds = (_add_demo, _add_run, _add_evaluate, _add_compare, _add_inspect, _add_push, _add_mad, _add_mad_profile)
+    for add in adds:
         add(commands)
     for name, text in STAGES.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -275,6 +276,41 @@ def _add_mad(commands):
 
 def _mad(args):
     from manticore_hf.tasks.run import main as run
+
+    run(args)
+
+
+def _add_mad_profile(commands):
+    command = commands.add_parser(
+        "mad-profile",
+        help="what architectures are good at: each trained from scratch on all MAD tasks, as a table and a radar plot",
+        description="Trains each model's family from scratch, at a small size, on easy versions of the MAD tasks, "
+        "prints the accuracies, and writes them as profile.json and profile.png. Of a directory or Hub repo (of a "
+        "hybrid: of each component) only the configuration is read. About a minute per model and task on one core; a "
+        "finished run is not repeated.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("models", help="model types of Transformers, directories or Hub repos: llama,mamba")
+    command.add_argument("--output-dir", required=True, help="directory of the profile, and one JSON file per run")
+    command.add_argument("--tasks", help="tasks of `manticore-hf mad`, or short: recall,copying (default: all six)")
+    for name, default, text in (
+        ("seq-len", 32, "tokens per sequence (compression: half of it; a quarter of them are copied)"),
+        ("num-train", 1600, "training sequences (memorization: 256)"),
+        ("num-test", 320, "test sequences"),
+        ("layers", 2, "layers of every model"),
+        ("hidden-size", 64, "width of every model"),
+        ("steps", 400, "optimizer steps of every run, rounded up to whole passes over the sequences"),
+        ("batch-size", 32, "sequences per step"),
+        ("seeds", 1, "runs of every model and task, averaged"),
+        ("seed", 0, "random seed of the first; the others count on"),
+    ):
+        command.add_argument(f"--{name}", type=int, default=default, help=text)
+    command.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW, at the start of a cosine")
+    command.set_defaults(run=_mad_profile)
+
+
+def _mad_profile(args):
+    from manticore_hf.tasks.profile import main as run
 
     run(args)
 

@@ -1,5 +1,6 @@
-"""Pictures of a search: alpha over the steps, and the mixture that came out."""
+"""Pictures: alpha over a search, the mixture that came out, losses, and what models are good at."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -93,6 +94,36 @@ def plot_differences(rows, hybrid, path):
     axis.grid(alpha=0.3, axis="x")
     text = f"loss minus that of '{hybrid}', nats per token (right of 0: the hybrid is better)"
     axis.set_xlabel(text, fontsize="small")
+    _save(figure, path)
+
+
+def plot_profile(scores, chance, path):
+    """Draws accuracies as a radar plot, one axis per task, from chance in the centre to 1 at the rim.
+
+    Args:
+        scores: {model: {task: accuracy}}; what is below chance is drawn in the centre.
+        chance: {task: accuracy of guessing}, below 1; its order is that of the axes.
+        path: PNG to write.
+    """
+    angles = [2 * math.pi * i / len(chance) for i in range(len(chance))]
+    figure, axis = plt.subplots(figsize=(8.5, 6), subplot_kw={"projection": "polar"})
+    axis.set_theta_offset(math.pi / 2)
+    axis.set_theta_direction(-1)
+    markers = "osD^vP*X"
+    for i, (model, found) in enumerate(scores.items()):
+        radii = [min(1.0, max(0.0, (found[task] - low) / (1 - low))) for task, low in chance.items()]
+        axis.plot(angles + angles[:1], radii + radii[:1], label=model, linewidth=1.5, marker=markers[i % 8], ms=5)
+        axis.fill(angles, radii, alpha=0.06)
+    axis.set_ylim(0, 1)
+    axis.set_yticks([0.25, 0.5, 0.75, 1], ["", "half way", "", "1"], fontsize="x-small", color="dimgray")
+    axis.set_rlabel_position(180 / len(chance))
+    axis.set_xticks(angles, [f"{task}\n(chance {low:.3f})" for task, low in chance.items()], fontsize="small")
+    for angle, label in zip(angles, axis.get_xticklabels()):
+        side = math.sin(angle)  # labels beside the circle begin or end at it
+        label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+    axis.tick_params(axis="x", pad=8)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.2, 1.1), fontsize="small", title="from chance to 1",
+                title_fontsize="small")  # fmt: skip
     _save(figure, path)
 
 

@@ -21,6 +21,7 @@ from manticore_hf.calibrate import calibrate_projectors
 from manticore_hf.data import DataArguments, load_rows
 from manticore_hf.modeling.configuration_manticore import CHOICES, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+from manticore_hf.stages import fix_alpha
 
 RESULT = "stage.json"
 
@@ -65,6 +66,11 @@ class HybridArguments:
                 given["block_layers"] = json.loads(given["block_layers"])
             except ValueError as err:
                 raise ManticoreError(f"block_layers={given['block_layers']!r} is no JSON: {err}.") from None
+        if self.mixture is not None and self.mixture.startswith("mad"):
+            raise ManticoreError(
+                f"mixture={self.mixture!r} is programmed by a recipe: write it under `hybrid:` there and give the "
+                "recipe to `manticore-hf run` (or use manticore_hf.tasks.program_alpha and set_mixture_weights)."
+            )
         return given
 
 
@@ -102,32 +108,44 @@ def record(output, result):
     return result
 
 
-def run_compose(components, arguments, **settings):
+def run_compose(components, arguments, program=None, **settings):
     """Joins components into a hybrid and saves it with the tokenizer of its tokenizer component.
 
     Args:
         components: As `ManticoreForCausalLM.from_components` takes them.
         arguments: TrainingArguments: `output_dir`, and `seed` of the initial projectors.
+        program: What finds the alpha that the hybrid is fixed at: `program_alpha` with all arguments but the model
+            types of the components and `num_blocks`. Default: alpha is as ManticoreConfig says.
         **settings: Keys of ManticoreConfig, and `dtype`.
 
     Returns:
-        The stage's result: components, blocks, parameters, bytes of the hybrid's own weights.
+        The stage's result: components, blocks, parameters, bytes of the hybrid's own weights; of a programmed hybrid
+        also alpha and the tasks that it comes from.
     """
     output = Path(arguments.output_dir)
     result = finished(output)
     if result is None:
-        result = _compose(components, arguments, settings, output)
+        result = _compose(components, arguments, settings, output, program)
     names = result["components"]
     print(f"\ncompose: {' + '.join(names)} in {result['num_blocks']} block(s)")
     print(f"{result['parameters']:,} parameters; {result['own_bytes']:,} bytes of weights written, "
           f"{result['whole_bytes']:,} with all components")  # fmt: skip
+    if "program" in result:
+        from manticore_hf.tasks.program import print_program
+
+        print_program(names, result["mixture_weights"], result["program"])
     return result
 
 
-def _compose(components, arguments, settings, output):
+def _compose(components, arguments, settings, output, program):
     set_seed(arguments.seed)
     model = ManticoreForCausalLM.from_components(components, **settings)
     names = model.config.component_names
+    programmed = {}
+    if program is not None:
+        found = program([getattr(model.config, name).model_type for name in names], num_blocks=model.config.num_blocks)
+        fix_alpha(model, found.alpha)
+        programmed = {"mixture_weights": model.mixture_weights().tolist(), "program": found.record()}
     entry = model.config.components[names.index(model.config.tokenizer_component)]
     source = entry["repo_id"] or components[names.index(entry["name"])]
     model.save_pretrained(output)
@@ -140,7 +158,7 @@ def _compose(components, arguments, settings, output):
     result["parameters"] = model.num_parameters()
     result["own_bytes"] = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     result["whole_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
-    return record(output, result)
+    return record(output, {**result, **programmed})
 
 
 def run_calibrate(start, data, arguments):

@@ -25,9 +25,10 @@ from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.prepare import CalibrateArguments, run_calibrate, run_compose, training_defaults
 from manticore_hf.search import STRATEGIES, SearchArguments
+from manticore_hf.tasks.program import ProgramSettings, mixture_tasks, program_alpha
 from manticore_hf.train import StageArguments, run_stage
 
-TOP = {"name", "description", "seed", "components", "hybrid", "data", "stages"}
+TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH, _MAX_TEXT = 200_000, 5_000, 16, 10_000
 
@@ -41,7 +42,8 @@ class Recipe:
         name: Name of the experiment.
         seed: Random seed of all stages.
         components: As `from_components` takes them.
-        hybrid: Keys of ManticoreConfig (and dtype).
+        hybrid: Keys of ManticoreConfig (and dtype); `mixture` may be "mad:TASK+TASK", an alpha programmed with MAD.
+        program: Keys of ProgramSettings, of a mixture that is programmed.
         data: Keys of DataArguments.
         stages: [(stage, its settings)], in order; compose comes first by itself. A stage's settings may hold `data` of
             its own: keys that replace the recipe's, or all of them where it names another source.
@@ -52,6 +54,7 @@ class Recipe:
     seed: int
     components: list
     hybrid: dict
+    program: dict
     data: dict
     stages: list
 
@@ -86,7 +89,9 @@ def load_recipe(path):
     for key in values:
         if key not in TOP:
             wrong((key,), f"unknown key; known are {sorted(TOP)}.")
-    for key, kind in (("components", list), ("stages", list), ("hybrid", dict), ("data", dict)):
+    for key, kind in (
+        ("components", list), ("stages", list), ("hybrid", dict), ("program", dict), ("data", dict)
+    ):  # fmt: skip
         if not isinstance(values.get(key, kind()), kind):
             wrong((key,), f"is {show(values[key])}, must be a {'list' if kind is list else 'mapping'}.")
     components = values.get("components") or []
@@ -107,7 +112,9 @@ def load_recipe(path):
     stages = [_stage(entry, i, wrong) for i, entry in enumerate(values.get("stages") or [])]
     if any("data" not in {**data, **settings.get("data", {})} for _, settings in stages):
         wrong(("data",), "has no key 'data' that says where the text is.")
-    return Recipe(path, name, seed, components, hybrid, data, stages)
+    program = _check_values(values.get("program") or {}, _types(ProgramSettings), ("program",), wrong)
+    _check_program(hybrid, program, stages, wrong)
+    return Recipe(path, name, seed, components, hybrid, program, data, stages)
 
 
 def _read(path):
@@ -174,6 +181,37 @@ def _stage(entry, i, wrong):
     if settings.get("strategy", "darts") not in STRATEGIES:
         wrong(("stages", i, stage, "strategy"), f"is {show(settings['strategy'])}; choose one of {sorted(STRATEGIES)}.")
     return stage, settings if data is None else {**settings, "data": data}
+
+
+def _check_program(hybrid, program, stages, wrong):
+    """Refuses a mixture that cannot be programmed, and stages that its fixed alpha leaves nothing to do."""
+    try:
+        tasks = mixture_tasks(hybrid.get("mixture"))
+    except ManticoreError as err:
+        wrong(("hybrid", "mixture"), f"is {show(hybrid['mixture'])}: {err}")
+    if tasks is None:
+        if program:
+            wrong(("program",), 'is for a mixture that is programmed: give hybrid.mixture "mad:TASK+TASK", or drop it.')
+        return
+    try:
+        settings = ProgramSettings(**program)
+        for task in tasks:
+            settings.task(task, settings.seed)
+        if type(hybrid.get("num_blocks", 1)) is int:
+            settings.depth(hybrid.get("num_blocks", 1))
+    except ManticoreError as err:
+        wrong(("program",), str(err))
+    if hybrid.get("mixture_weights") is not None:
+        wrong(("hybrid", "mixture_weights"), "are given, and mixture is programmed: drop one of the two.")
+    default = hybrid.get("preset", "default") == "default"
+    native = hybrid.get("embeddings") == "native" or (default and hybrid.get("embeddings") is None)
+    for i, (stage, _) in enumerate(stages):
+        if stage == "search":
+            wrong(("stages", i), f"search would move the alpha that mixture {show(hybrid['mixture'])} has programmed: "
+                                 'leave the stage out, or give mixture: static.')  # fmt: skip
+        if stage == "pretrain" and native and hybrid.get("num_blocks", 1) == 1:
+            wrong(("stages", i), "pretrain has nothing to train: one block with native embeddings has no projectors, "
+                                 "and its alpha is programmed. Leave the stage out.")  # fmt: skip
 
 
 def _stage_keys():
@@ -253,7 +291,8 @@ def run_recipe(path, output_dir, seed=None):
         recipe.seed, line = seed, f"seed: {seed}"
         text = re.sub(r"(?m)^seed:.*$", line, text) if re.search(r"(?m)^seed:", text) else f"{line}\n{text}"
     kept = output / "recipe.yaml"
-    if kept.exists() and load_recipe(kept) != dataclasses.replace(recipe, path=kept):
+    # Not by name, which may be the file's
+    if kept.exists() and dataclasses.replace(load_recipe(kept), path=recipe.path, name=recipe.name) != recipe:
         raise ManticoreError(f"{output} holds the stages of another recipe ({kept}); give another --output-dir.")
     output.mkdir(parents=True, exist_ok=True)
     kept.write_text(text, encoding="utf-8")
@@ -261,7 +300,12 @@ def run_recipe(path, output_dir, seed=None):
     defaults = {"seed": recipe.seed, **training_defaults()}
     folder = output / "0-compose"
     arguments = TrainingArguments(output_dir=str(folder), **defaults)
-    results = [(folder, run_compose(recipe.components, arguments, **recipe.hybrid))]
+    hybrid, tasks, program = recipe.hybrid, mixture_tasks(recipe.hybrid.get("mixture")), None
+    if tasks is not None:
+        settings = ProgramSettings(**{"seed": recipe.seed, **recipe.program})
+        hybrid = {**hybrid, "mixture": "static"}
+        program = partial(program_alpha, tasks=tasks, output_dir=output / "0-program", settings=settings)
+    results = [(folder, run_compose(recipe.components, arguments, program=program, **hybrid))]
     before_search, searched = folder, None
     for number, (stage, settings) in enumerate(recipe.stages, 1):
         folder, start = output / f"{number}-{stage}", results[-1][0]

@@ -13,7 +13,8 @@ def set_stage(model, stage):
     """Sets `requires_grad` for a stage; the standard Trainer then trains just that.
 
     Args:
-        model: A hybrid.
+        model: A hybrid, or what wraps one (MAD's CompressionModel; what it adds is trained in every stage but
+            "projectors").
         stage: "projectors" (projectors, mixture weights and gate, with embeddings="fresh" also embeddings and heads;
             components frozen), "search" (everything) or "finetune" (everything but the static mixture weights, which
             keep their present values exactly).
@@ -27,13 +28,14 @@ def set_stage(model, stage):
     if stage not in STAGES:
         raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(STAGES)}.")
     model.requires_grad_(stage != "projectors")
-    model.hybrid_mixer.requires_grad_(True)
-    if model.config.embeddings == "fresh":
-        for component in map(model.component, model.config.component_names):
+    hybrid = hybrid_of(model)
+    hybrid.hybrid_mixer.requires_grad_(True)
+    if hybrid.config.embeddings == "fresh":
+        for component in map(hybrid.component, hybrid.config.component_names):
             component.get_input_embeddings().requires_grad_(True)
             component.get_output_embeddings().requires_grad_(True)
     if stage == "finetune":
-        model.hybrid_mixer.alpha_logits.requires_grad_(False)
+        hybrid.hybrid_mixer.alpha_logits.requires_grad_(False)
     return model
 
 

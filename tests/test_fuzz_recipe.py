@@ -1,5 +1,6 @@
 """Thousands of damaged recipes: each gives a Recipe or an error with a message, runs no code, and takes no time."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,9 +12,17 @@ from hypothesis import strategies as st
 
 from manticore_hf import ManticoreError
 from manticore_hf.recipe import Recipe, load_recipe
+from manticore_hf.tasks import ProgramSettings
 
 RECIPES = {path.stem: path.read_text() for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))}
 NAMES = st.sampled_from(sorted(RECIPES))
+RECIPES["programmed"] = """name: programmed
+components: [a/b, c/d]
+hybrid: {num_blocks: 2, mixture: "mad:recall+fuzzy-recall+copying"}
+program: {seq_len: 32, steps: 100, layers: 4, strategy: gaea, learning_rate: 1e-3, seeds: 2}
+data: {data: t}
+stages: [calibrate, pretrain, finetune]
+"""
 _LAUGHS = "\n".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(12))
 _MERGES = "\n".join(f"b{i + 1}: &b{i + 1} {{<<: [{', '.join([f'*b{i}'] * 9)}]}}" for i in range(12))
 
@@ -121,9 +130,21 @@ def test_anchors_and_merged_keys_are_allowed(tmp_path):
 
 
 @pytest.mark.parametrize("value", HOSTILE_VALUES, ids=lambda value: repr(value)[:40])
-@pytest.mark.parametrize("key", ["name", "seed", "components", "hybrid", "data", "stages"])
+@pytest.mark.parametrize("key", ["name", "seed", "components", "hybrid", "program", "data", "stages"])
 def test_every_hostile_value_under_every_key(tmp_path, key, value):
     values = {"components": ["a/b", "c/d"], "data": {"data": "t"}, "stages": ["finetune"]}
     file = tmp_path / "x.yaml"
     file.write_text(yaml.dump({**values, key: value}))
     outcome(read, file, seconds=10)
+
+
+@pytest.mark.parametrize("key", ["mixture", *(field.name for field in dataclasses.fields(ProgramSettings))])
+def test_every_hostile_value_in_a_programmed_recipe(tmp_path, key):
+    for value in HOSTILE_VALUES:
+        hybrid, program = {"mixture": "mad:recall+memorization"}, {"steps": 2}
+        if key == "mixture":
+            hybrid[key] = f"mad:{value}" if isinstance(value, str) else value
+        else:
+            program[key] = value
+        values = {"components": ["a/b", "c/d"], "data": {"data": "t"}, "hybrid": hybrid, "program": program}
+        attempt(tmp_path, yaml.dump({**values, "stages": ["finetune"]}))

@@ -187,6 +187,7 @@ class Workshop:
                 stages.append({stage: settings if stage == "calibrate" else {**settings, "disable_tqdm": True}})
         values = {"name": self.recipe.name, "seed": seed, "components": sources, "hybrid": hybrid}
         values |= {"data": self.recipe.data, "stages": stages}
+        values |= {"program": self.recipe.program} if self.recipe.program else {}
         variant = folder / "variant.yaml"
         variant.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         results = run_recipe(variant, folder / "stages")

@@ -66,7 +66,7 @@ class Comparison:
     def _identify(self):
         """What every run depends on; refuses a directory of something else."""
         recipe = dataclasses.asdict(self.recipe)
-        what = {key: recipe[key] for key in ("components", "hybrid", "data", "stages")}
+        what = {key: recipe[key] for key in ("components", "hybrid", "program", "data", "stages") if recipe[key]}
         file = self.output / "recipe.json"
         if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(what)):
             raise ManticoreError(f"{self.output} compares another recipe ({file}); give another --output-dir.")

@@ -11,13 +11,18 @@ import importlib
 
 _LATER = {
     "CompressionModel": "compression",
+    "EasySettings": "easy",
     "MadTask": "settings",
+    "ProgramSettings": "program",
+    "ProgrammedAlpha": "program",
     "TASKS": "settings",
     "benchmark_settings": "settings",
     "from_scratch": "models",
     "generate": "mad",
     "hybrid_from_scratch": "models",
+    "mad_profile": "profile",
     "mad_task": "settings",
+    "program_alpha": "program",
     "run_mad": "run",
 }
 

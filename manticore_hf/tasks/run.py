@@ -138,10 +138,7 @@ class _Runner:
         return self._wrap(from_scratch(family, *self.sizes, seed=self.training.seed + index))
 
     def _wrap(self, lm):
-        if self.task.shifted:
-            return lm
-        torch.manual_seed(self.training.seed)  # of the decoder, the same for all
-        return CompressionModel(lm, self.task.seq_len, self.task.vocab_size)
+        return for_task(lm, self.task, self.training.seed)
 
     def _data(self, split):
         if split not in self.splits:
@@ -208,39 +205,70 @@ class _Runner:
             disable_tqdm=self.quiet,
         )
 
-    @torch.no_grad()
     def _score(self, models):
         """Accuracy at the labelled positions of the test set; of several models, of the mean of their predictions."""
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        for model in models:
-            model.eval().to(device)
-        guesses, wanted = [], []
-        loader = DataLoader(self._data("test").with_format("torch"), batch_size=self.training.batch_size)
-        for batch in tqdm(loader, desc="Testing", unit="batch", leave=False, disable=self.quiet):
-            labels, mean = batch["labels"], 0.0
-            for model in models:
-                kwargs = {"use_cache": False} if self.task.shifted else {}
-                out = model(input_ids=batch["input_ids"].to(device), **kwargs)
-                mean = mean + out["logits"].float().log_softmax(-1) / len(models)
-            guess = mean.argmax(-1).cpu()
-            if self.task.shifted:
-                guess, labels = guess[:, :-1], labels[:, 1:]
-            for one, label in zip(guess, labels):
-                asked = label != IGNORE
-                guesses.append(one[asked].tolist())
-                wanted.append(label[asked].tolist())
+        guesses, wanted = answers(models, self.task, self._data("test"), self.training.batch_size, self.quiet)
         return {**self.metric.compute(predictions=guesses, references=wanted), "chance": self.task.chance}
 
     def _record(self, file, result):
-        """By rename and last: the file says that the run is finished."""
-        scratch = file.with_name(f".{file.name}")
-        scratch.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(scratch, file)
+        """Last: the file says that the run is finished."""
+        write_json(file, result)
         return result
 
     def _say(self, text):
         if not self.quiet:
             print(text, flush=True)
+
+
+def for_task(lm, task, seed):
+    """A causal LM as the task trains it: itself, or inside compression's autoencoder, its decoder drawn from `seed`."""
+    if task.shifted:
+        return lm
+    torch.manual_seed(seed)  # the same for all models
+    return CompressionModel(lm, task.seq_len, task.vocab_size)
+
+
+@torch.no_grad()
+def answers(models, task, rows, batch_size, quiet=False):
+    """What models say at the labelled positions of a data set.
+
+    Args:
+        models: Models of the task; of several, the mean of their log-probabilities counts. They are put into
+            evaluation mode.
+        task: The MadTask.
+        rows: Its data set, of one split.
+        batch_size: Sequences per forward pass.
+        quiet: No progress bar.
+
+    Returns:
+        (said, wanted): per sequence, the list of tokens said and the list of labels.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    for model in models:
+        model.eval().to(device)
+    said, wanted = [], []
+    loader = DataLoader(rows.with_format("torch"), batch_size=batch_size)
+    for batch in tqdm(loader, desc="Testing", unit="batch", leave=False, disable=quiet):
+        labels, mean = batch["labels"], 0.0
+        for model in models:
+            kwargs = {"use_cache": False} if task.shifted else {}
+            out = model(input_ids=batch["input_ids"].to(device), **kwargs)
+            mean = mean + out["logits"].float().log_softmax(-1) / len(models)
+        guess = mean.argmax(-1).cpu()
+        if task.shifted:
+            guess, labels = guess[:, :-1], labels[:, 1:]
+        for one, label in zip(guess, labels):
+            asked = label != IGNORE
+            said.append(one[asked].tolist())
+            wanted.append(label[asked].tolist())
+    return said, wanted
+
+
+def write_json(file, values):
+    """Writes by rename, so that a file that is there is whole."""
+    scratch = file.with_name(f".{file.name}")
+    scratch.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(scratch, file)
 
 
 def _count(model):
