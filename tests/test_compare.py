@@ -86,6 +86,12 @@ def test_the_grid_is_chosen_on_the_validation_text_alone(compared):
     tested = [run for run in runs if list(run["folder"].glob("test-*.json"))]
     assert {run["seed"] for run in tested} == {0, 1}
     assert all(run["options"] == best["options"] for run in tested)
+    # The ensemble chose its components' settings by its own loss
+    ensembles = [run for run in _runs(output, "ensemble of the tuned components") if run["seed"] == 0]
+    assert len(ensembles) == 2
+    best = min(ensembles, key=lambda run: run["validation"])["options"]
+    assert _row(result, "ensemble of the tuned components")["options"] == best
+    best = min(first, key=lambda run: run["validation"])
     # What was not chosen keeps its numbers and not its weights
     dropped = next(run for run in first if run is not best)
     assert not list(dropped["folder"].rglob("*.safetensors")) and list(best["folder"].rglob("*.safetensors"))
@@ -94,25 +100,27 @@ def test_the_grid_is_chosen_on_the_validation_text_alone(compared):
 def test_the_ensemble_is_that_of_the_tuned_components(compared, place):
     output, result = compared
     comparison = Comparison(place / "recipe.yaml", CompareArguments(test=str(place / "test.jsonl"), **GRID), output)
-    losses, oracle = [], []
-    for seed in (0, 1):
+    ensemble = _row(result, "ensemble of the tuned components")
+
+    @torch.no_grad()
+    def logprobs(seed, options):
+        """For every row the predictions of the two components, tuned with these options."""
         models = []
         for name in ("attention, tuned", "state, tuned"):
-            options = _row(result, name)["options"]
-            run = next(r for r in _runs(output, name) if r["seed"] == seed and r["options"] == options)
+            run = next(r for r in _runs(output, name) if r["seed"] == seed and r["options"] == options[name])
             models.append(AutoModelForCausalLM.from_pretrained(run["folder"] / "model").eval())
-        total, best, count = 0.0, 0.0, 0
         for _, ids in comparison.documents.rows:
             row = torch.tensor([ids])
-            with torch.no_grad():
-                logprobs = [model(row).logits[0, :-1].log_softmax(-1) for model in models]
-            mean = (sum(logprobs) / 2).log_softmax(-1)
-            total -= mean.gather(1, row[0, 1:, None]).sum().item()
-            best += min(-one.gather(1, row[0, 1:, None]).sum().item() for one in logprobs)  # a row is a document here
-            count += len(ids) - 1
-        losses.append(total / count)
-        oracle.append(best / count)
-    assert _row(result, "ensemble of the tuned components")["losses"] == pytest.approx(losses, abs=1e-5)
+            yield row[0, 1:, None], [model(row).logits[0, :-1].log_softmax(-1) for model in models]
+
+    alone = {name: _row(result, name)["options"] for name in ("attention, tuned", "state, tuned")}
+    losses, oracle, count = [], [], comparison.documents.tokens.sum()
+    for seed in (0, 1):
+        rows = logprobs(seed, dict.fromkeys(alone, ensemble["options"]))
+        losses.append(-sum((sum(two) / 2).log_softmax(-1).gather(1, ids).sum().item() for ids, two in rows) / count)
+        rows = logprobs(seed, alone)  # a row is a document here
+        oracle.append(sum(min(-one.gather(1, ids).sum().item() for one in two) for ids, two in rows) / count)
+    assert ensemble["losses"] == pytest.approx(losses, abs=1e-5)
     assert result["rows"][-1]["kind"] == "oracle" and result["rows"][-1]["losses"] == pytest.approx(oracle, abs=1e-5)
 
 

@@ -3,9 +3,11 @@
     manticore-hf compare recipes/poc.yaml --test held_out.jsonl --output-dir poc-compared --learning-rates 1e-5 2e-5
 
 On the first seed every contender is trained with every setting of its grid; the setting with the lowest loss on the
-validation split is trained with the other seeds, too. Only then, and only for the chosen runs, the test documents are
-read. Every run is a folder with `run.json` (what was trained, its cost, its validation loss) and, if it was chosen,
-`test.json` (loss and hits on every document). `comparison.json`, the table and the picture are made from those.
+validation split is trained with the other seeds, too. Mixtures of components that were tuned apart choose the
+components' settings by the loss of the mixture: what is best for a component alone may make it forget its strength.
+Only then, and only for the chosen runs, the test documents are read. Every run is a folder with `run.json` (what was
+trained, its cost, its validation loss) and, if it was chosen, `test-DIGEST.json` (loss and hits on every document).
+`comparison.json`, the table and the picture are made from those.
 """
 
 import contextlib
@@ -61,7 +63,7 @@ class Comparison:
         test = {"data": arguments.test, "data_split": arguments.test_split, "max_tokens": arguments.max_test_tokens}
         test |= {"block_size": data.block_size, "text_column": data.text_column, "validation_fraction": 0.0}
         self.documents = load_documents(DataArguments(**test), self.shop.tokenizer)
-        self.chosen = {}
+        self.chosen, self.seen, self.by_name = {}, {}, {}
 
     def _identify(self):
         """What every run depends on; refuses a directory of something else."""
@@ -76,13 +78,15 @@ class Comparison:
     def run(self):
         contenders = self._contenders()
         seeds = len(self.arguments.seeds)
+        self.by_name = {one.name: one for one in contenders}
         total = sum(len(one.options) + (seeds - 1 if one.seeded else 0) for one in contenders)
+        # A mixture may choose another setting for its components than they do for themselves: then it is a few more.
         with tqdm(total=total, desc="Comparing", unit="run") as self.bar:
             for contender in contenders:
-                self.bar.set_postfix_str(contender.name)
                 self.chosen[contender.name] = self._choose(contender)
         with tqdm(contenders, desc="Testing", unit="model") as bar:
             rows = [self._tested(one) for one in bar]
+        self._drop_unused(contenders)
         result = summarise(rows, self.documents, self._facts())
         write_summary(result, self.output)
         return result
@@ -91,12 +95,12 @@ class Comparison:
 
     def _contenders(self):
         shop, grid = self.shop, self.arguments.grid(self.recipe)
-        gates = self.arguments.gate_grid()
+        gates = [{**one, **gate} for one in grid for gate in self.arguments.gate_grid()]
         out = [self._untuned(name) for name in shop.names]
         out.append(self._mixture("ensemble, untuned", "untuned", None, "static"))
         out += [self._tuned(name, f"{name}, tuned", "component", grid) for name in shop.names]
         parts = [one.name for one in out[-len(shop.names) :]]
-        out.append(self._mixture("ensemble of the tuned components", "ensemble", parts, "static"))
+        out.append(self._mixture("ensemble of the tuned components", "ensemble", parts, "static", grid))
         out.append(self._gate("the same, one weight per component", "ensemble", parts, "static", gates))
         out.append(self._gate("token gate over the tuned components", "gate", parts, "token", gates))
         many = len(shop.names)
@@ -163,27 +167,31 @@ class Comparison:
         needs = "the components' training text"
         return Contender(f"{name}, retrained on all text", "single", train, self.shop.load_plain, grid, needs)
 
-    def _parts(self, names, seed):
-        return [None] * len(self.shop.names) if names is None else [self.chosen[name][seed] for name in names]
+    def _parts(self, names, seed, options, weights=True):
+        """The tuned components of a mixture: their runs with the mixture's own choice from the grid."""
+        if names is None:
+            return [None] * len(self.shop.names)
+        tuning = {key: options[key] for key in ("learning_rate", "num_train_epochs")}
+        return [self._run(self.by_name[name], tuning, seed, weights) for name in names]
 
-    def _mixture(self, label, kind, names, mixture):
+    def _mixture(self, label, kind, names, mixture, options=None):
         def load(run):
-            return self.shop.mixture(self._parts(names, run["seed"]), mixture)
+            return self.shop.mixture(self._parts(names, run["seed"], run["options"]), mixture)
 
-        return Contender(label, kind, _nothing, load, base=names or [], seeded=names is not None)
+        return Contender(label, kind, _nothing, load, options or [{}], base=names or [], seeded=names is not None)
 
     def _gate(self, label, kind, names, mixture, options):
         def train(chosen, seed, folder):
-            return self.shop.train_gate(self._parts(names, seed), mixture, chosen, seed, folder)
+            return self.shop.train_gate(self._parts(names, seed, chosen), mixture, chosen, seed, folder)
 
         def load(run):
-            return self.shop.load_gate(run, self._parts(names, run["seed"]), mixture)
+            return self.shop.load_gate(run, self._parts(names, run["seed"], run["options"]), mixture)
 
         return Contender(label, kind, train, load, options, base=names)
 
     def _hybrid(self, label, hybrid, options, parts):
         def train(chosen, seed, folder):
-            tuned = [str(run["folder"] / "model") for run in self._parts(parts, seed)] if parts else None
+            tuned = [str(self.chosen[name][seed]["folder"] / "model") for name in parts or ()]
             return self.shop.train_hybrid(hybrid, tuned or self.shop.sources, chosen, seed, folder)
 
         return Contender(label, "hybrid", train, self.shop.load_hybrid, options, base=parts or [])
@@ -202,27 +210,33 @@ class Comparison:
         first, *others = self.arguments.seeds
         runs = [self._run(contender, options, first) for options in contender.options]
         best = min(runs, key=lambda run: run["validation"])
-        if best.get("dropped"):  # an earlier call had a larger grid, and chose another
-            shutil.rmtree(best["folder"])
-            self.bar.total += 1
-            best = self._run(contender, best["options"], first)
-        for run in runs:
-            if run["folder"] != best["folder"]:
-                _drop_weights(run)
+        best = self._run(contender, best["options"], first, weights=True)
         if not contender.seeded:
             return dict.fromkeys(self.arguments.seeds, best)
-        return {first: best, **{seed: self._run(contender, best["options"], seed) for seed in others}}
+        return {first: best, **{seed: self._run(contender, best["options"], seed, True) for seed in others}}
 
-    def _run(self, contender, options, seed):
+    def _bases(self, contender, options, seed):
+        """The runs that a contender's run starts from."""
+        if contender.kind in ("ensemble", "gate"):
+            return self._parts(contender.base, seed, options, weights=False)
+        own = [self.chosen[name][seed] for name in contender.base]
+        return own + [one for name in contender.base for one in self._bases(self.by_name[name], options, seed)]
+
+    def _run(self, contender, options, seed, weights=False):
+        """One run, read where it is finished; with `weights` trained again where they were dropped."""
         what = {"recipe": self.identity, "contender": contender.name, "options": options, "seed": seed}
         what |= {"all_text": self.arguments.all_text} if contender.needs else {}
         if contender.base:  # another choice there is another run here
-            what["base"] = [self.chosen[name][seed]["folder"].name for name in contender.base]
+            what["base"] = [run["folder"].name for run in self._bases(contender, options, seed)]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         slug = re.sub(r"[^a-z0-9]+", "-", contender.name.lower()).strip("-")
         folder = self.output / "runs" / f"{slug}-s{seed}-{digest}"
         run = read_run(folder)
+        if run is not None and weights and run.get("dropped"):
+            shutil.rmtree(folder)
+            run = None
         if run is None:
+            self.bar.set_postfix_str(f"{contender.name}, seed {seed}")
             folder.mkdir(parents=True, exist_ok=True)
             start = time.time()
             with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
@@ -237,8 +251,19 @@ class Comparison:
                 run["mixture_weights"] = model.mixture_weights().tolist()
             _write(folder / "run.json", run)
             run["folder"] = folder
-        self.bar.update()
+        if folder not in self.seen:
+            self.seen[folder] = run
+            self.bar.update()
         return run
+
+    def _drop_unused(self, contenders):
+        """A run that nothing tested is made of keeps its numbers, not its weights."""
+        used = set()
+        for contender in contenders:
+            for seed, run in self.chosen[contender.name].items():
+                used |= {run["folder"], *(base["folder"] for base in self._bases(contender, run["options"], seed))}
+        for folder in self.seen.keys() - used:
+            _drop_weights(self.seen[folder])
 
     def _tested(self, contender):
         """A contender with its chosen runs, tested: {"contender", "runs": {seed: run}, "nll", "correct"}."""
@@ -249,7 +274,8 @@ class Comparison:
                 _write(file, score(contender.load(run), self.documents))
             scores.append(json.loads(file.read_text()))
         values = {key: np.array([one[key] for one in scores], dtype=float) for key in ("nll", "correct")}
-        return {"contender": contender, "runs": runs, **values}
+        bases = [self._bases(contender, run["options"], seed) for seed, run in runs.items()]
+        return {"contender": contender, "runs": runs, "bases": bases, **values}
 
     def _facts(self):
         """What the comparison states beside its rows."""

@@ -19,7 +19,8 @@ def summarise(rows, documents, facts):
     """The comparison as plain values.
 
     Args:
-        rows: [{"contender", "runs": {seed: run}, "nll": [seeds, units], "correct": [seeds, units]}].
+        rows: [{"contender", "runs": {seed: run}, "bases": for every run those it starts from, "nll": [seeds, units],
+            "correct": [seeds, units]}].
         documents: Documents.
         facts: What is stated beside the rows.
 
@@ -30,7 +31,6 @@ def summarise(rows, documents, facts):
     hybrids = [row for row in rows if row["contender"].kind == "hybrid"]
     own = min(hybrids, key=lambda row: np.mean([run["validation"] for run in row["runs"].values()]))
     out = [_row(row, documents, own) for row in rows]
-    _add_base(out, {row["contender"].name: row["contender"].base for row in rows})
     tuned = [row for row in rows if row["contender"].kind == "component"]
     out.append(_oracle(tuned, documents, own, out))
     return {
@@ -52,22 +52,13 @@ def _row(row, documents, own):
     out["validation"] = float(np.mean([run["validation"] for run in runs]))
     for key in ("parameters", "flops_per_token"):
         out[key] = first[key]
-    for key in ("training_flops", "training_tokens", "seconds"):
-        out[key] = float(np.mean([run[key] for run in runs]))
+    # What a contender starts from was trained, too: its cost adds up, its tokens are read by each part at a time.
+    for key, together in (("training_flops", sum), ("seconds", sum), ("training_tokens", max)):
+        before = [together([base[key] for base in bases] or [0]) for bases in row["bases"]]
+        out[key] = float(np.mean([run[key] + more for run, more in zip(runs, before)]))
     if "mixture_weights" in first:
         out["mixture_weights"] = np.mean([run["mixture_weights"] for run in runs], axis=0).tolist()
     return out
-
-
-def _add_base(rows, base):
-    """Adds to every row the training of what it starts from; those come before it."""
-    done = {}
-    for row in rows:
-        done[row["name"]] = row
-        for key in ("training_flops", "seconds"):
-            row[key] += sum(done[name][key] for name in base[row["name"]])
-        passes = max((done[name]["training_tokens"] for name in base[row["name"]]), default=0)
-        row["training_tokens"] += passes  # of the text, by each of them
 
 
 def _losses(nll, documents, own, is_own):
