@@ -244,7 +244,8 @@ class ScoresSequences(Scores):
             ManticoreError: Several rows, and nothing says where they end.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
-        pad = self.config.pad_token_id if input_ids is not None else None
+        # A hybrid of components without one has no such setting
+        pad = getattr(self.config, "pad_token_id", None) if input_ids is not None else None
         if attention_mask is None and pad is None and given is not None and len(given) > 1:
             raise ManticoreError(
                 f"Where {len(given)} rows end is unknown: there is neither an attention_mask nor "

@@ -1,23 +1,26 @@
-"""Synthetic tasks that say what a model can do: the six of MAD, generated, trained on and scored.
+"""Tasks that say what a model can do: the six of MAD and those of the Long Range Arena, trained on and scored.
 
     from manticore_hf.tasks import mad_task
     task = mad_task("in-context-recall", vocab_size=32)
     train, test = task.dataset("train"), task.dataset("test")       # datasets.Dataset, for any causal LM's Trainer
 
-`manticore-hf mad TASK` trains a model or a hybrid on one of them and prints its accuracy.
+`manticore-hf mad TASK` and `manticore-hf lra TASK` train a model or a hybrid on one of them and print its accuracy.
 """
 
 import importlib
 
 _LATER = {
     "CompressionModel": "compression",
+    "LraTask": "lra_settings",
     "MadTask": "settings",
     "TASKS": "settings",
     "benchmark_settings": "settings",
     "from_scratch": "models",
     "generate": "mad",
     "hybrid_from_scratch": "models",
+    "lra_task": "lra_settings",
     "mad_task": "settings",
+    "run_lra": "lra_run",
     "run_mad": "run",
 }
 
