@@ -371,7 +371,6 @@ def test_the_trainer_trains_resumes_and_saves(kind, repos, tmp_path):
 
     torch.manual_seed(1)
     model = set_stage(BOTH[kind].from_components(repos, num_labels=2), "finetune")
-    causal = ManticoreForCausalLM.from_components(repos)
     whole = trainer(model, 8)
     whole.train()
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
@@ -382,8 +381,6 @@ def test_the_trainer_trains_resumes_and_saves(kind, repos, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for key, value in model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[key], value), key
-        assert ("gate" in key or "alpha" in key or "mixer." in key or not torch.equal(value, causal.state_dict().get(
-            key, torch.zeros(())))), key  # fmt: skip
     loaded = AUTO[kind].from_pretrained(tmp_path / "checkpoint-8")
     ids = tokens() % 60
     assert torch.equal(scored(loaded.eval(), kind, input_ids=ids), scored(model.eval(), kind, input_ids=ids))

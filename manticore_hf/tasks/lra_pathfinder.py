@@ -7,8 +7,8 @@ the dots are. Labels are balanced exactly.
 
 A path turns a little with every pixel, and more where it would end otherwise. Between pixels of different paths `CLEAR`
 pixels stay free, more than the one that is free between dashes: what belongs together can be seen. How far apart the
-dots are says a little (62 % of the labels by the best threshold at the default settings): chance is not all that a
-model must beat. All images of a batch are drawn at once.
+dots are says a little (about 62 % of the labels by the best threshold, at the default settings): chance is not all that
+a model must beat. All images of a batch are drawn at once.
 """
 
 import numpy as np
