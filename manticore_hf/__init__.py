@@ -6,11 +6,22 @@ Importing the package registers the classes with Transformers' Auto classes, so 
 
 import importlib
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from manticore_hf.modeling.components_manticore import ComponentSpec
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM, ManticoreModel
+from manticore_hf.modeling.modeling_manticore import (
+    ManticoreForCausalLM,
+    ManticoreForSequenceClassification,
+    ManticoreForTokenClassification,
+    ManticoreModel,
+)
 
 __version__ = "0.1.0"
 
@@ -26,11 +37,22 @@ _LATER = {
     "set_stage": "stages",
 }
 
-__all__ = ["ComponentSpec", "ManticoreConfig", "ManticoreError", "ManticoreForCausalLM", "ManticoreModel", *_LATER]
+__all__ = [
+    "ComponentSpec",
+    "ManticoreConfig",
+    "ManticoreError",
+    "ManticoreForCausalLM",
+    "ManticoreForSequenceClassification",
+    "ManticoreForTokenClassification",
+    "ManticoreModel",
+    *_LATER,
+]
 
 AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
 AutoModel.register(ManticoreConfig, ManticoreModel, exist_ok=True)
 AutoModelForCausalLM.register(ManticoreConfig, ManticoreForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(ManticoreConfig, ManticoreForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(ManticoreConfig, ManticoreForTokenClassification, exist_ok=True)
 
 
 def __getattr__(name):

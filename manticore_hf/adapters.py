@@ -18,7 +18,12 @@ from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.modeling.segments_manticore import _find_layers
 
 UNSAFE = ("x_proj", "dt_proj", "out_proj", "conv1d")
-MIXER = "hybrid_mixer"
+MIXER, SCORE = "hybrid_mixer", "score"
+TASK_TYPES = {
+    "ManticoreForSequenceClassification": "SEQ_CLS",
+    "ManticoreForTokenClassification": "TOKEN_CLS",
+    "ManticoreForCausalLM": "CAUSAL_LM",
+}
 
 
 def lora_targets(model, components=None):
@@ -62,9 +67,10 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
         model: A hybrid.
         r: Rank.
         components: Names of the components to adapt; default: all.
-        train_mixer: Train and save projectors, mixture weights and gate in full beside the adapters.
+        train_mixer: Train and save projectors, mixture weights and gate in full beside the adapters. (Score heads of
+            a classifier always are.)
         **kwargs: Further fields of LoraConfig (lora_alpha, lora_dropout, ...). `target_modules` replaces the safe
-            targets; unsafe ones among them are refused.
+            targets; unsafe ones among them are refused. `task_type` follows from the model's class.
 
     Returns:
         A `peft.LoraConfig` for `peft.get_peft_model(model, config)`; its revision is the hybrid's own commit if it was
@@ -89,11 +95,14 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
         targets = lora_targets(model, components)
     if not targets:
         raise ManticoreError(f"No linear maps to adapt in {components}.")
+    # By name: loaded as remote code, its class is of another copy of the files.
+    task_type = next((TASK_TYPES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in TASK_TYPES), None)
+    saved = [MIXER] * train_mixer + [name for name, _ in model.named_children() if name == SCORE]
     config = LoraConfig(
         r=r,
         target_modules=targets,
-        modules_to_save=[MIXER] if train_mixer else None,
-        task_type="CAUSAL_LM",
+        modules_to_save=saved or None,
+        task_type=kwargs.pop("task_type", task_type),
         revision=getattr(model, "_own_commit", None),
         **kwargs,
     )
@@ -121,26 +130,27 @@ def quantization_skips(model):
 
     Returns:
         Sorted patterns of module names, as BitsAndBytesConfig takes them for `llm_int8_skip_modules` (other methods of
-        Transformers: `modules_to_not_convert`): heads, expert routers, Mamba's raw and fused projections, the mixer.
-        A pattern holds for all layers of its component.
+        Transformers: `modules_to_not_convert`): heads, expert routers, Mamba's raw and fused projections, the mixer,
+        a classifier's score heads. A pattern holds for all layers of its component.
     """
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
             model = ManticoreForCausalLM(copy.deepcopy(model))
     targets = set(lora_targets(model))
     linear = {key for key, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    kept = {key for key in linear - targets if not key.startswith(f"{MIXER}.")}
-    return sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in kept} | {MIXER})
+    kept = {key for key in linear - targets if not key.startswith((f"{MIXER}.", f"{SCORE}."))}
+    return sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in kept} | {MIXER, SCORE})
 
 
 def refuse_quantized(model):
-    """Raises ManticoreError if a weight of a hybrid that is read raw, or one of its mixer, was quantised."""
+    """Raises ManticoreError if a weight of a hybrid that is read raw, or one of its own, was quantised."""
     for key, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or not _is_quantized(weight):
             continue
         parent, _, leaf = key.rpartition(".")
-        if key.startswith(f"{MIXER}.") or (leaf in UNSAFE and _is_state_space(model.get_submodule(parent))):
+        ours = key.startswith((f"{MIXER}.", f"{SCORE}."))
+        if ours or (leaf in UNSAFE and _is_state_space(model.get_submodule(parent))):
             raise ManticoreError(
                 f"{key!r} was quantised, but has to stay in floating point: load the hybrid with "
                 "llm_int8_skip_modules=quantization_skips(config)."

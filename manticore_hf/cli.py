@@ -33,8 +33,8 @@ def main(argv=None):
 
         return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adds = (_add_demo, _add_run, _add_evaluate, _add_compare, _add_inspect, _add_push, _add_mad, _add_mad_profile)
-    for add in adds:
+    adds = (_add_demo, _add_run, _add_evaluate, _add_compare, _add_inspect, _add_push)
+    for add in (*adds, _add_mad, _add_mad_profile, _add_lra):
         add(commands)
     for name, text in STAGES.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -234,6 +234,30 @@ def _push(args):
     print_published(out)
 
 
+def _add_models(command, layers):
+    """Options of what is trained from scratch."""
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model type of Transformers: llama, mamba, gpt_neox, ...")
+    what.add_argument("--hybrid", help="model types of a hybrid's components: llama,mamba")
+    command.add_argument("--output-dir", required=True, help="directory of the results, one JSON file per run")
+    command.add_argument("--layers", type=int, default=layers, help="layers of every model")
+    command.add_argument("--hidden-size", type=int, default=128, help="width of every model")
+    command.add_argument("--num-blocks", type=int, default=1, help="blocks of the hybrid")
+    command.add_argument("--preset", default="default", help="settings of the hybrid: default or paper")
+    command.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True,
+                         help="also train each of the hybrid's components alone")  # fmt: skip
+    command.add_argument("--designed", action="store_true", help="also train a hybrid that was designed by hand: Mamba "
+                         "and attention layers in turn (Jamba without experts)")  # fmt: skip
+
+
+def _add_training(command, epochs, learning_rate, batch_size, weight_decay=0.0):
+    command.add_argument("--epochs", type=int, default=epochs, help="passes over the training sequences")
+    command.add_argument("--learning-rate", type=float, default=learning_rate, help="of AdamW, at the start")
+    command.add_argument("--weight-decay", type=float, default=weight_decay, help="of AdamW")
+    command.add_argument("--batch-size", type=int, default=batch_size, help="sequences per step")
+    command.add_argument("--seed", type=int, default=0, help="random seed of sequences, weights and their order")
+
+
 def _add_mad(commands):
     command = commands.add_parser(
         "mad",
@@ -246,16 +270,7 @@ def _add_mad(commands):
     )
     command.add_argument("task", help="in-context-recall, fuzzy-in-context-recall, noisy-in-context-recall, "
                          "selective-copying, compression or memorization")  # fmt: skip
-    what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="model type of Transformers: llama, mamba, gpt_neox, ...")
-    what.add_argument("--hybrid", help="model types of a hybrid's components: llama,mamba")
-    command.add_argument("--output-dir", required=True, help="directory of the results, one JSON file per run")
-    command.add_argument("--layers", type=int, default=2, help="layers of every model")
-    command.add_argument("--hidden-size", type=int, default=128, help="width of every model")
-    command.add_argument("--num-blocks", type=int, default=1, help="blocks of the hybrid")
-    command.add_argument("--preset", default="default", help="settings of the hybrid: default or paper")
-    command.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True,
-                         help="also train each of the hybrid's components alone")  # fmt: skip
+    _add_models(command, layers=2)
     for name, kind, text in (
         ("vocab-size", int, "token ids, special and noise tokens included"),
         ("seq-len", int, "tokens per sequence"),
@@ -266,11 +281,7 @@ def _add_mad(commands):
         ("tokens-to-copy", int, "tokens to copy (selective copying)"),
     ):
         command.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the task's)")
-    command.add_argument("--epochs", type=int, default=200, help="passes over the training sequences")
-    command.add_argument("--learning-rate", type=float, default=5e-4, help="of AdamW, at the start")
-    command.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
-    command.add_argument("--batch-size", type=int, default=128, help="sequences per step")
-    command.add_argument("--seed", type=int, default=0, help="random seed of sequences, weights and their order")
+    _add_training(command, epochs=200, learning_rate=5e-4, batch_size=128)
     command.set_defaults(run=_mad)
 
 
@@ -311,6 +322,45 @@ def _add_mad_profile(commands):
 
 def _mad_profile(args):
     from manticore_hf.tasks.profile import main as run
+
+    run(args)
+
+
+def _add_lra(commands):
+    command = commands.add_parser(
+        "lra",
+        help="train a model or a hybrid from scratch on a task of the Long Range Arena, and print its accuracy",
+        description="Trains a small classifier from scratch on ListOps or Pathfinder, which are generated, or on texts "
+        "(bytes) or images (grey pixels) of yours or of the Hub, and prints its accuracy; for a hybrid beside each "
+        "component trained alone on the same sequences, and their ensemble. A finished run is not repeated. Defaults "
+        "are long sequences and many: on a CPU give fewer and shorter ones.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("task", help="listops, pathfinder, text or image")
+    _add_models(command, layers=4)
+    for name, kind, text in (
+        ("num-train", int, "training sequences (text, image: at most)"),
+        ("num-test", int, "test sequences (text, image: at most)"),
+        ("min-len", int, "fewest tokens of a sequence (listops)"),
+        ("max-len", int, "most tokens of a sequence (listops, text)"),
+        ("max-depth", int, "levels of nesting, the numbers' included (listops)"),
+        ("max-args", int, "most arguments of an operator (listops)"),
+        ("image-size", int, "height and width in pixels (pathfinder, image)"),
+        ("path-len", int, "pixels of the two long paths (pathfinder)"),
+        ("distractors", int, "short paths (pathfinder)"),
+        ("data", str, "training data: file (csv, json, parquet), or data set with the splits train and test: a folder "
+         "or a repository of the Hub (text, image)"),
+        ("test-data", str, "file of the test data, if --data is one (text, image)"),
+        ("input-column", str, "column of the text or image"),
+        ("label-column", str, "column of the label (text, image)"),
+    ):  # fmt: skip
+        command.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the task's)")
+    _add_training(command, epochs=10, learning_rate=1e-3, batch_size=32, weight_decay=0.01)
+    command.set_defaults(run=_lra)
+
+
+def _lra(args):
+    from manticore_hf.tasks.lra_run import main as run
 
     run(args)
 

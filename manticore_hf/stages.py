@@ -15,9 +15,9 @@ def set_stage(model, stage):
     Args:
         model: A hybrid, or what wraps one (MAD's CompressionModel; what it adds is trained in every stage but
             "projectors").
-        stage: "projectors" (projectors, mixture weights and gate, with embeddings="fresh" also embeddings and heads;
-            components frozen), "search" (everything) or "finetune" (everything but the static mixture weights, which
-            keep their present values exactly).
+        stage: "projectors" (projectors, mixture weights, gate and score heads, with embeddings="fresh" also embeddings
+            and heads; components frozen), "search" (everything) or "finetune" (everything but the static mixture
+            weights, which keep their present values exactly).
 
     Returns:
         The model.
@@ -29,11 +29,14 @@ def set_stage(model, stage):
         raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(STAGES)}.")
     model.requires_grad_(stage != "projectors")
     hybrid = hybrid_of(model)
-    hybrid.hybrid_mixer.requires_grad_(True)
+    for name, part in hybrid.named_children():
+        if name not in hybrid.config.component_names:
+            part.requires_grad_(True)
     if hybrid.config.embeddings == "fresh":
         for component in map(hybrid.component, hybrid.config.component_names):
-            component.get_input_embeddings().requires_grad_(True)
-            component.get_output_embeddings().requires_grad_(True)
+            for end in (component.get_input_embeddings(), component.get_output_embeddings()):
+                if end is not None:  # classifiers have no such head
+                    end.requires_grad_(True)
     if stage == "finetune":
         hybrid.hybrid_mixer.alpha_logits.requires_grad_(False)
     return model
@@ -58,7 +61,7 @@ def fix_alpha(model, weights=None):
 
 
 class ComponentClipping(TrainerCallback):
-    """Clips the gradient of each component, and of the mixer, by its own norm.
+    """Clips the gradient of each component, of the mixer and of a classifier's score heads by its own norm.
 
     One norm over all would let the component with the largest gradients decide the step of the others. Use it with
     `max_grad_norm=0` in the TrainingArguments; not with fp16, whose gradients are still scaled when it runs.
@@ -78,7 +81,7 @@ class ComponentClipping(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         hybrid = hybrid_of(model)
-        for part in (*map(hybrid.component, hybrid.config.component_names), hybrid.hybrid_mixer):
+        for part in hybrid.children():
             parameters = [p for p in part.parameters() if p.grad is not None]
             if parameters:
                 torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)

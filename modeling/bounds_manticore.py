@@ -57,7 +57,8 @@ _RESERVED = {
     "head_mixture", "component_names", "sub_configs", "bounds", "bos_token_id", "eos_token_id", "pad_token_id",
     "all_tied_weights_keys", "create_masks_for_generate", "kernel_config", "keys_to_ignore_at_inference", "embed",
     "from_components", "make_cache", "mix_embeddings", "new_mixer", "renew_embeddings", "report_parts",
-    "set_mixture_weights", "unchanged_keys", "verify_segments",
+    "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm", "is_gone", "make_score",
+    "starts_anew", "composed_as",
 }  # fmt: skip
 
 logger = logging.get_logger(__name__)

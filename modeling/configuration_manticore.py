@@ -32,6 +32,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_manticore.ManticoreConfig",
     "AutoModel": "modeling_manticore.ManticoreModel",
     "AutoModelForCausalLM": "modeling_manticore.ManticoreForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_manticore.ManticoreForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_manticore.ManticoreForTokenClassification",
 }
 
 CHOICES = {

@@ -161,7 +161,7 @@ class HybridMixer(nn.Module):
                 kept[f"{name}-{block}"] = (Resize if reference else PROJECTORS[config.projector])(*sizes)
 
     def forward(self, step, *args):
-        """Runs one step: "weights", "enter", "leave", "cross" or "gate_tokens", the methods below."""
+        """Runs one step: "weights", "enter", "leave", "cross", "gate_tokens" or "gate_rest", the methods below."""
         return getattr(self, step)(*args)
 
     def weights(self):
@@ -185,6 +185,10 @@ class HybridMixer(nn.Module):
     def gate_tokens(self, states, logits):
         """The token gate's weights [batch, time, K]."""
         return self.token_gate(states, logits)
+
+    def gate_rest(self):
+        """The part of the token gate that does not depend on the token, softmax(b): [K], in float32."""
+        return self.token_gate.linear.bias.float().softmax(-1)
 
     def _gated(self, projector, states, alpha):
         gate = alpha if self.gate == "alpha" else 0.0

@@ -12,6 +12,11 @@ import torch
 PIECES, PIECE = 32, 1 << 18  # at most so many pieces, of at least so many numbers
 
 
+def is_active(weight):
+    """Whether a mixture weight lets its component run: a number that is zero does not."""
+    return not (isinstance(weight, float) and weight == 0.0)
+
+
 class _WeightedSum(torch.autograd.Function):
     """sum_k w_k x_k of (w_1, ..., w_K, x_1, ..., x_K), w_k scalar or [..., 1]; no product is stored, then or later."""
 

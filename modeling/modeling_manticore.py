@@ -12,9 +12,10 @@ from .components_manticore import build, prepare
 from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .decoding_manticore import CachedDecoding
+from .heads_manticore import ScoresSequences, ScoresTokens
 from .mixing_manticore import HybridMixer, resize
-from .mixture_manticore import SPACES, weighted_sum
-from .outputs_manticore import HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
+from .mixture_manticore import SPACES, is_active, weighted_sum
+from .outputs_manticore import Embeds, HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .recurrent_manticore import keep_state_in_cache
 from .route_manticore import Dropped, RunsRoute
 from .segments_manticore import Cuts
@@ -44,7 +45,7 @@ class ManticorePreTrainedModel(ReferencedWeights, PreTrainedModel):
             module.reset()
 
 
-class ManticoreModel(CachedDecoding, RunsRoute, PerComponentAttention, ManticorePreTrainedModel):
+class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, ManticorePreTrainedModel):
     """K components in S blocks, joined; without output head (the components keep theirs, unused here).
 
     Args:
@@ -161,54 +162,6 @@ class ManticoreModel(CachedDecoding, RunsRoute, PerComponentAttention, Manticore
             self._follow()
         return self
 
-    # ---- embeddings ------------------------------------------------------------------------------------------------
-
-    def get_input_embeddings(self):
-        return self.input_embedding
-
-    def set_input_embeddings(self, value):
-        raise ManticoreError("Each component has its own embeddings: use model.component(name).set_input_embeddings().")
-
-    def get_output_embeddings(self):
-        return None
-
-    def set_output_embeddings(self, value):
-        raise ManticoreError("Each component has its own head: use model.component(name).set_output_embeddings().")
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """Resizes the vocabulary of every component; returns `get_input_embeddings()`."""
-        if self.config.route is not None and len(self.config.component_names) > 1:
-            raise ManticoreError("A hardened hybrid cannot be resized: resize the soft one, then harden it.")
-        for name in self.config.component_names:
-            component = self.component(name)
-            component.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-            self.config.vocab_size = component.config.vocab_size
-        self._follow()
-        return self.get_input_embeddings()
-
-    def embed(self, name, input_ids):
-        """A component's own embeddings of the tokens [batch, time, width]."""
-        return self._modules[name].get_input_embeddings()(input_ids)
-
-    def mix_embeddings(self, input_ids):
-        """h_0 = sum_k alpha_1k * pad(E_k[x], d): [batch, time, d]."""
-        active = [(w, name) for w, name in zip(self._alpha()[0], self.config.component_names) if _is_active(w)]
-        return weighted_sum(
-            [w for w, _ in active],
-            [resize(self.embed(name, input_ids), self.config.hidden_size) for _, name in active],
-        )
-
-    def _split_embeds(self, inputs_embeds):
-        names = self.config.route[:1] if self.config.route else self.config.component_names
-        widths = [self._modules[name].get_input_embeddings().weight.shape[1] for name in names]
-        if inputs_embeds.shape[-1] != sum(widths):
-            raise ManticoreError(
-                f"inputs_embeds has width {inputs_embeds.shape[-1]}; with embeddings='native' it must hold every "
-                f"component's embeddings side by side ({dict(zip(names, widths))}, in all {sum(widths)}): use "
-                "model.get_input_embeddings()(input_ids)."
-            )
-        return dict(zip(names, inputs_embeds.split(widths, -1)))
-
     # ---- forward ---------------------------------------------------------------------------------------------------
 
     def forward(
@@ -290,7 +243,7 @@ class ManticoreModel(CachedDecoding, RunsRoute, PerComponentAttention, Manticore
         if self.config.route is not None:
             return self._run_route(own, state, mask, positions, cache, keep, boundaries)
         for block in range(blocks):
-            active = {name: w for name, w in zip(names, alpha[block]) if _is_active(w)}
+            active = {name: w for name, w in zip(names, alpha[block]) if is_active(w)}
             states, last = {}, block == blocks - 1
             for name, w in active.items():
                 entering = own[name] if native and block == 0 else self.hybrid_mixer("enter", block, name, state, w)
@@ -317,7 +270,7 @@ class ManticoreModel(CachedDecoding, RunsRoute, PerComponentAttention, Manticore
 
     def _shared(self, weights, states):
         """Components' native states as one state of the shared width, for those who ask for hidden states."""
-        active = [(w, name) for w, name in zip(weights, self.config.component_names) if _is_active(w)]
+        active = [(w, name) for w, name in zip(weights, self.config.component_names) if is_active(w)]
         padded = [resize(states[name], self.config.hidden_size) for _, name in active]
         return weighted_sum([w for w, _ in active], padded)
 
@@ -325,10 +278,6 @@ class ManticoreModel(CachedDecoding, RunsRoute, PerComponentAttention, Manticore
 def _width(module):
     """Width of an embedding or head; 0 where a hardened hybrid dropped it."""
     return 0 if isinstance(module, Dropped) else module.weight.shape[1]
-
-
-def _is_active(weight):
-    return not (isinstance(weight, float) and weight == 0.0)
 
 
 class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMixin):
@@ -375,7 +324,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
             row = alpha[-1 if self.config.head_mixture == "last" else 0]
             shared = run["shared"][:, kept]
             width = {n: _width(self._modules[n].get_output_embeddings()) for n in names}
-            read = {name: resize(shared, width[name]) for name, w in zip(names, row) if _is_active(w)}
+            read = {name: resize(shared, width[name]) for name, w in zip(names, row) if is_active(w)}
         weights = [w for name, w in zip(names, row) if name in read]
         own = {name: self._own_logits(name, state) for name, state in read.items()}
         logits, token_weights = self._mix(weights, read, own)
@@ -444,6 +393,23 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
         return loss, parts
 
 
+class ManticoreForSequenceClassification(ScoresSequences, ManticoreModel):
+    """A hybrid that scores whole sequences, at their last token that is no padding.
+
+    `model.component(name)` is the component without language-model head, unless that is tied to its embeddings.
+    """
+
+    composed_as = ManticoreForCausalLM
+
+
+class ManticoreForTokenClassification(ScoresTokens, ManticoreModel):
+    """A hybrid that scores every token, from what stands before it and itself; its components as for sequences."""
+
+    composed_as = ManticoreForCausalLM
+
+
 ManticoreConfig.register_for_auto_class()
 ManticoreModel.register_for_auto_class("AutoModel")
 ManticoreForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+ManticoreForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+ManticoreForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

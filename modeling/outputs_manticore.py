@@ -1,4 +1,4 @@
-"""What the hybrid's forward returns, and the module that stands for its input embeddings."""
+"""What the hybrid's forward returns, its input embeddings, and the module that stands for them."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,9 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from .cache_manticore import ManticoreCache
+from .configuration_manticore import ManticoreError
+from .mixing_manticore import resize
+from .mixture_manticore import is_active, weighted_sum
 
 
 @dataclass
@@ -85,3 +88,53 @@ class HybridEmbedding(nn.Module):
         if model.config.embeddings == "native":
             return torch.cat([model.embed(name, input_ids) for name in model.config.component_names], -1)
         return model.mix_embeddings(input_ids)
+
+
+class Embeds:
+    """Mixin of ManticoreModel: what the first blocks read, and vocabularies of another size."""
+
+    def get_input_embeddings(self):
+        return self.input_embedding
+
+    def set_input_embeddings(self, value):
+        raise ManticoreError("Each component has its own embeddings: use model.component(name).set_input_embeddings().")
+
+    def get_output_embeddings(self):
+        return None
+
+    def set_output_embeddings(self, value):
+        raise ManticoreError("Each component has its own head: use model.component(name).set_output_embeddings().")
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Resizes the vocabulary of every component; returns `get_input_embeddings()`."""
+        if self.config.route is not None and len(self.config.component_names) > 1:
+            raise ManticoreError("A hardened hybrid cannot be resized: resize the soft one, then harden it.")
+        for name in self.config.component_names:
+            component = self.component(name)
+            component.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            self.config.vocab_size = component.config.vocab_size
+        self._follow()
+        return self.get_input_embeddings()
+
+    def embed(self, name, input_ids):
+        """A component's own embeddings of the tokens [batch, time, width]."""
+        return self._modules[name].get_input_embeddings()(input_ids)
+
+    def mix_embeddings(self, input_ids):
+        """h_0 = sum_k alpha_1k * pad(E_k[x], d): [batch, time, d]."""
+        active = [(w, name) for w, name in zip(self._alpha()[0], self.config.component_names) if is_active(w)]
+        return weighted_sum(
+            [w for w, _ in active],
+            [resize(self.embed(name, input_ids), self.config.hidden_size) for _, name in active],
+        )
+
+    def _split_embeds(self, inputs_embeds):
+        names = self.config.route[:1] if self.config.route else self.config.component_names
+        widths = [self._modules[name].get_input_embeddings().weight.shape[1] for name in names]
+        if inputs_embeds.shape[-1] != sum(widths):
+            raise ManticoreError(
+                f"inputs_embeds has width {inputs_embeds.shape[-1]}; with embeddings='native' it must hold every "
+                f"component's embeddings side by side ({dict(zip(names, widths))}, in all {sum(widths)}): use "
+                "model.get_input_embeddings()(input_ids)."
+            )
+        return dict(zip(names, inputs_embeds.split(widths, -1)))

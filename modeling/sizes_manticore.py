@@ -247,6 +247,7 @@ def check_tensors(model, tensors, rename, ties, owner, quantizer=None, ignore_mi
         ManticoreError: As `refuse`.
     """
     missing, wrong = compare(model, tensors, rename, ties)
+    missing = [key for key in missing if not model.starts_anew(key)]
     if quantizer is not None:  # it packs tensors, and turns some round before
         packed = quantizer.pre_quantized
         wrong = {key: two for key, two in wrong.items() if not packed and math.prod(two[0]) != math.prod(two[1])}

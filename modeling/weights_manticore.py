@@ -56,7 +56,7 @@ def overlay(model, own, hub, stack, rename, ties):
         found = open_files(component_files(entry, hub), stack, where(entry), prefix)
         for key, value in found.items():
             name = rename(key)[0]
-            if name not in covered and (name in wanted or model.config.route is None):
+            if name not in covered and (name in wanted or model.config.route is None) and not model.is_gone(name):
                 merged[key] = value
     merged.update(own)
     return merged
@@ -170,6 +170,14 @@ class ReferencedWeights:
             commit_message=commit_message or "Upload hybrid", commit_description=commit_description,
             create_pr=create_pr, revision=revision,
         )  # fmt: skip
+
+    def starts_anew(self, key):
+        """Whether a checkpoint need not have a tensor of the model, which then gets an initial value."""
+        return False
+
+    def is_gone(self, key):
+        """Whether a tensor of a component's repository belongs to a part that this model leaves out."""
+        return False
 
     @classmethod
     def is_remote_code(cls):
@@ -293,7 +301,9 @@ def _refuse_incomplete(model, info, ties, owner, ignore_mismatched):
     patterns = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
     missing = {
         key for key in info.missing_keys
-        if not any(p.search(key) for p in patterns) and ties.get(key, {key}) <= set(info.missing_keys)
+        if not any(p.search(key) for p in patterns)
+        and ties.get(key, {key}) <= set(info.missing_keys)
+        and not model.starts_anew(key)
     }  # fmt: skip
     refuse(missing, {} if ignore_mismatched else {key: shapes for key, *shapes in info.mismatched_keys}, owner)
 

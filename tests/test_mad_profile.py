@@ -9,9 +9,9 @@ from tiny_hybrid import pair, save
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.plots import plot_profile
-from manticore_hf.tasks import TASKS, EasySettings, mad_profile, profile, run, run_mad
+from manticore_hf.tasks import TASKS, EasySettings, comparison, mad_profile, profile, run_mad
+from manticore_hf.tasks.comparison import Training
 from manticore_hf.tasks.easy import task_names
-from manticore_hf.tasks.run import Training
 
 TINY = EasySettings(seq_len=16, num_train=20, num_test=8, hidden_size=32, layers=1, steps=4, batch_size=8)
 OPTIONS = "--seq-len 16 --num-train 20 --num-test 8 --hidden-size 32 --layers 1 --steps 4 --batch-size 8".split()
@@ -20,14 +20,14 @@ OPTIONS = "--seq-len 16 --num-train 20 --num-test 8 --hidden-size 32 --layers 1 
 @pytest.fixture
 def trained(monkeypatch):
     """The classes of the models that are trained, as they are, and for how many steps."""
-    names, train = [], run.Trainer.train
+    names, train = [], comparison.Trainer.train
 
     def counted(self):
         state = train(self)
         names.append((type(self.model).__name__, state.global_step))
         return state
 
-    monkeypatch.setattr(run.Trainer, "train", counted)
+    monkeypatch.setattr(comparison.Trainer, "train", counted)
     return names
 
 
@@ -85,7 +85,7 @@ def test_models_are_profiled_by_their_family(tmp_path, trained):
     ],
 )
 def test_what_cannot_be_profiled_is_refused_before_anything_is_trained(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run.Trainer, "train", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr(comparison.Trainer, "train", lambda self: pytest.fail("trained"))
     assert main(["mad-profile", *options, "--output-dir", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

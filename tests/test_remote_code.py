@@ -13,7 +13,13 @@ import torch
 from hub_models import MODEL, component_keys, nudge, publish, publish_hybrid, read_json, tiny, tokenizer
 from manticore_hf.modeling.configuration_manticore import AUTO_MAP
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import manticore_hf
 from manticore_hf import ManticoreForCausalLM, lora_config, modeling
@@ -49,6 +55,7 @@ def test_modeling_imports_only_what_every_user_has():
 
 def test_every_file_is_reachable_from_the_model():
     """Transformers copies what the entry file imports, directly or not, by relative imports: nothing else."""
+    assert {value.partition(".")[0] for value in AUTO_MAP.values()} == {"configuration_manticore", "modeling_manticore"}
     seen, waiting = set(), ["modeling_manticore"]
     while waiting:
         name = waiting.pop()
@@ -80,6 +87,9 @@ def test_importing_the_package_registers_the_classes():
     assert type(config) is manticore_hf.ManticoreConfig
     assert AutoModel._model_mapping[type(config)] is manticore_hf.ManticoreModel
     assert AutoModelForCausalLM._model_mapping[type(config)] is manticore_hf.ManticoreForCausalLM
+    classes = (manticore_hf.ManticoreForSequenceClassification, manticore_hf.ManticoreForTokenClassification)
+    assert AutoModelForSequenceClassification._model_mapping[type(config)] is classes[0]
+    assert AutoModelForTokenClassification._model_mapping[type(config)] is classes[1]
 
 
 # ---- without the package ---------------------------------------------------------------------------------------------
@@ -174,6 +184,29 @@ torch.save(found, output)
 
 LOAD = """
 torch.save({name: facts(AutoModelForCausalLM.from_pretrained(name, **trust)) for name in (repo, *more)}, output)
+"""
+
+CLASSIFY = """
+from transformers import AutoModelForSequenceClassification as ForSequence, AutoModelForTokenClassification as ForToken
+found = {}
+for kind, auto, task in (("sequence", ForSequence, "text"), ("token", ForToken, "token")):
+    model, info = auto.from_pretrained(repo, num_labels=3, output_loading_info=True, **trust)
+    assert "transformers_modules" in type(model).__module__
+    assert all(key.startswith("score.") for key in info.pop("missing_keys")) and not any(info.values()), info
+    model.train()
+    labels = torch.tensor([0, 2]) if kind == "sequence" else ids % 3
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    model.save_pretrained(kind)
+    model.push_to_hub(more[0] + kind)
+    with torch.no_grad():
+        found[kind] = model.eval()(input_ids=ids).logits
+        again = auto.from_pretrained(kind, **trust)
+        assert "transformers_modules" in type(again).__module__
+        assert torch.equal(again(input_ids=ids).logits, found[kind])
+    pipe = pipeline(f"{task}-classification", model=kind, tokenizer=repo, **trust)
+    found[f"{kind} labels"] = [str(one.get("label", one.get("entity"))) for one in pipe("w5 w6 w7")]
+torch.save(found, output)
 """
 
 COMPOSE = """
@@ -296,6 +329,21 @@ def test_life_without_the_package(published, run, hub, owner, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(where)
         assert type(loaded) is ManticoreForCausalLM
         assert_facts({"chunked": trained["chunked"], **facts(loaded)}, trained)
+
+
+def test_classifying_without_the_package(published, run, hub, owner, tmp_path):
+    repo, _ = published
+    found = run(CLASSIFY, repo, f"{owner}/")
+    for kind, auto in (("sequence", AutoModelForSequenceClassification), ("token", AutoModelForTokenClassification)):
+        pushed = hub.files(f"{owner}/{kind}")
+        assert_complete(pushed, json.loads(pushed["config.json"]))
+        for where in (f"{owner}/{kind}", tmp_path / kind):
+            loaded = auto.from_pretrained(where)
+            assert type(loaded) is auto._model_mapping[manticore_hf.ManticoreConfig]
+            with torch.no_grad():
+                assert torch.equal(loaded(input_ids=ids()).logits, found[kind])
+    assert [len(found[f"{kind} labels"]) for kind in ("sequence", "token")] == [1, 3]
+    assert set(found["sequence labels"] + found["token labels"]) <= {"LABEL_0", "LABEL_1", "LABEL_2"}
 
 
 @pytest.mark.slow

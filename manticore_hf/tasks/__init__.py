@@ -1,10 +1,10 @@
-"""Synthetic tasks that say what a model can do: the six of MAD, generated, trained on and scored.
+"""Tasks that say what a model can do: the six of MAD and those of the Long Range Arena, trained on and scored.
 
     from manticore_hf.tasks import mad_task
     task = mad_task("in-context-recall", vocab_size=32)
     train, test = task.dataset("train"), task.dataset("test")       # datasets.Dataset, for any causal LM's Trainer
 
-`manticore-hf mad TASK` trains a model or a hybrid on one of them and prints its accuracy.
+`manticore-hf mad TASK` and `manticore-hf lra TASK` train a model or a hybrid on one of them and print its accuracy.
 """
 
 import importlib
@@ -12,6 +12,7 @@ import importlib
 _LATER = {
     "CompressionModel": "compression",
     "EasySettings": "easy",
+    "LraTask": "lra_settings",
     "MadTask": "settings",
     "ProgramSettings": "program",
     "ProgrammedAlpha": "program",
@@ -23,6 +24,8 @@ _LATER = {
     "mad_profile": "profile",
     "mad_task": "settings",
     "program_alpha": "program",
+    "lra_task": "lra_settings",
+    "run_lra": "lra_run",
     "run_mad": "run",
 }
 

@@ -61,7 +61,7 @@ def generate(task, split):
     """
     if split not in SPLITS:
         raise ManticoreError(f"split={split!r} is unknown; choose one of {list(SPLITS)}.")
-    draw, rng = _GENERATORS[task.name], _stream(task, split)
+    draw, rng = _GENERATORS[task.name], stream(task, split)
     count = task.num_train if split == "train" else task.num_test
     part = max(1, _PART // task.seq_len)
     parts = [draw(task, rng, min(part, count - done), split == "train") for done in range(0, count, part)]
@@ -79,11 +79,12 @@ def dataset(task, split):
 
 def memorized(task):
     """Memorization's fixed map: [number of keys], the value token of each key."""
-    values = _stream(task, "map").permutation(np.array(task.answers))
+    values = stream(task, "map").permutation(np.array(task.answers))
     return values[: len(task.keys)]
 
 
-def _stream(task, use):
+def stream(task, use):
+    """A random generator of a task's seed and name, and of what it is for; the same in every process."""
     # crc32, not hash(): that differs between processes
     words = [task.seed & 0xFFFFFFFF, task.seed >> 32, zlib.crc32(task.name.encode()), zlib.crc32(use.encode())]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))

@@ -12,6 +12,10 @@ from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 
 HEAD_WIDTH = 32
 
+DESIGNED = "jamba"
+"""A hybrid designed by hand: Transformers' Jamba with experts off, Mamba and attention layers in turn, Mamba first (as
+MambaFormer, Park et al., arXiv 2402.04248, interleaves them, here with MLPs), no positions but what Mamba knows."""
+
 
 def scratch_config(family, vocab_size, layers, width, positions):
     """A family's configuration at a small size.
@@ -52,6 +56,11 @@ def scratch_config(family, vocab_size, layers, width, positions):
     own = {plain.attribute_map.get(key, key): value for key, value in wanted.items() if hasattr(plain, key)}
     if family == "mamba2":  # its heads are of the inner width, and head_dim means theirs
         own |= {"head_dim": HEAD_WIDTH, "num_heads": plain.expand * width // HEAD_WIDTH, "n_groups": 1}
+    if family == "jamba":
+        if layers < 2:
+            raise ManticoreError(f"jamba: {layers} layer has no attention, which comes second; give at least 2 layers.")
+        own |= {"num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
+        own |= {"mamba_dt_rank": -(-width // 16)}
     if family == "gpt_neo":
         own["attention_types"] = [[["global"], layers]]
     dropped = {key: 0.0 for key, value in vars(plain).items() if "drop" in key and isinstance(value, float)}

@@ -18,9 +18,10 @@ from transformers.utils import logging
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plots import plot_profile
+from manticore_hf.tasks.comparison import Training, write_json
 from manticore_hf.tasks.easy import EasySettings, task_names
 from manticore_hf.tasks.models import scratch_config
-from manticore_hf.tasks.run import Training, run_mad, write_json
+from manticore_hf.tasks.run import run_mad
 from manticore_hf.tasks.settings import TASKS
 
 

@@ -20,6 +20,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,9 +30,10 @@ from manticore_hf.logs import hybrid_of
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.modeling.configuration_manticore import PRESETS
 from manticore_hf.search import STRATEGIES, SearchArguments, SearchTrainer
+from manticore_hf.tasks.comparison import answers, write_json
 from manticore_hf.tasks.easy import EasySettings, task_names
 from manticore_hf.tasks.models import hybrid_from_scratch, scratch_config
-from manticore_hf.tasks.run import answers, for_task, write_json
+from manticore_hf.tasks.run import for_task, forward_arguments, pick
 
 PREFIX = "mad:"
 
@@ -160,7 +162,9 @@ def _run(families, task, num_blocks, settings, seed, output, quiet):
     start = time.time()
     sizes = (task.vocab_size, layers, settings.hidden_size, task.seq_len + 1)
     wiring = {"preset": settings.preset, "mixture": "static", "num_blocks": num_blocks}
-    model = for_task(hybrid_from_scratch(families, *sizes, seed=seed, **wiring), task, seed)
+    hybrid = hybrid_from_scratch(families, *sizes, seed=seed, **wiring)
+    torch.manual_seed(seed)
+    model = for_task(hybrid, task)
     trainer = SearchTrainer(
         model=model,
         args=_arguments(settings, seed, output, quiet),
@@ -170,7 +174,8 @@ def _run(families, task, num_blocks, settings, seed, output, quiet):
     if quiet:
         trainer.remove_callback(PrinterCallback)
     trainer.train()
-    said, wanted = answers([model], task, task.dataset("test"), settings.batch_size, quiet)
+    options = {"arguments": forward_arguments(task), "quiet": quiet}
+    said, wanted = answers([model], task.dataset("test"), partial(pick, task), settings.batch_size, **options)
     hits = [one == label for ones, labels in zip(said, wanted) for one, label in zip(ones, labels)]
     result = {"alpha": hybrid_of(model).mixture_weights().tolist(), "accuracy": sum(hits) / len(hits)}
     result |= {"chance": task.chance, "seconds": round(time.time() - start, 1), **made_of}

@@ -1,0 +1,324 @@
+"""A hybrid that classifies sequences or tokens: score heads where the components had their language-model heads.
+
+With `embeddings="native"` every component's final state has a score head of its own, and the scores are mixed as the
+predictions of a causal hybrid are: score = sum_k w_k Score_k(v_k), w the last block's alpha. A token gate also reads
+how sure each component is of its next token, which nothing tells without a head over the vocabulary: w is then the part
+of the gate that does not depend on the token, softmax(b). With the other embeddings there is one score head, on the
+shared state. Score heads are as in Transformers: without bias for sequences, with bias and dropout for tokens.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
+
+from .configuration_manticore import ManticoreError
+from .mixture_manticore import weighted_sum
+from .segments_manticore import Cuts
+from .sizes_manticore import construct
+
+DROPOUT = 0.1
+"""Of token classification, where the configuration has no `classifier_dropout`; the library's default."""
+
+
+class ScoreHead(nn.Module):
+    """The score heads, and their mixture; one module with a forward, so that PEFT and FSDP see them.
+
+    Args:
+        widths: Width of each state that is scored, by key.
+        num_labels: Number of scores.
+        bias: Whether the heads have one.
+        dropout: Share of each state that is dropped in training.
+    """
+
+    def __init__(self, widths, num_labels, bias, dropout):
+        super().__init__()
+        self.heads = nn.ModuleDict({key: nn.Linear(width, num_labels, bias) for key, width in widths.items()})
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states, weights):
+        """Scores of the mixture, and of each state alone.
+
+        Args:
+            states: {key: [batch, time, width]}.
+            weights: A number or scalar tensor for each.
+
+        Returns:
+            ([batch, time, labels], a list of such).
+        """
+        own = [self.heads[key](self.dropout(x.to(self.heads[key].weight.dtype))) for key, x in states.items()]
+        return weighted_sum(weights, own), own
+
+
+def without_head(component):
+    """A causal LM without its language-model head, sharing everything else with it.
+
+    A head that is tied to the embeddings is the same tensor, and stays.
+
+    Args:
+        component: The causal LM; it is left as it is.
+
+    Returns:
+        (the LM, path of the head that is gone); path None, and the component itself, if nothing is.
+    """
+    head = component.get_output_embeddings()
+    path = next((path for path, module in component.named_modules() if module is head), None)
+    ties = component.all_tied_weights_keys or {}
+    if path is None or not list(head.parameters()) or f"{path}.weight" in {*ties, *ties.values()}:
+        return component, None
+    whole = part = _shallow(component)
+    *parents, name = path.split(".")
+    for parent in parents:
+        part._modules[parent] = part = _shallow(part._modules[parent])
+    part._modules[name] = None  # what Transformers takes for a model without head, when embeddings are resized
+    return whole, path
+
+
+def _shallow(module):
+    out = module.__class__.__new__(module.__class__)
+    out.__dict__.update(module.__dict__, _modules=dict(module._modules))
+    return out
+
+
+class Scores:
+    """Mixin of the classifiers, before ManticoreModel: score heads instead of heads over the vocabulary."""
+
+    composed_as = None  # the class of causal hybrids, set by the classes themselves
+
+    @classmethod
+    def from_components(
+        cls, components, *, num_labels=None, id2label=None, label2id=None, problem_type=None, **settings
+    ):
+        """Composes a hybrid that classifies, from pretrained causal LMs.
+
+        Args:
+            components: As in `ManticoreForCausalLM.from_components`.
+            num_labels: Number of labels (default: as many as `id2label` has, else 2).
+            id2label, label2id: Names of the labels by number, and back.
+            problem_type: "regression", "single_label_classification" or "multi_label_classification"; default: by the
+                labels that are given first, as in Transformers.
+            **settings: Further arguments of `ManticoreForCausalLM.from_components`.
+
+        Returns:
+            The hybrid, in evaluation mode, with new score heads.
+
+        Raises:
+            ManticoreError: A component or setting that cannot be used.
+        """
+        model = cls.composed_as.from_components(components, **settings)
+        return cls.from_causal_lm(model, num_labels, id2label, label2id, problem_type)
+
+    @classmethod
+    def from_causal_lm(cls, model, num_labels=None, id2label=None, label2id=None, problem_type=None):
+        """A classifier of a causal hybrid in memory; they share components and mixer, so training one changes both.
+
+        Args:
+            model: A ManticoreForCausalLM, hardened or not.
+            num_labels, id2label, label2id, problem_type: As in `from_components`.
+
+        Raises:
+            ManticoreError: It is no causal hybrid, or the labels contradict each other.
+        """
+        if "ManticoreForCausalLM" not in {base.__name__ for base in type(model).__mro__}:  # or of another copy
+            raise ManticoreError(f"{type(model).__name__} is no causal hybrid; give a ManticoreForCausalLM.")
+        config = copy.deepcopy(model.config)
+        config.architectures = None
+        _label(config, num_labels, id2label, label2id, problem_type)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(model.dtype)
+        try:
+            out = cls(config, {name: model.component(name) for name in config.component_names})
+        finally:
+            torch.set_default_dtype(before)
+        out.hybrid_mixer = model.hybrid_mixer
+        for key in ("_component_cache_dir", "_own_commit"):  # where it came from, for saving and for adapters
+            if key in model.__dict__:
+                setattr(out, key, getattr(model, key))
+        out.score.to(model.device)
+        return out.eval()
+
+    def post_init(self):
+        # Called by ManticoreModel once its parts are there. The mixer's widths are those of the heads that go now.
+        config, last = self.config, self.config.num_blocks - 1
+        if not config.num_labels:
+            raise ManticoreError(f"num_labels={config.num_labels!r} must be at least 1.")
+        if config.embeddings == "native":
+            writers = config.route[-1:] if config.route else config.component_names
+            sizes = {name: self.component(name).get_output_embeddings().weight.shape[1] for name in writers}
+            widths = {f"{name}-{last}": width for name, width in sizes.items()}
+        else:
+            widths = {"shared": config.hidden_size}
+        gone = []
+        for name in config.component_names:
+            self._modules[name], path = without_head(self.component(name))
+            gone += [] if path is None else [f"{name}.{path}."]
+        self.__dict__["_gone"] = tuple(gone)
+        self.__dict__["_cuts"] = Cuts()  # the old ones would keep the heads in memory
+        self.score = construct("The score heads", lambda: self.make_score(widths), list(self.children()))
+        super().post_init()
+
+    def make_score(self, widths):
+        """New score heads; `widths` as in ScoreHead."""
+        return ScoreHead(widths, self.config.num_labels, bias=False, dropout=0.0)
+
+    def starts_anew(self, key):
+        """Whether a checkpoint need not have a tensor: score heads, unless it is one of this class."""
+        return key.startswith("score.") and type(self).__name__ not in (self.config.architectures or ())
+
+    def is_gone(self, key):
+        """Whether a tensor belongs to a language-model head."""
+        return key.startswith(self._gone)
+
+    def _score(self, ids, mask, positions, cache, embeds, use_cache, output_hidden_states):
+        """(scores of the mixture [batch, time, labels], of each state alone, the run)."""
+        use_cache = cache is not None if use_cache is None else use_cache  # of no use to most who classify
+        config, keep = self.config, self._flag(output_hidden_states, "output_hidden_states")
+        native = config.embeddings == "native"
+        run = self._run(ids, mask, positions, cache, embeds, use_cache, keep, shared=not native)
+        if not native:
+            return *self.score({"shared": run["shared"]}, [1.0]), run
+        row = run["alpha"][-1]
+        if config.mixture == "token" and not isinstance(row[0], float):
+            row = self.hybrid_mixer("gate_rest").unbind()
+        weights = [w for name, w in zip(config.component_names, row) if name in run["states"]]
+        last = config.num_blocks - 1
+        return *self.score({f"{name}-{last}": state for name, state in run["states"].items()}, weights), run
+
+    def _loss(self, loss_of, logits, own):
+        """mix_loss_weight * loss(mixture) + component_loss_weight * sum_k loss(score k); of one score, its loss."""
+        if len(own) == 1:
+            return loss_of(logits)
+        loss = self.config.mix_loss_weight * loss_of(logits)
+        if self.config.component_loss_weight > 0:
+            loss = loss + self.config.component_loss_weight * sum(map(loss_of, own))
+        return loss
+
+
+def _label(config, num_labels, id2label, label2id, problem_type):
+    """Writes labels into a configuration."""
+    names = None if id2label is None else {int(number): name for number, name in id2label.items()}
+    if names is not None and num_labels not in (None, len(names)):
+        raise ManticoreError(f"num_labels={num_labels} contradicts id2label, which has {len(names)} labels.")
+    if names is not None:
+        config.id2label = names
+        config.label2id = {name: number for number, name in names.items()}
+    elif num_labels is not None:
+        config.num_labels = num_labels
+    if label2id is not None:
+        config.label2id = dict(label2id)
+    if problem_type is not None:
+        config.problem_type = problem_type
+
+
+class ScoresSequences(Scores):
+    """Mixin of ManticoreForSequenceClassification."""
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Scores of the labels [batch, labels], and the loss.
+
+        Args:
+            labels: [batch] class numbers; or for regression numbers [batch] or [batch, labels]; or for several labels
+                at once floats 0 or 1 [batch, labels].
+            attention_mask: [batch, past + time], 1 for real tokens, which may stand left or right. Without it the last
+                token that is not `pad_token_id` is scored; padding on the left is then read as text, as in any model
+                of Transformers.
+            use_cache: Whether to return a cache; default: if one is given.
+            input_ids, position_ids, past_key_values, inputs_embeds, output_hidden_states, return_dict: As in
+                ManticoreModel.
+            **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
+
+        Raises:
+            ManticoreError: Several rows, and nothing says where they end.
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        # A hybrid of components without one has no such setting
+        pad = getattr(self.config, "pad_token_id", None) if input_ids is not None else None
+        if attention_mask is None and pad is None and given is not None and len(given) > 1:
+            raise ManticoreError(
+                f"Where {len(given)} rows end is unknown: there is neither an attention_mask nor "
+                f"{'a config.pad_token_id' if inputs_embeds is None else 'input_ids'}. Give an attention_mask."
+            )
+        scores, own, run = self._score(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+        )
+        rows, time = torch.arange(len(scores), device=scores.device), scores.shape[1]
+        if attention_mask is not None:
+            real = attention_mask[:, -time:] != 0
+        else:
+            real = torch.ones_like(scores[..., 0], dtype=torch.bool) if pad is None else input_ids != pad
+        last = (torch.arange(time, device=scores.device) * real.to(scores.device)).argmax(-1)
+        logits, own = scores[rows, last], [one[rows, last] for one in own]
+
+        def loss_of(values):
+            loss = self.loss_function(logits=values, pooled_logits=values, labels=labels, config=self.config)
+            items = kwargs.get("num_items_in_batch")
+            # Transformers' losses of other problem types than one label ignore it, and a step's batches would add up.
+            return loss if items is None else loss * (labels != -100).sum() / items
+
+        out = SequenceClassifierOutputWithPast(
+            loss=None if labels is None else self._loss(loss_of, logits, own),
+            logits=logits,
+            past_key_values=run["cache"],
+            hidden_states=run["hidden_states"],
+        )
+        return out if self._flag(return_dict, "return_dict") else out.to_tuple()
+
+
+class ScoresTokens(Scores):
+    """Mixin of ManticoreForTokenClassification."""
+
+    def make_score(self, widths):
+        """New score heads; `widths` as in ScoreHead."""
+        dropout = getattr(self.config, "classifier_dropout", None)
+        dropout = DROPOUT if dropout is None else dropout
+        return ScoreHead(widths, self.config.num_labels, bias=True, dropout=dropout)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Scores of the labels [batch, time, labels], and the loss.
+
+        Args:
+            labels: [batch, time] class numbers; -100 is ignored. Not shifted.
+            past_key_values: As in ManticoreModel; it goes on in place, and is not among the outputs.
+            input_ids, attention_mask, position_ids, inputs_embeds, use_cache, output_hidden_states, return_dict: As in
+                ManticoreModel.
+            **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
+        """
+        logits, own, run = self._score(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+        )
+        items = {"num_items_in_batch": kwargs.get("num_items_in_batch")}
+
+        def loss_of(values):
+            return self.loss_function(logits=values, labels=labels, config=self.config, **items)
+
+        out = TokenClassifierOutput(
+            loss=None if labels is None else self._loss(loss_of, logits, own),
+            logits=logits,
+            hidden_states=run["hidden_states"],
+        )
+        return out if self._flag(return_dict, "return_dict") else out.to_tuple()
