@@ -41,7 +41,7 @@ class Recipe:
         name: Name of the experiment.
         seed: Random seed of all stages.
         components: As `from_components` takes them.
-        hybrid: Keys of ManticoreConfig (and dtype).
+        hybrid: Keys of ManticoreConfig, dtype, transplant and transplant_data.
         data: Keys of DataArguments.
         stages: [(stage, its settings)], in order; compose comes first by itself. A stage's settings may hold `data` of
             its own: keys that replace the recipe's, or all of them where it names another source.
@@ -194,7 +194,8 @@ def _types(cls):
 def _config_types():
     known = set(inspect.signature(ManticoreConfig.__init__).parameters)
     left = {"self", "kwargs", "components", "manticore_version", "calibration", "route"}
-    return {key: object for key in known - left} | {"dtype": str}  # ManticoreConfig checks the values itself
+    ours = {"dtype": str, "transplant": str, "transplant_data": str}
+    return {key: object for key in known - left} | ours  # ManticoreConfig checks the other values itself
 
 
 def _check_values(values, known, where, wrong):
@@ -261,7 +262,11 @@ def run_recipe(path, output_dir, seed=None):
     defaults = {"seed": recipe.seed, **training_defaults()}
     folder = output / "0-compose"
     arguments = TrainingArguments(output_dir=str(folder), **defaults)
-    results = [(folder, run_compose(recipe.components, arguments, **recipe.hybrid))]
+    hybrid = dict(recipe.hybrid)
+    if "transplant" in hybrid and "data" in recipe.data:
+        given = hybrid.get("transplant_data")
+        hybrid["transplant_data"] = _data(recipe, {} if given is None else {"data": given})
+    results = [(folder, run_compose(recipe.components, arguments, **hybrid))]
     before_search, searched = folder, None
     for number, (stage, settings) in enumerate(recipe.stages, 1):
         folder, start = output / f"{number}-{stage}", results[-1][0]

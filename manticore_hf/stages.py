@@ -14,9 +14,10 @@ def set_stage(model, stage):
 
     Args:
         model: A hybrid.
-        stage: "projectors" (projectors, mixture weights and gate, with embeddings="fresh" also embeddings and heads;
-            components frozen), "search" (everything) or "finetune" (everything but the static mixture weights, which
-            keep their present values exactly).
+        stage: "projectors" (projectors, mixture weights and gate, and embeddings and heads that are new, with
+            embeddings="fresh" or by a transplanted vocabulary; the rest of the components frozen), "search"
+            (everything) or "finetune" (everything but the static mixture weights, which keep their present values
+            exactly).
 
     Returns:
         The model.
@@ -28,8 +29,9 @@ def set_stage(model, stage):
         raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(STAGES)}.")
     model.requires_grad_(stage != "projectors")
     model.hybrid_mixer.requires_grad_(True)
-    if model.config.embeddings == "fresh":
-        for component in map(model.component, model.config.component_names):
+    for entry in model.config.components:
+        if model.config.embeddings == "fresh" or entry["transplant"] is not None:
+            component = model.component(entry["name"])
             component.get_input_embeddings().requires_grad_(True)
             component.get_output_embeddings().requires_grad_(True)
     if stage == "finetune":
