@@ -29,6 +29,7 @@ _LATER = {
     "SearchArguments": "search",
     "SearchTrainer": "search",
     "calibrate_projectors": "calibrate",
+    "compose_transplanted": "transplant",
     "harden": "hardening",
     "lora_config": "adapters",
     "pick_route": "hardening",

@@ -199,13 +199,16 @@ def _numbers(config, found, facts, alpha):
     settings = {"preset": config.preset} if getattr(config, "preset", None) else {}
     settings.update(found["settings"])
     names = list(dict.fromkeys(entry["name"] for entry in found["components"]))
+    transplanted = [entry["name"] for entry in found["components"] if entry["transplant"] is not None]
+    home = config.components[names.index(config.tokenizer_component)]["transplant"]  # of another model, then
     return {
         "components": components, "cost": cost, "names": names, "route": config.route, "tokens": _FLOP_TOKENS,
         "parts": _listed([f"{row['name']} ({row['model_type']})" for row in components]),
         "own_bytes": _bytes(facts.own_bytes), "referenced_bytes": facts.referenced_bytes and _bytes(
             facts.referenced_bytes), "alpha": [[f"{w:.3f}" for w in row] for row in alpha or []],
         "token": config.mixture == "token" and not config.route, "context": config.max_position_embeddings,
-        "tokenizer_component": config.tokenizer_component, "vocab_size": config.vocab_size, "prompt": "The",
+        "tokenizer_component": None if home else config.tokenizer_component, "vocab_size": config.vocab_size,
+        "transplanted": transplanted and _listed(transplanted), "prompt": "The",
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
         "settings": [{"key": key, "value": value} for key, value in settings.items() if value is not None],
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("manticore-hf", "transformers", "torch")),

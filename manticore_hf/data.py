@@ -82,6 +82,32 @@ def load_rows(arguments, tokenizer):
     return parts["train"], parts["test"]
 
 
+def read_texts(arguments, size):
+    """The first documents of a source, as they are; the last one cut.
+
+    Args:
+        arguments: DataArguments; prompts and their completions are joined by nothing.
+        size: Bytes to read.
+
+    Returns:
+        List of texts.
+
+    Raises:
+        ManticoreError: The source cannot be read or has no such column; names it.
+    """
+    names = [arguments.text_column]
+    if arguments.prompt_column is not None:
+        names = [arguments.prompt_column, arguments.completion_column]
+    texts = []
+    for record in read_records(arguments):
+        text = "".join(text_of(record, name, arguments) for name in names)
+        texts.append(text.encode()[:size].decode(errors="ignore"))
+        size -= len(text.encode())
+        if size <= 0:
+            break
+    return texts
+
+
 def read_records(arguments):
     path = Path(arguments.data)
     if not path.exists():

@@ -190,6 +190,9 @@ def print_inspection(source, found):
         where = f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] else "(its weights are in this repo)"
         state = f"; {print_state(entry['state'])}" if entry.get("state") else ""
         print(f"  {entry['name']}: {entry['model_type']}, {where}, licence {entry['license'] or 'not recorded'}{state}")
+        if entry["transplant"] is not None:
+            rows, method = entry["transplant"]["vocab_size"], entry["transplant"]["method"]
+            print(f"    its vocabulary was transplanted ({method}), from one of {rows} rows")
     licenses = {entry["name"]: entry["license"] for entry in found["components"]}
     print(f"licence of the whole: {describe(combine(licenses))}")
     if "repository" in found:

@@ -74,9 +74,10 @@ def _add_tokenizer(directory, made, config, tokenizer, token):
         return []
     entry = next(one for one in config.components if one["name"] == config.tokenizer_component)
     sources = [(str(directory), {})]
-    if entry["repo_id"]:
-        sources.append((entry["repo_id"], {"revision": entry["revision"], "subfolder": entry["subfolder"] or "",
-                                           "token": token}))  # fmt: skip
+    home = entry if entry["transplant"] is None else entry["transplant"]["tokenizer"] or {"repo_id": None}
+    if home["repo_id"]:
+        sources.append((home["repo_id"], {"revision": home["revision"], "subfolder": home["subfolder"] or "",
+                                          "token": token}))  # fmt: skip
     for source, options in sources:
         if source == str(directory) and not any(directory.glob("*token*")) and not any(directory.glob("vocab*")):
             continue  # of a configuration alone AutoTokenizer makes an empty tokenizer

@@ -18,12 +18,14 @@ import torch
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
 from manticore_hf.calibrate import calibrate_projectors
-from manticore_hf.data import DataArguments, load_rows
+from manticore_hf.data import DataArguments, load_rows, read_texts
 from manticore_hf.modeling.configuration_manticore import CHOICES, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.stages import fix_alpha
+from manticore_hf.transplant import TransplantReport, compose_transplanted
 
 RESULT = "stage.json"
+_MEASURED_BYTES = 200_000  # of text on which transplants are measured
 
 
 def _choice(key, text):
@@ -55,6 +57,14 @@ class HybridArguments:
     tokenizer_component: str | None = field(
         default=None, metadata={"help": "Component whose tokenizer is the hybrid's. Default: the first."}
     )
+    transplant: str | None = field(
+        default=None, metadata={"help": "Give components with other tokenizers the vocabulary of the tokenizer "
+                                        "component: mean, omp or auto. Default: refuse them."}
+    )  # fmt: skip
+    transplant_data: str | None = field(
+        default=None, metadata={"help": "Text to measure transplants on, and to choose the method by: a file, folder "
+                                        "or Hub data set. Default: none; in a recipe, its data."}
+    )  # fmt: skip
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights, for example bfloat16."})
 
     def settings(self):
@@ -116,11 +126,12 @@ def run_compose(components, arguments, program=None, **settings):
         arguments: TrainingArguments: `output_dir`, and `seed` of the initial projectors.
         program: What finds the alpha that the hybrid is fixed at: `program_alpha` with all arguments but the model
             types of the components and `num_blocks`. Default: alpha is as ManticoreConfig says.
-        **settings: Keys of ManticoreConfig, and `dtype`.
+        **settings: Keys of ManticoreConfig, `dtype`, and `transplant` (a method) with `transplant_data` (DataArguments,
+            or a source of text).
 
     Returns:
-        The stage's result: components, blocks, parameters, bytes of the hybrid's own weights; of a programmed hybrid
-        also alpha and the tasks that it comes from.
+        The stage's result: components, blocks, parameters, bytes of the hybrid's own weights, transplants; of a
+        programmed hybrid also alpha and the tasks that it comes from.
     """
     output = Path(arguments.output_dir)
     result = finished(output)
@@ -128,6 +139,8 @@ def run_compose(components, arguments, program=None, **settings):
         result = _compose(components, arguments, settings, output, program)
     names = result["components"]
     print(f"\ncompose: {' + '.join(names)} in {result['num_blocks']} block(s)")
+    for name, report in result.get("transplants", {}).items():
+        print(f"vocabulary of {name} transplanted by {TransplantReport(**report)}")
     print(f"{result['parameters']:,} parameters; {result['own_bytes']:,} bytes of weights written, "
           f"{result['whole_bytes']:,} with all components")  # fmt: skip
     if "program" in result:
@@ -139,7 +152,15 @@ def run_compose(components, arguments, program=None, **settings):
 
 def _compose(components, arguments, settings, output, program):
     set_seed(arguments.seed)
-    model = ManticoreForCausalLM.from_components(components, **settings)
+    method, source, reports = settings.pop("transplant", None), settings.pop("transplant_data", None), {}
+    if method is None:
+        if source is not None:
+            raise ManticoreError(f"transplant_data={source!r} is given, but no transplant; give --transplant auto.")
+        model, tokenizer = ManticoreForCausalLM.from_components(components, **settings), None
+    else:
+        source = DataArguments(source) if isinstance(source, str) else source
+        texts = None if source is None else read_texts(source, _MEASURED_BYTES)
+        model, tokenizer, reports = compose_transplanted(components, method, texts=texts, **settings)
     names = model.config.component_names
     programmed = {}
     if program is not None:
@@ -150,11 +171,13 @@ def _compose(components, arguments, settings, output, program):
     source = entry["repo_id"] or components[names.index(entry["name"])]
     model.save_pretrained(output)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=entry["revision"] or "main")
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, revision=entry["revision"] or "main")
         tokenizer.save_pretrained(output)
     except (OSError, ValueError) as err:
         print(f"No tokenizer was saved: {source} has none that can be read ({err}).", file=sys.stderr)
     result = {"stage": "compose", "components": names, "num_blocks": model.config.num_blocks}
+    if reports:
+        result["transplants"] = {name: report.to_dict() for name, report in reports.items()}
     result["parameters"] = model.num_parameters()
     result["own_bytes"] = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     result["whole_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())

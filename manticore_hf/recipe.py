@@ -42,7 +42,8 @@ class Recipe:
         name: Name of the experiment.
         seed: Random seed of all stages.
         components: As `from_components` takes them.
-        hybrid: Keys of ManticoreConfig (and dtype); `mixture` may be "mad:TASK+TASK", an alpha programmed with MAD.
+        hybrid: Keys of ManticoreConfig, dtype, transplant and transplant_data; `mixture` may be "mad:TASK+TASK", an
+            alpha programmed with MAD.
         program: Keys of ProgramSettings, of a mixture that is programmed.
         data: Keys of DataArguments.
         stages: [(stage, its settings)], in order; compose comes first by itself. A stage's settings may hold `data` of
@@ -209,7 +210,7 @@ def _check_program(hybrid, program, stages, wrong):
         if stage == "search":
             wrong(("stages", i), f"search would move the alpha that mixture {show(hybrid['mixture'])} has programmed: "
                                  'leave the stage out, or give mixture: static.')  # fmt: skip
-        if stage == "pretrain" and native and hybrid.get("num_blocks", 1) == 1:
+        if stage == "pretrain" and native and hybrid.get("num_blocks", 1) == 1 and "transplant" not in hybrid:
             wrong(("stages", i), "pretrain has nothing to train: one block with native embeddings has no projectors, "
                                  "and its alpha is programmed. Leave the stage out.")  # fmt: skip
 
@@ -232,7 +233,8 @@ def _types(cls):
 def _config_types():
     known = set(inspect.signature(ManticoreConfig.__init__).parameters)
     left = {"self", "kwargs", "components", "manticore_version", "calibration", "route"}
-    return {key: object for key in known - left} | {"dtype": str}  # ManticoreConfig checks the values itself
+    ours = {"dtype": str, "transplant": str, "transplant_data": str}
+    return {key: object for key in known - left} | ours  # ManticoreConfig checks the other values itself
 
 
 def _check_values(values, known, where, wrong):
@@ -300,11 +302,14 @@ def run_recipe(path, output_dir, seed=None):
     defaults = {"seed": recipe.seed, **training_defaults()}
     folder = output / "0-compose"
     arguments = TrainingArguments(output_dir=str(folder), **defaults)
-    hybrid, tasks, program = recipe.hybrid, mixture_tasks(recipe.hybrid.get("mixture")), None
+    hybrid, tasks, program = dict(recipe.hybrid), mixture_tasks(recipe.hybrid.get("mixture")), None
     if tasks is not None:
         settings = ProgramSettings(**{"seed": recipe.seed, **recipe.program})
-        hybrid = {**hybrid, "mixture": "static"}
+        hybrid["mixture"] = "static"
         program = partial(program_alpha, tasks=tasks, output_dir=output / "0-program", settings=settings)
+    if "transplant" in hybrid and "data" in recipe.data:
+        given = hybrid.get("transplant_data")
+        hybrid["transplant_data"] = _data(recipe, {} if given is None else {"data": given})
     results = [(folder, run_compose(recipe.components, arguments, program=program, **hybrid))]
     before_search, searched = folder, None
     for number, (stage, settings) in enumerate(recipe.stages, 1):

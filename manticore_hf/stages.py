@@ -15,9 +15,10 @@ def set_stage(model, stage):
     Args:
         model: A hybrid, or what wraps one (MAD's CompressionModel; what it adds is trained in every stage but
             "projectors").
-        stage: "projectors" (projectors, mixture weights, gate and score heads, with embeddings="fresh" also embeddings
-            and heads; components frozen), "search" (everything) or "finetune" (everything but the static mixture
-            weights, which keep their present values exactly).
+        stage: "projectors" (projectors, mixture weights, gate and score heads, and embeddings and heads that are new,
+            with embeddings="fresh" or by a transplanted vocabulary; the rest of the components frozen), "search"
+            (everything) or "finetune" (everything but the static mixture weights, which keep their present values
+            exactly).
 
     Returns:
         The model.
@@ -32,8 +33,9 @@ def set_stage(model, stage):
     for name, part in hybrid.named_children():
         if name not in hybrid.config.component_names:
             part.requires_grad_(True)
-    if hybrid.config.embeddings == "fresh":
-        for component in map(hybrid.component, hybrid.config.component_names):
+    for entry in hybrid.config.components:
+        if hybrid.config.embeddings == "fresh" or entry["transplant"] is not None:
+            component = hybrid.component(entry["name"])
             for end in (component.get_input_embeddings(), component.get_output_embeddings()):
                 if end is not None:  # classifiers have no such head
                     end.requires_grad_(True)

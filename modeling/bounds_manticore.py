@@ -119,6 +119,43 @@ def check_reference(name, repo_id, revision, subfolder=None, files=None):
             raise ManticoreError(f"Component {name!r}: {show(digest)} of {show(file)} is no SHA-256 of 64 hex digits.")
 
 
+def check_transplant(name, values):
+    """Raises ManticoreError unless what a component's entry says of its transplanted vocabulary makes sense.
+
+    Args:
+        name: The component's name.
+        values: None, or {"method", "tokenizer": {"repo_id", "revision", "subfolder"} of the one it was made for, or
+            None if that has no address, "vocabulary": SHA-256 of its tokens and ids, "vocab_size": rows of the
+            embedding that the component's own checkpoint has}.
+    """
+    if values is None:
+        return
+    keys = {"method", "tokenizer", "vocabulary", "vocab_size"}
+    if not isinstance(values, dict) or set(values) != keys:
+        raise ManticoreError(f"Component {name!r}: transplant={show(values)} must have the keys {sorted(keys)}.")
+    method, tokenizer, rows = values["method"], values["tokenizer"], values["vocab_size"]
+    if not isinstance(method, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", method):
+        raise ManticoreError(f"Component {name!r}: transplant method={show(method)} is no name of one.")
+    if not isinstance(values["vocabulary"], str) or not re.fullmatch(r"[0-9a-f]{64}", values["vocabulary"]):
+        raise ManticoreError(
+            f"Component {name!r}: transplant vocabulary={show(values['vocabulary'])} is no SHA-256 of 64 hex digits."
+        )
+    if type(rows) is not int or not 0 < rows <= _MAX_SIZE:
+        raise ManticoreError(f"Component {name!r}: transplant vocab_size={show(rows)} must be a number of tokens.")
+    if tokenizer is None:
+        return
+    if not isinstance(tokenizer, dict) or set(tokenizer) != {"repo_id", "revision", "subfolder"}:
+        raise ManticoreError(
+            f"Component {name!r}: transplant tokenizer={show(tokenizer)} must have a repo_id, revision and subfolder."
+        )
+    check_reference(name, tokenizer["repo_id"], tokenizer["revision"], tokenizer["subfolder"])
+    if not is_commit(tokenizer["revision"]):
+        raise ManticoreError(
+            f"Component {name!r}: its transplant's tokenizer is at {show(tokenizer['revision'])}, which is no 40-hex "
+            "commit."
+        )
+
+
 def is_commit(revision):
     """Whether a revision is a full commit hash, which cannot move."""
     return re.fullmatch(r"[0-9a-f]{40}", revision) is not None

@@ -16,13 +16,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils import cached_file, logging
 
 from .bounds_manticore import build_config, check_values, is_causal_lm, show
 from .configuration_manticore import ManticoreError, check_component_name
@@ -32,17 +31,6 @@ from .sizes_manticore import build_component
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZER_FILES = (
-    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"
-)  # fmt: skip
-_QUIETLY = {
-    "_raise_exceptions_for_gated_repo": False,
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
-
-logger = logging.get_logger(__name__)
-
 
 @dataclass
 class ComponentSpec:
@@ -56,6 +44,9 @@ class ComponentSpec:
         embed: Keep the weights in the hybrid's own file even though a repo holds them.
         trust_remote_code: Run the code of the repo, at the commit that it resolves to, if its architecture is not
             Transformers' own. Whoever loads the hybrid has to ask for that again (`trust_component_code=[name]`).
+        model: An instance made from the weights at `source`, to take instead of them: what it shares with them stays a
+            reference, only what differs is the hybrid's own.
+        transplant: How the model got its vocabulary, if that is not the one at `source` (see `check_transplant`).
     """
 
     source: object
@@ -64,6 +55,8 @@ class ComponentSpec:
     subfolder: str | None = None
     embed: bool = False
     trust_remote_code: bool = False
+    model: PreTrainedModel | None = None
+    transplant: dict | None = None
 
     @classmethod
     def of(cls, item):
@@ -91,6 +84,7 @@ class Resolved:
     embed: bool = False
     license: str | None = None
     code: dict | None = None
+    transplant: dict | None = None
 
     def entry(self):
         """The component's entry in ManticoreConfig(components=...)."""
@@ -103,6 +97,7 @@ class Resolved:
             "weights": "reference" if reference else "embedded",
             "license": self.license,
             "code": self.code,
+            "transplant": self.transplant,
             "config": self.config,
         }
 
@@ -124,6 +119,13 @@ def resolve(spec, hub):
     """
     if isinstance(spec.source, PreTrainedModel):
         return _resolve_model(spec)
+    found = _resolve_address(spec, hub)
+    if spec.model is not None:
+        _replace(found, spec)
+    return found
+
+
+def _resolve_address(spec, hub):
     source = os.fspath(spec.source)
     if os.path.isdir(source):
         found = Resolved(_name(spec, os.path.basename(os.path.abspath(source))), None, directory=source)
@@ -156,6 +158,23 @@ def _resolve_model(spec):
             f"Component {found.name!r} is an instantiated model: it has no revision {spec.revision!r}."
         )
     return found
+
+
+def _replace(found, spec):
+    """Puts the instance of a spec in the place of the weights that were found."""
+    model, kind = spec.model, found.config.model_type
+    if not isinstance(model, PreTrainedModel) or model.config.model_type != kind:
+        raise ManticoreError(
+            f"Component {found.address}: model= is a {type(model).__name__}; give a causal LM of model type {kind!r}, "
+            "made from the weights there."
+        )
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if usual not in (None, type(model).__name__):
+        raise ManticoreError(
+            f"Component {found.address}: model= is a {type(model).__name__}; a saved hybrid would rebuild it as a "
+            f"{usual}."
+        )
+    found.model, found.config, found.transplant = model, model.config, spec.transplant
 
 
 def _resolve_repo(spec, source, hub):
@@ -325,44 +344,6 @@ def _check_weight_files(found, exists):
                 "Convert it to safetensors first (load it yourself, then save_pretrained)."
             )
     raise ManticoreError(f"Component {found.address} has no {WEIGHT_FILES[0]} and no {WEIGHT_FILES[1]}.")
-
-
-def check_tokenizers(components, hub):
-    """Raises ManticoreError if two components that come with tokenizers map tokens to ids differently.
-
-    Returns:
-        The vocabulary's size if all components come with (the same) tokenizer and have embeddings for all its tokens:
-        the smallest of their embeddings' sizes. Else None.
-    """
-    vocabularies = {}
-    for found in components:
-        where = found.directory or found.repo_id
-        if where is None:
-            continue
-        kwargs = {"subfolder": found.subfolder or ""}
-        if found.repo_id:
-            kwargs.update(revision=found.revision, **hub)
-        # Without any of its files, AutoTokenizer makes an empty tokenizer from the model type alone.
-        if not any(cached_file(where, file, **_QUIETLY, **kwargs) for file in TOKENIZER_FILES):
-            continue
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **kwargs)
-        except Exception as err:
-            logger.warning(
-                f"Component {found.address}: its tokenizer cannot be loaded, so it is not compared with others ({err})."
-            )
-            continue
-        vocabularies[found.address] = tokenizer.get_vocab()
-    for (one, first), (two, second) in zip(list(vocabularies.items()), list(vocabularies.items())[1:]):
-        if first != second:
-            token = next(iter(sorted(set(first.items()) ^ set(second.items()))))[0]
-            raise ManticoreError(
-                f"Components {one} and {two} have different vocabularies (token {token!r} has id {first.get(token)} "
-                f"and {second.get(token)}); components must share one tokenizer."
-            )
-    smallest = min(found.config.vocab_size for found in components)
-    known = len(vocabularies) == len(components) and max(next(iter(vocabularies.values())).values()) < smallest
-    return smallest if known else None
 
 
 def load(found, dtype, hub):

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from .attention_manticore import settle_attention
-from .components_manticore import ComponentSpec, check_tokenizers, load, resolve
+from .components_manticore import ComponentSpec, load, resolve
 from .configuration_manticore import ManticoreError
 from .references_manticore import component_files, record
 from .sizes_manticore import check_checkpoint, checkpoint_files
+from .vocabulary_manticore import check_tokenizers
 
 _NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 

@@ -19,6 +19,7 @@ from .bounds_manticore import (
     check_hybrid,
     check_plain,
     check_reference,
+    check_transplant,
     clean,
     is_commit,
     show,
@@ -82,7 +83,8 @@ class ManticoreConfig(PreTrainedConfig):
         components: One dict per component: `name` (a Python identifier), `config` (a configuration or its dict, with
             `model_type`), and where its weights live: `repo_id`, `revision` (40-hex commit), `subfolder`, `weights`
             ("reference": read from that repo; "embedded": kept in the hybrid's own file), `files` (of a reference:
-            `{safetensors file: its SHA-256}`), `license` (as the component's card states it).
+            `{safetensors file: its SHA-256}`), `license` (as the component's card states it), `transplant` (how its
+            embedding and head were made for another tokenizer, which are then the hybrid's own; else None).
         num_blocks: S, the number of blocks; at most the depth of the shallowest component.
         block_layers: Layers per block of each component, `{name: [n_1, ..., n_S]}`. Default: cuts as even as possible,
             the first blocks taking the remainder.
@@ -199,7 +201,7 @@ class ManticoreConfig(PreTrainedConfig):
                 f"The vocabularies differ in size: {sizes}, hybrid vocab_size={show(vocab_size)}. Components must "
                 "share one vocabulary. Sizes may differ in padding rows only, which shows where every component comes "
                 "with the same tokenizer; for instances load each and call model.resize_token_embeddings(n) with the "
-                "same n."
+                "same n. Really different vocabularies can be transplanted (manticore_hf.compose_transplanted)."
             )
         self.vocab_size = vocab_size
         # Read by Transformers (generation, pipelines) and never free choices here: they follow from the components.
@@ -254,6 +256,7 @@ class ManticoreConfig(PreTrainedConfig):
             raise ManticoreError(f"Component {name!r}: license={show(said)} must be the short name of one, or null.")
         if weights == "reference" or entry.get("repo_id") is not None:
             check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
+        check_transplant(name, entry.get("transplant"))
         entry = {key: entry.get(key) for key in _ENTRY_KEYS}
         setattr(self, name, sub)
         self.components.append(entry)
@@ -400,7 +403,7 @@ def component_depth(config):
     return config.get_text_config().num_hidden_layers
 
 
-_ENTRY_KEYS = ("name", "repo_id", "revision", "subfolder", "weights", "files", "license", "code")
+_ENTRY_KEYS = ("name", "repo_id", "revision", "subfolder", "weights", "files", "license", "code", "transplant")
 
 
 def _run_code(names, values):

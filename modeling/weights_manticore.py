@@ -22,6 +22,7 @@ from .configuration_manticore import ManticoreError, is_commit
 from .references_manticore import component_files, open_files, where
 from .saving_manticore import carry_card, copy_code, source_card, whole_directory
 from .sizes_manticore import Renamer, check_tensors, refuse, tie_groups
+from .vocabulary_manticore import check_rows, own_vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -54,9 +55,14 @@ def overlay(model, own, hub, stack, rename, ties):
         if entry["weights"] != "reference" or not any(k.startswith(prefix) for k in wanted - covered):
             continue
         found = open_files(component_files(entry, hub), stack, where(entry), prefix)
+        transplanted = own_vocabulary(model, entry, ties)
         for key, value in found.items():
             name = rename(key)[0]
-            if name not in covered and (name in wanted or model.config.route is None) and not model.is_gone(name):
+            if name in transplanted:
+                check_rows(entry, key, value, where(entry))
+            elif name in covered or model.is_gone(name):
+                continue
+            elif name in wanted or model.config.route is None:
                 merged[key] = value
     merged.update(own)
     return merged
@@ -209,6 +215,8 @@ class ReferencedWeights:
     def _reference(self, entry, stack):
         """{key in this model: tensor or lazy slice} of a component's pinned checkpoint, from the cache if it is there.
 
+        Without the embedding and head of a component whose vocabulary was transplanted.
+
         Raises:
             ManticoreError: It cannot be read.
         """
@@ -233,6 +241,8 @@ class ReferencedWeights:
             # What the checkpoint lacks has initial values, which a trained tensor may equal (zeros, ones).
             lacking = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
             out = {prefix + key: value for key, value in whole.state_dict().items() if key not in lacking}
+        for key in own_vocabulary(self, entry, tie_groups(self)):
+            out.pop(key, None)
         return out
 
     def state_dict(self, *args, **kwargs):

@@ -5,6 +5,8 @@ Components are tuned by the standard Trainer with the settings of the recipe's f
 pretrain stage; hybrids run the recipe itself, changed in the keys that a variant is about.
 """
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -23,7 +25,7 @@ from manticore_hf.modeling.components_manticore import ComponentSpec
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.fast_mixers_manticore import install
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
-from manticore_hf.prepare import training_defaults
+from manticore_hf.prepare import run_compose, training_defaults
 from manticore_hf.recipe import run_recipe
 from manticore_hf.stages import set_stage
 from manticore_hf.train import last_whole_checkpoint
@@ -69,14 +71,13 @@ class Workshop:
 
     def __init__(self, recipe, folder, dtype="float32"):
         self.recipe, self.folder, self.dtype = recipe, Path(folder), dtype
-        if not (self.folder / "config.json").is_file():
-            hybrid = {key: recipe.hybrid[key] for key in ("tokenizer_component",) if key in recipe.hybrid}
-            model = ManticoreForCausalLM.from_components(recipe.components, num_blocks=1, dtype=dtype, **hybrid)
-            model.save_pretrained(self.folder)
-            entry = model.config.components[model.config.component_names.index(model.config.tokenizer_component)]
-            source = entry["repo_id"] or recipe.components[model.config.component_names.index(entry["name"])]
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=entry["revision"] or "main")
-            tokenizer.save_pretrained(self.folder)
+        keys = ("tokenizer_component", "transplant", "transplant_data")
+        settings = {key: recipe.hybrid[key] for key in keys if key in recipe.hybrid}
+        if "transplant" in settings:
+            settings.setdefault("transplant_data", DataArguments(**recipe.data))
+        with contextlib.redirect_stdout(io.StringIO()):
+            arguments = TrainingArguments(output_dir=str(self.folder), seed=recipe.seed, **training_defaults())
+            run_compose(recipe.components, arguments, num_blocks=1, dtype=dtype, **settings)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         config = self.untuned().config
         self.names = config.component_names
@@ -171,7 +172,8 @@ class Workshop:
             folder: The run's.
         """
         keys = ("mixture_space", "mix_loss_weight", "component_loss_weight")
-        if sources is not self.sources:
+        if sources is not self.sources:  # they have the hybrid's vocabulary
+            hybrid = {**hybrid, "transplant": None, "transplant_data": None}
             sources = [_named(folder / name, source) for name, source in zip(self.names, sources)]
         hybrid = {**self.recipe.hybrid, **hybrid, **{key: options[key] for key in keys if key in options}}
         tuning = {key: value for key, value in options.items() if key not in keys}
@@ -185,6 +187,7 @@ class Workshop:
                 continue  # no static alpha to search: the gate is trained like any weight
             if stage != "harden":
                 stages.append({stage: settings if stage == "calibrate" else {**settings, "disable_tqdm": True}})
+        hybrid = {key: value for key, value in hybrid.items() if value is not None}
         values = {"name": self.recipe.name, "seed": seed, "components": sources, "hybrid": hybrid}
         values |= {"data": self.recipe.data, "stages": stages}
         values |= {"program": self.recipe.program} if self.recipe.program else {}
