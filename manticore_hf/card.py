@@ -9,18 +9,17 @@ import math
 import re
 from dataclasses import dataclass, field
 from importlib import metadata
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, constants
-from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from manticore_hf.card_merge import Card
 from manticore_hf.inspection import inspect_hybrid
 from manticore_hf.licenses import DUTIES, LICENSES, Combined, combine
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+from manticore_hf.printing import Safe, escape, link, listed, markdown_environment, short_bytes, short_count
 
 TAGS = ("manticore", "hybrid", "merge")
 LICENSE_FILE = "LICENSE.md"
@@ -102,7 +101,7 @@ def make_card(directory, facts):
         "repo_id": facts.repo_id, "name": facts.repo_id.split("/")[-1], "access": facts.access, "recipe": recipe,
         "results": [_show(result) for result in results],
     }  # fmt: skip
-    template = _environment().get_template("model_card.md.jinja")
+    template = markdown_environment().get_template("model_card.md.jinja")
     shown = {name: "".join(block(template.new_context(context))).strip() for name, block in template.blocks.items()}
     if not results:
         del shown["results"]
@@ -111,7 +110,7 @@ def make_card(directory, facts):
     own_license = facts.license or combined.license
     license_text = None
     if own_license == "other":
-        license_text = _environment().get_template("license.md.jinja").render(context)
+        license_text = markdown_environment().get_template("license.md.jinja").render(context)
     card = Card(_metadata(config, facts, results, recipe, own_license, combined.name), shown)
     return card, license_text, alpha, notices
 
@@ -180,19 +179,19 @@ def _numbers(config, found, facts, alpha):
         page = f"{constants.ENDPOINT}/{entry['repo_id']}"
         components.append({
             "name": name, "model_type": entry["model_type"],
-            "weights": _link(entry["repo_id"], page) + how[not reference, name in facts.tuned]
+            "weights": link(entry["repo_id"], page) + how[not reference, name in facts.tuned]
             if entry["repo_id"] else "in this repository",
-            "commit": _link(entry["revision"][:12], f"{page}/tree/{entry['revision']}") if entry["repo_id"] else "-",
-            "parameters": _count(sizes.get(name, left)),
+            "commit": link(entry["revision"][:12], f"{page}/tree/{entry['revision']}") if entry["repo_id"] else "-",
+            "parameters": short_count(sizes.get(name, left)),
             "license": facts.licenses.get(name) or "not stated",
             "layers": ", ".join(f"{row['layers']}" for row in rows),
         })  # fmt: skip
     cost = [
         {
-            "part": _Safe("**this hybrid**") if row["part"] == "hybrid" else f"{row['part']} alone",
-            "parameters": _count(row["parameters"]), "memory": _bytes(row["bytes"]),
-            "flops": _count(row["flops_per_token"]), "cache": _bytes(row["cache_bytes_per_token"]),
-            "state": _bytes(row["state_bytes"]),
+            "part": Safe("**this hybrid**") if row["part"] == "hybrid" else f"{row['part']} alone",
+            "parameters": short_count(row["parameters"]), "memory": short_bytes(row["bytes"]),
+            "flops": short_count(row["flops_per_token"]), "cache": short_bytes(row["cache_bytes_per_token"]),
+            "state": short_bytes(row["state_bytes"]),
         }
         for row in found["parts"]
     ]  # fmt: skip
@@ -203,12 +202,12 @@ def _numbers(config, found, facts, alpha):
     home = config.components[names.index(config.tokenizer_component)]["transplant"]  # of another model, then
     return {
         "components": components, "cost": cost, "names": names, "route": config.route, "tokens": _FLOP_TOKENS,
-        "parts": _listed([f"{row['name']} ({row['model_type']})" for row in components]),
-        "own_bytes": _bytes(facts.own_bytes), "referenced_bytes": facts.referenced_bytes and _bytes(
+        "parts": listed([f"{row['name']} ({row['model_type']})" for row in components]),
+        "own_bytes": short_bytes(facts.own_bytes), "referenced_bytes": facts.referenced_bytes and short_bytes(
             facts.referenced_bytes), "alpha": [[f"{w:.3f}" for w in row] for row in alpha or []],
         "token": config.mixture == "token" and not config.route, "context": config.max_position_embeddings,
         "tokenizer_component": None if home else config.tokenizer_component, "vocab_size": config.vocab_size,
-        "transplanted": transplanted and _listed(transplanted), "prompt": "The",
+        "transplanted": transplanted and listed(transplanted), "prompt": "The",
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
         "settings": [{"key": key, "value": value} for key, value in settings.items() if value is not None],
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("manticore-hf", "transformers", "torch")),
@@ -221,13 +220,13 @@ def _licenses(facts, combined):
         known = LICENSES.get(stated)
         rows.append({
             "name": name,
-            "license": _link(known.id, known.link) if known else stated or "not stated",
+            "license": link(known.id, known.link) if known else stated or "not stated",
             "spdx": (known.spdx or "none") if known else "-",
             "duties": ("; ".join(DUTIES[key] for key in sorted(known.duties)) or "nothing") if known
             else "not known to this program: read it" if stated else "not known: ask its authors",
         })  # fmt: skip
     if combined.unknown:
-        sentence = f"The licence of the whole is unknown, because that of {_listed(combined.unknown)} is."
+        sentence = f"The licence of the whole is unknown, because that of {listed(combined.unknown)} is."
     elif combined.license == "other":
         sentence = "No single licence of theirs satisfies all of them."
     else:
@@ -244,7 +243,7 @@ def _show(result):
     gain = rivals[best] - own
     rows = [
         {
-            "label": _Safe(f"**{_escape(label)} (this model)**") if label == result.own else label,
+            "label": Safe(f"**{escape(label)} (this model)**") if label == result.own else label,
             "loss": f"{loss:.4f}", "perplexity": f"{math.exp(min(loss, 700.0)):.2f}",
         }
         for label, loss in sorted(result.losses.items(), key=lambda item: item[1])
@@ -289,65 +288,6 @@ def _is_dataset(text):
     """Whether it reads as a data set's id on the Hub, and not as a path."""
     known_file = re.search(r"\.(txt|text|md|py|jsonl?|[ct]sv|parquet)$", text)
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)) and not known_file and not Path(text).exists()
-
-
-# ---- printing --------------------------------------------------------------------------------------------------------
-
-
-class _Safe(str):
-    """Text that is Markdown already."""
-
-    def __add__(self, other):
-        return _Safe(str(self) + str(_escape(other)))
-
-
-def _escape(value):
-    """A value as Markdown that shows it and formats nothing, in one line."""
-    if isinstance(value, _Safe):
-        return value
-    text = "".join(c if c.isprintable() else " " for c in str(value))
-    return _Safe(re.sub(r"([\\`*\[\]<>|~])", r"\\\1", " ".join(text.split())))
-
-
-def _link(text, url):
-    return _Safe(f"[{_escape(text)}]({url})")
-
-
-def _fence(text, language=""):
-    """A fenced block that its text cannot end."""
-    longest = max(map(len, re.findall(r"`+", text)), default=0)
-    marks = "`" * max(3, longest + 1)
-    return _Safe(f"{marks}{language}\n{text.strip()}\n{marks}")
-
-
-def _code(text):
-    return _Safe(" ".join(str(text).split()).replace("\\", "\\\\").replace('"', '\\"').replace("`", ""))
-
-
-def _environment():
-    folder = files("manticore_hf.hub_cards")
-    out = Environment(
-        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")), finalize=_escape,
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False,
-    )  # fmt: skip
-    out.filters.update(fence=_fence, code=_code)
-    return out
-
-
-def _count(number):
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number / size < 999.5 else f"{number / size:.0f} {unit}"
-    return f"{number:.0f}"
-
-
-def _bytes(number):
-    return f"{_count(number)}B" if number >= 1e3 else f"{number:.0f} B"
-
-
-def _listed(names):
-    names = list(names)
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def _version(package):

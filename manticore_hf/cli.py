@@ -33,7 +33,7 @@ def main(argv=None):
 
         return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adds = (_add_demo, _add_run, _add_evaluate, _add_compare, _add_inspect, _add_push)
+    adds = (_add_demo, _add_run, _add_evaluate, _add_compare, _add_inspect, _add_report, _add_push)
     for add in (*adds, _add_mad, _add_mad_profile, _add_lra):
         add(commands)
     for name, text in STAGES.items():
@@ -190,6 +190,34 @@ def _inspect(args):
     from manticore_hf.inspection import run_inspect
 
     run_inspect(args.model, args.revision, args.json)
+
+
+def _add_report(commands):
+    command = commands.add_parser(
+        "report",
+        help="is a hybrid worth it, what does it cost, why this mixture, what next: one HTML file, and Markdown",
+        description="Writes report.html (self-contained) and report.md: a verdict by stated rules, what the hybrid "
+        "costs beside its components, licences, and for engineers what each part is worth on held-out text. The "
+        "verdict needs the comparison.json of `manticore-hf compare`. What is measured is kept in report.json.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("directory", help="directory of a saved hybrid, or the output directory of manticore-hf run")
+    command.add_argument("--data", help="file of held-out text (default: the validation split of the recipe's data)")
+    command.add_argument("--comparison", help="directory of a manticore-hf compare run (default: comparison.json in "
+                         "the directory or above it)")  # fmt: skip
+    command.add_argument("--output", help="write the report to this directory (default: the given one)")
+    command.add_argument("--max-tokens", type=int, default=20_000, help="measure on at most so many tokens")
+    command.add_argument("--block-size", type=int, help="tokens per row of --data (default: the recipe's, else 512)")
+    command.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
+    command.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True,
+                         help="load the hybrid and measure it; --no-measure reports what is on disk")  # fmt: skip
+    command.set_defaults(run=_report)
+
+
+def _report(args):
+    from manticore_hf.report.run import run_report
+
+    run_report(args)
 
 
 def _add_push(commands):

@@ -309,7 +309,7 @@ def run_recipe(path, output_dir, seed=None):
         program = partial(program_alpha, tasks=tasks, output_dir=output / "0-program", settings=settings)
     if "transplant" in hybrid and "data" in recipe.data:
         given = hybrid.get("transplant_data")
-        hybrid["transplant_data"] = _data(recipe, {} if given is None else {"data": given})
+        hybrid["transplant_data"] = stage_data(recipe, {} if given is None else {"data": given})
     results = [(folder, run_compose(recipe.components, arguments, program=program, **hybrid))]
     before_search, searched = folder, None
     for number, (stage, settings) in enumerate(recipe.stages, 1):
@@ -322,7 +322,7 @@ def run_recipe(path, output_dir, seed=None):
             # The paper's order: components and projectors start again, the mixture is the one found.
             start, own["mixture_from"] = before_search, str(searched)
         arguments = kind(output_dir=str(folder), **{**defaults, **training})
-        result = run(starts(model=str(start), **own), _data(recipe, settings.get("data", {})), arguments)
+        result = run(starts(model=str(start), **own), stage_data(recipe, settings.get("data", {})), arguments)
         if stage == "search":
             searched = folder
         elif searched is None:
@@ -341,7 +341,7 @@ _STAGES = {
 }
 
 
-def _data(recipe, other):
+def stage_data(recipe, other):
     """DataArguments of a stage; a relative path counts from the working directory or from the recipe's folder."""
     values = dict(other) if "data" in other else {**recipe.data, **other}
     beside = recipe.path.parent / values["data"]

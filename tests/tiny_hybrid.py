@@ -5,8 +5,11 @@ with weights so strong that differences show.
 """
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from manticore_hf import ComponentSpec, ManticoreForCausalLM
 
 WORDS = "the cat sat on a mat and saw two dogs run".split()
 
@@ -55,3 +58,24 @@ def write_text(file, words, seed=1):
     drawn = torch.randint(0, len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
     file.write_text(" ".join(WORDS[i] for i in drawn.tolist()))
     return file
+
+
+def rows_of(count=6, length=12, seed=3):
+    """Rows of random tokens; the end-of-text token (0) closes a document here and there."""
+    drawn = torch.randint(0, 15, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Dataset.from_dict({"input_ids": drawn, "labels": drawn})
+
+
+def mixed_hybrid(**settings):
+    """The tiny hybrid, with a mixture, a gate and features that differ: random weights in everything it adds."""
+    torch.manual_seed(1)
+    parts = [ComponentSpec(part, name=f"part_{i}") for i, part in enumerate(settings.pop("parts", None) or pair())]
+    model = ManticoreForCausalLM.from_components(parts, projector_init="default", **settings).eval()
+    with torch.no_grad():
+        model.hybrid_mixer.alpha_logits.normal_()
+        if model.hybrid_mixer.token_gate is not None:
+            model.hybrid_mixer.token_gate.linear.weight.normal_()
+        for part in model.config.component_names:
+            for parameter in model.component(part).parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model

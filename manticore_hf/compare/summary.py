@@ -44,7 +44,8 @@ def summarise(rows, documents, facts):
 def _row(row, documents, own):
     contender, runs = row["contender"], list(row["runs"].values())
     first = runs[0]
-    out = {"name": contender.name, "kind": contender.kind, "needs": contender.needs, "options": first["options"]}
+    out = {"name": contender.name, "kind": contender.kind, "needs": contender.needs, "options": first["options"],
+           "seeds": list(row["runs"])}  # fmt: skip
     out |= _losses(row["nll"], documents, own, row is own)
     if documents.bytes.sum():
         out["bits_per_byte"] = float(row["nll"].mean(0).sum() / documents.bytes.sum() / np.log(2))
@@ -82,7 +83,7 @@ def _oracle(tuned, documents, own, rows):
     """A router that knows the answer: for every document the tuned component with the lowest loss on it."""
     nll = np.stack([row["nll"] for row in tuned])
     best = nll.argmin(0)
-    row = {"name": ORACLE, "kind": "oracle", "needs": "the answer", "options": {}}
+    row = {"name": ORACLE, "kind": "oracle", "needs": "the answer", "options": {}, "seeds": rows[0]["seeds"]}
     row |= _losses(nll.min(0), documents, own, False)
     correct = np.take_along_axis(np.stack([row["correct"] for row in tuned]), best[None], 0)[0]
     row["accuracy"] = float(correct.mean(0).sum() / documents.tokens.sum())

@@ -1,0 +1,181 @@
+"""Charts as inline SVG: text stays text, colours are classes of the page's style sheet, so that dark mode reaches them.
+
+Every function returns Markup; whatever is printed in it is escaped. Sizes are in SVG units, scaled by the page.
+"""
+
+import math
+
+from markupsafe import Markup, escape
+
+_WIDTH = 640
+
+
+def _svg(width, height, parts, label):
+    body = Markup("").join(parts)
+    return Markup(
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" class="chart" style="max-width:{}px">{}</svg>'
+    ).format(_short(width), _short(height), label, _short(width), body)
+
+
+def _text(x, y, text, anchor="start", classes="", title=None):
+    inner = escape(text) if title is None else Markup("<title>{}</title>{}").format(title, text)
+    return Markup('<text x="{}" y="{}" text-anchor="{}" class="{}">{}</text>').format(
+        _short(x), _short(y), anchor, classes, inner
+    )
+
+
+def _line(x1, y1, x2, y2, classes):
+    return Markup('<line x1="{}" y1="{}" x2="{}" y2="{}" class="{}"/>').format(*map(_short, (x1, y1, x2, y2)), classes)
+
+
+def _rect(x, y, width, height, classes, style=""):
+    return Markup('<rect x="{}" y="{}" width="{}" height="{}" class="{}" style="{}"/>').format(
+        *map(_short, (x, y, max(width, 0), max(height, 0))), classes, style
+    )
+
+
+def _short(number):
+    return f"{number:.1f}".removesuffix(".0")
+
+
+def _clip(text, length):
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def ticks(low, high, count=5):
+    """Round numbers from `low` to `high`: steps of 1, 2 or 5 times a power of ten, about `count` of them."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / count
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _tick_text(value, all_ticks):
+    gaps = [b - a for a, b in zip(all_ticks, all_ticks[1:])]
+    digits = max(0, -math.floor(math.log10(min(gaps)) + 1e-9)) if gaps else 2
+    return f"{value:,.{digits}f}"
+
+
+def forest(rows, needed=None, label="Differences with confidence intervals"):
+    """Differences with their intervals around a line at 0.
+
+    Args:
+        rows: [(name, difference, [low, high] or None)]: positive is to the right.
+        needed: Where to draw the line of what is worth having, or None.
+        label: For screen readers.
+    """
+    left, right, top, step = 245, 20, 8, 24
+    numbers = [0.0, needed or 0.0] + [x for _, difference, pair in rows for x in (difference, *(pair or ()))]
+    low, high = min(numbers), max(numbers)
+    pad = 0.06 * (high - low or 1.0)
+    low, high = low - pad, high + pad
+    height = top + step * len(rows) + 40
+
+    def at(value):
+        return left + (value - low) / (high - low) * (_WIDTH - left - right)
+
+    marks, bottom = ticks(low, high), top + step * len(rows)
+    parts = [_line(at(v), top, at(v), bottom, "grid") for v in marks]
+    parts += [_text(at(v), bottom + 14, _tick_text(v, marks), "middle", "tick") for v in marks]
+    parts.append(_line(at(0), top, at(0), bottom, "zero"))
+    if needed:
+        parts.append(_line(at(needed), top, at(needed), bottom, "needed"))
+    for i, (name, difference, pair) in enumerate(rows):
+        y = top + step * i + step / 2
+        sure = "good" if pair and pair[0] > 0 else "bad" if pair and pair[1] < 0 else "open"
+        parts.append(_text(left - 10, y + 4, _clip(name, 36), "end", "", name))
+        if pair:
+            parts.append(_line(at(pair[0]), y, at(pair[1]), y, f"bar {sure}"))
+            parts += [_line(at(end), y - 6, at(end), y + 6, f"bar {sure}") for end in pair]
+        parts.append(Markup('<circle cx="{}" cy="{}" r="3" class="dot {}"/>').format(
+            _short(at(difference)), _short(y), sure))  # fmt: skip
+    parts.append(_text(at(0) - 6, bottom + 32, "← rival better", "end", "tick"))
+    parts.append(_text(at(0) + 6, bottom + 32, "hybrid better, nats per token →", "start", "tick"))
+    return _svg(_WIDTH, height, parts, label)
+
+
+def heat(values, rows, columns, form="{:.2f}", largest=1.0, label="Heat map"):
+    """A heat map: the darker, the larger; negative values in the other colour.
+
+    Args:
+        values: [rows][columns] numbers, None where there is none.
+        rows, columns: Names.
+        form: How a value is printed.
+        largest: The value of full colour.
+        label: For screen readers.
+    """
+    left, top, wide, high = 110, 30, min(150, (_WIDTH - 120) / max(1, len(columns))), 28
+    parts = [_text(left + wide * (i + 0.5), 20, _clip(name, max(6, int(wide / 7))), "middle", "", name)
+             for i, name in enumerate(columns)]  # fmt: skip
+    for i, (name, row) in enumerate(zip(rows, values)):
+        y = top + i * high
+        parts.append(_text(left - 10, y + high / 2 + 4, name, "end"))
+        for j, value in enumerate(row):
+            x, strength = left + j * wide, min(1.0, abs(value or 0.0) / (largest or 1.0))
+            if value is None:
+                parts += [_rect(x, y, wide - 2, high - 2, "cell empty"),
+                          _text(x + wide / 2, y + high / 2 + 4, "–", "middle", "tick")]  # fmt: skip
+                continue
+            kind = "cell less" if value < 0 else "cell more"
+            parts.append(_rect(x, y, wide - 2, high - 2, kind, f"fill-opacity:{strength:.3f}"))
+            strong = "on-dark" if strength > 0.55 else ""
+            parts.append(_text(x + wide / 2 - 1, y + high / 2 + 4, form.format(value), "middle", strong))
+    return _svg(left + wide * len(columns) + 10, top + high * len(rows) + 4, parts, label)
+
+
+def lines(series, x_label, y_label, low=None, high=None, label="Curves"):
+    """Curves with a legend; colours c0, c1, ... repeat with another dash pattern.
+
+    Args:
+        series: {name: (x values, y values)}.
+        x_label, y_label: What the axes show.
+        low, high: Bounds of y; default: those of the values.
+        label: For screen readers.
+    """
+    left, right, top, plot = 58, 12, 12, 190
+    legend, x, row = [], left, 0
+    for i, name in enumerate(series):
+        width = 36 + 7.2 * len(_clip(name, 40))
+        if x + width > _WIDTH - right and x > left:
+            x, row = left, row + 1
+        legend.append((i, name, x, row))
+        x += width
+    top += 18 * (row + 1)
+    xs = [v for one, _ in series.values() for v in one]
+    ys = [v for _, one in series.values() for v in one if math.isfinite(v)] or [0.0]
+    x_low, x_high = min(xs), max(xs)
+    y_low, y_high = (min(ys) if low is None else low), (max(ys) if high is None else high)
+    pad = 0.05 * (y_high - y_low or 1.0)
+    y_low, y_high = (y_low - pad if low is None else y_low), (y_high + pad if high is None else y_high)
+
+    def at(a, b):
+        return (left + (a - x_low) / ((x_high - x_low) or 1) * (_WIDTH - left - right),
+                top + (1 - (b - y_low) / (y_high - y_low)) * plot)  # fmt: skip
+
+    parts = []
+    y_marks, x_marks = ticks(y_low, y_high), ticks(x_low, x_high, 6)
+    for value in y_marks:
+        y = at(x_low, value)[1]
+        parts += [
+            _line(left, y, _WIDTH - right, y, "grid"),
+            _text(left - 7, y + 4, _tick_text(value, y_marks), "end", "tick"),
+        ]
+    parts += [_text(at(v, y_low)[0], top + plot + 16, _tick_text(v, x_marks), "middle", "tick") for v in x_marks]
+    for i, name, lx, lrow in legend:
+        y = 14 + 18 * lrow
+        parts += [
+            _line(lx, y - 4, lx + 20, y - 4, f"curve c{i % 6} d{i // 6}"),
+            _text(lx + 25, y, _clip(name, 40), title=name),
+        ]
+    for i, (one, other) in enumerate(series.values()):
+        points = [at(a, b) for a, b in zip(one, other) if math.isfinite(b)]
+        path = " ".join(f"{_short(px)},{_short(py)}" for px, py in points)
+        parts.append(Markup('<polyline points="{}" class="curve c{} d{}"/>').format(path, i % 6, i // 6))
+        if len(points) < 16:
+            parts += [Markup('<circle cx="{}" cy="{}" r="3" class="point c{}"/>').format(_short(px), _short(py), i % 6)
+                      for px, py in points]  # fmt: skip
+    parts.append(_text(left, top + plot + 34, f"{x_label} →; upwards: {y_label}", "start", "tick"))
+    return _svg(_WIDTH, top + plot + 40, parts, label)

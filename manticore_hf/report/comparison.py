@@ -1,0 +1,102 @@
+"""Reading what `manticore-hf compare` leaves: losses over several seeds of a hybrid and of rivals tuned like it."""
+
+import json
+import math
+from pathlib import Path
+
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+
+FILE = "comparison.json"
+FOLDER = "compared"  # below the hybrid or its run, unless the user names another
+KINDS = ("component", "ensemble", "gate", "single", "designed", "hybrid", "hardened", "untuned", "oracle")
+_NUMBERS = ("difference", "p", "bits_per_byte", "accuracy", "parameters", "flops_per_token", "training_flops",
+            "training_tokens", "seconds")  # fmt: skip
+
+
+def find_comparison(directory, given=None):
+    """Path of the comparison that belongs to a directory, or None.
+
+    Args:
+        directory: Of the hybrid.
+        given: What the user named: the directory of a comparison, or its file.
+
+    Raises:
+        ManticoreError: There is none where the user said.
+    """
+    if given is not None:
+        path = Path(given) / FILE if Path(given).is_dir() else Path(given)
+        if not path.is_file():
+            raise ManticoreError(
+                f"{str(given)!r} holds no {FILE}: give the output directory of `manticore-hf compare`."
+            )
+        return path
+    places = (Path(directory), Path(directory).parent)
+    paths = [path for place in places for path in (place / FILE, place / FOLDER / FILE)]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_comparison(path):
+    """Reads and checks a comparison.
+
+    Returns:
+        Its values; every row has the keys of the format, None where the file does not say.
+
+    Raises:
+        ManticoreError: It is none, or of another version; names what is wrong.
+    """
+
+    def wrong(message):
+        raise ManticoreError(f"{str(path)!r} is no comparison that can be used: {message}. Run `manticore-hf compare`.")
+
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as err:
+        wrong(f"it cannot be read ({err})")
+    if not isinstance(values, dict) or values.get("version") != 1:
+        wrong('it has no "version": 1')
+    rows = values.get("rows")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        wrong("it has no rows")
+    checked = [_row(row, wrong) for row in rows]
+    names = [row["name"] for row in checked]
+    if len(set(names)) < len(names):
+        wrong("two rows have one name")
+    if values.get("hybrid") not in names:
+        wrong(f"its hybrid {values.get('hybrid')!r} is none of its rows")
+    tokens = {key: values.get(key) if type(values.get(key)) is int else None for key in ("tokens", "test_tokens")}
+    texts = {key: str(values.get(key) or "not recorded") for key in ("data", "test", "machine")}
+    seeds = values.get("seeds") if isinstance(values.get("seeds"), list) else []
+    return {**tokens, **texts, "seeds": seeds, "hybrid": values["hybrid"], "rows": checked}
+
+
+def _row(row, wrong):
+    name = row.get("name")
+    if not isinstance(name, str) or not name:
+        wrong("a row has no name")
+    if row.get("kind") not in KINDS:
+        wrong(f"row {name!r} has kind {row.get('kind')!r}; known are {list(KINDS)}")
+    if not _is_number(row.get("loss")):
+        wrong(f"row {name!r} has loss {row.get('loss')!r}, which is no number")
+    out = {"name": name, "kind": row["kind"], "loss": float(row["loss"]), "needs": str(row.get("needs") or "")}
+    for key in _NUMBERS:
+        if row.get(key) is not None and not _is_number(row[key]):
+            wrong(f"row {name!r} has {key} {row[key]!r}, which is no number")
+        out[key] = row.get(key)
+    for key in ("interval", "difference_interval"):
+        pair = row.get(key)
+        fits = isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) and pair[0] <= pair[1]
+        if pair is not None and not fits:
+            wrong(f"row {name!r} has {key} {pair!r}, which is no pair of ascending numbers")
+        out[key] = pair
+    kinds = row.get("by_kind") or {}
+    if not isinstance(kinds, dict) or not all(map(_is_number, kinds.values())):
+        wrong(f"row {name!r} has by_kind {kinds!r}, which is no loss by kind of text")
+    out["by_kind"] = {str(kind): float(loss) for kind, loss in kinds.items()}
+    out["seeds"] = row["seeds"] if isinstance(row.get("seeds"), list) else []
+    out["losses"] = [float(x) for x in row.get("losses") or [] if _is_number(x)]
+    out["seeds_won"] = row.get("seeds_won") if type(row.get("seeds_won")) is int else None
+    return out
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

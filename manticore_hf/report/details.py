@@ -1,0 +1,188 @@
+"""What the reports say to engineers, as texts and charts: the mixture, why it is so, where it pays, its training."""
+
+from manticore_hf.printing import short_count
+from manticore_hf.report import charts
+from manticore_hf.report.verdict import gain_needed, say_difference
+
+_KINDS = {
+    "component": "a component, tuned on the same text", "ensemble": "plain mean of the tuned components",
+    "gate": "a gate trained over the tuned components", "single": "one model retrained",
+    "designed": "a rival by design",
+    "hybrid": "a hybrid", "hardened": "a hardened hybrid", "untuned": "as it is, not tuned",
+}  # fmt: skip
+_MOST_CHARTS = 8
+
+
+def mixture(facts):
+    """Alpha as a heat map, its trajectories, and those of the gate's mean weights."""
+    names = list(dict.fromkeys(row["component"] for row in facts.found["blocks"]))
+    blocks, route = facts.found["settings"]["num_blocks"], facts.found["settings"]["route"]
+    weights = [[None] * len(names) for _ in range(blocks)]
+    for row in facts.found["blocks"]:
+        weights[row["block"] - 1][names.index(row["component"])] = row["alpha"]
+    if route:
+        weights = [[float(name == one) for name in names] for one in route]
+    labels, out = [f"block {b + 1}" for b in range(blocks)], []
+    for stage in facts.stages:
+        steps, history = stage.alpha()
+        moved = any(max(v) - min(v) > 1e-3 for v in history.values()) if len(steps) > 1 else False
+        for block in range(min(blocks, _MOST_CHARTS) if moved else 0):
+            series = {
+                name: (steps, history[f"alpha/{block}/{name}"]) for name in names if f"alpha/{block}/{name}" in history
+            }
+            if series:
+                label = f"Weight in block {block + 1}"
+                out.append({"title": f"{stage.name}, block {block + 1}",
+                            "chart": charts.lines(series, "optimizer step", label, 0, 1, label)})  # fmt: skip
+        logged = stage.series("gate/")
+        gate = {name: logged[f"gate/{name}"] for name in names if f"gate/{name}" in logged}
+        if gate and len(next(iter(gate.values()))[0]) > 1:
+            out.append({"title": f"{stage.name}, token gate: mean weight over the tokens trained on",
+                        "chart": charts.lines(gate, "optimizer step", "weight", 0, 1, "Mean gate weight")})  # fmt: skip
+    token = facts.found["settings"]["mixture"] == "token" and not route
+    return {
+        "names": names, "token": token, "trajectories": out,
+        "rows": [{"name": label, "weights": ["–" if w is None else f"{w:.3f}" for w in row]}
+                 for label, row in zip(labels, weights)],
+        "chart": charts.heat(weights, labels, names, "{:.3f}", label="Mixture weights, blocks by components"),
+    }  # fmt: skip
+
+
+def why(facts):
+    """Losses without each part, with untrained mixtures, and how alike features are."""
+    measured = facts.measured
+    if not measured:
+        return None
+    full = measured["losses"]["losses"]["hybrid"]
+    names = list(dict.fromkeys(row["component"] for row in facts.found["blocks"]))
+    removed, table = [], []
+    for block in range(facts.found["settings"]["num_blocks"]):
+        row = []
+        for name in names:
+            one = measured.get(f"without/{block}/{name}", {"loss": None, "reason": "not measured"})
+            row.append(None if one["loss"] is None else one["loss"] - full)
+            removed.append({
+                "block": block + 1, "name": name, "loss": "–" if one["loss"] is None else f"{one['loss']:.3f}",
+                "change": one["reason"] or f"{one['loss'] - full:+.3f}",
+            })  # fmt: skip
+        table.append(row)
+    values = [value for row in table for value in row if value is not None]
+    chart = None
+    if values:
+        chart = charts.heat(table, [f"block {b + 1}" for b in range(len(table))], names, "{:+.3f}",
+                            max(map(abs, values)), "Loss added when a component is removed")  # fmt: skip
+    mixtures = [{"name": one["name"], "loss": f"{one['loss']:.3f}", "change": f"{one['loss'] - full:+.3f}"}
+                for one in measured["mixtures"]]  # fmt: skip
+    similarity = [
+        {
+            "where": "embeddings" if one["boundary"] == 0 else f"after block {one['boundary']}",
+            "what": "translated" if one["translated"] else "own states", "pair": " and ".join(one["components"]),
+            "cka": f"{one['cka']:.3f}", "few": one["tokens"] < 5 * one["width"],
+        }
+        for one in measured["similarity"]
+    ]  # fmt: skip
+    return {
+        "loss": f"{full:.3f}", "text": measured["text"], "tokens": f"{measured['losses']['tokens']:,}",
+        "removed": removed,
+        "chart": chart, "mixtures": mixtures, "similarity": similarity,
+        "rivals": [{"name": name, "loss": f"{loss:.3f}"} for name, loss in measured["losses"]["losses"].items()
+                   if name != "hybrid"],
+    }  # fmt: skip
+
+
+def where(facts):
+    """Tokens and documents where the hybrid gains or loses most against each rival, texts made visible."""
+    if not facts.measured:
+        return []
+    out = []
+    for rival, found in facts.measured["losses"]["where"].items():
+
+        def token(one):
+            return {"before": visible(one["before"]), "token": visible(one["token"], True),
+                    "after": visible(one["after"]), "gain": f"{one['gain']:+.2f}", "gate": _gate(one)}  # fmt: skip
+
+        def kind(one):
+            return {"token": visible(one["token"], True), "gain": f"{one['gain']:+.1f}", "tokens": one["tokens"]}
+
+        def document(one):
+            text = visible(one["text"]) + (" …" if one["cut"] else "")
+            return {"text": text, "gain": f"{one['gain']:+.1f}", "per_token": f"{one['per_token']:+.3f}",
+                    "tokens": one["tokens"], "gate": _gate(one)}  # fmt: skip
+
+        ways = {
+            what: {way: [make(one) for one in found[what][way]] for way in ("gains", "loses")}
+            for what, make in (("tokens", token), ("kinds", kind), ("documents", document))
+        }
+        word = "better" if found["gain"] >= 0 else "worse"
+        size = f"{abs(found['gain']):.3f} nats per token {word}"
+        sentence = (
+            f"On this text the hybrid is {size} than {rival}, and predicts {found['better']:.0%} of the tokens better."
+        )
+        out.append({"rival": rival, "sentence": sentence, **ways})
+    return out
+
+
+def _gate(one):
+    return ", ".join(f"{name} {weight:.2f}" for name, weight in one["gate"].items()) if one.get("gate") else ""
+
+
+def visible(text, alone=False):
+    """Text in one line whose line breaks and tabs are seen, and that commands nothing; `alone`: spaces, too."""
+    text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥")
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text.replace(" ", "␣") if alone and not text.strip() else text
+
+
+def curves(facts):
+    """Losses over the steps of each stage."""
+    out = []
+    for stage in facts.stages:
+        found = {**stage.series("loss"), **stage.series("eval_loss")}
+        # What is trained on may be more than the mixture's loss: where that was logged, it is the hybrid's.
+        series = {_curve_name(key): value for key, value in found.items() if f"{key}/mixture" not in found}
+        if series:
+            rows = [{"name": name, "first": f"{ys[0]:.3f}", "last": f"{ys[-1]:.3f}", "points": len(ys), "step": xs[-1]}
+                    for name, (xs, ys) in series.items()]  # fmt: skip
+            drawn = any(len(xs) > 1 for xs, _ in series.values())
+            label = f"Losses of {stage.name}"
+            chart = charts.lines(series, "optimizer step", "loss, nats per token", label=label) if drawn else None
+            out.append({"title": stage.name, "rows": rows, "chart": chart})
+    return out
+
+
+def _curve_name(key):
+    side = "held out" if key.startswith("eval_") else "training"
+    part = key.removeprefix("eval_").removeprefix("loss").removeprefix("/")
+    return f"{'hybrid' if part in ('', 'mixture') else part}, {side}"
+
+
+def comparison(facts):
+    """All rows of the comparison, by kind of text too, with the forest plot."""
+    if facts.comparison is None:
+        return None
+    rows = sorted(facts.comparison["rows"], key=lambda row: row["loss"])
+    kinds = sorted({kind for row in rows for kind in row["by_kind"]})
+    own = facts.comparison["hybrid"]
+    rivals = [(row["name"], row["difference"], row["difference_interval"]) for row in rows
+              if row["name"] != own and row["difference"] is not None]  # fmt: skip
+    return {
+        "file": facts.comparison_path.name, "machine": facts.comparison["machine"], "kinds": kinds,
+        "chart": charts.forest(rivals, gain_needed(facts.comparison)) if rivals else None,
+        "rows": [
+            {
+                "name": row["name"], "own": row["name"] == own, "what": _KINDS[row["kind"]],
+                "loss": f"{row['loss']:.3f}",
+                "interval": f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}" if row["interval"] else "–",
+                "difference": "" if row["name"] == own else say_difference(row),
+                "p": "–" if row["p"] is None else "< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}",
+                "bits": "–" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}",
+                "accuracy": "–" if row["accuracy"] is None else f"{row['accuracy']:.1%}",
+                "by_kind": [f"{row['by_kind'][kind]:.3f}" if kind in row["by_kind"] else "–" for kind in kinds],
+                "parameters": short_count(row["parameters"]) if row["parameters"] else "–",
+                "flops": short_count(row["flops_per_token"]) if row["flops_per_token"] else "–",
+                "made": short_count(row["training_flops"]) if row["training_flops"] else "–",
+                "needs": row["needs"] or "nothing else",
+            }
+            for row in rows
+        ],
+    }  # fmt: skip

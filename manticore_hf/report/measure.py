@@ -1,0 +1,260 @@
+"""Why this mixture: what each part of a hybrid is worth on held-out text, and how alike its components' features are.
+
+Everything is measured on rows of `load_rows`, over the tokens that have a label; rows of different lengths are padded
+on the right, which a causal model does not see.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from manticore_hf.modeling.modeling_manticore import ManticoreModel
+
+
+def batches(rows, batch_size, device="cpu"):
+    """Yields (input_ids [batch, time], labels [batch, time]) of rows; padding has the label -100.
+
+    Args:
+        rows: Dataset with `input_ids`, and `labels` where they differ from them.
+        batch_size: Rows per batch.
+        device: Where the tensors are wanted.
+    """
+    has_labels = "labels" in rows.column_names
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        ids = [torch.tensor(row) for row in part["input_ids"]]
+        labels = [torch.tensor(row) for row in part["labels"]] if has_labels else ids
+        pad = torch.nn.utils.rnn.pad_sequence
+        yield pad(ids, True, 0).to(device), pad(labels, True, -100).to(device)
+
+
+def scored_positions(rows):
+    """(row [n], position [n]) of the tokens that are predicted and scored, in the order of `token_losses`."""
+    found = [(labels[:, 1:] != -100).nonzero() for _, labels in batches(rows, 1)]
+    row = torch.cat([torch.full((len(one),), number) for number, one in enumerate(found)])
+    return row, torch.cat([one[:, 1] for one in found]) + 1
+
+
+def _losses_of(logits, labels):
+    """Cross-entropy [n] of each labelled token, in nats."""
+    kept = labels[:, 1:] != -100
+    return F.cross_entropy(logits[:, :-1][kept].float(), labels[:, 1:][kept], reduction="none").double().cpu()
+
+
+@torch.no_grad()
+def token_losses(model, rows, batch_size=8):
+    """Loss of every token under the hybrid, each component (its own head, inside this hybrid) and their plain ensemble.
+
+    Args:
+        model: A hybrid in evaluation mode.
+        rows: Held-out rows.
+        batch_size: Rows per forward pass.
+
+    Returns:
+        ({name: [n] nats, float64}, the token gate's weights [n, K] or None); a hardened hybrid has "hybrid" only, its
+        rivals are no longer inside.
+    """
+    names = [] if model.config.route else model.config.component_names
+    out = {name: [] for name in [*names, *(["ensemble"] if names else []), "hybrid"]}
+    gate = []
+    for ids, labels in tqdm(list(batches(rows, batch_size, model.device)), desc="Token losses", leave=False):
+        mean = 0.0
+        for name in names:
+            logprobs = model.component(name)(input_ids=ids, use_cache=False).logits
+            logprobs = logprobs[..., : model.config.vocab_size].float().log_softmax(-1)
+            out[name].append(_losses_of(logprobs, labels))
+            mean = mean + logprobs / len(names)
+        if names:
+            out["ensemble"].append(_losses_of(mean, labels))
+        run = model(input_ids=ids, use_cache=False)
+        out["hybrid"].append(_losses_of(run.logits, labels))
+        if run.weights is not None:
+            gate.append(run.weights[:, :-1][labels[:, 1:] != -100].float().cpu())
+    return {name: torch.cat(parts) for name, parts in out.items()}, torch.cat(gate) if gate else None
+
+
+@torch.no_grad()
+def hybrid_loss(model, rows, batch_size=8, desc="Loss"):
+    """Mean loss of the hybrid alone, nats per token."""
+    found = list(batches(rows, batch_size, model.device))
+    losses = [_losses_of(model(input_ids=ids, use_cache=False).logits, labels)
+              for ids, labels in tqdm(found, desc=desc, leave=False)]  # fmt: skip
+    return torch.cat(losses).mean().item()
+
+
+# ---- without one component, or with another mixture ------------------------------------------------------------------
+
+
+def gated_block(model):
+    """The block whose mixture is the token gate's, or None where no gate is in use."""
+    config = model.config
+    fixed = config.mixture_weights is not None and config.mixture_weights[-1] is not None
+    return config.num_blocks - 1 if config.mixture == "token" and not fixed else None
+
+
+def cannot_remove(model, name, block):
+    """Why a component cannot be removed from a block, or None if it can."""
+    if model.config.route is not None:
+        return "hardened: each block has one component only"
+    k, row = model.config.component_names.index(name), model.mixture_weights()[block].tolist()
+    if not sum(row) - row[k] > 0:
+        return "no other component is in use in this block"
+    return None
+
+
+@contextlib.contextmanager
+def removed(model, name, block):
+    """The hybrid with a component's mixture weight set to 0 in one block and the others of that block renormalised.
+
+    The block's row is fixed by `set_mixture_weights`, so that the component is not run there; where the token gate
+    mixes, its logit is minus infinity for every token. Whatever else reads that block's weights follows: with
+    gate="alpha" the projectors, with mixed embeddings the embeddings (first block) and the heads (`head_mixture`).
+
+    Args:
+        model: A soft hybrid.
+        name: The component.
+        block: Index of the block; `cannot_remove` must be None.
+    """
+    k = model.config.component_names.index(name)
+    if block == gated_block(model):
+        index = torch.tensor(k, device=model.device)
+        silent = _gate_logits(model, lambda logits: logits.index_fill(-1, index, -torch.inf))
+        with silent, _alpha_logit(model, block, k):
+            yield
+        return
+    row = model.mixture_weights()[block].double()
+    row[k] = 0.0
+    with mixture(model, {block: (row / row.sum()).tolist()}):
+        yield
+
+
+@contextlib.contextmanager
+def mixture(model, rows):
+    """The hybrid with the weights of some blocks fixed; `rows` is {block: [K] weights}."""
+    before = model.config.mixture_weights
+    weights = list(before or [None] * model.config.num_blocks)
+    for block, row in rows.items():
+        weights[block] = row
+    try:
+        model.set_mixture_weights(weights)
+        yield
+    finally:
+        model.config.mixture_weights = before
+
+
+@contextlib.contextmanager
+def _gate_logits(model, change):
+    """The token gate with its logits changed before the softmax."""
+    handle = model.hybrid_mixer.token_gate.linear.register_forward_hook(lambda module, args, out: change(out))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _alpha_logit(model, block, k):
+    """Without native heads the last block also mixes states, by alpha: the component goes there, too."""
+    alpha = model.hybrid_mixer.alpha_logits.data
+    before = alpha[block, k].item()
+    alpha[block, k] = -torch.inf
+    try:
+        yield
+    finally:
+        alpha[block, k] = before
+
+
+def other_mixtures(model):
+    """[(what it is, context manager)]: mixtures that were not trained, to see what the trained one is worth."""
+    config = model.config
+    count, gated = len(config.component_names), gated_block(model)
+    if config.route is not None or count < 2:
+        return []
+    even = dict.fromkeys(range(config.num_blocks), [1 / count] * count)
+    out = [("equal weights in every block", mixture(model, even))]
+    if gated is not None:
+        bias = model.mixture_weights()[gated].double()
+        out.append(("the gate without looking at the token", mixture(model, {gated: (bias / bias.sum()).tolist()})))
+    return out
+
+
+# ---- how alike features are ------------------------------------------------------------------------------------------
+
+
+class LinearCKA:
+    """Linear CKA (Kornblith et al. 2019, arXiv 1905.00414, section 3) of rows that come in batches.
+
+        |Y'X|^2 / (|X'X| |Y'Y|), X and Y centred, Frobenius norms
+
+    Only sums of products are kept, in float64. 1 for features that are equal up to rotation and scale.
+    """
+
+    def __init__(self):
+        self.count, self.sums = 0, None
+
+    def add(self, x, y):
+        """Adds rows x [n, width_x] and y [n, width_y] of the same tokens."""
+        x, y = x.double(), y.double()
+        new = [x.sum(0), y.sum(0), x.T @ x, y.T @ y, y.T @ x]
+        self.sums = new if self.sums is None else [a + b for a, b in zip(self.sums, new)]
+        self.count += len(x)
+
+    def value(self):
+        """The similarity; NaN if one of the two does not vary."""
+        x, y, xx, yy, yx = self.sums
+        own_x, own_y = (xx - torch.outer(x, x) / self.count).norm(), (yy - torch.outer(y, y) / self.count).norm()
+        return ((yx - torch.outer(y, x) / self.count).square().sum() / (own_x * own_y)).item()
+
+
+@torch.no_grad()
+def feature_similarity(model, rows, batch_size=8):
+    """Linear CKA between what two components contribute at each block boundary, in the hybrid's own run.
+
+    After an inner block that is their translated features (out-projector applied, as they enter the mixture); where the
+    hybrid has no projector, because embeddings and heads are native, it is the components' own states.
+
+    Args:
+        model: A hybrid in evaluation mode.
+        rows: Held-out rows.
+        batch_size: Rows per forward pass.
+
+    Returns:
+        [{"boundary": 0 for the embeddings, else the block's number, "translated": bool, "components": [a, b],
+        "cka": number, "tokens": n, "width": the larger of the two widths}].
+    """
+    names, last, seen, pairs = model.config.component_names, model.config.num_blocks, {}, {}
+
+    def watch(mixer, args, out):
+        if args[0] == "leave":
+            seen[args[1] + 1, args[2]] = (out, True)
+
+    handle = model.hybrid_mixer.register_forward_hook(watch)
+    try:
+        for ids, labels in tqdm(list(batches(rows, batch_size, model.device)), desc="Similarity", leave=False):
+            seen.clear()
+            run = ManticoreModel.forward(model, input_ids=ids, use_cache=False, return_dict=True)
+            seen.update({(0, name): (model.embed(name, ids), False) for name in names})
+            for name, state in zip(names, run.states):
+                if (last, name) not in seen and state is not None:
+                    seen[last, name] = (state, False)
+            real = _real(ids, labels)
+            for (boundary, a), (x, translated) in seen.items():
+                for b in names[names.index(a) + 1 :]:
+                    if (boundary, b) in seen:
+                        y, key = seen[boundary, b][0], (boundary, a, b, translated)
+                        pairs.setdefault(key, LinearCKA()).add(x[real], y[real])
+    finally:
+        handle.remove()
+    return [
+        {"boundary": boundary, "translated": translated, "components": [a, b], "cka": one.value(), "tokens": one.count,
+         "width": max(one.sums[0].numel(), one.sums[1].numel())}
+        for (boundary, a, b, translated), one in sorted(pairs.items())
+    ]  # fmt: skip
+
+
+def _real(ids, labels):
+    """[batch, time] of bool: what is no padding on the right (a prompt has no label, but is text)."""
+    scored = labels != -100
+    return scored.flip(-1).cumsum(-1).flip(-1) > 0

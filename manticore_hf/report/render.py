@@ -1,0 +1,24 @@
+"""The view through its templates: a self-contained HTML file, and Markdown.
+
+In HTML everything is escaped (autoescape); only charts, whose texts are escaped where they are drawn, are markup. In
+Markdown the environment of the cards escapes.
+"""
+
+from importlib.resources import files
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from manticore_hf.printing import markdown_environment
+from manticore_hf.report.view import make_view
+
+
+def render(facts, verdict):
+    """(HTML, Markdown) of a report; `facts` as `gather` gives them, `verdict` as `decide` does."""
+    view = make_view(facts, verdict)
+    folder = files("manticore_hf.hub_cards")
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, autoescape=True,
+    )  # fmt: skip
+    html = environment.get_template("report.html.jinja").render(view)
+    return html, markdown_environment().get_template("report.md.jinja").render(view).rstrip() + "\n"

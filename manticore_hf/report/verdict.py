@@ -1,0 +1,256 @@
+"""The verdict: is the hybrid worth it? Stated rules, applied to stated numbers; the report prints both.
+
+Differences are a rival's loss minus the hybrid's, in nats per token: positive means that the hybrid is better.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+WORTH = 0.01
+"""Smallest gain that is worth a second model, as a share of the best rival's loss."""
+HARDEN_WITHIN = 0.01
+"""A hardened hybrid is as good as the soft one if it loses at most this share of its loss."""
+
+RULES = [
+    "A rival counts if you could use it today: it needs no text but what the hybrid was trained on. It is the "
+    "components as they are and tuned, their ensemble, a gate over them, and one model trained on the same text.",
+    f"The gain must be worth having: at least {WORTH:.0%} of the best rival's loss, in nats per token, against every "
+    "rival.",
+    "GO: against every rival the gain is that large and its 95 % confidence interval excludes 0. As all rivals have to "
+    "be beaten, no correction for many comparisons is needed.",
+    "NO GO: against some rival even the upper end of the interval is below that gain: it is a tie at best, and the "
+    "rival costs no more. If that rival is one model trained on the same text: RETRAIN.",
+    "TRY: anything else. The data allow a gain and do not show it.",
+    "RETRAIN: one model trained on everything, the components' training text included, is not beaten (the interval of "
+    "the difference includes 0 or lies below it). It costs less to run. Who does not have that text goes by the other "
+    "rules, and the report gives both answers.",
+    "HARDEN: the answer is GO, and a hardened hybrid (one component per block, the cost of about one model) loses at "
+    f"most {HARDEN_WITHIN:.0%} of the soft one's loss and still beats the best rival.",
+    "Without a comparison over several seeds, rivals tuned by themselves included, there is no verdict, only TRY.",
+]
+
+_EXPLAINED = {
+    "GO": "Use the hybrid",
+    "HARDEN": "Use the hybrid, hardened to the cost of about one model",
+    "NO GO": "Do not use the hybrid",
+    "RETRAIN": "Train one model on everything instead",
+    "TRY": "Not decided yet",
+}
+
+
+@dataclass
+class Verdict:
+    """What to do.
+
+    Args:
+        word: "GO", "HARDEN", "NO GO", "RETRAIN" or "TRY".
+        rival: The row that decided: the closest rival, or the one that won; None without a comparison.
+        reasons: Sentences with the numbers that decided.
+        steps: What to do next, most useful first.
+        otherwise: With a RETRAIN that needs the components' training text: the Verdict for who does not have it.
+        decided: Whether a comparison carries it.
+    """
+
+    word: str
+    rival: dict | None
+    reasons: list = field(default_factory=list)
+    steps: list = field(default_factory=list)
+    otherwise: "Verdict | None" = None
+    decided: bool = True
+
+    @property
+    def headline(self):
+        """The verdict in words."""
+        if self.otherwise is not None:
+            rest = _EXPLAINED[self.otherwise.word]
+            text = "the components' training text"
+            return f"{_EXPLAINED[self.word]}, if you have {text}; {rest[0].lower()}{rest[1:]}, if not"
+        return _EXPLAINED[self.word]
+
+
+def decide(comparison, settings=None, command=None, one_run=None):
+    """Applies the rules.
+
+    Args:
+        comparison: What `read_comparison` gives, or None.
+        settings: The hybrid's settings (`inspect_hybrid`): the advice of TRY looks at them.
+        command: The command that makes a comparison, for the advice where there is none.
+        one_run: (losses by name, the hybrid's name) of one run, said with its caveat where there is no comparison.
+
+    Returns:
+        A Verdict.
+    """
+    if comparison is None:
+        reasons = [_in_one_run(*one_run)] if one_run else []
+        reasons.append("No comparison over several seeds is there: nothing of one run can carry a decision.")
+        return Verdict("TRY", None, reasons, [f"Measure it: {command}"] if command else [], decided=False)
+    rows = {row["name"]: row for row in comparison["rows"]}
+    hybrid = rows[comparison["hybrid"]]
+    others = _rivals(comparison)
+    free = [row for row in others if not row["needs"]]
+    if not free:
+        reason = "The comparison has no rival that could be used today: no component, ensemble or gate."
+        return Verdict("TRY", None, [reason], [f"Measure the rivals: {command}"] if command else [], decided=False)
+    retrained = [row for row in others if row["needs"] and row["kind"] == "single" and _not_beaten(row)]
+    verdict = _against(hybrid, free, comparison, settings or {})
+    if retrained:
+        best = min(retrained, key=lambda row: row["loss"])
+        reasons = [f"{say(best, hybrid)} It needs {best['needs']}."]
+        steps = [f"If you have {best['needs']}: train one model on all of it ({best['name']}).",
+                 *(f"If you do not: {step[0].lower()}{step[1:]}" for step in verdict.steps[:2])]  # fmt: skip
+        return Verdict("RETRAIN", best, reasons + verdict.reasons, steps, otherwise=verdict)
+    return verdict
+
+
+def _against(hybrid, rivals, comparison, settings):
+    """The verdict on a hybrid and the rivals that need nothing else."""
+    best = min(rivals, key=lambda row: row["loss"])
+    needed = WORTH * best["loss"]
+    unsure = [row for row in rivals if row["difference_interval"] is None or row["difference"] is None]
+    if unsure:
+        reason = f"There is no interval for {unsure[0]['name']}: one seed cannot show how sure a difference is."
+        step = f"Compare again with 3 seeds or more ({_seeds(hybrid)} now)."
+        return Verdict("TRY", best, [say(best, hybrid), reason], [step])
+    lost = [row for row in rivals if row["difference_interval"][1] < needed]
+    if lost:
+        rival = min(lost, key=lambda row: row["loss"])
+        word = "RETRAIN" if rival["kind"] == "single" else "NO GO"
+        reasons = [
+            say(rival, hybrid),
+            f"Even at best that is less than the {needed:.3f} nats ({WORTH:.0%}) it takes to be worth it.",
+        ]
+        steps = [f"Use {rival['name']}: the hybrid adds too little to it, if anything."]
+        return Verdict(word, rival, reasons, steps + _other_hybrid(hybrid, rival, comparison) + _alike(comparison))
+    short = [row for row in rivals if row["difference_interval"][0] <= 0 or row["difference"] < needed]
+    if short:
+        rival = min(short, key=lambda row: row["difference"])
+        why = f"It takes {needed:.3f} nats ({WORTH:.0%}) and an interval that excludes 0."
+        return Verdict("TRY", rival, [say(rival, hybrid), why], _attempts(hybrid, rival, comparison, settings, needed))
+    share = best["difference"] / best["loss"]
+    reasons = [f"{say(best, hybrid)} That is {share:.1%} of its loss; it is the best rival."]
+    hard = [row for row in comparison["rows"] if row["kind"] == "hardened" and not row["needs"]]
+    hard = [row for row in hard if row["loss"] <= (1 + HARDEN_WITHIN) * hybrid["loss"] and row["loss"] < best["loss"]]
+    if hard:
+        small = min(hard, key=lambda row: row["loss"])
+        reasons.append(
+            f"{small['name']} keeps nearly all of it: {small['loss']:.3f} against {hybrid['loss']:.3f} nats per token."
+        )
+        return Verdict("HARDEN", best, reasons, [f"Use {small['name']}: it costs about as much as one model."])
+    steps = ["Use it where the text is like the text it was tested on; test again where it is not."]
+    if not any(row["kind"] == "hardened" for row in comparison["rows"]):
+        steps.append("Harden it (manticore-hf harden) and compare again: if the gain stays, it costs about one model.")
+    return Verdict("GO", best, reasons, steps + _other_hybrid(hybrid, hybrid, comparison))
+
+
+def _rivals(comparison):
+    """The rows that are no hybrids."""
+    return [
+        row
+        for row in comparison["rows"]
+        if row["kind"] not in ("hybrid", "hardened") and row["name"] != comparison["hybrid"]
+    ]
+
+
+def gain_needed(comparison):
+    """Nats per token that the hybrid has to be better by, or None where no rival can be used today."""
+    losses = [row["loss"] for row in _rivals(comparison) if not row["needs"]]
+    return WORTH * min(losses) if losses else None
+
+
+def _in_one_run(losses, own):
+    """The best rival of one run, in a sentence."""
+    best = min((name for name in losses if name != own), key=losses.get)
+    row = {"name": best, "loss": losses[best], "difference": losses[best] - losses[own], "difference_interval": None,
+           "seeds_won": None, "seeds": []}  # fmt: skip
+    return say(row, {"loss": losses[own]})
+
+
+def say(row, hybrid):
+    """A rival's difference to the hybrid in a sentence that says what it means."""
+    difference, pair = row["difference"], row["difference_interval"]
+    if difference is None:
+        return f"{row['name']}: {row['loss']:.3f} nats per token, the hybrid {hybrid['loss']:.3f}."
+    word = "better" if difference >= 0 else "worse"
+    low_high = sorted(abs(x) for x in pair) if pair and pair[0] * pair[1] > 0 else pair
+    sure = f" (95 % confidence: between {low_high[0]:.3f} and {low_high[1]:.3f}" if pair else " (one seed"
+    if pair and pair[0] <= 0 <= pair[1]:
+        sure = f" (95 % confidence: between {abs(pair[0]):.3f} worse and {pair[1]:.3f} better, so it may be none"
+    won = (
+        f"; better in {row['seeds_won']} of {len(row['seeds'])} seeds"
+        if row["seeds_won"] is not None and row["seeds"]
+        else ""
+    )
+    return (
+        f"The hybrid is {abs(difference):.3f} nats per token {word} than {row['name']}{sure}{won}): perplexity "
+        f"{perplexity(hybrid['loss'])} instead of {perplexity(row['loss'])}."
+    )
+
+
+def say_difference(row):
+    """How much better the hybrid is than a row's model, with the interval, as text."""
+    value, pair = row["difference"], row.get("difference_interval")
+    if value is None:
+        return "not known"
+    return f"{value:+.3f} ({pair[0]:+.3f} to {pair[1]:+.3f})" if pair else f"{value:+.3f} (one seed)"
+
+
+def perplexity(loss):
+    """exp(loss) as text; what the loss means: the model is as unsure as between that many equally likely tokens."""
+    value = math.exp(min(loss, 700.0))
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _not_beaten(row):
+    """Whether an interval is there and does not show the hybrid to be better than a row."""
+    return row["difference_interval"] is not None and row["difference_interval"][0] <= 0
+
+
+def _seeds(row):
+    return f"{len(row['seeds'])} seed{'s' if len(row['seeds']) != 1 else ''}"
+
+
+def _other_hybrid(hybrid, rival, comparison):
+    """Another hybrid of the comparison that measured better than this one and its rival."""
+    rows = [row for row in comparison["rows"] if row["kind"] == "hybrid" and row is not hybrid]
+    rows = [row for row in rows if row["loss"] < min(hybrid["loss"], rival["loss"])]
+    best = min(rows, key=lambda row: row["loss"], default=None)
+    return (
+        [f"{best['name']} measured better ({best['loss']:.3f} nats per token): report on it instead."] if best else []
+    )
+
+
+def _best_by_kind(comparison):
+    """{kind of text: name of the component (as it is, where that was measured) with the lowest loss}."""
+    for wanted in ("untuned", "component"):
+        rows = [row for row in comparison["rows"] if row["kind"] == wanted and row["by_kind"]]
+        if len(rows) > 1:
+            kinds = set.intersection(*(set(row["by_kind"]) for row in rows))
+            return {kind: min(rows, key=lambda row, k=kind: row["by_kind"][k])["name"] for kind in sorted(kinds)}
+    return {}
+
+
+def _alike(comparison):
+    best = _best_by_kind(comparison)
+    if len(best) > 1 and len(set(best.values())) == 1:
+        return [f"{next(iter(best.values()))} is the best component on every kind of this text. A hybrid pays where "
+                "each component is best on some of it: try a pair with different strengths."]  # fmt: skip
+    return []
+
+
+def _attempts(hybrid, rival, comparison, settings, needed):
+    """What may turn a TRY into an answer, most useful first."""
+    out, (low, high) = [], rival["difference_interval"]
+    half, seeds, goal = (high - low) / 2, max(len(rival["seeds"]), len(hybrid["seeds"])), rival["difference"]
+    if goal >= needed and seeds >= 2:
+        more = math.ceil(seeds * (half / goal) ** 2) + 1
+        out.append(f"Compare with more seeds: if the gain is real, about {max(more, seeds + 1)} show it ({seeds} now).")
+    best = _best_by_kind(comparison)
+    if len(set(best.values())) > 1 and settings.get("mixture_space") == "logprob":
+        who = "; ".join(f"{name} on {kind}" for kind, name in best.items())
+        out.append(f"Set mixture_space: prob. The components differ in strength (best: {who}), and mixing "
+                   "probabilities lets the gate silence the one that is wrong.")  # fmt: skip
+    if (settings.get("num_blocks") or 1) > 1:
+        out.append("Try num_blocks: 1: merging in several blocks has measured worse than one so far.")
+    if comparison["tokens"]:
+        out.append(f"Train on more text, the rivals too ({comparison['tokens']:,} tokens now).")
+    return out + _other_hybrid(hybrid, hybrid, comparison) + _alike(comparison)

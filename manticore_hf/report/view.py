@@ -1,0 +1,180 @@
+"""What both reports say to who decides, as texts: HTML and Markdown print the same strings."""
+
+from importlib import metadata
+
+from manticore_hf.licenses import DUTIES, LICENSES
+from manticore_hf.printing import listed, short_bytes, short_count
+from manticore_hf.report import details
+from manticore_hf.report.facts import one_run
+from manticore_hf.report.verdict import RULES, perplexity, say_difference
+
+_ON_TOP = 6
+
+
+def make_view(facts, verdict):
+    """Facts and Verdict as the templates print them."""
+    settings = facts.found["settings"]
+    kinds = {entry["name"]: entry["model_type"] for entry in facts.found["components"]}
+    blocks = settings["num_blocks"]
+    return {
+        "name": facts.name,
+        "what": f"{listed([f'{name} ({kind})' for name, kind in kinds.items()])} joined in {_plural(blocks, 'block')}"
+                + (", hardened to one component per block" if settings["route"] else ""),
+        "verdict": verdict, "rules": RULES, "standing": _standing(facts), "running": _running(facts),
+        "making": _making(facts), "licences": _licences(facts),
+        "mixture": details.mixture(facts), "why": details.why(facts), "where": details.where(facts),
+        "curves": details.curves(facts), "comparison": details.comparison(facts),
+        "settings": [{"key": key, "value": str(value)} for key, value in settings.items() if value is not None],
+        "versions": ", ".join(f"{name} {_version(name)}" for name in ("manticore-hf", "transformers", "torch")),
+    }  # fmt: skip
+
+
+def _plural(count, what):
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _standing(facts):
+    """The hybrid among its rivals, best first: of the comparison, else of what one run measured."""
+    if facts.comparison is not None:
+        rows, own = facts.comparison["rows"], facts.comparison["hybrid"]
+        seeds, data = _plural(len(facts.comparison["seeds"]), "seed"), facts.comparison["data"]
+        size = _tokens(facts.comparison["test_tokens"])
+        note = f"{facts.comparison['test']}, {size}; mean of {seeds}; trained or tuned on {data}."
+        found = [(row["name"], row["loss"], row) for row in rows]
+    else:
+        if (run := one_run(facts)) is None:
+            note = "No loss of this hybrid is shown, because no rival's was measured beside it."
+            return {"note": note, "rows": [], "all": []}
+        losses, own, note = run
+        found = [(name, loss, {}) for name, loss in losses.items()]
+    found.sort(key=lambda one: one[1])
+    mine = next(loss for name, loss, _ in found if name == own)
+    rows = [
+        {
+            "name": name, "own": name == own, "loss": f"{loss:.3f}", "perplexity": perplexity(loss),
+            "difference": "" if name == own else say_difference(row or {"difference": loss - mine}),
+            "needs": row.get("needs", ""),
+        }
+        for name, loss, row in found
+    ]  # fmt: skip
+    place = next(i for i, row in enumerate(rows) if row["own"])
+    shown = rows[:_ON_TOP] if place < _ON_TOP else rows[: _ON_TOP - 1] + [rows[place]]
+    return {"note": note, "rows": shown, "all": rows}
+
+
+def _running(facts):
+    """Memory, FLOPs and speed of the hybrid and each component alone."""
+    speed, longest = facts.measured.get("speed"), facts.found["parts"]
+    rows = []
+    for part in longest:
+        timed = speed["models"].get(part["part"]) if speed else None
+        rows.append({
+            "name": part["part"] if part["part"] != "hybrid" else "this hybrid", "own": part["part"] == "hybrid",
+            "parameters": short_count(part["parameters"]), "weights": short_bytes(part["bytes"]),
+            "working": "not measured" if not timed or timed["working"] is None else short_bytes(timed["working"]),
+            "flops": short_count(part["flops_per_token"]),
+            "cache": short_bytes(part["cache_bytes_per_token"]), "state": short_bytes(part["state_bytes"]),
+            "read": f"{timed['prefill']:,.0f}" if timed else "not measured",
+            "write": f"{timed['decode']:,.1f}" if timed else "not measured",
+        })  # fmt: skip
+    out = {"rows": rows, "sentence": "", "note": "FLOPs are counted on shapes; speed was not measured."}
+    hybrid, others = longest[-1], longest[:-1]
+    if others:
+        small = min(others, key=lambda part: part["bytes"])
+        weights, work = (hybrid[key] / small[key] for key in ("bytes", "flops_per_token"))
+        out["sentence"] = f"It holds {weights:.1f} times the weights of {small['part']} alone and takes {work:.1f} " \
+                          "times the arithmetic per token"  # fmt: skip
+        if speed:
+            models = speed["models"]
+            fast = max((name for name in models if name != "hybrid"), key=lambda name: models[name]["decode"])
+            ratio = models["hybrid"]["decode"] / models[fast]["decode"]
+            out["sentence"] += f"; it writes at {ratio:.0%} of the speed of {fast}"
+        out["sentence"] += "."
+    elif facts.found["settings"]["route"]:
+        out["sentence"] = "It is hardened: it costs its one route, about one model. Its components are no longer " \
+                          "whole inside it, so they are not timed beside it."  # fmt: skip
+    if speed:
+        out["note"] = (
+            f"Measured on {speed['device']}, {speed['threads']} thread(s), {speed['dtype']}: one sequence, a prompt of "
+            f"{speed['prompt_tokens']} tokens, then {speed['new_tokens']}; median of {speed['repeats']} in turn."
+        )
+    return out
+
+
+def _making(facts):
+    """What it cost to make: stage by stage, and beside the rivals where a comparison says."""
+    rows, seconds, flops = [], 0.0, 0.0
+    for stage in facts.stages:
+        tokens = stage.result.get("tokens") if stage.result.get("stage") == "calibrate" else None
+        said = [f"{stage.result['steps']:,} steps"] if isinstance(stage.result.get("steps"), int) else []
+        said += [f"{tokens:,} tokens, no training"] if isinstance(tokens, int) else []
+        rows.append({
+            "name": stage.name, "what": ", ".join(said) or "no training", "time": _duration(stage.seconds),
+            "flops": short_count(stage.flops) if stage.flops else "not recorded",
+        })  # fmt: skip
+        seconds, flops = seconds + (stage.seconds or 0.0), flops + (stage.flops or 0.0)
+    trained = [stage for stage in facts.stages if stage.seconds is not None]
+    sentences = []
+    if trained:
+        sentences.append(
+            f"{_duration(seconds)} of training in {_plural(len(trained), 'stage')}"
+            + (f", about {short_count(flops)}FLOPs by the Trainer's estimate." if flops else ".")
+        )
+    row = None
+    if facts.comparison is not None:
+        row = next(one for one in facts.comparison["rows"] if one["name"] == facts.comparison["hybrid"])
+    if row and (row["training_tokens"] or row["seconds"]):
+        said = [f"{row['training_tokens']:,.0f} training tokens" if row["training_tokens"] else None,
+                _duration(row["seconds"]) if row["seconds"] else None,
+                f"{short_count(row['training_flops'])}FLOPs" if row["training_flops"] else None]  # fmt: skip
+        sentences.append(f"Per seed in the comparison: {listed([one for one in said if one])}.")
+    return {"rows": rows, "sentences": sentences or ["No log of its training is in its directory."]}
+
+
+def _licences(facts):
+    rows = []
+    for entry in facts.found["components"]:
+        known = LICENSES.get(entry["license"])
+        duties = "unknown: read it, or ask its authors"
+        if known:
+            duties = "; ".join(DUTIES[key] for key in sorted(known.duties)) or "nothing"
+        where = f"{entry['repo_id']}@{(entry['revision'] or '')[:12]}" if entry["repo_id"] else "this directory"
+        rows.append({
+            "name": entry["name"], "license": entry["license"] or "not stated", "from": where, "duties": duties,
+        })  # fmt: skip
+    found = facts.combined
+    if found.unknown:
+        sentence = f"The licence of {listed(found.unknown)} is unknown, so that of the whole is, too: settle it " \
+                   "before passing it on."  # fmt: skip
+    elif found.conflicts:
+        sentence = "The components' licences conflict: the hybrid must not be passed on as things stand."
+    elif found.license == "other":
+        sentence = "No single licence satisfies all components: each stays under its own, and all have to be met."
+    else:
+        sentence = f"The hybrid can be passed on under {found.license}."
+    commercial = [one for one in facts.commercial.conflicts if one not in found.conflicts]
+    use = "Commercial use is excluded: " + " ".join(commercial) if commercial else "" if found.unknown else \
+        "No licence excludes commercial use."  # fmt: skip
+    return {
+        "rows": rows, "sentence": sentence, "commercial": use, "conflicts": list(found.conflicts),
+        "duties": [DUTIES[key] for key in sorted(found.duties)], "blocked": bool(found.conflicts or found.unknown),
+    }  # fmt: skip
+
+
+def _tokens(count):
+    return "tokens not recorded" if count is None else f"{count:,} tokens"
+
+
+def _duration(seconds):
+    if seconds is None:
+        return "not recorded"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

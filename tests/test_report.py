@@ -1,0 +1,223 @@
+"""The report as files: the same numbers in both, what strangers wrote in it, no network, killed and gone on."""
+
+import html.parser
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from tiny_hybrid import mamba, mixed_hybrid, pair, save, write_text
+
+from manticore_hf import ManticoreError, harden
+from manticore_hf.recipe import run_recipe
+from manticore_hf.report import measure, write_report
+from manticore_hf.report import run as run_module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_repeats():
+    """What speed comes out does not matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "_NEW_TOKENS", 2)
+        patch.setattr(run_module, "_REPEATS", 1)
+        yield
+
+
+EVIL = "<script>alert(1)</script> | **x** [y](http://evil.example)"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved hybrid with a text of its own; its end-of-text token is a stranger's idea."""
+    where = tmp_path_factory.mktemp("saved")
+    model = mixed_hybrid(num_blocks=2, mixture="static")
+    save(model, where / "hybrid", words=[EVIL.split()[0], *"cat sat on a mat and saw two dogs run".split()])
+    words = f"{EVIL.split()[0]} cat sat on a mat and saw two dogs run".split()
+    drawn = torch.randint(0, len(words), (400,), generator=torch.Generator().manual_seed(1)).tolist()
+    (where / "text.txt").write_text(" ".join(words[i] for i in drawn))
+    return where
+
+
+def comparison(path, **changes):
+    """A comparison whose rivals' names are a stranger's, too."""
+
+    def row(name, kind, loss, **more):
+        return {"name": name, "kind": kind, "seeds": [0, 1, 2], "loss": loss, "interval": [loss - 0.01, loss + 0.01],
+                "by_kind": {"prose": loss}, **more}  # fmt: skip
+
+    more = {"difference": 0.1, "difference_interval": [0.08, 0.12], "p": 0.001, "seeds_won": 3}
+    values = {
+        "version": 1, "data": EVIL, "test": "test text", "tokens": 60_000, "test_tokens": 30_720, "seeds": [0, 1, 2],
+        "hybrid": "hybrid, 2 blocks", "machine": EVIL,
+        "rows": [row("hybrid, 2 blocks", "hybrid", 2.4), row(EVIL, "component", 2.5, **more)], **changes,
+    }  # fmt: skip
+    path.write_text(json.dumps(values))
+    return path
+
+
+class Page(html.parser.HTMLParser):
+    """Tags and addresses of a page, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.styles, self.text = set(), [], [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        for key, value in attributes:
+            if key in ("src", "href", "srcset", "action", "data", "poster", "background", "xlink:href"):
+                self.addresses.append(value)
+            if key == "style":
+                self.styles.append(value)
+            assert not key.startswith("on"), f"{tag} runs {key}"
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def written(folder):
+    """The report of the saved hybrid: (verdict, HTML, Markdown)."""
+    comparison(folder / "comparison.json")
+    verdict, page, markdown = write_report(folder / "hybrid", folder / "text.txt", max_tokens=300, batch_size=2)
+    return verdict, page.read_text(), markdown.read_text()
+
+
+def test_the_page_is_self_contained(written):
+    page = Page(written[1])
+    assert page.addresses == []
+    assert "script" not in page.tags and not page.tags & {"link", "img", "iframe", "object", "embed", "base", "form"}
+    for style in (*page.styles, *re.findall(r"(?s)<style>(.*?)</style>", written[1])):
+        assert "url(" not in style and "@import" not in style
+
+
+def test_what_strangers_wrote_is_shown_as_text(written):
+    _, page, markdown = written
+    assert "<script" not in page and EVIL in Page(page).text
+    found = Page(page).text
+    assert found.count("<script>alert(1)</script>") > 4, "a component's name, a token in its context, documents"
+    for line in markdown.splitlines():
+        assert "<script" not in line.replace("\\<script", "") and "[y](" not in line
+    assert "| **x**" not in markdown
+
+
+def test_both_files_say_the_same(written, folder):
+    verdict, page, markdown = written
+    text = " ".join(Page(page).text.split())
+    plain = " ".join(re.sub(r"\\([\\`*\[\]<>|~])", r"\1", markdown).split())
+    assert verdict.word == "GO" and f"{verdict.word}. {verdict.headline}." in text
+    for sentence in (*verdict.reasons, *verdict.steps):
+        assert sentence in text and sentence in plain
+    measured = json.loads((folder / "hybrid" / "report.json").read_text())["parts"]
+    numbers = [f"{measured['losses']['losses'][name]:.3f}" for name in measured["losses"]["losses"]]
+    numbers += [f"{value['loss']:.3f}" for key, value in measured.items() if key.startswith("without/")]
+    numbers += [f"{one['loss']:.3f}" for one in measured["mixtures"]]
+    numbers += [f"{one['cka']:.3f}" for one in measured["similarity"]]
+    numbers += [f"{one['decode']:,.1f}" for one in measured["speed"]["models"].values()]
+    assert len(numbers) == 4 + 4 + 1 + 3 + 3
+    assert [number for number in numbers if number not in text or number not in plain] == []
+    for rival in measured["losses"]["where"].values():
+        assert f"{abs(rival['gain']):.3f} nats per token" in text
+        assert f"{abs(rival['gain']):.3f} nats per token" in plain
+
+
+def test_a_killed_report_goes_on_and_another_hybrid_starts_again(folder, tmp_path, monkeypatch):
+    calls, measured = [], measure.hybrid_loss
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(*args, **kwargs)
+
+    monkeypatch.setattr(measure, "hybrid_loss", counted)
+    options = {"data": folder / "text.txt", "output": tmp_path, "max_tokens": 200, "batch_size": 4}
+    with pytest.raises(KeyboardInterrupt):
+        write_report(folder / "hybrid", **options)
+    assert not (tmp_path / "report.html").exists()
+    write_report(folder / "hybrid", **options)
+    assert len(calls) == 3 + 3, "four removals and one mixture; two were kept"
+    first = (tmp_path / "report.html").read_text()
+    monkeypatch.setattr(run_module.ManticoreForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    write_report(folder / "hybrid", **options)
+    assert len(calls) == 6 and (tmp_path / "report.html").read_text() == first
+    with pytest.raises(pytest.fail.Exception, match="loaded"):  # of other text nothing is known
+        write_report(folder / "hybrid", **{**options, "block_size": 24})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+def test_without_a_comparison_nothing_is_decided(folder, tmp_path):
+    (tmp_path / "hybrid").symlink_to(folder / "hybrid")
+    verdict, page, _ = write_report(tmp_path / "hybrid", comparison=None, output=tmp_path / "out", measured=False)
+    assert verdict.word == "TRY" and not verdict.decided
+    text = Page(page.read_text()).text
+    assert "Measure it: manticore-hf compare" in text and "nothing of one run can carry a decision" in text
+    assert "Not measured" in text and "no rival" in text
+
+
+def test_hardened_and_three_components(tmp_path):
+    model = mixed_hybrid(num_blocks=2, mixture="static", parts=[*pair(), mamba()])
+    save(harden(model, "alpha"), tmp_path / "hard")
+    save(model, tmp_path / "soft")
+    write_text(tmp_path / "text.txt", 200)
+    options = {"max_tokens": 64, "block_size": 32}
+    for name, count in (("hard", 0), ("soft", 3)):
+        written = write_report(tmp_path / name, tmp_path / "text.txt", **options)
+        parts = json.loads((tmp_path / name / "report.json").read_text())["parts"]
+        assert len(parts["similarity"]) == 3 * count and len(parts["losses"]["losses"]) == (5 if count else 1)
+        assert ("hardened to one component per block" in Page(written[1].read_text()).text) == (count == 0)
+        # A hybrid's number is never there without its rivals'
+        own = f"{parts['losses']['losses']['hybrid']:.3f}"
+        assert [own in text.read_text() for text in written[1:]] == [bool(count)] * 2
+        assert all((one["loss"] is None) == (count == 0) for key, one in parts.items() if key.startswith("without/"))
+
+
+def test_text_is_needed_and_asked_for(folder, tmp_path):
+    with pytest.raises(ManticoreError, match="--data FILE"):
+        write_report(folder / "hybrid", output=tmp_path)
+    with pytest.raises(ManticoreError, match="nowhere.txt"):
+        write_report(folder / "hybrid", "nowhere.txt", output=tmp_path)
+    with pytest.raises(ManticoreError, match="no hybrid"):
+        write_report(tmp_path)
+    with pytest.raises(ManticoreError, match="no comparison.json"):
+        write_report(folder / "hybrid", folder / "text.txt", comparison=tmp_path)
+    assert not list(tmp_path.glob("report*"))
+
+
+def test_a_run_is_reported_as_a_whole(tmp_path):
+    """Stages, curves, costs and the validation text of `manticore-hf run`, without any option."""
+    for name, model in zip(("first", "second"), pair()):
+        save(model, tmp_path / name)
+    write_text(tmp_path / "text.txt", 900)
+    trained = {"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "disable_tqdm": True,
+               "save_strategy": "no", "per_device_train_batch_size": 4, "learning_rate": 0.01}  # fmt: skip
+    recipe = {
+        "components": [str(tmp_path / "first"), str(tmp_path / "second")],
+        "hybrid": {"num_blocks": 2, "mixture": "static", "projector_init": "default", "dtype": "float32"},
+        "data": {"data": str(tmp_path / "text.txt"), "block_size": 32, "validation_fraction": 0.2},
+        "stages": [{"search": {**trained, "alpha_learning_rate": 0.1}}, {"finetune": trained}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    results = run_recipe(tmp_path / "recipe.yaml", tmp_path / "run")
+    verdict, page, markdown = write_report(tmp_path / "run", max_tokens=64, batch_size=2)
+    assert page == tmp_path / "run" / "report.html" and verdict.word == "TRY"
+    text, plain = Page(page.read_text()).text, markdown.read_text()
+    for state in ("1-search", "2-finetune"):
+        log = json.loads((tmp_path / "run" / state / "trainer_state.json").read_text())["log_history"]
+        values = [row["eval_loss"] for row in log if "eval_loss" in row]
+        assert f"| {state} | hybrid, held out | {values[0]:.3f} | {values[-1]:.3f} | 2 | 4 |" in plain
+        assert f"{values[-1]:.3f}" in text
+    assert "2 stages" in text and "1-search, block 1" in text and "2-finetune, block 1" not in text
+    losses = results[-1][1]["losses"]
+    for name in ("ensemble", *results[-1][1]["components"]):
+        assert f"| {name} | {losses[name]:.3f} |" in plain and f"{losses[name]:.3f}" in text
+    rival = min(("ensemble", *results[-1][1]["components"]), key=losses.get)
+    assert (
+        f"{abs(losses[rival] - losses['hybrid']):.3f} nats per token" in verdict.reasons[0]
+        and rival in verdict.reasons[0]
+    )
+    alone = write_report(tmp_path / "run" / "1-search", output=tmp_path / "alone", measured=False)[2].read_text()
+    assert "run/1-search" in alone and "2-finetune" not in alone

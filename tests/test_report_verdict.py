@@ -1,0 +1,199 @@
+"""The rules of the verdict, each by a comparison made for it; reading a comparison; the charts' arithmetic."""
+
+import json
+
+import pytest
+
+from manticore_hf import ManticoreError
+from manticore_hf.report import charts
+from manticore_hf.report.comparison import find_comparison, read_comparison
+from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say
+
+LOSS = 2.0  # the hybrid's; rivals are said by how much worse they are
+
+
+def row(name, kind, gain, half=0.005, **more):
+    """A row whose loss is the hybrid's plus `gain`, with an interval of `half` around it."""
+    return {
+        "name": name, "kind": kind, "seeds": [0, 1, 2], "loss": LOSS + gain,
+        "interval": [LOSS + gain - 0.01, LOSS + gain + 0.01], "by_kind": {}, "needs": "",
+        "difference": gain, "difference_interval": [gain - half, gain + half], "p": 0.01,
+        "seeds_won": 3 if gain > 0 else 0, **more,
+    }  # fmt: skip
+
+
+def verdict(*rivals, settings=None):
+    """The verdict on a comparison of these rivals."""
+    hybrid = row("ours", "hybrid", 0.0) | {"difference": None, "difference_interval": None, "seeds_won": None}
+    return decide({"hybrid": "ours", "rows": [hybrid, *rivals], "tokens": 60_000}, settings, "compare this")
+
+
+PARTS = (row("a", "component", 0.3), row("b", "component", 0.4), row("ensemble", "ensemble", 0.1))
+ALL_TEXT = {"needs": "the components' training text"}
+
+
+def test_go_needs_all_rivals_beaten_surely_and_by_enough():
+    found = verdict(*PARTS, row("gate", "gate", 0.03))
+    assert found.word == "GO" and found.decided and found.rival["name"] == "gate"
+    assert "0.030 nats per token better than gate" in found.reasons[0]
+    assert "between 0.025 and 0.035" in found.reasons[0] and "3 of 3 seeds" in found.reasons[0]
+    assert "perplexity 7.39 instead of 7.61" in found.reasons[0]
+    assert any("harden" in step for step in found.steps)
+
+
+@pytest.mark.parametrize("kind", ["component", "ensemble", "gate", "untuned", "designed"])
+def test_no_go_where_a_rival_ties_or_wins(kind):
+    for gain in (-0.03, 0.0, 0.01):  # even the upper end is below 1 % of 2.03
+        found = verdict(*PARTS, row("it", kind, gain))
+        assert found.word == "NO GO" and found.rival["name"] == "it" and "Use it" in found.steps[0]
+    assert verdict(*PARTS, row("it", kind, 0.03)).word == "GO"
+
+
+def test_the_border_is_one_per_cent_of_the_best_rivals_loss():
+    gain = 0.01 * LOSS / 0.99  # exactly 1 % of its own loss
+    assert verdict(*PARTS, row("it", "gate", gain + 1e-6, half=0.001)).word == "GO"
+    assert verdict(*PARTS, row("it", "gate", gain - 1e-6, half=0.001)).word == "TRY"  # sure, but too small
+    assert verdict(*PARTS, row("it", "gate", gain - 0.0011, half=0.001)).word == "NO GO"
+
+
+def test_try_where_the_interval_allows_a_gain_and_no_gain():
+    found = verdict(*PARTS, row("gate", "gate", 0.03, half=0.06))
+    assert found.word == "TRY" and found.decided and found.rival["name"] == "gate"
+    assert "between 0.030 worse and 0.090 better, so it may be none" in found.reasons[0]
+    assert "about 13 show it (3 now)" in found.steps[0]  # 3 seeds * (0.06 / 0.03)^2 + 1
+    assert any("60,000" in step for step in found.steps)
+
+
+def test_try_advises_by_what_the_numbers_say():
+    kinds = [{"by_kind": {"code": 2.0, "prose": 3.0}}, {"by_kind": {"code": 3.0, "prose": 2.0}}]
+    parts = [row(name, "component", 0.3, **kind) for name, kind in zip("ab", kinds)]
+    gate = row("gate", "gate", 0.03, half=0.06)
+    advice = verdict(*parts, gate, settings={"mixture_space": "logprob", "num_blocks": 2}).steps
+    assert any("mixture_space: prob" in step and "a on code; b on prose" in step for step in advice)
+    assert any("num_blocks: 1" in step for step in advice)
+    plain = verdict(*parts, gate, settings={"mixture_space": "prob", "num_blocks": 1}).steps
+    assert not any("mixture_space" in step or "num_blocks" in step for step in plain)
+    alike = [
+        row(name, "component", gain, by_kind={"code": gain, "prose": gain}) for name, gain in (("a", 0.3), ("b", 0.4))
+    ]
+    assert any("different strengths" in step for step in verdict(*alike, gate).steps)
+
+
+def test_retrain_depends_on_whose_text_it_needs():
+    good, single = row("gate", "gate", 0.03), row("one model", "single", -0.02)
+    found = verdict(*PARTS, good, single | ALL_TEXT)
+    assert found.word == "RETRAIN" and found.rival["name"] == "one model" and found.otherwise.word == "GO"
+    assert "if you have the components' training text; use the hybrid, if not" in found.headline
+    tie = row("one model", "single", 0.002) | ALL_TEXT  # it costs half to run
+    assert verdict(*PARTS, good, tie).word == "RETRAIN"
+    assert verdict(*PARTS, good, row("one model", "single", 0.02) | ALL_TEXT).word == "GO"
+    poor = verdict(*PARTS, row("gate", "gate", 0.0), single | ALL_TEXT)
+    assert poor.word == "RETRAIN" and poor.otherwise.word == "NO GO"
+    always = verdict(*PARTS, good, single)
+    assert always.word == "RETRAIN" and always.otherwise is None
+    unsure = row("one model", "single", -0.02) | ALL_TEXT | {"difference_interval": None}
+    assert verdict(*PARTS, good, unsure).word == "GO", "one seed of it shows nothing"
+
+
+def test_harden_where_little_is_lost_and_the_best_rival_is_still_beaten():
+    good = row("gate", "gate", 0.05)
+    found = verdict(*PARTS, good, row("small", "hardened", 0.015))
+    assert found.word == "HARDEN" and "Use small" in found.steps[0]
+    assert verdict(*PARTS, good, row("small", "hardened", 0.03)).word == "GO"  # 1.5 % worse
+    assert verdict(*PARTS, row("gate", "gate", 0.03), row("small", "hardened", 0.031)).word == "GO"
+    assert verdict(*PARTS, row("gate", "gate", 0.0), row("small", "hardened", 0.01)).word == "NO GO"
+
+
+def test_nothing_is_decided_without_seeds_rivals_or_comparison():
+    one_seed = row("gate", "gate", 0.3) | {"difference_interval": None}
+    assert verdict(*PARTS, one_seed).word == "TRY"
+    alone = verdict(row("other", "hybrid", 0.1))
+    assert alone.word == "TRY" and not alone.decided and "compare this" in alone.steps[0]
+    found = decide(None, command="compare this", one_run=({"hybrid": 3.315, "gate": 3.339, "a": 3.6}, "hybrid"))
+    assert found.word == "TRY" and not found.decided and "compare this" in found.steps[0]
+    assert "0.024 nats per token better than gate (one seed): perplexity 27.5 instead of 28.2" in found.reasons[0]
+
+
+def test_other_hybrids_are_no_rivals_but_are_named():
+    found = verdict(*PARTS, row("gate", "gate", 0.0), row("two blocks", "hybrid", -0.1))
+    assert found.word == "NO GO" and any("two blocks measured better" in step for step in found.steps)
+    rows = [row("ours", "hybrid", 0.0), row("x", "single", -1.0, **ALL_TEXT), *PARTS]
+    assert gain_needed({"hybrid": "ours", "rows": rows}) == pytest.approx(WORTH * (LOSS + 0.1))
+
+
+def test_words_have_rules_and_signs_are_right():
+    text = " ".join(RULES)
+    assert all(f"{word}:" in text for word in ("GO", "NO GO", "RETRAIN", "HARDEN", "TRY"))
+    worse = say(row("it", "gate", -0.02), {"loss": LOSS})
+    assert (
+        "0.020 nats per token worse than it (95 % confidence: between 0.015 and 0.025; better in 0 of 3 seeds)" in worse
+    )
+    assert [perplexity(x) for x in (2.0, 3.315, 8.0)] == ["7.39", "27.5", "2,981"]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def good():
+    """The agreed format, as `manticore-hf compare` writes it."""
+    return {"version": 1, "data": "text", "test": "other text", "tokens": 100, "test_tokens": 50, "seeds": [0, 1],
+            "hybrid": "h", "machine": "here", "versions": {}, "rows": [
+                {"name": "h", "kind": "hybrid", "seeds": [0, 1], "loss": 2.0, "losses": [1.9, 2.1], "needs": ""},
+                {"name": "a", "kind": "component", "loss": 2.5, "difference": 0.5, "difference_interval": [0.4, 0.6]},
+            ]}  # fmt: skip
+
+
+def test_a_comparison_is_found_and_read(tmp_path):
+    run, stage = tmp_path / "run", tmp_path / "run" / "1-finetune"
+    stage.mkdir(parents=True)
+    assert find_comparison(stage) is None
+    (run / "comparison.json").write_text(json.dumps(good()))
+    assert find_comparison(stage) == run / "comparison.json" == find_comparison(tmp_path, run)
+    found = read_comparison(run / "comparison.json")
+    assert found["rows"][1]["difference_interval"] == [0.4, 0.6] and found["rows"][1]["bits_per_byte"] is None
+    (stage / "comparison.json").write_text("{}")
+    assert find_comparison(stage) == stage / "comparison.json"
+
+
+@pytest.mark.parametrize("where, value, said", [
+    (("version",), 2, "version"), (("hybrid",), "x", "'x'"), (("rows",), [], "no rows"),
+    (("rows", 1, "kind"), "best", "'best'"),
+    (("rows", 1, "loss"), float("nan"), "nan"), (("rows", 1, "name"), "h", "two rows"),
+    (("rows", 0, "loss"), True, "True"),
+    (("rows", 1, "difference_interval"), [0.6, 0.4], "ascending"), (("rows", 1, "p"), "small", "'small'"),
+    (("rows", 1, "by_kind"), {"code": None}, "by_kind"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_comparison_is_named(tmp_path, where, value, said):
+    values = good()
+    inner = values
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    (tmp_path / "comparison.json").write_text(json.dumps(values))
+    with pytest.raises(ManticoreError, match="comparison.json.*" + said):
+        read_comparison(tmp_path / "comparison.json")
+
+
+# ---- charts ----------------------------------------------------------------------------------------------------------
+
+
+def test_charts_escape_what_they_print():
+    evil = '<script>"&'
+    drawn = [charts.forest([(evil, 0.1, [0.0, 0.2])]), charts.heat([[0.5, None]], [evil], [evil, "b"]),
+             charts.lines({evil: ([0, 1], [1.0, 2.0])}, evil, evil, label=evil)]  # fmt: skip
+    for chart in drawn:
+        assert "<script" not in chart and "&lt;script&gt;&#34;&amp;" in chart
+
+
+def test_ticks_are_round_and_inside():
+    assert charts.ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert charts.ticks(-0.013, 0.021, 4) == [-0.01, 0.0, 0.01, 0.02]
+    assert charts.ticks(3.0, 3.0) == [3.0]
+
+
+def test_a_curve_goes_through_its_points():
+    chart = charts.lines({"x": ([0, 5, 10], [1.0, 3.0, 2.0])}, "step", "loss", low=1.0, high=3.0)
+    points = chart.split('points="')[1].split('"')[0].split()
+    xs, ys = zip(*[map(float, point.split(",")) for point in points])
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.1) and ys[1] < ys[2] < ys[0]
+    assert ys[2] - ys[1] == pytest.approx(ys[0] - ys[2], abs=0.11)
