@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "study"
 DEMO = Path(manticore_hf.__file__).parent / "demo_components"
 BLOCK, BATCH = 256, 4
 DOCUMENT = 1500  # characters, about
-TEST_TOKENS, SPECIALIST_TOKENS = 25_000, 600_000  # of each kind of text
+TEST_TOKENS, VALIDATION_TOKENS, SPECIALIST_TOKENS = 25_000, 8_000, 600_000  # of each kind of text
 LLAMA, MAMBA, NEOX = "stories260k-llama", "stories-mamba-280k", "stories-neox-352k"
 
 
@@ -61,11 +61,12 @@ SETTINGS = {
     "two-20k": Setting(TWO, ["shakespeare", "python"], 20_000, HYBRID_GRID),
     "blocks-40k": Setting(
         TWO, ["shakespeare", "python"], 40_000,
-        {"blocks": (1, 2, 4), "projectors": ("linear", "none"), "from_tuned": True, "learning_rates": (3e-3,)},
+        {"blocks": (1, 2, 4), "projectors": ("linear", "none"), "from_tuned": True, "learning_rates": (1e-3, 3e-3),
+         "seeds": (0, 1)},
     ),
     "all-text-60k": Setting(
         TWO, ["shakespeare", "python"], 60_000,
-        {"spaces": ("prob",), "learning_rates": (3e-3,), "gate_learning_rates": (1e-2,),
+        {"spaces": ("prob",), "learning_rates": (1e-3, 3e-3), "gate_learning_rates": (1e-2,),
          "retrain": ("llama_shakespeare",)},
         all_text=True,
     ),
@@ -75,7 +76,7 @@ SETTINGS = {
 
 
 def texts(kind, split, shared):
-    """Documents of a kind; `split` is specialist, train or test, and no document is in two of them."""
+    """Documents of a kind; `split` is specialist, train, validation or test: no document is in two of them."""
     if kind in ("prose", "code"):
         return documents(kind, {"specialist": "pretrain"}.get(split, split))
     if kind == "python":
@@ -84,8 +85,7 @@ def texts(kind, split, shared):
     if kind == "wikitext":
         name = "valid" if split == "specialist" else "test"
         found = _grouped((data / "wikitext2" / f"{name}.txt").read_text().replace("<unk>", "unknown").split("\n"))
-        cut = int(0.7 * len(found))
-        return found if split == "specialist" else found[:cut] if split == "train" else found[cut:]
+        return found if split == "specialist" else _part(found, split, 0.0, 0.6)
     if kind == "shakespeare":
         found = _grouped((data / "tinyshakespeare" / "input.txt").read_text().split("\n\n"))
     elif kind == "alpaca":
@@ -93,8 +93,15 @@ def texts(kind, split, shared):
         found = ["\n".join(filter(None, (r["instruction"], r["input"], r["output"]))) for r in records]
     else:
         raise ValueError(f"kind={kind!r} is none of this study's")
-    first, second = int(0.7 * len(found)), int(0.9 * len(found))
-    return {"specialist": found[:first], "train": found[first:second], "test": found[second:]}[split]
+    return _part(found, split, 0.65, 0.87)
+
+
+def _part(found, split, specialist, train):
+    """Consecutive parts: up to share `specialist`, up to `train`, a quarter of the rest for validation, the rest."""
+    first, second = int(specialist * len(found)), int(train * len(found))
+    third = second + (len(found) - second) // 4
+    parts = {"specialist": found[:first], "train": found[first:second], "validation": found[second:third]}
+    return parts.get(split, found[third:])
 
 
 def _grouped(paragraphs):
@@ -159,7 +166,9 @@ def run(name, shared, work):
     folder = work / name
     tokenizer = AutoTokenizer.from_pretrained(sources[0])
     rate = 3.0e-4 if setting.components[0][0] == "neox-prose" else 1.0e-3
-    for split, tokens in (("train", setting.tokens), ("test", TEST_TOKENS * len(setting.kinds))):
+    many = len(setting.kinds)
+    sizes = {"train": setting.tokens, "validation": VALIDATION_TOKENS * many, "test": TEST_TOKENS * many}
+    for split, tokens in sizes.items():
         if not (folder / f"{split}.jsonl").is_file():
             write_texts(setting.kinds, split, tokens, tokenizer, shared, folder / f"{split}.jsonl")
     if setting.all_text and not (folder / "all.jsonl").is_file():
@@ -177,9 +186,10 @@ def run(name, shared, work):
         ],
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    grid = {"learning_rates": (rate, 3 * rate), "gate_learning_rates": (3e-3, 1e-2, 3e-2)}
-    arguments = CompareArguments(test=str(folder / "test.jsonl"), **{**grid, **setting.arguments},
-                                 all_text=str(folder / "all.jsonl") if setting.all_text else None)  # fmt: skip
+    grid = {"learning_rates": (rate / 3, rate, 3 * rate), "gate_learning_rates": (1e-2, 3e-2)}
+    files = {"test": str(folder / "test.jsonl"), "validation": str(folder / "validation.jsonl")}
+    files["all_text"] = str(folder / "all.jsonl") if setting.all_text else None
+    arguments = CompareArguments(**files, **{**grid, **setting.arguments})
     run_compare(folder / "recipe.yaml", arguments, folder / "compare")
     RESULTS.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "compare" / "comparison.json", RESULTS / f"{name}.json")

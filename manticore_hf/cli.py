@@ -148,6 +148,8 @@ def _add_compare(commands):
     command.add_argument("--output-dir", required=True, help="directory of the runs and the comparison")
     command.add_argument("--test", required=True, help="held-out documents: file, folder or Hub data set; a column "
                          "'kind' splits the losses")  # fmt: skip
+    command.add_argument("--validation", help="text that settings are chosen on (default: the recipe's split, whose "
+                         "rows may come from documents that other rows train)")  # fmt: skip
     command.add_argument("--test-split", help="split of a Hub data set (default: test)")
     command.add_argument("--max-test-tokens", type=int, help="test on at most so many tokens")
     command.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")

@@ -63,6 +63,10 @@ class Comparison:
         test = {"data": arguments.test, "data_split": arguments.test_split, "max_tokens": arguments.max_test_tokens}
         test |= {"block_size": data.block_size, "text_column": data.text_column, "validation_fraction": 0.0}
         self.documents = load_documents(DataArguments(**test), self.shop.tokenizer)
+        if arguments.validation is not None:
+            held_out = {"data": arguments.validation, "block_size": data.block_size, "text_column": data.text_column}
+            rows, _ = load_rows(DataArguments(**held_out, validation_fraction=0.0), self.shop.tokenizer)
+            self.shop.validation_rows = rows
         self.chosen, self.seen, self.by_name = {}, {}, {}
 
     def _identify(self):
@@ -226,6 +230,7 @@ class Comparison:
         """One run, read where it is finished; with `weights` trained again where they were dropped."""
         what = {"recipe": self.identity, "contender": contender.name, "options": options, "seed": seed}
         what |= {"all_text": self.arguments.all_text} if contender.needs else {}
+        what |= {"validation": self.arguments.validation} if self.arguments.validation else {}
         if contender.base:  # another choice there is another run here
             what["base"] = [run["folder"].name for run in self._bases(contender, options, seed)]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]

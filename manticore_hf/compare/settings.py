@@ -20,6 +20,11 @@ class CompareArguments:
     """Contenders and grid. What is None comes from the recipe."""
 
     test: str = field(metadata={"help": "Held-out documents: text, jsonl, csv or parquet file, or a Hub data set."})
+    validation: str | None = field(
+        default=None,
+        metadata={"help": "Text that settings are chosen on. Default: the recipe's split, whose rows may come from "
+                          "documents that others of its rows train."},
+    )  # fmt: skip
     test_split: str = field(default="test", metadata={"help": "Split of a Hub data set."})
     max_test_tokens: int | None = field(default=None, metadata={"help": "Test on at most so many tokens."})
     seeds: tuple = field(default=(0, 1, 2), metadata={"help": "Seeds of order, gates and projectors."})
