@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_hybrid import QUIET, WORDS, pair, save, write_text
+from tiny_hybrid import QUIET, WORDS, pair, save, word_tokenizer, write_text
 from transformers import AutoModelForCausalLM
 
 import manticore_hf.compare.contenders as contenders
@@ -15,6 +15,7 @@ from manticore_hf.cli import main
 from manticore_hf.compare import CompareArguments, run_compare
 from manticore_hf.compare.run import Comparison
 from manticore_hf.compare.summary import as_markdown, verdict
+from manticore_hf.data import DataArguments, load_rows
 
 GRID = {"learning_rates": (1e-3, 1e-2), "seeds": (0, 1)}
 
@@ -243,6 +244,14 @@ def test_the_command_line(place, tmp_path, capsys):
     assert main([*words, "--output-dir", str(tmp_path / "out")]) == 2
     assert "'1' is no pair mix:own" in capsys.readouterr().err
     words[-2:] = ["--seeds", "3", "--learning-rates", "1e-2", "--max-test-tokens", "60"]
+    words += ["--validation", str(place / "more.txt")]
     assert main([*words, "--output-dir", str(tmp_path / "out")]) == 0
     assert "| **hybrid, 1 block** |" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["seeds"] == [3]
+    (run,) = _runs(tmp_path / "out", "state, tuned")
+    data = DataArguments(str(place / "more.txt"), block_size=16, validation_fraction=0.0)
+    rows, _ = load_rows(data, word_tokenizer())
+    ids = torch.tensor(rows["input_ids"])
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(run["folder"] / "model")(ids, labels=ids).loss.item()
+    assert run["validation"] == pytest.approx(loss, abs=1e-5)
