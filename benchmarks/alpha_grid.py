@@ -78,7 +78,8 @@ def measure(args):
     train = pack([text[: -len(text) // 10]], tokenizer, BLOCK)
     lines = _read(args.output)
     done = {(r["seed"], r["how"]) for r in lines}
-    jobs = [(seed, how) for seed in range(args.seeds) for how in [*map(str, GRID), *STRATEGIES]]
+    also = dict(one.split("=") for one in args.also)
+    jobs = [(seed, how) for seed in range(args.seeds) for how in [*map(str, GRID), *STRATEGIES, *also]]
     for seed, how in tqdm(jobs, unit="run"):
         if (seed, how) in done:
             continue
@@ -86,7 +87,7 @@ def measure(args):
         if how in STRATEGIES:
             weight, path = search(args.pair, how, rows, seed, args.rate, args.alpha_rate)
         else:
-            weight = float(how)
+            weight = float(also.get(how, how))
         losses = tune(args.pair, weight, rows, test, seed, args.rate)
         line = {"pair": [Path(p).name for p in args.pair], "text": Path(args.text).parent.name, "tokens": args.tokens,
                 "seed": seed, "how": how, "alpha": weight, "losses": losses, "path": path}  # fmt: skip
@@ -103,7 +104,7 @@ def summarise(lines):
     """Prints the grid and each strategy's loss as a ratio to the best on the grid."""
     for seed in sorted({r["seed"] for r in lines}):
         mine = [r for r in lines if r["seed"] == seed]
-        grid = [r for r in mine if r["path"] is None]
+        grid = [r for r in mine if r["how"] in map(str, GRID)]
         best = min(grid, key=lambda r: r["losses"]["hybrid"])
         print(f"\nseed {seed}, {mine[0]['tokens']:,} tokens of {mine[0]['text']}: {' + '.join(mine[0]['pair'])}\n")
         print("| alpha of the first | test loss |\n|---|---|")
@@ -111,7 +112,7 @@ def summarise(lines):
             print(f"| {r['alpha']:.1f} | {r['losses']['hybrid']:.4f}{' (best)' if r is best else ''} |")
         print("\n| strategy | alpha found | test loss | against the best on the grid |\n|---|---|---|---|")
         for r in mine:
-            if r["path"] is not None:
+            if r not in grid:
                 ratio = r["losses"]["hybrid"] / best["losses"]["hybrid"] - 1
                 print(f"| {r['how']} | {r['alpha']:.3f} | {r['losses']['hybrid']:.4f} | {ratio:+.2%} |")
 
@@ -122,6 +123,7 @@ def main():
     parser.add_argument("--pair", nargs=2, metavar="DIRECTORY", help="two components")
     parser.add_argument("--text", help="text file; its last tenth is the test")
     parser.add_argument("--document-token", help="token that ends a document (default: the tokenizer's eos_token)")
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=ALPHA", help="further alphas, fixed")
     parser.add_argument("--tokens", type=int, default=60_000, help="training tokens of every run")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the weights")
     parser.add_argument("--alpha-rate", type=float, default=0.05, help="learning rate of alpha")
