@@ -71,7 +71,7 @@ def test_every_rival_is_there(compared):
     names = {row["name"] for row in compared[1]["rows"]}
     assert names == {
         "attention, untuned", "state, untuned", "ensemble, untuned", "attention, tuned", "state, tuned",
-        "ensemble of the tuned components", "the same, one weight per component",
+        "ensemble of the tuned components", "weighted ensemble of the tuned components",
         "token gate over the tuned components", "attention, tuned 2 times as long", "state, tuned 2 times as long",
         "hybrid, 1 block", "oracle: the best tuned component for each document",
     }  # fmt: skip

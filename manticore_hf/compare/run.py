@@ -105,7 +105,7 @@ class Comparison:
         out += [self._tuned(name, f"{name}, tuned", "component", grid) for name in shop.names]
         parts = [one.name for one in out[-len(shop.names) :]]
         out.append(self._mixture("ensemble of the tuned components", "ensemble", parts, "static", grid))
-        out.append(self._gate("the same, one weight per component", "ensemble", parts, "static", gates))
+        out.append(self._gate("weighted ensemble of the tuned components", "ensemble", parts, "static", gates))
         out.append(self._gate("token gate over the tuned components", "gate", parts, "token", gates))
         many = len(shop.names)
         out += [self._tuned(name, f"{name}, tuned {many} times as long", "single", grid, many) for name in shop.names]

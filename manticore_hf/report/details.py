@@ -5,9 +5,9 @@ from manticore_hf.report import charts
 from manticore_hf.report.verdict import gain_needed, say_difference
 
 _KINDS = {
-    "component": "a component, tuned on the same text", "ensemble": "plain mean of the tuned components",
-    "gate": "a gate trained over the tuned components", "single": "one model retrained",
-    "designed": "a rival by design",
+    "component": "a component, tuned on the same text", "ensemble": "a mean of the tuned components",
+    "gate": "a gate trained over the tuned components", "single": "one model",
+    "designed": "a hybrid designed by hand", "oracle": "a router that knows the answer",
     "hybrid": "a hybrid", "hardened": "a hardened hybrid", "untuned": "as it is, not tuned",
 }  # fmt: skip
 _MOST_CHARTS = 8
