@@ -18,6 +18,7 @@ _LATER = {
     "SearchArguments": "search",
     "SearchTrainer": "search",
     "calibrate_projectors": "calibrate",
+    "convert": "conversion",
     "harden": "hardening",
     "lora_config": "adapters",
     "pick_route": "hardening",
