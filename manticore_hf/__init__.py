@@ -30,6 +30,7 @@ _LATER = {
     "SearchTrainer": "search",
     "calibrate_projectors": "calibrate",
     "compose_transplanted": "transplant",
+    "convert": "conversion",
     "harden": "hardening",
     "lora_config": "adapters",
     "pick_route": "hardening",

@@ -33,7 +33,7 @@ def main(argv=None):
 
         return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adds = (_add_demo, _add_run, _add_evaluate, _add_compare, _add_inspect, _add_report, _add_push)
+    adds = (_add_demo, _add_run, _add_convert, _add_evaluate, _add_compare, _add_inspect, _add_report, _add_push)
     for add in (*adds, _add_mad, _add_mad_profile, _add_lra):
         add(commands)
     for name, text in STAGES.items():
@@ -92,6 +92,31 @@ def _run(args):
     from manticore_hf.recipe import run_recipe
 
     run_recipe(args.recipe, args.output_dir, args.seed)
+
+
+def _add_convert(commands):
+    command = commands.add_parser(
+        "convert",
+        help="make a component of a checkpoint in mamba_ssm's layout, a GGUF file or a pickle",
+        description="Writes a checkpoint that hybrids do not read (mamba_ssm's own layout, GGUF, pickles) as a "
+        "directory with safetensors and tokenizer, which they do. Pickles are read with weights_only; one that holds "
+        "anything but tensors is refused. What was written is read back and compared.",
+    )
+    command.add_argument("source", help="directory, .gguf file or Hub repo (org/name, org/name@revision)")
+    command.add_argument("--output-dir", required=True, help="directory to write; new or empty")
+    command.add_argument("--tokenizer", help="directory or repository of the tokenizer (default: the source's; for "
+                         "mamba_ssm's layout that of EleutherAI/gpt-neox-20b)")  # fmt: skip
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                         help="of the weights written (default: the widest stored; for GGUF float32)")  # fmt: skip
+    command.add_argument("--gguf-file", help="name of a GGUF file in the directory or repository")
+    command.add_argument("--revision", help="revision of a Hub repo")
+    command.set_defaults(run=_convert)
+
+
+def _convert(args):
+    from manticore_hf.conversion import main as run
+
+    run(args)
 
 
 def _add_evaluate(commands):

@@ -300,6 +300,11 @@ def _check_architecture(found, values):
     kind = values.get("model_type")
     if kind == "manticore":
         raise ManticoreError(f"Component {found.address} is itself a hybrid; name its components instead.")
+    if kind is None and {"d_model", "n_layer", "vocab_size"} <= set(values):
+        raise ManticoreError(
+            f"Component {found.address} is a checkpoint in mamba_ssm's own layout; convert it first: "
+            "`manticore-hf convert`."
+        )
     if kind not in CONFIG_MAPPING or kind in registered() and found.code is None:
         if values.get("auto_map"):
             raise ManticoreError(
@@ -341,7 +346,7 @@ def _check_weight_files(found, exists):
         if exists(file):
             raise ManticoreError(
                 f"Component {found.address} has its weights only as a pickle ({file}), which can run code when read. "
-                "Convert it to safetensors first (load it yourself, then save_pretrained)."
+                "Convert it to safetensors first: `manticore-hf convert`."
             )
     raise ManticoreError(f"Component {found.address} has no {WEIGHT_FILES[0]} and no {WEIGHT_FILES[1]}.")
 

@@ -164,7 +164,7 @@ def test_pickles_only(hub, owner, tmp_path, refuse):
         (folder / MODEL).unlink()
 
     publish(hub, f"{owner}/b", tiny("gpt2"), tmp_path / "src", edit=edit)
-    refuse([f"{owner}/b"], f"'b' ({owner}/b)", "pickle (pytorch_model.bin)", "Convert it to safetensors")
+    refuse([f"{owner}/b"], f"'b' ({owner}/b)", "pickle (pytorch_model.bin)", "`manticore-hf convert`")
     refuse([tmp_path / "src" / f"{owner}--b" / "main"], "'main'", "pickle (pytorch_model.bin)", "Convert it")
 
 

