@@ -21,9 +21,10 @@ from manticore_hf.conversion_gguf import gguf_tokenizer, load_gguf
 from manticore_hf.conversion_mamba import TOKENIZER, is_mamba_ssm, mamba_config, mamba_weights
 from manticore_hf.conversion_sources import find_source, read_tensors
 from manticore_hf.modeling.bounds_manticore import build_config, check_plain
-from manticore_hf.modeling.components_manticore import TOKENIZER_FILES, WEIGHT_FILES, read_license
+from manticore_hf.modeling.components_manticore import WEIGHT_FILES, read_license
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.saving_manticore import whole_directory
+from manticore_hf.modeling.vocabulary_manticore import TOKENIZER_FILES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
