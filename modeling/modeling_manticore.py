@@ -16,6 +16,7 @@ from .heads_manticore import ScoresSequences, ScoresTokens
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import SPACES, is_active, weighted_sum
 from .outputs_manticore import Embeds, HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
+from .positions_manticore import check_positions
 from .recurrent_manticore import keep_state_in_cache
 from .route_manticore import Dropped, RunsRoute
 from .segments_manticore import Cuts
@@ -186,6 +187,9 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, M
             use_cache: Whether to return a cache.
             output_hidden_states: Whether to return the shared state at each block boundary.
             return_dict: False for a tuple.
+
+        Raises:
+            ManticoreError: Input that cannot be used, or beyond a component's table of positions.
         """
         run = self._run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
@@ -220,7 +224,8 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, M
                 f"attention_mask has shape {tuple(mask.shape)}; {(batch, past + time)} is needed for {past} cached and "
                 f"{time} new tokens."
             )
-        if positions is None:
+        explicit = positions is not None
+        if not explicit:
             if mask is None:
                 positions = torch.arange(past, past + time, device=given.device)[None]
             else:
@@ -229,6 +234,8 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, M
         names, blocks = self.config.component_names, self.config.num_blocks
         native, width = self.config.embeddings == "native", self.config.hidden_size
         alpha = self._alpha()
+        length = past + time if cache is None or cache.max_cache_len is None else cache.max_cache_len
+        check_positions([(n, self._segment(n, s)) for n, s in self._running(alpha)], positions, length, explicit)
         own, state, boundaries = None, None, ()
         if native:
             readers = self.config.route[:1] if self.config.route else names
@@ -258,6 +265,13 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, M
                 )
             boundaries += (state,) if keep else ()
         return self._ran(state, states, alpha, cache, boundaries if keep else None, mask, time)
+
+    def _running(self, alpha):
+        """(component, block) of the segments that are run."""
+        if self.config.route is not None:
+            return list(self._plan())
+        names = self.config.component_names
+        return [(name, s) for s, row in enumerate(alpha) for name, w in zip(names, row) if is_active(w)]
 
     def _ran(self, shared, states, alpha, cache, boundaries, mask, time):
         if cache is not None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_manticore import ManticoreError, component_depth
+from .positions_manticore import find_tables
 
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 
@@ -266,6 +267,8 @@ class Segment:
             a is not b for a, b in zip(children, self.children)
         ):
             self.children = children
+            positions = [modules[n] for n, cls in self.anatomy.before.items() if self.is_first and cls is _NoPosition]
+            self.tables = find_tables(self.stack.config, positions, list(layers)[self.start : self.stop])
             own = dict(modules)
             own[self.anatomy.layers] = nn.ModuleList(list(layers)[self.start : self.stop])
             own.update(self.stand_ins)
