@@ -229,7 +229,8 @@ def test_config_holds_everything_and_nothing_else(saved, hub, owner, tmp_path):
         assert {key: entry[key] for key in ("name", "repo_id", "weights")} == {
             "name": name, "repo_id": f"{owner}/{name}", "weights": "reference",
         }  # fmt: skip
-    assert "a" not in values and set(values["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    heads = {f"AutoModelFor{head}" for head in ("CausalLM", "SequenceClassification", "TokenClassification")}
+    assert "a" not in values and set(values["auto_map"]) == {"AutoConfig", "AutoModel"} | heads
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "gpt2", "mamba", "mamba2", "jamba"])
