@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 PROMPT = "The capital of France is"
-BATCH, BLOCK = 4, 128
+BATCH, BLOCK = 2, 128
 
 
 def converted(directory):
@@ -78,9 +78,9 @@ def main():
     parser.add_argument("--test", required=True, help="text file to measure losses on")
     parser.add_argument("--output", type=Path, help="write the results to this file")
     parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=400, help=f"of {BATCH} rows of {BLOCK} tokens, for the Mamba")
+    parser.add_argument("--steps", type=int, default=60, help=f"of {BATCH} rows of {BLOCK} tokens, for the Mamba")
     parser.add_argument("--calibration-tokens", type=int, default=8192)
-    parser.add_argument("--test-tokens", type=int, default=4096)
+    parser.add_argument("--test-tokens", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -88,13 +88,16 @@ def main():
     from manticore_hf import ManticoreForCausalLM
     from manticore_hf.cli import main as cli
 
-    seconds, results = {}, {}
+    kept = args.directory / "seconds.json"
+    seconds, results = json.loads(kept.read_text()) if kept.exists() else {}, {}
 
     @contextlib.contextmanager
     def timed(name):
         start = time.perf_counter()
         yield
-        seconds[name] = round(time.perf_counter() - start, 1)
+        seconds[name] = max(seconds.get(name, 0.0), round(time.perf_counter() - start, 1))  # finished: its time stays
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(seconds))
 
     def run(*command):
         if cli([str(part) for part in command]):
@@ -114,6 +117,9 @@ def main():
         run("calibrate", "--model", hybrid, "--data", args.train, "--block_size", BLOCK, "--seed", args.seed,
             "--tokens", args.calibration_tokens, "--max_tokens", args.calibration_tokens, "--output_dir", calibrated)
     for name, model in (("composed", hybrid), ("calibrated", calibrated)):
+        if (scores / name / "evaluation.json").exists():
+            results[name] = json.loads((scores / name / "evaluation.json").read_text())
+            continue
         with timed(f"evaluate {name}"):
             run("evaluate", "--model", model, "--data", args.test, "--block-size", 512, "--max-tokens",
                 args.test_tokens, "--batch-size", 2, "--output-dir", scores / name)  # fmt: skip

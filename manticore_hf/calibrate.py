@@ -129,7 +129,7 @@ def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=
         reference = reference or min(losses, key=losses.get)
         if reference != config.reference_component:
             _change_reference(model, reference)
-        every = max(2, round(1 / held_out))
+        every = min(max(2, round(1 / held_out)), len(batches))  # of few batches, too, one is held out
         pairs = _collect(model, batches, reference, every)
     finally:
         model.train(was_training)

@@ -67,6 +67,13 @@ def test_noise_chooses_a_larger_ridge():
     assert ridge >= 1e-1
 
 
+@pytest.mark.parametrize("rows", [16, 32])
+def test_of_few_batches_one_is_held_out(rows):
+    model = ManticoreForCausalLM.from_components([_llama(), _neox()], num_blocks=2)
+    found = calibrate_projectors(model, _text(rows=rows), batch_size=8)
+    assert found.r2 and all(score == score and score < 1 for score in found.r2.values())
+
+
 def test_a_rank_deficient_input_is_no_problem():
     x = torch.randn(100, 3).repeat(1, 2)
     weight, bias, _, r2 = solve_ridge(_moments(x, x.double()), _moments(x, x.double()))
