@@ -7,12 +7,12 @@ This adds the rivals, without which a hybrid's number says little.
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
+from manticore_hf.files import write_json
 from manticore_hf.modeling.components_manticore import ComponentSpec
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
@@ -131,9 +131,7 @@ def _read(output, settings):
 def _write(output, settings, scores):
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
-        scratch = Path(output) / f".{RESULTS}"
-        scratch.write_text(json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n")
-        os.replace(scratch, Path(output) / RESULTS)
+        write_json(Path(output) / RESULTS, {"settings": settings, "scores": scores})
 
 
 def _print(scores):

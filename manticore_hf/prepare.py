@@ -9,7 +9,6 @@ of it is the output directory, the seed, the device, and (calibrate) per_device_
 
 import dataclasses
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set
 
 from manticore_hf.calibrate import calibrate_projectors
 from manticore_hf.data import DataArguments, load_rows, read_texts
+from manticore_hf.files import write_json
 from manticore_hf.modeling.configuration_manticore import CHOICES, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.stages import fix_alpha
@@ -112,9 +112,7 @@ def finished(output):
 
 def record(output, result):
     """Writes a stage's result; by rename and last, because its presence says that the stage has ended."""
-    scratch = Path(output) / f".{RESULT}"
-    scratch.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(scratch, Path(output) / RESULT)
+    write_json(Path(output) / RESULT, result)
     return result
 
 

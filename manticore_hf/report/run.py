@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from manticore_hf.data import load_rows
+from manticore_hf.files import replace_text
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.report import measure
@@ -24,7 +25,7 @@ from manticore_hf.report.facts import gather, held_out, one_run
 from manticore_hf.report.passages import where_it_differs
 from manticore_hf.report.render import render
 from manticore_hf.report.speed import measure_speed
-from manticore_hf.report.store import Store, replace_text, stamp
+from manticore_hf.report.store import Store, stamp
 from manticore_hf.report.verdict import decide
 
 NAMES = ("report.html", "report.md", "report.json")
@@ -153,7 +154,7 @@ def _digest(rows):
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def run_report(args):
+def main(args):
     """`manticore-hf report`."""
     verdict, html, markdown = write_report(
         args.directory,

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
+
+from manticore_hf.files import replace_text
 
 
 class Store:
@@ -30,17 +31,6 @@ class Store:
             self.parts[name] = json.loads(json.dumps(value))  # what a second run reads is what the first one used
             replace_text(self.path, json.dumps({"version": 1, "digest": self.digest, "parts": self.parts}) + "\n")
         return self.parts[name]
-
-
-def replace_text(path, text):
-    """Writes a file whole or not at all."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def stamp(directory):

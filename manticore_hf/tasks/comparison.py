@@ -10,7 +10,6 @@ again. A component's trained weights lie beside its file, because the ensemble n
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from manticore_hf.files import write_json
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.tasks.models import DESIGNED, from_scratch, hybrid_from_scratch, scratch_config
 
@@ -277,13 +277,6 @@ def answers(models, rows, pick, batch_size, collate=default_data_collator, argum
         for found, new in zip((guesses, wanted), pick(mean.cpu(), batch)):
             found += new
     return guesses, wanted
-
-
-def write_json(file, values):
-    """Writes by rename, so that a file that is there is whole."""
-    scratch = file.with_name(f".{file.name}")
-    scratch.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(scratch, file)
 
 
 def families_of(args):

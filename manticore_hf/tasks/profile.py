@@ -15,10 +15,11 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+from manticore_hf.files import write_json
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plots import plot_profile
-from manticore_hf.tasks.comparison import Training, write_json
+from manticore_hf.tasks.comparison import Training
 from manticore_hf.tasks.easy import EasySettings, task_names
 from manticore_hf.tasks.models import scratch_config
 from manticore_hf.tasks.run import run_mad

@@ -26,11 +26,12 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, default_data_collator
 
+from manticore_hf.files import write_json
 from manticore_hf.logs import hybrid_of
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.modeling.configuration_manticore import PRESETS
 from manticore_hf.search import STRATEGIES, SearchArguments, SearchTrainer
-from manticore_hf.tasks.comparison import answers, write_json
+from manticore_hf.tasks.comparison import answers
 from manticore_hf.tasks.easy import EasySettings, task_names
 from manticore_hf.tasks.models import hybrid_from_scratch, scratch_config
 from manticore_hf.tasks.run import for_task, forward_arguments, pick
