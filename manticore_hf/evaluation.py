@@ -18,7 +18,7 @@ def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True
     """Mean next-token loss of a hybrid, of each component alone, and of their plain ensemble, in one pass.
 
     Args:
-        model: A hybrid.
+        model: A hybrid; without rivals any causal LM, which counts as "hybrid".
         dataset: Blocks of `input_ids`, as `pack` makes them.
         batch_size: Blocks per forward pass.
         desc: Label of the progress bar.

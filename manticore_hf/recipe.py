@@ -344,7 +344,11 @@ _STAGES = {
 def stage_data(recipe, other):
     """DataArguments of a stage; a relative path counts from the working directory or from the recipe's folder."""
     values = dict(other) if "data" in other else {**recipe.data, **other}
-    beside = recipe.path.parent / values["data"]
-    if not Path(values["data"]).exists() and beside.exists():
-        values["data"] = str(beside)
+    values["data"] = find_beside(values["data"], recipe.path.parent)
     return DataArguments(**values)
+
+
+def find_beside(source, folder):
+    """A source as it is, unless it is only a path in that folder: then that path."""
+    beside = Path(folder) / source
+    return str(beside) if not Path(source).exists() and beside.exists() else source

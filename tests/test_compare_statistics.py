@@ -9,9 +9,10 @@ import torch
 from tiny_hybrid import WORDS, neox, word_tokenizer, write_text
 
 from manticore_hf import ManticoreError
-from manticore_hf.compare.scores import forward_flops, load_documents, score, validation_loss
+from manticore_hf.compare.scores import forward_flops, load_documents, score
 from manticore_hf.compare.statistics import bootstrap, mean_loss, paired_p
 from manticore_hf.data import DataArguments, load_rows
+from manticore_hf.evaluation import compare_losses
 
 
 def _arguments(path, **settings):
@@ -87,7 +88,8 @@ def test_validation_loss_is_the_models_own_on_equal_rows(tmp_path):
     rows, _ = load_rows(_arguments(write_text(tmp_path / "t.txt", 200)), word_tokenizer())
     ids = torch.tensor(rows["input_ids"])
     with torch.no_grad():
-        assert validation_loss(model, rows, batch_size=5) == pytest.approx(model(ids, labels=ids).loss.item(), abs=1e-5)
+        found = compare_losses(model, rows, 5, rivals=False)["hybrid"]
+        assert found == pytest.approx(model(ids, labels=ids).loss.item(), abs=1e-5)
     assert model.training
 
 

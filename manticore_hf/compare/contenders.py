@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from manticore_hf.compare.scores import forward_flops
-from manticore_hf.compare.settings import training_settings
-from manticore_hf.data import DataArguments
+from manticore_hf.compare.settings import only_training, stage_settings, training_settings
+from manticore_hf.data import DataArguments, load_rows
 from manticore_hf.heal import HardenArguments, run_harden
 from manticore_hf.modeling.components_manticore import ComponentSpec
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -86,7 +86,7 @@ class Workshop:
             f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] and not entry["subfolder"] else source
             for entry, source in zip(config.components, recipe.components)
         ]
-        self.train_rows = self.validation_rows = None
+        self.train_rows, self.validation_rows = load_rows(DataArguments(**recipe.data), self.tokenizer)
 
     def untuned(self):
         return ManticoreForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
@@ -118,9 +118,7 @@ class Workshop:
         install(getattr(model.config, "model_type", ""))
         set_seed(seed)
         scratch = folder / "trainer"
-        arguments = TrainingArguments(
-            output_dir=str(scratch), **{**training_defaults(), "seed": seed, "disable_tqdm": True, **settings}
-        )
+        arguments = _arguments(scratch, **{"seed": seed, **settings})
         trainer = Trainer(model=model, args=arguments, train_dataset=rows)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch))
         shutil.rmtree(scratch, ignore_errors=True)
@@ -203,11 +201,7 @@ class Workshop:
                 flops += result["tokens"] * forward
                 continue
             through = THROUGH if model.config.num_blocks > 1 or model.config.embeddings != "native" else NONE
-            arguments = TrainingArguments(
-                output_dir=str(last), **{**training_defaults(), **{k: v for k, v in settings.items() if k != "strategy"
-                                                                   and k in TrainingArguments.__dataclass_fields__}}
-            )  # fmt: skip
-            seen = self._tokens(result["steps"], arguments, self.train_rows)
+            seen = self._tokens(result["steps"], _arguments(last, **only_training(settings)), self.train_rows)
             tokens += seen
             flops += (through if name == "pretrain" else ALL) * seen * forward
         for stage, _ in results[:-1]:  # the last one is loaded; of the others the results stay
@@ -223,18 +217,20 @@ class Workshop:
     def harden(self, soft, options, seed, folder):
         """Hardens a tuned hybrid and heals it with the finetune stage's settings, by distillation."""
         settings = training_settings(self.recipe, "harden") or training_settings(self.recipe, "finetune")
-        given = next((dict(values) for stage, values in self.recipe.stages if stage == "harden"), {"route": "loss"})
+        given = stage_settings(self.recipe, "harden")
+        given = {"route": "loss"} if given is None else given
         own = {key: given[key] for key in HardenArguments.__dataclass_fields__ if key in given}
-        arguments = TrainingArguments(
-            output_dir=str(folder / "model"),
-            **{**training_defaults(), "seed": seed, "disable_tqdm": True, "save_strategy": "no", **settings, **options},
-        )
+        arguments = _arguments(folder / "model", **{"seed": seed, "save_strategy": "no", **settings, **options})
         start = HardenArguments(**{**own, "model": str((soft["folder"] / "model").resolve())})
         result = run_harden(start, DataArguments(**self.recipe.data), arguments)
         hard, whole = (ManticoreForCausalLM.from_pretrained(p) for p in (folder / "model", start.model))
         tokens = self._tokens(result["steps"], arguments, self.train_rows)
         flops = tokens * (ALL * forward_flops(hard) + forward_flops(whole))
         return {"training_tokens": tokens, "training_flops": flops}
+
+
+def _arguments(output_dir, **settings):
+    return TrainingArguments(output_dir=str(output_dir), **{**training_defaults(), "disable_tqdm": True, **settings})
 
 
 def _named(link, source):

@@ -12,23 +12,26 @@ trained, its cost, its validation loss) and, if it was chosen, `test-DIGEST.json
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
+from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from manticore_hf.compare.contenders import Contender, Workshop, read_run
-from manticore_hf.compare.scores import forward_flops, load_documents, score, validation_loss
-from manticore_hf.compare.settings import read_recipe
+from manticore_hf.compare.scores import forward_flops, load_documents, score
+from manticore_hf.compare.settings import CompareArguments, parse_loss_weights, read_recipe
 from manticore_hf.compare.summary import summarise, write_summary
 from manticore_hf.data import DataArguments, load_rows
+from manticore_hf.evaluation import compare_losses
+from manticore_hf.files import write_json
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 
@@ -59,7 +62,6 @@ class Comparison:
         self.identity = self._identify()
         self.shop = Workshop(self.recipe, self.output / "untuned")
         data = DataArguments(**self.recipe.data)
-        self.shop.train_rows, self.shop.validation_rows = load_rows(data, self.shop.tokenizer)
         test = {"data": arguments.test, "data_split": arguments.test_split, "max_tokens": arguments.max_test_tokens}
         test |= {"block_size": data.block_size, "text_column": data.text_column, "validation_fraction": 0.0}
         self.documents = load_documents(DataArguments(**test), self.shop.tokenizer)
@@ -76,7 +78,7 @@ class Comparison:
         file = self.output / "recipe.json"
         if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(what)):
             raise ManticoreError(f"{self.output} compares another recipe ({file}); give another --output-dir.")
-        file.write_text(json.dumps(what, indent=1) + "\n")
+        write_json(file, what)
         return what
 
     def run(self):
@@ -121,7 +123,7 @@ class Comparison:
             if self.arguments.from_tuned:
                 out.append(self._hybrid(f"{label}, from tuned components", hybrid, options, parts))
         if self.arguments.harden:
-            out += [self._hardened(one) for one in [one for one in out if one.kind == "hybrid"]]
+            out += [self._hardened(one) for one in out if one.kind == "hybrid"]
         return out
 
     def _variants(self):
@@ -161,15 +163,18 @@ class Comparison:
 
     def _retrained(self, name, grid):
         def train(options, seed, folder):
-            data = {**self.recipe.data, "data": self.arguments.all_text, "validation_fraction": 0.0}
-            data.pop("max_tokens", None)
-            more, _ = load_rows(DataArguments(**data), self.shop.tokenizer)
-            rows = self.shop.train_rows.to_list() + more.to_list()
-            rows = type(more).from_list(rows).shuffle(seed=seed)
+            rows = self.all_rows.shuffle(seed=seed)
             return self.shop.train_plain(self.shop.component(name), rows, options, seed, folder)
 
         needs = "the components' training text"
         return Contender(f"{name}, retrained on all text", "single", train, self.shop.load_plain, grid, needs)
+
+    @functools.cached_property
+    def all_rows(self):
+        """The rows that are trained on, and those of the components' own training text."""
+        data = {**self.recipe.data, "data": self.arguments.all_text, "validation_fraction": 0.0, "max_tokens": None}
+        more, _ = load_rows(DataArguments(**data), self.shop.tokenizer)
+        return concatenate_datasets([self.shop.train_rows, more])
 
     def _parts(self, names, seed, options, weights=True):
         """The tuned components of a mixture: their runs with the mixture's own choice from the grid."""
@@ -249,12 +254,13 @@ class Comparison:
             run = {"contender": contender.name, "kind": contender.kind, "seed": seed, "options": options, **cost}
             run["seconds"] = round(time.time() - start, 2)
             model = contender.load({**run, "folder": folder})
-            run["validation"] = validation_loss(model, self.shop.validation_rows)
+            losses = compare_losses(model, self.shop.validation_rows, desc="Validating", rivals=False)
+            run["validation"] = losses["hybrid"]
             run["parameters"] = sum(p.numel() for p in model.parameters())
             run["flops_per_token"] = forward_flops(model)
             if hasattr(model, "mixture_weights"):
                 run["mixture_weights"] = model.mixture_weights().tolist()
-            _write(folder / "run.json", run)
+            write_json(folder / "run.json", run)
             run["folder"] = folder
         if folder not in self.seen:
             self.seen[folder] = run
@@ -276,7 +282,7 @@ class Comparison:
         for run in runs.values():
             file = run["folder"] / f"test-{self.documents.digest}.json"
             if not file.is_file():
-                _write(file, score(contender.load(run), self.documents))
+                write_json(file, score(contender.load(run), self.documents))
             scores.append(json.loads(file.read_text()))
         values = {key: np.array([one[key] for one in scores], dtype=float) for key in ("nll", "correct")}
         bases = [self._bases(contender, run["options"], seed) for seed, run in runs.items()]
@@ -299,24 +305,16 @@ def _nothing(options, seed, folder):
 
 def _drop_weights(run):
     """A run that was not chosen keeps its numbers, not its weights."""
-    _write(run["folder"] / "run.json", {key: run[key] for key in run if key != "folder"} | {"dropped": True})
+    write_json(run["folder"] / "run.json", {key: run[key] for key in run if key != "folder"} | {"dropped": True})
     for file in run["folder"].rglob("*.safetensors"):
         file.unlink()
     if not (run["folder"] / "model").is_symlink():
         shutil.rmtree(run["folder"] / "model", ignore_errors=True)
 
 
-def _write(file, values):
-    scratch = file.with_name(f".{file.name}")
-    scratch.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(scratch, file)
-
-
 def main(args):
     """`manticore-hf compare`: from parsed arguments to `run_compare`."""
     from transformers.utils import logging
-
-    from manticore_hf.compare.settings import CompareArguments, parse_loss_weights
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

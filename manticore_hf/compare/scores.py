@@ -121,21 +121,6 @@ def score(model, documents, batch_size=16, desc="Testing"):
 
 
 @torch.no_grad()
-def validation_loss(model, rows, batch_size=16):
-    """Mean next-token loss on packed rows, in nats: what settings are chosen by."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        ids = torch.tensor(rows[start : start + batch_size]["input_ids"], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-        count += ids[:, 1:].numel()
-    model.train(was_training)
-    return total / count
-
-
-@torch.no_grad()
 def forward_flops(model, tokens=128):
     """FLOPs per token of a forward pass without a past, as torch counts them (matrix products, convolutions, attention;
     elementwise operations, recurrent scans among them, are not counted)."""

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from manticore_hf.data import DataArguments
 from manticore_hf.modeling.configuration_manticore import CHOICES, ManticoreError
-from manticore_hf.recipe import load_recipe
+from manticore_hf.recipe import find_beside, load_recipe
 
 VALIDATION = 0.1  # share of the training text that settings are chosen on, where the recipe holds out none
 GATE = {"num_train_epochs": 1, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 5}
@@ -72,7 +72,7 @@ class CompareArguments:
 
     def grid(self, recipe):
         """Settings of fine-tuning to choose from: the same for every model of the comparison."""
-        finetune = _stage(recipe, "finetune")
+        finetune = stage_settings(recipe, "finetune")
         rates = self.learning_rates or (finetune.get("learning_rate", 5e-5),)
         epochs = self.epochs or (finetune.get("num_train_epochs", 3),)
         return [{"learning_rate": rate, "num_train_epochs": passes} for rate in rates for passes in epochs]
@@ -127,17 +127,22 @@ def read_recipe(path):
 
 
 def _absolute(source, beside):
-    for place in (Path(source), beside / source):
-        if place.exists():
-            return str(place.resolve())
-    return source
+    path = Path(find_beside(source, beside))
+    return str(path.resolve()) if path.exists() else source
 
 
 def training_settings(recipe, stage, **own):
     """What a stage of the recipe sets of TrainingArguments, with changes."""
-    settings = GATE if stage == "pretrain" and _stage(recipe, stage) is None else _stage(recipe, stage) or {}
-    return {key: value for key, value in {**settings, **own}.items() if key in _TRAINING}
+    settings = stage_settings(recipe, stage)
+    settings = settings if settings is not None else GATE if stage == "pretrain" else {}
+    return only_training({**settings, **own})
 
 
-def _stage(recipe, stage):
+def only_training(settings):
+    """Those of a stage's settings that are TrainingArguments'."""
+    return {key: value for key, value in settings.items() if key in _TRAINING}
+
+
+def stage_settings(recipe, stage):
+    """The settings of the first stage of that name, or None if the recipe has none."""
     return next((dict(settings) for name, settings in recipe.stages if name == stage), None)

@@ -3,6 +3,8 @@
 Both work on units (documents) and seeds. Losses are sums over a unit's tokens, so that means are per token.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 DRAWS = 4000
@@ -27,12 +29,7 @@ def bootstrap(nll, tokens, draws=DRAWS, seed=0):
         (low, high), the middle 95 %.
     """
     nll, tokens = np.atleast_2d(np.asarray(nll, dtype=float)), np.asarray(tokens, dtype=float)
-    draw = np.random.default_rng(seed)
-    units = draw.integers(nll.shape[1], size=(draws, nll.shape[1]))
-    seeds = draw.integers(nll.shape[0], size=(draws, nll.shape[0]))
-    # How often each unit and each seed was drawn: [draws, units], [draws, seeds]
-    counts = np.stack([np.bincount(row, minlength=nll.shape[1]) for row in units])
-    shares = np.stack([np.bincount(row, minlength=nll.shape[0]) for row in seeds]) / nll.shape[0]
+    counts, shares = _resamples(*nll.shape, draws, seed)
     means = np.einsum("ds,su,du->d", shares, nll, counts, optimize=True) / (counts @ tokens)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
@@ -47,7 +44,22 @@ def paired_p(difference, draws=10_000, seed=0):
         seed: Of the flips.
     """
     difference = np.atleast_2d(np.asarray(difference, dtype=float)).mean(0)
-    signs = np.random.default_rng(seed).integers(0, 2, size=(draws, len(difference)), dtype=np.int8) * 2 - 1
-    flipped = np.abs(signs @ difference)
+    flipped = np.abs(_signs(len(difference), draws, seed) @ difference)
     # The observed flip is one of them; what floating point makes of equal sums counts as equal.
     return float((1 + (flipped >= np.abs(difference.sum()) * (1 - 1e-12)).sum()) / (1 + draws))
+
+
+@lru_cache(maxsize=2)
+def _resamples(seeds, units, draws, seed):
+    """How often each unit [draws, units] and what share of the time each seed [draws, seeds] was drawn."""
+    draw = np.random.default_rng(seed)
+    drawn_units = draw.integers(units, size=(draws, units))
+    drawn_seeds = draw.integers(seeds, size=(draws, seeds))
+    counts = np.stack([np.bincount(row, minlength=units) for row in drawn_units])
+    return counts, np.stack([np.bincount(row, minlength=seeds) for row in drawn_seeds]) / seeds
+
+
+@lru_cache(maxsize=2)
+def _signs(units, draws, seed):
+    """[draws, units] of 1 and -1."""
+    return np.random.default_rng(seed).integers(0, 2, size=(draws, units), dtype=np.int8) * 2 - 1

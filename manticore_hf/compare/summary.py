@@ -1,6 +1,5 @@
 """From tested runs to what people read: `comparison.json`, `comparison.md`, `comparison.png`."""
 
-import json
 import os
 import platform
 from importlib.metadata import version
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from manticore_hf.compare.statistics import bootstrap, mean_loss, paired_p
+from manticore_hf.files import replace_text, write_json
 from manticore_hf.plots import plot_differences
 
 VERSION = 1
@@ -98,10 +98,8 @@ def write_summary(result, output):
     """Writes the three files, each by rename, and prints the table."""
     output = Path(output)
     table = as_markdown(result)
-    for name, text in (("comparison.json", json.dumps(result, indent=1) + "\n"), ("comparison.md", table)):
-        scratch = output / f".{name}"
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, output / name)
+    write_json(output / "comparison.json", result)
+    replace_text(output / "comparison.md", table)
     plot_differences(result["rows"], result["hybrid"], output / "comparison.png")
     print(table)
 
