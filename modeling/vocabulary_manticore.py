@@ -88,6 +88,15 @@ def digest(vocabulary):
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
 
+def end_names(component):
+    """Names of a causal LM's embedding and head tensors."""
+    ends = {id(component.get_input_embeddings()), id(component.get_output_embeddings())}
+    return {
+        f"{path}.{name}" for path, module in component.named_modules() if id(module) in ends
+        for name, _ in module.named_parameters(recurse=False)
+    }  # fmt: skip
+
+
 def own_vocabulary(model, entry, ties):
     """Names of a transplanted component's embedding and head tensors in the hybrid; empty for other components.
 
@@ -98,13 +107,7 @@ def own_vocabulary(model, entry, ties):
     """
     if entry["transplant"] is None:
         return set()
-    component = model.component(entry["name"])
-    ends = {id(component.get_input_embeddings()), id(component.get_output_embeddings())}
-    names = {
-        f"{entry['name']}.{path}.{name}"
-        for path, module in component.named_modules() if id(module) in ends
-        for name, _ in module.named_parameters(recurse=False)
-    }  # fmt: skip
+    names = {f"{entry['name']}.{name}" for name in end_names(model.component(entry["name"]))}
     return names.union(*(ties.get(name, ()) for name in names))
 
 

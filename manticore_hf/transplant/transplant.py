@@ -12,6 +12,7 @@ import torch
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.sizes_manticore import build_component
+from manticore_hf.modeling.vocabulary_manticore import end_names
 from manticore_hf.transplant.build import ATOMS, METHODS, check_method, match, new_rows
 from manticore_hf.transplant.measure import TransplantReport, bits_per_byte, text_coverage
 from manticore_hf.transplant.surface import Surfaces
@@ -117,8 +118,8 @@ def _graft(model, ends, plan, name, donor, atoms, tokenizer, progress):
         out = build_component(f"The transplanted model ({config.model_type})", config).to(model.device)
     finally:
         torch.set_default_dtype(before)
-    known, own = model.state_dict(), _vocabulary(model)
-    if type(out) is not type(model) or own != _vocabulary(out):
+    known, own = model.state_dict(), end_names(model)
+    if type(out) is not type(model) or own != end_names(out):
         raise ManticoreError(
             f"The model is a {type(model).__name__}, its configuration builds a {type(out).__name__}; only a plain "
             "model of its family can be transplanted."
@@ -142,15 +143,6 @@ def _graft(model, ends, plan, name, donor, atoms, tokenizer, progress):
     out.generation_config = copy.deepcopy(model.generation_config)
     _set_generation(out, tokenizer)
     return out.train(model.training)
-
-
-def _vocabulary(model):
-    """Names of a model's embedding and head tensors."""
-    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    return {
-        f"{path}.{name}" for path, module in model.named_modules() if id(module) in ends
-        for name, _ in module.named_parameters(recurse=False)
-    }  # fmt: skip
 
 
 def _set_ids(config, tokenizer):
