@@ -4,6 +4,7 @@ Commands import what they need when they run, so that `--help` is quick.
 """
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -46,6 +47,11 @@ def main(argv=None):
     except ManticoreError as err:
         print(f"manticore-hf {args.command}: {err}", file=sys.stderr)
         return 2
+
+
+def _later(module):
+    """A module's `main`, imported when it is run."""
+    return lambda args: importlib.import_module(module).main(args)
 
 
 def _add_demo(commands):
@@ -110,13 +116,7 @@ def _add_convert(commands):
                          help="of the weights written (default: the widest stored; for GGUF float32)")  # fmt: skip
     command.add_argument("--gguf-file", help="name of a GGUF file in the directory or repository")
     command.add_argument("--revision", help="revision of a Hub repo")
-    command.set_defaults(run=_convert)
-
-
-def _convert(args):
-    from manticore_hf.conversion import main as run
-
-    run(args)
+    command.set_defaults(run=_later("manticore_hf.conversion"))
 
 
 def _add_evaluate(commands):
@@ -191,13 +191,7 @@ def _add_compare(commands):
     command.add_argument("--singles", nargs="+", help="other models with the same tokenizer, tuned likewise")
     command.add_argument("--all-text", help="the components' own training text: also retrain each on all of it")
     command.add_argument("--retrain", nargs="+", help="only these components are retrained on all text")
-    command.set_defaults(run=_compare)
-
-
-def _compare(args):
-    from manticore_hf.compare.run import main as run
-
-    run(args)
+    command.set_defaults(run=_later("manticore_hf.compare.run"))
 
 
 def _add_inspect(commands):
@@ -238,13 +232,7 @@ def _add_report(commands):
     command.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
     command.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True,
                          help="load the hybrid and measure it; --no-measure reports what is on disk")  # fmt: skip
-    command.set_defaults(run=_report)
-
-
-def _report(args):
-    from manticore_hf.report.run import run_report
-
-    run_report(args)
+    command.set_defaults(run=_later("manticore_hf.report.run"))
 
 
 def _add_push(commands):
@@ -337,13 +325,7 @@ def _add_mad(commands):
     ):
         command.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the task's)")
     _add_training(command, epochs=200, learning_rate=5e-4, batch_size=128)
-    command.set_defaults(run=_mad)
-
-
-def _mad(args):
-    from manticore_hf.tasks.run import main as run
-
-    run(args)
+    command.set_defaults(run=_later("manticore_hf.tasks.run"))
 
 
 def _add_mad_profile(commands):
@@ -372,13 +354,7 @@ def _add_mad_profile(commands):
     ):
         command.add_argument(f"--{name}", type=int, default=default, help=text)
     command.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW, at the start of a cosine")
-    command.set_defaults(run=_mad_profile)
-
-
-def _mad_profile(args):
-    from manticore_hf.tasks.profile import main as run
-
-    run(args)
+    command.set_defaults(run=_later("manticore_hf.tasks.profile"))
 
 
 def _add_lra(commands):
@@ -411,13 +387,7 @@ def _add_lra(commands):
     ):  # fmt: skip
         command.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the task's)")
     _add_training(command, epochs=10, learning_rate=1e-3, batch_size=32, weight_decay=0.01)
-    command.set_defaults(run=_lra)
-
-
-def _lra(args):
-    from manticore_hf.tasks.lra_run import main as run
-
-    run(args)
+    command.set_defaults(run=_later("manticore_hf.tasks.lra_run"))
 
 
 if __name__ == "__main__":
