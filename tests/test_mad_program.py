@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_hybrid import pair, save, write_text
+from tiny_hybrid import pair, save_pair
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
@@ -194,11 +194,7 @@ def test_recipes_that_can_be_programmed_are_read(tmp_path):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    for name, model in zip(("neox", "mamba"), pair()):
-        save(model, folder / name)
-    write_text(folder / "text.txt", 2000)
-    return folder
+    return save_pair(tmp_path_factory.mktemp("parts"), 2000)
 
 
 RECIPE = """

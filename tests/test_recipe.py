@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_hybrid import pair, save, write_text
+from tiny_hybrid import save_pair
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.recipe import load_recipe, run_recipe
@@ -85,11 +85,7 @@ def test_a_missing_recipe(tmp_path):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    for name, model in zip(("neox", "mamba"), pair()):
-        save(model, folder / name)
-    write_text(folder / "text.txt", 3000)
-    return folder
+    return save_pair(tmp_path_factory.mktemp("parts"), 3000)
 
 
 def test_a_run_writes_every_stage_and_skips_what_is_finished(parts, tmp_path, capsys):

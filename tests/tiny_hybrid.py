@@ -53,6 +53,14 @@ def save(model, folder, words=WORDS):
     return folder
 
 
+def save_pair(folder, words):
+    """Saves the two components as `neox` and `mamba`, and a text of that many words; returns the folder."""
+    for name, model in zip(("neox", "mamba"), pair()):
+        save(model, folder / name)
+    write_text(folder / "text.txt", words)
+    return folder
+
+
 def write_text(file, words, seed=1):
     """Writes that many random words of the tokenizer, the same for the same seed; returns the file."""
     drawn = torch.randint(0, len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
