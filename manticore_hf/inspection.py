@@ -64,13 +64,27 @@ def inspect_hybrid(source, tokens=128, revision=None):
                 blocks.append({**row, "alpha": None if alpha is None or alpha[block] is None else alpha[block][k]})
     parts = [] if config.route else [_component(model, name, blocks, tokens) for name in config.component_names]
     parts.append(_hybrid(model, blocks, tokens))
-    keys = ("num_blocks", "embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space", "route",
-            "reference_component", "tokenizer_component", "vocab_size", "max_position_embeddings")  # fmt: skip
+    keys = ("num_blocks", "embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space",
+            "mix_loss_weight", "component_loss_weight", "route", "reference_component", "tokenizer_component",
+            "vocab_size", "max_position_embeddings")  # fmt: skip
     kinds = {name: getattr(config, name).model_type for name in config.component_names}
     components = [{**entry, "model_type": kinds[entry["name"]]} for entry in config.components]
     return {
-        "components": components, "blocks": blocks, "parts": parts, "settings": {k: getattr(config, k) for k in keys},
+        "components": components, "blocks": blocks, "parts": parts,
+        "settings": {**{k: getattr(config, k) for k in keys}, "loss_choice": _said_choice(config.loss_choice)},
     }  # fmt: skip
+
+
+def _said_choice(choice):
+    """Where the loss weights come from, in words; None where they were given."""
+    if choice is None:
+        return None
+    if choice == "strengths":
+        return "by whether the components' strengths differ, measured before they are trained"
+    return (
+        f"measured: choosing the component by place in the text saves {choice['gain']:.3f} nats per token "
+        f"({choice.get('tokens', 0):,} tokens)"
+    )
 
 
 def _segment(model, name, block, tokens):

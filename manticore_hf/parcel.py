@@ -8,7 +8,7 @@ from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
-from manticore_hf.modeling.configuration_manticore import ManticoreError, is_commit
+from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
 from manticore_hf.modeling.references_manticore import where
 from manticore_hf.modeling.saving_manticore import copy_code
 

@@ -21,10 +21,9 @@ from .bounds_manticore import (
     check_reference,
     check_transplant,
     clean,
-    is_commit,
     show,
 )
-from .remote_manticore import require, trust
+from .remote_manticore import require, run_trusted
 
 FORMAT_VERSION = 1
 """Version of the repository layout. Raised when an older package could no longer read a newer repository."""
@@ -102,6 +101,9 @@ class ManticoreConfig(PreTrainedConfig):
         head_mixture: "last" or "first": the block whose alpha mixes the heads (the paper's code uses the first).
         mix_loss_weight: Weight of the cross-entropy of the mixture.
         component_loss_weight: Weight of the sum of the cross-entropies of the components' own heads.
+        loss_choice: Where these two come from: None, as given; "strengths" (the default preset, where neither is
+            given), the first stage that trains the components of a one-block hybrid measures whether their strengths
+            differ, and chooses; or a dict, what it measured.
         mixture_weights: Exact mixture weights [S][K], or None while they are learned; a row may be None, too: that
             block's are learned (in the last block of a token mixture: the gate's). A zero is a zero: that component is
             not run in that block.
@@ -136,6 +138,7 @@ class ManticoreConfig(PreTrainedConfig):
         head_mixture=None,
         mix_loss_weight=None,
         component_loss_weight=None,
+        loss_choice=None,
         mixture_weights=None,
         vocab_size=None,
         tokenizer_component=None,
@@ -166,6 +169,8 @@ class ManticoreConfig(PreTrainedConfig):
             if key not in CHOICES:
                 value = _nonnegative(key, value)
             setattr(self, key, value)
+        unsaid = mix_loss_weight is None and component_loss_weight is None
+        self.loss_choice = _check_loss_choice("strengths" if unsaid and preset == "default" else loss_choice)
         if self.projector != "linear" and projector_init in (None, "calibrated"):
             self.projector_init = "identity"
         self.calibration = calibration
@@ -362,7 +367,7 @@ class ManticoreConfig(PreTrainedConfig):
         check_plain(what, config_dict)
         if not isinstance(config_dict, dict):
             raise ManticoreError(f"{what} is no JSON object but {show(config_dict)}; it is damaged or no hybrid's.")
-        _run_code(kwargs.pop("trust_component_code", None) or (), config_dict)
+        run_trusted(kwargs.pop("trust_component_code", None) or (), config_dict)
         # For its classes the caller decides (trust_remote_code).
         classes = {"auto_map": config_dict["auto_map"]} if isinstance(config_dict.get("auto_map"), dict) else {}
         return super().from_dict({**clean(what, config_dict, cls), **classes}, **kwargs)
@@ -406,23 +411,6 @@ def component_depth(config):
 _ENTRY_KEYS = ("name", "repo_id", "revision", "subfolder", "weights", "files", "license", "code", "transplant")
 
 
-def _run_code(names, values):
-    """Runs the code of the components that a caller trusts."""
-    entries = values.get("components") if isinstance(values.get("components"), list) else []
-    entries = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
-    found = {entry["name"]: entry for entry in entries if entry.get("code") is not None}
-    for name in [names] if isinstance(names, str) else names:
-        if name not in found:
-            raise ManticoreError(f"trust_component_code: {show(name)} is no component that needs code of its own.")
-        entry = {**dict.fromkeys(_ENTRY_KEYS), **found[name]}
-        check_component_name(name)
-        check_reference(name, entry["repo_id"], entry["revision"], entry["subfolder"], entry["files"])
-        if not is_commit(entry["revision"]):
-            raise ManticoreError(f"Component {name!r}: its code must be pinned by a commit, not {entry['revision']!r}.")
-        sub = entry.get("config") or values.get(name)
-        trust(f"Component {name!r}", entry, sub.get("model_type") if isinstance(sub, dict) else None)
-
-
 def _list_of_dicts(components):
     components = [] if components is None else components
     if not isinstance(components, (list, tuple)) or not all(isinstance(entry, dict) for entry in components):
@@ -436,6 +424,12 @@ def _positive_int(key, value):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ManticoreError(f"{key}={show(value)} must be a positive integer.")
     return value
+
+
+def _check_loss_choice(value):
+    if value is None or value == "strengths" or isinstance(value, dict) and isinstance(value.get("gain"), float):
+        return value
+    raise ManticoreError(f"loss_choice={show(value)} must be None, 'strengths', or what was measured.")
 
 
 def _nonnegative(key, value):

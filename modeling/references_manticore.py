@@ -17,8 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from safetensors import safe_open
 from transformers.utils import logging
 
+from .bounds_manticore import ManticoreError, is_commit
 from .components_manticore import WEIGHT_FILES
-from .configuration_manticore import ManticoreError, is_commit
 
 logger = logging.get_logger(__name__)
 

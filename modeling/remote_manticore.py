@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .bounds_manticore import ManticoreError, show
+from .bounds_manticore import ManticoreError, check_component_name, check_reference, is_commit, show
 
 CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
@@ -74,6 +74,34 @@ def trust(what, entry, model_type, token=None):
         reason = " ".join(f"{type(err).__name__}: {err}".split())
         raise ManticoreError(f"{what}: its code cannot be run: {reason[:1000]}") from err
     _registered[model_type] = source
+
+
+def run_trusted(names, values):
+    """Runs the code of the components that a caller trusts.
+
+    Args:
+        names: Their names, or one.
+        values: What a hybrid's config.json says.
+
+    Raises:
+        ManticoreError: A name is no component with code of its own, or its code is not pinned or cannot be run.
+    """
+    entries = values.get("components") if isinstance(values.get("components"), list) else []
+    entries = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+    found = {entry["name"]: entry for entry in entries if entry.get("code") is not None}
+    for name in [names] if isinstance(names, str) else names:
+        if name not in found:
+            raise ManticoreError(f"trust_component_code: {show(name)} is no component that needs code of its own.")
+        entry = found[name]
+        address = [entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")]
+        check_component_name(name)
+        check_reference(name, *address)
+        if not is_commit(entry.get("revision")):
+            raise ManticoreError(
+                f"Component {name!r}: its code must be pinned by a commit, not {entry.get('revision')!r}."
+            )
+        sub = entry.get("config") or values.get(name)
+        trust(f"Component {name!r}", entry, sub.get("model_type") if isinstance(sub, dict) else None)
 
 
 def registered():

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import create_and_tag_model_card
 
-from .configuration_manticore import ManticoreError, is_commit
+from .bounds_manticore import ManticoreError, is_commit
 from .references_manticore import component_files, open_files, where
 from .saving_manticore import carry_card, copy_code, source_card, whole_directory
 from .sizes_manticore import Renamer, check_tensors, refuse, tie_groups

@@ -1,0 +1,148 @@
+"""Are the components of a hybrid good at different things? Measured before any training, forward only.
+
+The right loss weights depend on it (BENCHMARKS.md): where each component is strong on a different part of the text, the
+mixture's loss alone lets them stay specialists; where they are alike, their own losses keep both good.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+
+WINDOW = 64
+DIFFERENT = 0.05
+"""Gain, in nats per token, from which on strengths differ (benchmarks/objective.py)."""
+SPECIALISTS, ALIKE = (1.0, 0.0), (0.3, 1.0)
+"""Weights of the mixture's and of the components' own losses (FINDINGS 12 and 13, confirmed in BENCHMARKS.md)."""
+
+
+@dataclass
+class Strengths:
+    """How much the better component depends on the place in the text.
+
+    Attributes:
+        gain: Nats per token that are saved by taking, in every window, the component that was better on the other half
+            of that window's tokens, instead of the component that is better over all. Near 0 (or below, by chance)
+            where one component is the better one everywhere, or where which one is better cannot be told.
+        losses: Loss of each component alone, nats per token.
+        shares: Share of the windows that each component would be given.
+        tokens: Predicted tokens it was measured on.
+        window: Tokens of a window.
+    """
+
+    gain: float
+    losses: dict
+    shares: dict
+    tokens: int
+    window: int
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+def awaits_loss_choice(model):
+    """Whether a hybrid's loss weights are still to be chosen, and can be: one block, own embeddings, two components."""
+    config = model.config
+    alone = config.num_blocks == 1 and config.embeddings == "native" and len(config.component_names) > 1
+    return config.loss_choice == "strengths" and alone and config.route is None
+
+
+def choose_loss_weights(model, rows, **measuring):
+    """Sets a hybrid's loss weights by whether its components' strengths differ on a text, before training on it.
+
+    Args:
+        model: A hybrid.
+        rows: As `difference_of_strengths` takes them; what it will be trained on.
+        **measuring: tokens, window, batch_size.
+
+    Returns:
+        Strengths. The model's config notes the gain (`loss_choice`).
+    """
+    found = difference_of_strengths(model, rows, **measuring)
+    weights = SPECIALISTS if found.gain > DIFFERENT else ALIKE
+    model.config.mix_loss_weight, model.config.component_loss_weight = weights
+    model.config.loss_choice = {"gain": found.gain, "tokens": found.tokens, "window": found.window}
+    return found
+
+
+@torch.no_grad()
+def difference_of_strengths(model, rows, tokens=16_384, window=WINDOW, batch_size=8):
+    """Measures by how much the components' strengths differ on a text.
+
+    Every window's even tokens choose a component and its odd tokens count, and the other way round, so that chance
+    alone gives no gain: a minimum over the same tokens would.
+
+    Args:
+        model: A soft hybrid, or any object with `component(name)`, `config.component_names` and `device`.
+        rows: Dataset of `input_ids` (and `labels`, whose -100 do not count), as `load_rows` makes them.
+        tokens: Tokens to use, about.
+        window: Predicted tokens within which one component is chosen.
+        batch_size: Rows per forward pass.
+
+    Returns:
+        Strengths.
+
+    Raises:
+        ManticoreError: No row has two predicted tokens.
+    """
+    names, seen, sums, counts = model.config.component_names, 0, [], []
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(_batches(rows, tokens, batch_size), desc="Measuring strengths", unit="batch", leave=False):
+            ids, labels = (batch[key].to(model.device) for key in ("input_ids", "labels"))
+            losses = torch.stack([_token_losses(model.component(name), ids, labels) for name in names])
+            kept = (labels[:, 1:] != -100).to(losses.dtype)
+            halves = [_windows(losses * kept, window, half) for half in (0, 1)]
+            sums.append(torch.stack(halves))  # [half, component, windows]
+            counts.append(torch.stack([_windows(kept[None], window, half)[0] for half in (0, 1)]))
+            seen += ids.numel()
+    finally:
+        model.train(was_training)
+    sums, counts = torch.cat(sums, -1), torch.cat(counts, -1)
+    whole = (counts > 0).all(0)  # a window of which one half predicts nothing chooses nothing
+    sums, counts = sums[..., whole].double(), counts[..., whole].double()
+    if not counts.numel():
+        raise ManticoreError("No row has two tokens to predict: the components' strengths cannot be compared.")
+    chosen = sums.argmin(1)  # [half, windows]
+    crossed = sums.gather(1, chosen.flip(0)[:, None])[:, 0]
+    losses = sums.sum((0, 2)) / counts.sum()
+    gain = losses.min() - crossed.sum() / counts.sum()
+    shares = torch.stack([(chosen == k).double().mean() for k in range(len(names))])
+    return Strengths(
+        gain.item(), dict(zip(names, losses.tolist())), dict(zip(names, shares.tolist())), int(counts.sum()), window
+    )
+
+
+def _batches(rows, tokens, batch_size):
+    """Batches of rows spread evenly over the whole text, padded to one length."""
+    wanted = max(1, tokens // max(1, max(map(len, rows[: min(len(rows), 64)]["input_ids"]))))
+    step = max(1, len(rows) // wanted)
+    chosen = rows.select(range(0, len(rows), step)).select_columns(["input_ids", "labels"])
+    return DataLoader(chosen, batch_size=batch_size, collate_fn=_pad)
+
+
+def _pad(records):
+    longest = max(len(record["input_ids"]) for record in records)
+    fill = {"input_ids": 0, "labels": -100}  # on the right, where causal models do not look back from
+    return {
+        key: torch.tensor([list(r[key]) + [value] * (longest - len(r[key])) for r in records])
+        for key, value in fill.items()
+    }
+
+
+def _token_losses(component, ids, labels):
+    """[batch, time - 1] losses of the next token; 0 where it does not count."""
+    logits = component(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
+
+
+def _windows(values, window, half):
+    """Sums over every other token of each window: [components, batch, time] to [components, batch * windows]."""
+    values = F.pad(values, (0, -values.shape[-1] % window))
+    return values.unflatten(-1, (-1, window))[..., half::2].sum(-1).flatten(1)

@@ -1,0 +1,172 @@
+"""Whether components are good at different things, measured on components whose strengths are known; the loss weights
+that follow, and when they are chosen."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_hybrid import QUIET, mixed_hybrid, pair, rows_of, save, save_pair
+from transformers import TrainingArguments
+
+from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
+from manticore_hf.data import DataArguments
+from manticore_hf.prepare import run_compose
+from manticore_hf.recipe import load_recipe
+from manticore_hf.strengths import (
+    ALIKE,
+    SPECIALISTS,
+    Strengths,
+    awaits_loss_choice,
+    choose_loss_weights,
+    difference_of_strengths,
+)
+from manticore_hf.train import StageArguments, run_stage
+
+VOCABULARY = 16
+
+
+class Knows:
+    """A causal LM whose loss on the next token is what `loss_of(next tokens)` says."""
+
+    def __init__(self, loss_of):
+        self.loss_of = loss_of
+
+    def __call__(self, input_ids, use_cache):
+        following = input_ids.roll(-1, 1)
+        p = torch.exp(-self.loss_of(following))
+        rest = (1 - p) / (VOCABULARY - 1)
+        logits = rest.log()[..., None].repeat(1, 1, VOCABULARY)
+        return SimpleNamespace(logits=logits.scatter(-1, following[..., None], p.log()[..., None]))
+
+
+def hybrid_of(*losses):
+    """A stand-in for a hybrid of such components."""
+    parts = {f"c{i}": Knows(loss) for i, loss in enumerate(losses)}
+    config = SimpleNamespace(component_names=list(parts))
+    return SimpleNamespace(
+        config=config, component=parts.get, device="cpu", training=False, train=lambda mode: None, eval=lambda: None
+    )
+
+
+def rows(*starts, length=33):
+    """Rows of one token each: what they are of."""
+    ids = [[start] * length for start in starts]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def high_and_low(tokens):
+    return torch.where(tokens < 8, 1.0, 2.0)
+
+
+def low_and_high(tokens):
+    return torch.where(tokens < 8, 2.0, 1.0)
+
+
+def test_specialists_gain_what_an_oracle_would():
+    found = difference_of_strengths(hybrid_of(high_and_low, low_and_high), rows(1, 9, 2, 10, 3, 11), window=8)
+    assert found.gain == pytest.approx(0.5, abs=1e-5)  # always 1 instead of the mean of 1 and 2
+    assert found.losses == pytest.approx({"c0": 1.5, "c1": 1.5}, abs=1e-5)
+    assert found.shares == {"c0": 0.5, "c1": 0.5} and found.tokens == 6 * 32
+    uneven = difference_of_strengths(hybrid_of(high_and_low, low_and_high), rows(1, 2, 3, 9), window=8)
+    assert uneven.gain == pytest.approx(0.25, abs=1e-5) and uneven.shares["c0"] == 0.75
+
+
+def test_one_that_is_better_everywhere_gains_nothing():
+    better = difference_of_strengths(hybrid_of(high_and_low, lambda t: high_and_low(t) + 0.3), rows(1, 9, 2, 10))
+    assert better.gain == pytest.approx(0.0, abs=1e-5) and better.shares == {"c0": 1.0, "c1": 0.0}
+
+
+def test_chance_is_no_strength():
+    """Losses that differ token by token, without a place where one is better: a minimum per window would gain."""
+    noise = torch.Generator().manual_seed(0)
+
+    def loss(tokens):
+        return 1.0 + torch.rand(tokens.shape, generator=noise)
+
+    texts = rows_of(200, 65)
+    found = difference_of_strengths(hybrid_of(loss, loss), texts, tokens=10**6, window=16)
+    assert abs(found.gain) < 0.01 and found.tokens == 200 * 64
+    windows = torch.rand(2, 800, 16, generator=noise).mean(-1)  # what choosing on the same tokens would say
+    assert windows.mean(1).min() - windows.min(0).values.mean() > 0.03
+
+
+def test_only_what_counts_is_measured():
+    """Prompts (-100) and the padding of short rows take no part, whatever the losses are there."""
+    ids = [[1] * 9 + [9] * 8, [9] * 9]
+    labels = [[1] * 9 + [-100] * 8, [-100] * 9]
+    found = difference_of_strengths(
+        hybrid_of(high_and_low, low_and_high), Dataset.from_dict({"input_ids": ids, "labels": labels}), window=4
+    )
+    assert found.tokens == 8 and found.losses == pytest.approx({"c0": 1.0, "c1": 2.0}, abs=1e-5)
+    with pytest.raises(ManticoreError, match="No row has two tokens to predict"):
+        unlabelled = Dataset.from_dict({"input_ids": ids[1:], "labels": labels[1:]})
+        difference_of_strengths(hybrid_of(high_and_low), unlabelled)
+
+
+def test_real_components_are_measured_by_their_own_losses():
+    model, texts = mixed_hybrid(), rows_of(5, 13)
+    found = difference_of_strengths(model, texts, tokens=10**6, window=12)
+    ids = torch.tensor(texts["input_ids"])
+    for name, loss in found.losses.items():
+        expected = model.component(name)(input_ids=ids, labels=ids).loss.item()
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("losses", "weights"), [
+    ((high_and_low, low_and_high), SPECIALISTS), ((high_and_low, high_and_low), ALIKE)
+])  # fmt: skip
+def test_loss_weights_follow_the_strengths(losses, weights):
+    model = hybrid_of(*losses)
+    found = choose_loss_weights(model, rows(1, 9, 2, 10), window=8)
+    assert isinstance(found, Strengths)
+    assert (model.config.mix_loss_weight, model.config.component_loss_weight) == weights
+    assert model.config.loss_choice == {"gain": found.gain, "tokens": found.tokens, "window": 8}
+    assert ManticoreConfig(loss_choice=model.config.loss_choice, mix_loss_weight=1).loss_choice["window"] == 8
+
+
+def test_who_awaits_a_choice():
+    def made(**settings):
+        return ManticoreForCausalLM.from_components(pair(), num_blocks=settings.pop("num_blocks", 1), **settings)
+
+    assert awaits_loss_choice(made())
+    for settings in (
+        {"mix_loss_weight": 1.0}, {"component_loss_weight": 0.5}, {"preset": "paper"}, {"num_blocks": 2},
+        {"embeddings": "fresh"},
+    ):  # fmt: skip
+        assert not awaits_loss_choice(made(**settings)), settings
+    with pytest.raises(ManticoreError, match="loss_choice='often' must be"):
+        ManticoreConfig(loss_choice="often", mix_loss_weight=1.0)
+
+
+def test_the_first_stage_that_trains_components_chooses(tmp_path, capsys):
+    folder = save_pair(tmp_path, 700)
+    parts, data = [str(folder / "neox"), str(folder / "mamba")], DataArguments(str(folder / "text.txt"), block_size=16)
+    run_compose(parts, TrainingArguments(output_dir=str(tmp_path / "hybrid"), **QUIET), num_blocks=1)
+
+    def stage(name, start, output):
+        arguments = TrainingArguments(output_dir=str(tmp_path / output), max_steps=1, learning_rate=1e-4, **QUIET)
+        result = run_stage(name, StageArguments(str(tmp_path / start)), data, arguments)
+        return result, ManticoreForCausalLM.from_pretrained(tmp_path / output)
+
+    _, gated = stage("pretrain", "hybrid", "gated")
+    assert awaits_loss_choice(gated)  # frozen components need none
+    result, tuned = stage("finetune", "gated", "tuned")
+    # Two models with random weights: alike, and equally bad.
+    assert "strengths are alike" in capsys.readouterr().out
+    assert tuned.config.component_loss_weight == 1.0 and tuned.config.mix_loss_weight == 0.3
+    assert result["loss_weights"] == [0.3, 1.0] and result["loss_choice"] == tuned.config.loss_choice
+    assert not awaits_loss_choice(tuned)
+    _, again = stage("finetune", "tuned", "again")  # what was chosen stays
+    assert again.config.loss_choice == tuned.config.loss_choice and "strengths" not in capsys.readouterr().out
+
+    given = mixed_hybrid(mix_loss_weight=1.0)
+    save(given, tmp_path / "given")
+    assert stage("finetune", "given", "asked")[0]["loss_weights"] == [1.0, 0.0]
+
+
+def test_a_recipe_cannot_say_what_was_measured(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("components: [a, b]\nhybrid:\n  loss_choice: strengths\n")
+    with pytest.raises(ManticoreError, match="recipe.yaml:3: hybrid.loss_choice: unknown key"):
+        load_recipe(file)
