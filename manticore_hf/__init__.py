@@ -29,6 +29,7 @@ _LATER = {
     "SearchArguments": "search",
     "SearchTrainer": "search",
     "calibrate_projectors": "calibrate",
+    "choose_objective": "strengths",
     "compose_transplanted": "transplant",
     "convert": "conversion",
     "harden": "hardening",

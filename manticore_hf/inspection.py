@@ -29,6 +29,7 @@ from manticore_hf.provenance import (
     read_header,
     repository,
 )
+from manticore_hf.strengths import say_objective
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGEST_INDEX = 50_000_000
@@ -71,20 +72,8 @@ def inspect_hybrid(source, tokens=128, revision=None):
     components = [{**entry, "model_type": kinds[entry["name"]]} for entry in config.components]
     return {
         "components": components, "blocks": blocks, "parts": parts,
-        "settings": {**{k: getattr(config, k) for k in keys}, "loss_choice": _said_choice(config.loss_choice)},
+        "settings": {**{k: getattr(config, k) for k in keys}, "objective": say_objective(config)},
     }  # fmt: skip
-
-
-def _said_choice(choice):
-    """Where the loss weights come from, in words; None where they were given."""
-    if choice is None:
-        return None
-    if choice == "strengths":
-        return "by whether the components' strengths differ, measured before they are trained"
-    return (
-        f"measured: choosing the component by place in the text saves {choice['gain']:.3f} nats per token "
-        f"({choice.get('tokens', 0):,} tokens)"
-    )
 
 
 def _segment(model, name, block, tokens):

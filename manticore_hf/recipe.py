@@ -232,7 +232,7 @@ def _types(cls):
 
 def _config_types():
     known = set(inspect.signature(ManticoreConfig.__init__).parameters)
-    left = {"self", "kwargs", "components", "manticore_version", "calibration", "loss_choice", "route"}
+    left = {"self", "kwargs", "components", "manticore_version", "calibration", "objective", "route"}
     ours = {"dtype": str, "transplant": str, "transplant_data": str}
     return {key: object for key in known - left} | ours  # ManticoreConfig checks the other values itself
 

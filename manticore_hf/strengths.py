@@ -1,7 +1,8 @@
 """Are the components of a hybrid good at different things? Measured before any training, forward only.
 
-The right loss weights depend on it (BENCHMARKS.md): where each component is strong on a different part of the text, the
-mixture's loss alone lets them stay specialists; where they are alike, their own losses keep both good.
+What a hybrid should be trained on depends on it (BENCHMARKS.md). Where each component is strong on a different part of
+the text, the mixture's loss alone lets them stay specialists, and a mean of probabilities silences the one that is
+wrong. Where they are alike, their own losses keep all good, and a mean of log-probabilities does at least as well.
 """
 
 import dataclasses
@@ -17,8 +18,9 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 WINDOW = 64
 DIFFERENT = 0.05
 """Gain, in nats per token, from which on strengths differ (benchmarks/objective.py)."""
-SPECIALISTS, ALIKE = (1.0, 0.0), (0.3, 1.0)
-"""Weights of the mixture's and of the components' own losses (FINDINGS 12 and 13, confirmed in BENCHMARKS.md)."""
+SPECIALISTS = {"mixture_space": "prob", "loss_weights": (1.0, 0.0)}
+ALIKE = {"mixture_space": "logprob", "loss_weights": (0.3, 1.0)}
+"""What is chosen; loss weights are those of the mixture and of the components' own (FINDINGS 12, 13; BENCHMARKS.md)."""
 
 
 @dataclass
@@ -45,15 +47,15 @@ class Strengths:
         return dataclasses.asdict(self)
 
 
-def awaits_loss_choice(model):
-    """Whether a hybrid's loss weights are still to be chosen, and can be: one block, own embeddings, two components."""
+def awaits_objective(model):
+    """Whether a hybrid's objective is still to be chosen, and can be: one block, own embeddings, two components."""
     config = model.config
     alone = config.num_blocks == 1 and config.embeddings == "native" and len(config.component_names) > 1
-    return config.loss_choice == "strengths" and alone and config.route is None
+    return "open" in (config.objective or {}) and alone and config.route is None
 
 
-def choose_loss_weights(model, rows, **measuring):
-    """Sets a hybrid's loss weights by whether its components' strengths differ on a text, before training on it.
+def choose_objective(model, rows, **measuring):
+    """Sets what a hybrid is trained on by whether its components' strengths differ on a text, before training on it.
 
     Args:
         model: A hybrid.
@@ -61,13 +63,38 @@ def choose_loss_weights(model, rows, **measuring):
         **measuring: tokens, window, batch_size.
 
     Returns:
-        Strengths. The model's config notes the gain (`loss_choice`).
+        Strengths. Of `mixture_space` and the loss weights the model's config gets what it says is open
+        (`config.objective`; both, where nothing is), and notes what was measured.
     """
+    config = model.config
     found = difference_of_strengths(model, rows, **measuring)
-    weights = SPECIALISTS if found.gain > DIFFERENT else ALIKE
-    model.config.mix_loss_weight, model.config.component_loss_weight = weights
-    model.config.loss_choice = {"gain": found.gain, "tokens": found.tokens, "window": found.window}
+    values = SPECIALISTS if found.gain > DIFFERENT else ALIKE
+    chosen = (config.objective or {}).get("open", list(values))
+    if "mixture_space" in chosen:
+        config.mixture_space = values["mixture_space"]
+    if "loss_weights" in chosen:
+        config.mix_loss_weight, config.component_loss_weight = values["loss_weights"]
+    config.objective = {"chosen": chosen, "gain": found.gain, "tokens": found.tokens, "window": found.window}
     return found
+
+
+def say_objective(config):
+    """What a hybrid is trained on and why, in one line; None where all of it was given."""
+    objective = config.objective
+    if objective is None:
+        return None
+    if "open" in objective:
+        return "chosen when it is first trained, by whether the components' strengths differ"
+    how = "differ" if objective["gain"] > DIFFERENT else "are alike"
+    values = {
+        "mixture_space": f"mixture_space {config.mixture_space}",
+        "loss_weights": f"{config.mix_loss_weight:g} * the mixture's loss + {config.component_loss_weight:g} * the "
+                        "components' own",
+    }  # fmt: skip
+    return (
+        f"strengths {how} on the text (choosing by place saves {objective['gain']:.3f} nats per token), so "
+        + ", ".join(values[key] for key in objective["chosen"])
+    )
 
 
 @torch.no_grad()

@@ -32,8 +32,9 @@ from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.prepare import finished, record, training_defaults
 from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
 from manticore_hf.stages import ComponentClipping, fix_alpha, set_stage
-from manticore_hf.strengths import awaits_loss_choice, choose_loss_weights
+from manticore_hf.strengths import awaits_objective, choose_objective, say_objective
 
+OBJECTIVE = ("mixture_space", "mix_loss_weight", "component_loss_weight", "objective")
 STAGES = {"pretrain": "projectors", "search": "search", "finetune": "finetune"}
 
 
@@ -90,9 +91,9 @@ def run_stage(stage, start, data, arguments):
     if awaits_calibration(model):
         found = calibrate_projectors(model.to(arguments.device), train)
         print(f"Projectors calibrated on {found.tokens:,} tokens of the training text, reference {found.reference}.")
-    if stage != "pretrain" and awaits_loss_choice(model):
-        found = choose_loss_weights(model.to(arguments.device), train, batch_size=arguments.per_device_train_batch_size)
-        print(_said_of(found, model.config))
+    if awaits_objective(model):
+        choose_objective(model.to(arguments.device), train, batch_size=arguments.per_device_train_batch_size)
+        print(f"Objective: {say_objective(model.config)}.")
     if start.mixture_from is not None:
         take_mixture(model, start.mixture_from)
     elif stage == "finetune":
@@ -111,20 +112,10 @@ def run_stage(stage, start, data, arguments):
     return _finish(stage, trainer, model, tokenizer, validation, output, data)
 
 
-def _said_of(found, config):
-    """One line on what the loss weights were chosen by."""
-    how = "differ" if config.component_loss_weight == 0 else "are alike"
-    return (
-        f"The components' strengths {how} on this text (choosing by place saves {found.gain:.3f} nats per token): the "
-        f"loss is {config.mix_loss_weight:g} * the mixture's + {config.component_loss_weight:g} * the components' own."
-    )
-
-
 def _finish(stage, trainer, model, tokenizer, validation, output, data):
     result = {"stage": stage, "steps": trainer.state.global_step, "components": model.config.component_names}
     result["mixture_weights"] = model.mixture_weights().tolist()
-    result["loss_weights"] = [model.config.mix_loss_weight, model.config.component_loss_weight]
-    result["loss_choice"] = model.config.loss_choice
+    result["objective"] = {key: getattr(model.config, key) for key in OBJECTIVE}
     if validation is not None:
         result["losses"] = compare_losses(model, validation, trainer.args.per_device_eval_batch_size)
         result.update(measured_on(data, validation))

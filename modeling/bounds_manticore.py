@@ -51,7 +51,7 @@ _RESERVED = {
     "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "num_blocks",
     "block_layers", "reference_component", "route", "vocab_size", "tokenizer_component", "manticore_version",
     "mixture_weights", "calibration", "mix_loss_weight", "component_loss_weight", "hidden_size", "component", "score",
-    "loss_choice",
+    "objective",
     "num_hidden_layers", "max_position_embeddings", "loss_function", "device", "dtype", "forward", "generate",
     "framework", "model_tags", "base_model", "name", "loss_type", "warnings_issued", "auto_map", "preset",
     "tie_word_embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space", "embeddings",

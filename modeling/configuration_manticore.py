@@ -66,7 +66,7 @@ PRESETS = {
         "projector_init": "calibrated",
         "gate": "none",
         "mixture": "token",
-        "mixture_space": "logprob",
+        "mixture_space": "prob",
         "embeddings": "native",
         "head_mixture": "last",
         "mix_loss_weight": 1.0,
@@ -101,9 +101,9 @@ class ManticoreConfig(PreTrainedConfig):
         head_mixture: "last" or "first": the block whose alpha mixes the heads (the paper's code uses the first).
         mix_loss_weight: Weight of the cross-entropy of the mixture.
         component_loss_weight: Weight of the sum of the cross-entropies of the components' own heads.
-        loss_choice: Where these two come from: None, as given; "strengths" (the default preset, where neither is
-            given), the first stage that trains the components of a one-block hybrid measures whether their strengths
-            differ, and chooses; or a dict, what it measured.
+        objective: What of mixture_space and the loss weights is not given, but for the first training stage of a
+            one-block hybrid to choose, by whether the components' strengths differ: {"open": [...]}; then what it
+            measured, {"chosen": [...], "gain": ...}. None: all is as given.
         mixture_weights: Exact mixture weights [S][K], or None while they are learned; a row may be None, too: that
             block's are learned (in the last block of a token mixture: the gate's). A zero is a zero: that component is
             not run in that block.
@@ -138,7 +138,7 @@ class ManticoreConfig(PreTrainedConfig):
         head_mixture=None,
         mix_loss_weight=None,
         component_loss_weight=None,
-        loss_choice=None,
+        objective=None,
         mixture_weights=None,
         vocab_size=None,
         tokenizer_component=None,
@@ -169,8 +169,10 @@ class ManticoreConfig(PreTrainedConfig):
             if key not in CHOICES:
                 value = _nonnegative(key, value)
             setattr(self, key, value)
-        unsaid = mix_loss_weight is None and component_loss_weight is None
-        self.loss_choice = _check_loss_choice("strengths" if unsaid and preset == "default" else loss_choice)
+        unsaid = {"mixture_space": mixture_space is None}
+        unsaid["loss_weights"] = mix_loss_weight is None and component_loss_weight is None
+        left = [key for key, value in unsaid.items() if value and preset == "default"]
+        self.objective = _check_objective({"open": left} if left else objective)
         if self.projector != "linear" and projector_init in (None, "calibrated"):
             self.projector_init = "identity"
         self.calibration = calibration
@@ -426,10 +428,14 @@ def _positive_int(key, value):
     return value
 
 
-def _check_loss_choice(value):
-    if value is None or value == "strengths" or isinstance(value, dict) and isinstance(value.get("gain"), float):
-        return value
-    raise ManticoreError(f"loss_choice={show(value)} must be None, 'strengths', or what was measured.")
+def _check_objective(value):
+    known = {"mixture_space", "loss_weights"}
+    if value is not None:
+        keys = value.get("open", value.get("chosen")) if isinstance(value, dict) else None
+        measured = isinstance(value, dict) and ("open" in value or isinstance(value.get("gain"), float))
+        if not measured or not isinstance(keys, list) or not all(isinstance(k, str) and k in known for k in keys):
+            raise ManticoreError(f"objective={show(value)} must be None, or what is left open or was measured.")
+    return value
 
 
 def _nonnegative(key, value):

@@ -68,8 +68,48 @@ def weighted_sum(weights, terms):
     return _WeightedSum.apply(*weights, *terms)
 
 
+class _LogMean(torch.autograd.Function):
+    """log sum_k w_k softmax(x_k) of (w_1, ..., w_K, x_1, ..., x_K), w_k [..., 1]; one temporary of the logits' size."""
+
+    @staticmethod
+    def forward(*tensors):
+        weights, logits = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        total, norms = None, []
+        for weight, one in zip(weights, logits):
+            norms.append(one.logsumexp(-1, keepdim=True))
+            term = one + (weight.log() - norms[-1])
+            total = term if total is None else torch.logaddexp(total, term, out=total)
+        return total, *norms
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        count, needed = (len(ctx.saved_tensors) - 1) // 3, ctx.needs_input_grad
+        weights, logits = ctx.saved_tensors[:count], ctx.saved_tensors[count : 2 * count]
+        total, norms = ctx.saved_tensors[2 * count], ctx.saved_tensors[2 * count + 1 :]
+        # A token that no component thinks possible has no gradient.
+        grad = grad.masked_fill(total == -torch.inf, 0) if torch.isinf(total).any() else grad
+        out = [None] * (2 * count)
+        for k, (weight, one, norm) in enumerate(zip(weights, logits, norms)):
+            share = (one - norm - total).nan_to_num_(nan=-torch.inf).exp_().mul_(grad)  # p_k / p, times the gradient
+            dot = share.sum(-1, keepdim=True)
+            out[k] = dot if needed[k] else None
+            if needed[count + k]:
+                own = (one - norm).exp_().mul_(dot)
+                out[count + k] = share.sub_(own).mul_(weight)
+        return tuple(out)
+
+
 def mix_prob(weights, logits):
     """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong. See `weighted_sum`."""
+    per_token = all(not isinstance(w, float) and w.dim() == x.dim() for w, x in zip(weights, logits))
+    if per_token and len({x.dtype for x in (*weights, *logits)}) == 1 and not torch.compiler.is_compiling():
+        return _LogMean.apply(*weights, *logits)[0]
     terms = []
     for weight, one in zip(weights, logits):
         scale = math.log(weight) if isinstance(weight, float) else weight.log()

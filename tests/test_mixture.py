@@ -78,6 +78,46 @@ def test_weights_that_do_not_depend_on_the_token(mix, weights):
     torch.testing.assert_close(mix(weights, logits).softmax(-1), mean / mean.sum(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_arithmetic_mean_and_its_gradients(count):
+    logits = [(5 * draw(2, 3, 7, seed=k)).requires_grad_() for k in range(count)]
+    raw = draw(2, 3, count, seed=9).requires_grad_()
+    ours = mix_prob(list(raw.softmax(-1).split(1, -1)), logits)
+    plain = sum(raw.softmax(-1)[..., k, None] * one.softmax(-1) for k, one in enumerate(logits)).log()
+    torch.testing.assert_close(ours, plain)
+    seed = draw(2, 3, 7, seed=5)
+    for mine, theirs in zip(torch.autograd.grad(ours, [raw, *logits], seed),
+                            torch.autograd.grad(plain, [raw, *logits], seed)):  # fmt: skip
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-9)
+
+
+def test_the_arithmetic_mean_at_its_edges():
+    """A component that is silenced (weight 0), a token that all think impossible, and one that only one does."""
+    impossible = torch.zeros(1, 1, 4)
+    impossible[..., 0] = -torch.inf
+    other = impossible.clone()
+    other[..., 1] = -torch.inf
+    for weights, expected in (([1.0, 0.0], [0, 1 / 3, 1 / 3, 1 / 3]), ([0.5, 0.5], [0, 1 / 6, 5 / 12, 5 / 12])):
+        logits = [impossible.clone().requires_grad_(), other.clone().requires_grad_()]
+        weights = [torch.full((1, 1, 1), weight, requires_grad=True) for weight in weights]
+        out = mix_prob(weights, logits)
+        torch.testing.assert_close(out.exp(), torch.tensor(expected)[None, None])
+        out[..., 2].sum().backward()
+        assert all(one.grad.isfinite().all() for one in (*weights, *logits))
+    torch.testing.assert_close(logits[0].grad.sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("frozen", ["weights", "logits"])
+def test_the_arithmetic_mean_leaves_what_is_frozen_alone(frozen):
+    weights = [torch.full((2, 3, 1), 0.5, requires_grad=frozen != "weights") for _ in range(2)]
+    logits = [torch.randn(2, 3, 4, requires_grad=frozen != "logits") for _ in range(2)]
+    before = [one.detach().clone() for one in logits]
+    mix_prob(weights, logits).square().sum().backward()
+    assert all((one.grad is None) == (frozen == "weights") for one in weights)
+    assert all((one.grad is None) == (frozen == "logits") for one in logits)
+    assert all(torch.equal(one, other) for one, other in zip(logits, before))
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 7), (1, 1, 5), (3, 50, 11), (2, 0, 7)])
 @pytest.mark.parametrize("piece", [1, 1 << 19])
 def test_sureness(shape, piece, monkeypatch):

@@ -109,7 +109,7 @@ def test_a_resumed_search_ends_where_an_uninterrupted_one_does(trained, tmp_path
 
 
 def test_gaea_is_the_exponentiated_gradient(trained, tmp_path):
-    model = _hybrid(trained)
+    model = _hybrid(trained, mixture_space="logprob")
     text = _text(count=8)
     ids = torch.tensor(text["input_ids"])
     weights = torch.full((2,), 0.5, requires_grad=True)

@@ -1,5 +1,5 @@
-"""Whether components are good at different things, measured on components whose strengths are known; the loss weights
-that follow, and when they are chosen."""
+"""Whether components are good at different things, measured on components whose strengths are known; the objective
+that follows, and when it is chosen."""
 
 from types import SimpleNamespace
 
@@ -17,9 +17,10 @@ from manticore_hf.strengths import (
     ALIKE,
     SPECIALISTS,
     Strengths,
-    awaits_loss_choice,
-    choose_loss_weights,
+    awaits_objective,
+    choose_objective,
     difference_of_strengths,
+    say_objective,
 )
 from manticore_hf.train import StageArguments, run_stage
 
@@ -47,6 +48,13 @@ def hybrid_of(*losses):
     return SimpleNamespace(
         config=config, component=parts.get, device="cpu", training=False, train=lambda mode: None, eval=lambda: None
     )
+
+
+def config_of_two(**settings):
+    """A hybrid's configuration, as if it had the components of `hybrid_of`."""
+    config = ManticoreConfig(**settings)
+    config._component_names = ["c0", "c1"]
+    return config
 
 
 def rows(*starts, length=33):
@@ -113,33 +121,54 @@ def test_real_components_are_measured_by_their_own_losses():
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("losses", "weights"), [
-    ((high_and_low, low_and_high), SPECIALISTS), ((high_and_low, high_and_low), ALIKE)
+@pytest.mark.parametrize(("losses", "chosen", "word"), [
+    ((high_and_low, low_and_high), SPECIALISTS, "differ"), ((high_and_low, high_and_low), ALIKE, "are alike")
 ])  # fmt: skip
-def test_loss_weights_follow_the_strengths(losses, weights):
-    model = hybrid_of(*losses)
-    found = choose_loss_weights(model, rows(1, 9, 2, 10), window=8)
-    assert isinstance(found, Strengths)
-    assert (model.config.mix_loss_weight, model.config.component_loss_weight) == weights
-    assert model.config.loss_choice == {"gain": found.gain, "tokens": found.tokens, "window": 8}
-    assert ManticoreConfig(loss_choice=model.config.loss_choice, mix_loss_weight=1).loss_choice["window"] == 8
+def test_the_objective_follows_the_strengths(losses, chosen, word):
+    model, texts = hybrid_of(*losses), rows(1, 9, 2, 10)
+    model.config = config_of_two()
+    assert say_objective(model.config).startswith("chosen when")
+    found = choose_objective(model, texts, window=8)
+    config = model.config
+    assert isinstance(found, Strengths) and config.mixture_space == chosen["mixture_space"]
+    assert (config.mix_loss_weight, config.component_loss_weight) == chosen["loss_weights"]
+    assert config.objective == {
+        "chosen": ["mixture_space", "loss_weights"], "gain": found.gain, "tokens": found.tokens, "window": 8
+    }  # fmt: skip
+    assert f"strengths {word} on the text" in say_objective(config) and f"{found.gain:.3f}" in say_objective(config)
 
 
-def test_who_awaits_a_choice():
+def test_what_is_given_is_kept():
+    for given, left in (
+        ({"mixture_space": "logprob"}, ["loss_weights"]), ({"mix_loss_weight": 2.0}, ["mixture_space"])
+    ):  # fmt: skip
+        model = hybrid_of(high_and_low, low_and_high)
+        model.config = config_of_two(**given)
+        assert model.config.objective == {"open": left}
+        choose_objective(model, rows(1, 9, 2, 10), window=8)
+        for key, value in given.items():
+            assert getattr(model.config, key) == value
+        assert model.config.objective["chosen"] == left
+    both = ManticoreConfig(mixture_space="prob", component_loss_weight=0.5)
+    assert both.objective is None and say_objective(both) is None
+
+
+def test_who_awaits_an_objective():
     def made(**settings):
-        return ManticoreForCausalLM.from_components(pair(), num_blocks=settings.pop("num_blocks", 1), **settings)
+        return ManticoreForCausalLM.from_components(pair(), **{"num_blocks": 1, **settings})
 
-    assert awaits_loss_choice(made())
+    assert awaits_objective(made()) and awaits_objective(made(mix_loss_weight=1.0))
     for settings in (
-        {"mix_loss_weight": 1.0}, {"component_loss_weight": 0.5}, {"preset": "paper"}, {"num_blocks": 2},
+        {"mix_loss_weight": 1.0, "mixture_space": "prob"}, {"preset": "paper"}, {"num_blocks": 2},
         {"embeddings": "fresh"},
     ):  # fmt: skip
-        assert not awaits_loss_choice(made(**settings)), settings
-    with pytest.raises(ManticoreError, match="loss_choice='often' must be"):
-        ManticoreConfig(loss_choice="often", mix_loss_weight=1.0)
+        assert not awaits_objective(made(**settings)), settings
+    for wrong in ("often", {}, {"open": ["speed"]}, {"chosen": ["loss_weights"]}, {"open": [["loss_weights"]]}):
+        with pytest.raises(ManticoreError, match="objective=.* must be None, or what"):
+            ManticoreConfig(objective=wrong, mix_loss_weight=1.0, mixture_space="prob")
 
 
-def test_the_first_stage_that_trains_components_chooses(tmp_path, capsys):
+def test_the_first_stage_chooses(tmp_path, capsys):
     folder = save_pair(tmp_path, 700)
     parts, data = [str(folder / "neox"), str(folder / "mamba")], DataArguments(str(folder / "text.txt"), block_size=16)
     run_compose(parts, TrainingArguments(output_dir=str(tmp_path / "hybrid"), **QUIET), num_blocks=1)
@@ -149,24 +178,24 @@ def test_the_first_stage_that_trains_components_chooses(tmp_path, capsys):
         result = run_stage(name, StageArguments(str(tmp_path / start)), data, arguments)
         return result, ManticoreForCausalLM.from_pretrained(tmp_path / output)
 
-    _, gated = stage("pretrain", "hybrid", "gated")
-    assert awaits_loss_choice(gated)  # frozen components need none
-    result, tuned = stage("finetune", "gated", "tuned")
+    result, gated = stage("pretrain", "hybrid", "gated")
     # Two models with random weights: alike, and equally bad.
-    assert "strengths are alike" in capsys.readouterr().out
-    assert tuned.config.component_loss_weight == 1.0 and tuned.config.mix_loss_weight == 0.3
-    assert result["loss_weights"] == [0.3, 1.0] and result["loss_choice"] == tuned.config.loss_choice
-    assert not awaits_loss_choice(tuned)
-    _, again = stage("finetune", "tuned", "again")  # what was chosen stays
-    assert again.config.loss_choice == tuned.config.loss_choice and "strengths" not in capsys.readouterr().out
+    assert "Objective: strengths are alike" in capsys.readouterr().out and not awaits_objective(gated)
+    config = gated.config
+    assert config.mixture_space == "logprob" and config.component_loss_weight == 1.0 and config.mix_loss_weight == 0.3
+    assert result["objective"] == {
+        "mixture_space": "logprob", "mix_loss_weight": 0.3, "component_loss_weight": 1.0, "objective": config.objective
+    }  # fmt: skip
+    _, tuned = stage("finetune", "gated", "tuned")  # what was chosen stays
+    assert tuned.config.objective == config.objective and "Objective" not in capsys.readouterr().out
 
-    given = mixed_hybrid(mix_loss_weight=1.0)
+    given = mixed_hybrid(mix_loss_weight=1.0, mixture_space="prob")
     save(given, tmp_path / "given")
-    assert stage("finetune", "given", "asked")[0]["loss_weights"] == [1.0, 0.0]
+    assert stage("finetune", "given", "asked")[0]["objective"]["objective"] is None
 
 
 def test_a_recipe_cannot_say_what_was_measured(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("components: [a, b]\nhybrid:\n  loss_choice: strengths\n")
-    with pytest.raises(ManticoreError, match="recipe.yaml:3: hybrid.loss_choice: unknown key"):
+    file.write_text("components: [a, b]\nhybrid:\n  objective: {open: []}\n")
+    with pytest.raises(ManticoreError, match="recipe.yaml:3: hybrid.objective: unknown key"):
         load_recipe(file)

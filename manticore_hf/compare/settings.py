@@ -38,10 +38,12 @@ class CompareArguments:
         default=None, metadata={"help": "Kinds of projectors of hybrids of several blocks: linear, mlp, none."}
     )
     spaces: tuple | None = field(
-        default=None, metadata={"help": "Spaces in which predictions are mixed, of gates and hybrids: logprob, prob."}
+        default=None, metadata={"help": "Spaces in which predictions are mixed, of gates and hybrids: logprob, prob. "
+                                        "Default: both for gates; of a hybrid, what its recipe says or it chooses."}
     )
     loss_weights: tuple | None = field(
-        default=None, metadata={"help": "Pairs mix_loss_weight:component_loss_weight of the hybrids, as 1:0 or 0.3:1."}
+        default=None, metadata={"help": "Pairs mix_loss_weight:component_loss_weight of the hybrids, as 1:0 or 0.3:1. "
+                                        "Default: what the recipe says, or the hybrid chooses."}
     )
     from_tuned: bool = field(
         default=False, metadata={"help": "Also start every hybrid from the components that were tuned alone."}
@@ -80,7 +82,8 @@ class CompareArguments:
     def gate_grid(self):
         """Settings of gates over tuned components to choose from."""
         rates = [{"gate_learning_rate": rate} for rate in self.gate_learning_rates or ()] or [{}]
-        return [{**space, **rate} for space in self._spaces() for rate in rates]
+        spaces = [{"mixture_space": space} for space in self.spaces or CHOICES["mixture_space"]]
+        return [{**space, **rate} for space in spaces for rate in rates]
 
     def hybrid_grid(self, recipe):
         """Settings of hybrids to choose from: those of fine-tuning, with every space and pair of loss weights."""
