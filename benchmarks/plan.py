@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py --output benchmarks/results/plan.json
 
-Every case trains in a process of its own, with the project's Trainers, a hybrid of random weights (6M to 70M
+Every case trains in a process of its own, with the project's Trainers, a hybrid of random weights (6M to 35M
 parameters) for a few steps, and measures
 * the process's peak resident memory (VmHWM, reset after the imports and a warm-up, with glibc told to give memory back
   at once), minus what was resident before the model was built;
@@ -19,45 +19,40 @@ import tempfile
 from pathlib import Path
 
 SMALL = {"vocab_size": 4000, "hidden_size": 192}
-LARGER = {"vocab_size": 16000, "hidden_size": 512}
+LARGER = {"vocab_size": 12000, "hidden_size": 384}
 PAIRS = {
     "neox+mamba, small": [
         ("gpt_neox", {**SMALL, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 768}),
         ("mamba", {**SMALL, "num_hidden_layers": 6}),
     ],
     "neox+mamba": [
-        ("gpt_neox", {**LARGER, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 2048}),
-        ("mamba", {**LARGER, "num_hidden_layers": 8}),
+        ("gpt_neox", {**LARGER, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}),
+        ("mamba", {**LARGER, "num_hidden_layers": 6}),
     ],
     "llama+mamba2": [
-        ("llama", {**LARGER, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2,
-                   "intermediate_size": 1376}),
-        ("mamba2", {**LARGER, "num_hidden_layers": 6, "num_heads": 16, "head_dim": 64, "n_groups": 1,
+        ("llama", {**LARGER, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2,
+                   "intermediate_size": 1024}),
+        ("mamba2", {**LARGER, "num_hidden_layers": 6, "num_heads": 12, "head_dim": 64, "n_groups": 1,
                     "state_size": 64}),
     ],
 }  # fmt: skip
-BASE = {"stage": "finetune", "pair": "neox+mamba", "num_blocks": 1, "batch": 4, "length": 512}
+BASE = {"stage": "finetune", "pair": "neox+mamba", "num_blocks": 1, "batch": 4, "length": 256}
 CASES = [
-    {"pair": "neox+mamba, small", "batch": 16, "length": 256},
-    {"pair": "neox+mamba, small", "batch": 4, "length": 1024},
-    {"pair": "neox+mamba, small", "batch": 4, "length": 1024, "gradient_checkpointing": True},
     {},
     {"bf16": True},
     {"gradient_checkpointing": True},
     {"gradient_checkpointing": True, "bf16": True},
-    {"gradient_accumulation_steps": 2},
-    {"batch": 1, "length": 2048},
-    {"num_blocks": 2},
+    {"pair": "llama+mamba2"},
     {"stage": "pretrain"},
-    {"stage": "pretrain", "num_blocks": 2},
     {"stage": "search", "num_blocks": 2},
     {"stage": "harden"},
     {"lora": True},
-    {"pair": "llama+mamba2"},
-    {"pair": "llama+mamba2", "bf16": True},
-    {"pair": "llama+mamba2", "gradient_checkpointing": True, "length": 1024},
+    {"gradient_accumulation_steps": 2},
+    {"pair": "llama+mamba2", "bf16": True, "gradient_checkpointing": True, "length": 512},
+    {"pair": "neox+mamba, small", "batch": 8, "length": 256},
+    {"pair": "neox+mamba, small", "batch": 2, "length": 1024, "gradient_checkpointing": True},
     {"pair": "llama+mamba2", "stage": "pretrain", "bf16": True, "num_blocks": 2},
-    {"pair": "llama+mamba2", "optim": "sgd"},
+    {"num_blocks": 2, "optim": "sgd"},
 ]
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
                "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
@@ -106,7 +101,7 @@ def make_trainer(case, folder):
 
     config, stage = configuration(case), case["stage"]
     model = ManticoreForCausalLM(config)
-    rows = case["batch"] * case.get("gradient_accumulation_steps", 1) * 3
+    rows = case["batch"] * case.get("gradient_accumulation_steps", 1) * 2
     ids = torch.randint(0, config.vocab_size, (rows, case["length"])).tolist()
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})
     settings = {key: case[key] for key in _TRAINING if key in case}
@@ -128,7 +123,7 @@ def make_trainer(case, folder):
         set_stage(model, STAGES.get(stage, "finetune"))
     arguments = kind(
         output_dir=folder, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1000,
-        max_steps=3, per_device_train_batch_size=case["batch"], dataloader_pin_memory=False, **settings,
+        max_steps=2, per_device_train_batch_size=case["batch"], dataloader_pin_memory=False, **settings,
     )  # fmt: skip
     return trainer(model=model, args=arguments, train_dataset=data, **more)
 

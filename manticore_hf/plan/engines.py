@@ -48,6 +48,7 @@ class Option:
         batch: Rows per device and micro-batch.
         parts: {what: bytes on one device}; their sum is the peak.
         operations: FLOPs of a micro-batch on one device.
+        eval_batch: Rows of the evaluation at the stage's end, where they must be fewer than the stage's; else None.
         host: Bytes of the node's memory that it takes (offloaded parameters, all devices of the machine), or None.
         fits: Whether the peak is within what is usable.
     """
@@ -57,6 +58,7 @@ class Option:
     parts: dict
     operations: int
     host: int | None = None
+    eval_batch: int | None = None
     fits: bool = field(default=False)
 
     @property
@@ -228,10 +230,33 @@ class StagePlanner:
         if gradients + step > held + activations:
             parts["gradients"], parts["activations"] = gradients, step
 
+    def _evaluate(self, option, name):
+        """Has the peak be that of the evaluation at the stage's end, if it is higher; with fewer rows if it must be."""
+        rows, parts = self.task.eval_batch, option.parts
+        if rows is None:
+            return
+        training = parts.get("gradients", 0) + parts["activations"]
+        rest = option.peak - training
+        while rows > 1 and rest + self._evaluation(name, rows) > max(self.machine.usable, option.peak):
+            rows //= 2
+        made = self._evaluation(name, rows)
+        option.eval_batch = rows if rows != self.task.eval_batch else None
+        if made > training:
+            option.parts = {key: value for key, value in parts.items() if key not in ("gradients", "activations")}
+            option.parts["evaluation"] = made
+
+    def _evaluation(self, name, rows):
+        key = (name, rows, "evaluation")
+        if key not in self._costs:
+            autocast = self.task.autocast if name != "adapted" else torch.bfloat16
+            self._costs[key] = getattr(self, name).evaluation(rows, self.task.length, autocast)
+        return self._costs[key].activations
+
     def _finish(self, engine, checkpointing, batch, parts, name, offload=False):
         label = engine + (" + activation checkpointing" if checkpointing and "LoRA" not in engine else "")
         label += " + CPU offload" if offload else ""
         out = Option(label, batch, parts, self._cost(name, batch, checkpointing).operations)
+        self._evaluate(out, name)
         out.fits = out.peak <= self.machine.usable
         return out
 

@@ -3,11 +3,14 @@
     manticore-hf plan recipes/poc.yaml --devices 8 --memory 80GB
 """
 
+import contextlib
 import math
+import warnings
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from manticore_hf.files import write_json
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
@@ -157,6 +160,8 @@ def _advise(task, choice, options, machine):
     if choice.batch != task.batch:
         steps = task.accumulation * task.batch // choice.batch
         out.append(f"per_device_train_batch_size: {choice.batch}, gradient_accumulation_steps: {steps}")
+    if choice.eval_batch is not None:
+        out.append(f"per_device_eval_batch_size: {choice.eval_batch}")
     if choice.host:
         out.append(f"the node needs {choice.host / 1e9:,.0f} GB of memory for what is offloaded")
     return out or ["as it is"]
@@ -188,13 +193,24 @@ def _overall(plan):
     return f"Fits: {ways}; {sum(hours):.1f} hours in all, at the stated utilisation."
 
 
+@contextlib.contextmanager
+def _quietly():
+    """Without Transformers' remarks on kernels that are not installed: a plan runs none."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def main(args):
     """`manticore-hf plan`."""
-    plan = make_plan(
-        args.recipe, args.devices, args.memory, device=args.device, flops=args.flops, utilization=args.utilization,
-        reserve=args.reserve, tokens=args.tokens, sequence_length=args.sequence_length, batch_size=args.batch_size,
-        configs=args.configs,
-    )  # fmt: skip
+    keys = ("device", "flops", "utilization", "reserve", "tokens", "sequence_length", "batch_size", "configs")
+    with _quietly():
+        plan = make_plan(args.recipe, args.devices, args.memory, **{key: getattr(args, key) for key in keys})
     print_plan(plan)
     if args.output_dir is not None:
         output = Path(args.output_dir)

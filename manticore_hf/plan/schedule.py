@@ -37,6 +37,7 @@ class Task:
         dtype, autocast: Of the weights; of mixed precision, or None.
         batch, accumulation, length, checkpointing: Rows per device, micro-batches per step, tokens per row, and whether
             activations are recomputed.
+        eval_batch: Rows per device of the losses that end the stage; None if it has no validation text.
         tokens: Tokens that the stage reads in all, None where they cannot be counted; `counted` says how.
     """
 
@@ -51,6 +52,7 @@ class Task:
     accumulation: int
     length: int
     checkpointing: bool
+    eval_batch: int | None = None
     tokens: int | None = None
     counted: str = ""
 
@@ -103,6 +105,8 @@ def make_task(subject, stage, settings, length=None, tokens=None, devices=1):
         given["per_device_train_batch_size"], given["gradient_accumulation_steps"], rows,
         bool(given["gradient_checkpointing"]),
     )  # fmt: skip
+    if data is not None and data.validation_fraction:
+        task.eval_batch = given["per_device_eval_batch_size"]
     if stage == "calibrate":
         task.tokens, task.counted = given["tokens"], "the stage's tokens"
         return task

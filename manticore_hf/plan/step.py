@@ -139,6 +139,33 @@ class Rehearsal:
         # The covariance, its vectors, the rotated sums, and a weight, in float64, and what the solver works in
         return cost, 6 * 8 * self.config.hidden_size**2
 
+    def evaluation(self, batch, length, autocast=None):
+        """Runs one batch of the losses that end a stage (`compare_losses`): of components, ensemble and hybrid."""
+        route = self.config.route
+        names = [] if route else self.config.component_names
+
+        @torch.no_grad()
+        def run(ids):
+            def loss(logits):
+                F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+
+            mean = 0.0
+            for name in names:
+                logits = self.hybrid.component(name)(input_ids=ids, use_cache=False).logits
+                logprobs = logits[..., : self.config.vocab_size].float().log_softmax(-1)
+                loss(logprobs)
+                mean = mean + logprobs / len(names)
+            if names:
+                loss(mean)
+            loss(self.model(input_ids=ids, use_cache=False).logits)
+
+        self.model.eval()
+        try:
+            with self._mixed(autocast):
+                return self._count(run, batch, length)
+        finally:
+            self.model.train()
+
     def _count(self, run, batch, length):
         with kernels.on(self.device):
             with self.ledger:
