@@ -35,7 +35,7 @@ def main(argv=None):
         return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     adds = (_add_demo, _add_run, _add_convert, _add_evaluate, _add_compare, _add_inspect, _add_report, _add_push)
-    for add in (*adds, _add_mad, _add_mad_profile, _add_lra):
+    for add in (*adds, _add_plan, _add_mad, _add_mad_profile, _add_lra):
         add(commands)
     for name, text in STAGES.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -211,6 +211,34 @@ def _inspect(args):
     from manticore_hf.inspection import run_inspect
 
     run_inspect(args.model, args.revision, args.json)
+
+
+def _add_plan(commands):
+    command = commands.add_parser(
+        "plan",
+        help="does a recipe fit, on which engine, and how long does it take, before weights are downloaded",
+        description="Estimates memory, FLOPs and hours of every stage of a recipe (or of fine-tuning a saved hybrid) "
+        "from configurations alone, and says with which engine it fits: one device, DDP, FSDP2, with activation "
+        "checkpointing, with CPU offload, LoRA or QLoRA. A training step is run on tensors without storage.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("recipe", help="the YAML file, or a saved hybrid: directory or Hub repo")
+    command.add_argument("--devices", type=int, default=1, help="number of devices")
+    command.add_argument("--memory", default="80GB", help="memory of each device: 80GB (10^9), 24GiB (2^30) or bytes")
+    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device")
+    command.add_argument("--flops", type=float, default=989e12,
+                         help="FLOP/s of a device at best, in the type computed in (H100, bf16: 989e12)")  # fmt: skip
+    command.add_argument("--utilization", type=float, default=0.35, help="share of them that training reaches")
+    command.add_argument("--reserve", type=float, default=0.08,
+                         help="share of the memory left to context, communication and fragments")  # fmt: skip
+    command.add_argument("--tokens", help="tokens of the training text: 500M, 5e8 (default: counted where the text is "
+                         "here, else the recipe's max_tokens)")  # fmt: skip
+    command.add_argument("--sequence-length", type=int, help="tokens per row (default: the recipe's block_size)")
+    command.add_argument("--batch-size", type=int, help="rows per device and micro-batch (default: the stages')")
+    command.add_argument("--configs", help="directory with org/name/config.json of components, read instead of the "
+                         "Hub (for gated or offline models)")  # fmt: skip
+    command.add_argument("--output-dir", help="also write plan.json, with every number, there")
+    command.set_defaults(run=_later("manticore_hf.plan.run"))
 
 
 def _add_report(commands):

@@ -42,7 +42,8 @@ def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True
 
         mean = 0.0
         for name in names:
-            logprobs = model.component(name)(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            logits = model.component(name)(input_ids=ids, use_cache=False).logits
+            logprobs = logits[..., : model.config.vocab_size].float().log_softmax(-1)  # without rows that only pad
             sums[name] += loss(logprobs)
             mean = mean + logprobs / len(names)
         if names:

@@ -107,25 +107,26 @@ class Resolved:
         return f"{self.name!r} ({self.repo_id or self.directory or type(self.model).__name__})"
 
 
-def resolve(spec, hub):
+def resolve(spec, hub, weights=True):
     """Finds a component's configuration and refuses what cannot be joined.
 
     Args:
         spec: A ComponentSpec.
         hub: Keyword arguments for the Hub client: token, cache_dir, local_files_only.
+        weights: Whether to refuse a component without readable weights; only then are they asked for.
 
     Raises:
         ManticoreError: Names the component and the reason.
     """
     if isinstance(spec.source, PreTrainedModel):
         return _resolve_model(spec)
-    found = _resolve_address(spec, hub)
+    found = _resolve_address(spec, hub, weights)
     if spec.model is not None:
         _replace(found, spec)
     return found
 
 
-def _resolve_address(spec, hub):
+def _resolve_address(spec, hub, weights):
     source = os.fspath(spec.source)
     if os.path.isdir(source):
         found = Resolved(_name(spec, os.path.basename(os.path.abspath(source))), None, directory=source)
@@ -134,10 +135,11 @@ def _resolve_address(spec, hub):
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise ManticoreError(f"Component {found.name!r}: the directory {folder!r} has no config.json.")
         _read_config(found, folder)
-        _check_weight_files(found, lambda file: os.path.isfile(os.path.join(folder, file)))
+        if weights:
+            _check_weight_files(found, lambda file: os.path.isfile(os.path.join(folder, file)))
         found.license = read_license(os.path.join(source, "README.md"))
         return found
-    return _resolve_repo(spec, source, hub)
+    return _resolve_repo(spec, source, hub, weights)
 
 
 def _resolve_model(spec):
@@ -177,7 +179,7 @@ def _replace(found, spec):
     found.model, found.config, found.transplant = model, model.config, spec.transplant
 
 
-def _resolve_repo(spec, source, hub):
+def _resolve_repo(spec, source, hub, weights):
     repo_id, _, revision = source.partition("@")
     if revision and spec.revision and revision != spec.revision:
         raise ManticoreError(f"Component {source!r}: revision={spec.revision!r} contradicts '@{revision}'.")
@@ -231,7 +233,8 @@ def _resolve_repo(spec, source, hub):
 
         return HfApi(token=hub.get("token")).file_exists(repo_id, path, revision=found.revision)
 
-    _check_weight_files(found, exists)
+    if weights:
+        _check_weight_files(found, exists)
     found.license = read_license(get("README.md", required=False, commit=found.revision, folder=None))
     return found
 

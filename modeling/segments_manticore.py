@@ -164,16 +164,21 @@ def _watch_children(component, stack, anatomy):
         )
 
 
+def layer_kind(layer):
+    """What two layers of the same kind have in common: modules, shapes and settings (windows)."""
+    kind = []
+    for name, module in layer.named_modules():
+        shapes = tuple((key, *tensor.shape) for key, tensor in module.named_parameters(recurse=False))
+        values = [(key, x if isinstance(x, (str, bool)) else type(x)) for key, x in vars(module).items()]
+        kind.append((name, type(module), shapes, tuple(values)))
+    return tuple(kind)
+
+
 def _one_of_each(layers):
-    """Indices of the layers that are the first of their kind: other modules, shapes or settings (windows)."""
+    """Indices of the layers that are the first of their kind."""
     kinds = {}
     for i, layer in enumerate(layers):
-        kind = []
-        for name, module in layer.named_modules():
-            shapes = tuple((key, *tensor.shape) for key, tensor in module.named_parameters(recurse=False))
-            values = [(key, x if isinstance(x, (str, bool)) else type(x)) for key, x in vars(module).items()]
-            kind.append((name, type(module), shapes, tuple(values)))
-        kinds.setdefault(tuple(kind), i)
+        kinds.setdefault(layer_kind(layer), i)
     return sorted(kinds.values())
 
 

@@ -1,0 +1,211 @@
+"""`manticore-hf plan` against measurement: peak memory of real training runs on the CPU.
+
+    python benchmarks/plan.py --output benchmarks/results/plan.json
+
+Every case trains in a process of its own, with the project's Trainers, a hybrid of random weights (6M to 35M
+parameters) for a few steps, and measures
+* the process's peak resident memory (VmHWM, reset after the imports and a warm-up, with glibc told to give memory back
+  at once), minus what was resident before the model was built;
+* the peak of torch's CPU allocator in one micro-batch, from torch.profiler, which also sees what kernels allocate.
+Neither knows of the estimator, which is run in the parent process from the configurations alone.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SMALL = {"vocab_size": 4000, "hidden_size": 192}
+LARGER = {"vocab_size": 12000, "hidden_size": 384}
+PAIRS = {
+    "neox+mamba, small": [
+        ("gpt_neox", {**SMALL, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 768}),
+        ("mamba", {**SMALL, "num_hidden_layers": 6}),
+    ],
+    "neox+mamba": [
+        ("gpt_neox", {**LARGER, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}),
+        ("mamba", {**LARGER, "num_hidden_layers": 6}),
+    ],
+    "llama+mamba2": [
+        ("llama", {**LARGER, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2,
+                   "intermediate_size": 1024}),
+        ("mamba2", {**LARGER, "num_hidden_layers": 6, "num_heads": 12, "head_dim": 64, "n_groups": 1,
+                    "state_size": 64}),
+    ],
+}  # fmt: skip
+BASE = {"stage": "finetune", "pair": "neox+mamba", "num_blocks": 1, "batch": 4, "length": 256}
+CASES = [
+    {},
+    {"bf16": True},
+    {"gradient_checkpointing": True},
+    {"gradient_checkpointing": True, "bf16": True},
+    {"pair": "llama+mamba2"},
+    {"stage": "pretrain"},
+    {"stage": "search", "num_blocks": 2},
+    {"stage": "harden"},
+    {"lora": True},
+    {"gradient_accumulation_steps": 2},
+    {"pair": "llama+mamba2", "bf16": True, "gradient_checkpointing": True, "length": 512},
+    {"pair": "neox+mamba, small", "batch": 8, "length": 256},
+    {"pair": "neox+mamba, small", "batch": 2, "length": 1024, "gradient_checkpointing": True},
+    {"pair": "llama+mamba2", "stage": "pretrain", "bf16": True, "num_blocks": 2},
+    {"num_blocks": 2, "optim": "sgd"},
+]
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
+               "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+_TRAINING = ("gradient_checkpointing", "gradient_accumulation_steps", "bf16", "optim")
+
+
+def configuration(case):
+    """The case's ManticoreConfig."""
+    from transformers import AutoConfig
+
+    from manticore_hf import ManticoreConfig
+
+    parts = [{"name": kind, "config": AutoConfig.for_model(kind, **values)} for kind, values in PAIRS[case["pair"]]]
+    settings = {"mixture": "static"} if case["stage"] == "search" else {}
+    return ManticoreConfig(components=parts, num_blocks=case["num_blocks"], **settings)
+
+
+def estimate(case):
+    """The plan's Option for a case: one CPU device, nothing but what the configurations say."""
+    from manticore_hf.plan.engines import Machine, StagePlanner
+    from manticore_hf.plan.schedule import make_task
+    from manticore_hf.plan.subject import Subject
+
+    settings = {key: case[key] for key in _TRAINING if key in case}
+    settings["per_device_train_batch_size"] = case["batch"]
+    if case["stage"] == "harden":
+        settings["route"] = PAIRS[case["pair"]][0][0]
+    subject = Subject("case", configuration(case), [(case["stage"], settings)])
+    task = make_task(subject, case["stage"], settings, length=case["length"])
+    planner = StagePlanner(task, Machine(1, 10**15, 0.0, "cpu"))
+    if case.get("lora"):
+        return planner.lora(case["batch"])
+    return planner.whole(case["batch"], task.checkpointing)
+
+
+def make_trainer(case, folder):
+    """A Trainer as the stage makes it, and the micro-batch that it reads."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+    from manticore_hf import ManticoreForCausalLM, SearchArguments, SearchTrainer, harden, lora_config, set_stage
+    from manticore_hf.heal import HealTrainer
+    from manticore_hf.stages import fix_alpha
+    from manticore_hf.train import STAGES, HybridTrainer
+
+    config, stage = configuration(case), case["stage"]
+    model = ManticoreForCausalLM(config)
+    rows = case["batch"] * case.get("gradient_accumulation_steps", 1) * 2
+    ids = torch.randint(0, config.vocab_size, (rows, case["length"])).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    settings = {key: case[key] for key in _TRAINING if key in case}
+    kind, trainer, more = TrainingArguments, HybridTrainer, {}
+    if stage == "search":
+        kind, trainer = SearchArguments, SearchTrainer
+    elif stage == "finetune":
+        fix_alpha(model)
+    if stage == "harden":
+        soft, model = fix_alpha(model), harden(fix_alpha(model), PAIRS[case["pair"]][0][0])
+        trainer, more = HealTrainer, {"teacher": soft}
+    if case.get("lora"):
+        from peft import get_peft_model
+
+        model = model.to(torch.bfloat16).requires_grad_(False)
+        model = get_peft_model(model, lora_config(model, r=16))
+        settings |= {"gradient_checkpointing": True, "bf16": True}
+    else:
+        set_stage(model, STAGES.get(stage, "finetune"))
+    arguments = kind(
+        output_dir=folder, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1000,
+        max_steps=2, per_device_train_batch_size=case["batch"], dataloader_pin_memory=False, **settings,
+    )  # fmt: skip
+    return trainer(model=model, args=arguments, train_dataset=data, **more)
+
+
+def resident(key):
+    """VmRSS or VmHWM of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def measure(case):
+    """Peak of a training run in this process, in bytes."""
+    import torch
+
+    torch.manual_seed(0)
+    tiny = {**case, "batch": 1, "length": 32}
+    with tempfile.TemporaryDirectory() as folder:
+        kept, PAIRS[case["pair"]] = PAIRS[case["pair"]], [
+            (kind, {**values, "num_hidden_layers": 2, "vocab_size": 500}) for kind, values in PAIRS[case["pair"]]
+        ]  # fmt: skip
+        make_trainer(tiny, folder).train()  # whatever is imported, compiled and allocated once
+        PAIRS[case["pair"]] = kept
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        trainer = make_trainer(case, folder)
+        trainer.train()
+        peak = resident("VmHWM") - before
+    return {"resident": peak, "allocator": micro_batch(trainer, case)}
+
+
+def micro_batch(trainer, case):
+    """Peak of torch's allocator over what was there, in one micro-batch."""
+    import torch
+
+    trainer.model.zero_grad(set_to_none=True)
+    model = trainer.model_wrapped
+    ids = torch.randint(0, 100, (case["batch"], case["length"]))
+    inputs = {"input_ids": ids, "labels": ids.clone()}
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(ids.numel()))
+        loss.backward()
+    now = peak = 0
+    events = (one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]")
+    for event in sorted(events, key=lambda one: one.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case is not None:
+        print(json.dumps(measure(json.loads(args.case))))
+        return
+    results = []
+    for number, case in enumerate(CASES):
+        if args.only is not None and number not in args.only:
+            continue
+        case = {**BASE, **case}
+        option = estimate(case)
+        child = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True,
+                               env={**os.environ, **ENVIRONMENT})  # fmt: skip
+        if child.returncode:
+            print(child.stderr[-2000:])
+            raise SystemExit(f"case {number} failed")
+        found = json.loads(child.stdout.splitlines()[-1])
+        step = sum(option.parts[key] for key in ("gradients", "activations"))
+        row = {"case": case, "estimate": option.parts, "peak": option.peak, **found}
+        row["ratio"] = option.peak / found["resident"]
+        results.append(row)
+        print(f"{number:>2} {option.peak / 1e6:9.1f} MB planned {found['resident'] / 1e6:9.1f} resident "
+              f"{row['ratio']:.3f}; micro-batch {step / 1e6:9.1f} planned {found['allocator'] / 1e6:9.1f} allocated; "
+              f"{case}", flush=True)  # fmt: skip
+        if args.output:
+            Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

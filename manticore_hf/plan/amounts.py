@@ -1,0 +1,51 @@
+"""Bytes, operations and hours: read from what people type, written as they read."""
+
+import re
+
+from manticore_hf.modeling.bounds_manticore import ManticoreError, show
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "pi": 2**50}
+
+
+def parse_bytes(text, name="memory"):
+    """ "80GB" (10**9), "24GiB" (2**30), "80G" or a plain number of bytes -> bytes.
+
+    Raises:
+        ManticoreError: It is no positive amount.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmgtp]i?)?b?\s*", str(text).lower())
+    value = float(found[1]) * (_UNITS | _BINARY)[found[2] or ""] if found else 0
+    if not 0 < value < 10**18:
+        raise ManticoreError(f"{name}={show(text)} is no amount of memory; give for example 80GB, 24GiB or 8e10.")
+    return int(value)
+
+
+def parse_count(text, name):
+    """ "5e8", "500M", "1.2B" or a plain number -> integer.
+
+    Raises:
+        ManticoreError: It is no positive number.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmbt])?\s*", str(text).lower())
+    value = float(found[1]) * {**_UNITS, "b": 10**9}[found[2] or ""] if found else 0
+    if not 1 <= value < 10**18:
+        raise ManticoreError(f"{name}={show(text)} is no number of tokens; give for example 500M or 5e8.")
+    return int(value)
+
+
+def short_memory(size):
+    """Bytes as GB (10**9), or MB where it is less than one."""
+    if size is None:
+        return "-"
+    unit, name = next(((n, u) for n, u in ((1e9, "GB"), (1e6, "MB")) if size >= n / 10), (1e3, "kB"))
+    return f"{size / unit:,.1f} {name}"
+
+
+def short_time(hours):
+    """Hours, or minutes, or days."""
+    if hours is None:
+        return "?"
+    if hours < 1:
+        return f"{max(hours * 60, 0.1):.1f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:.1f} days"

@@ -1,0 +1,64 @@
+"""What a hybrid's cache holds while it generates: bytes that grow with the tokens, and bytes that do not.
+
+One layer of each kind is run once with a cache, without storage; the others hold the same.
+"""
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache
+
+from manticore_hf.inspection import _memory
+from manticore_hf.modeling.segments_manticore import _one_of_each, _Shell, layer_kind, pick_config
+from manticore_hf.plan import kernels
+
+_SHORT = 8  # tokens that no window is shorter than
+
+
+def cache_sizes(model, tokens, batch=1):
+    """Bytes of cache of every component.
+
+    Args:
+        model: A whole hybrid on the meta device; its dtype is the cache's.
+        tokens: Length of the sequences.
+        batch: Sequences.
+
+    Returns:
+        {component: {"per_token": bytes that each token of a sequence adds (while no window is full), "constant": bytes
+        of a sequence's states, "total": bytes of `batch` sequences of `tokens` tokens}}.
+    """
+    out = {}
+    for name in model.config.component_names:
+        short, full = _run(model, name, min(_SHORT, tokens), 1), _run(model, name, tokens, batch)
+        out[name] = {
+            "per_token": sum(times * one["cache_bytes_per_token"] for times, one in short),
+            "constant": sum(times * one["state_bytes"] for times, one in short),
+            "total": sum(times * (one["cache_bytes_per_token"] * tokens + one["state_bytes"]) for times, one in full),
+        }
+    return out
+
+
+def _run(model, name, tokens, batch):
+    """[(layers of a kind, what one of them holds)]."""
+    component = model.component(name)
+    anatomy = model._cuts.anatomy(component)
+    stack = component.get_submodule(anatomy.path)
+    layers = list(getattr(stack, anatomy.layers))
+    first = _one_of_each(layers)
+    kinds = [layer_kind(layer) for layer in layers]
+    shell, cache = _Shell(stack), DynamicCache(config=stack.config)
+    kept = nn.ModuleList([layers[i] for i in first])
+    shell.own = {"_modules": {**stack._modules, anatomy.layers: kept}, "config": pick_config(stack.config, first)}
+    shell.follow()
+    width = component.get_input_embeddings().weight.shape[1]
+    was_training = stack.training
+    stack.eval()
+    try:
+        with kernels.assumed("cpu"), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            hidden = torch.zeros(batch, tokens, width, device="meta", dtype=model.dtype)
+            mask = torch.ones(batch, tokens, dtype=torch.long, device="meta")
+            given = {anatomy.cache_argument: cache} if anatomy.cache_argument is not None else {}
+            shell.module(inputs_embeds=hidden, attention_mask=mask, use_cache=True, **given)
+    finally:
+        stack.train(was_training)
+    return [(kinds.count(kinds[i]), _memory([cache.layers[i]], tokens)) for i in first]

@@ -1,0 +1,147 @@
+"""Which kernels a step is assumed to run on, what they allocate inside themselves, and operations torch does not count.
+
+On the CPU: the kernels that would run here. On CUDA: attention that stores nothing of the length squared (scaled dot
+product attention's flash kernels, which torch takes where the model states no mask of its own), and for state-space
+layers what runs without mamba-ssm: our scan and Transformers' convolution and chunked scan. With mamba-ssm less is
+stored; nobody has measured how much less here.
+"""
+
+import contextlib
+import inspect
+import math
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from transformers import masking_utils
+from transformers.integrations import moe
+
+from manticore_hf.modeling import fast_mixers_manticore
+from manticore_hf.modeling.scan_kernel_manticore import find_kernel
+from manticore_hf.modeling.scan_manticore import CHUNK, _shared
+
+NOTES = {
+    "cuda": "attention by scaled_dot_product_attention's flash kernels; state-space layers by the portable scan "
+            "(mamba-ssm's kernels store less)",
+    "cpu": "the kernels of this machine",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def assumed(device):
+    """Context in which fake tensors take the paths that tensors on `device` ("cpu" or "cuda") would take."""
+    with contextlib.ExitStack() as stack:
+        # It looks at the values of positions, of which there are none. Rows of packed text have one sequence each.
+        stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None))
+        stack.enter_context(mock.patch.object(moe, "_grouped_mm", _one_group))
+        if device == "cuda":
+            upstream = mock.patch.object(fast_mixers_manticore, "_leave_to", lambda up, *_: inspect.unwrap(up))
+            stack.enter_context(upstream)
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _without_dropout))
+        yield
+
+
+def _one_group(given, weight, offs):
+    """Same rows, products and gradients, whichever expert a row goes to; fake tensors lack the real one in float32."""
+    with torch.autocast("cpu", enabled=False):
+        return given.to(weight.dtype) @ weight[0]
+
+
+_attend = F.scaled_dot_product_attention
+
+
+def _without_dropout(*args, **kwargs):
+    """CUDA's kernels drop out inside; the CPU's, which fake tensors would run, do not, and would store the scores."""
+    return _attend(*args, **{**kwargs, "dropout_p": 0.0})
+
+
+def group_experts(model):
+    """Lets experts run in groups: the only way whose sizes do not depend on where the router sends a token."""
+    for name in model.config.component_names:
+        if any(".experts." in key for key, _ in model.component(name).named_parameters()):
+            model.component(name).set_experts_implementation("grouped_mm")
+
+
+def portable_scan(device):
+    """Whether the scan's torch path is assumed, which copies its inputs; else numba's, which does not."""
+    if device == "cuda":
+        return True
+    return find_kernel(torch.zeros(1, 1, 1), 16, torch.float32) is None
+
+
+_SCAN, _SCAN_BACKWARD = (op.overloadpacket for op in _shared.ops)
+_device = ["cpu"]
+
+
+@contextlib.contextmanager
+def on(device):
+    """Context of a step on a device: `assumed`, and its scratch."""
+    _device.append(device)
+    try:
+        with assumed(device):
+            yield
+    finally:
+        _device.pop()
+
+
+def scratch(packet, args, kwargs):
+    """Bytes that an operation allocates beside its results and frees before it returns.
+
+    Args:
+        packet: The operation, without overload.
+        args, kwargs: What it is called with.
+    """
+    if packet is _SCAN:
+        return _scan_scratch(args)
+    return _scan_backward_scratch(args) if packet is _SCAN_BACKWARD else 0
+
+
+def _copied(tensors, order):
+    """Bytes of the float32 copies that the scan makes of its inputs, unless they lie as it reads them."""
+    return sum(
+        4 * x.numel() for x in tensors if x.dtype != torch.float32 or not x.permute(order).is_contiguous()
+    )
+
+
+def _scan_scratch(args):
+    u, dt, A, B, C = args[:5]
+    if not portable_scan(_device[-1]):
+        return _copied((u, dt, B, C), (0, 2, 1))
+    buffers = 8 * min(CHUNK, u.shape[2]) * u.shape[0] * A.numel()
+    # The inputs, their product, and the result before its dimensions are put into order
+    return _copied((u, dt, B, C), (2, 0, 1)) + 4 * u.numel() + buffers
+
+
+def _scan_backward_scratch(args):
+    u, dt, A, B, C, _, dy = args[:7]
+    if not portable_scan(_device[-1]):
+        threads = torch.get_num_threads() if _device[-1] == "cpu" else 1
+        return _copied((u, dt, B, C, dy), (0, 2, 1)) + (threads - 1) * 8 * B.numel()
+    buffers = 12 * min(CHUNK, u.shape[2]) * u.shape[0] * A.numel()
+    copies = _copied((u, dt, B, C, dy), (2, 0, 1))
+    return copies + max(8 * u.numel(), 4 * u.numel() + buffers)
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+def _attention(query, key, *args, out_val=None, **kwargs):
+    return 4 * math.prod(query.shape) * key.shape[-2]
+
+
+def _attention_backward(grad, query, key, *args, out_val=None, **kwargs):
+    return 10 * math.prod(query.shape) * key.shape[-2]
+
+
+def _convolution_backward(grad, given, weight, *args, out_val=None, **kwargs):
+    wanted = args[-1]  # gradients of input, weight, bias
+    return 2 * math.prod(grad.shape) * math.prod(weight.shape[1:]) * sum(wanted[:2])
+
+
+FLOPS = {
+    torch.ops.aten.convolution_backward: _convolution_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""FLOPs of what torch.utils.flop_counter lacks (two products in attention, five in its backward, as it has them for
+CUDA's), and of what it gets wrong (it takes the backward of a convolution in groups for one without)."""

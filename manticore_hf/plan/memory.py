@@ -1,0 +1,130 @@
+"""Bytes that do not depend on the batch: weights, gradients, and what the optimizer keeps of its own."""
+
+import tempfile
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Trainer, TrainingArguments
+
+from manticore_hf.modeling.bounds_manticore import ManticoreError, show
+
+# Bytes per parameter of optimizers that cannot be stepped without values: two moments in 8 bits with a float32 maximum
+# for every 256 (bitsandbytes); Lion has one.
+_PER_PARAMETER = {
+    "adamw_bnb_8bit": 2 + 2 * 4 / 256, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 2 + 2 * 4 / 256,
+    "paged_adamw_32bit": 8, "paged_adamw": 8, "lion_8bit": 1 + 4 / 256, "paged_lion_8bit": 1 + 4 / 256,
+    "lion_32bit": 4, "paged_lion_32bit": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A stage's parameters, in numbers of elements, and in bytes as they are loaded.
+
+    Attributes:
+        count, trainable: Elements, and those of them that are trained.
+        bytes, gradient_bytes: Of all, and of the gradients of those that are trained.
+        layer, layer_trainable: Elements of the largest layer: what FSDP gathers at once.
+        root, root_trainable: Elements outside layers (embeddings, heads, mixer), which stay gathered for a whole step.
+        quantised, largest_quantised: Elements that QLoRA keeps in 4 bits, and of the largest of these maps.
+        shapes: [(shape, dtype)] of what is trained.
+    """
+
+    count: int
+    trainable: int
+    bytes: int
+    gradient_bytes: int
+    layer: int
+    layer_trainable: int
+    root: int
+    root_trainable: int
+    quantised: int
+    largest_quantised: int
+    shapes: tuple
+
+
+def weigh(model, hybrid, quantised=()):
+    """The Weights of a model that is whole, on the meta device.
+
+    Args:
+        model: The model that is trained, with `requires_grad` as in its stage.
+        hybrid: The hybrid inside it.
+        quantised: Parameters that QLoRA keeps in 4 bits.
+    """
+    parameters = list(model.parameters())
+    layers, inside = [], set()
+    for name in hybrid.config.component_names:
+        component = hybrid.component(name)
+        anatomy = hybrid._cuts.anatomy(component)
+        for layer in getattr(component.get_submodule(anatomy.path), anatomy.layers):
+            own = list(layer.parameters())
+            inside |= {id(one) for one in own}
+            layers.append((_count(own), _count(own, trained=True)))
+    root = [one for one in parameters if id(one) not in inside]
+    trained = [one for one in parameters if one.requires_grad]
+    sizes = [one.numel() for one in quantised]
+    return Weights(
+        count=_count(parameters), trainable=_count(trained),
+        bytes=sum(one.nbytes for one in parameters), gradient_bytes=sum(one.nbytes for one in trained),
+        layer=max((a for a, _ in layers), default=0), layer_trainable=max((b for _, b in layers), default=0),
+        root=_count(root), root_trainable=_count(root, trained=True),
+        quantised=sum(sizes), largest_quantised=max(sizes, default=0),
+        shapes=tuple((tuple(one.shape), one.dtype) for one in trained),
+    )  # fmt: skip
+
+
+def _count(parameters, trained=False):
+    return sum(one.numel() for one in parameters if one.requires_grad or not trained)
+
+
+def optimizer_bytes(shapes, settings, device):
+    """What the optimizer of a stage keeps, and what one of its steps takes beside that.
+
+    The real optimizer makes one step on fake tensors.
+
+    Args:
+        shapes: [(shape, dtype)] of the parameters.
+        settings: The stage's settings; `optim` and what belongs to it count.
+        device: "cpu" or "cuda".
+
+    Returns:
+        (bytes kept, bytes that a step takes and frees).
+
+    Raises:
+        ManticoreError: The optimizer is unknown, or a package that it needs is not installed.
+    """
+    wanted = {key: value for key, value in settings.items() if key in _OF_OPTIMIZERS}
+    name = str(getattr(wanted.get("optim"), "value", wanted.get("optim", "")))
+    if name in _PER_PARAMETER:
+        return int(_PER_PARAMETER[name] * sum(torch.Size(shape).numel() for shape, _ in shapes)), 0
+    with tempfile.TemporaryDirectory(prefix="manticore-plan-") as folder:
+        try:
+            arguments = TrainingArguments(output_dir=folder, report_to="none", use_cpu=True, **wanted)
+            cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        except (ImportError, ValueError) as err:
+            raise ManticoreError(f"optim={show(wanted.get('optim'))} cannot be planned with: {err}") from err
+    with FakeTensorMode():
+        parameters = [torch.nn.Parameter(torch.empty(shape, dtype=dtype)) for shape, dtype in shapes]
+        for one in parameters:
+            one.grad = torch.empty_like(one)
+        if not parameters:
+            return 0, 0
+        try:
+            optimizer = cls(parameters, **options)
+            optimizer.step()
+        except Exception as err:
+            raise ManticoreError(
+                f"optim={show(wanted.get('optim'))} ({cls.__name__}) looks at values, which a plan does not have: "
+                f"plan with optim: adamw_torch or one of {sorted(_PER_PARAMETER)}."
+            ) from err
+        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        kept = sum(one.nbytes for one in states)
+        # On CUDA, what is not fused goes over all tensors at once and makes a copy of each on the way.
+        at_once = device == "cuda" and not options.get("fused") and "foreach" in optimizer.defaults
+        return kept, sum(one.nbytes for one in parameters) if at_once else 0
+
+
+_OF_OPTIMIZERS = {
+    "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"
+}  # fmt: skip

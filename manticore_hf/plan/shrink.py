@@ -1,0 +1,100 @@
+"""A model with fewer layers that stands for the whole one: of layers that repeat, three periods are kept.
+
+The first and the last are as they are, with what is before and after them; the one in between stands for all others.
+"""
+
+import torch
+from torch import nn
+
+from manticore_hf.modeling.segments_manticore import layer_kind, pick_config
+
+
+class Marked(nn.Module):
+    """A layer before which a section begins or ends, and so after it, in the backward pass.
+
+    Args:
+        layer: The layer.
+        ledger: The Ledger that is told.
+        before, after: Keys of the sections before and after the state that enters it.
+    """
+
+    def __init__(self, layer, ledger, before, after):
+        super().__init__()
+        self.layer, self.ledger, self.before, self.after = layer, ledger, before, after
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args, **kwargs):
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
+        state = next(tensors)
+        if state.requires_grad:  # its gradient is complete when the backward pass has left this layer
+            state.register_hook(lambda grad: self.ledger.mark(self.before))
+        del tensors, state
+        self.ledger.mark(self.after)
+        return self.layer(*args, **kwargs)
+
+
+def shrink(model, ledger, label=None):
+    """Shortens a hybrid in place.
+
+    Args:
+        model: A hybrid on the meta device, not run yet.
+        ledger: The Ledger that will watch it.
+        label: First part of its keys, if the ledger watches another model, too.
+
+    Returns:
+        {key: how many periods the marked one stands for}.
+    """
+    repeats, plan = {}, dict(model._plan())
+    for name in model.config.component_names:
+        component = model.component(name)
+        anatomy = model._cuts.anatomy(component)
+        component.__dict__["_anatomy"] = anatomy  # its layers are no longer all there
+        stack = component.get_submodule(anatomy.path)
+        layers = list(getattr(stack, anatomy.layers))
+        dropped, marks = set(), {}
+        for (other, block), (start, stop) in plan.items():
+            found = None if other != name else find_period([layer_kind(layer) for layer in layers[start:stop]])
+            if found is None:
+                continue
+            first, length, count = found
+            key, middle = (label, name, block), start + first + length
+            repeats[key] = count - 2
+            dropped |= set(range(middle + length, start + first + (count - 1) * length))
+            marks[middle], marks[start + first + (count - 1) * length] = (None, key), (key, None)
+        kept = [i for i in range(len(layers)) if i not in dropped]
+        model._cuts.plan.update({
+            (other, block): (kept.index(start), kept.index(stop - 1) + 1)
+            for (other, block), (start, stop) in plan.items() if other == name
+        })  # fmt: skip
+        if dropped:
+            left = [Marked(layers[i], ledger, *marks[i]) if i in marks else layers[i] for i in kept]
+            setattr(stack, anatomy.layers, nn.ModuleList(left))
+            stack.config = pick_config(stack.config, kept)
+    model._cuts._segments.clear()
+    return repeats
+
+
+def find_period(kinds):
+    """The stretch of a list that repeats and whose repetition saves most.
+
+    Args:
+        kinds: What is compared, one for each layer.
+
+    Returns:
+        (where it begins, length of a period, number of whole periods), or None where there are no four of them.
+    """
+    best, saved = None, 0
+    for first in range(min(len(kinds), 8)):
+        for length in range(1, (len(kinds) - first) // 4 + 1):
+            stop = first + length
+            while stop < len(kinds) and kinds[stop] == kinds[stop - length]:
+                stop += 1
+            count = (stop - first) // length
+            if count > 3 and (count - 3) * length > saved:
+                best, saved = (first, length, count), (count - 3) * length
+    return best

@@ -1,0 +1,137 @@
+"""What a plan is made for: the hybrid of a recipe, or a saved one, from configurations alone."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HTTPError
+
+from manticore_hf.modeling.bounds_manticore import ManticoreError
+from manticore_hf.modeling.components_manticore import ComponentSpec, Resolved, resolve
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+from manticore_hf.modeling.vocabulary_manticore import check_tokenizers, find_tokenizer
+from manticore_hf.recipe import Recipe, find_beside, load_recipe
+from manticore_hf.tasks.program import mixture_tasks
+
+_PADDING = 0.02  # vocabularies whose sizes differ by no more are taken for one that is padded differently
+_NOT_OF_THE_MODEL = ("dtype", "transplant", "transplant_data")
+
+
+@dataclass
+class Subject:
+    """A hybrid and what is to be done with it.
+
+    Attributes:
+        name: What messages call it.
+        config: Its ManticoreConfig.
+        stages: [(stage, its settings)].
+        recipe: The Recipe, or None for a saved hybrid.
+        home: The Resolved component whose tokenizer is the hybrid's, or None.
+        notes: What had to be assumed.
+    """
+
+    name: str
+    config: ManticoreConfig
+    stages: list
+    recipe: Recipe | None = None
+    home: Resolved | None = None
+    notes: list = field(default_factory=list)
+
+
+def load_subject(source, configs=None):
+    """Reads a recipe, or a saved hybrid, without weights.
+
+    Args:
+        source: A recipe (.yaml), a directory of a saved hybrid or its Hub repo. Hybrids are planned to be fine-tuned.
+        configs: Directory with `org/name/config.json` of components, read instead of the Hub where they are there.
+
+    Raises:
+        ManticoreError: Something cannot be read or joined.
+    """
+    if Path(source).suffix in (".yaml", ".yml") or Path(source).is_file():
+        return _from_recipe(load_recipe(source), configs)
+    try:
+        config = ManticoreConfig.from_pretrained(source)
+    except (OSError, HTTPError, ValueError) as err:
+        raise ManticoreError(
+            f"{str(source)!r} is no recipe (a .yaml file), and cannot be read as a hybrid (a directory or Hub repo): "
+            f"{' '.join(str(err).split())}"
+        ) from err
+    if not config.component_names:
+        raise ManticoreError(f"{str(source)!r} is no hybrid; to plan joining models, write a recipe that names them.")
+    return Subject(str(source), config, [("finetune", {})])
+
+
+def _from_recipe(recipe, configs):
+    found = [_find(item, recipe, configs) for item in recipe.components]
+    settings = {key: value for key, value in recipe.hybrid.items() if key not in _NOT_OF_THE_MODEL}
+    notes = []
+    home = found[0]
+    if settings.get("tokenizer_component") is not None:
+        home = next((one for one in found if one.name == settings["tokenizer_component"]), home)
+    entries = [one.entry() for one in found]
+    if mixture_tasks(settings.get("mixture")) is not None:
+        rows = settings.get("num_blocks", 1)
+        settings.update(mixture="static", mixture_weights=[[1 / len(found)] * len(found)] * rows)
+    if "transplant" in recipe.hybrid:
+        _transplant(found, entries, home, recipe.hybrid["transplant"], notes)
+    elif len({one.config.vocab_size for one in found}) > 1 and "vocab_size" not in settings:
+        settings["vocab_size"] = _common_size(found, notes)
+    dtypes = {one.config.dtype for one in found}
+    config = ManticoreConfig(components=entries, **settings)
+    config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    stated = recipe.hybrid.get("dtype", "auto")
+    if stated != "auto":
+        if not isinstance(getattr(torch, stated, None), torch.dtype):
+            raise ManticoreError(f"dtype={stated!r} in the recipe is no dtype of torch; give for example 'bfloat16'.")
+        config.dtype = getattr(torch, stated)
+    stages = recipe.stages or [("finetune", {})]
+    if not recipe.stages:
+        notes.append("the recipe has no stages: planned is a finetune with Transformers' defaults")
+    return Subject(recipe.name, config, stages, recipe, home, notes)
+
+
+def _find(item, recipe, configs):
+    item = find_beside(item, recipe.path.parent)
+    spec = ComponentSpec.of(item)
+    if configs is not None and not os.path.isdir(item):
+        folder = Path(configs) / item.partition("@")[0]
+        if (folder / "config.json").is_file():
+            spec = dataclasses.replace(spec, source=str(folder))
+    return resolve(spec, {}, weights=False)
+
+
+def _transplant(found, entries, home, method, notes):
+    """Gives the components whose vocabulary is not the tokenizer component's the rows that they will have."""
+    tokenizers = [find_tokenizer(one, {}) for one in found]
+    own = tokenizers[found.index(home)]
+    size = home.config.vocab_size if own is None else max(own.get_vocab().values()) + 1
+    for one, entry, tokenizer in zip(found, entries, tokenizers):
+        if own is not None and tokenizer is not None:
+            same = tokenizer.get_vocab() == own.get_vocab()
+        else:
+            same = one is home or one.config.vocab_size == home.config.vocab_size
+        if same:
+            continue
+        rows, one.config.vocab_size = one.config.vocab_size, size
+        method = method if method in ("mean", "omp") else "auto"
+        entry["transplant"] = {"method": method, "vocabulary": "0" * 64, "tokenizer": None, "vocab_size": rows}
+        notes.append(f"the vocabulary of {one.name} ({rows:,} rows) is transplanted to {home.name}'s ({size:,} rows)")
+
+
+def _common_size(found, notes):
+    size = check_tokenizers(found, {})
+    if size is not None:
+        return size
+    sizes = {one.name: one.config.vocab_size for one in found}
+    least, most = min(sizes.values()), max(sizes.values())
+    if (most - least) / most > _PADDING:
+        raise ManticoreError(
+            f"The components' vocabularies differ ({sizes}): write `hybrid: {{transplant: auto}}` into the recipe, or "
+            "choose components with one tokenizer."
+        )
+    if any(find_tokenizer(one, {}) is None for one in found):
+        notes.append(f"vocabularies of {most:,} and {least:,} rows are taken for one, padded (tokenizers not read)")
+    return least

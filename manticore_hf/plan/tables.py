@@ -1,0 +1,53 @@
+"""A plan as text."""
+
+from manticore_hf.plan.amounts import short_memory, short_time
+from manticore_hf.printing import short_count
+
+
+def print_plan(plan):
+    """Prints what `make_plan` returns."""
+    given = plan["assumptions"]
+    print(f"{plan['name']}: {short_count(plan['parameters'])} parameters, {short_memory(plan['bytes'])} in "
+          f"{plan['dtype']}; on {given['devices']} x {short_memory(given['memory'])} ({given['device']})")  # fmt: skip
+    width = max([len(one["name"]) for one in plan["components"]] + [len("mixer and projectors")])
+    heads = ("parameters", "weights", "cache/token", "state", f"cache at {plan['cache_tokens']}")
+    print(f"\n{'part':{width}}" + "".join(f"{head:>16}" for head in heads))
+    for one in plan["components"]:
+        cache = plan["cache"][one["name"]]
+        sizes = [short_memory(cache[key]) if cache[key] else "-" for key in ("per_token", "constant", "total")]
+        cells = [f"{one['parameters']:,}", short_memory(one["bytes"]), *sizes]
+        print(f"{one['name']:{width}}" + "".join(f"{cell:>16}" for cell in cells))
+    totals = [sum(one[key] for one in plan["cache"].values()) for key in ("per_token", "constant", "total")]
+    print(f"{'mixer and projectors':{width}}{plan['own_parameters']:>16,}")
+    cells = [f"{plan['parameters']:,}", short_memory(plan["bytes"])] + [short_memory(x) if x else "-" for x in totals]
+    print(f"{'hybrid':{width}}" + "".join(f"{cell:>16}" for cell in cells))
+    for stage in plan["stages"]:
+        _print_stage(stage, given)
+    print(f"\n{plan['verdict']}")
+    print(f"\nAssumed: {given['usable'] / 1e9:.1f} GB of every device usable ({given['reserve']:.0%} left free); "
+          f"{given['flops']:.3g} FLOP/s at {given['utilization']:.0%}; {given['kernels']}.")  # fmt: skip
+    for note in plan["notes"]:
+        print(f"Assumed: {note}.")
+
+
+def _print_stage(stage, given):
+    precision = stage["dtype"] + (f", autocast {stage['autocast']}" if stage["autocast"] else "")
+    print(f"\n{stage['stage']}: {stage['batch']} rows x {stage['length']} tokens per device"
+          f"{'' if stage['accumulation'] == 1 else ', ' + str(stage['accumulation']) + ' accumulated'}; {precision}; "
+          f"{short_count(stage['trainable'])} trained")  # fmt: skip
+    heads = ("weights", "gradients", "optimizer", "activations", "other", "peak", "")
+    width = max(len(one["engine"]) for one in [*stage["options"], stage["choice"] or stage["options"][0]])
+    print(f"  {'on one device':{width}}" + "".join(f"{head:>13}" for head in heads).rstrip())
+    for one in stage["options"]:
+        parts = dict(one["parts"])
+        shown = [parts.pop(key, None) for key in heads[:4]]
+        cells = [*map(short_memory, shown), short_memory(sum(parts.values())) if parts else "-",
+                 short_memory(one["peak"]), "fits" if one["fits"] else "too much"]  # fmt: skip
+        print(f"  {one['engine']:{width}}" + "".join(f"{cell:>13}" for cell in cells))
+    choice, tokens = stage["choice"], stage["tokens"]
+    way = "does not fit" if choice is None else f"{choice['engine']}, {short_memory(choice['peak'])} per device"
+    print(f"  -> {way}: {'; '.join(stage['advice'])}")
+    time = f"{short_time(stage['hours'])} for {short_count(tokens)} tokens ({stage['counted']})" if tokens else (
+        f"{short_time(stage['hours_per_billion_tokens'])} for every 1 G tokens ({stage['counted']})"
+    )  # fmt: skip
+    print(f"  {short_count(stage['flops_per_token'])}FLOP per token, {time}")
