@@ -194,7 +194,7 @@ class ReferencedWeights:
     def unchanged_keys(self, state_dict=None):
         """Keys of the tensors that are bit-equal to the referenced ones and therefore need not be saved."""
         state_dict = self.state_dict() if state_dict is None else state_dict
-        ties, out = tie_groups(self), set()
+        ties, loaded, out = tie_groups(self), self.loaded_dtypes(), set()
         with contextlib.ExitStack() as stack:
             for entry in self.config.components:
                 if entry["weights"] != "reference":
@@ -207,7 +207,7 @@ class ReferencedWeights:
                 for key, value in state_dict.items():
                     if key.startswith(entry["name"] + ".") and _comparable(value):
                         known = _referenced(reference, key, ties)
-                        if known is not None and _same(known, value):
+                        if known is not None and _same(known, value, loaded(key)):
                             out.add(key)
         # One changed end of a tie is a change of both.
         return {key for key in out if ties.get(key, {key}) & set(state_dict) <= out}
@@ -235,7 +235,7 @@ class ReferencedWeights:
             # Fused or split tensors (mixtures of experts) can only be compared once Transformers has converted them.
             part = self.component(entry["name"])
             whole, info = AutoModelForCausalLM.from_pretrained(
-                os.path.dirname(files[0]), config=copy.deepcopy(part.config), dtype=part.dtype, use_safetensors=True,
+                os.path.dirname(files[0]), config=copy.deepcopy(part.config), dtype=self.dtype, use_safetensors=True,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
             # What the checkpoint lacks has initial values, which a trained tensor may equal (zeros, ones).
@@ -292,12 +292,16 @@ def _comparable(value):
     return plain and value.device.type != "meta" and not value.is_quantized and value.layout == torch.strided
 
 
-def _same(known, value):
-    """Bit equality, after the conversion that loading the reference in `value`'s dtype does."""
+def _same(known, value, loaded):
+    """Whether a reference gives a tensor's very bits when it is loaded in the dtype `loaded`.
+
+    If that is narrower than the tensor's own, nothing of the tensor may get lost either: it can be loaded in another.
+    """
     known = known if isinstance(known, torch.Tensor) else known[...]
-    if known.shape != value.shape:
+    if known.shape != value.shape or known.is_floating_point() != value.is_floating_point():  # packed in eight bits
         return False
-    known, value = known.detach().to(value.dtype), value.detach().cpu()
+    dtype = torch.promote_types(value.dtype, loaded) if value.is_floating_point() else value.dtype
+    known, value = known.detach().to(dtype), value.detach().cpu().to(dtype)
     # As bytes too: 0.0 == -0.0.
     return torch.equal(known, value) and torch.equal(_bytes(known), _bytes(value))
 
