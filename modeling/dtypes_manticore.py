@@ -136,6 +136,29 @@ def _loaded_dtypes(what, component, dtype):
     return {key: (plan(key, one.dtype) if key in stored else one.dtype, key in stored) for key, one in tensors}
 
 
+def convert_unpacked(model, tensors, own, rename, plan):
+    """Converts, in place, what is not packed of a quantised hybrid's tensors.
+
+    Transformers takes it as it is in the file, which is right where all was quantised at once. References have the
+    dtype of their own repositories.
+
+    Args:
+        model: The hybrid, on the meta device or not.
+        tensors: {checkpoint key: tensor or lazy slice}.
+        own: Keys that are the hybrid's own, among which are packed ones.
+        rename: The model's `Renamer`.
+        plan: What `_get_dtype_plan` gave.
+    """
+    wanted, plan = model.state_dict(), _compiled(plan)
+    for key, tensor in tensors.items():
+        name, converted = rename(key)
+        if name not in wanted or not wanted[name].is_floating_point():
+            continue
+        shape = tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+        if key not in own or (not converted and shape == tuple(wanted[name].shape)):
+            tensors[key] = tensor[...].to(plan(name, wanted[name].dtype))
+
+
 def _compiled(plan):
     """Function from a tensor's name to the dtype that a plan of Transformers' has for it, or else to a default."""
     plan = [(re.compile(key.replace("*", ".*")), kept) for key, kept in plan.items()]

@@ -8,6 +8,7 @@ d = max d_k, block s has mixture weights alpha_s on the simplex.
 with g = alpha_sk for gate="alpha" (the paper) and g = 0 for gate="none".
 """
 
+import contextlib
 import math
 
 import torch
@@ -112,8 +113,9 @@ class TokenGate(nn.Module):
 
     def forward(self, states, logits):
         """states: K x [batch, time, d_k]; logits: K x [batch, time, vocabulary] -> [batch, time, K], summing to 1."""
-        features = []
-        with torch.autocast(states[0].device.type, enabled=False):
+        features, kind = [], states[0].device.type
+        without = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if without else contextlib.nullcontext():
             for state, one in zip(states, logits):
                 state = state.float()
                 features.append(state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6))

@@ -18,6 +18,7 @@ from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import SPACES, is_active, weighted_sum
 from .outputs_manticore import Embeds, HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .positions_manticore import check_positions
+from .quantization_manticore import Quantizable
 from .recurrent_manticore import keep_state_in_cache
 from .route_manticore import Dropped, RunsRoute
 from .segments_manticore import Cuts
@@ -26,7 +27,7 @@ from .sizes_manticore import construct, trying
 from .weights_manticore import ReferencedWeights
 
 
-class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, PreTrainedModel):
+class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreTrainedModel):
     """Loading, saving and initialisation common to all hybrid classes."""
 
     config_class = ManticoreConfig

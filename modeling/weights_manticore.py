@@ -19,6 +19,8 @@ from transformers.utils import logging
 from transformers.utils.hub import create_and_tag_model_card
 
 from .configuration_manticore import ManticoreError, is_commit
+from .dtypes_manticore import convert_unpacked
+from .quantization_manticore import note_kept, refuse_packed, refuse_quantized, refuse_unsaved
 from .references_manticore import component_files, open_files, where
 from .saving_manticore import carry_card, copy_code, source_card, whole_directory
 from .sizes_manticore import Renamer, check_tensors, refuse, tie_groups
@@ -86,14 +88,23 @@ class ReferencedWeights:
                 model._own_commit = commit[1] if commit else None  # adapters pin the hybrid they were made for
                 model._loaded_from = os.path.dirname(os.path.abspath(files[0]))
                 state_dict = open_files(files, stack, "The hybrid's own weights")
-            rename, ties, owner = Renamer(model), tie_groups(model), partial(_owner, model)
-            state_dict = overlay(model, state_dict, hub, stack, rename, ties)
+            quantizer = load_config.hf_quantizer
+            packed = quantizer if quantizer is not None and quantizer.pre_quantized else None
+            rename, ties, owner = Renamer(model, packed=packed), tie_groups(model), partial(_owner, model)
+            if packed is not None:
+                refuse_packed(model, state_dict)
+            own, state_dict = set(state_dict), overlay(model, state_dict, hub, stack, rename, ties)
+            if packed is not None:
+                convert_unpacked(model, state_dict, own, rename, load_config.dtype_plan)
             ignored = load_config.ignore_mismatched_sizes
-            check_tensors(model, state_dict, rename, ties, owner, load_config.hf_quantizer, ignored)
+            check_tensors(model, state_dict, rename, ties, owner, quantizer, ignored)
             info, offloaded = PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
         _refuse_incomplete(model, info, ties, owner, ignored)
+        if quantizer is not None:
+            refuse_quantized(model)
+            note_kept(quantizer, model)
         if offloaded is not None:
             # Transformers 5.23 ties disk-offloaded keys only if they are in the first checkpoint file.
             for target, source in (model.all_tied_weights_keys or {}).items():
@@ -108,7 +119,7 @@ class ReferencedWeights:
         failing network costs no weights. Arguments as in Transformers.
 
         Raises:
-            ManticoreError: `save_directory` is a file.
+            ManticoreError: `save_directory` is a file, or the hybrid is quantised by a method that is not saved.
         """
         target = Path(save_directory)
         if target.is_file():
@@ -117,6 +128,7 @@ class ReferencedWeights:
             return super().save_pretrained(
                 save_directory, is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
             )
+        refuse_unsaved(self)
         kwargs["save_original_format"] = False
         upload = {key: kwargs.pop(key, None) for key in ("repo_id", "commit_message", "create_pr", "private")}
         timestamps = self._get_files_timestamps(target) if target.is_dir() else {}
