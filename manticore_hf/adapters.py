@@ -7,18 +7,22 @@ What is read raw cannot be quantised either: QLoRA quantises what LoRA targets, 
 """
 
 import copy
-import re
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from manticore_hf.modeling.configuration_manticore import ManticoreError, component_depth
+from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
-from manticore_hf.modeling.segments_manticore import _find_layers
+from manticore_hf.modeling.quantization_manticore import (
+    MIXER,
+    RAW,
+    SCORE,
+    is_state_space,
+    kept_maps,
+    plain_linear_maps,
+    refuse_quantized,
+)
 
-UNSAFE = ("x_proj", "dt_proj", "out_proj", "conv1d")
-MIXER, SCORE = "hybrid_mixer", "score"
 TASK_TYPES = {
     "ManticoreForSequenceClassification": "SEQ_CLS",
     "ManticoreForTokenClassification": "TOKEN_CLS",
@@ -37,27 +41,7 @@ def lora_targets(model, components=None):
         Sorted module names: attention, MLP and input projections; no heads, no embeddings, no expert routers, none of
         Mamba's raw or fused projections.
     """
-    names = model.config.component_names if components is None else list(components)
-    out = []
-    for name in names:
-        component = model.component(name)
-        # Not `dissect`, which runs the component without computing: quantised maps cannot do that.
-        prefix = ".".join([name, *_find_layers(component, component_depth(component.config)), ""])
-        for key, module in model.named_modules():
-            if not key.startswith(prefix) or not isinstance(module, (nn.Linear, Conv1D)):
-                continue
-            parent = model.get_submodule(key.rpartition(".")[0])
-            leaf = key.rpartition(".")[2]
-            if _is_state_space(parent) and leaf in UNSAFE:
-                continue
-            if leaf == "router" or (leaf == "gate" and hasattr(parent, "experts")):
-                continue
-            out.append(key)
-    return sorted(out)
-
-
-def _is_state_space(module):
-    return hasattr(module, "A_log")
+    return plain_linear_maps(model, components)
 
 
 def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
@@ -78,8 +62,8 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
         backward.
 
     Raises:
-        ManticoreError: An unsafe target was asked for, there is nothing to adapt, or the hybrid was quantised without
-            `quantization_skips`.
+        ManticoreError: An unsafe target was asked for, there is nothing to adapt, or the hybrid was quantised in a way
+            that leaves nothing out.
     """
     from peft import LoraConfig
 
@@ -123,7 +107,9 @@ def _keep_trainable(model):
 
 
 def quantization_skips(model):
-    """What quantised loading must leave in floating point: every linear map that `lora_targets` leaves out.
+    """What quantised loading leaves in floating point: every linear map that `lora_targets` leaves out.
+
+    A hybrid that is loaded with a `quantization_config` leaves these out by itself. This list is for other programs.
 
     Args:
         model: A hybrid or, before it is loaded, its configuration.
@@ -136,30 +122,7 @@ def quantization_skips(model):
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
             model = ManticoreForCausalLM(copy.deepcopy(model))
-    targets = set(lora_targets(model))
-    linear = {key for key, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    kept = {key for key in linear - targets if not key.startswith((f"{MIXER}.", f"{SCORE}."))}
-    return sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in kept} | {MIXER, SCORE})
-
-
-def refuse_quantized(model):
-    """Raises ManticoreError if a weight of a hybrid that is read raw, or one of its own, was quantised."""
-    for key, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or not _is_quantized(weight):
-            continue
-        parent, _, leaf = key.rpartition(".")
-        ours = key.startswith((f"{MIXER}.", f"{SCORE}."))
-        if ours or (leaf in UNSAFE and _is_state_space(model.get_submodule(parent))):
-            raise ManticoreError(
-                f"{key!r} was quantised, but has to stay in floating point: load the hybrid with "
-                "llm_int8_skip_modules=quantization_skips(config)."
-            )
-
-
-def _is_quantized(weight):
-    # By name: bitsandbytes may keep 4 bits in a tensor of floating point.
-    return type(weight).__name__ in ("Params4bit", "Int8Params") or not weight.is_floating_point()
+    return kept_maps(model)
 
 
 def refuse_unsafe(model, config):
@@ -168,7 +131,7 @@ def refuse_unsafe(model, config):
 
     for key, _ in model.named_modules():
         parent, _, leaf = key.rpartition(".")
-        if leaf in UNSAFE and _is_state_space(model.get_submodule(parent)):
+        if leaf in RAW and is_state_space(model.get_submodule(parent)):
             if check_target_module_exists(config, key):
                 raise ManticoreError(
                     f"LoRA target {key!r}: Mamba reads this weight raw or inside a fused kernel, so its adapter would "
@@ -180,7 +143,7 @@ def check_adapters(model):
     """Raises ManticoreError if a PEFT model already wraps such a projection; returns the model."""
     for key, module in model.named_modules():
         parent, _, leaf = key.rpartition(".")
-        if leaf in UNSAFE and hasattr(module, "base_layer") and _is_state_space(model.get_submodule(parent)):
+        if leaf in RAW and hasattr(module, "base_layer") and is_state_space(model.get_submodule(parent)):
             raise ManticoreError(
                 f"PEFT has wrapped {key!r}, whose adapter gets no gradient on some machines, silently. Make the "
                 "adapter with lora_config(model)."

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from manticore_hf.data import repack
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -191,7 +192,8 @@ def _change_reference(model, reference):
     if model.config.gate != "none":
         return
     old = model.hybrid_mixer
-    new = model.new_mixer().to(device=old.alpha_logits.device, dtype=old.alpha_logits.dtype)
+    with default_dtype(model.dtype):
+        new = model.new_mixer().to(old.alpha_logits.device)
     new.reset()
     new.alpha_logits.data.copy_(old.alpha_logits)
     if new.token_gate is not None:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.mixing_manticore import Chain, LinearProjector, resize
 from manticore_hf.modeling.route_manticore import stretches
 
@@ -269,9 +270,10 @@ def harden(model, route="alpha", dataset=None, **options):
     if values["tokenizer_component"] not in route:
         values["tokenizer_component"] = route[0]
     config = ManticoreConfig.from_dict(values)
-    hard = type(model)(config, {name: copy.deepcopy(model.component(name)) for name in config.component_names})
+    with default_dtype(model.dtype):
+        hard = type(model)(config, {name: copy.deepcopy(model.component(name)) for name in config.component_names})
     hard = hard.to(device=model.device)
-    old, new = model.hybrid_mixer, hard.hybrid_mixer.to(dtype=model.hybrid_mixer.alpha_logits.dtype)
+    old, new = model.hybrid_mixer, hard.hybrid_mixer
     new.alpha_logits.copy_(old.alpha_logits[:, [names.index(name) for name in config.component_names]])
     for side in ("into", "out_of"):
         for key, projector in getattr(new, side).items():

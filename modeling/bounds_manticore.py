@@ -39,6 +39,9 @@ _INSTRUCTIONS = {
 # What a component does with its outputs is the hybrid's to say.
 _OF_THE_HYBRID = ("model_type", "return_dict", "use_return_dict", "output_hidden_states", "tie_last_hidden_states")
 
+# What torchao's settings in a hybrid's file may name.
+_TORCHAO = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "PerRow", "PerTensor", "MappingType")
+
 # Implementations that come with Transformers. "org/repo" names a kernel on the Hub, and so does "flash_attention_2"
 # where flash-attn is not installed: which of them runs is for the caller to say (attn_implementation=...).
 _OWN_IMPLEMENTATIONS = {
@@ -377,10 +380,31 @@ def check_hybrid(values):
     quantization = values.get("quantization_config")
     if not (quantization is None or isinstance(quantization, dict) or hasattr(quantization, "to_dict")):
         raise ManticoreError(f"{what}: quantization_config={show(quantization)} must be a dict of settings.")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if isinstance(quantization, dict) and method != "bitsandbytes":
-        # Other methods fetch kernels from the Hub, and none of them stores what a reference points to.
-        raise ManticoreError(f"{what}: quant_method={show(method)} is not supported; load it in four bits yourself.")
+    if isinstance(quantization, dict) and (reason := unsaved_quantization(quantization)) is not None:
+        raise ManticoreError(f"{what}: {reason}. Quantise the hybrid when you load it (quantization_config=...).")
+
+
+def unsaved_quantization(values):
+    """Why a hybrid's config.json cannot state that its weights are quantised so; None if it can.
+
+    Args:
+        values: The quantisation's settings, as a dict.
+    """
+    method = values.get("quant_method")
+    method = getattr(method, "value", method)
+    if method == "bitsandbytes":
+        return None
+    if method != "torchao":  # others fetch kernels from the Hub, or store tensors under names that no hybrid has
+        return f"weights quantised by quant_method={show(method)} are not read from a hybrid's files"
+    todo = [values.get("quant_type")]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, (dict, list)):
+            todo += value.values() if isinstance(value, dict) else value
+        # torchao looks the name up among all that its modules have, and calls it.
+        if isinstance(value, dict) and value.get("_type", "PerRow") not in _TORCHAO:
+            return f"torchao's {show(value['_type'])} is not read from a hybrid's files, only {', '.join(_TORCHAO)}"
+    return None
 
 
 def _nested(config):

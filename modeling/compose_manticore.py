@@ -10,6 +10,7 @@ from torch import nn
 from .attention_manticore import settle_attention
 from .components_manticore import ComponentSpec, load, resolve
 from .configuration_manticore import ManticoreError
+from .dtypes_manticore import cast, default_dtype, stored_dtype
 from .references_manticore import component_files, record
 from .sizes_manticore import check_checkpoint, checkpoint_files
 from .vocabulary_manticore import check_tokenizers
@@ -30,7 +31,8 @@ class Composed:
             components: Each a repo id ("org/name", "org/name@revision"), a local directory, an instantiated causal LM,
                 or a ComponentSpec. Repos are pinned to their 40-hex commit and referenced; directories and instances
                 are embedded.
-            dtype: Of the weights; default: what the components are stored in if they agree, else float32.
+            dtype: Of the weights; default: what the components are stored in if they agree, else float32. Instances are
+                converted in place.
             token, cache_dir, local_files_only: As in `from_pretrained`.
             verify: Run a few tokens through each component, cut and uncut, and refuse it if they differ.
             **settings: Keys of ManticoreConfig: preset, num_blocks, block_layers, gate, mixture, embeddings, ...
@@ -63,28 +65,28 @@ class Composed:
         settle_attention(config)
         if not padded:
             check_tokenizers(found, hub)
-        if dtype is None or dtype == "auto":
-            dtypes = {one.model.dtype if one.model is not None else one.config.dtype for one in found}
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-        parts = {}
+        files = {}
         for one, entry in zip(found, config.components):
             if one.repo_id is not None:  # fetched here, where what arrives is checked
-                files = component_files({**entry, "files": None}, hub)
-                entry["files"] = record(files) if entry["weights"] == "reference" else None
+                files[one.name] = component_files({**entry, "files": None}, hub)
+                entry["files"] = record(files[one.name]) if entry["weights"] == "reference" else None
             elif one.directory is not None:
-                files = checkpoint_files(os.path.join(one.directory, one.subfolder or ""))
+                files[one.name] = checkpoint_files(os.path.join(one.directory, one.subfolder or ""))
+        if dtype is None or dtype == "auto":
+            stored = {stored_dtype(one.model or one.config, files.get(one.name)) for one in found}
+            dtype = stored.pop() if len(stored) == 1 else torch.float32
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        parts = {}
+        for one in found:
             if one.model is None:
-                check_checkpoint(one.address, one.config, files)
-            parts[one.name] = load(one, dtype, hub).to(dtype)
+                check_checkpoint(one.address, one.config, files[one.name])
+            part = parts[one.name] = load(one, dtype, hub)
+            if one.model is not None:
+                cast(f"Component {one.address}", part, dtype)
         config.dtype = dtype
         first = parts[config.tokenizer_component]
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
+        with default_dtype(dtype):
             model = cls(config, components=parts)
-        finally:
-            torch.set_default_dtype(before)
         model._component_cache_dir = cache_dir
         model.generation_config = type(first.generation_config).from_dict(first.generation_config.to_dict())
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

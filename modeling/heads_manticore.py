@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
 from .configuration_manticore import ManticoreError
+from .dtypes_manticore import default_dtype
 from .mixture_manticore import weighted_sum
 from .segments_manticore import Cuts
 from .sizes_manticore import construct
@@ -125,12 +126,8 @@ class Scores:
         config = copy.deepcopy(model.config)
         config.architectures = None
         _label(config, num_labels, id2label, label2id, problem_type)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(model.dtype)
-        try:
+        with default_dtype(model.dtype):
             out = cls(config, {name: model.component(name) for name in config.component_names})
-        finally:
-            torch.set_default_dtype(before)
         out.hybrid_mixer = model.hybrid_mixer
         for key in ("_component_cache_dir", "_own_commit"):  # where it came from, for saving and for adapters
             if key in model.__dict__:

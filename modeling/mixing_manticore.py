@@ -8,6 +8,7 @@ d = max d_k, block s has mixture weights alpha_s on the simplex.
 with g = alpha_sk for gate="alpha" (the paper) and g = 0 for gate="none".
 """
 
+import contextlib
 import math
 
 import torch
@@ -82,6 +83,19 @@ def _framework_init(linear):
     init.uniform_(linear.bias, -bound, bound)
 
 
+class _Float32Linear(nn.Linear):
+    """An affine map that is kept and computed in float32, whatever it is given.
+
+    As a module of its own, called as such, so that whatever hooks into modules (sharding) finds its weight.
+    """
+
+    def __init__(self, width_in, width_out):
+        super().__init__(width_in, width_out, dtype=torch.float32)
+
+    def forward(self, states):
+        return F.linear(states.float(), self.weight.float(), self.bias.float())
+
+
 class TokenGate(nn.Module):
     """Output mixture that depends on the token: w_t = softmax(W f_t + b), zero at the start (the plain ensemble).
 
@@ -91,7 +105,7 @@ class TokenGate(nn.Module):
 
     def __init__(self, widths):
         super().__init__()
-        self.linear = nn.Linear(sum(widths) + 2 * len(widths), len(widths))
+        self.linear = _Float32Linear(sum(widths) + 2 * len(widths), len(widths))
 
     def reset(self):
         init.zeros_(self.linear.weight)
@@ -99,13 +113,14 @@ class TokenGate(nn.Module):
 
     def forward(self, states, logits):
         """states: K x [batch, time, d_k]; logits: K x [batch, time, vocabulary] -> [batch, time, K], summing to 1."""
-        features = []
-        for state, one in zip(states, logits):
-            state = state.float()
-            features.append(state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6))
-            features.append(sureness(one))
-        features = torch.cat(features, -1).to(self.linear.weight.dtype)
-        return self.linear(features).float().softmax(-1)
+        features, kind = [], states[0].device.type
+        without = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if without else contextlib.nullcontext():
+            for state, one in zip(states, logits):
+                state = state.float()
+                features.append(state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6))
+                features.append(sureness(one))
+            return self.linear(torch.cat(features, -1)).softmax(-1)
 
 
 class HybridMixer(nn.Module):
@@ -127,7 +142,8 @@ class HybridMixer(nn.Module):
         self.gate = config.gate
         self.projector_init = config.projector_init
         blocks, count = config.num_blocks, len(self.names)
-        self.alpha_logits = nn.Parameter(torch.zeros(blocks, count))
+        # Float32 whatever the rest is: in half precision most steps of training would round to nothing.
+        self.alpha_logits = nn.Parameter(torch.zeros(blocks, count, dtype=torch.float32))
         self.noise, self.temperature = None, 1.0
         self.into, self.out_of, self.across = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         native, self.token_gate = config.embeddings == "native", None
@@ -148,7 +164,8 @@ class HybridMixer(nn.Module):
     def _only_the_route(self, config, widths_in, widths, widths_out, native):
         route, last = config.route, config.num_blocks - 1
         del self.alpha_logits
-        self.register_buffer("alpha_logits", torch.zeros(config.num_blocks, len(self.names)))  # kept for the record
+        zeros = torch.zeros(config.num_blocks, len(self.names), dtype=torch.float32)
+        self.register_buffer("alpha_logits", zeros)  # kept for the record
         for block, (name, after) in enumerate(zip(route, route[1:]), 1):
             if name != after:
                 self.across[str(block)] = make_crossing(config, name, after, widths)

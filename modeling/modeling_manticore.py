@@ -12,11 +12,13 @@ from .components_manticore import build, prepare
 from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .decoding_manticore import CachedDecoding
+from .dtypes_manticore import MixedDtypes
 from .heads_manticore import ScoresSequences, ScoresTokens
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import SPACES, is_active, weighted_sum
 from .outputs_manticore import Embeds, HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .positions_manticore import check_positions
+from .quantization_manticore import Quantizable
 from .recurrent_manticore import keep_state_in_cache
 from .route_manticore import Dropped, RunsRoute
 from .segments_manticore import Cuts
@@ -25,7 +27,7 @@ from .sizes_manticore import construct, trying
 from .weights_manticore import ReferencedWeights
 
 
-class ManticorePreTrainedModel(ReferencedWeights, PreTrainedModel):
+class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreTrainedModel):
     """Loading, saving and initialisation common to all hybrid classes."""
 
     config_class = ManticoreConfig
@@ -374,8 +376,6 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
         if self.config.mixture == "token" and not isinstance(weights[0], float):
             token_weights = self.hybrid_mixer("gate_tokens", list(read.values()), logits)
             weights = list(token_weights.split(1, -1))
-        elif self.config.embeddings != "native" and self.config.mixture_space == "logprob":
-            return weighted_sum(weights, logits), None  # the paper's, in the components' own type
         return SPACES[self.config.mixture_space](weights, [one.float() for one in logits]), token_weights
 
     def _losses(self, logits, own, labels, kwargs):

@@ -180,21 +180,29 @@ class Renamer:
         model: The model, on any device.
         prefixed: Whether a base model's prefix is added or removed where the model needs that (a component's own
             checkpoint may have been saved without its head).
+        packed: Transformers' quantiser of a checkpoint that is quantised: it has names of its own for what it packs.
     """
 
-    def __init__(self, model, prefixed=False):
-        transforms = get_model_conversion_mapping(model)
-        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self.converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    def __init__(self, model, prefixed=False, packed=None):
+        self.transforms = _sorted(get_model_conversion_mapping(model))
+        self.packed = None if packed is None else _sorted(get_model_conversion_mapping(model, None, packed))
         self.known = model.state_dict()
         self.prefix = (model.base_model_prefix, self.known) if prefixed else (None, None)
 
     def __call__(self, key):
         """(key in the model, whether the tensor itself is converted too: fused, split or transposed)."""
-        name, pattern = rename_source_key(key, self.renamings, self.converters, *self.prefix)
+        name, pattern = rename_source_key(key, *self.transforms, *self.prefix)
         if name not in self.known and key in self.known:  # as Transformers does
             return key, False
+        if name not in self.known and self.packed is not None:
+            name, pattern = rename_source_key(key, *self.packed, *self.prefix)
         return name, pattern is not None
+
+
+def _sorted(transforms):
+    """Transformers' (renamings, converters)."""
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    return renamings, [one for one in transforms if not isinstance(one, WeightRenaming)]
 
 
 def compare(model, tensors, rename, ties=None):

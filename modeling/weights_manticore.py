@@ -19,6 +19,8 @@ from transformers.utils import logging
 from transformers.utils.hub import create_and_tag_model_card
 
 from .bounds_manticore import ManticoreError, is_commit
+from .dtypes_manticore import convert_unpacked
+from .quantization_manticore import note_kept, refuse_packed, refuse_quantized, refuse_unsaved
 from .references_manticore import component_files, open_files, where
 from .saving_manticore import carry_card, copy_code, source_card, whole_directory
 from .sizes_manticore import Renamer, check_tensors, refuse, tie_groups
@@ -86,14 +88,23 @@ class ReferencedWeights:
                 model._own_commit = commit[1] if commit else None  # adapters pin the hybrid they were made for
                 model._loaded_from = os.path.dirname(os.path.abspath(files[0]))
                 state_dict = open_files(files, stack, "The hybrid's own weights")
-            rename, ties, owner = Renamer(model), tie_groups(model), partial(_owner, model)
-            state_dict = overlay(model, state_dict, hub, stack, rename, ties)
+            quantizer = load_config.hf_quantizer
+            packed = quantizer if quantizer is not None and quantizer.pre_quantized else None
+            rename, ties, owner = Renamer(model, packed=packed), tie_groups(model), partial(_owner, model)
+            if packed is not None:
+                refuse_packed(model, state_dict)
+            own, state_dict = set(state_dict), overlay(model, state_dict, hub, stack, rename, ties)
+            if packed is not None:
+                convert_unpacked(model, state_dict, own, rename, load_config.dtype_plan)
             ignored = load_config.ignore_mismatched_sizes
-            check_tensors(model, state_dict, rename, ties, owner, load_config.hf_quantizer, ignored)
+            check_tensors(model, state_dict, rename, ties, owner, quantizer, ignored)
             info, offloaded = PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
         _refuse_incomplete(model, info, ties, owner, ignored)
+        if quantizer is not None:
+            refuse_quantized(model)
+            note_kept(quantizer, model)
         if offloaded is not None:
             # Transformers 5.23 ties disk-offloaded keys only if they are in the first checkpoint file.
             for target, source in (model.all_tied_weights_keys or {}).items():
@@ -108,7 +119,7 @@ class ReferencedWeights:
         failing network costs no weights. Arguments as in Transformers.
 
         Raises:
-            ManticoreError: `save_directory` is a file.
+            ManticoreError: `save_directory` is a file, or the hybrid is quantised by a method that is not saved.
         """
         target = Path(save_directory)
         if target.is_file():
@@ -117,6 +128,7 @@ class ReferencedWeights:
             return super().save_pretrained(
                 save_directory, is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
             )
+        refuse_unsaved(self)
         kwargs["save_original_format"] = False
         upload = {key: kwargs.pop(key, None) for key in ("repo_id", "commit_message", "create_pr", "private")}
         timestamps = self._get_files_timestamps(target) if target.is_dir() else {}
@@ -194,7 +206,7 @@ class ReferencedWeights:
     def unchanged_keys(self, state_dict=None):
         """Keys of the tensors that are bit-equal to the referenced ones and therefore need not be saved."""
         state_dict = self.state_dict() if state_dict is None else state_dict
-        ties, out = tie_groups(self), set()
+        ties, loaded, out = tie_groups(self), self.loaded_dtypes(), set()
         with contextlib.ExitStack() as stack:
             for entry in self.config.components:
                 if entry["weights"] != "reference":
@@ -207,7 +219,7 @@ class ReferencedWeights:
                 for key, value in state_dict.items():
                     if key.startswith(entry["name"] + ".") and _comparable(value):
                         known = _referenced(reference, key, ties)
-                        if known is not None and _same(known, value):
+                        if known is not None and _same(known, value, loaded(key)):
                             out.add(key)
         # One changed end of a tie is a change of both.
         return {key for key in out if ties.get(key, {key}) & set(state_dict) <= out}
@@ -235,7 +247,7 @@ class ReferencedWeights:
             # Fused or split tensors (mixtures of experts) can only be compared once Transformers has converted them.
             part = self.component(entry["name"])
             whole, info = AutoModelForCausalLM.from_pretrained(
-                os.path.dirname(files[0]), config=copy.deepcopy(part.config), dtype=part.dtype, use_safetensors=True,
+                os.path.dirname(files[0]), config=copy.deepcopy(part.config), dtype=self.dtype, use_safetensors=True,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
             # What the checkpoint lacks has initial values, which a trained tensor may equal (zeros, ones).
@@ -292,12 +304,16 @@ def _comparable(value):
     return plain and value.device.type != "meta" and not value.is_quantized and value.layout == torch.strided
 
 
-def _same(known, value):
-    """Bit equality, after the conversion that loading the reference in `value`'s dtype does."""
+def _same(known, value, loaded):
+    """Whether a reference gives a tensor's very bits when it is loaded in the dtype `loaded`.
+
+    If that is narrower than the tensor's own, nothing of the tensor may get lost either: it can be loaded in another.
+    """
     known = known if isinstance(known, torch.Tensor) else known[...]
-    if known.shape != value.shape:
+    if known.shape != value.shape or known.is_floating_point() != value.is_floating_point():  # packed in eight bits
         return False
-    known, value = known.detach().to(value.dtype), value.detach().cpu()
+    dtype = torch.promote_types(value.dtype, loaded) if value.is_floating_point() else value.dtype
+    known, value = known.detach().to(dtype), value.detach().cpu().to(dtype)
     # As bytes too: 0.0 == -0.0.
     return torch.equal(known, value) and torch.equal(_bytes(known), _bytes(value))
 

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BitsAndBytesConfig,
 )
 
 import manticore_hf
@@ -255,6 +256,22 @@ torch.save(found, output)
 """
 
 
+QUANTISE = """
+import bitsandbytes.nn.modules
+from transformers import BitsAndBytesConfig
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # cannot repack weights as small as these
+small, ours, pushed = more
+model = AutoModelForCausalLM.from_pretrained(repo, quantization_config=BitsAndBytesConfig(load_in_8bit=True), **trust)
+assert "transformers_modules" in type(model).__module__
+found = {"made": facts(model)}
+model.save_pretrained(small)
+model.push_to_hub(pushed)
+for name in (small, ours, pushed):
+    found[name] = facts(AutoModelForCausalLM.from_pretrained(name, **trust))
+torch.save(found, output)
+"""
+
+
 def ids(rows=2):
     """Rows of eight tokens; the scripts read them from a file."""
     return torch.randint(3, 48, (2, 8), generator=torch.Generator().manual_seed(1))[:rows]
@@ -329,6 +346,22 @@ def test_life_without_the_package(published, run, hub, owner, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(where)
         assert type(loaded) is ManticoreForCausalLM
         assert_facts({"chunked": trained["chunked"], **facts(loaded)}, trained)
+
+
+def test_quantised_without_the_package(published, run, hub, owner, tmp_path, monkeypatch):
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(published[0], quantization_config=settings)
+    model.save_pretrained(tmp_path / "ours")
+    found = run(QUANTISE, published[0], tmp_path / "small", tmp_path / "ours", f"{owner}/small")
+    expected = facts(model)
+    for one in found.values():
+        assert torch.equal(one["logits"], expected["logits"]) and torch.equal(one["text"], expected["text"])
+    assert set(found) == {"made", str(tmp_path / "small"), str(tmp_path / "ours"), f"{owner}/small"}
+    for where in (tmp_path / "small", f"{owner}/small"):
+        assert torch.equal(facts(AutoModelForCausalLM.from_pretrained(where))["logits"], expected["logits"])
+    assert_complete(hub.files(f"{owner}/small"), read_json(tmp_path / "small"))
 
 
 def test_classifying_without_the_package(published, run, hub, owner, tmp_path):

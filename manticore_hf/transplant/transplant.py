@@ -11,6 +11,7 @@ import copy
 import torch
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.sizes_manticore import build_component
 from manticore_hf.modeling.vocabulary_manticore import end_names
 from manticore_hf.transplant.build import ATOMS, METHODS, check_method, match, new_rows
@@ -112,12 +113,8 @@ def _graft(model, ends, plan, name, donor, atoms, tokenizer, progress):
     tied = ends["head"].weight is ends["input"].weight
     config.tie_word_embeddings = tied
     _set_ids(config, tokenizer)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(model.dtype)
-    try:
+    with default_dtype(model.dtype):
         out = build_component(f"The transplanted model ({config.model_type})", config).to(model.device)
-    finally:
-        torch.set_default_dtype(before)
     known, own = model.state_dict(), end_names(model)
     if type(out) is not type(model) or own != end_names(out):
         raise ManticoreError(
