@@ -2,10 +2,10 @@
 
     python benchmarks/objective.py --shared SHARED --work WORK --output benchmarks/results/objective.jsonl
 
-For every setting (components and texts, most of them of `benchmarks/study.py`) a one-block hybrid is trained as a recipe
-would (gate, then everything) with each pair of loss weights and in each space, at two rates; and before any training the
-components are measured by `manticore_hf.strengths`, forward only. The question is whether the measurement says which
-loss weights are better. Every run is a line of the output; a killed benchmark goes on.
+For every setting (components and texts, most of them of `benchmarks/study.py`) a one-block hybrid is trained as a
+recipe would (gate, then everything) with each pair of loss weights and in each space, at two rates; and before any
+training the components are measured by `manticore_hf.strengths`, forward only. The question is whether the measurement
+says what is better. Every run is a line of the output; a killed benchmark goes on.
 """
 
 import argparse

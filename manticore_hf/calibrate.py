@@ -2,16 +2,17 @@
 
 On a few ten thousand tokens every component is run alone, segment by segment. At each boundary W_out maps component
 k's state to the reference component's and W_in maps back; the reference is the identity. Only sums of products are
-kept (float64, O(width^2) memory), so one pass over the text is enough, however long it is.
+kept (float64, O(width^2) memory), so one pass over the text is enough, however long it is. Several processes each read
+a share of the batches, and add their sums.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from manticore_hf.data import repack
+from manticore_hf.distributed import bar, same_everywhere, total, totals, world
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
@@ -43,6 +44,12 @@ class Moments:
         self.xx += x.T @ x
         self.xy += x.T @ y
         self.yy += y.square().sum(0)
+
+    def join(self):
+        """Adds what the other processes have seen; on every rank."""
+        self.count = int(total(torch.tensor(self.count, device=self.x.device)))
+        for one in (self.x, self.y, self.xx, self.xy, self.yy):
+            total(one)
 
 
 def solve_ridge(fit, held_out, ridges=RIDGES):
@@ -100,7 +107,7 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=None, held_out=0.2):
-    """Sets a hybrid's linear projectors in closed form, in place.
+    """Sets a hybrid's linear projectors in closed form, in place; where there are several processes, all must call it.
 
     Args:
         model: A hybrid with projector="linear".
@@ -135,13 +142,15 @@ def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=
     finally:
         model.train(was_training)
     r2, ridges = {}, {}
-    for (side, name, block), (fit, test) in tqdm(pairs.items(), desc="Solving", unit="map", leave=False):
+    for (side, name, block), (fit, test) in bar(pairs.items(), desc="Solving", unit="map", leave=False):
         weight, bias, ridge, score = solve_ridge(fit, test)
         projector = getattr(model.hybrid_mixer, side)[f"{name}-{block}"]
         projector.weight.zero_()
         projector.bias.zero_()
         projector.weight[: weight.shape[0], : weight.shape[1]] = weight.to(projector.weight)
         projector.bias[: len(bias)] = bias.to(projector.bias)
+        same_everywhere(projector.weight)  # solvers may differ in the last bits from one processor to the next
+        same_everywhere(projector.bias)
         r2[f"{side}:{name}-{block}"], ridges[f"{side}:{name}-{block}"] = score, ridge
     tokens = sum(batch.numel() for batch in batches)
     config.projector_init = "calibrated"
@@ -179,11 +188,11 @@ def _losses(model, batches):
     names, some = model.config.component_names, batches[: max(2, len(batches) // 4)]
     if len(names) == 1:
         return {names[0]: float("nan")}
-    sums = dict.fromkeys(names, 0.0)
-    for ids in tqdm(some, desc="Choosing the reference", unit="batch", leave=False):
+    sums, (rank, size) = dict.fromkeys(names, 0.0), world()
+    for ids in bar(some[rank::size], desc="Choosing the reference", unit="batch", leave=False):
         for name in names:
             sums[name] += model.component(name)(input_ids=ids, labels=ids, use_cache=False).loss.item()
-    return {name: total / len(some) for name, total in sums.items()}
+    return {name: loss / len(some) for name, loss in totals(sums, model.device).items()}
 
 
 def _change_reference(model, reference):
@@ -203,8 +212,11 @@ def _change_reference(model, reference):
 
 def _collect(model, batches, reference, every):
     """{(side, name, block): (moments to fit, moments held out)} of every projector that has parameters."""
-    mixer, pairs = model.hybrid_mixer, {}
-    for number, ids in enumerate(tqdm(batches, desc="Calibrating", unit="batch", leave=False)):
+    mixer, pairs, (rank, size) = model.hybrid_mixer, {}, world()
+    for number, ids in enumerate(bar(batches, desc="Calibrating", unit="batch", leave=False)):
+        mine = number % size == rank
+        if not mine and number:  # the first one shows every rank which maps there are
+            continue
         states = {name: _boundary_states(model, name, ids) for name in model.config.component_names}
         for side, projectors in (("into", mixer.into), ("out_of", mixer.out_of)):
             for key, projector in projectors.items():
@@ -217,11 +229,14 @@ def _collect(model, batches, reference, every):
                     x, y = states[reference][int(block)], states[name][int(block)]
                     if int(block) == 0:  # with mixed embeddings the first block reads their mixture
                         x = resize(model.mix_embeddings(ids), projector.in_features)
-                x, y = x.flatten(0, 1), y.flatten(0, 1)
+                x, y = (rows.flatten(0, 1)[: None if mine else 0] for rows in (x, y))
                 if (side, name, block) not in pairs:
                     made = [Moments(x.shape[1], y.shape[1], x.device) for _ in range(2)]
                     pairs[side, name, block] = tuple(made)
                 pairs[side, name, block][number % every == every - 1].add(x, y)
+    for fit, test in pairs.values():
+        fit.join()
+        test.join()
     return pairs
 
 

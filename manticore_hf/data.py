@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, load_dataset, load_dataset_builder
-from tqdm.auto import tqdm
 
+from manticore_hf.distributed import bar
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 _FORMATS = {
@@ -194,7 +194,7 @@ def pack(documents, tokenizer, block_size, limit=None, desc="Tokenising"):
     if tokenizer.eos_token_id is None:
         raise ManticoreError("The tokenizer has no eos_token: documents cannot be told apart once they are packed.")
     tokens, blocks, end = [], [], tokenizer.eos_token_id
-    for document in tqdm(documents, desc=desc, unit="doc", leave=False):
+    for document in bar(documents, desc=desc, unit="doc", leave=False):
         ids = tokenizer(document, verbose=False)["input_ids"]
         if ids[:1] == [end]:  # one token for beginning and end: once between two documents
             ids = ids[1:]
@@ -235,7 +235,7 @@ def mask_prompts(records, tokenizer, arguments, limit=None):
         ManticoreError: A column is missing, or no record has room for its answer.
     """
     rows = {"input_ids": [], "attention_mask": [], "labels": []}
-    for record in tqdm(records, desc="Tokenising", unit="record", leave=False):
+    for record in bar(records, desc="Tokenising", unit="record", leave=False):
         texts = [text_of(record, name, arguments) for name in (arguments.prompt_column, arguments.completion_column)]
         prompt = tokenizer(texts[0], verbose=False)["input_ids"]
         prompt = prompt[:-1] if prompt[-1:] == [tokenizer.eos_token_id] else prompt

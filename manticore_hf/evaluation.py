@@ -6,16 +6,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from manticore_hf.data import load_rows
+from manticore_hf.distributed import bar, component_runner, shares, totals
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 
 
 @torch.no_grad()
 def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True):
     """Mean next-token loss of a hybrid, of each component alone, and of their plain ensemble, in one pass.
+
+    Several processes each run a share of the rows; all of them must call this.
 
     Args:
         model: A hybrid; without rivals any causal LM, which counts as "hybrid".
@@ -32,26 +34,30 @@ def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True
     was_training, names = model.training, model.config.component_names if rivals and not model.config.route else []
     model.eval()
     sums, count = dict.fromkeys([*names, "ensemble", "hybrid"] if names else ["hybrid"], 0.0), 0
-    loader = DataLoader(dataset.with_format("torch"), batch_size=batch_size)
-    for batch in tqdm(loader, desc=desc, unit="batch", leave=False):
+    runners = {name: component_runner(model, name) for name in names}
+    order = range(len(dataset))
+    mine = list(shares([list(order[start : start + batch_size]) for start in order[::batch_size]]))
+    loader = DataLoader(dataset.with_format("torch"), batch_sampler=[rows for rows, _ in mine])
+    for (_, share), batch in zip(mine, bar(loader, desc=desc, unit="batch", leave=False)):
         ids = batch["input_ids"].to(model.device)
         target = ids[:, 1:].flatten()
 
-        def loss(logits, target=target):
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, reduction="sum").item()
+        def loss(logits, target=target, share=share):
+            return share * F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, reduction="sum").item()
 
         mean = 0.0
         for name in names:
-            logits = model.component(name)(input_ids=ids, use_cache=False).logits
+            logits = runners[name](input_ids=ids, use_cache=False).logits
             logprobs = logits[..., : model.config.vocab_size].float().log_softmax(-1)  # without rows that only pad
             sums[name] += loss(logprobs)
             mean = mean + logprobs / len(names)
         if names:
             sums["ensemble"] += loss(mean)
         sums["hybrid"] += loss(model(input_ids=ids, use_cache=False).logits)
-        count += target.numel()
+        count += share * target.numel()
     model.train(was_training)
-    return {name: total / count for name, total in sums.items()}
+    *sums, count = totals({**sums, "": count}, model.device).items()
+    return {name: loss / count[1] for name, loss in sums}
 
 
 def measured_on(data, rows):

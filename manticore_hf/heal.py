@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from manticore_hf.data import DataArguments, load_rows
+from manticore_hf.distributed import agree, gathered, main_first, on_main, say
 from manticore_hf.evaluation import compare_losses, measured_on
 from manticore_hf.hardening import harden, pick_route
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -77,6 +78,8 @@ class HealTrainer(Trainer):
             own = outputs["logits"][:, :-1][kept].float().log_softmax(-1)
             items = kept.sum() if num_items_in_batch is None else num_items_in_batch
             distance = F.kl_div(own, target, log_target=True, reduction="sum") / items
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                distance = distance * self.accelerator.num_processes  # as Trainer: the ranks average
             loss = (1 - self.distil_weight) * loss + self.distil_weight * distance
         return (loss, outputs) if return_outputs else loss
 
@@ -98,21 +101,23 @@ def run_harden(start, data, arguments):
     result = finished(output)
     if result is None:
         result = _run(start, data, arguments, output)
-    print(f"\nharden: {' > '.join(result['route'])}, {result['share']:.1%} of the soft hybrid's parameters")
+    say(f"\nharden: {' > '.join(result['route'])}, {result['share']:.1%} of the soft hybrid's parameters")
     for name, loss in result["losses"].items():
-        print(f"{name:>32}  {loss:.4f} nats per token on the validation text")
+        say(f"{name:>32}  {loss:.4f} nats per token on the validation text")
     return result
 
 
 def _run(start, data, arguments, output):
     set_seed(arguments.seed)
-    soft = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype).to(arguments.device)
-    tokenizer = AutoTokenizer.from_pretrained(start.model)
-    train, validation = load_rows(data, tokenizer)
+    with main_first():
+        soft = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
+        tokenizer = AutoTokenizer.from_pretrained(start.model)
+        train, validation = load_rows(data, tokenizer)
+    soft.to(arguments.device)
     measured = {}
     if start.route in ("alpha", "loss"):
         options = {"budget": start.budget, "cost": start.cost, "beam": start.beam}
-        choice = pick_route(soft, start.route, validation, **options)
+        choice = on_main(pick_route, soft, start.route, validation, **options)
         route, measured = choice.route, choice.losses
     else:
         route = start.route.split(",") if "," in start.route else start.route
@@ -125,24 +130,32 @@ def _run(start, data, arguments, output):
         found = compare_losses(soft, validation, batch)
         losses = {("soft hybrid" if name == "hybrid" else name): loss for name, loss in found.items()}
         losses["hardened, before healing"] = compare_losses(hard, validation, batch)["hybrid"]
+    state = None
+    if arguments.ddp_find_unused_parameters is None:
+        arguments.ddp_find_unused_parameters = True
     if arguments.max_steps != 0 and arguments.num_train_epochs > 0:
         trainer = HealTrainer(
             model=set_stage(hard, "finetune"), args=arguments, train_dataset=train, processing_class=tokenizer,
             data_collator=collator(data, tokenizer), teacher=soft if start.distil_weight else None,
             distil_weight=start.distil_weight,
         )  # fmt: skip
-        resume = arguments.resume_from_checkpoint or last_whole_checkpoint(output)
+        resume = arguments.resume_from_checkpoint or agree(last_whole_checkpoint(output))
         if resume:
-            print(f"{output}: going on from {resume}.")
+            say(f"{output}: going on from {resume}.")
         trainer.train(resume_from_checkpoint=resume)
         result["steps"] = trainer.state.global_step
         if validation is not None:
             losses["hardened, healed"] = compare_losses(hard, validation, batch)["hybrid"]
-    hard.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+        state = gathered(trainer, hard)
     if losses:
         result.update(measured_on(data, validation), own=list(losses)[-1])
-    return record(output, {**result, "losses": losses, "measured_routes": measured})
+    return on_main(_write, hard, state, tokenizer, output, {**result, "losses": losses, "measured_routes": measured})
+
+
+def _write(hard, state, tokenizer, output, result):
+    hard.save_pretrained(output, state_dict=state)
+    tokenizer.save_pretrained(output)
+    return record(output, result)
 
 
 def main(stage, argv):

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from manticore_hf.distributed import totals
+
 
 def hybrid_of(model):
     """The hybrid inside whatever wraps it (accelerate, DDP, PEFT), or None."""
@@ -84,7 +86,8 @@ class PartSums:
         labels = kwargs.get("labels")
         if labels is None or getattr(out, "mixture_loss", None) is None:
             return
-        tokens = (labels[:, 1:] != -100).sum()
+        labelled = labels[:, 1:] != -100
+        tokens = labelled.sum()
         self._sum("loss/mixture", out.mixture_loss, tokens)
         if out.component_losses is not None:
             for name, value in zip(self.names, out.component_losses.unbind()):
@@ -92,7 +95,8 @@ class PartSums:
         if out.ensemble_loss is not None:
             self._sum("loss/ensemble", out.ensemble_loss, tokens)
         if out.weights is not None:
-            for name, value in zip(self.names, out.weights.mean((0, 1)).unbind()):
+            means = (out.weights[:, :-1] * labelled[..., None]).sum((0, 1)) / tokens.clamp(min=1)
+            for name, value in zip(self.names, means.unbind()):
                 self._sum(f"gate/{name}", value, tokens)
 
     def _sum(self, key, value, tokens):
@@ -101,6 +105,8 @@ class PartSums:
         self.counts[key] = self.counts.get(key, 0) + tokens
 
     def means(self):
-        """{key: mean over tokens since the last `clear`}; components that were not run are left out."""
-        means = {key: float(total) / float(self.counts[key]) for key, total in self.sums.items()}
+        """{key: mean over all processes' tokens since the last `clear`}; components that were not run are left out."""
+        device = next((total.device for total in self.sums.values()), None)
+        sums, counts = totals(self.sums, device), totals(self.counts, device)
+        means = {key: sums[key] / counts[key] for key in sums}
         return {key: value for key, value in means.items() if not math.isnan(value)}

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set
 
 from manticore_hf.calibrate import calibrate_projectors
 from manticore_hf.data import DataArguments, load_rows, read_texts
+from manticore_hf.distributed import agree, is_main, main_first, on_main, say
 from manticore_hf.files import write_json
 from manticore_hf.modeling.configuration_manticore import CHOICES, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
@@ -102,12 +103,12 @@ def training_defaults():
 
 
 def finished(output):
-    """The result of a stage that has ended in this directory, or None."""
+    """The result of a stage that has ended in this directory, or None; on every rank the same."""
     file = Path(output) / RESULT
-    if not file.is_file():
-        return None
-    print(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
-    return json.loads(file.read_text())
+    result = agree(json.loads(file.read_text()) if is_main() and file.is_file() else None)
+    if result is not None:
+        say(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
+    return result
 
 
 def record(output, result):
@@ -134,7 +135,13 @@ def run_compose(components, arguments, program=None, **settings):
     output = Path(arguments.output_dir)
     result = finished(output)
     if result is None:
-        result = _compose(components, arguments, settings, output, program)
+        result = on_main(_compose, components, arguments, settings, output, program)
+    if is_main():
+        _print_compose(result)
+    return result
+
+
+def _print_compose(result):
     names = result["components"]
     print(f"\ncompose: {' + '.join(names)} in {result['num_blocks']} block(s)")
     for name, report in result.get("transplants", {}).items():
@@ -145,7 +152,6 @@ def run_compose(components, arguments, program=None, **settings):
         from manticore_hf.tasks.program import print_program
 
         print_program(names, result["mixture_weights"], result["program"])
-    return result
 
 
 def _compose(components, arguments, settings, output, program):
@@ -197,20 +203,26 @@ def run_calibrate(start, data, arguments):
     result = finished(output)
     if result is None:
         set_seed(arguments.seed)
-        model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.calibration_dtype).to(arguments.device)
-        tokenizer = AutoTokenizer.from_pretrained(start.model)
-        rows, _ = load_rows(data, tokenizer)
+        with main_first():
+            model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.calibration_dtype)
+            tokenizer = AutoTokenizer.from_pretrained(start.model)
+            rows, _ = load_rows(data, tokenizer)
+        model.to(arguments.device)
         options = {"tokens": start.tokens, "reference": start.reference}
         found = calibrate_projectors(model, rows, batch_size=arguments.per_device_train_batch_size, **options)
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-        result = record(output, {"stage": "calibrate", **dataclasses.asdict(found)})
-    print(f"\ncalibrate: {result['tokens']:,} tokens, reference {result['reference']}")
+        result = on_main(_write_calibrated, model, tokenizer, found, output)
+    say(f"\ncalibrate: {result['tokens']:,} tokens, reference {result['reference']}")
     for name, loss in result["losses"].items():
-        print(f"{name:>24}  {loss:.4f} nats per token")
+        say(f"{name:>24}  {loss:.4f} nats per token")
     for key, score in result["r2"].items():
-        print(f"{key:>32}  R^2 {score:6.3f}  ridge {result['ridges'][key]:g}")
+        say(f"{key:>32}  R^2 {score:6.3f}  ridge {result['ridges'][key]:g}")
     return result
+
+
+def _write_calibrated(model, tokenizer, found, output):
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return record(output, {"stage": "calibrate", **dataclasses.asdict(found)})
 
 
 def main(stage, argv):

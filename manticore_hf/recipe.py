@@ -20,6 +20,8 @@ import yaml
 from transformers import TrainingArguments
 
 from manticore_hf.data import DataArguments
+from manticore_hf.distributed import on_main, say
+from manticore_hf.files import replace_text
 from manticore_hf.heal import HardenArguments, run_harden
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
@@ -294,14 +296,13 @@ def run_recipe(path, output_dir, seed=None):
         text = re.sub(r"(?m)^seed:.*$", line, text) if re.search(r"(?m)^seed:", text) else f"{line}\n{text}"
     kept = output / "recipe.yaml"
     # Not by name, which may be the file's
+    defaults = {"seed": recipe.seed, **training_defaults()}
+    folder = output / "0-compose"
+    arguments = TrainingArguments(output_dir=str(folder), **defaults)  # also joins the processes
     if kept.exists() and dataclasses.replace(load_recipe(kept), path=recipe.path, name=recipe.name) != recipe:
         raise ManticoreError(f"{output} holds the stages of another recipe ({kept}); give another --output-dir.")
     output.mkdir(parents=True, exist_ok=True)
-    kept.write_text(text, encoding="utf-8")
-
-    defaults = {"seed": recipe.seed, **training_defaults()}
-    folder = output / "0-compose"
-    arguments = TrainingArguments(output_dir=str(folder), **defaults)
+    on_main(replace_text, kept, text)
     hybrid, tasks, program = dict(recipe.hybrid), mixture_tasks(recipe.hybrid.get("mixture")), None
     if tasks is not None:
         settings = ProgramSettings(**{"seed": recipe.seed, **recipe.program})
@@ -314,7 +315,7 @@ def run_recipe(path, output_dir, seed=None):
     before_search, searched = folder, None
     for number, (stage, settings) in enumerate(recipe.stages, 1):
         folder, start = output / f"{number}-{stage}", results[-1][0]
-        print(f"[{recipe.name}] {stage} -> {folder}", flush=True)
+        say(f"[{recipe.name}] {stage} -> {folder}", flush=True)
         starts, kind, run = _STAGES[stage]
         own = {key: settings[key] for key in settings if key in _types(starts)}
         training = {key: settings[key] for key in settings if key not in own and key != "data"}
@@ -327,7 +328,7 @@ def run_recipe(path, output_dir, seed=None):
             searched = folder
         elif searched is None:
             before_search = folder
-        shutil.copyfile(kept, folder / "recipe.yaml")
+        on_main(shutil.copyfile, kept, folder / "recipe.yaml")
         results.append((folder, result))
     return results
 

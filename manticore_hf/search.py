@@ -15,6 +15,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
+from manticore_hf.distributed import is_sharded, total, world
 from manticore_hf.logs import HybridLogging, hybrid_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.stages import set_stage
@@ -102,25 +103,31 @@ class DartsBilevel(Strategy):
     def before_step(self):
         trainer = self.trainer
         alpha, model = trainer.alpha, trainer.model
-        frozen = [p for p in model.parameters() if p.requires_grad and p is not alpha]
-        for parameter in frozen:
+        others = [p for p in model.parameters() if p.requires_grad and p is not alpha]
+        sharded = is_sharded(model)  # FSDP2 notes what is trainable when it wraps: there, gradients are dropped instead
+        for parameter in others if not sharded else ():
             parameter.requires_grad_(False)
-        alpha.requires_grad_(True)
+        mixer = hybrid_of(model).hybrid_mixer
+        mixer.holds_alpha = False
         model.train()
         count = sum((batch["labels"][:, 1:] != -100).sum() for batch in trainer.held_out_batches())
+        if trainer.args.average_tokens_across_devices:
+            total(count)
         for batch in trainer.held_out_batches():
             with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, batch, num_items_in_batch=count)
+                loss = trainer.compute_loss(trainer.model_wrapped, batch, num_items_in_batch=count)
             trainer.accelerator.backward(loss)
+        for parameter in others:
+            parameter.grad = None
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         optimizer.step()  # only alpha has a gradient, so only alpha moves; its moments live in the checkpoint
         alpha.grad = None
-        for parameter in frozen:
+        for parameter in others:
             parameter.requires_grad_(True)
-        alpha.requires_grad_(False)
+        mixer.holds_alpha = True
 
     def finish(self):
-        self.trainer.alpha.requires_grad_(True)
+        hybrid_of(self.trainer.model).hybrid_mixer.holds_alpha = False
 
 
 @strategy("gaea")
@@ -200,13 +207,27 @@ class SearchTrainer(HybridLogging, Trainer):
                 "Compose with mixture='static' or more blocks."
             )
         set_stage(model, "search")
-        self.alpha = hybrid.hybrid_mixer.alpha_logits
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # alpha where it is held, heads that nothing reads
+        self.model = model
         self.strategy = STRATEGIES[args.strategy](self)
         self._costs = _relative_costs(hybrid)
         self.args = args
         weights_text, self.alpha_text = self.strategy.split(train_dataset)
+        if self.alpha_text is not None and world()[1] > 1:
+            needed = args.train_batch_size * args.gradient_accumulation_steps * world()[1]
+            if len(self.alpha_text) < needed:
+                raise ManticoreError(
+                    f"strategy={args.strategy!r} holds out {len(self.alpha_text)} rows, and one step of all processes "
+                    f"reads {needed}: give more text, smaller batches or fewer processes."
+                )
         super().__init__(model=model, args=args, train_dataset=weights_text, **kwargs)
         self.add_callback(_Hooks(self.strategy))
+
+    @property
+    def alpha(self):
+        """The parameter [S, K]; FSDP2 puts another in its place."""
+        return hybrid_of(self.model).hybrid_mixer.alpha_logits
 
     def create_optimizer(self, *args, **kwargs):
         """AdamW with one more parameter group, alpha's."""
@@ -254,22 +275,27 @@ class SearchTrainer(HybridLogging, Trainer):
     def _penalty(self):
         if not self.args.entropy_penalty and not self.args.cost_penalty:
             return 0.0
-        weights = self.alpha.float().softmax(-1)
+        weights = hybrid_of(self.model).hybrid_mixer("weights_without_noise")  # called: FSDP2 gathers it around calls
         entropy = -(weights * weights.clamp(min=1e-12).log()).sum(-1).mean()
         cost = (weights * self._costs.to(weights.device)).sum()
         return self.args.entropy_penalty * entropy + self.args.cost_penalty * cost
 
     def held_out_batches(self):
-        """The held-out batches of the present step: a function of seed and step, so a resumed run sees the same."""
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        """This process's held-out batches of the present step.
+
+        They are a function of seed and step, so that a resumed run sees the same.
+        """
+        rank, ranks = world()
+        batch = self.args.train_batch_size
+        size = batch * self.args.gradient_accumulation_steps * ranks
         per_epoch = max(1, len(self.alpha_text) // size)
         epoch, position = divmod(self.state.global_step, per_epoch)
         order = torch.randperm(
             len(self.alpha_text), generator=torch.Generator().manual_seed(self.args.seed + 7919 * (epoch + 1))
         )
         chosen = order[position * size : (position + 1) * size].tolist()
-        for start in range(0, len(chosen), self.args.train_batch_size):
-            rows = [self.alpha_text[i] for i in chosen[start : start + self.args.train_batch_size]]
+        for start in range(rank * batch, len(chosen), ranks * batch):
+            rows = [self.alpha_text[i] for i in chosen[start : start + batch]]
             yield self._prepare_inputs(self.data_collator(rows))
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
+from manticore_hf.distributed import bar
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 WINDOW = 64
@@ -105,7 +105,8 @@ def difference_of_strengths(model, rows, tokens=16_384, window=WINDOW, batch_siz
     alone gives no gain: a minimum over the same tokens would.
 
     Args:
-        model: A soft hybrid, or any object with `component(name)`, `config.component_names` and `device`.
+        model: A soft hybrid, or any object with `component(name)`, `device` and in its `config` component_names and
+            vocab_size.
         rows: Dataset of `input_ids` (and `labels`, whose -100 do not count), as `load_rows` makes them.
         tokens: Tokens to use, about.
         window: Predicted tokens within which one component is chosen.
@@ -121,9 +122,10 @@ def difference_of_strengths(model, rows, tokens=16_384, window=WINDOW, batch_siz
     was_training = model.training
     model.eval()
     try:
-        for batch in tqdm(_batches(rows, tokens, batch_size), desc="Measuring strengths", unit="batch", leave=False):
+        for batch in bar(_batches(rows, tokens, batch_size), desc="Measuring strengths", unit="batch", leave=False):
             ids, labels = (batch[key].to(model.device) for key in ("input_ids", "labels"))
-            losses = torch.stack([_token_losses(model.component(name), ids, labels) for name in names])
+            parts = [_token_losses(model.component(name), ids, labels, model.config.vocab_size) for name in names]
+            losses = torch.stack(parts)
             kept = (labels[:, 1:] != -100).to(losses.dtype)
             halves = [_windows(losses * kept, window, half) for half in (0, 1)]
             sums.append(torch.stack(halves))  # [half, component, windows]
@@ -163,9 +165,9 @@ def _pad(records):
     }
 
 
-def _token_losses(component, ids, labels):
-    """[batch, time - 1] losses of the next token; 0 where it does not count."""
-    logits = component(input_ids=ids, use_cache=False).logits[:, :-1].float()
+def _token_losses(component, ids, labels, size):
+    """[batch, time - 1] losses of the next token among `size` (the rest is padding); 0 where it does not count."""
+    logits = component(input_ids=ids, use_cache=False).logits[:, :-1, :size].float()
     return F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
 
 

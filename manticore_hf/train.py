@@ -25,6 +25,7 @@ from transformers import (
 
 from manticore_hf.calibrate import awaits_calibration, calibrate_projectors
 from manticore_hf.data import DataArguments, load_rows
+from manticore_hf.distributed import agree, gathered, is_main, main_first, say
 from manticore_hf.evaluation import compare_losses, measured_on
 from manticore_hf.logs import HybridLogging
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
@@ -85,15 +86,16 @@ def run_stage(stage, start, data, arguments):
         _print_summary(stage, result)
         return result
     set_seed(arguments.seed)
-    model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
-    tokenizer = AutoTokenizer.from_pretrained(start.model)
-    train, validation = load_rows(data, tokenizer)
+    with main_first():
+        model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
+        tokenizer = AutoTokenizer.from_pretrained(start.model)
+        train, validation = load_rows(data, tokenizer)
     if awaits_calibration(model):
         found = calibrate_projectors(model.to(arguments.device), train)
-        print(f"Projectors calibrated on {found.tokens:,} tokens of the training text, reference {found.reference}.")
+        say(f"Projectors calibrated on {found.tokens:,} tokens of the training text, reference {found.reference}.")
     if awaits_objective(model):
         choose_objective(model.to(arguments.device), train, batch_size=arguments.per_device_train_batch_size)
-        print(f"Objective: {say_objective(model.config)}.")
+        say(f"Objective: {say_objective(model.config)}.")
     if start.mixture_from is not None:
         take_mixture(model, start.mixture_from)
     elif stage == "finetune":
@@ -104,10 +106,12 @@ def run_stage(stage, start, data, arguments):
     if start.component_max_norm is not None:
         arguments.max_grad_norm = 0.0
         kwargs["callbacks"] = [ComponentClipping(start.component_max_norm)]
+    if arguments.ddp_find_unused_parameters is None:
+        arguments.ddp_find_unused_parameters = True  # weights that are fixed, components at 0, heads that nothing reads
     trainer = (SearchTrainer if stage == "search" else HybridTrainer)(model=model, args=arguments, **kwargs)
-    resume = arguments.resume_from_checkpoint or last_whole_checkpoint(output)
+    resume = arguments.resume_from_checkpoint or agree(last_whole_checkpoint(output))
     if resume:
-        print(f"{output}: going on from {resume}.")
+        say(f"{output}: going on from {resume}.")
     trainer.train(resume_from_checkpoint=resume)
     return _finish(stage, trainer, model, tokenizer, validation, output, data)
 
@@ -119,9 +123,16 @@ def _finish(stage, trainer, model, tokenizer, validation, output, data):
     if validation is not None:
         result["losses"] = compare_losses(model, validation, trainer.args.per_device_eval_batch_size)
         result.update(measured_on(data, validation))
-    if not trainer.is_world_process_zero():
-        return result
-    model.save_pretrained(output)
+    state = gathered(trainer, model)
+    if is_main():
+        _write(stage, trainer, model, state, tokenizer, output, result)
+        _print_summary(stage, result)
+    agree(None)  # the next stage reads what rank 0 has written
+    return result
+
+
+def _write(stage, trainer, model, state, tokenizer, output, result):
+    model.save_pretrained(output, state_dict=state)
     tokenizer.save_pretrained(output)
     if stage == "search":
         from manticore_hf.plots import plot_alpha, plot_mixture
@@ -132,8 +143,6 @@ def _finish(stage, trainer, model, tokenizer, validation, output, data):
         plot_mixture(result["mixture_weights"], result["components"], output / "plots" / "mixture.png")
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     record(output, result)
-    _print_summary(stage, result)
-    return result
 
 
 def take_mixture(model, source):
@@ -180,12 +189,12 @@ def collator(data, tokenizer):
 
 def _print_summary(stage, result):
     names = result["components"]
-    print(f"\n{stage}: {result['steps']} steps")
-    print(f"{'block':>8}" + "".join(f"{name:>24}" for name in names) + "   (mixture weights)")
+    say(f"\n{stage}: {result['steps']} steps")
+    say(f"{'block':>8}" + "".join(f"{name:>24}" for name in names) + "   (mixture weights)")
     for block, row in enumerate(result["mixture_weights"]):
-        print(f"{block + 1:>8}" + "".join(f"{weight:24.3f}" for weight in row))
+        say(f"{block + 1:>8}" + "".join(f"{weight:24.3f}" for weight in row))
     for name, loss in result.get("losses", {}).items():
-        print(f"{name:>24}  {loss:.4f} nats per token on the validation text")
+        say(f"{name:>24}  {loss:.4f} nats per token on the validation text")
 
 
 def main(stage, argv):

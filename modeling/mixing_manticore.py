@@ -27,6 +27,11 @@ def resize(states, width):
     return states[..., :width] if have > width else F.pad(states, (0, width - have))
 
 
+def whole(tensor):
+    """A tensor with all its values: one that FSDP2 has sharded is gathered, which all processes must do at once."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 class LinearProjector(nn.Linear):
     """The paper's projector: an affine map [..., width_in] -> [..., width_out]."""
 
@@ -144,7 +149,7 @@ class HybridMixer(nn.Module):
         blocks, count = config.num_blocks, len(self.names)
         # Float32 whatever the rest is: in half precision most steps of training would round to nothing.
         self.alpha_logits = nn.Parameter(torch.zeros(blocks, count, dtype=torch.float32))
-        self.noise, self.temperature = None, 1.0
+        self.noise, self.temperature, self.holds_alpha = None, 1.0, False
         self.into, self.out_of, self.across = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         native, self.token_gate = config.embeddings == "native", None
         if config.route is not None:
@@ -178,14 +183,19 @@ class HybridMixer(nn.Module):
                 kept[f"{name}-{block}"] = (Resize if reference else PROJECTORS[config.projector])(*sizes)
 
     def forward(self, step, *args):
-        """Runs one step: "weights", "enter", "leave", "cross", "gate_tokens" or "gate_rest", the methods below."""
+        """Runs one step: the name of one of the methods below."""
         return getattr(self, step)(*args)
 
     def weights(self):
         """alpha = softmax(a): [S, K], in float32; a search may add noise and a temperature while training."""
         if self.noise is not None and self.training:
             return ((self.alpha_logits.float() + self.noise) / self.temperature).softmax(-1)
-        return self.alpha_logits.float().softmax(-1)
+        return self.weights_without_noise()
+
+    def weights_without_noise(self):
+        """softmax(a), whatever noise a search adds; without gradient where it holds alpha."""
+        logits = self.alpha_logits.detach() if self.holds_alpha and self.training else self.alpha_logits
+        return logits.float().softmax(-1)
 
     def enter(self, block, name, shared, alpha):
         """Shared state [batch, time, d] -> what component `name` reads in `block` [batch, time, d_k]."""

@@ -14,7 +14,7 @@ from .configuration_manticore import ManticoreConfig, ManticoreError
 from .decoding_manticore import CachedDecoding
 from .dtypes_manticore import MixedDtypes
 from .heads_manticore import ScoresSequences, ScoresTokens
-from .mixing_manticore import HybridMixer, resize
+from .mixing_manticore import HybridMixer, resize, whole
 from .mixture_manticore import SPACES, is_active, weighted_sum
 from .outputs_manticore import Embeds, HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .positions_manticore import check_positions
@@ -106,10 +106,10 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, M
 
     def mixture_weights(self):
         """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
-        alpha = self.hybrid_mixer.alpha_logits.detach().float().softmax(-1)
+        alpha = whole(self.hybrid_mixer.alpha_logits.detach()).float().softmax(-1)
         gate = self.hybrid_mixer.token_gate
         if gate is not None:
-            alpha[-1] = gate.linear.bias.detach().float().softmax(-1)
+            alpha[-1] = whole(gate.linear.bias.detach()).float().softmax(-1)
         for block, row in enumerate(self.config.mixture_weights or ()):
             if row is not None:
                 alpha[block] = torch.tensor(row)

@@ -37,14 +37,14 @@ class Knows:
         following = input_ids.roll(-1, 1)
         p = torch.exp(-self.loss_of(following))
         rest = (1 - p) / (VOCABULARY - 1)
-        logits = rest.log()[..., None].repeat(1, 1, VOCABULARY)
+        logits = rest.log()[..., None].repeat(1, 1, VOCABULARY + 3)  # rows that only pad
         return SimpleNamespace(logits=logits.scatter(-1, following[..., None], p.log()[..., None]))
 
 
 def hybrid_of(*losses):
     """A stand-in for a hybrid of such components."""
     parts = {f"c{i}": Knows(loss) for i, loss in enumerate(losses)}
-    config = SimpleNamespace(component_names=list(parts))
+    config = SimpleNamespace(component_names=list(parts), vocab_size=VOCABULARY)
     return SimpleNamespace(
         config=config, component=parts.get, device="cpu", training=False, train=lambda mode: None, eval=lambda: None
     )
@@ -53,7 +53,7 @@ def hybrid_of(*losses):
 def config_of_two(**settings):
     """A hybrid's configuration, as if it had the components of `hybrid_of`."""
     config = ManticoreConfig(**settings)
-    config._component_names = ["c0", "c1"]
+    config._component_names, config.vocab_size = ["c0", "c1"], VOCABULARY
     return config
 
 

@@ -1,0 +1,153 @@
+"""One run in several processes (torchrun, accelerate launch): who writes, prints and waits, and what is summed.
+
+Parallelism itself is accelerate's and torch.distributed's (DDP, FSDP2), through the Trainer. Everything here is the
+identity in a single process. Functions marked "on every rank" are collective: all processes must call them.
+"""
+
+import contextlib
+import types
+
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+
+
+def world():
+    """(rank of this process, number of processes)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def is_main():
+    """Whether this is the process that writes and prints."""
+    return world()[0] == 0
+
+
+def say(*values, **options):
+    """Prints, on rank 0."""
+    if is_main():
+        print(*values, **options)
+
+
+def bar(items=None, **options):
+    """A progress bar, on rank 0."""
+    return tqdm(items, disable=not is_main(), **options)
+
+
+def agree(value):
+    """Rank 0's value on every rank; any plain Python value."""
+    if world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(function, *args, **kwargs):
+    """Runs a function on rank 0 while the others wait; on every rank.
+
+    Returns:
+        Its result, on every rank.
+
+    Raises:
+        Whatever it raises, on every rank: a rank that went on alone would wait forever.
+    """
+    found, error = None, None
+    if is_main():
+        try:
+            found = function(*args, **kwargs)
+        except Exception as err:
+            error = err
+    if world()[1] == 1:
+        if error is not None:
+            raise error
+        return found
+    try:
+        found, error = agree((found, error))
+    except Exception:
+        if error is not None:  # an error that cannot be sent
+            raise error from None
+        raise
+    if error is not None:
+        raise error
+    return found
+
+
+@contextlib.contextmanager
+def main_first():
+    """Rank 0 runs the block before the others, so that what it downloads or prepares is there for them."""
+    several = world()[1] > 1
+    if several and not is_main():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if several and is_main():
+            dist.barrier()
+
+
+def total(tensor):
+    """The sum of a tensor over all processes, in place; on every rank."""
+    if world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def totals(values, device):
+    """The sums over all processes of a dictionary's numbers, its keys being the same on every rank; on every rank."""
+    if world()[1] == 1:
+        return {key: float(value) for key, value in values.items()}
+    numbers = [float(value) for value in values.values()]
+    return dict(zip(values, total(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()))
+
+
+def same_everywhere(tensor):
+    """Rank 0's values of a tensor on every rank, in place."""
+    if world()[1] > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def shares(batches):
+    """This process's share of a list: pairs (item, 1 or 0), as many on every rank.
+
+    Sharded models run a forward pass on all ranks or on none, so a rank whose share is shorter repeats an item with
+    weight 0.
+    """
+    rank, size = world()
+    for start in range(0, len(batches), size):
+        mine = start + rank
+        yield batches[min(mine, len(batches) - 1)], int(mine < len(batches))
+
+
+def is_sharded(model):
+    """Whether FSDP2 has sharded a model."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__)
+
+
+def component_runner(model, name):
+    """The component of that name as a callable that also runs where FSDP2 has sharded the hybrid."""
+    component = model.component(name)
+    if not is_sharded(model):
+        return component
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    if not hasattr(model, "_run_component"):
+        # Embeddings, final norms and heads belong to the hybrid's own unit, which is gathered around its methods only.
+        model._run_component = types.MethodType(lambda self, which, **inputs: self.component(which)(**inputs), model)
+        register_fsdp_forward_method(model, "_run_component")
+    return lambda **inputs: model._run_component(name, **inputs)
+
+
+def gathered(trainer, model):
+    """The whole state dict of a model that the Trainer's engine has sharded, in full on rank 0; else None.
+
+    On every rank.
+    """
+    accelerator = trainer.accelerator
+    if is_sharded(model):
+        return accelerator.get_state_dict(model)
+    if trainer.is_deepspeed_enabled:
+        return accelerator.get_state_dict(trainer.model_wrapped)
+    return None

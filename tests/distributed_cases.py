@@ -1,0 +1,172 @@
+"""What runs once in one process and once in two, with the same global batch: training of tiny hybrids, every way.
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/distributed_cases.py FOLDER CASE...
+
+Each case returns plain numbers; rank 0 also leaves the final weights as FOLDER/CASE.pt. Models are in float64, so that
+what differs between one process and two is not the order of a sum.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from processes import report
+from tiny_hybrid import QUIET, mixed_hybrid, rows_of
+from transformers import TrainingArguments, default_data_collator
+
+from manticore_hf import calibrate_projectors, lora_config, set_stage
+from manticore_hf.distributed import gathered, world
+from manticore_hf.evaluation import compare_losses
+from manticore_hf.heal import HealTrainer
+from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
+from manticore_hf.stages import ComponentClipping, fix_alpha
+from manticore_hf.train import HybridTrainer
+
+GLOBAL_BATCH = 4
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+
+
+def text(count=24):
+    """Rows of which every one has another number of labels, so that means over tokens and over rows differ."""
+    rows = rows_of(count).to_dict()
+    rows["labels"] = [[-100] * (i % 7) + ids[i % 7 :] for i, ids in enumerate(rows["labels"])]
+    return Dataset.from_dict(rows)
+
+
+def settings(**changes):
+    """Settings of a trainer whose processes share GLOBAL_BATCH rows, in two micro-batches each."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    values = {
+        **QUIET, "max_steps": 3, "per_device_train_batch_size": GLOBAL_BATCH // 2 // processes,
+        "per_device_eval_batch_size": GLOBAL_BATCH // processes, "gradient_accumulation_steps": 2, "logging_steps": 1,
+        "learning_rate": 1e-2, "seed": 3,
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+def train(kind, model, folder, name, callbacks=(), arguments=TrainingArguments, resume=None, **changes):
+    own = {key: changes.pop(key) for key in ("teacher",) if key in changes}
+    trainer = kind(
+        model=model, args=arguments(output_dir=str(folder / name), **settings(**changes)), train_dataset=text(),
+        eval_dataset=text(8), data_collator=default_data_collator, callbacks=list(callbacks), **own,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    evaluated = {key: value for key, value in trainer.evaluate().items() if key.startswith("eval_loss")}
+    log = trainer.state.log_history
+    rows = [{key: row[key] for key in row if key.split("/")[0] in ("loss", "gate", "grad_norm")} for row in log]
+    return finish(trainer, folder, name, log=[row for row in rows if row], evaluated=evaluated)
+
+
+def finish(trainer, folder, name, **found):
+    """Leaves the weights, and adds alpha (every step's, and its final one as this rank has it) to what was found."""
+    model = trainer.model
+    state = gathered(trainer, model)
+    state = model.state_dict() if state is None else state
+    if world()[0] == 0:
+        torch.save({key: value.detach().clone() for key, value in state.items()}, folder / f"{name}.pt")
+    hybrid = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found["alpha"] = hybrid.mixture_weights().tolist()
+    found["history"] = alpha_history(trainer.state.log_history)[1]
+    return found
+
+
+def hybrid(**changes):
+    changes = {"num_blocks": 2, "mixture": "static", **changes}
+    return mixed_hybrid(**changes).double()
+
+
+def search(strategy, **more):
+    def run(folder, name, **changes):
+        changes = {"strategy": strategy, "alpha_learning_rate": 0.1, "entropy_penalty": 0.05, **more, **changes}
+        model = hybrid(embeddings="mixed")
+        return train(SearchTrainer, model, folder, name, arguments=SearchArguments, **changes)
+
+    return run
+
+
+def pretrain(folder, name, **changes):
+    return train(HybridTrainer, set_stage(hybrid(embeddings="mixed"), "projectors"), folder, name, **changes)
+
+
+def finetune(folder, name, **changes):
+    """The default preset's form: one block, native ends, a token gate; alpha has no use."""
+    model = set_stage(hybrid(num_blocks=1, mixture="token", component_loss_weight=0.5), "finetune")
+    return train(HybridTrainer, model, folder, name, **changes)
+
+
+def clipped(folder, name, **changes):
+    model = set_stage(hybrid(), "finetune")
+    callbacks = [ComponentClipping(0.05)]
+    return train(HybridTrainer, model, folder, name, callbacks, max_grad_norm=0.0, **changes)
+
+
+def paper(folder, name, **changes):
+    """The paper's preset, with weights fixed so that one component is not run in the first block, checkpointed."""
+    model = mixed_hybrid(num_blocks=2, preset="paper").double()
+    model.set_mixture_weights([[1.0, 0.0], [0.3, 0.7]])
+    changes = {"gradient_checkpointing": True, "ddp_find_unused_parameters": True, **changes}
+    return train(HybridTrainer, set_stage(model, "finetune"), folder, name, **changes)
+
+
+def one_component(folder, name, **changes):
+    """Native ends and weights that leave a component out everywhere: its embeddings and head are never read."""
+    model = hybrid()
+    model.set_mixture_weights("part_0")
+    return train(HybridTrainer, set_stage(model, "search"), folder, name, **changes)
+
+
+def lora(folder, name, **changes):
+    model = hybrid(embeddings="mixed")
+    torch.manual_seed(5)
+    model = get_peft_model(model, lora_config(model, r=2, lora_alpha=16))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(0, 0.1)
+    return train(HybridTrainer, model.double(), folder, name, **changes)
+
+
+def heal(folder, name, **changes):
+    teacher, student = hybrid(num_blocks=1), hybrid(embeddings="mixed")
+    return train(HealTrainer, set_stage(fix_alpha(student), "finetune"), folder, name, teacher=teacher, **changes)
+
+
+def calibrate(folder, name):
+    """Of five batches two processes have three and two."""
+    model = hybrid(embeddings="mixed")
+    found = calibrate_projectors(model, rows_of(10), batch_size=2)
+    if world()[0] == 0:
+        torch.save(model.state_dict(), folder / f"{name}.pt")
+    return {"losses": found.losses, "r2": found.r2, "reference": found.reference, "tokens": found.tokens}
+
+
+def evaluate(folder, name):
+    """Seven rows in batches of two: the last one is short, and one process has none left for it."""
+    return compare_losses(hybrid(), rows_of(7), batch_size=2)
+
+
+CASES = {
+    "darts": search("darts"), "darts_bilevel": search("darts_bilevel"), "gaea": search("gaea", cost_penalty=0.05),
+    "dash": search("dash"), "pretrain": pretrain, "finetune": finetune, "clipped": clipped, "paper": paper,
+    "one_component": one_component, "lora": lora, "heal": heal, "calibrate": calibrate, "evaluate": evaluate,
+}  # fmt: skip
+
+
+def run(folder, names, **changes):
+    """{case: what it found}."""
+    return {name: CASES[name](Path(folder), name, **changes) for name in names}
+
+
+def main(folder, *names):
+    torch.set_num_threads(1)
+    sharded = "--fsdp" in names
+    TrainingArguments(output_dir=folder, use_cpu=True)  # joins the processes
+    names = [name for name in names if not name.startswith("--")]
+    report(folder, run(folder, names, **(FSDP if sharded else {})))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
