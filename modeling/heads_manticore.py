@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
 from .configuration_manticore import ManticoreError
+from .devices_manticore import device_of, place
 from .dtypes_manticore import default_dtype
 from .mixture_manticore import weighted_sum
 from .segments_manticore import Cuts
@@ -173,14 +174,15 @@ class Scores:
         config, keep = self.config, self._flag(output_hidden_states, "output_hidden_states")
         native = config.embeddings == "native"
         run = self._run(ids, mask, positions, cache, embeds, use_cache, keep, shared=not native)
+        there = device_of(self.score)
         if not native:
-            return *self.score({"shared": run["shared"]}, [1.0]), run
+            return *self.score(place({"shared": run["shared"]}, there), [1.0]), run
         row = run["alpha"][-1]
         if config.mixture == "token" and not isinstance(row[0], float):
             row = self.hybrid_mixer("gate_rest").unbind()
         weights = [w for name, w in zip(config.component_names, row) if name in run["states"]]
-        last = config.num_blocks - 1
-        return *self.score({f"{name}-{last}": state for name, state in run["states"].items()}, weights), run
+        states = {f"{name}-{config.num_blocks - 1}": state for name, state in run["states"].items()}
+        return *self.score(*place((states, weights), there)), run
 
     def _loss(self, loss_of, logits, own):
         """mix_loss_weight * loss(mixture) + component_loss_weight * sum_k loss(score k); of one score, its loss."""
@@ -263,7 +265,7 @@ class ScoresSequences(Scores):
             loss = self.loss_function(logits=values, pooled_logits=values, labels=labels, config=self.config)
             items = kwargs.get("num_items_in_batch")
             # Transformers' losses of other problem types than one label ignore it, and a step's batches would add up.
-            return loss if items is None else loss * (labels != -100).sum() / items
+            return loss if items is None else loss * place((labels != -100).sum(), loss.device) / items
 
         out = SequenceClassifierOutputWithPast(
             loss=None if labels is None else self._loss(loss_of, logits, own),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .devices_manticore import onloaded, place
 from .mixture_manticore import sureness
 
 
@@ -184,7 +185,7 @@ class HybridMixer(nn.Module):
 
     def forward(self, step, *args):
         """Runs one step: the name of one of the methods below."""
-        return getattr(self, step)(*args)
+        return getattr(self, step)(*place(args, self.alpha_logits.device))
 
     def weights(self):
         """alpha = softmax(a): [S, K], in float32; a search may add noise and a temperature while training."""
@@ -215,7 +216,8 @@ class HybridMixer(nn.Module):
 
     def gate_rest(self):
         """The part of the token gate that does not depend on the token, softmax(b): [K], in float32."""
-        return self.token_gate.linear.bias.float().softmax(-1)
+        with onloaded(self.token_gate.linear):
+            return self.token_gate.linear.bias.float().softmax(-1)
 
     def _gated(self, projector, states, alpha):
         gate = alpha if self.gate == "alpha" else 0.0

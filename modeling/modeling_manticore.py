@@ -12,6 +12,7 @@ from .components_manticore import build, prepare
 from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .decoding_manticore import CachedDecoding
+from .devices_manticore import Placed, onloaded, place
 from .dtypes_manticore import MixedDtypes
 from .heads_manticore import ScoresSequences, ScoresTokens
 from .mixing_manticore import HybridMixer, resize, whole
@@ -38,7 +39,7 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
     _supports_flex_attn = True
     _supports_attention_backend = True
     _is_stateful = True
-    _no_split_modules = ["HybridMixer"]
+    _no_split_modules = ["HybridMixer", "ScoreHead"]
     _skip_keys_device_placement = ["past_key_values"]
 
     @torch.no_grad()
@@ -48,7 +49,7 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
             module.reset()
 
 
-class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, ManticorePreTrainedModel):
+class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, Placed, ManticorePreTrainedModel):
     """K components in S blocks, joined; without output head (the components keep theirs, unused here).
 
     Args:
@@ -106,10 +107,11 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, M
 
     def mixture_weights(self):
         """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
-        alpha = whole(self.hybrid_mixer.alpha_logits.detach()).float().softmax(-1)
-        gate = self.hybrid_mixer.token_gate
-        if gate is not None:
-            alpha[-1] = whole(gate.linear.bias.detach()).float().softmax(-1)
+        mixer, gate = self.hybrid_mixer, self.hybrid_mixer.token_gate
+        with onloaded(mixer, *([] if gate is None else [gate.linear])):
+            alpha = whole(mixer.alpha_logits.detach()).float().softmax(-1)
+            if gate is not None:
+                alpha[-1] = whole(gate.linear.bias.detach()).float().softmax(-1)
         for block, row in enumerate(self.config.mixture_weights or ()):
             if row is not None:
                 alpha[block] = torch.tensor(row)
@@ -287,7 +289,7 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, M
     def _shared(self, weights, states):
         """Components' native states as one state of the shared width, for those who ask for hidden states."""
         active = [(w, name) for w, name in zip(weights, self.config.component_names) if is_active(w)]
-        padded = [resize(states[name], self.config.hidden_size) for _, name in active]
+        padded = [resize(self._together(states[name]), self.config.hidden_size) for _, name in active]
         return weighted_sum([w for w, _ in active], padded)
 
 
@@ -363,7 +365,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
 
     def _own_logits(self, name, states):
         """A component's own logits, without those of rows that only pad its vocabulary."""
-        logits = self._cuts.head(self._modules[name])(states)
+        logits = self._together(self._cuts.head(self._modules[name])(states))
         size = self.config.vocab_size
         return logits if logits.shape[-1] == size else logits[..., :size]
 
@@ -380,6 +382,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
 
     def _losses(self, logits, own, labels, kwargs):
         """(loss, its parts by output name). The parts are means over this call's own tokens, whatever the loss is."""
+        labels = place(labels, logits.device)
 
         def cross_entropy(values):
             return self.loss_function(logits=values, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

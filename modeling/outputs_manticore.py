@@ -8,6 +8,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreError
+from .devices_manticore import device_of, place
 from .mixing_manticore import resize
 from .mixture_manticore import is_active, weighted_sum
 
@@ -86,7 +87,8 @@ class HybridEmbedding(nn.Module):
     def forward(self, input_ids):
         model = self._owner[0]
         if model.config.embeddings == "native":
-            return torch.cat([model.embed(name, input_ids) for name in model.config.component_names], -1)
+            own = [model.embed(name, input_ids) for name in model.config.component_names]
+            return torch.cat(place(own, input_ids.device), -1)
         return model.mix_embeddings(input_ids)
 
 
@@ -118,14 +120,15 @@ class Embeds:
 
     def embed(self, name, input_ids):
         """A component's own embeddings of the tokens [batch, time, width]."""
-        return self._modules[name].get_input_embeddings()(input_ids)
+        embedding = self._modules[name].get_input_embeddings()
+        return embedding(place(input_ids, device_of(embedding)))
 
     def mix_embeddings(self, input_ids):
         """h_0 = sum_k alpha_1k * pad(E_k[x], d): [batch, time, d]."""
         active = [(w, name) for w, name in zip(self._alpha()[0], self.config.component_names) if is_active(w)]
         return weighted_sum(
             [w for w, _ in active],
-            [resize(self.embed(name, input_ids), self.config.hidden_size) for _, name in active],
+            [resize(self._together(self.embed(name, input_ids)), self.config.hidden_size) for _, name in active],
         )
 
     def _split_embeds(self, inputs_embeds):

@@ -6,6 +6,7 @@ by turns. Here the state lives in the `LinearAttentionLayer` that `DynamicCache`
 """
 
 import torch.nn.functional as F
+from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 
 _MASK = "padding_mask"
@@ -14,6 +15,8 @@ _MASK = "padding_mask"
 class CachedRecurrentBlock(RecurrentGemmaRecurrentBlock):
     """The recurrent block of Griffin (De et al. 2024, arXiv:2402.19427, section 2), a drop-in for its base class."""
 
+    # With weights on the meta device torch 2.13's convolution does not fail: it returns memory as it finds it
+    @force_accelerate_hooks("conv_1d")
     def forward(
         self, input_states, position_ids, attention_mask, use_cache=True, past_key_values=None, padding_mask=None, **_
     ):

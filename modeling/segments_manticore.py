@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_manticore import ManticoreError, component_depth
+from .devices_manticore import device_of, onloaded, place
 from .positions_manticore import find_tables
 
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params")
@@ -290,6 +291,7 @@ class Segment:
         attention = self.stack.config._attn_implementation_internal
         if self.config._attn_implementation_internal != attention:
             self.config._attn_implementation_internal = attention
+        self.device = device_of(layers[self.start])
         self.shell.follow()
 
     def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None):
@@ -304,6 +306,7 @@ class Segment:
         Returns:
             [batch, time, width]; after the component's final norm if this is its last segment.
         """
+        hidden, attention_mask, position_ids = place((hidden, attention_mask, position_ids), self.device)
         # Other components' states may come in float32; only a model that keeps its own so takes them as they are.
         if not (hidden.dtype == torch.float32 and self.takes_float32):
             hidden = hidden.to(next((p.dtype for p in self.stack.parameters() if p.is_floating_point()), hidden.dtype))
@@ -321,7 +324,8 @@ class Segment:
         arguments["attention_mask"] = attention_mask
         if cache is not None and self.anatomy.cache_argument is not None:
             arguments[self.anatomy.cache_argument] = cache
-        return self.shell.module(**arguments)[0]
+        with onloaded(self.stack):
+            return self.shell.module(**arguments)[0]
 
 
 @dataclass
@@ -376,9 +380,10 @@ class Head:
 
     def __call__(self, states):
         """[batch, time, width] -> logits [batch, time, vocabulary]."""
-        weight = self.component.get_output_embeddings().weight
-        if weight.is_floating_point():
-            states = states.to(weight.dtype)
+        head = self.component.get_output_embeddings()
+        if head.weight.is_floating_point():
+            states = states.to(head.weight.dtype)
+        states = place(states, device_of(head))
         return self.shell.module.forward(inputs_embeds=states, use_cache=False).logits
 
 

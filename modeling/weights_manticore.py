@@ -19,6 +19,7 @@ from transformers.utils import logging
 from transformers.utils.hub import create_and_tag_model_card
 
 from .bounds_manticore import ManticoreError, is_commit
+from .devices_manticore import present
 from .dtypes_manticore import convert_unpacked
 from .quantization_manticore import note_kept, refuse_packed, refuse_quantized, refuse_unsaved
 from .references_manticore import component_files, open_files, where
@@ -144,6 +145,11 @@ class ReferencedWeights:
                 )
         if state_dict is not None:
             state_dict = dict(state_dict)  # Transformers deletes the ignored keys from the dict it is given
+        elif writes and not hasattr(self, "hf_device_map") and any(p.device.type == "meta" for p in self.parameters()):
+            # Offloaded by accelerate itself: Transformers looks for such weights only where it dispatched the model
+            state_dict = {key: present(self, key, value) for key, value in self.state_dict().items()}
+            ties = self.all_tied_weights_keys or {}
+            state_dict |= {key: state_dict[twin] for key, twin in ties.items() if key in state_dict}
         try:
             with whole_directory(target, writes) as directory:
                 if writes:
@@ -217,10 +223,13 @@ class ReferencedWeights:
                     logger.warning(f"{err} All of this component's weights are saved with the hybrid.")
                     continue
                 for key, value in state_dict.items():
-                    if key.startswith(entry["name"] + ".") and _comparable(value):
-                        known = _referenced(reference, key, ties)
-                        if known is not None and _same(known, value, loaded(key)):
-                            out.add(key)
+                    if not key.startswith(entry["name"] + "."):
+                        continue
+                    known = _referenced(reference, key, ties)
+                    if known is None or not _comparable(value := present(self, key, value)):
+                        continue
+                    if _same(known, value, loaded(key)):
+                        out.add(key)
         # One changed end of a tie is a change of both.
         return {key for key in out if ties.get(key, {key}) & set(state_dict) <= out}
 

@@ -1,0 +1,85 @@
+"""Components on different devices (`device_map`, or moved by hand): where a module computes, and moving states there.
+
+accelerate's hooks move what a module is called with, and bring weights that are offloaded (to the CPU's memory or a
+disk) while it runs. A hybrid calls more than modules: stacks through their segments, mixtures of several components'
+states. What is read or called past a hook is placed here. In a graph that is being compiled nothing is moved.
+"""
+
+import contextlib
+
+import torch
+
+
+def hooks_of(module):
+    """accelerate's hooks on a module, in order."""
+    hook = module.__dict__.get("_hf_hook")
+    return () if hook is None else getattr(hook, "hooks", (hook,))
+
+
+def device_of(module):
+    """Where a module computes: not where its weights are while they are offloaded. None without tensors."""
+    first = next(module.parameters(), None)
+    if first is not None and first.device.type != "meta":
+        own = hooks_of(module)
+        if not own:
+            return first.device
+    for part in module.modules():
+        for hook in hooks_of(part):
+            if (device := getattr(hook, "execution_device", None)) is not None:
+                return torch.device(device)
+    return None if first is None else first.device
+
+
+def place(value, device):
+    """A tensor, or the tensors in lists, tuples and dicts, on a device; None: as they are."""
+    if device is None or torch.compiler.is_compiling():
+        return value
+    if isinstance(value, torch.Tensor):
+        return value if value.device == device else value.to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(place(one, device) for one in value)
+    if isinstance(value, dict):
+        return {key: place(one, device) for key, one in value.items()}
+    return value
+
+
+def offloading(module):
+    """The hooks on a module that bring its weights for the time of a call."""
+    return [hook for hook in hooks_of(module) if getattr(hook, "offload", False)]
+
+
+@contextlib.contextmanager
+def onloaded(*modules):
+    """Brings the offloaded tensors of these modules (not of their children) while they are read past their forward."""
+    hooked = [(hook, module) for module in modules for hook in offloading(module)]
+    for hook, module in hooked:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook, module in reversed(hooked):
+            hook.post_forward(module, ())
+
+
+def present(model, key, tensor):
+    """The tensor of a state dict's key, read from where it is offloaded to if it stands on the meta device for that."""
+    if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+        path, _, name = key.rpartition(".")
+        for hook in offloading(model.get_submodule(path)):
+            if hook.weights_map is not None and name in hook.weights_map:
+                return hook.weights_map[name]
+    return tensor
+
+
+class Placed:
+    """Mixin of ManticoreModel."""
+
+    @property
+    def device(self):
+        """Where inputs should be: of a hybrid whose first weights are offloaded, where they are computed with."""
+        first = super().device
+        return first if first.type != "meta" else device_of(self) or first
+
+    def _together(self, value):
+        """States or logits of several components, where the mixer is."""
+        return place(value, device_of(self.hybrid_mixer))
