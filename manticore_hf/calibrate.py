@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from manticore_hf.data import repack
 from manticore_hf.distributed import bar, same_everywhere, total, totals, world
+from manticore_hf.kinds import refuse_classifier
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
@@ -122,8 +123,9 @@ def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=
         A Calibration. The model's config notes it (`calibration`) and, with gate="none", the reference.
 
     Raises:
-        ManticoreError: projector="mlp" or "none"; an unknown reference; too little text.
+        ManticoreError: projector="mlp" or "none"; an unknown reference; too little text; a hybrid that classifies.
     """
+    refuse_classifier(model, "Calibrating")
     config = model.config
     if config.projector != "linear":
         raise ManticoreError(f"projector={config.projector!r} has no closed form; compose with projector='linear'.")

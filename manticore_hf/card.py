@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData, constants
 
 from manticore_hf.card_merge import Card
 from manticore_hf.inspection import inspect_hybrid
+from manticore_hf.kinds import kind_of
 from manticore_hf.licenses import DUTIES, LICENSES, Combined, combine
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.printing import Safe, escape, link, listed, markdown_environment, short_bytes, short_count
@@ -24,6 +25,7 @@ from manticore_hf.printing import Safe, escape, link, listed, markdown_environme
 TAGS = ("manticore", "hybrid", "merge")
 LICENSE_FILE = "LICENSE.md"
 _FLOP_TOKENS = 128
+_SHOWN_LABELS = 100
 
 
 @dataclass
@@ -87,10 +89,12 @@ def make_card(directory, facts):
     """
     directory = Path(directory)
     config, found = ManticoreConfig.from_pretrained(directory), inspect_hybrid(directory, _FLOP_TOKENS)
-    recipe, notices = _read(directory / "recipe.yaml"), []
+    recipe, notices, kind = _read(directory / "recipe.yaml"), [], kind_of(config)
     results = []
     for result in read_results(directory):
-        if set(result.losses) - {result.own} and result.own in result.losses:
+        if kind.labels:
+            notices.append(f"The loss on {result.data!r} is not shown: it is a language model's, this one classifies.")
+        elif set(result.losses) - {result.own} and result.own in result.losses:
             results.append(result)
         else:
             notices.append(f"The loss on {result.data!r} is not shown: no rival's was measured beside it.")
@@ -105,13 +109,15 @@ def make_card(directory, facts):
     shown = {name: "".join(block(template.new_context(context))).strip() for name, block in template.blocks.items()}
     if not results:
         del shown["results"]
+    if not kind.labels:
+        del shown["labels"]
     if alpha is None:
         shown["mixture"] = shown["mixture"].partition("\n\n")[0] + "\n\nIts weights could not be read here."
     own_license = facts.license or combined.license
     license_text = None
     if own_license == "other":
         license_text = markdown_environment().get_template("license.md.jinja").render(context)
-    card = Card(_metadata(config, facts, results, recipe, own_license, combined.name), shown)
+    card = Card(_metadata(config, kind, facts, results, recipe, own_license, combined.name), shown)
     return card, license_text, alpha, notices
 
 
@@ -143,15 +149,15 @@ def read_results(directory):
     return out
 
 
-def _metadata(config, facts, results, recipe, license, license_name):
+def _metadata(config, kind, facts, results, recipe, license, license_name):
     bases = [entry["repo_id"] for entry in config.components if entry["repo_id"]]
     evaluations = [
         EvalResult(
-            task_type="text-generation", dataset_type=_dataset_type(result.data),
-            dataset_name=result.data, metric_type=kind, metric_name=name, metric_value=round(value, 4),
+            task_type=kind.task, dataset_type=_dataset_type(result.data),
+            dataset_name=result.data, metric_type=metric, metric_name=name, metric_value=round(value, 4),
         )
         for result in results
-        for kind, name, value in (
+        for metric, name, value in (
             ("loss", "nats per token", result.losses[result.own]),
             ("perplexity", "perplexity", math.exp(min(result.losses[result.own], 700.0))),
         )
@@ -160,7 +166,7 @@ def _metadata(config, facts, results, recipe, license, license_name):
     other = {"license_name": license_name or "other", "license_link": LICENSE_FILE}
     return ModelCardData(
         base_model=list(dict.fromkeys(bases)) or None, base_model_relation="merge" if bases else None,
-        library_name="transformers", pipeline_tag="text-generation",
+        library_name="transformers", pipeline_tag=kind.task,
         tags=[*TAGS, *(tag for tag in facts.tags if tag not in TAGS)], license=license,
         **(other if license == "other" else {}), datasets=datasets or None, model_name=facts.repo_id.split("/")[-1],
         eval_results=evaluations or None,
@@ -169,7 +175,7 @@ def _metadata(config, facts, results, recipe, license, license_name):
 
 def _numbers(config, found, facts, alpha):
     """What the inspection says, as the template prints it."""
-    sizes = {row["part"]: row["parameters"] for row in found["parts"]}
+    sizes, kind = {row["part"]: row["parameters"] for row in found["parts"]}, kind_of(config)
     how = {(False, False): ", as they are", (False, True): ", changed ones here", (True, False): ", copied here"}
     components = []
     for entry in found["components"]:
@@ -205,13 +211,23 @@ def _numbers(config, found, facts, alpha):
         "parts": listed([f"{row['name']} ({row['model_type']})" for row in components]),
         "own_bytes": short_bytes(facts.own_bytes), "referenced_bytes": facts.referenced_bytes and short_bytes(
             facts.referenced_bytes), "alpha": [[f"{w:.3f}" for w in row] for row in alpha or []],
-        "token": config.mixture == "token" and not config.route, "context": config.max_position_embeddings,
+        "kind": kind, "labels": _labels(found["task"]), "quantization": found["quantization"],
+        # A classifier's mixture is the part of the gate that does not depend on the token.
+        "token": config.mixture == "token" and not config.route and not kind.labels,
+        "context": config.max_position_embeddings,
         "tokenizer_component": None if home else config.tokenizer_component, "vocab_size": config.vocab_size,
-        "transplanted": transplanted and listed(transplanted), "prompt": "The",
+        "transplanted": transplanted and listed(transplanted), "prompt": "A text to read." if kind.labels else "The",
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
         "settings": [{"key": key, "value": value} for key, value in settings.items() if value is not None],
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("manticore-hf", "transformers", "torch")),
     }  # fmt: skip
+
+
+def _labels(task):
+    """What a classifier gives, as the template prints it."""
+    names = task.get("labels", [])
+    rows = [{"number": number, "name": name} for number, name in enumerate(names[:_SHOWN_LABELS])]
+    return {"rows": rows, "count": len(names), "problem": task.get("problem")}
 
 
 def _licenses(facts, combined):
@@ -259,12 +275,13 @@ def _show(result):
 
 def _alpha(config, found):
     """[S][K] mixture weights, None where they cannot be read; a hardened block has all of its own component."""
+    if config.route:
+        return [[float(name == one) for one in config.component_names] for name in config.route]
     out = [[0.0] * len(config.component_names) for _ in range(config.num_blocks)]
     for row in found["blocks"]:
-        value = 1.0 if config.route else row["alpha"]
-        if value is None:
+        if row["alpha"] is None:
             return None
-        out[row["block"] - 1][config.component_names.index(row["component"])] = value
+        out[row["block"] - 1][config.component_names.index(row["component"])] = row["alpha"]
     return out
 
 

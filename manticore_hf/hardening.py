@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from manticore_hf.kinds import refuse_classifier
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.mixing_manticore import Chain, LinearProjector, resize
@@ -249,8 +250,9 @@ def harden(model, route="alpha", dataset=None, **options):
         published like any other.
 
     Raises:
-        ManticoreError: An impossible route.
+        ManticoreError: An impossible route, or a hybrid that classifies.
     """
+    refuse_classifier(model, "Hardening")
     names, blocks = model.config.component_names, model.config.num_blocks
     if route in ("alpha", "loss"):
         route = pick_route(model, route, dataset, **options).route

@@ -14,13 +14,15 @@ import re
 
 import torch
 from huggingface_hub.errors import HTTPError
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from manticore_hf.kinds import KINDS, kind_of, labels_of, quantization_of
 from manticore_hf.licenses import combine, describe
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.provenance import (
     component_state,
     open_weights,
@@ -33,6 +35,7 @@ from manticore_hf.strengths import say_objective
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGEST_INDEX = 50_000_000
+_SHOWN_LABELS = 20
 
 
 def inspect_hybrid(source, tokens=128, revision=None):
@@ -44,17 +47,20 @@ def inspect_hybrid(source, tokens=128, revision=None):
         revision: Revision of a Hub repo.
 
     Returns:
-        {"components": [...], "blocks": [...], "parts": [...], "settings": {...}}: plain values. `blocks` has one row
-        per block and component: layers, alpha (None where it cannot be read), parameters, FLOPs per token, bytes of
-        cache per token and of constant state. `parts` has the same totals for each component alone and the hybrid.
+        {"task": {...}, "quantization": text or None, "components": [...], "blocks": [...], "parts": [...], "settings":
+        {...}}: plain values. `task` has its name, the class and, of a classifier, its labels and what is predicted.
+        `blocks` has one row per block and component: layers, alpha (None where it cannot be read), parameters, FLOPs
+        per token, bytes of cache per token and of constant state. `parts` has the same totals for each component alone,
+        with its own head or score head, and the hybrid. Bytes are those of floating point, also where linear maps are
+        packed (`quantization`).
     """
     config = ManticoreConfig.from_pretrained(source, **({} if revision is None else {"revision": revision}))
     for name in config.component_names:
         # The one way of running experts whose shapes do not depend on values.
         getattr(config, name)._experts_implementation_internal = "batched_mm"
-    with torch.device("meta"):
-        model = ManticoreForCausalLM(config).eval()
-    model = model.to(config.dtype or torch.float32)
+    kind = kind_of(config)
+    with torch.device("meta"), default_dtype(config.dtype or torch.float32):
+        model = kind.model_class(config).eval()
     tokens = min(tokens, config.max_position_embeddings or tokens)
     alpha = _alpha(model, source, revision)
     blocks = []
@@ -70,9 +76,12 @@ def inspect_hybrid(source, tokens=128, revision=None):
             "vocab_size", "max_position_embeddings")  # fmt: skip
     kinds = {name: getattr(config, name).model_type for name in config.component_names}
     components = [{**entry, "model_type": kinds[entry["name"]]} for entry in config.components]
+    trained_on = say_objective(config)
     return {
+        "task": {"name": kind.task, "architecture": kind.architecture, **(labels_of(config) if kind.labels else {})},
+        "quantization": quantization_of(config),
         "components": components, "blocks": blocks, "parts": parts,
-        "settings": {**{k: getattr(config, k) for k in keys}, "objective": say_objective(config)},
+        "settings": {**{k: getattr(config, k) for k in keys}, **({} if kind.labels else {"objective": trained_on})},
     }  # fmt: skip
 
 
@@ -95,15 +104,22 @@ def _segment(model, name, block, tokens):
 
 
 def _component(model, name, blocks, tokens):
-    """A component alone: its segments, and its head."""
+    """A component alone: its segments, and its head or, of a classifier, its score head if it has one of its own."""
     component, rows = model.component(name), [row for row in blocks if row["component"] == name]
+    own = None
+    if kind_of(model.config).labels:
+        heads = model.score.heads
+        own = next((heads[key] for key in heads if key == f"{name}-{model.config.num_blocks - 1}"), nn.Identity())
 
     def head(mask):
-        width = component.get_output_embeddings().weight.shape[1]
-        model._own_logits(name, torch.zeros(1, tokens, width, device="meta", dtype=model.dtype))
+        if own is None:
+            width = component.get_output_embeddings().weight.shape[1]
+            model._own_logits(name, torch.zeros(1, tokens, width, device="meta", dtype=model.dtype))
+        elif isinstance(own, nn.Linear):
+            own(torch.zeros(1, tokens, own.in_features, device="meta", dtype=own.weight.dtype))
 
     flops = sum(row["flops_per_token"] for row in rows) + _count(head, tokens)
-    return {"part": name, **_size(component), "flops_per_token": flops, **_sum_memory(rows)}
+    return {"part": name, **_size(component, own), "flops_per_token": flops, **_sum_memory(rows)}
 
 
 def _hybrid(model, blocks, tokens):
@@ -113,8 +129,8 @@ def _hybrid(model, blocks, tokens):
     return {"part": "hybrid", **_size(model), "flops_per_token": _count(run, tokens), **_sum_memory(blocks)}
 
 
-def _size(model):
-    parameters = list(model.parameters())
+def _size(*modules):
+    parameters = [p for module in modules if module is not None for p in module.parameters()]
     return {
         "parameters": sum(p.numel() for p in parameters), "bytes": sum(p.numel() * p.element_size() for p in parameters)
     }  # fmt: skip
@@ -187,7 +203,14 @@ def _read_tensor(source, name, revision):
 
 def print_inspection(source, found):
     """Prints what `inspect_hybrid`, `repository` and `component_state` found as tables."""
-    print(f"{source}: " + ", ".join(f"{key}={value}" for key, value in found["settings"].items() if value is not None))
+    task = found["task"]
+    print(f"{source}: {KINDS[task['architecture']].noun} ({task['architecture']}, {task['name']})")
+    if found["quantization"] is not None:
+        print(f"its linear maps are packed in {found['quantization']}: bytes below are those of floating point")
+    if "labels" in task:
+        shown = ", ".join(task["labels"][:_SHOWN_LABELS]) + (", ..." if len(task["labels"]) > _SHOWN_LABELS else "")
+        print(f"{len(task['labels'])} labels: {shown}; {task['problem']}")
+    print(", ".join(f"{key}={value}" for key, value in found["settings"].items() if value is not None))
     print("\ncomponents")
     for entry in found["components"]:
         where = f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] else "(its weights are in this repo)"

@@ -195,10 +195,7 @@ def test_code_that_a_component_names_is_not_run(saved, hub):
     "edit, message",
     [
         (in_component(quantization_config={"quant_method": "gptq"}), "'gpt_neox' .* has a quantization_config"),
-        (
-            lambda values: values.update(quantization_config={"quant_method": "fp8"}),
-            "quantised by quant_method='fp8' are not read",
-        ),
+        (lambda values: values.update(quantization_config={"quant_method": "fp8"}), "quant_method='fp8' are not re"),
         (lambda values: values.update(quantization_config=["x"]), "quantization_config=\\['x'\\] must be a dict"),
         (in_component(dtype="load"), "dtype='load' is no dtype of torch"),
         (in_component(torch_dtype="os"), "dtype='os' is no dtype of torch"),

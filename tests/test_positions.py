@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, randomise, tiny, tokens
 
-from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, harden
+from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, ManticoreForSequenceClassification, harden
 
 LIMIT = 12
 SIZES = {"mamba": {"hidden_size": 48, "num_hidden_layers": 6}}
@@ -129,3 +129,31 @@ def test_a_route_is_limited_by_what_it_runs():
     refused(lambda: harden(joined(), ["short", "long"], rows)(ids), f"{LIMIT + 1} tokens")
     # The positions are read in its first block, which is not there
     assert harden(joined(), ["long", "short"], rows)(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("other", ["llama", "mamba"])
+@torch.no_grad()
+def test_a_component_dropped_at_the_end_of_its_table(other):
+    """Both read up to the limit; there the caller takes the short one out, and the same cache goes on without it."""
+    model, ids = joined("gpt2", other, num_blocks=1, mixture="token"), tokens(time=LIMIT + 6)
+    both, alone = model(ids[:, :LIMIT]), model.component("long")(ids).logits
+    refused(lambda: model(ids[:, LIMIT:], past_key_values=both.past_key_values), f"{LIMIT + 6} tokens")
+    assert not torch.allclose(both.logits, alone[:, :LIMIT], atol=1e-2)  # it did count
+    model.set_mixture_weights("long")
+    rest = [model(one, past_key_values=both.past_key_values).logits for one in ids[:, LIMIT:].split([4, 1, 1], -1)]
+    torch.testing.assert_close(torch.cat(rest, 1), alone[:, LIMIT:], rtol=1e-4, atol=1e-4)
+    model.set_mixture_weights(None)
+    cache = model(ids[:, :LIMIT]).past_key_values
+    model.set_mixture_weights("long")
+    made = model.generate(ids[:, : LIMIT + 1], past_key_values=cache, max_new_tokens=5, do_sample=False)
+    wanted = model.component("long").generate(ids[:, : LIMIT + 1], max_new_tokens=5, do_sample=False)
+    torch.testing.assert_close(made, wanted)
+
+
+@torch.no_grad()
+def test_classifiers_have_the_same_end():
+    model, ids = ManticoreForSequenceClassification.from_causal_lm(joined(), 2), tokens(time=LIMIT + 1)
+    mask = torch.ones_like(ids)
+    refused(lambda: model(ids, attention_mask=mask), f"{LIMIT + 1} tokens")
+    model.set_mixture_weights("long")
+    assert model(ids, attention_mask=mask).logits.isfinite().all()

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from manticore_hf.data import load_rows
 from manticore_hf.files import replace_text
+from manticore_hf.kinds import refuse_classifier
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.report import measure
@@ -52,9 +53,10 @@ def write_report(
         (Verdict, path of the HTML file, path of the Markdown file).
 
     Raises:
-        ManticoreError: There is no hybrid, no held-out text, or a comparison that cannot be used.
+        ManticoreError: There is no hybrid, or one that classifies; no held-out text; a comparison that cannot be used.
     """
     facts = gather(directory, comparison)
+    refuse_classifier(ManticoreConfig.from_pretrained(facts.folder), "A report")
     output = Path(output or directory)
     output.mkdir(parents=True, exist_ok=True)
     if measured:
