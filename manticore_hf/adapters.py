@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from manticore_hf.modeling.anatomy_manticore import find_layers
 from manticore_hf.modeling.configuration_manticore import ManticoreError, component_depth
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
-from manticore_hf.modeling.segments_manticore import _find_layers
 
 UNSAFE = ("x_proj", "dt_proj", "out_proj", "conv1d")
 MIXER, SCORE = "hybrid_mixer", "score"
@@ -42,7 +42,7 @@ def lora_targets(model, components=None):
     for name in names:
         component = model.component(name)
         # Not `dissect`, which runs the component without computing: quantised maps cannot do that.
-        prefix = ".".join([name, *_find_layers(component, component_depth(component.config)), ""])
+        prefix = ".".join([name, *find_layers(component, component_depth(component.config)), ""])
         for key, module in model.named_modules():
             if not key.startswith(prefix) or not isinstance(module, (nn.Linear, Conv1D)):
                 continue

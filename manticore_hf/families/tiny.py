@@ -25,10 +25,11 @@ _RULES = (
     (r"^(hidden_size|d_model|n_embd|dim_model)$", WIDTH),
     (r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length)$", 64),
     (r"(key_value_heads|kv_heads|query_groups)$", 2),
-    (r"(^|_)(num_(attention_|index_|mamba_)?heads|n_heads?|attention_heads|num_v(alue)?_heads|linear_num_heads)$", 4),
+    (r"index(er)?_n_heads$", 32),  # their scores are cut off at zero: with few heads all of a token's would be, and tie
+    (r"(^|_)(num_(attention_|mamba_)?heads|n_heads?|attention_heads|num_v(alue)?_heads|linear_num_heads)$", 4),
     (r"linear_num_value_heads$", 4),
     (r"linear_num_key_heads$", 2),
-    (r"(mamba_n_heads|mamba_num_heads|index_n_heads)$", 4),
+    (r"(mamba_n_heads|mamba_num_heads)$", 4),
     (r"^qk_head_dim$", None),  # a sum of two others
     (r"(head_dim|d_head|headdim|v_head_dim|dim_head|kv_channels|head_size|rotary_dim)$", 8),
     (r"(rank)$", 8),
@@ -39,7 +40,7 @@ _RULES = (
     (r"(num_experts|routed_experts|local_experts|experts)$", 4),
     (r"^(n_group|topk_group|num_expert_group|n_groups|mamba_n_groups|mamba_ngroups)$", 1),
     (r"(first_k_dense_replace|num_dense_layers)$", 1),
-    (r"(chunk_size|block_size|(sliding|attention|keep)_window(_size)?|^window_size|block_topk|attention_chunk_size)$", 4),
+    (r"(chunk_size|block_size|(sliding|attention|keep)_window(_size)?|^window_size|block_topk)$", 4),
     (r"(every_n_layers|_period|_interval|window_pattern|sparse_step|layer_group_size)$", 2),
     (r"(layer_offset)$", 1),
     (r"(max_window_layers)$", 2),
@@ -53,7 +54,9 @@ OWN = {
     "bamba": {"attn_layer_indices": [1, 4], "mamba_n_heads": 4, "mamba_d_head": 16},
     "cohere_compass_text": {
         "layer_types": _SLIDING,
-        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": None},
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": None,
+        },
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -65,8 +68,8 @@ OWN = {
     },
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "falcon": {"num_kv_heads": None},
-    "gemma3n_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0},
-    "gemma4_text": {"hidden_size_per_layer_input": 8, "global_head_dim": 8},
+    "gemma3n_text": {"hidden_size_per_layer_input": 8},
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "mamba", "attention"]},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
