@@ -35,7 +35,7 @@ def main(argv=None):
         return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     adds = (_add_demo, _add_run, _add_convert, _add_evaluate, _add_compare, _add_inspect, _add_report, _add_push)
-    for add in (*adds, _add_plan, _add_mad, _add_mad_profile, _add_lra):
+    for add in (*adds, _add_plan, _add_families, _add_mad, _add_mad_profile, _add_lra):
         add(commands)
     for name, text in STAGES.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -239,6 +239,25 @@ def _add_plan(commands):
                          "Hub (for gated or offline models)")  # fmt: skip
     command.add_argument("--output-dir", help="also write plan.json, with every number, there")
     command.set_defaults(run=_later("manticore_hf.plan.run"))
+
+
+def _add_families(commands):
+    command = commands.add_parser(
+        "families",
+        help="which model types of Transformers can be components, and why others are refused",
+        description="Prints the table that came with the package. With --run every model type that has a causal LM is "
+        "put through the contract again (cut, padded, cached, trained, saved and loaded, as a tiny random model). A "
+        "killed run goes on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("--type", nargs="+", metavar="NAME", help="only these model types: llama mamba")
+    command.add_argument("--verdict", choices=("passes", "refused", "wrong", "unknown"), help="print only these")
+    command.add_argument("--run", action="store_true", dest="run_contract",
+                         help="run the contract with the installed Transformers")  # fmt: skip
+    command.add_argument("--output-dir", help="--run: directory of the results, one JSON file per type; when all are "
+                         "there, also families.json and FAMILIES.md")  # fmt: skip
+    command.add_argument("--time-limit", type=int, default=300, help="--run: seconds for each type")
+    command.set_defaults(run=_later("manticore_hf.families.sweep"))
 
 
 def _add_report(commands):

@@ -18,14 +18,12 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .bounds_manticore import build_config, check_values, is_causal_lm, show
 from .configuration_manticore import ManticoreError, check_component_name
 from .fast_mixers_manticore import carry_state, install
+from .refusals_manticore import refuse_kind, refuse_type
 from .remote_manticore import code_of, registered, trust
 from .sizes_manticore import build_component
 
@@ -146,7 +144,7 @@ def _resolve_model(spec):
     model = spec.source
     found = Resolved(_name(spec, model.config.model_type), model.config, model=model)
     _check_architecture(found, {**model.config.to_dict(), "architectures": [type(model).__name__]})
-    _check_direction(found)
+    refuse_kind(f"Component {found.address}", found.config)
     usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type)
     if usual is None:
         raise ManticoreError(f"Component {found.address} is of remote code: name its repository, which has the code.")
@@ -296,7 +294,7 @@ def _read_config(found, folder, trusted=False, token=None):
             f"Component {found.address}: its config.json is invalid ({err}); repair it or choose another."
         ) from err
     found.config = build_config(found.name, values, f"Component {found.address}")
-    _check_direction(found)
+    refuse_kind(f"Component {found.address}", found.config)
 
 
 def _check_architecture(found, values):
@@ -325,20 +323,14 @@ def _check_architecture(found, values):
         )
     if not is_causal_lm(kind):
         raise ManticoreError(f"Component {found.address} is no causal LM (model_type {kind!r}).")
+    refuse_type(f"Component {found.address}", kind)
     architectures = values.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]
-    if architectures and not any("CausalLM" in str(name) or "LMHead" in str(name) for name in architectures):
+    several = "text_config" in values  # which `refuse_kind` says better
+    if architectures and not several and not any("CausalLM" in str(a) or "LMHead" in str(a) for a in architectures):
         raise ManticoreError(
             f"Component {found.address} was saved as {show(architectures[0])}, not as a causal LM; only causal LMs "
             "can be joined."
-        )
-
-
-def _check_direction(found):
-    if found.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(found.config, "is_decoder", True):
-        raise ManticoreError(
-            f"Component {found.address} reads text in both directions (is_decoder=False in its config.json); only "
-            "causal LMs can be joined."
         )
 
 
@@ -394,7 +386,8 @@ def _keep_untied(model):
     Some repositories store both; Transformers then keeps both.
     """
     ends = model.get_input_embeddings(), model.get_output_embeddings()
-    if model.config.tie_word_embeddings and None not in ends and not torch.equal(ends[0].weight, ends[1].weight):
+    tied = getattr(model.config, "tie_word_embeddings", False)  # some (Inkling) never tie, and do not say so
+    if tied and None not in ends and not torch.equal(ends[0].weight, ends[1].weight):
         model.config.tie_word_embeddings = False
     return model
 

@@ -124,6 +124,7 @@ def _make_chunk_scan(upstream):
             dt = F.softplus(dt)
         dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
         y, last_state = chunk_scan(hidden_states, dt, A, B, C, initial_states)
+        y = y.contiguous()  # some mixers (FalconH1) view it in another shape
         if D is not None:
             y = y + hidden_states.to(y.dtype) * D[:, None]
         return (y, last_state) if return_final_states else y

@@ -48,6 +48,15 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         if isinstance(module, HybridMixer):
             module.reset()
 
+    def initialize_weights(self):
+        """Components first, each as its own class does it.
+
+        As part of custom code, models without parameters of their own would not fill their layers' buffers (FalconH1).
+        """
+        for name in self.config.component_names:
+            self._modules[name].initialize_weights()
+        super().initialize_weights()
+
 
 class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, Placed, ManticorePreTrainedModel):
     """K components in S blocks, joined; without output head (the components keep theirs, unused here).

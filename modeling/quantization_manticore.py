@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .anatomy_manticore import find_layers
 from .bounds_manticore import unsaved_quantization
 from .configuration_manticore import ManticoreError, component_depth
-from .segments_manticore import _find_layers
 
 RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")
 """Projections of state-space mixers that are no plain matrix product everywhere."""
@@ -43,7 +43,7 @@ def plain_linear_maps(model, components=None):
     for name in model.config.component_names if components is None else components:
         component = model.component(name)
         # Not `dissect`, which runs the component without computing: quantised maps cannot do that.
-        prefix = ".".join([name, *_find_layers(component, component_depth(component.config)), ""])
+        prefix = ".".join([name, *find_layers(component, component_depth(component.config)), ""])
         for key, module in model.named_modules():
             if not key.startswith(prefix) or not isinstance(module, (nn.Linear, Conv1D)):
                 continue

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from manticore_hf.inspection import _memory
-from manticore_hf.modeling.segments_manticore import _one_of_each, _Shell, layer_kind, pick_config
+from manticore_hf.modeling.anatomy_manticore import Shell, layer_kind, one_of_each, pick_config
 from manticore_hf.plan import kernels
 
 _SHORT = 8  # tokens that no window is shorter than
@@ -44,9 +44,9 @@ def _run(model, name, tokens, batch):
     anatomy = model._cuts.anatomy(component)
     stack = component.get_submodule(anatomy.path)
     layers = list(getattr(stack, anatomy.layers))
-    first = _one_of_each(layers)
+    first = one_of_each(layers)
     kinds = [layer_kind(layer) for layer in layers]
-    shell, cache = _Shell(stack), DynamicCache(config=stack.config)
+    shell, cache = Shell(stack), DynamicCache(config=stack.config)
     kept = nn.ModuleList([layers[i] for i in first])
     shell.own = {"_modules": {**stack._modules, anatomy.layers: kept}, "config": pick_config(stack.config, first)}
     shell.follow()

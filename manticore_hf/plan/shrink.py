@@ -6,7 +6,7 @@ The first and the last are as they are, with what is before and after them; the 
 import torch
 from torch import nn
 
-from manticore_hf.modeling.segments_manticore import layer_kind, pick_config
+from manticore_hf.modeling.anatomy_manticore import layer_kind, pick_config
 
 
 class Marked(nn.Module):

@@ -1,0 +1,290 @@
+"""What a family must do to be a component, as checks that raise `Broken`; the tests and the sweep run the same ones.
+
+Every check compares two ways to the same result: cut with uncut, padded with alone, cached with uncached, saved with
+loaded. Models are tiny, random and strong (`tiny.py`), so that a difference shows.
+"""
+
+import copy
+import inspect
+
+import torch
+
+from manticore_hf.families.tiny import tokens
+from manticore_hf.modeling.components_manticore import ComponentSpec
+from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+from manticore_hf.modeling.segments_manticore import Cuts
+
+PADDING = 3
+"""Tokens of left padding of the first of two rows."""
+
+NATIVE = {"gate": "none", "embeddings": "native", "mixture": "static"}
+PAPER = {"preset": "paper"}
+
+
+class Broken(AssertionError):
+    """Two ways to one result differ; the message says which, and by how much."""
+
+
+def same(got, wanted, what):
+    """Raises Broken unless two tensors are equal to the last bit."""
+    if not torch.equal(got, wanted):
+        _differ(got, wanted, what)
+
+
+def close(got, wanted, what="results", atol=2e-5, rtol=1e-5):
+    """Raises Broken unless two tensors are equal up to the rounding of sums taken in another order.
+
+    Args:
+        got, wanted: Tensors.
+        what: Both ways, in words: "cached and uncached logits".
+        atol: For values of order 1; larger values may differ by as much more.
+        rtol: As in torch.
+    """
+    if got.shape == wanted.shape and wanted.numel():
+        atol *= max(1.0, wanted.detach().float().abs().mean().item())
+    if got.shape != wanted.shape or not torch.allclose(got, wanted, atol=atol, rtol=rtol):
+        _differ(got, wanted, what)
+
+
+def _differ(got, wanted, what):
+    if got.shape != wanted.shape:
+        raise Broken(f"{what} differ in shape ({tuple(got.shape)} and {tuple(wanted.shape)})")
+    if not wanted.is_floating_point():
+        raise Broken(f"{what} differ")
+    by, size = (got - wanted).abs().max().item(), wanted.abs().max().item()
+    raise Broken(f"{what} differ (by {by:.2g} where the largest is {size:.2g})")
+
+
+def left_padded(time=9):
+    """Two rows, the first with left padding: ids, mask, positions, each [2, time]."""
+    ids, mask = tokens(2, time), torch.ones(2, time, dtype=torch.long)
+    ids[0, :PADDING], mask[0, :PADDING] = 0, 0
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of a component.
+
+
+@torch.no_grad()
+def check_segments(component, bounds):
+    """Segments in sequence are the uncut component, to the last bit, with left padding and without; so is its head.
+
+    Args:
+        component: A causal LM in evaluation mode.
+        bounds: Where it is cut: (0, 2, depth).
+    """
+    cuts = Cuts()
+    anatomy = cuts.anatomy(component)
+    stack = component.get_submodule(anatomy.path)
+    ids, mask, positions = left_padded()
+    what = f"the model in {len(bounds) - 1} segments and the uncut model"
+    for given in (None, mask):
+        where = positions if given is not None else torch.arange(ids.shape[1])[None]
+        kwargs = {"position_ids": where} if anatomy.positions else {}
+        wanted = stack(input_ids=ids, attention_mask=given, use_cache=False, **kwargs)[0]
+        state = component.get_input_embeddings()(ids)
+        for start, stop in zip(bounds, bounds[1:]):
+            state = cuts.segment(component, start, stop)(state, given, where)
+        same(state, wanted, what)
+    kwargs = {"position_ids": positions} if "position_ids" in inspect.signature(component.forward).parameters else {}
+    wanted = component(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits
+    same(cuts.head(component)(state), wanted, "the logits of a component's last state and its own logits")
+
+
+@torch.no_grad()
+def check_one_hot(parts, settings, blocks=(1, 2, 3)):
+    """A hybrid whose mixture is one component is that component: logits and loss, to the last bit.
+
+    Args:
+        parts: ComponentSpecs of instances.
+        settings: `NATIVE` or `PAPER`.
+        blocks: Numbers of blocks.
+    """
+    ids = tokens()
+    upstream = [spec.source(input_ids=ids, use_cache=False).logits for spec in parts]
+    # From here on the components are repaired (scans in another order; RecurrentGemma's left padding)
+    ManticoreForCausalLM.from_components(parts)
+    for spec, wanted in zip(parts, upstream):
+        got = spec.source(input_ids=ids, use_cache=False).logits
+        close(got, wanted, "the component's logits before and after it was joined", atol=1e-5)
+    ids, mask, positions = left_padded()
+    labels = ids.masked_fill(mask == 0, -100)
+    for spec in parts:
+        takes, wanted = inspect.signature(spec.source.forward).parameters, {}
+        for given in (None, mask):
+            # Left alone, the component would count positions from the padding
+            extra = {"position_ids": positions} if given is not None and "position_ids" in takes else {}
+            wanted[given is None] = spec.source(
+                input_ids=ids, attention_mask=given, labels=labels, use_cache=False, **extra
+            )
+        for count in blocks:
+            # Projectors do not vanish without the paper's gate; those of the reference component are the identity
+            extra = {"reference_component": spec.name} if settings is NATIVE else {}
+            model = ManticoreForCausalLM.from_components(parts, num_blocks=count, verify=False, **settings, **extra)
+            randomise(model)
+            model.set_mixture_weights(spec.name)
+            what = f"of a hybrid that is one component in {count} blocks and those of the component"
+            for given in (None, mask):
+                real = torch.ones(ids.shape, dtype=torch.bool) if given is None else mask.bool()
+                got = model(input_ids=ids, attention_mask=given, labels=labels, use_cache=False)
+                same(got.logits[real], wanted[given is None].logits[real], f"logits {what}")
+                same(got.loss, wanted[given is None].loss, f"losses {what}")
+
+
+def check_gradients(component, blocks=2):
+    """Training a component cut into blocks gives every parameter the gradient that training it uncut gives.
+
+    Args:
+        component: A causal LM without dropout.
+        blocks: Number of blocks.
+    """
+    ids, component = tokens(), copy.deepcopy(component)
+    model = ManticoreForCausalLM.from_components(
+        [ComponentSpec(component, name="one")], num_blocks=blocks, verify=False, **NATIVE
+    ).train()
+    found = []
+    for module in (component, model):
+        component.zero_grad()
+        module(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append({name: p.grad for name, p in component.named_parameters() if p.grad is not None})
+    wanted, got = found
+    if not wanted or got.keys() != wanted.keys():
+        raise Broken(f"{len(got)} parameters of the cut model get a gradient, {len(wanted)} of the uncut one")
+    for name in wanted:
+        if not wanted[name].isfinite().all():
+            raise Broken(f"the gradient of {name} is not finite")
+        close(got[name], wanted[name], f"gradients of {name} in the cut and the uncut model")
+    component.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of a hybrid.
+
+
+def randomise(model, seed=7, scale=0.1):
+    """Perturbs everything the hybrid adds to its components (projectors, alpha, token gate)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.hybrid_mixer.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def naive_greedy(model, ids, mask, steps):
+    """Greedy decoding that runs the whole sequence each time. Returns (tokens, logits [batch, steps, vocabulary])."""
+    logits = []
+    for _ in range(steps):
+        logits.append(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1].float())
+        ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], -1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+    return ids, torch.stack(logits, 1)
+
+
+def generate(model, ids, mask=None, steps=6, **kwargs):
+    """Returns (tokens, logits [batch, steps, vocabulary], output)."""
+    kwargs = {"do_sample": False, "max_new_tokens": steps, **kwargs}
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids) if mask is None else mask, return_dict_in_generate=True,
+        output_logits=True, **kwargs,
+    )  # fmt: skip
+    return out.sequences, torch.stack(out.logits, 1), out
+
+
+def check_greedy(model, steps=6):
+    """`generate` with a cache gives the tokens and logits of running everything again, of a padded batch."""
+    ids, mask, _ = left_padded(8)
+    wanted, wanted_logits = naive_greedy(model, ids, mask, steps)
+    got, logits, out = generate(model, ids, mask, steps)
+    close(logits, wanted_logits, "logits with a cache and without")
+    same(got, wanted, "tokens generated with a cache and without")
+    if out.past_key_values is not None and out.past_key_values.get_seq_length() != ids.shape[1] + steps - 1:
+        raise Broken("the cache has another length than what it was given")
+
+
+def check_padding(model, steps=6):
+    """A row with left padding generates what it does alone, in a batch and by itself."""
+    ids, mask, _ = left_padded(8)
+    alone, alone_logits = naive_greedy(model, ids[:1, PADDING:], mask[:1, PADDING:], steps)
+    for rows in (2, 1):  # a batch of one may take other paths upstream
+        got, logits, _ = generate(model, ids[:rows], mask[:rows], steps)
+        close(logits[:1], alone_logits, "logits of a padded row and of the row alone")
+        same(got[:1, PADDING:], alone, "tokens of a padded row and of the row alone")
+
+
+def check_beams(model):
+    """Beam search with a cache, whose rows are reordered at every step, is that without one."""
+    ids, mask, _ = left_padded(8)
+    kwargs = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
+    wanted, wanted_logits, uncached = generate(model, ids, mask, use_cache=False, **kwargs)
+    got, logits, cached = generate(model, ids, mask, **kwargs)
+    same(got, wanted, "beams with a cache and without")
+    same(cached.beam_indices, uncached.beam_indices, "beams' origins with a cache and without")
+    close(cached.sequences_scores, uncached.sequences_scores, "beams' scores with a cache and without")
+    close(logits, wanted_logits, "beams' logits with a cache and without")
+
+
+@torch.no_grad()
+def check_chunks(model, sizes):
+    """A padded batch read in chunks of these sizes, in turns, gives the logits of reading it at once."""
+    ids, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
+    mask[0, :4] = 0
+    whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    cache, start, parts, i = model.make_cache(), 0, [], 0
+    while start < 11:
+        stop = min(start + sizes[i % len(sizes)], 11)
+        out = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+        parts.append(out.logits)
+        start, i = stop, i + 1
+    real = mask.bool()
+    close(torch.cat(parts, 1)[real], whole[real], f"logits of a text in chunks of {sizes} and of the whole")
+    if out.past_key_values is not cache or cache.get_seq_length() != 11:
+        raise Broken("the cache has another length than what it was given")
+
+
+@torch.no_grad()
+def check_turns(model):
+    """Two sequences decoded by turns, each with its cache: nothing of one lives outside of it."""
+    one, two = tokens(1, 6, seed=3), tokens(1, 6, seed=4)
+    whole = [model(input_ids=x, use_cache=False).logits for x in (one, two)]
+    caches, parts = [model.make_cache(), model.make_cache()], [[], []]
+    for start, stop in [(0, 4), (4, 5), (5, 6)]:
+        for i, ids in enumerate((one, two)):
+            parts[i].append(model(input_ids=ids[:, start:stop], past_key_values=caches[i]).logits)
+    for part, wanted in zip(parts, whole):
+        close(torch.cat(part, 1), wanted, "logits of two sequences by turns and of each at once")
+
+
+def check_static_cache(model):
+    """A static cache gives what no cache gives: by `generate`, and in chunks with room to spare."""
+    ids, mask, _ = left_padded(8)
+    wanted, wanted_logits = naive_greedy(model, ids, mask, 6)
+    got, logits, out = generate(model, ids, mask, cache_implementation="static")
+    close(logits, wanted_logits, "logits with a static cache and without")
+    same(got, wanted, "tokens generated with a static cache and without")
+    if out.past_key_values.max_cache_len < got.shape[1] - 1:
+        raise Broken("the static cache is shorter than what was generated")
+    ids, cache = tokens(1, 10), model.make_cache(16)
+    with torch.no_grad():
+        parts = [model(input_ids=ids[:, a:b], past_key_values=cache).logits for a, b in [(0, 6), (6, 7), (7, 10)]]
+        whole = model(input_ids=ids, use_cache=False).logits
+    close(torch.cat(parts, 1), whole, "logits in chunks with a static cache and at once")
+
+
+@torch.no_grad()
+def check_saved(model, folder):
+    """A hybrid that was saved and loaded has the same tensors and gives the same logits.
+
+    Args:
+        model: A hybrid in evaluation mode.
+        folder: An empty directory.
+    """
+    model.save_pretrained(folder)
+    loaded = ManticoreForCausalLM.from_pretrained(folder).eval()
+    before, after = model.state_dict(), loaded.state_dict()
+    if before.keys() != after.keys():
+        raise Broken(f"the saved and the loaded hybrid differ in tensors: {sorted(before.keys() ^ after.keys())[:3]}")
+    for name in before:
+        same(after[name], before[name], f"{name} saved and loaded")
+    ids = tokens()
+    same(loaded(input_ids=ids).logits, model(input_ids=ids).logits, "logits of the saved and the loaded hybrid")

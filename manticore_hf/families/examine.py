@@ -1,0 +1,197 @@
+"""One model type through the contract, as a component alone and beside a Llama of other width and depth."""
+
+import json
+import re
+import tempfile
+import time
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from manticore_hf.families import contract
+from manticore_hf.families.tiny import tiny_config, tiny_model, tokens
+from manticore_hf.modeling.components_manticore import WEIGHT_FILES, ComponentSpec, resolve
+from manticore_hf.modeling.configuration_manticore import ManticoreError, component_depth
+from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+
+LARGEST = 1_000_000
+"""Parameters of a tiny model; one that has more is not tiny, but has settings that `tiny.py` does not know."""
+
+PASSES, REFUSED, WRONG, UNKNOWN = "passes", "refused", "wrong", "unknown"
+"""Does what the contract says; from_components raises; joined but breaks the contract; no tiny model could be made."""
+
+
+class Subject:
+    """A type's tiny models, made anew for every check that asks: some checks change them."""
+
+    def __init__(self, model_type, seed=0):
+        self.config, self.seed = tiny_config(model_type), seed
+
+    @property
+    def chooses(self):
+        """Whether it sends tokens to the best of several experts, or to the best keys.
+
+        Rounding decides where two are nearly alike, so that with some weights two right ways to a result differ.
+        """
+        return any(re.search(r"experts|topk|top_k|index", key) for key in vars(self.config))
+
+    @property
+    def component(self):
+        """A tiny causal LM of the type, always the same."""
+        return tiny_model(self.config.__class__.from_dict(self.config.to_dict()), self.seed)
+
+    @cached_property
+    def depth(self):
+        """Its number of layers."""
+        return component_depth(self.config)
+
+    def hybrid(self, beside=True, **settings):
+        """A hybrid of the type, in two blocks; `beside` a Llama or alone."""
+        parts = [ComponentSpec(self.component, name="one")]
+        if beside:
+            other = tiny_config("llama", hidden_size=24, head_dim=6, num_hidden_layers=4)
+            parts.append(ComponentSpec(tiny_model(other, seed=1), name="other"))
+        model = ManticoreForCausalLM.from_components(parts, **{"num_blocks": 2, **settings})
+        contract.randomise(model)
+        return model
+
+    @cached_property
+    def alone(self):
+        """One that checks of decoding share: they change nothing."""
+        return self.hybrid(beside=False)
+
+    @cached_property
+    def pair(self):
+        """One that checks of decoding share: they change nothing."""
+        return self.hybrid()
+
+
+def _saved(subject):
+    with tempfile.TemporaryDirectory(prefix="manticore-families-") as folder:
+        contract.check_saved(subject.pair, folder)
+
+
+def _static(subject):
+    try:
+        contract.check_static_cache(subject.alone)
+    except ManticoreError:  # says that this component has none
+        pass
+
+
+def _one_hot(subject):
+    other = tiny_config("llama", hidden_size=24, head_dim=6, num_hidden_layers=4)
+    for settings, blocks in ((contract.PAPER, (1, 3)), (contract.NATIVE, (2,))):
+        parts = [ComponentSpec(subject.component, name="one"), ComponentSpec(tiny_model(other, seed=1), name="other")]
+        contract.check_one_hot(parts, settings, blocks)
+
+
+def _segments(subject):
+    for bounds in ((0, subject.depth), (0, 2, subject.depth), (0, 1, 3, subject.depth)):
+        contract.check_segments(subject.component, bounds)
+
+
+CHECKS = {
+    "segments": _segments,
+    "one_hot": _one_hot,
+    "padding": lambda subject: contract.check_padding(subject.alone),
+    "greedy": lambda subject: (contract.check_greedy(subject.alone), contract.check_greedy(subject.pair)),
+    "turns": lambda subject: contract.check_turns(subject.alone),
+    "chunks": lambda subject: contract.check_chunks(subject.alone, (4, 1, 1, 3, 2)),
+    "beams": lambda subject: contract.check_beams(subject.alone),
+    "static": _static,
+    "gradients": lambda subject: contract.check_gradients(subject.component),
+    "saved": _saved,
+}
+"""What a type is put through, in this order."""
+
+
+def examine(model_type):
+    """Puts one type through the contract.
+
+    Returns:
+        {"type", "class", "verdict", "reason" (one sentence, "" if it passes), "checks" ({name: "" or what broke}),
+        "seconds"}
+    """
+    began = time.time()
+    out = {"type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], "checks": {}}
+    out["verdict"], out["reason"] = _judge(model_type, out["checks"])
+    return {**out, "seconds": round(time.time() - began, 1)}
+
+
+def _judge(model_type, checks):
+    try:
+        refuse_by_configuration(model_type)
+    except ManticoreError as err:
+        return REFUSED, sentence(err)
+    try:
+        subject = Subject(model_type)
+        with torch.device("meta"):
+            size = AutoModelForCausalLM.from_config(subject.config).num_parameters()
+        if size > LARGEST:
+            return UNKNOWN, f"its smallest model that could be found has {size} parameters"
+        with torch.no_grad():
+            logits = subject.component(input_ids=tokens(), use_cache=False).logits
+        if not logits.isfinite().all() or logits.std() < 1e-3:
+            return UNKNOWN, "a tiny model's logits are not finite or all alike"
+    except Exception as err:
+        return UNKNOWN, f"no tiny model could be made and run ({type(err).__name__}: {first_line(err)})"
+    try:
+        for blocks in (1, 2, 3):
+            subject.hybrid(beside=False, num_blocks=blocks)
+    except ManticoreError as err:
+        return REFUSED, sentence(err)
+    except Exception as err:
+        return WRONG, f"from_components fails with {type(err).__name__}: {first_line(err)}"
+    for name, check in CHECKS.items():
+        checks[name] = _what_breaks(check, subject)
+        if checks[name] and subject.chooses:
+            # Two other models: what is wrong, and no accident of rounding, is wrong in one of them, too
+            others = [_what_breaks(check, Subject(model_type, seed)) for seed in (1, 2)]
+            checks[name] = next((text for text in others if text), "")
+    broken = {name: text for name, text in checks.items() if text}
+    if broken:
+        name, text = next(iter(broken.items()))
+        return WRONG, f"{name}: {text}"
+    return PASSES, ""
+
+
+def _what_breaks(check, subject):
+    """What a check finds, or ""."""
+    try:
+        check(subject)
+        return ""
+    except contract.Broken as err:
+        return first_line(err)
+    except Exception as err:
+        return f"{type(err).__name__}: {first_line(err)}"
+
+
+def refuse_by_configuration(model_type):
+    """Raises ManticoreError if a repository with this type's usual config.json would be refused."""
+    try:
+        config = CONFIG_MAPPING[model_type]()
+        values = json.loads(config.to_json_string(use_diff=False))
+    except Exception:  # some have no defaults that agree with each other
+        values = {}
+    values |= {"model_type": model_type, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
+    if "is_decoder" in values and not values.get("is_encoder_decoder"):
+        values["is_decoder"] = True  # as the checkpoints that are causal LMs have it
+    with tempfile.TemporaryDirectory(prefix="manticore-families-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(values), encoding="utf-8")
+        Path(folder, WEIGHT_FILES[0]).touch()
+        resolve(ComponentSpec(folder, name="one"), {})
+
+
+def sentence(err):
+    """A message without the component's name."""
+    return re.sub(r"^Component '\w+'( \([^)]*\))?:?\s*", "", " ".join(str(err).split()))
+
+
+def first_line(err):
+    """What an error says first, not longer than a line."""
+    text = " ".join(str(err).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,93 @@
+"""The sweep's result as a table: for the terminal, and as the committed FAMILIES.md."""
+
+import json
+from importlib.metadata import version
+from importlib.resources import files
+
+from manticore_hf.files import replace_text
+from manticore_hf.printing import escape
+
+ORDER = ("passes", "refused", "wrong", "unknown")
+
+_HEAD = """# Families
+
+Every model type for which Transformers has a causal LM, and whether it can be a component of a hybrid. Made by
+`manticore-hf families --run --output-dir DIR`: do not edit. {versions}.
+
+**{passes} of {all} types pass the contract.** The others are refused when a hybrid is composed, for the reason given.
+{rest}
+A type passes if tiny random models of it, cut into one, two and three blocks, alone and beside a Llama, do what the
+type does uncut, in Transformers: segments in sequence are the model, and a hybrid whose mixture is one component is
+that component, both to the last bit; a left-padded row is the row alone; decoding with a cache (greedy, beams, in
+chunks, two texts by turns; static caches, unless they are refused) is decoding without; gradients are those of the
+uncut model; what is saved and loaded is equal. That says nothing about how good hybrids of a type are, and real
+checkpoints are checked again when they are composed, on five tokens (`verify`).
+"""
+
+
+def versions():
+    """What a result depends on, by package."""
+    return {name: version(name) for name in ("manticore-hf", "torch", "transformers")}
+
+
+def load_shipped():
+    """What came with the package: {"versions", "types": [{"type", "class", "verdict", "reason", "checks"}]}."""
+    return json.loads((files("manticore_hf.families") / "families.json").read_text(encoding="utf-8"))
+
+
+def made_with(found):
+    """Versions in words."""
+    return "Versions: " + ", ".join(f"{name} {number}" for name, number in found.items())
+
+
+def counted(results):
+    """{verdict: number of types}, without those that no type has."""
+    numbers = {verdict: sum(one["verdict"] == verdict for one in results) for verdict in ORDER}
+    return {verdict: number for verdict, number in numbers.items() if number}
+
+
+def print_table(results, found, verdict=None):
+    """Prints types, classes, verdicts and reasons, and how many there are of each."""
+    shown = [one for one in results if verdict in (None, one["verdict"])]
+    widths = [max((len(one[key]) for one in shown), default=0) for key in ("type", "class", "verdict")]
+    for one in shown:
+        cells = [one[key].ljust(width) for key, width in zip(("type", "class", "verdict"), widths)]
+        print("  ".join([*cells, one["reason"]]).rstrip())
+    print(f"{', '.join(f'{number} {verdict}' for verdict, number in counted(results).items())}. {made_with(found)}.")
+
+
+def write_table(path, data):
+    """Writes FAMILIES.md.
+
+    Args:
+        path: The file.
+        data: What `load_shipped` returns.
+    """
+    replace_text(path, markdown(data))
+
+
+def markdown(data):
+    """The text of FAMILIES.md."""
+    types, numbers = data["types"], counted(data["types"])
+    rest = [
+        text.format(numbers[verdict])
+        for verdict, text in (
+            ("wrong", "{} can be joined, but break the contract.\n"),
+            ("unknown", "Of {} no tiny model could be made: they were not tested.\n"),
+        )
+        if verdict in numbers
+    ]
+    out = [_HEAD.format(versions=made_with(data["versions"]), passes=numbers.get("passes", 0), all=len(types),
+                        rest="".join(rest))]  # fmt: skip
+    for verdict, title in (("passes", "Pass"), ("refused", "Refused"), ("wrong", "Wrong"), ("unknown", "Not tested")):
+        rows = [one for one in types if one["verdict"] == verdict]
+        if not rows:
+            continue
+        out.append(f"## {title}: {len(rows)}\n")
+        plain = verdict == "passes"
+        out.append("| type | class |\n|---|---|" if plain else "| type | class | reason |\n|---|---|---|")
+        for one in rows:
+            cells = [f"`{one['type']}`", one["class"], *([] if plain else [str(escape(one["reason"]))])]
+            out.append(f"| {' | '.join(cells)} |")
+        out.append("")
+    return "\n".join(out)

@@ -1,0 +1,346 @@
+"""Where a component keeps its layers and what its own forward does around them, found by running it on nothing.
+
+`Shell` is what segments are made of: a shallow copy of a module that follows the original, with other children or
+another configuration.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig
+
+from .configuration_manticore import ManticoreError, component_depth
+
+_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+
+# Put there by accelerate when it dispatches a model: bound to the original module, they would run all of its layers.
+_NEVER_COPIED = ("forward", "_old_forward", "_hf_hook")
+
+
+class NoPosition(nn.Module):
+    """Stands for a position embedding: the state that enters a later segment has it already."""
+
+    def forward(self, *args, **kwargs):
+        return torch.zeros(())
+
+
+class PassThrough(nn.Module):
+    """Stands for a norm, dropout or projection that another segment runs."""
+
+    def forward(self, hidden, *args, **kwargs):
+        return hidden
+
+
+class _Around(nn.Module):
+    """Stands for a layer, and is that layer to whoever asks for its attributes."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.found = None
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+
+class Entry(_Around):
+    """A segment's first layer, which takes the state that it was handed (`state`) instead of the class's own.
+
+    `found` is the class's own, kept only where there was no other.
+    """
+
+    state = None
+
+    def forward(self, *args, **kwargs):
+        if self.state is None:
+            self.found = args[0] if args else kwargs.get("hidden_states")
+            return self.layer(*args, **kwargs)
+        state, self.state = self.state, None
+        if args:
+            return self.layer(state, *args[1:], **kwargs)
+        return self.layer(**{**kwargs, "hidden_states": state})
+
+
+class Exit(_Around):
+    """A segment's last layer, which keeps the state that it returns, as `found`."""
+
+    def forward(self, *args, **kwargs):
+        out = self.layer(*args, **kwargs)
+        self.found = out if isinstance(out, torch.Tensor) else out[0]
+        return out
+
+
+@dataclass
+class Anatomy:
+    """Where a component keeps its layers, and what its own forward does around them.
+
+    Attributes:
+        path: Path of the module that owns the layer list, from the causal LM.
+        layers: Name of the layer list.
+        cache_argument: Name under which the owner takes a cache, or None.
+        positions: Whether the owner takes `position_ids`.
+        before: Child name -> stand-in class, for children that change the state before the first layer.
+        after: Names of the children that run after the last layer.
+        shared: Names of the children that run both before the first layer and after the last one.
+        enters: Whether the owner changes the state on its way to the first layer beside those children (Granite scales
+            it), or through shared ones.
+        leaves: The same after the last layer.
+        overwrites: Whether the owner overwrites the embeddings that it is given (CTRL).
+    """
+
+    path: str
+    layers: str
+    cache_argument: str | None
+    positions: bool
+    before: dict = field(default_factory=dict)
+    after: list = field(default_factory=list)
+    shared: list = field(default_factory=list)
+    enters: bool = False
+    leaves: bool = False
+    overwrites: bool = False
+
+
+def dissect(component):
+    """Finds a component's anatomy by running the owner of its layers once, without computing anything.
+
+    Args:
+        component: A causal LM of Transformers, on any device ("meta" included).
+
+    Raises:
+        ManticoreError: No list of `num_hidden_layers` layers was found, or the model takes no `inputs_embeds`.
+    """
+    kind = component.config.model_type
+    depth = component_depth(component.config)
+    path, layers = find_layers(component, depth)
+    stack = component.get_submodule(path)
+    parameters = inspect.signature(type(stack).forward).parameters
+    if "inputs_embeds" not in parameters:
+        raise ManticoreError(f"Architecture {kind!r} cannot be cut: {type(stack).__name__} takes no inputs_embeds.")
+    anatomy = Anatomy(
+        path=path,
+        layers=layers,
+        cache_argument=next((name for name in _CACHE_ARGUMENTS if name in parameters), None),
+        positions="position_ids" in parameters,
+    )
+    _watch_children(component, stack, anatomy)
+    return anatomy
+
+
+def find_layers(component, depth):
+    prefix = component.base_model_prefix
+    todo = [(prefix, getattr(component, prefix, None))]
+    while todo:
+        path, module = todo.pop(0)
+        if module is None:
+            continue
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList):
+                if len(child) == depth:
+                    return path, name
+            else:
+                todo.append((f"{path}.{name}", child))
+    raise ManticoreError(
+        f"Architecture {component.config.model_type!r} cannot be cut: no list of its {depth} layers was found."
+    )
+
+
+def _watch_children(component, stack, anatomy):
+    """Fills in what happens around the layers: by running the owner as it is, then as a segment in the middle."""
+    events, layers = [], getattr(stack, anatomy.layers)
+    # One layer of each kind shows what happens before and after all, and that they run: without computing, each would
+    # still cost 20 ms.
+    kept = one_of_each(layers)
+    handles = [layers[0].register_forward_pre_hook(lambda *_: events.append(("layer", None, None, None)))]
+
+    def watch(name):
+        return lambda module, args, kwargs, out: events.append(("child", name, first_tensor(args, kwargs), out))
+
+    for name, child in stack.named_children():
+        if child is not layers:
+            handles.append(child.register_forward_hook(watch(name), with_kwargs=True))
+    try:
+        _run_on_nothing(component, stack, {anatomy.layers: nn.ModuleList([layers[i] for i in kept])}, kept)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = 0
+    for kind, name, given, out in events:
+        if kind == "layer":
+            seen += 1
+        elif seen == 0 and isinstance(out, torch.Tensor):
+            # An embedding is read by integer ids or positions; whatever returns a tuple (rotary angles) only informs.
+            indexed = given is not None and not given.is_floating_point()
+            position = indexed or isinstance(stack._modules[name], nn.Embedding)
+            anatomy.before[name] = NoPosition if position else PassThrough
+        elif seen:
+            anatomy.after.append(name)
+    what = f"Architecture {component.config.model_type!r} cannot be cut"
+    if seen != 1:
+        raise ManticoreError(
+            f"{what}: its forward ran the first layer of {anatomy.path}.{anatomy.layers} {seen} times."
+        )
+    anatomy.shared = [name for name in anatomy.after if name in anatomy.before]
+    for name in anatomy.shared:
+        del anatomy.before[name]
+    anatomy.after = [name for name in anatomy.after if name not in anatomy.shared]
+
+    first, last = Entry(layers[kept[0]]), Exit(layers[kept[-1]])
+    middle = [layers[i] for i in kept]
+    middle[0] = first
+    middle[-1] = last if len(kept) > 1 else Exit(first)
+    modules = {anatomy.layers: nn.ModuleList(middle), **{name: cls() for name, cls in anatomy.before.items()}}
+    modules |= {name: PassThrough() for name in anatomy.after}
+    given, out = _run_on_nothing(component, stack, modules, kept, entering=True)
+    if first.found is None or first.found.shape != given.shape:
+        shape = None if first.found is None else list(first.found.shape)
+        raise ManticoreError(
+            f"{what}: what its layers hand on is no [batch, time, width] (of a state of shape {list(given.shape)} they "
+            f"get {shape}), so that there is nothing to translate between components."
+        )
+    anatomy.overwrites = given._version > 0
+    anatomy.enters = first.found is not given or anatomy.overwrites
+    anatomy.leaves = middle[-1].found is not out
+
+
+class _FindsNothing(TorchDispatchMode):
+    """Lets a search for values find none where there are no values: which expert gets which token, for one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((0, args[0].ndim), dtype=torch.long)
+        return func(*args, **(kwargs or {}))
+
+
+def _run_on_nothing(component, stack, modules, kept, entering=False):
+    """Runs a shell of the layers' owner on three tokens without computing anything.
+
+    Args:
+        component, stack: The causal LM and the owner of its layers.
+        modules: Children that take the place of its own.
+        kept: Indices of the layers that are left.
+        entering: Give a state of the width that layers hand on, instead of that of the embeddings.
+
+    Returns:
+        The state that it was given, and the one that it returned.
+    """
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
+
+    training, width = stack.training, component.get_input_embeddings().weight.shape[1]
+    if entering:
+        width = component.config.get_text_config().hidden_size
+    parameter = next(stack.parameters())
+    experts = stack.config._experts_implementation_internal
+    try:
+        stack.eval()
+        shell = Shell(stack)
+        shell.own = {"_modules": {**stack._modules, **modules}, "config": pick_config(stack.config, kept)}
+        shell.follow()
+        # The only way of running experts whose shapes do not depend on the values, of which there are none.
+        stack.config._experts_implementation_internal = "batched_mm"
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _FindsNothing():
+            hidden = torch.zeros(1, 3, width, device=parameter.device, dtype=parameter.dtype)
+            # A mask keeps Transformers from looking at the values of the positions (it could not, nothing is computed).
+            ones = torch.ones(1, 3, dtype=torch.long, device=parameter.device)
+            out = shell.module(inputs_embeds=hidden, attention_mask=ones, use_cache=False)
+        return hidden, out[0]
+    except (DataDependentOutputException, DynamicOutputShapeException) as err:
+        raise ManticoreError(
+            f"Architecture {component.config.model_type!r} cannot be cut: what {type(stack).__name__} does depends on "
+            f"values of its states ({err}), so that it cannot be looked at without computing it."
+        ) from err
+    except Exception as err:
+        reason = " ".join(f"{type(err).__name__}: {err}".split())
+        raise ManticoreError(
+            f"Architecture {component.config.model_type!r} cannot be cut: {type(stack).__name__} does not run on "
+            f"embeddings alone, as the segments of a hybrid do ({reason[:300]})."
+        ) from err
+    finally:
+        stack.config._experts_implementation_internal = experts
+        stack.train(training)
+
+
+def layer_kind(layer):
+    """What two layers of the same kind have in common: modules, shapes and settings (windows)."""
+    kind = []
+    for name, module in layer.named_modules():
+        shapes = tuple((key, *tensor.shape) for key, tensor in module.named_parameters(recurse=False))
+        values = [(key, x if isinstance(x, (str, bool)) else type(x)) for key, x in vars(module).items()]
+        kind.append((name, type(module), shapes, tuple(values)))
+    return tuple(kind)
+
+
+def one_of_each(layers):
+    """Indices of the layers that are the first of their kind."""
+    kinds = {}
+    for i, layer in enumerate(layers):
+        kinds.setdefault(layer_kind(layer), i)
+    return sorted(kinds.values())
+
+
+def first_tensor(args, kwargs):
+    """The first tensor among a call's arguments, or None."""
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+
+
+def slice_config(config, start, stop):
+    """A copy of a component's configuration that describes its layers [start, stop)."""
+    return pick_config(config, range(start, stop))
+
+
+def pick_config(config, indices):
+    """A copy of a component's configuration that describes the layers of these indices.
+
+    Every per-layer list is cut, whether it is a field or a read-only property (Jamba's `layer_types`).
+    """
+    depth = config.num_hidden_layers
+    out = copy.deepcopy(config)
+    frozen = {}
+    for name in dir(type(config)):
+        if hasattr(PreTrainedConfig, name):  # nothing there is per layer, and asking some of it warns
+            continue
+        if isinstance(inspect.getattr_static(type(config), name), property):
+            try:
+                value = getattr(config, name)
+            except Exception:  # a property of another kind of model: none of this one's layers
+                continue
+            if isinstance(value, (list, tuple)) and len(value) == depth:
+                frozen[name] = [value[i] for i in indices]
+    if frozen:
+        cls = type(config)
+        out.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **frozen})
+    for name, value in list(vars(out).items()):
+        if name in frozen or name.startswith("_") or name == "architectures":
+            continue
+        if isinstance(value, (list, tuple)) and len(value) == depth:
+            out.__dict__[name] = type(value)(value[i] for i in indices)
+    out.__dict__[type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(indices)
+    return out
+
+
+class Shell:
+    """A shallow copy of a module that follows the original: same parameters, hooks, mode; other children or config."""
+
+    def __init__(self, source):
+        self.source = source
+        self.module = source.__class__.__new__(source.__class__)
+        self.own = {}
+        self.follow()
+
+    def follow(self):
+        """Takes over what changed in the original: training mode, checkpointing, hooks, replaced children."""
+        state = self.module.__dict__
+        state.update(self.source.__dict__)
+        for name in _NEVER_COPIED:
+            state.pop(name, None)
+        state.update(self.own)
