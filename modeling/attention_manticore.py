@@ -6,6 +6,22 @@ not attend at all (Mamba) or in their own way (Bloom, Gemma 2), so these keep th
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from .configuration_manticore import ManticoreError
+
+# Of engines that keep the keys and values themselves: Transformers' continuous batching, vLLM, SGLang
+_ENGINES = ("paged", "vllm", "sglang")
+
+
+def refuse_engines(implementation):
+    """Raises ManticoreError for an attention that keeps keys and values outside of the cache it is given."""
+    for one in implementation.values() if isinstance(implementation, dict) else (implementation,):
+        if isinstance(one, str) and one.partition("|")[0] in _ENGINES:
+            raise ManticoreError(
+                f"attn_implementation={one!r} keeps keys and values outside of the hybrid's cache, for one list of "
+                "layers of one size, and knows no recurrent states: a hybrid cannot run in that engine. Use "
+                "generate(), a pipeline or `transformers serve`."
+            )
+
 
 def supports_attention(cls, implementation):
     """Whether a model class has an attention implementation ("sdpa", "flash_attention_2", "flex_attention", ...)."""
@@ -25,6 +41,7 @@ def settle_attention(config):
     """
     for name in config.component_names:
         sub = getattr(config, name)
+        refuse_engines(sub._attn_implementation)
         cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(sub), None)
         if cls is not None and not supports_attention(cls, sub._attn_implementation):
             sub._attn_implementation = None
@@ -41,8 +58,10 @@ class PerComponentAttention:
             *args, **kwargs: As in Transformers.
 
         Raises:
+            ManticoreError: It belongs to an engine with a cache of its own.
             ValueError: No component has it, or a component named in a dict lacks it.
         """
+        refuse_engines(attn_implementation)
         parts = {name: self.component(name) for name in self.config.component_names}
         able = list(parts)
         if isinstance(attn_implementation, str):

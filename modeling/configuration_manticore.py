@@ -34,6 +34,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_manticore.ManticoreForCausalLM",
     "AutoModelForSequenceClassification": "modeling_manticore.ManticoreForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_manticore.ManticoreForTokenClassification",
+    # The one class by which `transformers serve` loads remote code; its decisions are read from a causal LM's logits
+    "AutoModelForDecision": "modeling_manticore.ManticoreForCausalLM",
 }
 
 CHOICES = {

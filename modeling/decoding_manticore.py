@@ -5,9 +5,28 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreError
 
+_NO_PAGES = (
+    "Continuous batching keeps the keys and values of one list of attention layers of one size in pages; a hybrid has "
+    "several models' layers, and recurrent states, which cannot be paged. Use generate() with a batch that is padded "
+    "on the left, or pipeline(..., batch_size=8)."
+)
+
 
 class CachedDecoding:
     """Mixin of ManticoreModel."""
+
+    @property
+    def init_continuous_batching(self):
+        """Not there: `transformers serve --continuous-batching` asks whether it is, and then takes `generate`."""
+        raise AttributeError(_NO_PAGES)
+
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        """Refused: see the error's message."""
+        raise ManticoreError(_NO_PAGES)
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused: see the error's message."""
+        raise ManticoreError(_NO_PAGES)
 
     def make_cache(self, max_cache_len=None):
         """An empty cache for this hybrid.

@@ -37,7 +37,7 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_attention_backend = False  # of vLLM and SGLang, which run one list of attention layers of one size
     _is_stateful = True
     _no_split_modules = ["HybridMixer", "ScoreHead"]
     _skip_keys_device_placement = ["past_key_values"]

@@ -121,15 +121,17 @@ def test_an_uneven_cut_is_still_the_component(blocks):
         )
 
 
+@pytest.mark.parametrize("space", ["logprob", "prob"])
 @pytest.mark.parametrize("mixture", ["static", "token"])
 @pytest.mark.parametrize("pair", PAIRS)
 @torch.no_grad()
-def test_native_hybrid_of_one_block_starts_as_the_ensemble(pair, mixture):
-    model = hybrid(pair, num_blocks=1, embeddings="native", gate="none", mixture=mixture)
+def test_native_hybrid_of_one_block_starts_as_the_ensemble(pair, mixture, space):
+    model = hybrid(pair, num_blocks=1, embeddings="native", gate="none", mixture=mixture, mixture_space=space)
     model.hybrid_mixer.reset()  # undoes the random perturbation of `hybrid`
     ids = tokens()
     parts = [model.component(n)(input_ids=ids, use_cache=False).logits.log_softmax(-1) for n in PAIRS[pair]]
-    wanted = torch.stack(parts).mean(0)
+    parts = torch.stack(parts)
+    wanted = parts.mean(0) if space == "logprob" else parts.exp().mean(0).log()
     out = model(input_ids=ids, labels=ids, use_cache=False)
     # Equal as distributions: what normalises the components' logits is a constant per token, and left out.
     torch.testing.assert_close(out.logits.log_softmax(-1), wanted.log_softmax(-1), atol=1e-5, rtol=1e-5)

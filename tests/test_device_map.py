@@ -12,8 +12,9 @@ from fake_devices import ONE, TWO, fake_devices
 from families import hybrid, tokens
 from hub_models import component_keys, publish
 from hub_models import tiny as small
+from peft import PeftModel, get_peft_model
 
-from manticore_hf import ManticoreForCausalLM
+from manticore_hf import ManticoreForCausalLM, lora_config
 from manticore_hf.hardening import harden
 
 # Attention, Mamba, Mamba-2, Jamba with experts, RecurrentGemma; both ways of embedding
@@ -197,6 +198,28 @@ def test_a_route_over_two_devices(tmp_path, monkeypatch):
         places = {"gpt_neox": ONE, "mamba": TWO, "hybrid_mixer": ONE}
         loaded = ManticoreForCausalLM.from_pretrained(tmp_path, device_map=places)
         agree(results(loaded), wanted, exact=False)
+
+
+@pytest.mark.parametrize("far", [TWO, "cpu"])
+def test_an_adapter_goes_where_its_layers_are(far, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    hybrid("gpt_neox+mamba", num_blocks=2).save_pretrained(tmp_path / "hybrid")
+    base = ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")
+    tuned = get_peft_model(base, lora_config(base, r=4))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        tuned.save_pretrained(tmp_path / "adapter")
+        wanted = tuned.eval()(input_ids=tokens()).logits
+        with tuned.disable_adapter():
+            assert not torch.allclose(tuned(input_ids=tokens()).logits, wanted, atol=0.1)
+    with fake_devices():
+        places = {"gpt_neox": ONE, "mamba": far, "hybrid_mixer": ONE}
+        base = ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid", device_map=places)
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        got = loaded(input_ids=tokens().to(ONE)).logits.cpu()
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind, preset", [("sequence", "default"), ("token", "paper")])

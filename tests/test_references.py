@@ -229,7 +229,8 @@ def test_config_holds_everything_and_nothing_else(saved, hub, owner, tmp_path):
         assert {key: entry[key] for key in ("name", "repo_id", "weights")} == {
             "name": name, "repo_id": f"{owner}/{name}", "weights": "reference",
         }  # fmt: skip
-    heads = {f"AutoModelFor{head}" for head in ("CausalLM", "SequenceClassification", "TokenClassification")}
+    heads = ("CausalLM", "SequenceClassification", "TokenClassification", "Decision")
+    heads = {f"AutoModelFor{head}" for head in heads}
     assert "a" not in values and set(values["auto_map"]) == {"AutoConfig", "AutoModel"} | heads
 
 
