@@ -31,7 +31,7 @@ def same(got, wanted, what):
         _differ(got, wanted, what)
 
 
-def close(got, wanted, what="results", atol=2e-5, rtol=1e-5):
+def close(got, wanted, what="results", atol=5e-5, rtol=1e-5):
     """Raises Broken unless two tensors are equal up to the rounding of sums taken in another order.
 
     Args:
