@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_manticore import ManticoreError, component_depth
 
@@ -31,8 +31,8 @@ class NoPosition(nn.Module):
 class PassThrough(nn.Module):
     """Stands for a norm, dropout or projection that another segment runs."""
 
-    def forward(self, hidden, *args, **kwargs):
-        return hidden
+    def forward(self, *args, **kwargs):
+        return first_tensor(args, kwargs)
 
 
 class _Around(nn.Module):
@@ -133,8 +133,24 @@ def dissect(component):
     return anatomy
 
 
+def backbone_name(component):
+    """Name of a causal LM's child that is its model without head.
+
+    That is what its class says, where it is true (of Llama 4 it is not).
+    """
+    if component.base_model_prefix in component._modules:
+        return component.base_model_prefix
+    found = [name for name, child in component.named_children() if isinstance(child, PreTrainedModel)]
+    return found[0] if len(found) == 1 else component.base_model_prefix
+
+
 def find_layers(component, depth):
-    prefix = component.base_model_prefix
+    """Where a causal LM keeps its layers: path of the module that has their list, and the list's name there.
+
+    Raises:
+        ManticoreError: There is no list of `depth` modules.
+    """
+    prefix = backbone_name(component)
     todo = [(prefix, getattr(component, prefix, None))]
     while todo:
         path, module = todo.pop(0)
@@ -170,12 +186,14 @@ def _watch_children(component, stack, anatomy):
     finally:
         for handle in handles:
             handle.remove()
+    widths = {component.get_input_embeddings().weight.shape[1], component.config.get_text_config().hidden_size}
     seen = 0
     for kind, name, given, out in events:
         if kind == "layer":
             seen += 1
-        elif seen == 0 and isinstance(out, torch.Tensor):
-            # An embedding is read by integer ids or positions; whatever returns a tuple (rotary angles) only informs.
+        elif seen == 0 and isinstance(out, torch.Tensor) and out.is_floating_point() and out.shape[-1] in widths:
+            # An embedding is read by integer ids or positions; whatever returns a tuple (rotary angles) or something
+            # else than states (Llama 4's complex angles) only informs.
             indexed = given is not None and not given.is_floating_point()
             position = indexed or isinstance(stack._modules[name], nn.Embedding)
             anatomy.before[name] = NoPosition if position else PassThrough

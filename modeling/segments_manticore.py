@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from .anatomy_manticore import Entry, Exit, NoPosition, PassThrough, Shell, dissect, slice_config
+from .anatomy_manticore import Entry, Exit, NoPosition, PassThrough, Shell, backbone_name, dissect, slice_config
 from .devices_manticore import device_of, onloaded, place
 from .positions_manticore import find_tables
 
@@ -164,7 +164,7 @@ class Head:
 
     def refresh(self):
         """Follows the component. Not for use inside a compiled graph."""
-        prefix = self.component.base_model_prefix
+        prefix = backbone_name(self.component)
         source = self.component._modules[prefix]
         if self.backbone is None or self.backbone.source is not source:
             self.backbone = _Backbone(source, self.path)

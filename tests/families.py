@@ -4,12 +4,15 @@ Sliding windows and chunks are a few tokens long so that short sequences cross t
 widths and depths.
 """
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
+from manticore_hf.families.contract import randomise
+from manticore_hf.families.tiny import VOCABULARY, tiny_model, tokens
 
-VOCABULARY = 99
+__all__ = [
+    "FAMILIES", "PAIRS", "VOCABULARY", "components", "hybrid", "randomise", "tiny", "tiny_config", "tokens", "uneven",
+]  # fmt: skip
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -119,18 +122,7 @@ def tiny_config(family, **settings):
 def tiny(family, seed=0, **settings):
     """A tiny causal LM in evaluation mode: matrices multiplied, biases and norms perturbed."""
     config = tiny_config(family, **settings)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in {id(p): p for p in model.parameters()}.values():
-            if parameter.ndim >= 2:
-                parameter.mul_(8.0 if parameter.std() < 0.05 else 1.5)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    # A random model would otherwise stop at a random length
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+    return tiny_model(config, seed)
 
 
 def components(name):
@@ -150,19 +142,6 @@ def hybrid(name, num_blocks=2, **settings):
     model = ManticoreForCausalLM.from_components(parts, num_blocks=num_blocks, **settings)
     randomise(model)
     return model
-
-
-def randomise(model, seed=7, scale=0.1):
-    """Perturbs everything the hybrid adds to its components (projectors, alpha, token gate)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.hybrid_mixer.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-
-
-def tokens(batch=2, time=9, seed=1):
-    """Random token ids [batch, time] without special tokens."""
-    return torch.randint(3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
 def uneven(depth, blocks):

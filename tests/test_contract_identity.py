@@ -1,23 +1,14 @@
 """Contract: segments in sequence are the component, and a hybrid hardened to one component is that component."""
 
-import inspect
-
 import pytest
 import torch
-from families import FAMILIES, PAIRS, components, hybrid, randomise, tiny, tokens, uneven
+from families import FAMILIES, PAIRS, components, hybrid, tiny, tokens, uneven
 from manticore_hf.modeling.anatomy_manticore import Entry, Exit, slice_config
 from manticore_hf.modeling.segments_manticore import Cuts
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
-
-NATIVE = {"gate": "none", "embeddings": "native", "mixture": "static"}
-PAPER = {"preset": "paper"}
-
-
-def left_padded(time=9):
-    ids, mask = tokens(2, time), torch.ones(2, time, dtype=torch.long)
-    ids[0, :3], mask[0, :3] = 0, 0
-    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+from manticore_hf.families import contract
+from manticore_hf.families.contract import NATIVE, PAPER
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -26,23 +17,8 @@ def component(request):
 
 
 @pytest.mark.parametrize("bounds", [(0, 5), (0, 2, 5), (0, 2, 4, 5), (0, 1, 2, 5), (0, 1, 2, 3, 4, 5)], ids=str)
-@torch.no_grad()
 def test_segments_in_sequence_are_the_uncut_stack(component, bounds):
-    cuts = Cuts()
-    anatomy = cuts.anatomy(component)
-    stack = component.get_submodule(anatomy.path)
-    ids, mask, positions = left_padded()
-    for given in (None, mask):
-        where = positions if given is not None else torch.arange(9)[None]
-        kwargs = {"position_ids": where} if anatomy.positions else {}
-        wanted = stack(input_ids=ids, attention_mask=given, use_cache=False, **kwargs)[0]
-        state = component.get_input_embeddings()(ids)
-        for start, stop in zip(bounds, bounds[1:]):
-            state = cuts.segment(component, start, stop)(state, given, where)
-        assert torch.equal(state, wanted)
-    head = cuts.head(component)(state)
-    kwargs = {"position_ids": positions} if anatomy.positions else {}
-    assert torch.equal(head, component(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits)
+    contract.check_segments(component, bounds)
 
 
 def bare(layer):
@@ -73,37 +49,8 @@ def test_slice_config_cuts_every_list_of_layers(component):
 
 @pytest.mark.parametrize("settings", [PAPER, NATIVE], ids=["paper", "native"])
 @pytest.mark.parametrize("hybrid_name", [*FAMILIES, *PAIRS])
-@torch.no_grad()
 def test_one_hot_is_the_component(hybrid_name, settings):
-    parts = [ComponentSpec(part, name=name) for name, part in components(hybrid_name).items()]
-    ids = tokens()
-    upstream = [spec.source(input_ids=ids, use_cache=False).logits for spec in parts]
-    # From here on the components are repaired (scans in another order; RecurrentGemma's left padding)
-    ManticoreForCausalLM.from_components(parts)
-    for spec, wanted in zip(parts, upstream):
-        torch.testing.assert_close(spec.source(input_ids=ids, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
-    ids, mask, positions = left_padded()
-    labels = ids.masked_fill(mask == 0, -100)
-    for spec in parts:
-        takes = inspect.signature(spec.source.forward).parameters
-        wanted = {}
-        for given in (None, mask):
-            # Left alone, the component would count positions from the padding
-            extra = {"position_ids": positions} if given is not None and "position_ids" in takes else {}
-            wanted[given is None] = spec.source(
-                input_ids=ids, attention_mask=given, labels=labels, use_cache=False, **extra
-            )
-        for blocks in (1, 2, 3):
-            # Projectors do not vanish without the paper's gate; those of the reference component are the identity
-            extra = {"reference_component": spec.name} if settings is NATIVE else {}
-            model = ManticoreForCausalLM.from_components(parts, num_blocks=blocks, verify=False, **settings, **extra)
-            randomise(model)
-            model.set_mixture_weights(spec.name)
-            for given in (None, mask):
-                real = torch.ones(2, 9, dtype=torch.bool) if given is None else mask.bool()
-                got = model(input_ids=ids, attention_mask=given, labels=labels, use_cache=False)
-                assert torch.equal(got.logits[real], wanted[given is None].logits[real])
-                assert torch.equal(got.loss, wanted[given is None].loss)
+    contract.check_one_hot([ComponentSpec(part, name=name) for name, part in components(hybrid_name).items()], settings)
 
 
 @pytest.mark.parametrize("blocks", [2, 3])
