@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from manticore_hf import ManticoreForCausalLM, set_stage
 from manticore_hf.data import pack
-from manticore_hf.strengths import difference_of_strengths
+from manticore_hf.strengths import ALIKE, DIFFERENT, SPECIALISTS, WINDOW, difference_of_strengths
 
 BLOCK, BATCH = 256, 4
 WEIGHTS, SPACES = ((1.0, 0.0), (0.3, 1.0)), ("prob", "logprob")
@@ -132,7 +132,7 @@ def main():
 def print_table(lines):
     """Per setting: what was measured before, and the best loss with each pair of weights and in each space."""
     head = ["setting", *(f"gain, {w} tokens" for w in (32, 64, 256)), *(f"{s} {w}" for s in SPACES for w in WEIGHTS)]
-    head += ["(1, 0) - (0.3, 1)", "prob - logprob"]
+    head += ["(1, 0) - (0.3, 1)", "prob - logprob", "chosen - best"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for name in dict.fromkeys(line["setting"] for line in lines):
         mine = [line for line in lines if line["setting"] == name]
@@ -147,7 +147,9 @@ def print_table(lines):
         weights = min(losses[s, WEIGHTS[0]] for s in SPACES) - min(losses[s, WEIGHTS[1]] for s in SPACES)
         space = min(losses["prob", w] for w in WEIGHTS) - min(losses["logprob", w] for w in WEIGHTS)
         cells = [f"{before[w]['gain']:.3f}" if w in before else "" for w in ("32", "64", "256")]
-        cells += [f"{loss:.4f}" for loss in losses.values()] + [f"{weights:+.4f}", f"{space:+.4f}"]
+        chosen = SPECIALISTS if before and before[str(WINDOW)]["gain"] > DIFFERENT else ALIKE
+        missed = losses[chosen["mixture_space"], chosen["loss_weights"]] - min(losses.values())
+        cells += [f"{loss:.4f}" for loss in losses.values()] + [f"{weights:+.4f}", f"{space:+.4f}", f"{missed:.4f}"]
         print("| " + " | ".join([name, *cells]) + " |")
 
 
