@@ -46,4 +46,5 @@ def test_no_less_exact_than_upstream(model_type, dtype, monkeypatch):
             found[name] = run(model, ids)
             errors[name] += sum(((a - b).norm() / b.norm()).item() for a, b in zip(found[name], wanted))
         assert all(one.isfinite().all() for one in found["ours"])
+    print(f"{model_type}, {dtype}: " + ", ".join(f"{name} {value:.4f}" for name, value in errors.items()))
     assert 0 < errors["ours"] < 1.1 * errors["upstream"]
