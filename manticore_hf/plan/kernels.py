@@ -62,13 +62,6 @@ def group_experts(model):
             model.component(name).set_experts_implementation("grouped_mm")
 
 
-def portable_scan(device):
-    """Whether the scan's torch path is assumed, which copies its inputs; else numba's, which does not."""
-    if device == "cuda":
-        return True
-    return find_kernel(torch.zeros(1, 1, 1), 16, torch.float32) is None
-
-
 _SCAN, _SCAN_BACKWARD = (op.overloadpacket for op in _shared.ops)
 _device = ["cpu"]
 
@@ -103,9 +96,14 @@ def _copied(tensors, order):
     )
 
 
+def _portable(u, A):
+    """Whether the scan takes its torch path, which copies what it reads; numba's kernel mostly does not."""
+    return _device[-1] == "cuda" or find_kernel(u, A.shape[1], torch.float32) is None
+
+
 def _scan_scratch(args):
     u, dt, A, B, C = args[:5]
-    if not portable_scan(_device[-1]):
+    if not _portable(u, A):
         return _copied((u, dt, B, C), (0, 2, 1))
     buffers = 8 * min(CHUNK, u.shape[2]) * u.shape[0] * A.numel()
     # The inputs, their product, and the result before its dimensions are put into order
@@ -114,9 +112,8 @@ def _scan_scratch(args):
 
 def _scan_backward_scratch(args):
     u, dt, A, B, C, _, dy = args[:7]
-    if not portable_scan(_device[-1]):
-        threads = torch.get_num_threads() if _device[-1] == "cpu" else 1
-        return _copied((u, dt, B, C, dy), (0, 2, 1)) + (threads - 1) * 8 * B.numel()
+    if not _portable(u, A):
+        return _copied((u, dt, B, C, dy), (0, 2, 1))
     buffers = 12 * min(CHUNK, u.shape[2]) * u.shape[0] * A.numel()
     copies = _copied((u, dt, B, C, dy), (2, 0, 1))
     return copies + max(8 * u.numel(), 4 * u.numel() + buffers)

@@ -19,51 +19,67 @@ from manticore_hf.plan import kernels
 class Ledger(FakeTensorMode):
     """A fake mode that keeps account. As a context, it makes tensors fake; only inside `step` it counts.
 
+    A model may be shorter than the one it stands for (see `shrink`). What happens in a section that stands for several
+    layers is then repeated: layers of the same kind in a row do the same to memory, so levels are added up, and the
+    highest is at the first or the last of them.
+
     Attributes:
-        sections: [[key, first level, last level, peak, operations]] of the step, in the order of time. A level is
-            (bytes that a micro-batch made, the same with the gradients it left), without weights. Sections with a key
-            stand for several layers: see `Timeline`.
+        repeats: {key: how often the sections with this key happen}.
+        peak: Highest (bytes that a micro-batch made, the same with the gradients it left), without weights.
+        operations: FLOPs.
     """
 
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
-        self.counting, self.depth = False, 0
-        self.live, self.weights, self.sections = {}, set(), []
-        self.made = self.grads = 0
+        self.repeats, self.counting, self.depth = {}, False, 0
+        self._begin(())
+
+    def _begin(self, tensors):
+        self.live, self.once, self.weights = {}, set(), {tensor.untyped_storage()._cdata for tensor in tensors}
+        self.made = self.grads = self.operations = 0
+        self.peak = (0, 0)
+        self.key, self.first, self.highest = None, (0, 0), (0, 0)
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def step(self, *models):
         """Context of one micro-batch of models that are fake and have no gradients."""
-        self.live, self.made, self.grads, self.sections = {}, 0, 0, []
         tensors = [one for model in models for one in (*model.parameters(), *model.buffers())]
-        self.weights = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._begin(tensors)
         handles = [
             parameter.register_post_accumulate_grad_hook(self._left) for parameter in tensors
             if parameter.requires_grad and parameter.is_leaf
         ]  # fmt: skip
         self.counting = True
-        self.mark(None)
         try:
             with self:
                 yield
-            self._close()
+            self.mark(None, None)
         finally:
             self.counting = False
             for handle in handles:
                 handle.remove()
 
-    def mark(self, key):
-        """Ends the present section and begins one with `key` (None: of what happens once)."""
-        if self.counting:
-            self._close()
-            level = self._level()
-            self.sections.append([key, level, level, level, 0])
+    def mark(self, key, state):
+        """Ends the present section and begins one with `key` (None: of what happens once).
 
-    def _close(self):
-        if self.sections:
-            self.sections[-1][2] = self._level()
+        Args:
+            key: A key of `repeats`, or None.
+            state: The tensor that is handed from one to the other, or None. Each repetition hands on its own.
+        """
+        if not self.counting:
+            return
+        more, level = self.repeats.get(self.key, 1) - 1, self._level()
+        steps = [now - first for now, first in zip(level, self.first)]
+        highest = [max(high, high + more * step) for high, step in zip(self.highest, steps)]
+        self.peak = tuple(map(max, self.peak, highest))
+        self.made += more * steps[0]
+        self.grads += more * (steps[1] - steps[0])
+        self.key, self.first = key, self._level()
+        self.highest = self.first
+        if state is not None:
+            self.once.add(state.untyped_storage()._cdata)
 
     def _level(self):
         return (self.made, self.made + self.grads)
@@ -71,10 +87,10 @@ class Ledger(FakeTensorMode):
     def _left(self, parameter):
         """A parameter's gradient is complete: it stays until the optimizer has run."""
         key = parameter.grad.untyped_storage()._cdata
-        if self.live.get(key, (0, True))[1]:
+        if key not in self.live or self.live[key][1]:
             return
-        size = self.live[key][0]
-        self.live[key] = (size, True)
+        size, _, made_in = self.live[key]
+        self.live[key] = (size, True, made_in)
         self.made, self.grads = self.made - size, self.grads + size
 
     # ---- every operation ---------------------------------------------------------------------------------------------
@@ -91,12 +107,12 @@ class Ledger(FakeTensorMode):
         for one in tree_leaves(out):
             if isinstance(one, torch.Tensor):
                 self._add(one)
-        section, packet = self.sections[-1], func._overloadpacket
+        packet = func._overloadpacket
         scratch = kernels.scratch(packet, args, kwargs)
-        section[3] = tuple(max(peak, level + scratch) for peak, level in zip(section[3], self._level()))
+        self.highest = tuple(max(high, level + scratch) for high, level in zip(self.highest, self._level()))
         count = kernels.FLOPS.get(packet) or flop_registry.get(packet)
         if count is not None:
-            section[4] += count(*args, **kwargs, out_val=out)
+            self.operations += self.repeats.get(self.key, 1) * count(*args, **kwargs, out_val=out)
         return out
 
     def _add(self, tensor):
@@ -105,46 +121,18 @@ class Ledger(FakeTensorMode):
         if key in self.live or key in self.weights:
             return
         size = storage.nbytes()
-        self.live[key] = (size, False)
+        self.live[key] = (size, False, self.key)
         self.made += size
         weakref.finalize(storage, self._drop, key, self.live)
 
     def _drop(self, key, live):
         if live is not self.live or key not in live:  # of a step before
             return
-        size, left = live.pop(key)
+        size, left, made_in = live.pop(key)
+        if made_in != self.key and key not in self.once:  # elsewhere, and so are those of all repetitions
+            size *= self.repeats.get(made_in, 1) / self.repeats.get(self.key, 1)
+        self.once.discard(key)
         if left:
             self.grads -= size
         else:
             self.made -= size
-
-
-class Timeline:
-    """The sections of a shortened model, as those of the whole one.
-
-    Layers of the same kind in a row do the same to memory, so what one section did happens as often as it has layers to
-    stand for: the levels are added up, and the highest is at the first or the last of them.
-
-    Args:
-        sections: As `Ledger.sections`.
-        repeats: {key: how often its sections happen}.
-
-    Attributes:
-        peak: Highest (bytes made by the micro-batch, those with gradients).
-        last: The levels at the end.
-        operations: FLOPs.
-    """
-
-    def __init__(self, sections, repeats):
-        level, self.peak, self.operations = (0, 0), (0, 0), 0
-        for key, first, last, peak, operations in sections:
-            times = repeats.get(key, 1)
-            steps = [b - a for a, b in zip(first, last)]
-            above = [b - a for a, b in zip(first, peak)]
-            self.peak = tuple(
-                max(so_far, now + high, now + (times - 1) * step + high)
-                for so_far, now, step, high in zip(self.peak, level, steps, above)
-            )
-            level = tuple(now + times * step for now, step in zip(level, steps))
-            self.operations += times * operations
-        self.last = level

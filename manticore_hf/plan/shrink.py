@@ -32,9 +32,9 @@ class Marked(nn.Module):
         tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
         state = next(tensors)
         if state.requires_grad:  # its gradient is complete when the backward pass has left this layer
-            state.register_hook(lambda grad: self.ledger.mark(self.before))
+            state.register_hook(lambda grad: self.ledger.mark(self.before, grad))
+        self.ledger.mark(self.after, state)
         del tensors, state
-        self.ledger.mark(self.after)
         return self.layer(*args, **kwargs)
 
 
@@ -43,13 +43,10 @@ def shrink(model, ledger, label=None):
 
     Args:
         model: A hybrid on the meta device, not run yet.
-        ledger: The Ledger that will watch it.
+        ledger: The Ledger that will watch it, and is told what its sections stand for.
         label: First part of its keys, if the ledger watches another model, too.
-
-    Returns:
-        {key: how many periods the marked one stands for}.
     """
-    repeats, plan = {}, dict(model._plan())
+    plan = dict(model._plan())
     for name in model.config.component_names:
         component = model.component(name)
         anatomy = model._cuts.anatomy(component)
@@ -63,7 +60,7 @@ def shrink(model, ledger, label=None):
                 continue
             first, length, count = found
             key, middle = (label, name, block), start + first + length
-            repeats[key] = count - 2
+            ledger.repeats[key] = count - 2
             dropped |= set(range(middle + length, start + first + (count - 1) * length))
             marks[middle], marks[start + first + (count - 1) * length] = (None, key), (key, None)
         kept = [i for i in range(len(layers)) if i not in dropped]
@@ -76,7 +73,6 @@ def shrink(model, ledger, label=None):
             setattr(stack, anatomy.layers, nn.ModuleList(left))
             stack.config = pick_config(stack.config, kept)
     model._cuts._segments.clear()
-    return repeats
 
 
 def find_period(kinds):

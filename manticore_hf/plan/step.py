@@ -13,7 +13,7 @@ from manticore_hf.calibrate import _collect
 from manticore_hf.logs import PartSums
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.plan import kernels
-from manticore_hf.plan.ledger import Ledger, Timeline
+from manticore_hf.plan.ledger import Ledger
 from manticore_hf.plan.memory import weigh
 from manticore_hf.plan.shrink import shrink
 from manticore_hf.stages import set_stage
@@ -69,11 +69,13 @@ class Rehearsal:
         set_stage(hybrid, stage)
         self.model, quantised = (hybrid, ()) if prepare is None else prepare(hybrid)
         self.weights, self.teacher_bytes = weigh(self.model, hybrid, quantised), 0
-        self.repeats = {} if whole else shrink(hybrid, self.ledger)
+        if not whole:
+            shrink(hybrid, self.ledger)
         if teacher is not None:
             self.teacher = meta_hybrid(teacher, dtype).requires_grad_(False)
             self.teacher_bytes = sum(one.nbytes for one in self.teacher.parameters())
-            self.repeats |= {} if whole else shrink(self.teacher, self.ledger, "teacher")
+            if not whole:
+                shrink(self.teacher, self.ledger, "teacher")
         for one in filter(None, (self.model, self.teacher)):
             with self.ledger:
                 one.to_empty(device="cpu")
@@ -173,8 +175,7 @@ class Rehearsal:
             with self.ledger.step(*filter(None, (self.model, self.teacher))):
                 run(ids)
         self.model.zero_grad(set_to_none=True)
-        timeline = Timeline(self.ledger.sections, self.repeats)
-        return StepCost(*timeline.peak, timeline.operations)
+        return StepCost(*map(int, self.ledger.peak), self.ledger.operations)
 
     @contextlib.contextmanager
     def _checkpointing(self, wanted):

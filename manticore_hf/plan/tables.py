@@ -35,15 +35,18 @@ def _print_stage(stage, given):
     print(f"\n{stage['stage']}: {stage['batch']} rows x {stage['length']} tokens per device"
           f"{'' if stage['accumulation'] == 1 else ', ' + str(stage['accumulation']) + ' accumulated'}; {precision}; "
           f"{short_count(stage['trainable'])} trained")  # fmt: skip
-    heads = ("weights", "gradients", "optimizer", "activations", "other", "peak", "")
+    heads = ("weights", "gradients", "optimizer", "activations", "other", "peak")
     width = max(len(one["engine"]) for one in [*stage["options"], stage["choice"] or stage["options"][0]])
-    print(f"  {'on one device':{width}}" + "".join(f"{head:>13}" for head in heads).rstrip())
+    print(f"  {'on one device':{width}}" + "".join(f"{head:>13}" for head in heads))
     for one in stage["options"]:
         parts = dict(one["parts"])
+        evaluated = " (evaluation)" * ("evaluation" in parts)  # what comes last is more than the training
+        parts.setdefault("activations", parts.pop("evaluation", 0))
         shown = [parts.pop(key, None) for key in heads[:4]]
         cells = [*map(short_memory, shown), short_memory(sum(parts.values())) if parts else "-",
-                 short_memory(one["peak"]), "fits" if one["fits"] else "too much"]  # fmt: skip
-        print(f"  {one['engine']:{width}}" + "".join(f"{cell:>13}" for cell in cells))
+                 short_memory(one["peak"])]  # fmt: skip
+        fits = f"  {'fits' if one['fits'] else 'too much'}{evaluated}"
+        print(f"  {one['engine']:{width}}" + "".join(f"{cell:>13}" for cell in cells) + fits)
     choice, tokens = stage["choice"], stage["tokens"]
     way = "does not fit" if choice is None else f"{choice['engine']}, {short_memory(choice['peak'])} per device"
     print(f"  -> {way}: {'; '.join(stage['advice'])}")

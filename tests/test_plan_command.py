@@ -1,0 +1,215 @@
+"""`manticore-hf plan`: recipes and hybrids, from the Hub and from directories, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hub_models import publish, tiny, tokenizer
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from manticore_hf import ManticoreError, ManticoreForCausalLM
+from manticore_hf.cli import main
+from manticore_hf.plan.amounts import parse_bytes, parse_count, short_memory, short_time
+from manticore_hf.plan.run import make_plan
+from manticore_hf.plan.subject import load_subject
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "benchmarks" / "plan_configs"
+KNOWN = {  # parameters, as the models' pages on the Hub state them; the last two to the digits that are published
+    "EleutherAI/pythia-410m-deduped": (405_334_016, 0),
+    "state-spaces/mamba-370m-hf": (371_516_416, 0),
+    "meta-llama/Meta-Llama-3-8B": (8_030_261_248, 0),
+    "meta-llama/Meta-Llama-3-70B": (70_553_706_496, 0),
+    "tiiuae/falcon-mamba-7b": (7.27e9, 0.005e9),
+    "nvidia/Nemotron-H-56B-Base-8K": (56e9, 0.5e9),
+}
+
+
+@pytest.mark.parametrize("repo", KNOWN)
+def test_configurations_of_real_models_have_their_sizes(repo):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(CONFIGS / repo))
+    model.tie_weights()
+    size, tolerance = KNOWN[repo]
+    assert abs(model.num_parameters() - size) <= tolerance
+
+
+def write_recipe(folder, components, stages="[finetune: {}]", data="text.txt", **hybrid):
+    recipe = folder / "recipe.yaml"
+    hybrid = json.dumps({"num_blocks": 1, **hybrid})
+    recipe.write_text(
+        f"components: {json.dumps([str(one) for one in components])}\nhybrid: {hybrid}\nstages: {stages}\n"
+        f"data: {{data: {data}, block_size: 32, validation_fraction: 0.25}}\n"
+    )
+    return recipe
+
+
+def save_configs(folder, *families, **changes):
+    """Directories with nothing but a config.json."""
+    out = []
+    for family in families:
+        config = tiny(family, **changes).config
+        config.architectures = [type(tiny(family)).__name__]
+        config.save_pretrained(folder / family)
+        out.append(folder / family)
+    return out
+
+
+def test_the_poc_recipe_with_real_models(tmp_path, capsys):
+    command = ["plan", str(ROOT / "recipes" / "poc.yaml"), "--configs", str(CONFIGS), "--tokens", "20M"]
+    command += ["--devices", "8", "--memory", "24GiB", "--output-dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["verdict"] in shown and plan["verdict"].startswith("Fits: ")
+    counts = {one["name"]: one["parameters"] for one in plan["components"]}
+    assert counts == {"pythia_410m_deduped": 405_334_016, "mamba_370m_hf": 371_516_416}
+    assert "405,334,016" in shown and plan["parameters"] == sum(counts.values()) + plan["own_parameters"]
+    pretrain, tune = plan["stages"]
+    # 24 layers with keys and values of width 1024; what the hybrid is stored in is float32, as its components differ
+    assert plan["cache"]["pythia_410m_deduped"]["per_token"] == 24 * 2 * 1024 * 4
+    assert pretrain["trainable"] == plan["own_parameters"]
+    assert tune["trainable"] == plan["parameters"] - 2  # of one block, alpha's logits are fixed
+    assert pretrain["tokens"] == 500 * 8 * 8 * 1024 and tune["tokens"] == 20_000_000
+    engines = {one["engine"]: one for one in tune["options"]}
+    whole = engines["one device + activation checkpointing"]["parts"]
+    assert (whole["weights"], whole["gradients"]) == (4 * plan["parameters"], 4 * tune["trainable"])
+    assert whole["optimizer"] == pytest.approx(2 * whole["weights"], rel=1e-6)
+    shards = engines["FSDP2 + activation checkpointing"]["parts"]
+    assert shards["weights"] == pytest.approx(whole["weights"] / 8, abs=8)
+    # Forward 2, backward 4, and again 2 for what is recomputed, per parameter that multiplies; attention comes on top
+    used = plan["parameters"] - 50304 * 1024  # Pythia's embeddings are looked up; Mamba's are its head, too
+    assert 7 * used < tune["flops_per_token"] < 9.5 * used
+    assert tune["hours"] == pytest.approx(tune["flops"] / (8 * 989e12 * 0.35) / 3600)
+    assert any("padded" in note for note in plan["notes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe, devices, memory, engines", [
+    ("llama3_8b_falcon_mamba_7b", 8, "80GB", ["FSDP2 + activation checkpointing"] * 2),
+    ("llama3_8b_falcon_mamba_7b", 1, "24GB", [None, None]),
+    ("llama3_70b_nemotron_h_56b", 8, "80GB",
+     ["FSDP2 + activation checkpointing", "FSDP2 + activation checkpointing + CPU offload"]),
+])  # fmt: skip
+def test_large_recipes(recipe, devices, memory, engines):
+    plan = make_plan(ROOT / "recipes" / f"{recipe}.yaml", devices, memory, configs=CONFIGS)
+    found = [stage["choice"] and stage["choice"]["engine"] for stage in plan["stages"]]
+    assert found == engines
+    assert any("transplanted" in note for note in plan["notes"])
+
+
+def test_components_on_the_hub_are_not_downloaded(hub, owner, tmp_path):
+    publish(hub, f"{owner}/a", tiny("gpt_neox"), tmp_path / "src", tokenizer())
+    publish(hub, f"{owner}/b", tiny("mamba"), tmp_path / "src", tokenizer())
+    hub.clear_requests()
+    (tmp_path / "text.txt").write_text(" ".join(["w5"] * 3199))
+    recipe = write_recipe(tmp_path, [f"{owner}/a", f"{owner}/b"])
+    plan = make_plan(recipe, 1, "8GB")
+    asked = [path for _, path in hub.requests if "safetensors" in path]
+    assert not asked and try_to_load_from_cache(f"{owner}/a", "model.safetensors") is None
+    assert [one["name"] for one in plan["components"]] == ["a", "b"]
+    # 3200 tokens with the one that ends the text are 100 rows, of which a quarter is for validation
+    stage = plan["stages"][0]
+    assert (stage["tokens"], stage["counted"]) == (3 * 75 * 32, "the text was tokenised")
+
+
+def test_every_stage(tmp_path):
+    parts = save_configs(tmp_path, "llama", "mamba2")
+    stages = "[calibrate, pretrain: {max_steps: 10}, search: {strategy: gaea}, finetune: {bf16: true}, " \
+             "harden: {route: alpha, gradient_checkpointing: true}]"  # fmt: skip
+    recipe = write_recipe(tmp_path, parts, stages, mixture="static", num_blocks=2)
+    (tmp_path / "text.txt").write_text("x" * 4000)
+    plan = make_plan(recipe, 2, "1GB")
+    assert [one["stage"] for one in plan["stages"]] == ["calibrate", "pretrain", "search", "finetune", "harden"]
+    assert all(one["choice"] is not None and one["hours"] > 0 for one in plan["stages"])
+    calibrate, pretrain, search, tune, hard = plan["stages"]
+    assert calibrate["tokens"] == 40_000 and tune["tokens"] == 3 * 750  # four bytes a token without a tokenizer
+    assert pretrain["trainable"] == plan["own_parameters"] and search["trainable"] == plan["parameters"]
+    assert tune["trainable"] == plan["parameters"] - 4  # alpha is fixed
+    assert hard["trainable"] < tune["trainable"] and any("harden" in note for note in plan["notes"])
+    assert {"LoRA, DDP", "QLoRA, DDP"} <= {one["engine"] for one in tune["options"]}
+    assert tune["options"][0]["parts"]["weights"] == 4 * plan["parameters"]
+
+
+def test_more_devices_and_less_memory(tmp_path):
+    recipe = write_recipe(tmp_path, save_configs(tmp_path, "llama", "gpt_neox"))
+    peaks = {}
+    for devices in (2, 4):
+        plan = make_plan(recipe, devices, "1GB", tokens=1000, batch_size=2)
+        peaks[devices] = {one["engine"]: one["peak"] for one in plan["stages"][0]["options"]}
+    assert peaks[4]["FSDP2"] < peaks[2]["FSDP2"] < peaks[2]["DDP"] == peaks[4]["DDP"]
+    assert peaks[4]["FSDP2 + activation checkpointing + CPU offload"] < peaks[4]["FSDP2 + activation checkpointing"]
+    # Just too small for two rows: one, then none
+    least = min(peak for name, peak in peaks[2].items() if not ("LoRA" in name or "offload" in name or "one" in name))
+    stage = make_plan(recipe, 2, least - 1, reserve=0, tokens=1000, batch_size=2)["stages"][0]
+    assert stage["choice"]["batch"] == 1
+    assert "per_device_train_batch_size: 1, gradient_accumulation_steps: 2" in "; ".join(stage["advice"])
+    plan = make_plan(recipe, 1, "1kB", batch_size=1)
+    assert plan["verdict"].startswith("Does not fit: finetune") and plan["stages"][0]["choice"] is None
+
+
+def test_a_saved_hybrid(hub, owner, tmp_path):
+    model = ManticoreForCausalLM.from_components([tiny("llama"), tiny("mamba")], num_blocks=2)
+    model.save_pretrained(tmp_path / "hybrid")
+    plan = make_plan(tmp_path / "hybrid", memory="16GB", sequence_length=64, batch_size=2, device="cpu")
+    stage = plan["stages"][0]
+    assert (stage["stage"], stage["batch"], stage["length"]) == ("finetune", 2, 64)
+    assert plan["parameters"] == model.num_parameters()
+    assert stage["hours"] is None and "--tokens" in plan["verdict"]
+    hub.add_repo(f"{owner}/hybrid", tmp_path / "hybrid")
+    shutil.rmtree(tmp_path / "hybrid")
+    subject = load_subject(f"{owner}/hybrid")
+    assert subject.config.component_names == ["llama", "mamba"] and subject.config.num_blocks == 2
+    assert try_to_load_from_cache(f"{owner}/hybrid", "model.safetensors") is None
+
+
+def test_vocabularies(tmp_path):
+    parts = [*save_configs(tmp_path, "llama"), *save_configs(tmp_path, "mamba", vocabulary=90)]
+    with pytest.raises(ManticoreError, match="transplant: auto"):
+        load_subject(write_recipe(tmp_path, parts))
+    subject = load_subject(write_recipe(tmp_path, parts, transplant="auto"))
+    assert subject.config.mamba.vocab_size == subject.config.vocab_size == 64
+    assert [entry["transplant"] is not None for entry in subject.config.components] == [False, True]
+    assert "transplanted" in subject.notes[0]
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"memory": "80 apples"}, "memory='80 apples' is no amount"),
+    ({"memory": "0GB"}, "is no amount of memory"),
+    ({"devices": 0}, "devices=0"),
+    ({"tokens": "many"}, "tokens='many'"),
+    ({"utilization": 1.5}, "utilization=1.5"),
+    ({"flops": -1}, "flops=-1"),
+    ({"device": "tpu"}, "device='tpu'"),
+])  # fmt: skip
+def test_what_is_refused(options, message, tmp_path):
+    with pytest.raises(ManticoreError, match=message):
+        make_plan(tmp_path / "none.yaml", **options)
+
+
+def test_what_cannot_be_read(owner, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for component, message in (
+        (tmp_path / "empty", "has no config.json"), (f"{owner}/nothing", "private or gated"),
+    ):  # fmt: skip
+        assert main(["plan", str(write_recipe(tmp_path, [component]))]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["plan", f"{owner}/nothing"]) == 2
+    assert "no recipe (a .yaml file), and cannot be read as a hybrid" in capsys.readouterr().err
+    save_configs(tmp_path, "llama")
+    assert main(["plan", str(tmp_path / "llama")]) == 2
+    assert "is no hybrid" in capsys.readouterr().err
+    parts = save_configs(tmp_path, "llama", "mamba")
+    recipe = write_recipe(tmp_path, parts, "[finetune: {optim: lomo}]")
+    assert main(["plan", str(recipe), "--memory", "1GB"]) == 2
+    assert "optim='lomo'" in capsys.readouterr().err
+
+
+def test_amounts():
+    assert parse_bytes("80GB") == 80 * 10**9 and parse_bytes("24 GiB") == 24 * 2**30 and parse_bytes(1000) == 1000
+    assert parse_bytes("8e10") == 8 * 10**10 and parse_count("1.5B", "x") == 1_500_000_000
+    assert [short_memory(x) for x in (5e9, 5e6, 500, None)] == ["5.0 GB", "5.0 MB", "0.5 kB", "-"]
+    assert [short_time(x) for x in (0.5, 5, 240, None)] == ["30.0 min", "5.0 h", "10.0 days", "?"]
