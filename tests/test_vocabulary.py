@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny_hybrid import WORDS, mamba, neox, save
+from tiny_hybrid import WORDS, mamba, neox, rows_of, save
 from transformers import GPTNeoXForCausalLM, MambaForCausalLM
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
+from manticore_hf.evaluation import compare_losses
 
 
 def _save(folder, name, size, words=WORDS):
@@ -39,6 +40,15 @@ def test_rows_are_brought_to_one_size_by_resizing(tmp_path):
     model = ManticoreForCausalLM.from_components(parts)
     model.resize_token_embeddings(18)
     assert model(torch.randint(0, 18, (1, 5))).logits.shape[-1] == 18
+
+
+def test_losses_are_over_the_rows_of_all(tmp_path):
+    model = ManticoreForCausalLM.from_components([_save(tmp_path, "neox", 20), _save(tmp_path, "mamba", 16)])
+    losses = compare_losses(model, rows_of(), batch_size=4)
+    assert losses["hybrid"] == pytest.approx(losses["ensemble"], rel=1e-5)  # whose gate is untrained
+    ids = torch.tensor(rows_of()["input_ids"])
+    logits = model.component("neox")(ids).logits[:, :-1, :16].flatten(0, 1)
+    assert losses["neox"] == pytest.approx(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item())
 
 
 def test_really_different_vocabularies_are_refused(tmp_path):

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from manticore_hf.files import write_json
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.plan import kernels
-from manticore_hf.plan.amounts import parse_bytes, parse_count
+from manticore_hf.plan.amounts import parse_bytes, parse_count, short_time
 from manticore_hf.plan.cache import cache_sizes
 from manticore_hf.plan.engines import Machine, Option, StagePlanner
 from manticore_hf.plan.schedule import make_task
@@ -190,7 +190,7 @@ def _overall(plan):
     hours = [one["hours"] for one in plan["stages"]]
     if None in hours:
         return f"Fits: {ways}. How long is not known without the number of tokens (--tokens)."
-    return f"Fits: {ways}; {sum(hours):.1f} hours in all, at the stated utilisation."
+    return f"Fits: {ways}; {short_time(sum(hours))} in all, at the stated utilisation."
 
 
 @contextlib.contextmanager
