@@ -1,7 +1,4 @@
-"""Hybrids in eight and four bits: what is left out without being told; what is saved loads as it was.
-
-torchao is optional, also for these tests: importing it makes every start of Python slower.
-"""
+"""Hybrids in eight and four bits: what is left out without being told; what is saved loads as it was."""
 
 import copy
 
