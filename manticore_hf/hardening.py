@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from manticore_hf.kinds import refuse_classifier
+from manticore_hf.kinds import quantization_of, refuse_classifier
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.mixing_manticore import Chain, LinearProjector, resize
@@ -250,9 +250,13 @@ def harden(model, route="alpha", dataset=None, **options):
         published like any other.
 
     Raises:
-        ManticoreError: An impossible route, or a hybrid that classifies.
+        ManticoreError: An impossible route, or a hybrid that classifies or is quantised.
     """
     refuse_classifier(model, "Hardening")
+    if (packed := quantization_of(model.config)) is not None:
+        raise ManticoreError(
+            f"This hybrid is packed in {packed}: harden it in floating point, and quantise the result when you load it."
+        )
     names, blocks = model.config.component_names, model.config.num_blocks
     if route in ("alpha", "loss"):
         route = pick_route(model, route, dataset, **options).route

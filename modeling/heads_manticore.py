@@ -120,10 +120,15 @@ class Scores:
             num_labels, id2label, label2id, problem_type: As in `from_components`.
 
         Raises:
-            ManticoreError: It is no causal hybrid, or the labels contradict each other.
+            ManticoreError: It is no causal hybrid, or a quantised one, or the labels contradict each other.
         """
         if "ManticoreForCausalLM" not in {base.__name__ for base in type(model).__mro__}:  # or of another copy
             raise ManticoreError(f"{type(model).__name__} is no causal hybrid; give a ManticoreForCausalLM.")
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ManticoreError(
+                f"This hybrid is quantised; load it as a {cls.__name__} instead (from_pretrained with num_labels and "
+                "quantization_config)."
+            )
         config = copy.deepcopy(model.config)
         config.architectures = None
         _label(config, num_labels, id2label, label2id, problem_type)

@@ -1,7 +1,4 @@
-"""Hybrids in eight and four bits: what is left out without being told; what is saved loads as it was.
-
-torchao is optional, also for these tests: importing it makes every start of Python slower.
-"""
+"""Hybrids in eight and four bits: what is left out without being told; what is saved loads as it was."""
 
 import copy
 
@@ -25,6 +22,7 @@ from manticore_hf import (
     ManticoreError,
     ManticoreForCausalLM,
     ManticoreForSequenceClassification,
+    harden,
     publish,
 )
 
@@ -271,3 +269,12 @@ def test_a_quantised_component_is_refused(parts, hub, owner, tmp_path):
         with pytest.raises(ManticoreError, match="'x'.* has a quantization_config: its weights are packed.*floating"):
             ManticoreForCausalLM.from_components([ComponentSpec(source, name="x"), parts[1]])
     assert not [path for path in hub_models.weight_requests(hub) if "packed" in path]
+
+
+def test_what_needs_floating_point_says_so(saved):
+    pytest.importorskip("bitsandbytes")
+    model = ManticoreForCausalLM.from_pretrained(saved[0], quantization_config=METHODS["int8"]())
+    with pytest.raises(ManticoreError, match=r"packed in 8 bits \(bitsandbytes\): harden it in floating point, and"):
+        harden(model, "a")
+    with pytest.raises(ManticoreError, match="is quantised; load it as a ManticoreForSequenceClassification instead"):
+        ManticoreForSequenceClassification.from_causal_lm(model, 2)
