@@ -17,12 +17,14 @@ def hooks_of(module):
 
 
 def device_of(module):
-    """Where a module computes: not where its weights are while they are offloaded. None without tensors."""
+    """Where a module computes: not where its weights are while they are offloaded. None: nothing to say.
+
+    Of the processes of a distributed run each has one device, and its weights may be elsewhere between calls (where
+    FSDP and ZeRO offload them): only accelerate's hooks are asked there.
+    """
     first = next(module.parameters(), None)
-    if first is not None and first.device.type != "meta":
-        own = hooks_of(module)
-        if not own:
-            return first.device
+    if first is not None and first.device.type != "meta" and not hooks_of(module):
+        return None if torch.distributed.is_available() and torch.distributed.is_initialized() else first.device
     for part in module.modules():
         for hook in hooks_of(part):
             if (device := getattr(hook, "execution_device", None)) is not None:

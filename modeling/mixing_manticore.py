@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .devices_manticore import onloaded, place
+from .devices_manticore import device_of, onloaded, place
 from .mixture_manticore import sureness
 
 
@@ -185,7 +185,7 @@ class HybridMixer(nn.Module):
 
     def forward(self, step, *args):
         """Runs one step: the name of one of the methods below."""
-        return getattr(self, step)(*place(args, self.alpha_logits.device))
+        return getattr(self, step)(*place(args, device_of(self)))
 
     def weights(self):
         """alpha = softmax(a): [S, K], in float32; a search may add noise and a temperature while training."""
