@@ -132,6 +132,11 @@ class ReferencedWeights:
                 )
         if state_dict is not None:
             state_dict = dict(state_dict)  # Transformers deletes the ignored keys from the dict it is given
+            for twin, source in (self.all_tied_weights_keys or {}).items():
+                # Gathered from shards, both ends of a tie are tensors of their own, and would both be written.
+                ends = [state_dict.get(twin), state_dict.get(source)]
+                if all(_comparable(end) for end in ends) and torch.equal(*ends):
+                    state_dict[twin] = state_dict[source]
         try:
             with whole_directory(target, writes) as directory:
                 if writes:
