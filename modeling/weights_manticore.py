@@ -145,6 +145,11 @@ class ReferencedWeights:
                 )
         if state_dict is not None:
             state_dict = dict(state_dict)  # Transformers deletes the ignored keys from the dict it is given
+            for twin, source in (self.all_tied_weights_keys or {}).items():
+                # Gathered from shards, both ends of a tie are tensors of their own, and would both be written.
+                ends = [state_dict.get(twin), state_dict.get(source)]
+                if all(_comparable(end) for end in ends) and torch.equal(*ends):
+                    state_dict[twin] = state_dict[source]
         elif writes and not hasattr(self, "hf_device_map") and any(p.device.type == "meta" for p in self.parameters()):
             # Offloaded by accelerate itself: Transformers looks for such weights only where it dispatched the model
             state_dict = {key: present(self, key, value) for key, value in self.state_dict().items()}

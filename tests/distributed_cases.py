@@ -10,15 +10,17 @@ import os
 import sys
 from pathlib import Path
 
+import cpu_fsdp
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from processes import report
+from processes import report, same
 from tiny_hybrid import QUIET, mixed_hybrid, rows_of
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments, default_data_collator
 
 from manticore_hf import calibrate_projectors, lora_config, set_stage
-from manticore_hf.distributed import gathered, world
+from manticore_hf.distributed import gathered, total, world
 from manticore_hf.evaluation import compare_losses
 from manticore_hf.heal import HealTrainer
 from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
@@ -54,10 +56,23 @@ def train(kind, model, folder, name, callbacks=(), arguments=TrainingArguments, 
         eval_dataset=text(8), data_collator=default_data_collator, callbacks=list(callbacks), **own,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
+    if "fsdp" in changes:
+        check_sharded(trainer.model)
     evaluated = {key: value for key, value in trainer.evaluate().items() if key.startswith("eval_loss")}
     log = trainer.state.log_history
-    rows = [{key: row[key] for key in row if key.split("/")[0] in ("loss", "gate", "grad_norm")} for row in log]
+    kept = ("loss", "gate", "grad_norm", "eval_loss")
+    rows = [{key: row[key] for key in row if key.split("/")[0] in kept} for row in log]
     return finish(trainer, folder, name, log=[row for row in rows if row], evaluated=evaluated)
+
+
+def check_sharded(model):
+    """Every parameter, frozen ones included, is held in parts that add up to it."""
+    parameters = list(model.parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in parameters)
+    local = torch.tensor(sum(parameter.to_local().numel() for parameter in parameters))
+    whole = sum(parameter.numel() for parameter in parameters)
+    assert local < 0.6 * whole, f"this rank holds {local} of {whole} numbers"
+    assert total(local.clone()) == whole
 
 
 def finish(trainer, folder, name, **found):
@@ -111,6 +126,16 @@ def paper(folder, name, **changes):
     return train(HybridTrainer, set_stage(model, "finetune"), folder, name, **changes)
 
 
+def mixed(folder, name, **changes):
+    """bf16 with activations computed again in the backward pass, by FSDP's own way where it shards."""
+    model = set_stage(hybrid(num_blocks=1, mixture="token").float(), "finetune")
+    if "fsdp_config" in changes:
+        changes["fsdp_config"] = {**changes["fsdp_config"], "activation_checkpointing": True}
+    else:
+        changes["gradient_checkpointing"] = True
+    return train(HybridTrainer, model, folder, name, bf16=True, learning_rate=3e-2, **changes)
+
+
 def one_component(folder, name, **changes):
     """Native ends and weights that leave a component out everywhere: its embeddings and head are never read."""
     model = hybrid()
@@ -134,6 +159,33 @@ def heal(folder, name, **changes):
     return train(HealTrainer, set_stage(fix_alpha(student), "finetune"), folder, name, teacher=teacher, **changes)
 
 
+def resumed(folder, name, **changes):
+    """Goes on from a checkpoint, and from another start, as if it had not been stopped; then takes the best one."""
+    changes = {
+        "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+        "learning_rate": 0.05, **changes,
+    }  # fmt: skip
+    whole = train(HybridTrainer, set_stage(hybrid(), "finetune"), folder, name, **changes)
+    other = set_stage(hybrid(), "finetune")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 1
+    last = str(folder / name / "checkpoint-2")
+    again = train(HybridTrainer, other, folder, f"{name}-again", resume=last, **changes)
+    same(whole, again, "resumed")
+    first, second, loaded = (row["eval_loss"] for row in whole["log"] if "eval_loss" in row)
+    assert loaded == first > second, "the best checkpoint was not taken"
+    return again
+
+
+def sharded(folder, name, **changes):
+    """As `resumed`, each rank writing its own shards of a checkpoint (where there are shards)."""
+    if "fsdp_config" in changes:
+        changes["fsdp_config"] = {**changes["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
+    return resumed(folder, name, **changes)
+
+
 def calibrate(folder, name):
     """Of five batches two processes have three and two."""
     model = hybrid(embeddings="mixed")
@@ -151,7 +203,8 @@ def evaluate(folder, name):
 CASES = {
     "darts": search("darts"), "darts_bilevel": search("darts_bilevel"), "gaea": search("gaea", cost_penalty=0.05),
     "dash": search("dash"), "pretrain": pretrain, "finetune": finetune, "clipped": clipped, "paper": paper,
-    "one_component": one_component, "lora": lora, "heal": heal, "calibrate": calibrate, "evaluate": evaluate,
+    "one_component": one_component, "lora": lora, "heal": heal, "resumed": resumed, "sharded": sharded,
+    "mixed": mixed, "calibrate": calibrate, "evaluate": evaluate,
 }  # fmt: skip
 
 
@@ -163,6 +216,8 @@ def run(folder, names, **changes):
 def main(folder, *names):
     torch.set_num_threads(1)
     sharded = "--fsdp" in names
+    if sharded:
+        cpu_fsdp.allow()
     TrainingArguments(output_dir=folder, use_cpu=True)  # joins the processes
     names = [name for name in names if not name.startswith("--")]
     report(folder, run(folder, names, **(FSDP if sharded else {})))

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def launch(arguments, processes=2, launcher=(), timeout=300):
     """Runs `python -m torch.distributed.run ... arguments`; kills the whole group on a timeout.
@@ -49,3 +51,19 @@ def results(folder, processes=2):
 def report(folder, values):
     """Writes plain values of this process, for `results`."""
     (Path(folder) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(values))
+
+
+def same(one, two, where=""):
+    """Plain values equal but for rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            same(one[key], two[key], f"{where}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(two), where
+        for i, (a, b) in enumerate(zip(one, two)):
+            same(a, b, f"{where}/{i}")
+    elif isinstance(one, float):
+        assert two == pytest.approx(one, abs=1e-6, rel=1e-6), where
+    else:
+        assert one == two, where

@@ -3,26 +3,12 @@
 import pytest
 import torch
 from distributed_cases import CASES, run
-from processes import launch, results
+from processes import launch, results, same
 
-QUICK = ["darts_bilevel", "gaea", "pretrain", "finetune", "clipped", "lora", "calibrate", "evaluate"]
+QUICK = ["darts_bilevel", "finetune", "lora", "calibrate", "evaluate"]
+QUICK_SHARDED = ["gaea", "pretrain", "clipped", "sharded"]
+PRECISE = [name for name in CASES if name != "mixed"]  # in bf16 the processes round otherwise
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
-
-
-def same(one, two, where=""):
-    """Plain values equal but for rounding."""
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            same(one[key], two[key], f"{where}/{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(two), where
-        for i, (a, b) in enumerate(zip(one, two)):
-            same(a, b, f"{where}/{i}")
-    elif isinstance(one, float):
-        assert two == pytest.approx(one, abs=1e-6, rel=1e-6), where
-    else:
-        assert one == two, where
 
 
 def compare(folder, names, *options):
@@ -47,13 +33,39 @@ def compare(folder, names, *options):
 CASES_FILE = __file__.replace("test_distributed.py", "distributed_cases.py")
 
 
+def alpha_moved(found, name):
+    for values in found[name]["history"].values():
+        assert abs(values[-1] - values[0]) > 1e-3, "alpha did not move: the comparison would mean nothing"
+
+
 def test_data_parallel(tmp_path):
-    found = compare(tmp_path, QUICK)
-    for name in ("darts_bilevel", "gaea"):
-        for values in found[name]["history"].values():
-            assert abs(values[-1] - values[0]) > 1e-3, "alpha did not move: the comparison would mean nothing"
+    alpha_moved(compare(tmp_path, QUICK), "darts_bilevel")
+
+
+def test_sharded(tmp_path):
+    alpha_moved(compare(tmp_path, QUICK_SHARDED, "--fsdp"), "gaea")
 
 
 @pytest.mark.slow
 def test_data_parallel_in_every_other_case(tmp_path):
-    compare(tmp_path, [name for name in CASES if name not in QUICK])
+    compare(tmp_path, [name for name in PRECISE if name not in QUICK])
+
+
+@pytest.mark.slow
+def test_sharded_in_every_other_case(tmp_path):
+    no_training = ["calibrate", "evaluate"]
+    compare(tmp_path, [name for name in PRECISE if name not in QUICK_SHARDED + no_training], "--fsdp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--ddp", "--fsdp"])
+def test_mixed_precision_and_checkpointed_activations(tmp_path, option):
+    """Rounding differs between one process and two; far less than a step changes, and the ranks stay as one."""
+    alone = run(tmp_path, ["mixed"])["mixed"]
+    (tmp_path / "two").mkdir()
+    launch([CASES_FILE, tmp_path / "two", "mixed", option])
+    ranks = results(tmp_path / "two")
+    assert ranks[0] == ranks[1]
+    losses = [[row["loss"] for row in found["log"] if "loss" in row] for found in (alone, ranks[0]["mixed"])]
+    assert abs(losses[0][-1] - losses[0][0]) > 0.1
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
