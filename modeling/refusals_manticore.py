@@ -55,6 +55,9 @@ def refuse_kind(what, config):
             f"{what} is a model of several parts ({parts}), of which a hybrid can have only the text model: "
             + _how_to_get(text)
         )
+    media = sorted(key for key in config.sub_configs if key in ("vision_config", "audio_config"))
+    if media:
+        raise ManticoreError(f"{what} reads more than text ({', '.join(media)}), which no hybrid can give it.")
 
 
 def _how_to_get(text):

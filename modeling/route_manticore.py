@@ -78,6 +78,8 @@ def drop_unused(component, anatomy, mine, reads, writes):
             setattr(stack, name, Dropped())
     for name in anatomy.after if len(layers) - 1 not in used else ():
         setattr(stack, name, Dropped())
+    for name in anatomy.shared if not used & {0, len(layers) - 1} else ():
+        setattr(stack, name, Dropped())
 
 
 def _replace(component, module):

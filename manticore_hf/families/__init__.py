@@ -1,0 +1,1 @@
+"""Which model types of Transformers can be components: tiny models of all, what they must do, and the table of them."""

@@ -78,8 +78,9 @@ def _saved(subject):
 def _static(subject):
     try:
         contract.check_static_cache(subject.alone)
-    except ManticoreError:  # says that this component has none
-        pass
+    except ManticoreError as err:
+        if "does not support a static cache" not in str(err):
+            raise
 
 
 def _one_hot(subject):
@@ -187,8 +188,12 @@ def refuse_by_configuration(model_type):
 
 
 def sentence(err):
-    """A message without the component's name."""
-    return re.sub(r"^Component '\w+'( \([^)]*\))?:?\s*", "", " ".join(str(err).split()))
+    """A message, of which component it speaks left out."""
+    text = " ".join(str(err).split())
+    named = re.match(r"Component '\w+'(?: \([^)]*\))?(:?) (.*)", text)
+    if named is None:
+        return text
+    return named[2][0].upper() + named[2][1:] if named[1] else f"It {named[2]}"
 
 
 def first_line(err):

@@ -47,9 +47,9 @@ _RULES = (
     (r"(nextn_predict_layers|kv_shared_layers|mtp_num_hidden_layers)$", 0),
 )  # fmt: skip
 
-# What the rules cannot know. A value of None leaves a setting to the class.
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
+# What the rules cannot know: layers of every kind, sizes that must agree.
 OWN = {
     "bamba": {"attn_layer_indices": [1, 4], "mamba_n_heads": 4, "mamba_d_head": 16},
     "cohere_compass_text": {
