@@ -136,6 +136,7 @@ def test_every_stage(tmp_path):
 
 def test_more_devices_and_less_memory(tmp_path):
     recipe = write_recipe(tmp_path, save_configs(tmp_path, "llama", "gpt_neox"))
+    recipe.write_text(recipe.read_text().replace("0.25", "0.0"))  # an evaluation would only take fewer rows
     peaks = {}
     for devices in (2, 4):
         plan = make_plan(recipe, devices, "1GB", tokens=1000, batch_size=2)
