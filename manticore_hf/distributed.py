@@ -76,7 +76,10 @@ def on_main(function, *args, **kwargs):
 
 @contextlib.contextmanager
 def main_first():
-    """Rank 0 runs the block before the others, so that what it downloads or prepares is there for them."""
+    """Rank 0 runs the block before the others, so that what it downloads or prepares is there for them.
+
+    Not for making models: under ZeRO-3 all processes do that together (and downloads of weights lock their files).
+    """
     several = world()[1] > 1
     if several and not is_main():
         dist.barrier()

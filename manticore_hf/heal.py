@@ -109,8 +109,8 @@ def run_harden(start, data, arguments):
 
 def _run(start, data, arguments, output):
     set_seed(arguments.seed)
+    soft = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
     with main_first():
-        soft = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
         tokenizer = AutoTokenizer.from_pretrained(start.model)
         train, validation = load_rows(data, tokenizer)
     soft.to(arguments.device)

@@ -208,8 +208,8 @@ def run_calibrate(start, data, arguments):
     result = finished(output)
     if result is None:
         set_seed(arguments.seed)
+        model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.calibration_dtype)
         with main_first():
-            model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.calibration_dtype)
             tokenizer = AutoTokenizer.from_pretrained(start.model)
             rows, _ = load_rows(data, tokenizer)
         model.to(arguments.device)

@@ -86,8 +86,8 @@ def run_stage(stage, start, data, arguments):
         _print_summary(stage, result)
         return result
     set_seed(arguments.seed)
+    model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
     with main_first():
-        model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
         tokenizer = AutoTokenizer.from_pretrained(start.model)
         train, validation = load_rows(data, tokenizer)
     if awaits_calibration(model):
