@@ -21,6 +21,7 @@ UNSUITED = {
     "gemma4_assistant": _DRAFTS,
     "gemma4_unified_assistant": _DRAFTS,
     "moshi": "beyond its sliding window Transformers decodes it with a cache differently than without",
+    "zamba2": "its layers cannot be run in segments by its class",
 }
 
 

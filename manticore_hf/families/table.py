@@ -75,13 +75,13 @@ def markdown(data):
         text.format(numbers[verdict])
         for verdict, text in (
             ("wrong", "{} can be joined, but break the contract.\n"),
-            ("unknown", "Of {} no tiny model could be made: they were not tested.\n"),
+            ("unknown", "{} are undecided or could not be tested.\n"),
         )
         if verdict in numbers
     ]
     out = [_HEAD.format(versions=made_with(data["versions"]), passes=numbers.get("passes", 0), all=len(types),
                         rest="".join(rest))]  # fmt: skip
-    for verdict, title in (("passes", "Pass"), ("refused", "Refused"), ("wrong", "Wrong"), ("unknown", "Not tested")):
+    for verdict, title in (("passes", "Pass"), ("refused", "Refused"), ("wrong", "Wrong"), ("unknown", "Undecided")):
         rows = [one for one in types if one["verdict"] == verdict]
         if not rows:
             continue
