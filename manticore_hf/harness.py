@@ -84,8 +84,9 @@ def _models(model):
     if len(names) > 1:
         parts = [ComponentSpec(model.component(name), name=name) for name in names]
         ensemble = ManticoreForCausalLM.from_components(
-            parts, dtype=model.dtype, num_blocks=1, mixture="static", vocab_size=model.config.vocab_size, verify=False
-        )
+            parts, dtype=model.dtype, num_blocks=1, mixture="static", mixture_space="logprob",
+            vocab_size=model.config.vocab_size, verify=False,
+        )  # fmt: skip
         yield "ensemble", ensemble
 
 

@@ -122,12 +122,12 @@ class Composed:
             component = self.component(name)
             what = f"Component {name!r} ({component.config.model_type})"
             whole = component(input_ids=ids, use_cache=False).logits
-            if _differ(self._read(name, ids, [5]), whole):
+            if _differ(self._read(name, ids, [5]), whole, component.dtype):
                 raise ManticoreError(
                     f"{what}: its layers run in {self.config.num_blocks} segments do not give what the whole model "
                     "gives; this architecture is not supported."
                 )
-            if _differ(component(input_ids=ids[:, :-1], use_cache=False).logits, whole[:, :-1]):
+            if _differ(component(input_ids=ids[:, :-1], use_cache=False).logits, whole[:, :-1], component.dtype):
                 raise ManticoreError(f"{what} is not causal: its predictions change with later tokens.")
             if self._read_wrong(name, ids, whole, *_WAYS[0][1:]) is not None:
                 wrong = [(way, self._read_wrong(name, ids, whole, *rest)) for way, *rest in (*_WAYS[1:], _WAYS[0])]
@@ -167,7 +167,8 @@ class Composed:
     def _read_wrong(self, name, ids, whole, sizes, padding):
         """What is wrong with a way of reading, or None."""
         try:
-            return "changes its predictions" if _differ(self._read(name, ids, sizes, padding), whole) else None
+            read, dtype = self._read(name, ids, sizes, padding), self.component(name).dtype
+            return "changes its predictions" if _differ(read, whole, dtype) else None
         except Exception as err:  # of the component's class
             return "fails (" + " ".join(f"{type(err).__name__}: {err}".split())[:200] + ")"
 
@@ -183,10 +184,10 @@ class Composed:
                     nn.init.zeros_(module.bias)
 
 
-def _differ(got, wanted):
-    """Whether two ways to the same logits differ by more than the rounding of their dtype."""
+def _differ(got, wanted, dtype):
+    """Whether two ways to the same logits differ by more than the rounding of the component's dtype."""
     by, size = (got - wanted).float().abs(), wanted.float().abs()
-    if wanted.dtype == torch.float32:
+    if dtype not in (torch.bfloat16, torch.float16):
         return not bool(by.max() <= 1e-3 * size.max().clamp(min=1e-6))  # nor is a NaN equal
     # Rounding may send a token to other experts, whose outputs differ more
     return not bool(by.mean() <= 5e-2 * size.mean().clamp(min=1e-6))

@@ -87,6 +87,7 @@ class Scores:
     """Mixin of the classifiers, before ManticoreModel: score heads instead of heads over the vocabulary."""
 
     composed_as = None  # the class of causal hybrids, set by the classes themselves
+    _no_split_modules = ["HybridMixer", "ScoreHead"]
 
     @classmethod
     def from_components(

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .devices_manticore import device_of, onloaded, place
-from .mixture_manticore import sureness
+from .mixture_manticore import sureness, widen
 
 
 def resize(states, width):
@@ -99,7 +99,7 @@ class _Float32Linear(nn.Linear):
         super().__init__(width_in, width_out, dtype=torch.float32)
 
     def forward(self, states):
-        return F.linear(states.float(), self.weight.float(), self.bias.float())
+        return F.linear(widen(states), widen(self.weight), widen(self.bias))
 
 
 class TokenGate(nn.Module):
@@ -123,7 +123,7 @@ class TokenGate(nn.Module):
         without = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if without else contextlib.nullcontext():
             for state, one in zip(states, logits):
-                state = state.float()
+                state = widen(state)
                 features.append(state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6))
                 features.append(sureness(one))
             return self.linear(torch.cat(features, -1)).softmax(-1)
@@ -190,13 +190,13 @@ class HybridMixer(nn.Module):
     def weights(self):
         """alpha = softmax(a): [S, K], in float32; a search may add noise and a temperature while training."""
         if self.noise is not None and self.training:
-            return ((self.alpha_logits.float() + self.noise) / self.temperature).softmax(-1)
+            return ((widen(self.alpha_logits) + self.noise) / self.temperature).softmax(-1)
         return self.weights_without_noise()
 
     def weights_without_noise(self):
         """softmax(a), whatever noise a search adds; without gradient where it holds alpha."""
         logits = self.alpha_logits.detach() if self.holds_alpha and self.training else self.alpha_logits
-        return logits.float().softmax(-1)
+        return widen(logits).softmax(-1)
 
     def enter(self, block, name, shared, alpha):
         """Shared state [batch, time, d] -> what component `name` reads in `block` [batch, time, d_k]."""
@@ -217,7 +217,7 @@ class HybridMixer(nn.Module):
     def gate_rest(self):
         """The part of the token gate that does not depend on the token, softmax(b): [K], in float32."""
         with onloaded(self.token_gate.linear):
-            return self.token_gate.linear.bias.float().softmax(-1)
+            return widen(self.token_gate.linear.bias).softmax(-1)
 
     def _gated(self, projector, states, alpha):
         gate = alpha if self.gate == "alpha" else 0.0

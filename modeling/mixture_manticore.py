@@ -12,6 +12,11 @@ import torch
 PIECES, PIECE = 32, 1 << 18  # at most so many pieces, of at least so many numbers
 
 
+def widen(tensor):
+    """A tensor in float32, or in float64 if it is in that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def is_active(weight):
     """Whether a mixture weight lets its component run: a number that is zero does not."""
     return not (isinstance(weight, float) and weight == 0.0)
@@ -68,17 +73,24 @@ def weighted_sum(weights, terms):
     return _WeightedSum.apply(*weights, *terms)
 
 
+def _rows_of_a_piece(rows, size):
+    """How many rows of `size` numbers are worked on at once: temporaries are then no more than 1/PIECES of a tensor."""
+    return max(-(-rows // PIECES), PIECE // size, 1)
+
+
 class _LogMean(torch.autograd.Function):
-    """log sum_k w_k softmax(x_k) of (w_1, ..., w_K, x_1, ..., x_K), w_k [..., 1]; one temporary of the logits' size."""
+    """log sum_k w_k softmax(x_k) of (w_1, ..., w_K, x_1, ..., x_K): w_k [rows, 1], x_k [rows, vocabulary]."""
 
     @staticmethod
     def forward(*tensors):
         weights, logits = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        total, norms = None, []
-        for weight, one in zip(weights, logits):
-            norms.append(one.logsumexp(-1, keepdim=True))
-            term = one + (weight.log() - norms[-1])
-            total = term if total is None else torch.logaddexp(total, term, out=total)
+        total, norms = torch.empty_like(logits[0]), [one.logsumexp(-1, keepdim=True) for one in logits]
+        size = _rows_of_a_piece(*total.shape)
+        parts = [list(zip(*(x.split(size) for x in group))) for group in (weights, logits, norms)]
+        for out, *piece in zip(total.split(size), *parts):
+            for k, (weight, one, norm) in enumerate(zip(*piece)):
+                term = one + (weight.log() - norm)
+                out.copy_(term) if k == 0 else torch.logaddexp(out, term, out=out)
         return total, *norms
 
     @staticmethod
@@ -92,16 +104,19 @@ class _LogMean(torch.autograd.Function):
         count, needed = (len(ctx.saved_tensors) - 1) // 3, ctx.needs_input_grad
         weights, logits = ctx.saved_tensors[:count], ctx.saved_tensors[count : 2 * count]
         total, norms = ctx.saved_tensors[2 * count], ctx.saved_tensors[2 * count + 1 :]
-        # A token that no component thinks possible has no gradient.
-        grad = grad.masked_fill(total == -torch.inf, 0) if torch.isinf(total).any() else grad
-        out = [None] * (2 * count)
+        size, out = _rows_of_a_piece(*total.shape), [None] * (2 * count)
         for k, (weight, one, norm) in enumerate(zip(weights, logits, norms)):
-            share = (one - norm - total).nan_to_num_(nan=-torch.inf).exp_().mul_(grad)  # p_k / p, times the gradient
-            dot = share.sum(-1, keepdim=True)
-            out[k] = dot if needed[k] else None
-            if needed[count + k]:
-                own = (one - norm).exp_().mul_(dot)
-                out[count + k] = share.sub_(own).mul_(weight)
+            dots, found = [], torch.empty_like(one) if needed[count + k] else None
+            for start in range(0, len(total), size):
+                rows = slice(start, start + size)
+                # p_k / p, times the gradient; a token that no component thinks possible has none.
+                share = (one[rows] - norm[rows]).sub_(total[rows]).nan_to_num_(nan=-torch.inf).exp_().mul_(grad[rows])
+                dots.append(share.sum(-1, keepdim=True))
+                if found is not None:
+                    own = (one[rows] - norm[rows]).exp_().mul_(dots[-1])
+                    torch.mul(share.sub_(own), weight[rows], out=found[rows])
+            out[k] = torch.cat(dots) if needed[k] and dots else torch.zeros_like(weight) if needed[k] else None
+            out[count + k] = found
         return tuple(out)
 
 
@@ -109,7 +124,8 @@ def mix_prob(weights, logits):
     """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong. See `weighted_sum`."""
     per_token = all(not isinstance(w, float) and w.dim() == x.dim() for w, x in zip(weights, logits))
     if per_token and len({x.dtype for x in (*weights, *logits)}) == 1 and not torch.compiler.is_compiling():
-        return _LogMean.apply(*weights, *logits)[0]
+        flat = [x.flatten(0, -2) for x in (*weights, *logits)]
+        return _LogMean.apply(*flat)[0].view(logits[0].shape)
     terms = []
     for weight, one in zip(weights, logits):
         scale = math.log(weight) if isinstance(weight, float) else weight.log()
@@ -126,10 +142,10 @@ def sureness(logits):
     rows = logits.flatten(0, -2)
     size = len(rows)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = max(-(-len(rows) // PIECES), PIECE // rows.shape[1], 1)
+        size = _rows_of_a_piece(*rows.shape)
     out = []
     for piece in rows.split(max(size, 1)):
-        piece = piece.float().clamp(min=torch.finfo(torch.float32).min)  # 0 times minus infinity is no number
+        piece = widen(piece).clamp(min=torch.finfo(torch.float32).min)  # 0 times minus infinity is no number
         probs = piece.softmax(-1)  # the only exponential: with log p = x - c, the largest p gives c
         largest = probs.amax(-1).log()
         entropy = piece.amax(-1) - largest - torch.linalg.vecdot(probs, piece)

@@ -16,7 +16,7 @@ from .devices_manticore import Placed, onloaded, place
 from .dtypes_manticore import MixedDtypes
 from .heads_manticore import ScoresSequences, ScoresTokens
 from .mixing_manticore import HybridMixer, resize, whole
-from .mixture_manticore import SPACES, is_active, weighted_sum
+from .mixture_manticore import SPACES, is_active, weighted_sum, widen
 from .outputs_manticore import Embeds, HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .positions_manticore import check_positions
 from .quantization_manticore import Quantizable
@@ -39,7 +39,7 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
     _supports_flex_attn = True
     _supports_attention_backend = False  # of vLLM and SGLang, which run one list of attention layers of one size
     _is_stateful = True
-    _no_split_modules = ["HybridMixer", "ScoreHead"]
+    _no_split_modules = ["HybridMixer"]
     _skip_keys_device_placement = ["past_key_values"]
 
     @torch.no_grad()
@@ -84,7 +84,10 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
                     module._is_hf_initialized = True
             self.add_module(name, component)
             with trying(f"Component {name!r} ({sub.model_type})"):
-                self._cuts.anatomy(component)
+                try:
+                    self._cuts.anatomy(component)
+                except ManticoreError as err:
+                    raise ManticoreError(f"Component {name!r}: {err}") from err
         if config.route is not None:
             self._harden()
         self.hybrid_mixer = construct("The hybrid's mixer", self.new_mixer, list(self.children()))
@@ -118,9 +121,9 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
         """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
         mixer, gate = self.hybrid_mixer, self.hybrid_mixer.token_gate
         with onloaded(mixer, *([] if gate is None else [gate.linear])):
-            alpha = whole(mixer.alpha_logits.detach()).float().softmax(-1)
+            alpha = widen(whole(mixer.alpha_logits.detach())).softmax(-1)
             if gate is not None:
-                alpha[-1] = whole(gate.linear.bias.detach()).float().softmax(-1)
+                alpha[-1] = widen(whole(gate.linear.bias.detach())).softmax(-1)
         for block, row in enumerate(self.config.mixture_weights or ()):
             if row is not None:
                 alpha[block] = torch.tensor(row)
@@ -387,7 +390,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
         if self.config.mixture == "token" and not isinstance(weights[0], float):
             token_weights = self.hybrid_mixer("gate_tokens", list(read.values()), logits)
             weights = list(token_weights.split(1, -1))
-        return SPACES[self.config.mixture_space](weights, [one.float() for one in logits]), token_weights
+        return SPACES[self.config.mixture_space](weights, [widen(one) for one in logits]), token_weights
 
     def _losses(self, logits, own, labels, kwargs):
         """(loss, its parts by output name). The parts are means over this call's own tokens, whatever the loss is."""
@@ -414,7 +417,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
             )
         if self.report_parts:
             with torch.no_grad():
-                mean = weighted_sum([1 / len(own)] * len(own), [values.float() for values in own.values()])
+                mean = weighted_sum([1 / len(own)] * len(own), [widen(values) for values in own.values()])
                 parts["ensemble_loss"] = part(cross_entropy(mean))
         return loss, parts
 

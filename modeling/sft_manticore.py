@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_outputs import ModelOutput
 
+from .mixture_manticore import widen
+
 
 @dataclass
 class FusedOutput(ModelOutput):
@@ -63,7 +65,7 @@ def fused_output(config, logits, own, labels=None, shift_labels=None, num_items_
     index = labels.clamp(min=0)[..., None]
 
     def pick(values):
-        values = values.float().log_softmax(-1)
+        values = widen(values).log_softmax(-1)
         return values, values.gather(-1, index)[..., 0]
 
     logprobs, objective = pick(logits)

@@ -60,7 +60,7 @@ def token_weights(model, ids, out, block, gone):
 def test_removal_is_the_naive_twins(settings):
     if settings.get("parts") == "three":
         settings = {**settings, "parts": [*pair(), neox(hidden_size=16)]}
-    model, rows = mixed_hybrid(**settings), rows_of()
+    model, rows = mixed_hybrid(**settings, mixture_space="logprob"), rows_of()
     full = measure.hybrid_loss(model, rows, 2)
     assert full == pytest.approx(naive_loss(model, rows), rel=1e-5)
     for block in range(model.config.num_blocks):
@@ -125,7 +125,7 @@ def test_padding_changes_nothing():
 
 
 def test_uniform_and_token_blind_mixtures():
-    model, rows = mixed_hybrid(num_blocks=1), rows_of()
+    model, rows = mixed_hybrid(num_blocks=1, mixture_space="logprob"), rows_of()
     found = {}
     for name, context in measure.other_mixtures(model):
         with context:

@@ -18,7 +18,9 @@ def _save(folder, name, size, words=WORDS):
 @pytest.mark.parametrize("embeddings,mixture", [("native", "token"), ("native", "static"), ("mixed", "static")])
 def test_padding_rows_never_get_probability(tmp_path, embeddings, mixture):
     parts = [_save(tmp_path, "neox", 20), _save(tmp_path, "mamba", 16)]
-    model = ManticoreForCausalLM.from_components(parts, embeddings=embeddings, mixture=mixture)
+    model = ManticoreForCausalLM.from_components(
+        parts, embeddings=embeddings, mixture=mixture, mixture_space="logprob"
+    )
     assert model.config.vocab_size == 16
     ids = torch.randint(0, 12, (2, 7))
     logits = model(ids).logits
@@ -43,7 +45,8 @@ def test_rows_are_brought_to_one_size_by_resizing(tmp_path):
 
 
 def test_losses_are_over_the_rows_of_all(tmp_path):
-    model = ManticoreForCausalLM.from_components([_save(tmp_path, "neox", 20), _save(tmp_path, "mamba", 16)])
+    parts = [_save(tmp_path, "neox", 20), _save(tmp_path, "mamba", 16)]
+    model = ManticoreForCausalLM.from_components(parts, mixture_space="logprob")
     losses = compare_losses(model, rows_of(), batch_size=4)
     assert losses["hybrid"] == pytest.approx(losses["ensemble"], rel=1e-5)  # whose gate is untrained
     ids = torch.tensor(rows_of()["input_ids"])
