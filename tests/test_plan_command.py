@@ -90,7 +90,8 @@ def test_the_poc_recipe_with_real_models(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe, devices, memory, engines", [
     ("llama3_8b_falcon_mamba_7b", 8, "80GB", ["FSDP2 + activation checkpointing"] * 2),
-    ("llama3_8b_falcon_mamba_7b", 1, "24GB", [None, None]),
+    ("llama3_8b_falcon_mamba_7b", 1, "24GB", ["FSDP2 + activation checkpointing + CPU offload"] * 2),  # a row at a time
+    ("llama3_8b_falcon_mamba_7b", 1, "12GB", [None, None]),
     ("llama3_70b_nemotron_h_56b", 8, "80GB",
      ["FSDP2 + activation checkpointing", "FSDP2 + activation checkpointing + CPU offload"]),
 ])  # fmt: skip
