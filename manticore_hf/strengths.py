@@ -118,7 +118,7 @@ def difference_of_strengths(model, rows, tokens=16_384, window=WINDOW, batch_siz
     Raises:
         ManticoreError: No row has two predicted tokens.
     """
-    names, seen, sums, counts = model.config.component_names, 0, [], []
+    names, sums, counts = model.config.component_names, [], []
     was_training = model.training
     model.eval()
     try:
@@ -130,7 +130,6 @@ def difference_of_strengths(model, rows, tokens=16_384, window=WINDOW, batch_siz
             halves = [_windows(losses * kept, window, half) for half in (0, 1)]
             sums.append(torch.stack(halves))  # [half, component, windows]
             counts.append(torch.stack([_windows(kept[None], window, half)[0] for half in (0, 1)]))
-            seen += ids.numel()
     finally:
         model.train(was_training)
     sums, counts = torch.cat(sums, -1), torch.cat(counts, -1)
