@@ -61,8 +61,8 @@ SETTINGS = {
     "two-20k": Setting(TWO, ["shakespeare", "python"], 20_000, HYBRID_GRID),
     "blocks-40k": Setting(
         TWO, ["shakespeare", "python"], 40_000,
-        {"blocks": (1, 2, 4), "projectors": ("linear", "none"), "from_tuned": True, "learning_rates": (1e-3, 3e-3),
-         "seeds": (0, 1)},
+        {"blocks": (1, 2, 4), "projectors": ("linear", "none"), "from_tuned": True,
+         "learning_rates": (1e-3 / 3, 1e-3, 3e-3, 1e-2)},
     ),
     "all-text-60k": Setting(
         TWO, ["shakespeare", "python"], 60_000,
@@ -186,7 +186,7 @@ def run(name, shared, work):
         ],
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    grid = {"learning_rates": (rate / 3, rate, 3 * rate), "gate_learning_rates": (1e-2, 3e-2)}
+    grid = {"learning_rates": (rate / 10, rate / 3, rate, 3 * rate), "gate_learning_rates": (1e-2, 3e-2, 1e-1)}
     files = {"test": str(folder / "test.jsonl"), "validation": str(folder / "validation.jsonl")}
     files["all_text"] = str(folder / "all.jsonl") if setting.all_text else None
     arguments = CompareArguments(**files, **{**grid, **setting.arguments})
