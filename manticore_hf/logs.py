@@ -1,8 +1,10 @@
 """What a hybrid adds to the Trainer's logs: its parts' losses and its mixture, beside the loss."""
 
 import math
+from pathlib import Path
 
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from manticore_hf.distributed import totals
 
@@ -49,6 +51,13 @@ class HybridLogging:
             self._parts().clear()
         return super().log(logs, *args, **kwargs)
 
+    def _save_checkpoint(self, model, trial):
+        # Transformers 5.23 remembers the best checkpoint where its directory exists; sharded weights are written only
+        # after it has looked, so that load_best_model_at_end would load another checkpoint or none.
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(self._get_output_dir(trial=trial), folder).mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(self, license=None, tags=None, dataset=None, **kwargs):
         """Writes the hybrid's card to the output directory; arguments as in Transformers, others are not used."""

@@ -6,6 +6,7 @@ Each case returns plain numbers; rank 0 also leaves the final weights as FOLDER/
 what differs between one process and two is not the order of a sum.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -167,6 +168,9 @@ def resumed(folder, name, **changes):
         "learning_rate": 0.05, **changes,
     }  # fmt: skip
     whole = train(HybridTrainer, set_stage(hybrid(), "finetune"), folder, name, **changes)
+    for step in (2, 4):
+        state = json.loads((folder / name / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(folder / name / "checkpoint-2"), f"forgotten at step {step}"
     other = set_stage(hybrid(), "finetune")
     with torch.no_grad():
         for parameter in other.parameters():
