@@ -129,6 +129,11 @@ def is_sharded(model):
     return any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__)
 
 
+def uses_deepspeed(arguments):
+    """Whether DeepSpeed trains, by TrainingArguments or as `accelerate launch` was told."""
+    return getattr(arguments, "deepspeed_plugin", None) is not None
+
+
 def component_runner(model, name):
     """The component of that name as a callable that also runs where FSDP2 has sharded the hybrid."""
     component = model.component(name)

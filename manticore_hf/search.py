@@ -15,7 +15,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from manticore_hf.distributed import is_sharded, total, world
+from manticore_hf.distributed import is_sharded, total, uses_deepspeed, world
 from manticore_hf.logs import HybridLogging, hybrid_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.stages import set_stage
@@ -192,7 +192,7 @@ class SearchTrainer(HybridLogging, Trainer):
         kwargs: As in Trainer.
 
     Raises:
-        ManticoreError: The mixture weights are fixed, or there is nothing to search.
+        ManticoreError: The mixture weights are fixed, there is nothing to search, or DeepSpeed is to train.
     """
 
     def __init__(self, model, args, train_dataset=None, **kwargs):
@@ -205,6 +205,11 @@ class SearchTrainer(HybridLogging, Trainer):
             raise ManticoreError(
                 "mixture='token' with num_blocks=1 has no alpha to search: the gate is trained like any weight. "
                 "Compose with mixture='static' or more blocks."
+            )
+        if uses_deepspeed(args):
+            raise ManticoreError(
+                "A search does not run under DeepSpeed, whose engine holds the optimizer: launch it with DDP or FSDP2 "
+                "(recipes/accelerate/ddp.yaml, fsdp2.yaml), or in one process."
             )
         set_stage(model, "search")
         if args.ddp_find_unused_parameters is None:

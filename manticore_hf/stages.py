@@ -3,6 +3,7 @@
 import torch
 from transformers import TrainerCallback
 
+from manticore_hf.distributed import uses_deepspeed
 from manticore_hf.logs import hybrid_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
@@ -80,6 +81,8 @@ class ComponentClipping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.fp16:
             raise ManticoreError("ComponentClipping cannot see fp16's loss scale; use bf16 or max_grad_norm.")
+        if uses_deepspeed(args):
+            raise ManticoreError("ComponentClipping cannot see DeepSpeed's gradients; use max_grad_norm, DDP or FSDP2.")
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         hybrid = hybrid_of(model)

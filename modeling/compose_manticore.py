@@ -11,6 +11,7 @@ from torch import nn
 from .attention_manticore import settle_attention
 from .components_manticore import ComponentSpec, load, resolve
 from .configuration_manticore import ManticoreError
+from .devices_manticore import whole_weights
 from .dtypes_manticore import cast, default_dtype, stored_dtype
 from .references_manticore import component_files, record
 from .sizes_manticore import check_checkpoint, checkpoint_files
@@ -32,6 +33,7 @@ class Composed:
     """Mixin of ManticoreForCausalLM."""
 
     @classmethod
+    @whole_weights()
     def from_components(
         cls, components, *, dtype=None, token=None, cache_dir=None, local_files_only=False, verify=True, **settings
     ):

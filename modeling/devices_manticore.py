@@ -8,6 +8,7 @@ states. What is read or called past a hook is placed here. In a graph that is be
 import contextlib
 
 import torch
+from transformers.integrations import deepspeed
 
 
 def hooks_of(module):
@@ -73,8 +74,32 @@ def present(model, key, tensor):
     return tensor
 
 
+@contextlib.contextmanager
+def whole_weights():
+    """Models made in the block are whole, also where DeepSpeed's ZeRO-3 is set up.
+
+    Transformers would make each in parts there, whose tensors have no shape. A hybrid's components are built, cut and
+    measured one by one, so it is made whole, on every process, and the Trainer distributes it.
+    """
+    held = deepspeed._hf_deepspeed_config_weak_ref if deepspeed.is_deepspeed_zero3_enabled() else None
+    if held is None:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
+
+
 class Placed:
     """Mixin of ManticoreModel."""
+
+    @classmethod
+    @whole_weights()
+    def from_pretrained(cls, *args, **kwargs):
+        """As in Transformers, with references to components resolved and checked."""
+        return super().from_pretrained(*args, **kwargs)
 
     @property
     def device(self):
