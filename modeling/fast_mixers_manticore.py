@@ -333,10 +333,10 @@ _limit_steps_in._manticore_limit = True
 def limit_steps(model: torch.nn.Module) -> int:
     """Makes Mamba-2 mixers keep to the limits of their step sizes in calls with one token, too.
 
-    Transformers 5.23 limits step sizes to a mixer's `time_step_limit` in its scan of several tokens, but not in the step
-    of one: decoding with a cache differs from decoding without wherever a step is beyond a limit. NemotronH and Zamba2
-    always have a lower one, 0.001; other types (Bamba, FalconH1, GraniteMoeHybrid, Mamba2) where their configuration
-    says so. Mixers without limits get no hook.
+    Transformers 5.23 limits step sizes to a mixer's `time_step_limit` in its scan of several tokens, but not in the
+    step of one: decoding with a cache differs from decoding without wherever a step is beyond a limit. NemotronH and
+    Zamba2 always have a lower one, 0.001 by default; other types (Bamba, FalconH1, GraniteMoeHybrid, Mamba2) where
+    their configuration says so. Mixers without limits get no hook.
 
     Args:
         model: a component or any module holding mixers; others are left alone.

@@ -7,6 +7,7 @@ mixture, the losses, generation and `from_components`. Weights come by reference
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
+from .anatomy_manticore import check_cut
 from .attention_manticore import PerComponentAttention, settle_attention
 from .components_manticore import build, prepare
 from .compose_manticore import Composed
@@ -85,7 +86,7 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
             self.add_module(name, component)
             with trying(f"Component {name!r} ({sub.model_type})"):
                 try:
-                    self._cuts.anatomy(component)
+                    check_cut(component, self._cuts.anatomy(component), config.num_blocks)
                 except ManticoreError as err:
                     raise ManticoreError(f"Component {name!r}: {err}") from err
         if config.route is not None:

@@ -7,10 +7,11 @@ import pickle
 import pytest
 import scans
 import torch
-from manticore_hf.families.tiny import tiny_config, tiny_model, tokens
 from manticore_hf.modeling import fast_mixers_manticore as sm
 from scans import modeling
 from transformers import DynamicCache
+
+from manticore_hf.families.tiny import tiny_config, tiny_model, tokens
 
 # Limits that random steps cross. NemotronH and Zamba2 make theirs of what initialises steps, and have no upper one.
 TYPES = {
