@@ -5,6 +5,7 @@ mixture, the losses, generation and `from_components`. Weights come by reference
 """
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .anatomy_manticore import check_cut
@@ -53,8 +54,13 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         """Components first, each as its own class does it.
 
         As part of custom code, models without parameters of their own would not fill their layers' buffers (FalconH1).
+        Embeddings that were loaded stay as they are: Youtu's class sets their row of padding to zero.
         """
         for name in self.config.component_names:
+            for module in self._modules[name].modules():
+                loaded = isinstance(module, nn.Embedding) and getattr(module.weight, "_is_hf_initialized", False)
+                if loaded and not module._buffers:
+                    module._is_hf_initialized = True
             self._modules[name].initialize_weights()
         super().initialize_weights()
 

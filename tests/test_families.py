@@ -82,6 +82,13 @@ def test_what_is_refused_by_name_is_still_wrong_in_transformers():
     assert (padded[0, contract.PADDING :] - alone[0]).abs().max() > 1e-3
 
 
+def test_a_row_of_padding_that_is_no_zeros_is_loaded(tmp_path):
+    """Youtu's class initialises it again although it was loaded."""
+    model = Subject("youtu").hybrid(beside=False)
+    assert model.component("one").get_input_embeddings().weight[0].abs().sum() > 0
+    contract.check_saved(model, tmp_path)
+
+
 @pytest.mark.parametrize("layers", ["mhmhm", "mmmhh"])
 def test_zamba2_is_a_component_of_one_block(layers):
     """Its layers read the embeddings again, and ask by their place which weights they share."""
