@@ -93,6 +93,7 @@ class Anatomy:
             it), or through shared ones.
         leaves: The same after the last layer.
         overwrites: Whether the owner overwrites the embeddings that it is given (CTRL).
+        rereads: Whether layers read the embeddings beside the state (Zamba), which only a first segment has.
     """
 
     path: str
@@ -105,6 +106,7 @@ class Anatomy:
     enters: bool = False
     leaves: bool = False
     overwrites: bool = False
+    rereads: bool = False
 
 
 def dissect(component):
@@ -131,6 +133,15 @@ def dissect(component):
     )
     _watch_children(component, stack, anatomy)
     return anatomy
+
+
+def check_cut(component, anatomy, num_blocks):
+    """Raises ManticoreError if a component cannot be cut into so many blocks, but into one."""
+    if anatomy.rereads and num_blocks > 1:
+        raise ManticoreError(
+            f"Architecture {component.config.model_type!r} cannot be cut into {num_blocks} blocks: its layers read the "
+            "embeddings again, which only the first block has; give num_blocks=1."
+        )
 
 
 def backbone_name(component):
@@ -173,7 +184,13 @@ def _watch_children(component, stack, anatomy):
     # One layer of each kind shows what happens before and after all, and that they run: without computing, each would
     # still cost 20 ms.
     kept = one_of_each(layers)
-    handles = [layers[0].register_forward_pre_hook(lambda *_: events.append(("layer", None, None, None)))]
+
+    def enter(layer, args, kwargs):
+        events.append(("layer", None, None, None))
+        states = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        anatomy.rereads |= sum(x.shape == states[0].shape for x in states) > 1
+
+    handles = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
 
     def watch(name):
         return lambda module, args, kwargs, out: events.append(("child", name, first_tensor(args, kwargs), out))
@@ -183,6 +200,13 @@ def _watch_children(component, stack, anatomy):
             handles.append(child.register_forward_hook(watch(name), with_kwargs=True))
     try:
         _run_on_nothing(component, stack, {anatomy.layers: nn.ModuleList([layers[i] for i in kept])}, kept)
+    except ManticoreError:
+        if not anatomy.rereads or len(kept) == len(layers):
+            raise
+        # Zamba2 asks by a layer's place among all of them which weights it shares
+        events.clear()
+        kept = list(range(len(layers)))
+        _run_on_nothing(component, stack, {}, kept)
     finally:
         for handle in handles:
             handle.remove()

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .bounds_manticore import build_config, check_values, is_causal_lm, show
 from .configuration_manticore import ManticoreError, check_component_name
-from .fast_mixers_manticore import carry_state, install
+from .fast_mixers_manticore import carry_state, install, limit_steps
 from .refusals_manticore import refuse_kind, refuse_type
 from .remote_manticore import code_of, registered, trust
 from .sizes_manticore import build_component
@@ -407,7 +407,7 @@ def build(name, config, beside=()):
 
 
 def prepare(component):
-    """Repairs what Transformers gets wrong for a component: recurrent states ignored in multi-token calls, and experts.
+    """Repairs what Transformers gets wrong for a component: recurrent states, limits of step sizes, and experts.
 
     Experts run in groups by default, which torch cannot multiply where a row of their weights is not a multiple of 16
     bytes.
@@ -417,3 +417,4 @@ def prepare(component):
         component.set_experts_implementation("eager")
     install(component.config.model_type)
     carry_state(component)
+    limit_steps(component)

@@ -1,9 +1,10 @@
 """Fast paths for the mixers of state-space models, put into Transformers from outside.
 
 Transformers' torch paths are slow, start every multi-token call of Mamba, FalconMamba and Jamba from a zero state even
-when the cache holds one, and hand CPU tensors to CUDA kernels once `mamba_ssm` is importable. `install` and
-`carry_state` repair the three through the module globals that the mixers call: the selective scan (scan_manticore), the
-causal convolution (conv_manticore) and Mamba-2's chunked scan (ssd_manticore). CUDA kernels stay in use where they are.
+when the cache holds one, hand CPU tensors to CUDA kernels once `mamba_ssm` is importable, and forget the limits of
+Mamba-2's step sizes in calls with one token. `install`, `carry_state` and `limit_steps` repair the four through the
+module globals that the mixers call: the selective scan (scan_manticore), the causal convolution (conv_manticore),
+Mamba-2's chunked scan (ssd_manticore) and its step. CUDA kernels stay in use where they are.
 """
 
 import importlib
@@ -132,6 +133,32 @@ def _make_chunk_scan(upstream):
     return mamba2_chunk_scan
 
 
+def _make_step(upstream):
+    plain, has_kernel = inspect.unwrap(upstream), _is_bound_to_kernel(upstream)
+
+    def mamba2_selective_state_update(
+        state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
+    ):
+        use_kernel = has_kernel and (hidden_states.is_cuda or _is_packed(kwargs))
+        limits = getattr(_shared.local, "limits", None)
+        if limits is not None:
+            # All channels of a head have one step size, as a view that kernels recognise by its strides and we keep
+            step = dt[..., 0].float() if use_kernel else dt[..., 0]  # as in the scan: kernels compute it in float32
+            if dt_bias is not None:
+                step = step + dt_bias[..., 0].to(step.dtype)
+            if dt_softplus:
+                step = F.softplus(step)
+            dt = step.clamp(*limits)[..., None].expand_as(dt)
+            # Zeros and no None: the kernel asks a bias for its strides
+            dt_bias = None if dt_bias is None else step.new_zeros(1, 1).expand_as(dt_bias)
+            dt_softplus = False
+        other = plain if has_kernel and not use_kernel else upstream
+        kwargs |= {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus}
+        return other(state, hidden_states, dt, A, B, C, **kwargs)
+
+    return mamba2_selective_state_update
+
+
 # What is replaced: how ours is made, the parameters upstream must have, and what a user loses where it has others.
 _SLOW = "Without CUDA kernels the model will be slow"
 _FAST = {
@@ -145,6 +172,11 @@ _FAST = {
         _make_chunk_scan,
         "hidden_states dt A B C chunk_size D dt_bias initial_states dt_softplus dt_limit return_final_states kwargs",
         f"{_SLOW}.",
+    ),
+    "mamba2_selective_state_update": (
+        _make_step,
+        "state hidden_states dt A B C D dt_bias dt_softplus z kwargs",
+        "Models that limit their step sizes decode with a cache differently than without.",
     ),
     "causal_conv1d_fn": (_make_conv, "hidden_states weight bias activation kwargs", f"{_SLOW}."),
 }
@@ -280,4 +312,48 @@ def carry_state(model: torch.nn.Module) -> int:
         if not any(getattr(hook, "_manticore_carry", False) for hook in module._forward_pre_hooks.values()):
             module.register_forward_pre_hook(_carry_state_in, with_kwargs=True)
             module.register_forward_hook(_carry_state_out, always_call=True)
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits of step sizes. These hooks, too, are plain functions of the module that they are given.
+
+
+def _limit_steps_in(module, args):
+    _shared.local.limits = module.time_step_limit
+
+
+def _limit_steps_out(module, args, output):
+    _shared.local.limits = None
+
+
+_limit_steps_in._manticore_limit = True
+
+
+def limit_steps(model: torch.nn.Module) -> int:
+    """Makes Mamba-2 mixers keep to the limits of their step sizes in calls with one token, too.
+
+    Transformers 5.23 limits step sizes to a mixer's `time_step_limit` in its scan of several tokens, but not in the
+    step of one: decoding with a cache differs from decoding without wherever a step is beyond a limit. NemotronH and
+    Zamba2 always have a lower one, 0.001 by default; other types (Bamba, FalconH1, GraniteMoeHybrid, Mamba2) where
+    their configuration says so. Mixers without limits get no hook.
+
+    Args:
+        model: a component or any module holding mixers; others are left alone.
+
+    Returns:
+        The number of mixers whose steps are limited. Calling again adds no hooks.
+    """
+    count = 0
+    for module in model.modules():
+        limits = getattr(module, "time_step_limit", None)
+        homes = [sys.modules.get(cls.__module__) for cls in type(module).__mro__]
+        home = next((home for home in homes if hasattr(home, "mamba2_selective_state_update")), None)
+        if home is None or limits is None or (limits[0] <= 0.0 and limits[1] == float("inf")):
+            continue
+        count += 1
+        _install_module(home)
+        if not any(getattr(hook, "_manticore_limit", False) for hook in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(_limit_steps_in)
+            module.register_forward_hook(_limit_steps_out, always_call=True)
     return count

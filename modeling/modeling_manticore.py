@@ -5,8 +5,10 @@ mixture, the losses, generation and `from_components`. Weights come by reference
 """
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from .anatomy_manticore import check_cut
 from .attention_manticore import PerComponentAttention, settle_attention
 from .components_manticore import build, prepare
 from .compose_manticore import Composed
@@ -52,8 +54,13 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         """Components first, each as its own class does it.
 
         As part of custom code, models without parameters of their own would not fill their layers' buffers (FalconH1).
+        Embeddings that were loaded stay as they are: Youtu's class sets their row of padding to zero.
         """
         for name in self.config.component_names:
+            for module in self._modules[name].modules():
+                loaded = isinstance(module, nn.Embedding) and getattr(module.weight, "_is_hf_initialized", False)
+                if loaded and not module._buffers:
+                    module._is_hf_initialized = True
             self._modules[name].initialize_weights()
         super().initialize_weights()
 
@@ -85,7 +92,7 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
             self.add_module(name, component)
             with trying(f"Component {name!r} ({sub.model_type})"):
                 try:
-                    self._cuts.anatomy(component)
+                    check_cut(component, self._cuts.anatomy(component), config.num_blocks)
                 except ManticoreError as err:
                     raise ManticoreError(f"Component {name!r}: {err}") from err
         if config.route is not None:

@@ -20,8 +20,9 @@ UNSUITED = {
     "blt": "it reads bytes in patches that other parts of it make",
     "gemma4_assistant": _DRAFTS,
     "gemma4_unified_assistant": _DRAFTS,
+    "minimax_m3_vl_text": "padding on the left shifts the blocks of keys that its sparse attention chooses from",
     "moshi": "beyond its sliding window Transformers decodes it with a cache differently than without",
-    "zamba2": "its layers cannot be run in segments by its class",
+    "zamba": "in Transformers a call with several tokens after the first starts from an empty state",
 }
 
 

@@ -56,7 +56,12 @@ def test_other_model_types_are_left_alone():
 
 @pytest.mark.parametrize(
     "model_type, name",
-    [("jamba", "mamba_selective_scan"), ("mamba2", "causal_conv1d_fn"), ("mamba2", "mamba2_chunk_scan")],
+    [
+        ("jamba", "mamba_selective_scan"),
+        ("mamba2", "causal_conv1d_fn"),
+        ("mamba2", "mamba2_chunk_scan"),
+        ("mamba2", "mamba2_selective_state_update"),
+    ],
 )
 def test_unexpected_signature_falls_back_loudly(monkeypatch, model_type, name):
     def changed(hidden_states, dt, A, B, C, new_argument=None):

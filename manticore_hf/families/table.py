@@ -20,9 +20,10 @@ A type passes if tiny random models of it, cut into one, two and three blocks, a
 type does uncut, in Transformers: segments in sequence are the model, and a hybrid whose mixture is one component is
 that component, both to the last bit; a left-padded row is the row alone; decoding with a cache (greedy, beams, in
 chunks, two texts by turns; static caches, unless they are refused) is decoding without; gradients are those of the
-uncut model; what is saved and loaded is equal. (Of types that choose experts or keys, what fails is tried with two
-other models: rounding decides between choices that are nearly alike.) Gemma 4 (text) is tested as its larger models
-are, without embeddings per layer; those with them are refused, as Gemma 3n is. That a type passes says nothing about
+uncut model; what is saved and loaded is equal. (Decoding and gradients are compared to 2e-5 in
+float32. What differs by more is done again in float64, where it must hold to 1e-9: chunked recurrences round, and
+rounding decides between experts that are nearly alike.) Gemma 4 (text) is tested as its larger models are, without
+embeddings per layer; those with them are refused, as Gemma 3n is. That a type passes says nothing about
 how good its hybrids are; real checkpoints are checked again when they are composed, on five tokens (`verify`).
 """
 

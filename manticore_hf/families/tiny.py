@@ -78,6 +78,8 @@ OWN = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minimax_m3_vl_text": {
+        "index_n_heads": 2,  # as many as heads of keys
+        "index_topk_blocks": 2,
         "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention", "minimax_m3_sparse", "full_attention"]
     },
     "mellum": {"layer_types": _SLIDING},
@@ -162,6 +164,10 @@ def tiny_model(config, seed=0):
                 parameter.mul_(8.0 if parameter.std() < 0.05 else 1.5)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for module in model.modules():
+            # The row of padding is zeros: where a model generates it, all keys to choose from would score alike
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].normal_(std=module.weight.std().item())
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model

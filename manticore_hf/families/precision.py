@@ -1,0 +1,32 @@
+"""Rounding told from wrong: models made to compute in float64 throughout.
+
+Two right ways to one result differ by rounding. In float32 that can be as much as a mistake: where a recurrence is run
+in chunks and step by step, and where a model chooses (of two experts that are nearly alike it takes one or the other,
+and all that follows differs). In float64 rounding is nine orders smaller, and a mistake is not.
+"""
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Float64(TorchFunctionMode):
+    """A context in which whatever asks for float32 gets float64; models in it are to be `doubled`.
+
+    Norms, routers, scans and mixed predictions convert to float32, whatever their model's dtype.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        args = tuple(_wider(value) for value in args)
+        return func(*args, **{key: _wider(value) for key, value in (kwargs or {}).items()})
+
+
+def _wider(value):
+    return torch.float64 if value is torch.float32 else value
+
+
+def doubled(model):
+    """A model of Transformers in float64. Its experts run one after another: torch multiplies no groups in float64."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model.double()
