@@ -5,7 +5,6 @@ mixture, the losses, generation and `from_components`. Weights come by reference
 """
 
 import torch
-from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .anatomy_manticore import check_cut
@@ -27,7 +26,7 @@ from .route_manticore import Dropped, RunsRoute
 from .segments_manticore import Cuts
 from .sft_manticore import KeepsForward, fused_output
 from .sizes_manticore import construct, trying
-from .weights_manticore import ReferencedWeights
+from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 
 class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreTrainedModel):
@@ -54,13 +53,9 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         """Components first, each as its own class does it.
 
         As part of custom code, models without parameters of their own would not fill their layers' buffers (FalconH1).
-        Embeddings that were loaded stay as they are: Youtu's class sets their row of padding to zero.
         """
         for name in self.config.component_names:
-            for module in self._modules[name].modules():
-                loaded = isinstance(module, nn.Embedding) and getattr(module.weight, "_is_hf_initialized", False)
-                if loaded and not module._buffers:
-                    module._is_hf_initialized = True
+            keep_loaded_embeddings(self._modules[name])
             self._modules[name].initialize_weights()
         super().initialize_weights()
 

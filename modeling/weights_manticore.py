@@ -305,6 +305,17 @@ class ReferencedWeights:
             return super().load_state_dict(given, strict=strict, assign=assign)
 
 
+def keep_loaded_embeddings(component):
+    """Marks embeddings whose rows were loaded, so that `initialize_weights` leaves them as they are.
+
+    Youtu's class sets the row of padding to zero, whatever was loaded. Modules with buffers still fill those.
+    """
+    for module in component.modules():
+        loaded = isinstance(module, torch.nn.Embedding) and getattr(module.weight, "_is_hf_initialized", False)
+        if loaded and not module._buffers:
+            module._is_hf_initialized = True
+
+
 def _referenced(reference, key, ties):
     """A component's own tensor for a key, or that of its tied twin; None if it has neither."""
     if key in reference:  # some repositories store both ends of a tie, and they may differ
