@@ -89,7 +89,9 @@ def uninstall(model_type):
 
 @pytest.fixture(autouse=True)
 def restored():
-    """Takes the scan out of Transformers again after each test; a state left behind is an error."""
+    """Each test starts and ends without the scan, whatever others have installed; a state left behind is an error."""
+    for model_type in CONFIGS:
+        uninstall(model_type)
     yield
     for model_type in CONFIGS:
         uninstall(model_type)

@@ -27,6 +27,9 @@ NAME = "mamba2_selective_state_update"
 
 @pytest.fixture(autouse=True)
 def restored():
+    """Each test starts and ends with Transformers' own steps, whatever other files' tests have installed."""
+    for model_type in TYPES:
+        scans.uninstall(model_type)
     yield
     for model_type in TYPES:
         scans.uninstall(model_type)
