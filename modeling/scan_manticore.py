@@ -19,6 +19,7 @@ import types
 import torch
 
 from .scan_kernel_manticore import find_kernel, run_kernel, thread_count
+from .scan_triton_manticore import block_count, find_triton, run_triton
 
 CHUNK = 16
 # Part of the operator names: raise it when a schema or its meaning changes, so that an older copy of this file in the
@@ -107,12 +108,21 @@ def _swapped(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.detach().transpose(-2, -1).to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+def _find_run(u, n, dtype):
+    """(function that runs a compiled kernel, the kernel or None, slices in which it sums the gradients of B and C)."""
+    if u.is_cuda:
+        kernel = find_triton(u, dtype)
+        return run_triton, kernel, 1 if kernel is None else block_count(u.shape[1])
+    return run_kernel, find_kernel(u, n, dtype), thread_count(u)
+
+
 def _forward_op(
     u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, initial_state: torch.Tensor,
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     dtype = _compute_dtype(u, dt, A, B, C, initial_state)
-    kernel, threads, chunks = find_kernel(u, A.shape[1], dtype), thread_count(u), -(-u.shape[2] // chunk)
+    run, kernel, shares = _find_run(u, A.shape[1], dtype)
+    chunks = -(-u.shape[2] // chunk)
     order = (2, 0, 1) if kernel is None else (0, 2, 1)
     u, dt, B, C = (x.detach().permute(order).to(dtype).contiguous() for x in (u, dt, B, C))
     A, state, y = _swapped(A, dtype), _swapped(initial_state, dtype), torch.empty_like(u)
@@ -123,8 +133,8 @@ def _forward_op(
         if kernel is None:
             _scan(u, dt, A, B, C, starts, y, chunk)
         else:
-            none, unused = u.new_empty(0, 0, 0), u.new_empty(threads, 0, 0, 0)
-            run_kernel(kernel, (u, dt, A, B, C, starts, y, *[none] * 4), unused, unused, chunk, False)
+            none, unused = u.new_empty(0, 0, 0), u.new_empty(shares, 0, 0, 0)
+            run(kernel, (u, dt, A, B, C, starts, y, *[none] * 4), unused, unused, chunk, False)
     return _channels_first(y, kernel is not None, dtype), _swapped(starts[-1], dtype), starts
 
 
@@ -133,16 +143,16 @@ def _backward_op(
     grad_y: torch.Tensor, grad_last: torch.Tensor, chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     dtype, types_ = starts.dtype, [x.dtype for x in (u, dt, B, C, A)]
-    kernel, threads = find_kernel(u, A.shape[1], dtype), thread_count(u)
+    run, kernel, shares = _find_run(u, A.shape[1], dtype)
     order = (2, 0, 1) if kernel is None else (0, 2, 1)
     u, dt, B, C, dy = (x.detach().permute(order).to(dtype).contiguous() for x in (u, dt, B, C, grad_y))
     A, carry, du, ddt = _swapped(A, dtype), _swapped(grad_last, dtype), torch.zeros_like(u), torch.zeros_like(u)
-    dA, dB, dC = (x.new_zeros(t, *x.shape) for x, t in ((carry[0], len(carry)), (B, threads), (C, threads)))
+    dA, dB, dC = (x.new_zeros(t, *x.shape) for x, t in ((carry[0], len(carry)), (B, shares), (C, shares)))
     with torch.autocast(u.device.type, enabled=False):
         if kernel is None:
             _scan_backward(u, dt, A, B, C, starts, carry, dy, du, ddt, dA, dB[0], dC[0], chunk)
         else:
-            run_kernel(kernel, (u, dt, A, B, C, starts, dy, carry, du, ddt, dA), dB, dC, chunk, True)
+            run(kernel, (u, dt, A, B, C, starts, dy, carry, du, ddt, dA), dB, dC, chunk, True)
     grads = zip((du, ddt, dB.sum(0), dC.sum(0)), types_)
     du, ddt, dB, dC = (_channels_first(x, kernel is not None, t) for x, t in grads)
     return du, ddt, _swapped(dA.sum(0), types_[4]), dB, dC, _swapped(carry, dtype)

@@ -2,8 +2,8 @@
 
 On the CPU: the kernels that would run here. On CUDA: attention that stores nothing of the length squared (scaled dot
 product attention's flash kernels, which torch takes where the model states no mask of its own), and for state-space
-layers what runs without mamba-ssm: our scan and Transformers' convolution and chunked scan. With mamba-ssm less is
-stored; nobody has measured how much less here.
+layers what runs without mamba-ssm: our scan in Triton, Transformers' convolution and chunked scan. With mamba-ssm less
+is stored; nobody has measured how much less here.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from transformers.integrations import moe
 from manticore_hf.modeling import fast_mixers_manticore
 from manticore_hf.modeling.scan_kernel_manticore import find_kernel
 from manticore_hf.modeling.scan_manticore import CHUNK, _shared
+from manticore_hf.modeling.scan_triton_manticore import CHANNELS, block_count
 
 NOTES = {
-    "cuda": "attention by scaled_dot_product_attention's flash kernels; state-space layers by the portable scan "
+    "cuda": "attention by scaled_dot_product_attention's flash kernels; Mamba's layers by the scan in Triton "
             "(mamba-ssm's kernels store less)",
     "cpu": "the kernels of this machine",
 }  # fmt: skip
@@ -97,8 +98,8 @@ def _copied(tensors, order):
 
 
 def _portable(u, A):
-    """Whether the scan takes its torch path, which copies what it reads; numba's kernel mostly does not."""
-    return _device[-1] == "cuda" or find_kernel(u, A.shape[1], torch.float32) is None
+    """Whether the scan takes its torch path, which copies what it reads; Triton's and numba's mostly do not."""
+    return _device[-1] != "cuda" and find_kernel(u, A.shape[1], torch.float32) is None
 
 
 def _scan_scratch(args):
@@ -113,10 +114,17 @@ def _scan_scratch(args):
 def _scan_backward_scratch(args):
     u, dt, A, B, C, _, dy = args[:7]
     if not _portable(u, A):
-        return _copied((u, dt, B, C, dy), (0, 2, 1))
+        copies = _copied((u, dt, B, C, dy), (0, 2, 1))
+        return copies if _device[-1] != "cuda" else copies + _triton_scratch(u, A, B)
     buffers = 12 * min(CHUNK, u.shape[2]) * u.shape[0] * A.numel()
     copies = _copied((u, dt, B, C, dy), (2, 0, 1))
     return copies + max(8 * u.numel(), 4 * u.numel() + buffers)
+
+
+def _triton_scratch(u, A, B):
+    """A chunk's states of every program, and its share of the gradients of B and C."""
+    blocks, padded = block_count(u.shape[1]), 1 << (A.shape[1] - 1).bit_length()
+    return 4 * blocks * (CHUNK * padded * CHANNELS * u.shape[0] + 2 * B.numel())
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------
