@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .bounds_manticore import build_config, check_values, is_causal_lm, show
 from .configuration_manticore import ManticoreError, check_component_name
 from .fast_mixers_manticore import carry_state, install, limit_steps
+from .padding_manticore import unfuse_padded
 from .refusals_manticore import refuse_kind, refuse_type
 from .remote_manticore import code_of, registered, trust
 from .sizes_manticore import build_component
@@ -418,3 +419,4 @@ def prepare(component):
     install(component.config.model_type)
     carry_state(component)
     limit_steps(component)
+    unfuse_padded(component)

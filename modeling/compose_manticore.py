@@ -99,6 +99,8 @@ class Composed:
         first = parts[config.tokenizer_component]
         with default_dtype(dtype):
             model = cls(config, components=parts)
+        if first.device.type != "meta":  # as where weights wait on a disk
+            model.hybrid_mixer.to(first.device)
         model._component_cache_dir = cache_dir
         model.generation_config = type(first.generation_config).from_dict(first.generation_config.to_dict())
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

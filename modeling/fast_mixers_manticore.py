@@ -4,7 +4,8 @@ Transformers' torch paths are slow, start every multi-token call of Mamba, Falco
 when the cache holds one, hand CPU tensors to CUDA kernels once `mamba_ssm` is importable, and forget the limits of
 Mamba-2's step sizes in calls with one token. `install`, `carry_state` and `limit_steps` repair the four through the
 module globals that the mixers call: the selective scan (scan_manticore), the causal convolution (conv_manticore),
-Mamba-2's chunked scan (ssd_manticore) and its step. CUDA kernels stay in use where they are.
+Mamba-2's chunked scan (ssd_manticore) and its step. CUDA kernels stay in use where they are and take the numbers: they
+know no float64. `padding_manticore` keeps padded rows from fused ones.
 """
 
 import importlib
@@ -16,6 +17,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import ACT2FN
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
@@ -54,6 +56,11 @@ def _is_packed(kwargs: dict) -> bool:
     return kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None
 
 
+def _kernel_takes(tensor: torch.Tensor) -> bool:
+    # Fake tensors, on which components are looked at, say that they are on the GPU: a kernel would write to no memory
+    return tensor.is_cuda and tensor.dtype != torch.float64 and not isinstance(tensor, FakeTensor)
+
+
 def _must_trace() -> bool:
     return torch.jit.is_tracing() or is_torchdynamo_exporting()
 
@@ -66,7 +73,7 @@ def _make_scan(upstream):
         use_mambapy=False, use_associative_scan=False, **kwargs,
     ):  # fmt: skip
         state, other = getattr(_shared.local, "state", None), None
-        if _is_packed(kwargs) or (state is None and has_kernel and hidden_states.is_cuda):
+        if _is_packed(kwargs) or (state is None and has_kernel and _kernel_takes(hidden_states)):
             other = upstream  # a CUDA kernel, or the error for sequences packed without one
         elif state is None and _must_trace():
             other = plain  # the exported graph must run where our operator is not registered
@@ -93,7 +100,7 @@ def _make_scan(upstream):
 
 def _leave_to(upstream, tensor, kwargs):
     """The version of Transformers' that must run instead of ours, or None."""
-    if tensor.is_cuda or _is_packed(kwargs):
+    if _kernel_takes(tensor) or _is_packed(kwargs):
         return upstream
     return None if tensor.device.type == "cpu" and not _must_trace() else inspect.unwrap(upstream)
 
@@ -102,7 +109,11 @@ def _make_conv(upstream):
     def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):
         other = _leave_to(upstream, hidden_states, kwargs)
         if other is not None:
-            return other(hidden_states, weight, bias, activation, **kwargs)
+            strides = hidden_states.stride()
+            if strides[1] == 1 and (strides[0] % 8 or strides[2] % 8):
+                hidden_states = hidden_states.contiguous()  # causal-conv1d refuses such strides
+            # By name: what comes fourth in causal-conv1d is no activation
+            return other(hidden_states, weight, bias=bias, activation=activation, **kwargs)
         y = causal_conv1d(hidden_states, weight, bias)
         return (y if activation is None else ACT2FN[activation](y)).to(hidden_states.dtype)
 
@@ -139,7 +150,7 @@ def _make_step(upstream):
     def mamba2_selective_state_update(
         state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
     ):
-        use_kernel = has_kernel and (hidden_states.is_cuda or _is_packed(kwargs))
+        use_kernel = has_kernel and (_kernel_takes(hidden_states) or _is_packed(kwargs))
         limits = getattr(_shared.local, "limits", None)
         if limits is not None:
             # All channels of a head have one step size, as a view that kernels recognise by its strides and we keep
@@ -183,13 +194,23 @@ _FAST = {
 _SCANS = ("mamba_selective_scan", "mamba2_chunk_scan")
 
 
-def _make_guard(upstream):
-    """Wraps a function that is bound to a CUDA kernel so that tensors elsewhere get Transformers' torch version."""
+FUSED = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined")
+"""Whole mixers in one kernel; Transformers' torch versions return None, and the mixer goes on step by step."""
+
+
+def _make_guard(upstream, is_fused):
+    """Wraps a function that is bound to a CUDA kernel so that tensors elsewhere get Transformers' torch version.
+
+    So do padded rows of a fused mixer, which can mask neither what its convolution makes of padding nor its steps; and
+    FalconMamba's, which fused normalises step sizes after they are projected, and in every other way before.
+    """
     plain = inspect.unwrap(upstream)
 
     def guard(*args, **kwargs):
         tensor = args[0] if args else next(iter(kwargs.values()))
-        if tensor.is_cuda or _is_packed(kwargs):
+        is_padded = getattr(_shared.local, "is_padded", False)
+        is_wrong = is_fused and (is_padded or kwargs.get("dt_rms_weight") is not None)
+        if (_kernel_takes(tensor) or _is_packed(kwargs)) and not is_wrong:
             return upstream(*args, **kwargs)
         return plain(*args, **kwargs)
 
@@ -202,7 +223,7 @@ def _install_module(module: types.ModuleType) -> bool:
         replaced = _FAST if any(hasattr(module, name) for name in _SCANS) else {}
         for name, function in list(vars(module).items()):
             if name not in replaced and inspect.isfunction(function) and _is_bound_to_kernel(function):
-                setattr(module, name, _make_guard(function))
+                setattr(module, name, _make_guard(function, name in FUSED))
         found = [_replace(module, name) for name in replaced if hasattr(module, name)]
         return bool(found) and all(found)
 

@@ -10,6 +10,7 @@ import scans
 import torch
 from manticore_hf.modeling import fast_mixers_manticore as sm
 from scans import BATCH, TIME, D, build, chunked, make_inputs, mixers, modeling, naive_scan, padded_inputs, uninstall
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 restored, second_copy = scans.restored, scans.second_copy
 
@@ -143,7 +144,7 @@ def test_cuda_tensors_use_the_kernel_unless_a_state_is_needed(monkeypatch):
 
     monkeypatch.setattr(module, "mamba_selective_scan", bind(plain, kernel))
     sm.install("mamba")
-    u, dt, A, B, C, state = (x.detach() for x in make_inputs())
+    u, dt, A, B, C, state = (x.detach() for x in make_inputs(dtype=torch.float32))
 
     class OnDevice(torch.Tensor):
         is_cuda = True
@@ -154,7 +155,36 @@ def test_cuda_tensors_use_the_kernel_unless_a_state_is_needed(monkeypatch):
     sm._shared.local.state = state
     y, _ = module.mamba_selective_scan(fake, dt, A, B, C, return_last_state=True)
     assert calls == [True]
-    torch.testing.assert_close(y.as_subclass(torch.Tensor), naive_scan(u, dt, A, B, C, state)[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), naive_scan(u, dt, A, B, C, state)[0], rtol=1e-5, atol=1e-5)
+    sm._shared.local.state = None
+    module.mamba_selective_scan(fake.double(), dt, A, B, C)
+    assert calls == [True]  # no kernel takes float64
+
+
+def test_fake_tensors_of_a_gpu_reach_no_kernel():
+    """A kernel would read and write where they say they are, and take the process with it."""
+    with FakeTensorMode():
+        assert torch.empty(2, 3, device="cuda").is_cuda
+        assert not sm._kernel_takes(torch.empty(2, 3, device="cuda"))
+
+
+def test_a_convolution_kernel_gets_what_it_calls_by_name(monkeypatch):
+    """Its parameters come in another order than those of Transformers' version."""
+    module, seen = modeling("mamba"), []
+
+    def causal_conv1d(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
+                      final_states_out=None, activation=None):  # fmt: skip
+        seen.append((bias, seq_idx, initial_states, activation))
+        return x
+
+    monkeypatch.setattr(module, "causal_conv1d_fn", bind(inspect.unwrap(module.causal_conv1d_fn), causal_conv1d))
+    sm.install("mamba")
+    monkeypatch.setattr(sm, "_kernel_takes", lambda tensor: True)
+    bias = torch.ones(4)
+    module.causal_conv1d_fn(torch.ones(2, 4, 9), torch.ones(4, 4), bias, "silu")
+    module.causal_conv1d_fn(torch.ones(2, 4, 9), torch.ones(4, 4), bias, activation="silu", seq_idx=bias)
+    assert seen[0][0] is bias and seen[0][1:] == (None, None, "silu")
+    assert seen[1][0] is seen[1][1] is bias and seen[1][3] == "silu"
 
 
 def test_packed_sequences_are_left_to_upstream():

@@ -1,0 +1,58 @@
+"""Padding on the left in training, where one CUDA kernel runs a whole state-space mixer.
+
+With `mamba_ssm` installed, Transformers' Mamba and Mamba-2 mixers train in one fused kernel. They set padding to zero
+before it, but the convolution inside turns zeros into its bias, which the scan then takes for text: the first real
+token starts from a state that depends on how much padding there was. Step by step the mixers mask again after the
+convolution. So rows with padding on the left are kept from the fused kernel; the kernels of the steps are used.
+Padding on the right comes after all that reads it and may stay fused.
+"""
+
+import sys
+
+import torch
+
+from .fast_mixers_manticore import FUSED, _install_module
+from .scan_manticore import _shared
+
+
+def _is_left_padded(mask: torch.Tensor | None) -> bool:
+    if mask is None or mask.ndim != 2:
+        return False
+    # Which way to take must not depend on numbers in a compiled graph: step by step is right for all
+    return torch.compiler.is_compiling() or not mask[:, 0].all().item()
+
+
+def _padded_in(module, args, kwargs):
+    _shared.local.is_padded = module.training and _is_left_padded(kwargs.get("attention_mask"))
+
+
+def _padded_out(module, args, output):
+    _shared.local.is_padded = False
+
+
+_padded_in._manticore_padding = True
+
+
+def unfuse_padded(model: torch.nn.Module) -> int:
+    """Makes mixers that train in a fused CUDA kernel read rows with padding on the left step by step.
+
+    The hooks are plain functions of the module that they are given: they can be pickled and shared by copies.
+
+    Args:
+        model: a component or any module holding mixers; others are left alone.
+
+    Returns:
+        The number of mixers that have a fused kernel. Calling again adds no hooks.
+    """
+    count = 0
+    for module in model.modules():
+        homes = [sys.modules.get(cls.__module__) for cls in type(module).__mro__]
+        home = next((home for home in homes if any(hasattr(home, name) for name in FUSED)), None)
+        if home is None or not hasattr(module, "conv1d"):
+            continue
+        count += 1
+        _install_module(home)
+        if not any(getattr(hook, "_manticore_padding", False) for hook in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(_padded_in, with_kwargs=True)
+            module.register_forward_hook(_padded_out, always_call=True)
+    return count
