@@ -32,10 +32,12 @@ class Subject:
     Args:
         model_type: Transformers' name.
         double: Models in float64, of the same weights: for use within `Float64`.
+        device: Where they are.
+        **settings: Of the type's configuration, beyond `tiny_config`'s.
     """
 
-    def __init__(self, model_type, double=False):
-        self.config, self.double = tiny_config(model_type), double
+    def __init__(self, model_type, double=False, device="cpu", **settings):
+        self.config, self.double, self.device = tiny_config(model_type, **settings), double, device
 
     @property
     def component(self):
@@ -48,7 +50,7 @@ class Subject:
         return self._tiny(tiny_config("llama", hidden_size=24, head_dim=6, num_hidden_layers=4), 1)
 
     def _tiny(self, config, seed):
-        model = tiny_model(config, seed)
+        model = tiny_model(config, seed).to(self.device)
         return doubled(model) if self.double else model
 
     @cached_property
@@ -118,8 +120,13 @@ ROUNDED = ("padding", "greedy", "turns", "chunks", "beams", "static", "gradients
 """Those that compare up to rounding."""
 
 
-def examine(model_type):
+def examine(model_type, device="cpu", **settings):
     """Puts one type through the contract.
+
+    Args:
+        model_type: Transformers' name.
+        device: Where its models run.
+        **settings: Of its tiny configuration.
 
     Returns:
         {"type", "class", "verdict", "reason" (one sentence, "" if it passes), "checks" ({name: "" or what broke}),
@@ -127,23 +134,23 @@ def examine(model_type):
     """
     began = time.time()
     out = {"type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], "checks": {}}
-    out["verdict"], out["reason"] = _judge(model_type, out["checks"])
+    out["verdict"], out["reason"] = _judge(model_type, out["checks"], device=device, **settings)
     return {**out, "seconds": round(time.time() - began, 1)}
 
 
-def _judge(model_type, checks):
+def _judge(model_type, checks, **given):
     try:
         refuse_by_configuration(model_type)
     except ManticoreError as err:
         return REFUSED, sentence(err)
     try:
-        subject = Subject(model_type)
+        subject = Subject(model_type, **given)
         with torch.device("meta"):
             size = AutoModelForCausalLM.from_config(subject.config).num_parameters()
         if size > LARGEST:
             return UNKNOWN, f"its smallest model that could be found has {size} parameters"
         with torch.no_grad():
-            logits = subject.component(input_ids=tokens(), use_cache=False).logits
+            logits = subject.component(input_ids=tokens(device=subject.device), use_cache=False).logits
         if not logits.isfinite().all() or logits.std() < 1e-3:
             return UNKNOWN, "a tiny model's logits are not finite or all alike"
     except Exception as err:
@@ -160,7 +167,7 @@ def _judge(model_type, checks):
         if checks[name] and name in ROUNDED:
             # Rounding, or a choice that it made; what is wrong is wrong in float64, too
             with Float64():
-                exact = _what_breaks(check, Subject(model_type, double=True))
+                exact = _what_breaks(check, Subject(model_type, double=True, **given))
             checks[name] = exact and f"{checks[name]}; in float64: {exact}"
     broken = {name: text for name, text in checks.items() if text}
     if broken:

@@ -173,6 +173,6 @@ def tiny_model(config, seed=0):
     return model
 
 
-def tokens(batch=2, time=9, seed=1):
-    """Random token ids [batch, time] without special tokens."""
-    return torch.randint(3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
+def tokens(batch=2, time=9, seed=1, device="cpu"):
+    """Random token ids [batch, time] without special tokens, the same on every device."""
+    return torch.randint(3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed)).to(device)
