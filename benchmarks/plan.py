@@ -1,6 +1,7 @@
-"""`manticore-hf plan` against measurement: peak memory of real training runs on the CPU.
+"""`manticore-hf plan` against measurement: peak memory of real training runs, on the CPU or on a GPU.
 
     python benchmarks/plan.py --output benchmarks/results/plan.json
+    python benchmarks/plan.py --device cuda --output benchmarks/results/plan_cuda.json
 
 Every case trains in a process of its own, with the project's Trainers, a hybrid of random weights (6M to 35M
 parameters) for a few steps, and measures
@@ -8,9 +9,14 @@ parameters) for a few steps, and measures
   at once), minus what was resident before the model was built;
 * the peak of torch's CPU allocator in one micro-batch, from torch.profiler, which also sees what kernels allocate.
 Neither knows of the estimator, which is run in the parent process from the configurations alone.
+
+On a GPU the hybrids are larger (56M to 850M parameters), all run in this process, and what is measured is the peak of
+torch's CUDA allocator over what it held before the model was built. Plans for CUDA are those without mamba-ssm, so it
+should not be installed.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -36,6 +42,19 @@ PAIRS = {
                     "state_size": 64}),
     ],
 }  # fmt: skip
+_PILE = {"vocab_size": 50280}
+PAIRS |= {  # of the sizes of Pythia-160M and Mamba-130M, Pythia-410M and Mamba-370M
+    "pythia-160m+mamba-130m": [
+        ("gpt_neox", {**_PILE, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                      "intermediate_size": 3072}),
+        ("mamba", {**_PILE, "hidden_size": 768, "num_hidden_layers": 24}),
+    ],
+    "pythia-410m+mamba-370m": [
+        ("gpt_neox", {**_PILE, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+                      "intermediate_size": 4096}),
+        ("mamba", {**_PILE, "hidden_size": 1024, "num_hidden_layers": 48}),
+    ],
+}  # fmt: skip
 BASE = {"stage": "finetune", "pair": "neox+mamba", "num_blocks": 1, "batch": 4, "length": 256}
 CASES = [
     {},
@@ -54,6 +73,20 @@ CASES = [
     {"pair": "llama+mamba2", "stage": "pretrain", "bf16": True, "num_blocks": 2},
     {"num_blocks": 2, "optim": "sgd"},
 ]
+CUDA_BASE = {**BASE, "pair": "pythia-160m+mamba-130m", "length": 512}
+CUDA_CASES = [
+    {},
+    {"bf16": True},
+    {"bf16": True, "gradient_checkpointing": True, "batch": 16},
+    {"lora": True},
+    {"stage": "pretrain", "bf16": True, "num_blocks": 2},
+    {"stage": "search", "bf16": True, "num_blocks": 2},
+    {"stage": "harden", "bf16": True},
+    {"bf16": True, "gradient_accumulation_steps": 2, "optim": "adamw_torch"},
+    {"pair": "llama+mamba2", "bf16": True, "batch": 16},
+    {"pair": "pythia-410m+mamba-370m", "bf16": True, "gradient_checkpointing": True, "batch": 4, "length": 512},
+    {"pair": "pythia-410m+mamba-370m", "stage": "pretrain", "bf16": True, "batch": 8, "length": 512},
+]
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
                "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
 _TRAINING = ("gradient_checkpointing", "gradient_accumulation_steps", "bf16", "optim")
@@ -70,8 +103,8 @@ def configuration(case):
     return ManticoreConfig(components=parts, num_blocks=case["num_blocks"], **settings)
 
 
-def estimate(case):
-    """The plan's Option for a case: one CPU device, nothing but what the configurations say."""
+def estimate(case, device):
+    """The plan's Option for a case: one device, nothing but what the configurations say."""
     from manticore_hf.plan.engines import Machine, StagePlanner
     from manticore_hf.plan.schedule import make_task
     from manticore_hf.plan.subject import Subject
@@ -82,13 +115,13 @@ def estimate(case):
         settings["route"] = PAIRS[case["pair"]][0][0]
     subject = Subject("case", configuration(case), [(case["stage"], settings)])
     task = make_task(subject, case["stage"], settings, length=case["length"])
-    planner = StagePlanner(task, Machine(1, 10**15, 0.0, "cpu"))
+    planner = StagePlanner(task, Machine(1, 10**15, 0.0, device))
     if case.get("lora"):
         return planner.lora(case["batch"])
     return planner.whole(case["batch"], task.checkpointing)
 
 
-def make_trainer(case, folder):
+def make_trainer(case, folder, device):
     """A Trainer as the stage makes it, and the micro-batch that it reads."""
     import torch
     from datasets import Dataset
@@ -122,8 +155,9 @@ def make_trainer(case, folder):
     else:
         set_stage(model, STAGES.get(stage, "finetune"))
     arguments = kind(
-        output_dir=folder, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1000,
-        max_steps=2, per_device_train_batch_size=case["batch"], dataloader_pin_memory=False, **settings,
+        output_dir=folder, report_to="none", use_cpu=device == "cpu", disable_tqdm=True, save_strategy="no",
+        logging_steps=1000, max_steps=2, per_device_train_batch_size=case["batch"],
+        dataloader_pin_memory=False, **settings,
     )  # fmt: skip
     return trainer(model=model, args=arguments, train_dataset=data, **more)
 
@@ -144,14 +178,27 @@ def measure(case):
         kept, PAIRS[case["pair"]] = PAIRS[case["pair"]], [
             (kind, {**values, "num_hidden_layers": 2, "vocab_size": 500}) for kind, values in PAIRS[case["pair"]]
         ]  # fmt: skip
-        make_trainer(tiny, folder).train()  # whatever is imported, compiled and allocated once
+        make_trainer(tiny, folder, "cpu").train()  # whatever is imported, compiled and allocated once
         PAIRS[case["pair"]] = kept
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        trainer = make_trainer(case, folder)
+        trainer = make_trainer(case, folder, "cpu")
         trainer.train()
         peak = resident("VmHWM") - before
     return {"resident": peak, "allocator": micro_batch(trainer, case)}
+
+
+def measure_cuda(case):
+    """Peak of the allocator in a training run on the GPU, in bytes."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        make_trainer(case, folder, "cuda").train()
+        return {"resident": torch.cuda.max_memory_allocated() - before}
 
 
 def micro_batch(trainer, case):
@@ -175,34 +222,44 @@ def micro_batch(trainer, case):
     return peak
 
 
+def measure_apart(case):
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
+    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+    if child.returncode:
+        print(child.stderr[-2000:])
+        raise SystemExit(f"{case} failed")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of cases")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case is not None:
         print(json.dumps(measure(json.loads(args.case))))
         return
+    on_gpu = args.device == "cuda"
+    base, cases = (CUDA_BASE, CUDA_CASES) if on_gpu else (BASE, CASES)
+    if on_gpu:  # kernels are loaded and workspaces allocated once
+        measure_cuda({**CUDA_BASE, "pair": "llama+mamba2", "length": 64, "bf16": True})
     results = []
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(cases):
         if args.only is not None and number not in args.only:
             continue
-        case = {**BASE, **case}
-        option = estimate(case)
-        child = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True,
-                               env={**os.environ, **ENVIRONMENT})  # fmt: skip
-        if child.returncode:
-            print(child.stderr[-2000:])
-            raise SystemExit(f"case {number} failed")
-        found = json.loads(child.stdout.splitlines()[-1])
+        case = {**base, **case}
+        option = estimate(case, args.device)
+        found = measure_cuda(case) if on_gpu else measure_apart(case)
         step = sum(option.parts[key] for key in ("gradients", "activations"))
         row = {"case": case, "estimate": option.parts, "peak": option.peak, **found}
         row["ratio"] = option.peak / found["resident"]
         results.append(row)
+        inner = "" if on_gpu else f"; micro-batch {step / 1e6:.1f} planned {found['allocator'] / 1e6:.1f} allocated"
         print(f"{number:>2} {option.peak / 1e6:9.1f} MB planned {found['resident'] / 1e6:9.1f} resident "
-              f"{row['ratio']:.3f}; micro-batch {step / 1e6:9.1f} planned {found['allocator'] / 1e6:9.1f} allocated; "
-              f"{case}", flush=True)  # fmt: skip
+              f"{row['ratio']:.3f}{inner}; {case}", flush=True)  # fmt: skip
         if args.output:
             Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,10 +1,12 @@
 """What being a hybrid costs: ratios against the components themselves, measured side by side in one process.
 
     python benchmarks/speed.py --output benchmarks/results/speed.json        # under 10 minutes on two cores
+    python benchmarks/speed.py --device cuda --dtype bfloat16 --width 1024 --large-width 1024 --tokens 1024 --batch 4 \
+        --repeats 5 --output benchmarks/results/speed_cuda.json
 
 A GPT-NeoX and a Mamba of equal width, random weights, float32; depth and the head's share are those of models of a few
 hundred million parameters. Every repeat runs both sides in turn, so that a change of the machine's speed hits both; the
-ratio is the median over repeats. `benchmarks/scan.py` measures the scan itself.
+ratio is the median over repeats. `benchmarks/scan.py` measures the scan itself, `benchmarks/gpu_kernels.py` CUDA's.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaFo
 from manticore_hf import ComponentSpec, ManticoreForCausalLM, harden, set_stage
 
 VOCABULARY = 8192
+PLACE = {"device": "cpu", "dtype": torch.float32}
+"""Where the models are, and what they compute in."""
 
 
 def components(width, layers):
@@ -36,7 +40,7 @@ def components(width, layers):
         num_attention_heads=4, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     mamba = MambaConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, eos_token_id=None)
-    return GPTNeoXForCausalLM(neox).eval(), MambaForCausalLM(mamba).eval()
+    return tuple(model.to(**PLACE).eval() for model in (GPTNeoXForCausalLM(neox), MambaForCausalLM(mamba)))
 
 
 def compose(parts, **settings):
@@ -46,10 +50,19 @@ def compose(parts, **settings):
 
 
 def timed(run):
-    """Seconds of one call."""
+    """Seconds of one call, the GPU's work included."""
+    if PLACE["device"] == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     run()
+    if PLACE["device"] == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def random_tokens(rows, length):
+    """Token ids [rows, length]."""
+    return torch.randint(0, VOCABULARY, (rows, length)).to(PLACE["device"])
 
 
 def ratio(label, ours, theirs, repeats, aim, results):
@@ -71,7 +84,7 @@ def note(results, label, value, aim, **more):
 
 def overhead(args, results):
     """Forward, and forward with backward, against the sum of the components."""
-    ids = torch.randint(0, VOCABULARY, (args.batch, args.tokens))
+    ids = random_tokens(args.batch, args.tokens)
     for blocks, settings in ((1, {}), (2, {}), (2, {"preset": "paper"})):
         parts = components(args.width, args.layers)
         hybrid = compose(parts, num_blocks=blocks, **settings)
@@ -95,7 +108,7 @@ def overhead(args, results):
 def recomputation(args, results):
     """256 tokens with a cache against a full forward for each, at the width of models of 100 million parameters."""
     model = compose(components(args.large_width, args.layers), num_blocks=2)
-    ids = torch.randint(0, VOCABULARY, (1, 288))
+    ids = random_tokens(1, 288)
 
     def cached():
         cache, token = model(input_ids=ids[:, :32], use_cache=True, logits_to_keep=1).past_key_values, ids[:, :1]
@@ -117,7 +130,7 @@ def recomputation(args, results):
 def decoding(args, results):
     """Cached decoding against the components' own, against recomputation, and along the length."""
     parts = components(args.width, args.layers)
-    hybrid, ids = compose(parts, num_blocks=2), torch.randint(0, VOCABULARY, (1, 32))
+    hybrid, ids = compose(parts, num_blocks=2), random_tokens(1, 32)
 
     def generate(model, new=64, **more):
         return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, **more)
@@ -128,7 +141,7 @@ def decoding(args, results):
             lambda: [generate(one) for one in parts], args.repeats, "<= 1.10", results,
         )  # fmt: skip
     recomputation(args, results)
-    pair = [MambaForCausalLM(parts[1].config).eval() for _ in range(2)]
+    pair = [MambaForCausalLM(parts[1].config).to(**PLACE).eval() for _ in range(2)]
     mambas = ManticoreForCausalLM.from_components([ComponentSpec(m, name=n) for m, n in zip(pair, "ab")], verify=False)
     caches, token = [mambas.make_cache() for _ in range(2)], ids[:, :1]
 
@@ -145,7 +158,7 @@ def decoding(args, results):
         "hardened to one component: cached decoding / the component's", lambda: generate(hard),
         lambda: generate(parts[0]), args.repeats, "<= 1.03", results,
     )  # fmt: skip
-    long = torch.randint(0, VOCABULARY, (1, args.tokens))
+    long = random_tokens(1, args.tokens)
     ratio(
         "hardened to one component: forward / the component's", lambda: hard(input_ids=long, use_cache=False),
         lambda: parts[0](input_ids=long, use_cache=False), 2 * args.repeats, "<= 1.03", results,
@@ -154,7 +167,7 @@ def decoding(args, results):
 
 def stages(args, results):
     """Optimizer steps of the stages against a full fine-tuning step."""
-    ids = torch.randint(0, VOCABULARY, (args.batch, args.tokens))
+    ids = random_tokens(args.batch, args.tokens)
 
     def stepper(stage):
         model = set_stage(compose(components(args.width, args.layers), num_blocks=2, mixture="static"), stage).train()
@@ -175,8 +188,8 @@ def stages(args, results):
 def fused(args, results):
     """Would one product for all projectors that read the same h be faster? What it has to beat: 1."""
     for tokens in (1, args.tokens):
-        state = torch.randn(tokens, args.width)
-        two = [torch.nn.Linear(args.width, args.width) for _ in range(2)]
+        state = torch.randn(tokens, args.width, **PLACE)
+        two = [torch.nn.Linear(args.width, args.width, **PLACE) for _ in range(2)]
 
         def apart(state=state, two=two):
             for _ in range(20):
@@ -231,6 +244,19 @@ def loading(args, results):
     note(results, "peak memory of loading over base / bytes of the weights", peak, "<= 1.15", components=alone)
 
 
+def write(args, results, start):
+    """Everything measured so far."""
+    if args.output is None:
+        return
+    about = {
+        "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(),
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers")}, "seconds": time.time() - start,
+        "settings": {key: str(value) for key, value in vars(args).items()}, "results": results,
+    }  # fmt: skip
+    args.output.write_text(json.dumps(about, indent=1) + "\n")
+
+
 def main():
     """Runs all parts, prints and writes them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,20 +267,17 @@ def main():
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--large-width", type=int, default=768, help="width for loading and recomputation")
     parser.add_argument("--repeats", type=int, default=9, help="counted repeats")
-    parser.add_argument("--only", choices=("overhead", "decoding", "stages", "fused", "loading"), help="one part")
+    parser.add_argument("--only", nargs="+", choices=("overhead", "decoding", "stages", "fused", "loading"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models are")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what they compute in")
     args = parser.parse_args()
+    PLACE.update(device=args.device, dtype=getattr(torch, args.dtype))
     fast_mixers_manticore.install("mamba")  # the components alone use the same scan
     results, start = [], time.time()
     for part in (overhead, decoding, stages, fused, loading):
-        if args.only in (None, part.__name__):
+        if args.only is None or part.__name__ in args.only:
             part(args, results)
-    if args.output:
-        about = {
-            "date": time.strftime("%Y-%m-%d"), "machine": platform.machine(), "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in ("torch", "transformers")}, "seconds": time.time() - start,
-            "settings": {key: str(value) for key, value in vars(args).items()}, "results": results,
-        }  # fmt: skip
-        args.output.write_text(json.dumps(about, indent=1) + "\n")
+            write(args, results, start)
 
 
 if __name__ == "__main__":
