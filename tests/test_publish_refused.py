@@ -1,0 +1,163 @@
+"""Publishing: what is refused, secrets, and what is left when something fails."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import published
+import pytest
+from hub_models import assert_same_model, read_json, tiny
+from manticore_local_hub import TOKEN
+from published import exists
+
+from manticore_hf import ManticoreError, ManticoreForCausalLM, publish
+
+parts, saved = published.parts, published.saved
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_hybrid_is_refused(saved, hub, owner, tmp_path):
+    class PeftModel:
+        peft_config = {}
+
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(saved[1], tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(saved[1], tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    tiny("gpt2").save_pretrained(tmp_path / "gpt2")
+    for what, message in (
+        (tiny("gpt2"), "GPT2LMHeadModel is no hybrid"), (PeftModel(), "holds an adapter"),
+        (tmp_path / "gpt2", "type 'gpt2', no hybrid"),
+        (tmp_path / "empty", "no config.json"), (tmp_path / "nowhere", "no config.json"),
+        (tmp_path / "light", "no model.safetensors"), (tmp_path / "damaged", "no readable safetensors"),
+    ):  # fmt: skip
+        with pytest.raises(ManticoreError, match=message):
+            publish(what, f"{owner}/h")
+    assert not exists(f"{owner}/h")
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"card": "mine"}, "card='mine'"), ({"recipe": "nowhere.yaml"}, "nowhere.yaml")]
+)
+def test_options_that_cannot_be(saved, owner, options, message):
+    with pytest.raises(ManticoreError, match=message):
+        publish(saved[1], f"{owner}/h", **options)
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "..", "a b", ""])
+def test_repositories_that_cannot_be(saved, repo_id):
+    with pytest.raises(ManticoreError, match="no repository id"):
+        publish(saved[1], repo_id)
+
+
+def test_another_model_is_not_overwritten(saved, hub, owner):
+    before = hub.head(f"{owner}/a")
+    with pytest.raises(ManticoreError, match="holds a model that is no hybrid"):
+        publish(saved[1], f"{owner}/a")
+    assert hub.head(f"{owner}/a") == before
+
+
+def test_metadata_that_the_hub_refuses_stop_it(saved, owner):
+    (saved[1] / "README.md").write_text("---\nlicense: Not A Licence!\n---\n")
+    with pytest.raises(ManticoreError, match="metadata of README.md are refused.*license"):
+        publish(saved[1], f"{owner}/h")
+    assert not exists(f"{owner}/h")
+
+
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["README.md", "recipe.yaml", "evaluation.json", "config.json"])
+def test_a_token_in_a_file_stops_it(saved, owner, place):
+    secret = "hf_" + "S3cret" * 6
+    if place == "config.json":
+        values = {**read_json(saved[1]), "comment": secret}
+        (saved[1] / place).write_text(json.dumps(values))
+    else:
+        (saved[1] / place).write_text(f'{{"data": "{secret}"}}')
+    with pytest.raises(ManticoreError, match="holds an access token") as err:
+        publish(saved[1], f"{owner}/h")
+    assert secret not in str(err.value) and not exists(f"{owner}/h")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_token_is_in_no_file_and_no_log(parts, hub, owner, tmp_path, caplog, capfd, monkeypatch, fails):
+    """A marker stands in for the token, everywhere one is used: composing, saving, publishing, failing."""
+    marker = "hf_MarkerMarkerMarkerMarkerMarkerMarker"
+    for repo in (*parts, f"{owner}/h"):
+        if repo in hub._storage.repos:
+            monkeypatch.setattr(hub._storage.repos[repo], "owner", marker)
+    monkeypatch.setenv("HF_TOKEN", marker)
+    monkeypatch.setenv("HF_DEBUG", "0")
+    if fails:
+        hub.fault(f"POST .*{owner}/h/commit", "status", times=-1, status=403, message="No write access")
+    with caplog.at_level(logging.DEBUG):
+        model = ManticoreForCausalLM.from_components(parts, token=marker)
+        model.save_pretrained(tmp_path / "out", token=marker)
+        try:
+            publish(tmp_path / "out", f"{owner}/h", token=marker)
+            ManticoreForCausalLM.from_pretrained(f"{owner}/h", token=marker)
+        except ManticoreError as err:
+            assert fails and marker not in str(err) and "write" in str(err)
+    printed = "".join(capfd.readouterr()) + caplog.text
+    assert marker not in printed
+    folders = [tmp_path, Path(os.environ["HF_HOME"]) / "hub", Path(os.environ["HF_HOME"]) / "modules"]
+    seen = [path for folder in folders if folder.exists() for path in folder.rglob("*") if path.is_file()]
+    assert len(seen) > 20 and not [path for path in seen if marker.encode() in path.read_bytes()]
+    assert not [name for name, data in hub.files(f"{owner}/h").items() if marker.encode() in data]
+    assert len(hub.files(f"{owner}/h")) > 20 or fails
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern, fault, message",
+    [
+        ("POST .*/commit", {"kind": "status", "status": 500}, "look there, then publish again"),
+        ("POST .*/commit", {"kind": "status", "status": 403}, "token that may write"),
+        ("POST .*/preupload", {"kind": "status", "status": 500}, "publish again"),
+        ("PUT /lfs-objects", {"kind": "status", "status": 400}, "publish again"),
+        ("GET .*/api/models/.*/h", {"kind": "unauthorized"}, "was not published"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value.get("status", "")),
+)
+def test_a_push_that_fails_leaves_the_repository_as_it_was(saved, hub, owner, pattern, fault, message):
+    publish(saved[1], f"{owner}/h")
+    before, card = hub.head(f"{owner}/h"), (saved[1] / "README.md").read_bytes()
+    # Never the same: the Hub does not ask again for bytes that it has from another test.
+    saved[0].hybrid_mixer.alpha_logits.data.fill_(0.1 + int(owner.removeprefix("org")))
+    hub.fault(pattern, times=-1, **fault)
+    with pytest.raises(ManticoreError, match=message):
+        publish(saved[0], f"{owner}/h")
+    hub.clear_faults()
+    assert hub.head(f"{owner}/h") == before and (saved[1] / "README.md").read_bytes() == card
+    publish(saved[0], f"{owner}/h")
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h"), saved[0])
+
+
+def test_a_directory_that_cannot_be_written_is_published_all_the_same(saved, hub, owner, monkeypatch):
+    def refuse(*_):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    out = publish(saved[1], f"{owner}/h")
+    assert not [path for path in saved[1].iterdir() if "README" in path.name]
+    assert any("README.md was not written" in notice for notice in out.notices)
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h"), saved[0])
+
+
+def test_the_hub_that_is_not_there(saved, tmp_path):
+    assert TOKEN
+    import subprocess
+    import sys
+
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "manticore_hf.cli", "push", str(saved[1]), "me/h", "--dry-run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "manticore-hf push: me/h was not published" in done.stderr.splitlines()[-1]
