@@ -11,8 +11,13 @@ import sys
 
 import torch
 
-from .fast_mixers_manticore import FUSED, _install_module
+from .fast_mixers_manticore import _MARK, FUSED, _install_module, _is_bound_to_kernel
 from .scan_manticore import _shared
+
+
+def _has_kernel(module, name) -> bool:
+    function = getattr(module, name, None)
+    return function is not None and _is_bound_to_kernel(getattr(function, _MARK, function))
 
 
 def _is_left_padded(mask: torch.Tensor | None) -> bool:
@@ -42,12 +47,13 @@ def unfuse_padded(model: torch.nn.Module) -> int:
         model: a component or any module holding mixers; others are left alone.
 
     Returns:
-        The number of mixers that have a fused kernel. Calling again adds no hooks.
+        The number of mixers that have a fused kernel, none where no package with kernels is installed. Calling again
+        adds no hooks.
     """
     count = 0
     for module in model.modules():
         homes = [sys.modules.get(cls.__module__) for cls in type(module).__mro__]
-        home = next((home for home in homes if any(hasattr(home, name) for name in FUSED)), None)
+        home = next((home for home in homes if any(_has_kernel(home, name) for name in FUSED)), None)
         if home is None or not hasattr(module, "conv1d"):
             continue
         count += 1

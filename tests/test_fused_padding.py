@@ -68,6 +68,12 @@ def test_only_padding_on_the_left_is_kept_from_the_kernel(fused):
     torch.testing.assert_close(padded[:1, PADDING:], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_without_kernels_nothing_is_hooked():
+    for model_type in FUSED:
+        uninstall(model_type)
+        assert unfuse_padded(tiny_model(tiny_config(model_type))) == 0
+
+
 def test_a_call_that_fails_leaves_nothing(fused, monkeypatch):
     model, calls = fused
     mixer = next(m for m in model.modules() if any(getattr(h, "_manticore_padding", 0)
