@@ -1,11 +1,11 @@
 """A hybrid of two components of over 100M parameters each, trained in bfloat16 on one GPU, from text to generation.
 
-    python benchmarks/gpu_run.py TEXT --output benchmarks/results/gpu_run.json        # two to three minutes on an H100
+    python benchmarks/gpu_run.py TEXT --output benchmarks/results/gpu_run.json
 
 No weights can be downloaded where this was made: both components (a GPT-NeoX of Pythia-160M's shape, a Mamba of
 Mamba-130M's) start from random weights, and the tokenizer is trained on TEXT. So losses say that training works, and
-nothing about hybrids. What runs is what a user runs: `manticore-hf plan` and `manticore-hf run` on a recipe (everything
-trained, then LoRA on the components), `from_pretrained` of what they leave, `generate` with a cache and without.
+nothing about hybrids. What runs is what a user runs: the plan of a recipe and `manticore-hf run` of it (everything is
+trained), `from_pretrained` of what it leaves, `generate` with a cache and without.
 """
 
 import argparse
@@ -51,19 +51,18 @@ def make_component(folder, kind, settings, tokenizer, size):
     return model.num_parameters()
 
 
-def stage(name, args, **settings):
-    """A stage of the recipe."""
-    common = {"per_device_train_batch_size": args.batch, "bf16": args.device == "cuda", "logging_steps": 5,
-              "lr_scheduler_type": "cosine", "warmup_steps": 10, "save_strategy": "no"}  # fmt: skip
-    return {name: {**common, **settings}}
-
-
-def run_recipe(folder, name, args, stages, components):
-    """Plans and runs a recipe; returns what was planned and what was measured."""
-    recipe = Path(folder, f"{name}.yaml")
+def run_recipe(folder, args, components):
+    """Plans and runs a recipe; returns what was planned and measured, and the log."""
+    finetune = {
+        "max_steps": args.steps, "learning_rate": 6e-4, "per_device_train_batch_size": args.batch,
+        "bf16": args.device == "cuda", "logging_steps": 5, "lr_scheduler_type": "cosine", "warmup_steps": 10,
+        "save_strategy": "no",
+    }  # fmt: skip
+    recipe = Path(folder, "recipe.yaml")
     recipe.write_text(yaml.safe_dump({
-        "name": name, "components": components, "hybrid": {"num_blocks": 1, "dtype": "float32"},
-        "data": {"data": str(args.text), "block_size": args.length, "validation_fraction": 0.02}, "stages": stages,
+        "name": "gpu-run", "components": components, "hybrid": {"num_blocks": 1, "dtype": "float32"},
+        "data": {"data": str(args.text), "block_size": args.length, "validation_fraction": 0.02},
+        "stages": [{"finetune": finetune}],
     }))  # fmt: skip
     planned = make_plan(str(recipe), 1, "80GB", device=args.device)["stages"]
     cuda = args.device == "cuda"
@@ -72,15 +71,14 @@ def run_recipe(folder, name, args, stages, components):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     start = time.time()
-    if manticore_hf(["run", str(recipe), "--output-dir", f"{folder}/{name}"]):
-        raise SystemExit(f"{name} failed")
-    chosen = "LoRA" if any("lora" in one[name] for one in stages for name in one) else "one device"
-    peaks = [option["peak"] for one in planned for option in one["options"] if option["engine"] == chosen]
+    if manticore_hf(["run", str(recipe), "--output-dir", f"{folder}/run"]):
+        raise SystemExit("the recipe failed")
+    peaks = [option["peak"] for one in planned for option in one["options"] if option["engine"] == "one device"]
     found = {"seconds": time.time() - start, "planned_peak": max(peaks)}
     if cuda:
         found["measured_peak"] = torch.cuda.max_memory_allocated() - before
     logs = []
-    for state in sorted(Path(folder, name).rglob("trainer_state.json")):
+    for state in sorted(Path(folder, "run").rglob("trainer_state.json")):
         logs.append(json.loads(state.read_text())["log_history"])
     return found, logs
 
@@ -126,11 +124,10 @@ def main():
             settings = {key: SMALL[key] for key in settings if key in SMALL} if args.small else settings
             parts.append(f"{folder}/{name}")
             result[name] = make_component(parts[-1], kind, settings, tokenizer, args.vocabulary)
-        stages = [stage("finetune", args, max_steps=args.steps, learning_rate=6e-4)]
-        result["finetune"], logs = run_recipe(folder, "full", args, stages, parts)
+        result["finetune"], logs = run_recipe(folder, args, parts)
         result["losses"] = [row for log in logs for row in log if "loss" in row or "eval_loss" in row]
-        done = sorted(path.parent for path in Path(folder, "full").rglob("model.safetensors.index.json"))
-        done = done or sorted(path.parent for path in Path(folder, "full").rglob("model.safetensors"))
+        done = sorted(path.parent for path in Path(folder, "run").rglob("model.safetensors.index.json"))
+        done = done or sorted(path.parent for path in Path(folder, "run").rglob("model.safetensors"))
         result["generation"] = generation(done[-1], args)
     if args.output:
         names = ("torch", "transformers", "mamba_ssm", "causal_conv1d")
