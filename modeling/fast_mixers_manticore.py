@@ -278,6 +278,20 @@ def install(model_type: str) -> bool:
 # be pickled, and shallow copies of a mixer with another layer_idx, which share the hooks, find their own state.
 
 
+def hook_once(module, mark, before, after, with_kwargs=False):
+    """Adds hooks to a mixer unless it has them, from this copy of the file or another.
+
+    Args:
+        module: The mixer.
+        mark: Attribute of `before` by which every copy's is known.
+        before, after: What is called; `after` also when the mixer fails.
+        with_kwargs: Whether `before` is given the keyword arguments.
+    """
+    if not any(getattr(hook, mark, False) for hook in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(before, with_kwargs=with_kwargs)
+        module.register_forward_hook(after, always_call=True)
+
+
 def _carry_state_in(module, args, kwargs):
     # Also overwrites what an interrupted forward (KeyboardInterrupt skips forward hooks) may have left
     _shared.local.state = None
@@ -330,9 +344,7 @@ def carry_state(model: torch.nn.Module) -> int:
             continue
         count += 1
         _install_module(sys.modules[mixer.__module__])
-        if not any(getattr(hook, "_manticore_carry", False) for hook in module._forward_pre_hooks.values()):
-            module.register_forward_pre_hook(_carry_state_in, with_kwargs=True)
-            module.register_forward_hook(_carry_state_out, always_call=True)
+        hook_once(module, "_manticore_carry", _carry_state_in, _carry_state_out, with_kwargs=True)
     return count
 
 
@@ -374,7 +386,5 @@ def limit_steps(model: torch.nn.Module) -> int:
             continue
         count += 1
         _install_module(home)
-        if not any(getattr(hook, "_manticore_limit", False) for hook in module._forward_pre_hooks.values()):
-            module.register_forward_pre_hook(_limit_steps_in)
-            module.register_forward_hook(_limit_steps_out, always_call=True)
+        hook_once(module, "_manticore_limit", _limit_steps_in, _limit_steps_out)
     return count

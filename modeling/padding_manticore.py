@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from .fast_mixers_manticore import _MARK, FUSED, _install_module, _is_bound_to_kernel
+from .fast_mixers_manticore import _MARK, FUSED, _install_module, _is_bound_to_kernel, hook_once
 from .scan_manticore import _shared
 
 
@@ -58,7 +58,5 @@ def unfuse_padded(model: torch.nn.Module) -> int:
             continue
         count += 1
         _install_module(home)
-        if not any(getattr(hook, "_manticore_padding", False) for hook in module._forward_pre_hooks.values()):
-            module.register_forward_pre_hook(_padded_in, with_kwargs=True)
-            module.register_forward_hook(_padded_out, always_call=True)
+        hook_once(module, "_manticore_padding", _padded_in, _padded_out, with_kwargs=True)
     return count
