@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from manticore_hf import ManticoreError, ManticoreForCausalLM, lora_config, quantization_skips
 from manticore_hf.adapters import lora_targets
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "training.md"
 
 # In each family with a state-space layer: what LoRA targets, and what stays in floating point.
 STATE_SPACE = {
@@ -155,8 +155,8 @@ def test_a_quantised_hybrid_is_itself_with_rounded_weights(any_processor, publis
     assert torch.equal(hub_models.logits(again), found)
 
 
-def test_the_readmes_lines(published, tmp_path, monkeypatch):
-    section = README.read_text(encoding="utf-8").partition("### LoRA and QLoRA")[2]
+def test_the_lines_of_the_docs(published, tmp_path, monkeypatch):
+    section = PAGE.read_text(encoding="utf-8").partition("## LoRA and QLoRA")[2]
     code = section.partition("```python\n")[2].partition("```")[0]
     assert "you/manticore-pythia-mamba" in code
     monkeypatch.chdir(tmp_path)
