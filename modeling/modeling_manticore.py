@@ -25,11 +25,12 @@ from .recurrent_manticore import keep_state_in_cache
 from .route_manticore import Dropped, RunsRoute
 from .segments_manticore import Cuts
 from .sft_manticore import KeepsForward, fused_output
+from .sharding_manticore import KeepsBuffers
 from .sizes_manticore import construct, trying
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 
-class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreTrainedModel):
+class ManticorePreTrainedModel(ReferencedWeights, KeepsBuffers, MixedDtypes, Quantizable, PreTrainedModel):
     """Loading, saving and initialisation common to all hybrid classes."""
 
     config_class = ManticoreConfig

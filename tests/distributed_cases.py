@@ -20,9 +20,10 @@ from tiny_hybrid import QUIET, mixed_hybrid, rows_of
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments, default_data_collator
 
-from manticore_hf import calibrate_projectors, lora_config, set_stage
+from manticore_hf import ManticoreForCausalLM, calibrate_projectors, harden, lora_config, set_stage
 from manticore_hf.distributed import gathered, total, world
 from manticore_hf.evaluation import compare_losses
+from manticore_hf.families.tiny import tiny_config, tiny_model
 from manticore_hf.heal import HealTrainer
 from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
 from manticore_hf.stages import ComponentClipping, fix_alpha
@@ -190,6 +191,19 @@ def sharded(folder, name, **changes):
     return resumed(folder, name, **changes)
 
 
+def buffers(folder, name, **changes):
+    """As accelerate's own default has it: shards are cut on the meta device. Apertus has buffers in its state dict."""
+    if "fsdp_config" in changes:
+        changes["fsdp_config"] = {**changes["fsdp_config"], "cpu_ram_efficient_loading": True}
+    parts = [tiny_model(tiny_config(kind)) for kind in ("apertus", "gpt_neox")]
+    model = harden(ManticoreForCausalLM.from_components(parts, num_blocks=2), ["apertus", "gpt_neox"])
+    with torch.no_grad():
+        for key, value in model.named_buffers():
+            if key.endswith(("act_fn.beta", "alpha_logits")):
+                value += 0.25  # not what a new model would have
+    return train(HybridTrainer, set_stage(model.double(), "finetune"), folder, name, **changes)
+
+
 def calibrate(folder, name):
     """Of five batches two processes have three and two."""
     model = hybrid(embeddings="mixed")
@@ -208,7 +222,7 @@ CASES = {
     "darts": search("darts"), "darts_bilevel": search("darts_bilevel"), "gaea": search("gaea", cost_penalty=0.05),
     "dash": search("dash"), "pretrain": pretrain, "finetune": finetune, "clipped": clipped, "paper": paper,
     "one_component": one_component, "lora": lora, "heal": heal, "resumed": resumed, "sharded": sharded,
-    "mixed": mixed, "calibrate": calibrate, "evaluate": evaluate,
+    "buffers": buffers, "mixed": mixed, "calibrate": calibrate, "evaluate": evaluate,
 }  # fmt: skip
 
 

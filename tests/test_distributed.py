@@ -6,7 +6,7 @@ from distributed_cases import CASES, run
 from processes import launch, results, same
 
 QUICK = ["darts_bilevel", "finetune", "lora", "calibrate", "evaluate"]
-QUICK_SHARDED = ["gaea", "pretrain", "clipped", "sharded"]
+QUICK_SHARDED = ["gaea", "pretrain", "clipped", "sharded", "buffers"]
 PRECISE = [name for name in CASES if name != "mixed"]  # in bf16 the processes round otherwise
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 
