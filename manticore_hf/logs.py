@@ -45,6 +45,9 @@ class HybridLogging:
         parts.clear()
         return output
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, without_repeats(inputs, self.accelerator), *args, **kwargs)
+
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             logs = {**logs, **alpha_logs(hybrid_of(self.model)), **self._parts().means()}
@@ -69,6 +72,24 @@ class HybridLogging:
                 self.args.output_dir, self.hub_model_id or self.args.hub_model_id, token=self.args.hub_token,
                 license=license, tags=listed[0], datasets=listed[1],
             )  # fmt: skip
+
+
+def without_repeats(inputs, accelerator):
+    """A batch of this process, without the labels of rows that accelerate repeats to make the last batches even.
+
+    The Trainer drops what it gathers of them; what a forward pass reports of its parts is summed before.
+    """
+    state, labels = accelerator.gradient_state, inputs.get("labels")
+    if labels is None or labels.ndim != 2 or labels.is_floating_point():  # not of tokens
+        return inputs
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return inputs
+    own = state.remainder - accelerator.process_index * len(labels)  # rows are handed out in order of the ranks
+    if own >= len(labels):
+        return inputs
+    labels = labels.clone()
+    labels[max(own, 0) :] = -100
+    return {**inputs, "labels": labels}
 
 
 def alpha_logs(model):
@@ -109,8 +130,9 @@ class PartSums:
                 self._sum(f"gate/{name}", value, tokens)
 
     def _sum(self, key, value, tokens):
-        # Kept on the device: reading a number in every step would make the accelerator wait.
-        self.sums[key] = self.sums.get(key, 0.0) + value.detach().float() * tokens
+        # Kept on the device: reading a number in every step would make the accelerator wait. No tokens: no mean.
+        found = torch.where(tokens > 0, value.detach().float() * tokens, 0.0)
+        self.sums[key] = self.sums.get(key, 0.0) + found
         self.counts[key] = self.counts.get(key, 0) + tokens
 
     def means(self):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set
 
 from manticore_hf.calibrate import calibrate_projectors
 from manticore_hf.data import DataArguments, load_rows, read_texts
-from manticore_hf.distributed import agree, is_main, main_first, on_main, say, world
+from manticore_hf.distributed import agree, is_main, main_first, on_main, say
 from manticore_hf.files import write_json
 from manticore_hf.modeling.configuration_manticore import CHOICES, ManticoreError
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
@@ -135,11 +135,6 @@ def run_compose(components, arguments, program=None, **settings):
     output = Path(arguments.output_dir)
     result = finished(output)
     if result is None:
-        if program is not None and world()[1] > 1:
-            raise ManticoreError(
-                "A mixture is programmed by small searches that run in one process: start the recipe once without "
-                f"torchrun or accelerate, until {output / RESULT} is there, then go on in several."
-            )
         result = on_main(_compose, components, arguments, settings, output, program)
     if is_main():
         _print_compose(result)

@@ -8,6 +8,7 @@ Padding on the right comes after all that reads it and may stay fused.
 """
 
 import sys
+import weakref
 
 import torch
 
@@ -24,7 +25,20 @@ def _is_left_padded(mask: torch.Tensor | None) -> bool:
     if mask is None or mask.ndim != 2:
         return False
     # Which way to take must not depend on numbers in a compiled graph: step by step is right for all
-    return torch.compiler.is_compiling() or not mask[:, 0].all().item()
+    if torch.compiler.is_compiling():
+        return True
+    # Reading a number makes a GPU wait, and all layers are given the same mask: it is looked at once
+    known = None if mask.is_inference() else getattr(_shared.local, "mask", None)
+    if known is not None and known[0]() is mask and known[1] == mask._version:
+        return known[2]
+    found = _look(mask)
+    if not mask.is_inference():
+        _shared.local.mask = weakref.ref(mask), mask._version, found
+    return found
+
+
+def _look(mask: torch.Tensor) -> bool:
+    return not mask[:, 0].all().item()
 
 
 def _padded_in(module, args, kwargs):

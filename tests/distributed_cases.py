@@ -218,11 +218,20 @@ def evaluate(folder, name):
     return compare_losses(hybrid(), rows_of(7), batch_size=2)
 
 
+def repeated(folder, name, **changes):
+    """Nine rows in batches of four: of the last, two processes are given a row and a copy, and two copies."""
+    model = hybrid(num_blocks=1, mixture="token", component_loss_weight=0.5)
+    arguments = TrainingArguments(output_dir=str(folder / name), **settings(**changes))
+    trainer = HybridTrainer(model=model, args=arguments, eval_dataset=text(9), data_collator=default_data_collator)
+    found = trainer.evaluate()
+    return {key: value for key, value in found.items() if key.startswith(("eval_loss/", "eval_gate"))}
+
+
 CASES = {
     "darts": search("darts"), "darts_bilevel": search("darts_bilevel"), "gaea": search("gaea", cost_penalty=0.05),
     "dash": search("dash"), "pretrain": pretrain, "finetune": finetune, "clipped": clipped, "paper": paper,
     "one_component": one_component, "lora": lora, "heal": heal, "resumed": resumed, "sharded": sharded,
-    "buffers": buffers, "mixed": mixed, "calibrate": calibrate, "evaluate": evaluate,
+    "buffers": buffers, "repeated": repeated, "mixed": mixed, "calibrate": calibrate, "evaluate": evaluate,
 }  # fmt: skip
 
 

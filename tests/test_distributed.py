@@ -5,7 +5,7 @@ import torch
 from distributed_cases import CASES, run
 from processes import launch, results, same
 
-QUICK = ["darts_bilevel", "finetune", "lora", "calibrate", "evaluate"]
+QUICK = ["darts_bilevel", "finetune", "lora", "calibrate", "evaluate", "repeated"]
 QUICK_SHARDED = ["gaea", "pretrain", "clipped", "sharded", "buffers"]
 PRECISE = [name for name in CASES if name != "mixed"]  # in bf16 the processes round otherwise
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
@@ -53,7 +53,7 @@ def test_data_parallel_in_every_other_case(tmp_path):
 
 @pytest.mark.slow
 def test_sharded_in_every_other_case(tmp_path):
-    no_training = ["calibrate", "evaluate"]
+    no_training = ["calibrate", "evaluate", "repeated"]
     compare(tmp_path, [name for name in PRECISE if name not in QUICK_SHARDED + no_training], "--fsdp")
 
 

@@ -9,6 +9,7 @@ import inspect
 import pytest
 import torch
 from manticore_hf.modeling import fast_mixers_manticore as sm
+from manticore_hf.modeling import padding_manticore
 from manticore_hf.modeling.padding_manticore import unfuse_padded
 from scans import modeling, uninstall
 
@@ -66,6 +67,21 @@ def test_only_padding_on_the_left_is_kept_from_the_kernel(fused):
         assert len(calls) == (0 if is_wrong(model) else unfuse_padded(model))
     alone = model(input_ids=ids[:1, PADDING:], use_cache=False).logits
     torch.testing.assert_close(padded[:1, PADDING:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_is_looked_at_once_for_all_layers(fused, monkeypatch):
+    """A GPU waits for every look; a mask that was written over is another one."""
+    model, calls = fused
+    looks, look = [], padding_manticore._look
+    monkeypatch.setattr(padding_manticore, "_look", lambda mask: looks.append(1) or look(mask))
+    ids, mask, _ = left_padded()
+    mask = torch.ones_like(mask)
+    mask[1, -1] = 0  # Transformers drops a mask of ones
+    for count, left in enumerate((1, 0), 1):
+        mask[0, 0] = left
+        calls.clear()
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        assert len(looks) == count and bool(calls) == (left == 1 and not is_wrong(model))
 
 
 def test_without_kernels_nothing_is_hooked():

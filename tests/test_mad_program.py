@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from processes import launch
 from tiny_hybrid import pair, save_pair
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
@@ -247,6 +248,27 @@ def test_a_run_ends_with_the_alpha_that_was_programmed(parts, tmp_path, capsys, 
     (out / "0-compose" / "stage.json").unlink()
     next((out / "0-program").glob(f"{list(found.tasks)[-1]}-*.json")).unlink()
     assert run_recipe(recipe, out)[0][1] == results[0][1] and len(searched) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_program_what_one_programs(parts, tmp_path):
+    """The small searches run in a process of their own."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE.format(parts=parts, blocks=1, tasks="copying") + FINETUNE)
+    (_, alone), _ = run_recipe(recipe, tmp_path / "one")
+    printed = launch(["-m", "manticore_hf.cli", "run", recipe, "--output-dir", tmp_path / "two"])
+    assert printed.count("searching alpha of gpt_neox + mamba") == 1, "only one process searches"
+    found = json.loads((tmp_path / "two" / "0-compose" / "stage.json").read_text())
+    assert found["mixture_weights"] == [pytest.approx(row, abs=1e-6) for row in alone["mixture_weights"]]
+    model = ManticoreForCausalLM.from_pretrained(tmp_path / "two" / "1-finetune")
+    assert model.mixture_weights().tolist() == found["mixture_weights"]
+
+
+def test_a_search_apart_that_fails_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "world", lambda: (0, 2))
+    monkeypatch.setattr(program.sys, "executable", "false")
+    with pytest.raises(ManticoreError, match="Programming selective-copying failed in its own process .exit status 1"):
+        program_alpha(PAIR, ["copying"], 1, tmp_path, TINY, quiet=True)
 
 
 def test_compose_alone_names_the_recipe(parts, tmp_path, capsys):

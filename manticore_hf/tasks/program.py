@@ -18,6 +18,9 @@ kept beside its alpha; where that is chance, the alpha says nothing about the ta
 import dataclasses
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +29,7 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, default_data_collator
 
+from manticore_hf.distributed import world
 from manticore_hf.files import write_json
 from manticore_hf.logs import hybrid_of
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
@@ -37,6 +41,8 @@ from manticore_hf.tasks.models import hybrid_from_scratch, scratch_config
 from manticore_hf.tasks.run import for_task, forward_arguments, pick
 
 PREFIX = "mad:"
+# What launchers tell the processes that they start
+_LAUNCHED = ("ACCELERATE_", "FSDP_", "GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -141,10 +147,34 @@ def program_alpha(families, tasks, num_blocks, output_dir, settings=None, quiet=
                 raise ManticoreError(f"Programming needs a small model of every component's family: {err}") from err
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    if world()[1] > 1:  # the small searches are no part of a distributed run: what they write is read here
+        _search_apart(families, tasks, num_blocks, output, settings, quiet)
     runs = [_run(families, task, num_blocks, settings, seed, output, quiet) for task, seed in jobs]
     found = {name: [run["alpha"] for run in runs if run["task"]["name"] == name] for name in tasks}
     found = {name: torch.tensor(rows, dtype=torch.float64).mean(0) for name, rows in found.items()}
     return ProgrammedAlpha(torch.stack(list(found.values())).mean(0).float(), found, runs)
+
+
+def _search_apart(families, tasks, num_blocks, output, settings, quiet):
+    """`program_alpha` in a process of its own, on one device, that knows nothing of the others of a distributed run."""
+    alone = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHED)}
+    if torch.cuda.is_available():  # several visible ones would share its batches
+        index = torch.cuda.current_device()
+        visible = [one for one in alone.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+        alone["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
+    request = [families, tasks, num_blocks, str(output), dataclasses.asdict(settings), quiet]
+    code = "import json, sys; from manticore_hf.tasks import program; program.search(*json.load(sys.stdin))"
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(request), text=True, env=alone)
+    if done.returncode:
+        raise ManticoreError(
+            f"Programming {'+'.join(tasks)} failed in its own process (exit status {done.returncode}), which printed "
+            f"why; the runs that were finished are in {output}, and starting again goes on after them."
+        )
+
+
+def search(families, tasks, num_blocks, output_dir, settings, quiet):
+    """`program_alpha` of plain values, for a process that is started for it."""
+    program_alpha(families, tasks, num_blocks, output_dir, ProgramSettings(**settings), quiet)
 
 
 def _run(families, task, num_blocks, settings, seed, output, quiet):
