@@ -6,13 +6,18 @@ wrong. Where they are alike, their own losses keep all good, and a mean of log-p
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
-from manticore_hf.distributed import bar
+from manticore_hf.distributed import agree, bar, component_runner, is_main, say
+from manticore_hf.files import write_json
+from manticore_hf.logs import hybrid_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 WINDOW = 64
@@ -78,6 +83,37 @@ def choose_objective(model, rows, **measuring):
     return found
 
 
+class ObjectiveWhenSharded(TrainerCallback):
+    """Chooses the objective once the Trainer has sharded the hybrid: before, it may be too large for any device.
+
+    What was chosen is kept in a file: a run that goes on after a kill has trained components to measure.
+
+    Args:
+        rows, batch_size: As `choose_objective` takes them.
+        output: The run's directory.
+    """
+
+    FILE = "objective.json"
+
+    def __init__(self, rows, batch_size, output):
+        self.rows, self.batch_size, self.file = rows, batch_size, Path(output) / self.FILE
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        hybrid = hybrid_of(model)
+        if not awaits_objective(hybrid):
+            return
+        config, keys = hybrid.config, ("mixture_space", "mix_loss_weight", "component_loss_weight", "objective")
+        known = agree(json.loads(self.file.read_text()) if is_main() and self.file.is_file() else None)
+        if known is None:
+            choose_objective(hybrid, self.rows, batch_size=self.batch_size)
+            if is_main():
+                write_json(self.file, {key: getattr(config, key) for key in keys})
+        else:
+            for key in keys:
+                setattr(config, key, known[key])
+        say(f"Objective: {say_objective(config)}.")
+
+
 def say_objective(config):
     """What a hybrid is trained on and why, in one line; None where all of it was given."""
     objective = config.objective
@@ -119,13 +155,13 @@ def difference_of_strengths(model, rows, tokens=16_384, window=WINDOW, batch_siz
         ManticoreError: No row has two predicted tokens.
     """
     names, sums, counts = model.config.component_names, [], []
+    parts = [component_runner(model, name) for name in names]
     was_training = model.training
     model.eval()
     try:
         for batch in bar(_batches(rows, tokens, batch_size), desc="Measuring strengths", unit="batch", leave=False):
             ids, labels = (batch[key].to(model.device) for key in ("input_ids", "labels"))
-            parts = [_token_losses(model.component(name), ids, labels, model.config.vocab_size) for name in names]
-            losses = torch.stack(parts)
+            losses = torch.stack([_token_losses(part, ids, labels, model.config.vocab_size) for part in parts])
             kept = (labels[:, 1:] != -100).to(losses.dtype)
             halves = [_windows(losses * kept, window, half) for half in (0, 1)]
             sums.append(torch.stack(halves))  # [half, component, windows]

@@ -33,7 +33,7 @@ from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.prepare import finished, record, training_defaults
 from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
 from manticore_hf.stages import ComponentClipping, fix_alpha, set_stage
-from manticore_hf.strengths import awaits_objective, choose_objective, say_objective
+from manticore_hf.strengths import ObjectiveWhenSharded, awaits_objective, choose_objective, say_objective
 
 OBJECTIVE = ("mixture_space", "mix_loss_weight", "component_loss_weight", "objective")
 STAGES = {"pretrain": "projectors", "search": "search", "finetune": "finetune"}
@@ -93,9 +93,6 @@ def run_stage(stage, start, data, arguments):
     if awaits_calibration(model):
         found = calibrate_projectors(model.to(arguments.device), train)
         say(f"Projectors calibrated on {found.tokens:,} tokens of the training text, reference {found.reference}.")
-    if awaits_objective(model):
-        choose_objective(model.to(arguments.device), train, batch_size=arguments.per_device_train_batch_size)
-        say(f"Objective: {say_objective(model.config)}.")
     if start.mixture_from is not None:
         take_mixture(model, start.mixture_from)
     elif stage == "finetune":
@@ -109,6 +106,13 @@ def run_stage(stage, start, data, arguments):
     if arguments.ddp_find_unused_parameters is None:
         arguments.ddp_find_unused_parameters = True  # weights that are fixed, components at 0, heads that nothing reads
     trainer = (SearchTrainer if stage == "search" else HybridTrainer)(model=model, args=arguments, **kwargs)
+    if awaits_objective(model):
+        rows = arguments.per_device_train_batch_size
+        if trainer.is_fsdp_enabled:
+            trainer.add_callback(ObjectiveWhenSharded(train, rows, output))
+        else:
+            choose_objective(model.to(arguments.device), train, batch_size=rows)
+            say(f"Objective: {say_objective(model.config)}.")
     resume = arguments.resume_from_checkpoint or agree(last_whole_checkpoint(output))
     if resume:
         say(f"{output}: going on from {resume}.")

@@ -119,6 +119,25 @@ def test_data_parallel(alone, tmp_path):
         same_stages(alone / "one", tmp_path / name)
 
 
+@pytest.mark.slow
+def test_the_objective_is_chosen_by_shards(alone, tmp_path):
+    """A hybrid that fits on no device is never whole on one; what is chosen and trained is the same."""
+    for batch in (2, 4):
+        recipe = yaml.safe_load((alone / f"batch{batch}.yaml").read_text())
+        recipe["data"]["data"] = str(alone / "text.txt")
+        recipe["hybrid"], recipe["stages"] = {"num_blocks": 1}, [{"finetune": recipe["stages"][3]["finetune"]}]
+        (tmp_path / f"batch{batch}.yaml").write_text(yaml.safe_dump(recipe))
+    _, (_, one) = run_recipe(tmp_path / "batch4.yaml", tmp_path / "one")
+    command = [HERE / "fsdp_cli.py", "run", tmp_path / "batch2.yaml", "--output-dir", tmp_path / "two"]
+    printed = launch(command, launcher=accelerated("fsdp2.yaml"))
+    assert printed.count("Objective: strengths are") == 1
+    two = json.loads((tmp_path / "two" / "1-finetune" / "stage.json").read_text())
+    assert (tmp_path / "two" / "1-finetune" / "objective.json").is_file()
+    for key in ("objective", "losses"):
+        assert numbers(two[key]) == pytest.approx(numbers(one[key]), abs=2e-5)
+    assert two["objective"]["mixture_space"] == one["objective"]["mixture_space"]
+
+
 KINDS = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP, "deepspeed_zero3": DistributedType.DEEPSPEED}
 
 

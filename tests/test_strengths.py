@@ -1,6 +1,7 @@
 """Whether components are good at different things, measured on components whose strengths are known; the objective
 that follows, and when it is chosen."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from manticore_hf.recipe import load_recipe
 from manticore_hf.strengths import (
     ALIKE,
     SPECIALISTS,
+    ObjectiveWhenSharded,
     Strengths,
     awaits_objective,
     choose_objective,
@@ -199,3 +201,20 @@ def test_a_recipe_cannot_say_what_was_measured(tmp_path):
     file.write_text("components: [a, b]\nhybrid:\n  objective: {open: []}\n")
     with pytest.raises(ManticoreError, match="recipe.yaml:3: hybrid.objective: unknown key"):
         load_recipe(file)
+
+
+def test_a_sharded_run_that_goes_on_keeps_its_objective(tmp_path, capsys):
+    """What was chosen is read, not measured again: components that were trained may differ in other ways."""
+    def made():
+        return ManticoreForCausalLM.from_components(pair(), num_blocks=1)
+
+    first, second = made(), made()
+    ObjectiveWhenSharded(rows_of(5, 13), 2, tmp_path).on_train_begin(None, None, None, model=torch.nn.Sequential(first))
+    assert first.config.objective["chosen"] and not awaits_objective(first)
+    kept = json.loads((tmp_path / "objective.json").read_text())
+    kept["objective"]["gain"], kept["mixture_space"] = 0.5, "prob"
+    (tmp_path / "objective.json").write_text(json.dumps(kept))
+    ObjectiveWhenSharded(None, 2, tmp_path).on_train_begin(None, None, None, model=second)
+    assert second.config.mixture_space == "prob" and second.config.objective["gain"] == 0.5
+    assert second.config.component_loss_weight == first.config.component_loss_weight
+    assert capsys.readouterr().out.count("Objective: strengths") == 2
