@@ -10,6 +10,10 @@ parameters) for a few steps, and measures
 * the peak of torch's CPU allocator in one micro-batch, from torch.profiler, which also sees what kernels allocate.
 Neither knows of the estimator, which is run in the parent process from the configurations alone.
 
+    python benchmarks/plan.py --processes 2 --output benchmarks/results/plan_processes.json
+
+runs DDP and FSDP2 in two processes (gloo), and measures each one's peak of resident memory from the first step on.
+
 On a GPU the hybrids are larger (56M to 850M parameters), all run in this process, and what is measured is the peak of
 torch's CUDA allocator over what it held before the model was built. Plans for CUDA are those without mamba-ssm, so it
 should not be installed.
@@ -43,6 +47,13 @@ PAIRS = {
     ],
 }  # fmt: skip
 _PILE = {"vocab_size": 50280}
+_WIDE = {"vocab_size": 1000, "hidden_size": 1024, "num_hidden_layers": 4}
+_DEEP = {"vocab_size": 1000, "hidden_size": 512, "num_hidden_layers": 24}
+_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8}
+PAIRS |= {  # whose weights outweigh what they compute: in wide layers, and in many
+    "wide": [("llama", {**_WIDE, "intermediate_size": 4096, **_HEADS}), ("mamba", _WIDE)],
+    "deep": [("llama", {**_DEEP, "intermediate_size": 1408, **_HEADS}), ("mamba", _DEEP)],
+}
 PAIRS |= {  # of the sizes of Pythia-160M and Mamba-130M, Pythia-410M and Mamba-370M
     "pythia-160m+mamba-130m": [
         ("gpt_neox", {**_PILE, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -87,9 +98,23 @@ CUDA_CASES = [
     {"pair": "pythia-410m+mamba-370m", "bf16": True, "gradient_checkpointing": True, "batch": 4, "length": 512},
     {"pair": "pythia-410m+mamba-370m", "stage": "pretrain", "bf16": True, "batch": 8, "length": 512},
 ]
+SEVERAL_CASES = [
+    {"engine": "ddp"},
+    {"engine": "ddp", "bf16": True, "gradient_checkpointing": True},
+    {"engine": "fsdp2"},
+    {"engine": "fsdp2", "gradient_checkpointing": True},
+    {"engine": "fsdp2", "pair": "llama+mamba2", "gradient_checkpointing": True},
+    {"engine": "fsdp2", "bf16": True, "train_dtype": "bfloat16", "gradient_checkpointing": True},
+    {"engine": "fsdp2", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    {"engine": "fsdp2", "stage": "pretrain"},
+    {"engine": "fsdp2", "lora": True},
+    {"engine": "fsdp2", "optim": "sgd", "batch": 1},
+    {"engine": "fsdp2", "pair": "wide", "batch": 1, "length": 64},
+    {"engine": "fsdp2", "pair": "deep", "batch": 1, "length": 64},
+]
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
                "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-_TRAINING = ("gradient_checkpointing", "gradient_accumulation_steps", "bf16", "optim")
+_TRAINING = ("gradient_checkpointing", "gradient_accumulation_steps", "bf16", "optim", "train_dtype")
 
 
 def configuration(case):
@@ -103,8 +128,8 @@ def configuration(case):
     return ManticoreConfig(components=parts, num_blocks=case["num_blocks"], **settings)
 
 
-def estimate(case, device):
-    """The plan's Option for a case: one device, nothing but what the configurations say."""
+def estimate(case, device, processes=1):
+    """The plan's Option for a case: nothing but what the configurations say."""
     from manticore_hf.plan.engines import Machine, StagePlanner
     from manticore_hf.plan.schedule import make_task
     from manticore_hf.plan.subject import Subject
@@ -115,10 +140,12 @@ def estimate(case, device):
         settings["route"] = PAIRS[case["pair"]][0][0]
     subject = Subject("case", configuration(case), [(case["stage"], settings)])
     task = make_task(subject, case["stage"], settings, length=case["length"])
-    planner = StagePlanner(task, Machine(1, 10**15, 0.0, device))
+    planner = StagePlanner(task, Machine(processes, 10**15, 0.0, device))
+    if case.get("engine") == "fsdp2":
+        return planner.fsdp(case["batch"], task.checkpointing, name="adapted" if case.get("lora") else "sharded")
     if case.get("lora"):
         return planner.lora(case["batch"])
-    return planner.whole(case["batch"], task.checkpointing)
+    return planner.whole(case["batch"], task.checkpointing, ddp=processes > 1)
 
 
 def make_trainer(case, folder, device):
@@ -134,10 +161,11 @@ def make_trainer(case, folder, device):
 
     config, stage = configuration(case), case["stage"]
     model = ManticoreForCausalLM(config)
-    rows = case["batch"] * case.get("gradient_accumulation_steps", 1) * 2
+    rows = case["batch"] * case.get("gradient_accumulation_steps", 1) * 2 * int(os.environ.get("WORLD_SIZE", 1))
     ids = torch.randint(0, config.vocab_size, (rows, case["length"])).tolist()
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})
     settings = {key: case[key] for key in _TRAINING if key in case}
+    model.to(getattr(torch, settings.pop("train_dtype", "float32")))
     kind, trainer, more = TrainingArguments, HybridTrainer, {}
     if stage == "search":
         kind, trainer = SearchArguments, SearchTrainer
@@ -154,6 +182,10 @@ def make_trainer(case, folder, device):
         settings |= {"gradient_checkpointing": True, "bf16": True}
     else:
         set_stage(model, STAGES.get(stage, "finetune"))
+    if case.get("engine") == "fsdp2":
+        settings |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+    elif case.get("engine") == "ddp":
+        settings["ddp_find_unused_parameters"] = True
     arguments = kind(
         output_dir=folder, report_to="none", use_cpu=device == "cpu", disable_tqdm=True, save_strategy="no",
         logging_steps=1000, max_steps=2, per_device_train_batch_size=case["batch"],
@@ -186,6 +218,50 @@ def measure(case):
         trainer.train()
         peak = resident("VmHWM") - before
     return {"resident": peak, "allocator": micro_batch(trainer, case)}
+
+
+def measure_rank(case):
+    """Peak of one of several processes, from the first step on: the whole model that each reads before is not in it."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import cpu_fsdp
+    import torch
+    from transformers import TrainerCallback
+
+    from manticore_hf.distributed import is_sharded
+
+    class Reset(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            assert is_sharded(model) == (case["engine"] == "fsdp2")
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")
+
+    cpu_fsdp.allow()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        kept, PAIRS[case["pair"]] = PAIRS[case["pair"]], [
+            (kind, {**values, "num_hidden_layers": 2, "vocab_size": 500}) for kind, values in PAIRS[case["pair"]]
+        ]  # fmt: skip
+        make_trainer({**case, "batch": 2, "length": 128}, folder, "cpu").train()
+        PAIRS[case["pair"]] = kept
+        gc.collect()
+        before = resident("VmRSS")
+        trainer = make_trainer(case, folder, "cpu")
+        trainer.add_callback(Reset())
+        trainer.train()
+        return {"resident": resident("VmHWM") - before}
+
+
+def measure_processes(case, count):
+    """`measure_rank` in so many processes; the larger of what they measured."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), __file__]
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["--case", json.dumps(case), "--ranks", folder]
+        child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+        if child.returncode:
+            print(child.stderr[-3000:])
+            raise SystemExit(f"{case} failed")
+        found = [json.loads(file.read_text())["resident"] for file in sorted(Path(folder).iterdir())]
+    return {"resident": max(found), "ranks": found}
 
 
 def measure_cuda(case):
@@ -237,13 +313,20 @@ def main():
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of cases")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--processes", type=int, default=1, help="of a run, sharing its rows (CPU only)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.ranks is not None:
+        file = Path(args.ranks) / f"rank{os.environ['RANK']}.json"
+        file.write_text(json.dumps(measure_rank(json.loads(args.case))))
+        return
     if args.case is not None:
         print(json.dumps(measure(json.loads(args.case))))
         return
     on_gpu = args.device == "cuda"
-    base, cases = (CUDA_BASE, CUDA_CASES) if on_gpu else (BASE, CASES)
+    several = args.processes > 1
+    base, cases = (CUDA_BASE, CUDA_CASES) if on_gpu else (BASE, SEVERAL_CASES if several else CASES)
     if on_gpu:  # kernels are loaded and workspaces allocated once
         measure_cuda({**CUDA_BASE, "pair": "llama+mamba2", "length": 64, "bf16": True})
     results = []
@@ -251,13 +334,18 @@ def main():
         if args.only is not None and number not in args.only:
             continue
         case = {**base, **case}
-        option = estimate(case, args.device)
-        found = measure_cuda(case) if on_gpu else measure_apart(case)
+        option = estimate(case, args.device, args.processes)
+        if several:
+            found = measure_processes(case, args.processes)
+        else:
+            found = measure_cuda(case) if on_gpu else measure_apart(case)
         step = sum(option.parts[key] for key in ("gradients", "activations"))
         row = {"case": case, "estimate": option.parts, "peak": option.peak, **found}
         row["ratio"] = option.peak / found["resident"]
         results.append(row)
-        inner = "" if on_gpu else f"; micro-batch {step / 1e6:.1f} planned {found['allocator'] / 1e6:.1f} allocated"
+        inner = ""
+        if "allocator" in found:
+            inner = f"; micro-batch {step / 1e6:.1f} planned {found['allocator'] / 1e6:.1f} allocated"
         print(f"{number:>2} {option.peak / 1e6:9.1f} MB planned {found['resident'] / 1e6:9.1f} resident "
               f"{row['ratio']:.3f}{inner}; {case}", flush=True)  # fmt: skip
         if args.output:

@@ -11,7 +11,7 @@ from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
 from manticore_hf.hardening import harden
 from manticore_hf.heal import HealTrainer
 from manticore_hf.plan.cache import cache_sizes
-from manticore_hf.plan.memory import optimizer_bytes
+from manticore_hf.plan.memory import layers_of, optimizer_bytes
 from manticore_hf.plan.schedule import _fixed
 from manticore_hf.plan.shrink import find_period
 from manticore_hf.plan.step import Rehearsal, meta_hybrid
@@ -88,6 +88,29 @@ def test_three_periods_stand_for_all_layers(pair, stage, ways):
     assert sum(1 for _ in short.model.modules()) < sum(1 for _ in whole.model.modules())
     for way in ways:
         assert short.micro_batch(2, 64, *way) == whole.micro_batch(2, 64, *way)
+
+
+@pytest.mark.parametrize("checkpointing, size", [(True, (2, 64)), (False, (1, 256))])
+def test_gradients_of_layers_are_divided_as_they_come(checkpointing, size):
+    """With many devices hardly anything of a layer's gradient stays; those outside layers stay to the end."""
+    config = config_of("gpt_neox+mamba", vocabulary=64, mixture="static")
+    model = real(config, "finetune", None, checkpointing)
+    layers = [one for layer in layers_of(model) for one in layer.parameters()]
+    handles = [one.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None)) for one in layers]
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        train_once(model, *size)
+
+    costs = [Rehearsal(_fixed(config), "finetune", device="cpu", share=share) for share in (0, 0.5, 1)]
+    none, half, all_of_it = [one.micro_batch(*size, None, checkpointing) for one in costs]
+    assert none.with_divided == pytest.approx(allocated(run), rel=0.05)
+    assert all_of_it.with_divided == all_of_it.with_gradients == half.with_gradients
+    assert none.with_divided <= half.with_divided <= all_of_it.with_divided
+    for handle in handles:
+        handle.remove()
+    if checkpointing:
+        assert none.with_divided < 0.9 * allocated(run), "the gradients hardly matter here"
 
 
 def test_a_rehearsal_repeats_itself():

@@ -135,6 +135,37 @@ def test_every_stage(tmp_path):
     assert tune["options"][0]["parts"]["weights"] == 4 * plan["parameters"]
 
 
+def test_what_is_trained_in_half_precision(tmp_path):
+    """accelerate's FSDP2 makes it float32 with mixed precision; what is frozen, and any other engine, leaves it."""
+    recipe = write_recipe(tmp_path, save_configs(tmp_path, "llama", "gpt_neox"))
+    text = recipe.read_text()
+    found = {}
+    for name, settings in (("mixed", "bf16: true, train_dtype: bfloat16"), ("pure", "train_dtype: bfloat16")):
+        recipe.write_text(text.replace("finetune: {", f"finetune: {{{settings}, "))
+        stage = make_plan(recipe, 4, "1GB", tokens=1000, batch_size=2)["stages"][0]
+        found[name] = {one["engine"]: one["parts"] for one in stage["options"]}, stage
+    parameters = found["mixed"][1]["trainable"]
+    for engine, sizes in (("FSDP2", {"mixed": 4, "pure": 2}), ("DDP", {"mixed": 2, "pure": 2})):
+        for name, size in sizes.items():
+            shards = 4 if engine == "FSDP2" else 1
+            parts = found[name][0][engine]
+            assert parts["weights"] == pytest.approx(size * parameters / shards, rel=1e-3), (engine, name)
+            assert parts["optimizer"] == pytest.approx(2 * size * parameters / shards, rel=1e-2), (engine, name)
+
+
+def test_weights_that_are_read_in_another_dtype(tmp_path):
+    parts = save_configs(tmp_path, "llama", "gpt_neox")
+    for part in parts:
+        file = Path(part) / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "bfloat16"}))
+    recipe = write_recipe(tmp_path, parts)
+    said = "while weights are read, each of 2 processes has all of them in float32"
+    plan = make_plan(recipe, 2, "1GB", tokens=1000, batch_size=2)
+    assert plan["dtype"] == "bfloat16" and any(said in one for one in plan["stages"][0]["advice"])
+    recipe.write_text(recipe.read_text().replace("finetune: {", "finetune: {train_dtype: bfloat16, "))
+    assert not any("are read" in one for one in make_plan(recipe, 2, "1GB", tokens=1000)["stages"][0]["advice"])
+
+
 def test_more_devices_and_less_memory(tmp_path):
     recipe = write_recipe(tmp_path, save_configs(tmp_path, "llama", "gpt_neox"))
     recipe.write_text(recipe.read_text().replace("0.25", "0.0"))  # an evaluation would only take fewer rows

@@ -85,8 +85,10 @@ class StagePlanner:
 
     def _rehearse(self, dtype, prepare=None):
         task = self.task
+        wide = 4 if task.autocast else dtype.itemsize  # what is trained with mixed precision is float32
         return Rehearsal(
-            task.config, task.trains, dtype, self.machine.device, teacher=task.teacher, prepare=prepare
+            task.config, task.trains, dtype, self.machine.device, teacher=task.teacher, prepare=prepare,
+            share=wide / dtype.itemsize / self.machine.devices,
         )  # fmt: skip
 
     @cached_property
@@ -111,9 +113,9 @@ class StagePlanner:
             self._costs[key] = getattr(self, name).micro_batch(batch, self.task.length, autocast, checkpointing)
         return self._costs[key]
 
-    def _optimizer(self, name):
+    def _optimizer(self, name, weights=None):
         if name not in self._optimizers:
-            shapes = getattr(self, name).weights.shapes
+            shapes = (weights or getattr(self, name).weights).shapes
             self._optimizers[name] = optimizer_bytes(shapes, self.task.settings, self.machine.device)
         return self._optimizers[name]
 
@@ -181,22 +183,34 @@ class StagePlanner:
 
     def fsdp(self, batch, checkpointing, offload=False, name="sharded"):
         """Weights, gradients and optimizer divided over the devices; whole layers only while they are needed."""
-        weights = self.plain.weights if name == "sharded" else self.adapted.weights
+        weights, cost = self._divided(name), self._cost(name, batch, checkpointing)
         count, size = self.machine.devices, self.task.compute.itemsize if name == "sharded" else 2
-        kept, step = self._optimizer("plain" if name == "sharded" else name)
-        shards = {"weights": weights.bytes / count, "gradients": weights.gradient_bytes / count,
-                  "optimizer": (kept + step) / count}  # fmt: skip
-        shards = {key: int(value) for key, value in shards.items()}
-        # Two layers are whole at a time, the next one being fetched, and their gradients until they are divided.
-        whole = weights.root + weights.root_trainable + 2 * (weights.layer + weights.layer_trainable)
-        parts = {"gathered": size * whole, "activations": self._cost(name, batch, checkpointing).activations}
-        parts = parts if offload else {**shards, **parts}
+        kept, step = (amount // count for amount in self._optimizer(f"{name}, divided", weights))
+        shards = {"weights": weights.bytes // count, "gradients": weights.gradient_bytes // count, "optimizer": kept}
+        # Two layers are whole at a time, the next one being fetched; so are their gradients, one divided, one coming.
+        gathered = size * (weights.root + 2 * weights.layer)
+        arriving = size * weights.layer_trainable
+        gradients = max(0, cost.with_divided + arriving - cost.activations)
+        if self.task.accumulation > 1:
+            gradients = shards["gradients"] + min(gradients, size * weights.root_trainable + arriving)
+        parts = {**shards, "gradients": gradients, "gathered": gathered, "activations": cost.activations}
+        if offload:
+            parts.pop("weights"), parts.pop("optimizer")
+        elif shards["gradients"] + step > gradients + gathered + cost.activations:  # the optimizer's step takes more
+            parts |= {"gradients": shards["gradients"], "gathered": 0, "activations": step}
         if self.task.teacher is not None:  # the Trainer does not divide it
             parts["teacher"] = self.plain.teacher_bytes
         label = "FSDP2" if name == "sharded" else "LoRA, FSDP2"
         out = self._finish(label, checkpointing, batch, parts, name, offload)
-        out.host = count * sum(shards.values()) if offload else None
+        out.host = count * (sum(shards.values()) + step) if offload else None
         return out
+
+    def _divided(self, name):
+        """The Weights that FSDP2 divides: with mixed precision accelerate makes what is trained float32."""
+        weights = self.plain.weights if name == "sharded" else self.adapted.weights
+        if self.task.autocast is None:
+            return weights
+        return weights.widened()
 
     def lora(self, batch, fsdp=False, four_bits=False):
         """Adapters of rank 16 on the linear maps, the mixer in full, activations recomputed."""

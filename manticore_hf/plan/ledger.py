@@ -25,20 +25,22 @@ class Ledger(FakeTensorMode):
 
     Attributes:
         repeats: {key: how often the sections with this key happen}.
-        peak: Highest (bytes that a micro-batch made, the same with the gradients it left), without weights.
+        shares: {id of a parameter: how many of its complete gradient's bytes stay where FSDP2 divides it}; default: 1.
+        peak: Highest (bytes that a micro-batch made, the same with the gradients it left, the same with these divided),
+            without weights.
         operations: FLOPs.
     """
 
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
-        self.repeats, self.counting, self.depth = {}, False, 0
+        self.repeats, self.shares, self.counting, self.depth = {}, {}, False, 0
         self._begin(())
 
     def _begin(self, tensors):
         self.live, self.once, self.weights = {}, set(), {tensor.untyped_storage()._cdata for tensor in tensors}
-        self.made = self.grads = self.operations = 0
-        self.peak = (0, 0)
-        self.key, self.first, self.highest = None, (0, 0), (0, 0)
+        self.made = self.grads = self.divided = self.operations = 0
+        self.key = None
+        self.peak = self.first = self.highest = self._level()
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -76,22 +78,27 @@ class Ledger(FakeTensorMode):
         self.peak = tuple(map(max, self.peak, highest))
         self.made += more * steps[0]
         self.grads += more * (steps[1] - steps[0])
+        self.divided += more * (steps[2] - steps[0])
         self.key, self.first = key, self._level()
         self.highest = self.first
         if state is not None:
             self.once.add(state.untyped_storage()._cdata)
 
     def _level(self):
-        return (self.made, self.made + self.grads)
+        return (self.made, self.made + self.grads, self.made + self.divided)
 
     def _left(self, parameter):
         """A parameter's gradient is complete: it stays until the optimizer has run."""
         key = parameter.grad.untyped_storage()._cdata
-        if key not in self.live or self.live[key][1]:
+        if key not in self.live or self.live[key][1] is not None:
             return
         size, _, made_in = self.live[key]
-        self.live[key] = (size, True, made_in)
-        self.made, self.grads = self.made - size, self.grads + size
+        share = self.shares.get(id(parameter), 1)
+        self.live[key] = (size, share, made_in)
+        self._leave(size, share)
+
+    def _leave(self, size, share):
+        self.made, self.grads, self.divided = self.made - size, self.grads + size, self.divided + share * size
 
     # ---- every operation ---------------------------------------------------------------------------------------------
 
@@ -121,18 +128,17 @@ class Ledger(FakeTensorMode):
         if key in self.live or key in self.weights:
             return
         size = storage.nbytes()
-        self.live[key] = (size, False, self.key)
+        self.live[key] = (size, None, self.key)
         self.made += size
         weakref.finalize(storage, self._drop, key, self.live)
 
     def _drop(self, key, live):
         if live is not self.live or key not in live:  # of a step before
             return
-        size, left, made_in = live.pop(key)
+        size, share, made_in = live.pop(key)
         if made_in != self.key and key not in self.once:  # elsewhere, and so are those of all repetitions
             size *= self.repeats.get(made_in, 1) / self.repeats.get(self.key, 1)
         self.once.discard(key)
-        if left:
-            self.grads -= size
-        else:
-            self.made -= size
+        self.made -= size
+        if share is not None:
+            self._leave(-size, share)

@@ -1,7 +1,7 @@
 """Bytes that do not depend on the batch: weights, gradients, and what the optimizer keeps of its own."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -43,6 +43,12 @@ class Weights:
     largest_quantised: int
     shapes: tuple
 
+    def widened(self):
+        """The same with what is trained in float32."""
+        more = sum((4 - t.itemsize) * torch.Size(shape).numel() for shape, t in self.shapes if t.itemsize < 4)
+        shapes = tuple((shape, torch.float32 if t.itemsize < 4 else t) for shape, t in self.shapes)
+        return replace(self, bytes=self.bytes + more, gradient_bytes=self.gradient_bytes + more, shapes=shapes)
+
 
 def weigh(model, hybrid, quantised=()):
     """The Weights of a model that is whole, on the meta device.
@@ -54,13 +60,10 @@ def weigh(model, hybrid, quantised=()):
     """
     parameters = list(model.parameters())
     layers, inside = [], set()
-    for name in hybrid.config.component_names:
-        component = hybrid.component(name)
-        anatomy = hybrid._cuts.anatomy(component)
-        for layer in getattr(component.get_submodule(anatomy.path), anatomy.layers):
-            own = list(layer.parameters())
-            inside |= {id(one) for one in own}
-            layers.append((_count(own), _count(own, trained=True)))
+    for layer in layers_of(hybrid):
+        own = list(layer.parameters())
+        inside |= {id(one) for one in own}
+        layers.append((_count(own), _count(own, trained=True)))
     root = [one for one in parameters if id(one) not in inside]
     trained = [one for one in parameters if one.requires_grad]
     sizes = [one.numel() for one in quantised]
@@ -72,6 +75,14 @@ def weigh(model, hybrid, quantised=()):
         quantised=sum(sizes), largest_quantised=max(sizes, default=0),
         shapes=tuple((tuple(one.shape), one.dtype) for one in trained),
     )  # fmt: skip
+
+
+def layers_of(hybrid):
+    """The layers of all components, one after the other."""
+    for name in hybrid.config.component_names:
+        component = hybrid.component(name)
+        anatomy = hybrid._cuts.anatomy(component)
+        yield from getattr(component.get_submodule(anatomy.path), anatomy.layers)
 
 
 def _count(parameters, trained=False):

@@ -77,9 +77,8 @@ def make_plan(
         "cache_tokens": length, "cache": cache_sizes(model, length),
     }  # fmt: skip
     rate = flops * utilization
-    plan["stages"] = [
-        _plan_stage(task, machine, rate) for task in tqdm(tasks, desc="Planning", unit="stage", leave=False)
-    ]  # fmt: skip
+    bar = tqdm(tasks, desc="Planning", unit="stage", leave=False)
+    plan["stages"] = [_plan_stage(task, machine, rate, plan["parameters"]) for task in bar]
     plan["assumptions"] = {
         "devices": machine.devices, "memory": machine.memory, "usable": machine.usable, "reserve": reserve,
         "device": device, "flops": flops, "utilization": utilization, "kernels": kernels.NOTES[device],
@@ -106,7 +105,7 @@ def _size(name, model, component):
             "bytes": sum(p.nbytes for p in parameters)}  # fmt: skip
 
 
-def _plan_stage(task, machine, rate):
+def _plan_stage(task, machine, rate, parameters):
     out = {
         "stage": task.stage, "batch": task.batch, "accumulation": task.accumulation, "length": task.length,
         "dtype": _name(task.dtype), "autocast": task.autocast and _name(task.autocast),
@@ -130,7 +129,7 @@ def _plan_stage(task, machine, rate):
         "hours": task.tokens and per_token * task.tokens / (devices * rate) / 3600,
         "flops": task.tokens and per_token * task.tokens,
     }  # fmt: skip
-    out["advice"] = _advise(task, choice, options, machine)
+    out["advice"] = _advise(task, choice, options, machine, parameters)
     return out
 
 
@@ -145,7 +144,7 @@ def _calibration(task, machine):
     return out
 
 
-def _advise(task, choice, options, machine):
+def _advise(task, choice, options, machine, parameters):
     if choice is None:
         return _too_big(task, options, machine)
     out, engine = [], choice.engine
@@ -162,6 +161,12 @@ def _advise(task, choice, options, machine):
         out.append(f"per_device_train_batch_size: {choice.batch}, gradient_accumulation_steps: {steps}")
     if choice.eval_batch is not None:
         out.append(f"per_device_eval_batch_size: {choice.eval_batch}")
+    if task.converts and machine.devices > 1:
+        held = machine.devices * task.dtype.itemsize * parameters / 1e9
+        out.append(
+            f"while weights are read, each of {machine.devices} processes has all of them in {_name(task.dtype)}, "
+            f"{held:,.1f} GB of the machine's memory (in {_name(task.converts)}, as stored, all share one copy)"
+        )
     if choice.host:
         out.append(f"the node needs {choice.host / 1e9:,.0f} GB of memory for what is offloaded")
     return out or ["as it is"]
@@ -172,7 +177,7 @@ def _too_big(task, options, machine):
     divided = [one for one in options if one.engine.startswith("FSDP2") and one.host is None]
     if divided:
         one = divided[-1]
-        shared = sum(one.parts[key] for key in ("weights", "gradients", "optimizer")) * machine.devices
+        shared = sum(one.parts.get(key, 0) for key in ("weights", "gradients", "optimizer")) * machine.devices
         rest = one.peak - shared // machine.devices
         if rest < machine.usable:
             needed = math.ceil(shared / (machine.usable - rest))

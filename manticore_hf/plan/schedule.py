@@ -35,6 +35,7 @@ class Task:
         trains: As `set_stage` takes it; None for a calibration.
         teacher: Configuration of the soft hybrid that a hardened one learns from, or None.
         dtype, autocast: Of the weights; of mixed precision, or None.
+        converts: The dtype that they are stored in, where it is another; else None.
         batch, accumulation, length, checkpointing: Rows per device, micro-batches per step, tokens per row, and whether
             activations are recomputed.
         eval_batch: Rows per device of the losses that end the stage; None if it has no validation text.
@@ -55,6 +56,7 @@ class Task:
     eval_batch: int | None = None
     tokens: int | None = None
     counted: str = ""
+    converts: torch.dtype | None = None
 
     @property
     def compute(self):
@@ -105,6 +107,8 @@ def make_task(subject, stage, settings, length=None, tokens=None, devices=1):
         given["per_device_train_batch_size"], given["gradient_accumulation_steps"], rows,
         bool(given["gradient_checkpointing"]),
     )  # fmt: skip
+    if (stored := subject.config.dtype) is not None and stored != task.dtype:
+        task.converts = stored
     if data is not None and data.validation_fraction:
         task.eval_batch = given["per_device_eval_batch_size"]
     if stage == "calibrate":

@@ -14,7 +14,7 @@ from manticore_hf.logs import PartSums
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.plan import kernels
 from manticore_hf.plan.ledger import Ledger
-from manticore_hf.plan.memory import weigh
+from manticore_hf.plan.memory import layers_of, weigh
 from manticore_hf.plan.shrink import shrink
 from manticore_hf.stages import set_stage
 
@@ -26,12 +26,14 @@ class StepCost:
     Attributes:
         activations: Bytes alive at the peak, gradients that are complete left out.
         with_gradients: The same with the gradients that the micro-batch leaves.
+        with_divided: The same where FSDP2 divides each layer's gradient once it is complete, and the others at the end.
         operations: FLOPs of matrix products, convolutions and attention, forward and backward (and again where
             activations are recomputed).
     """
 
     activations: int
     with_gradients: int
+    with_divided: int
     operations: int
 
 
@@ -55,6 +57,7 @@ class Rehearsal:
         teacher: Configuration of a hybrid to learn from (healing), or None.
         prepare: Function of the whole meta model that returns what is trained (LoRA), or None.
         whole: Keep every layer.
+        share: How many bytes FSDP2 keeps on each device of a byte of a layer's gradient.
 
     Attributes:
         weights: The whole model's Weights.
@@ -62,7 +65,8 @@ class Rehearsal:
     """
 
     def __init__(
-        self, config, stage, dtype=torch.float32, device="cuda", teacher=None, prepare=None, whole=False
+        self, config, stage, dtype=torch.float32, device="cuda", teacher=None, prepare=None, whole=False,
+        share=1.0,
     ):  # fmt: skip
         self.ledger, self.device, self.config, self.teacher = Ledger(), device, config, None
         self.hybrid = hybrid = meta_hybrid(config, dtype)
@@ -80,6 +84,7 @@ class Rehearsal:
             with self.ledger:
                 one.to_empty(device="cpu")
         hybrid.tie_weights()
+        self.ledger.shares = {id(one): share for layer in layers_of(hybrid) for one in layer.parameters()}
         if teacher is None:
             PartSums(hybrid)  # the Trainer's logs have the parts' losses
         else:
