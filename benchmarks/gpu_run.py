@@ -80,6 +80,9 @@ def run_recipe(folder, args, components):
     logs = []
     for state in sorted(Path(folder, "run").rglob("trainer_state.json")):
         logs.append(json.loads(state.read_text())["log_history"])
+    found["training_seconds"] = sum(row.get("train_runtime", 0) for log in logs for row in log)
+    found["flops"] = sum(stage["flops"] for stage in planned)
+    found["flops_per_second"] = found["flops"] / found["training_seconds"]
     return found, logs
 
 
