@@ -1,6 +1,8 @@
 """A whole recipe in two processes is the recipe in one: every stage, from the command line, as its users start it."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +138,37 @@ def test_the_objective_is_chosen_by_shards(alone, tmp_path):
     for key in ("objective", "losses"):
         assert numbers(two[key]) == pytest.approx(numbers(one[key]), abs=2e-5)
     assert two["objective"]["mixture_space"] == one["objective"]["mixture_space"]
+
+
+@pytest.mark.slow
+def test_the_slurm_script_on_two_nodes(alone, tmp_path):
+    """Slurm's commands are stood in for, each node by a launcher of one process; the rest is as on a cluster."""
+    config, programs = tmp_path / "ddp.yaml", tmp_path / "bin"
+    config.write_text((CONFIGS / "ddp.yaml").read_text().replace("mixed_precision: bf16", "mixed_precision: 'no'"))
+    programs.mkdir()
+    for name, text in {
+        "scontrol": "echo localhost; echo 127.0.0.1",
+        "srun": 'shift; for node in 1 0; do SLURM_NODEID=$node "$@" & started+=($!); done\n'
+                'for one in "${started[@]}"; do wait "$one" || exit 1; done',
+        "accelerate": f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"',
+    }.items():  # fmt: skip
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        port = one.getsockname()[1]
+    output = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", CONFIGS / "slurm.sh", "run", alone / "batch2.yaml", "--output-dir", output],
+        capture_output=True, text=True, timeout=500, env={
+            **os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_NODELIST": "two",
+            "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "ACCELERATE_CONFIG": str(config), "PORT": str(port),
+            "PYTHONPATH": str(HERE),
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("\nfinetune: ") == 1, "only one process prints"
+    same_stages(alone / "one", output)
 
 
 KINDS = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP, "deepspeed_zero3": DistributedType.DEEPSPEED}

@@ -12,13 +12,14 @@ set -euo pipefail
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=8
 export ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-recipes/accelerate/fsdp2.yaml}
+export GPUS=${SLURM_GPUS_ON_NODE:-8}
 
 # A job that was cut off goes on from its last whole checkpoint when it is submitted again.
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch \
     --config_file "$ACCELERATE_CONFIG" \
     --num_machines "$SLURM_NNODES" \
-    --num_processes $((SLURM_NNODES * 8)) \
+    --num_processes $((SLURM_NNODES * GPUS)) \
     --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$0" \
-    --main_process_port 29500 \
+    --main_process_port ${PORT:-29500} \
     -m manticore_hf.cli "$@"' "$head_node" "$@"
