@@ -1,7 +1,8 @@
 """One run in several processes (torchrun, accelerate launch): who writes, prints and waits, and what is summed.
 
-Parallelism itself is accelerate's and torch.distributed's (DDP, FSDP2), through the Trainer. Everything here is the
-identity in a single process. Functions marked "on every rank" are collective: all processes must call them.
+Parallelism itself is accelerate's and torch.distributed's (DDP, FSDP2), through the Trainer; what DeepSpeed needs is in
+`zero.py`. Everything here is the identity in a single process.Functions marked "on every rank" are collective: all
+processes must call them.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ import types
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
+
+from manticore_hf.zero import whole_weights
 
 
 def world():
@@ -129,11 +132,6 @@ def is_sharded(model):
     return any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__)
 
 
-def uses_deepspeed(arguments):
-    """Whether DeepSpeed trains, by TrainingArguments or as `accelerate launch` was told."""
-    return getattr(arguments, "deepspeed_plugin", None) is not None
-
-
 def component_runner(model, name):
     """The component of that name as a callable that also runs where FSDP2 has sharded the hybrid."""
     component = model.component(name)
@@ -148,14 +146,18 @@ def component_runner(model, name):
     return lambda **inputs: model._run_component(name, **inputs)
 
 
-def gathered(trainer, model):
+def gathered(trainer, model, kept=None):
     """The whole state dict of a model that the Trainer's engine has sharded, in full on rank 0; else None.
 
     On every rank.
+
+    Args:
+        trainer: The Trainer, after its training.
+        model: Its model. DeepSpeed's is for saving only afterwards: rank 0's has the whole weights as its parameters.
+        kept: The `zero.Unrounded` that was made before the training, if any.
     """
-    accelerator = trainer.accelerator
     if is_sharded(model):
-        return accelerator.get_state_dict(model)
+        return trainer.accelerator.get_state_dict(model)
     if trainer.is_deepspeed_enabled:
-        return accelerator.get_state_dict(trainer.model_wrapped)
+        return whole_weights(model, kept)
     return None

@@ -23,6 +23,7 @@ from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.prepare import finished, record, training_defaults
 from manticore_hf.stages import set_stage
 from manticore_hf.train import collator, last_whole_checkpoint
+from manticore_hf.zero import Unrounded, take_precision
 
 
 @dataclass
@@ -108,6 +109,7 @@ def run_harden(start, data, arguments):
 
 
 def _run(start, data, arguments, output):
+    take_precision(arguments)
     set_seed(arguments.seed)
     soft = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
     with main_first():
@@ -142,11 +144,12 @@ def _run(start, data, arguments, output):
         resume = arguments.resume_from_checkpoint or agree(last_whole_checkpoint(output))
         if resume:
             say(f"{output}: going on from {resume}.")
+        kept = Unrounded(trainer)
         trainer.train(resume_from_checkpoint=resume)
         result["steps"] = trainer.state.global_step
         if validation is not None:
             losses["hardened, healed"] = compare_losses(hard, validation, batch)["hybrid"]
-        state = gathered(trainer, hard)
+        state = gathered(trainer, hard, kept)
     if losses:
         result.update(measured_on(data, validation), own=list(losses)[-1])
     return on_main(_write, hard, state, tokenizer, output, {**result, "losses": losses, "measured_routes": measured})

@@ -7,6 +7,9 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from manticore_hf.distributed import totals
+from manticore_hf.zero import present
+
+MIXTURE = ("alpha_logits", "token_gate.linear.bias")  # of the mixer: what its weights are computed from
 
 
 def hybrid_of(model):
@@ -93,8 +96,9 @@ def without_repeats(inputs, accelerator):
 
 
 def alpha_logs(model):
-    """{"alpha/BLOCK/COMPONENT": weight}."""
-    rows = model.mixture_weights().tolist()
+    """{"alpha/BLOCK/COMPONENT": weight}; on every rank."""
+    with present(one for name, one in model.hybrid_mixer.named_parameters() if name in MIXTURE):
+        rows = model.mixture_weights().tolist()
     names = model.config.component_names
     return {f"alpha/{b}/{name}": w for b, row in enumerate(rows) for name, w in zip(names, row)}
 

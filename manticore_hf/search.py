@@ -15,10 +15,11 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from manticore_hf.distributed import is_sharded, total, uses_deepspeed, world
+from manticore_hf.distributed import is_sharded, total, world
 from manticore_hf.logs import HybridLogging, hybrid_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.stages import set_stage
+from manticore_hf.zero import uses_deepspeed
 
 STRATEGIES = {}
 

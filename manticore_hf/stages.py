@@ -3,9 +3,9 @@
 import torch
 from transformers import TrainerCallback
 
-from manticore_hf.distributed import uses_deepspeed
 from manticore_hf.logs import hybrid_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.zero import uses_deepspeed
 
 STAGES = ("projectors", "search", "finetune")
 

@@ -34,6 +34,7 @@ from manticore_hf.prepare import finished, record, training_defaults
 from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
 from manticore_hf.stages import ComponentClipping, fix_alpha, set_stage
 from manticore_hf.strengths import ObjectiveWhenSharded, awaits_objective, choose_objective, say_objective
+from manticore_hf.zero import Unrounded, take_precision
 
 OBJECTIVE = ("mixture_space", "mix_loss_weight", "component_loss_weight", "objective")
 STAGES = {"pretrain": "projectors", "search": "search", "finetune": "finetune"}
@@ -85,6 +86,7 @@ def run_stage(stage, start, data, arguments):
     if (result := finished(output)) is not None:
         _print_summary(stage, result)
         return result
+    take_precision(arguments)
     set_seed(arguments.seed)
     model = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
     with main_first():
@@ -116,23 +118,24 @@ def run_stage(stage, start, data, arguments):
     resume = arguments.resume_from_checkpoint or agree(last_whole_checkpoint(output))
     if resume:
         say(f"{output}: going on from {resume}.")
+    kept = Unrounded(trainer)
     trainer.train(resume_from_checkpoint=resume)
-    return _finish(stage, trainer, model, tokenizer, validation, output, data)
+    return _finish(stage, trainer, model, tokenizer, validation, output, data, kept)
 
 
-def _finish(stage, trainer, model, tokenizer, validation, output, data):
+def _finish(stage, trainer, model, tokenizer, validation, output, data, kept):
     result = {"stage": stage, "steps": trainer.state.global_step, "components": model.config.component_names}
-    result["mixture_weights"] = model.mixture_weights().tolist()
     result["objective"] = {key: getattr(model.config, key) for key in OBJECTIVE}
     if validation is not None:
         result["losses"] = compare_losses(model, validation, trainer.args.per_device_eval_batch_size)
         result.update(measured_on(data, validation))
-    state = gathered(trainer, model)
+    state = gathered(trainer, model, kept)
+    if is_main() or not trainer.is_deepspeed_enabled:  # which has the model whole on rank 0 only
+        result["mixture_weights"] = model.mixture_weights().tolist()
     if is_main():
         _write(stage, trainer, model, state, tokenizer, output, result)
         _print_summary(stage, result)
-    agree(None)  # the next stage reads what rank 0 has written
-    return result
+    return agree(result)  # after rank 0 has written what the next stage reads
 
 
 def _write(stage, trainer, model, state, tokenizer, output, result):
