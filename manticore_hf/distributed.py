@@ -1,7 +1,7 @@
 """One run in several processes (torchrun, accelerate launch): who writes, prints and waits, and what is summed.
 
 Parallelism itself is accelerate's and torch.distributed's (DDP, FSDP2), through the Trainer; what DeepSpeed needs is in
-`zero.py`. Everything here is the identity in a single process.Functions marked "on every rank" are collective: all
+`zero.py`. Everything here is the identity in a single process. Functions marked "on every rank" are collective: all
 processes must call them.
 """
 

@@ -1,6 +1,6 @@
 """LoRA with the project's Trainer in Python, in one process or under ZeRO-3: torchrun deepspeed_lora.py FOLDER CONFIG
 
-Trains, saves the adapter, and goes on from a checkpoint with an adapter that was made anew.
+Trains, saves the adapter, and goes on from a checkpoint with an adapter that starts otherwise.
 """
 
 import sys
@@ -22,7 +22,7 @@ SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 def train(output, resume=None, **changes):
     arguments = TrainingArguments(output_dir=str(output), **settings(**SAVING, **changes))
     model = mixed_hybrid(num_blocks=2, mixture="static", embeddings="mixed")
-    torch.manual_seed(5)
+    torch.manual_seed(5 if resume is None else 6)
     model = get_peft_model(model, lora_config(model, r=2, lora_alpha=16))
     trainer = HybridTrainer(model=model, args=arguments, train_dataset=text(), data_collator=default_data_collator)
     trainer.train(resume_from_checkpoint=resume)

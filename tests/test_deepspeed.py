@@ -106,7 +106,7 @@ def close(one, two, tolerance):
 
 
 def same_stage(one, two, tolerance=1e-5):
-    """Results of a stage, what it logged of losses and alpha, and every weight; of a folder without them, weights."""
+    """Results of a stage, what it logged of losses and alpha, and every weight."""
     close(*[read(folder / "stage.json") for folder in (one, two)], tolerance)
     kept = ("loss", "eval_loss", "alpha", "gate")
     logs = [[[r[key] for key in sorted(r) if key.split("/")[0] in kept] for r in log_of(one)] for one in (one, two)]
@@ -191,7 +191,7 @@ def test_two_processes_find_what_one_finds(tmp_path, hybrids, blocks):
     moved(hybrids / f"blocks{blocks}", tmp_path / "two-finetune")
 
 
-# What DeepSpeed's own files have beside ZERO3, and the precision on the command line
+# What DeepSpeed's files have in zero_optimization beside ZERO3's
 SETTINGS = {
     "optimizer": {"offload_optimizer": {"device": "cpu"}},
     "parameters": {"offload_param": {"device": "cpu"}},
@@ -228,7 +228,8 @@ def test_what_was_killed_goes_on(tmp_path, hybrids):
     """From its last whole checkpoint, to the end of the run that was not killed; the best checkpoint is loaded then."""
     write_json(tmp_path / "zero3.json", {**ZERO3, "bf16": {"enabled": "auto"}})
     saving = "--save_strategy steps --save_steps 2 --eval_strategy steps --eval_steps 2 --load_best_model_at_end True "
-    saving = f"{saving} --metric_for_best_model eval_loss --greater_is_better True --learning_rate 1e-2".split()
+    saving += "--metric_for_best_model eval_loss --greater_is_better True --learning_rate 1e-2 "
+    saving = (saving + "--validation_fraction 0.043").split()  # eight rows: of nine the Trainer would read one twice
     own = [*saving, "--deepspeed", tmp_path / "zero3.json"]
     whole = command("finetune", hybrids, "blocks1", tmp_path / "whole", 2, *own, "--bf16")
     killed = command("finetune", hybrids, "blocks1", tmp_path / "two", 2, *own)
@@ -265,11 +266,9 @@ def test_a_recipe_by_accelerates_launcher(tmp_path, hybrids):
     argv = ["run", hybrids / "recipe1.yaml", "--output-dir", tmp_path / "two"]
     in_two(tmp_path, [argv], launcher=accelerated("--mixed_precision", "no", "--zero3_init_flag", "true"))
     run_recipe(hybrids / "recipe2.yaml", tmp_path / "one")
-    folders = sorted(folder.name for folder in (tmp_path / "one").iterdir() if (folder / "stage.json").exists())
-    assert [name.partition("-")[2] for name in folders if name[0] != "0"] == ["pretrain", "finetune", "harden"]
-    for name in folders:
+    for name in ("1-pretrain", "2-finetune", "3-harden"):
         same_stage(tmp_path / "one" / name, tmp_path / "two" / name)
-    sharded = tmp_path / "two" / folders[-1] / "checkpoint-4" / "global_step4"
+    sharded = tmp_path / "two" / "3-harden" / "checkpoint-4" / "global_step4"
     assert len(list(sharded.glob("*_optim_states.pt"))) == 2, "DeepSpeed did not train"
 
 
@@ -300,7 +299,7 @@ def test_bf16_as_our_file_has_it(tmp_path, hybrids):
 @installed
 @pytest.mark.slow
 def test_lora(tmp_path):
-    """Losses, alpha and adapters of two processes, whole and resumed; checkpoints have the adapter only."""
+    """Losses, alpha and adapters of two processes, whole and resumed, in the last checkpoint, too."""
     import deepspeed_lora  # which brings PEFT
 
     for name in ("one", "two"):
