@@ -46,8 +46,8 @@ class Unrounded(TrainerCallback):
     """Keeps a Trainer's weights, before it trains, from being rounded by DeepSpeed; does nothing where that does not.
 
     DeepSpeed makes its float32 weights from those that it has rounded, so those that are trained are set as they were
-    when a training begins, and then let go. What is not trained is kept until the end, on rank 0. Nothing is copied:
-    DeepSpeed makes tensors of its own.
+    when a training begins, and then let go. What is not trained is kept until the end, on rank 0. All on the CPU, where
+    it usually is already: DeepSpeed makes tensors of its own.
 
     Args:
         trainer: The Trainer, which gets this as a callback.
@@ -60,9 +60,9 @@ class Unrounded(TrainerCallback):
         for name, one in trainer.model.named_parameters():
             self.dtypes[name] = one.dtype
             if one.requires_grad:
-                self.trained[name] = one.data
+                self.trained[name] = one.data.to("cpu")
             elif dist.get_rank() == 0:
-                self.fixed[name] = one.data
+                self.fixed[name] = one.data.to("cpu")
         trainer.add_callback(self)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
