@@ -6,6 +6,7 @@ processes must call them.
 """
 
 import contextlib
+import dataclasses
 import types
 
 import torch
@@ -130,6 +131,18 @@ def shares(batches):
 def is_sharded(model):
     """Whether FSDP2 has sharded a model."""
     return any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__)
+
+
+def keep_results_precise(accelerator):
+    """Has FSDP2 leave results as they were computed, under mixed precision.
+
+    accelerate (1.15) has every unit round its results to the narrow dtype: mixture weights, which then do not add up to
+    1, mixed predictions and losses, which a hybrid computes in float32.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if policy is not None and getattr(policy, "output_dtype", None) not in (None, torch.float32):
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 def component_runner(model, name):

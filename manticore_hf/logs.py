@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from manticore_hf.distributed import totals
+from manticore_hf.distributed import keep_results_precise, totals
 from manticore_hf.zero import present
 
 MIXTURE = ("alpha_logits", "token_gate.linear.bias")  # of the mixer: what its weights are computed from
@@ -22,6 +22,8 @@ def hybrid_of(model):
 class HybridLogging:
     """Mixin before a Trainer class: logs alpha (and, where the model gives them, the losses of its parts).
 
+    What is logged, and trained on, is not rounded where FSDP2 shards.
+
     With `push_to_hub` the model card is that of a hybrid, with what people wrote into it, and not the Trainer's own.
 
     Keys: "alpha/BLOCK/COMPONENT", "loss/mixture", "loss/COMPONENT", "loss/ensemble", "gate/COMPONENT" (mean token
@@ -36,6 +38,7 @@ class HybridLogging:
         return self._watch
 
     def train(self, *args, **kwargs):
+        keep_results_precise(self.accelerator)
         self._parts().clear()
         return super().train(*args, **kwargs)
 

@@ -17,6 +17,14 @@ def widen(tensor):
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def sum_to_one(weights):
+    """Mixture weights over the last dimension; rounded ones, as FSDP2's mixed precision makes them, add up again."""
+    if weights.dtype.itemsize >= 4:
+        return weights
+    weights = widen(weights)
+    return weights / weights.sum(-1, keepdim=True)
+
+
 def is_active(weight):
     """Whether a mixture weight lets its component run: a number that is zero does not."""
     return not (isinstance(weight, float) and weight == 0.0)

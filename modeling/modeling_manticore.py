@@ -17,7 +17,7 @@ from .devices_manticore import Placed, onloaded, place
 from .dtypes_manticore import MixedDtypes
 from .heads_manticore import ScoresSequences, ScoresTokens
 from .mixing_manticore import HybridMixer, resize, whole
-from .mixture_manticore import SPACES, is_active, weighted_sum, widen
+from .mixture_manticore import SPACES, is_active, sum_to_one, weighted_sum, widen
 from .outputs_manticore import Embeds, HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .positions_manticore import check_positions
 from .quantization_manticore import Quantizable
@@ -391,7 +391,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
             return logits[0], None
         token_weights = None
         if self.config.mixture == "token" and not isinstance(weights[0], float):
-            token_weights = self.hybrid_mixer("gate_tokens", list(read.values()), logits)
+            token_weights = sum_to_one(self.hybrid_mixer("gate_tokens", list(read.values()), logits))
             weights = list(token_weights.split(1, -1))
         return SPACES[self.config.mixture_space](weights, [widen(one) for one in logits]), token_weights
 

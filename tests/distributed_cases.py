@@ -18,7 +18,7 @@ from peft import get_peft_model
 from processes import report, same
 from tiny_hybrid import QUIET, mixed_hybrid, rows_of
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments, default_data_collator
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 from manticore_hf import ManticoreForCausalLM, calibrate_projectors, harden, lora_config, set_stage
 from manticore_hf.distributed import gathered, total, world
@@ -135,7 +135,20 @@ def mixed(folder, name, **changes):
         changes["fsdp_config"] = {**changes["fsdp_config"], "activation_checkpointing": True}
     else:
         changes["gradient_checkpointing"] = True
-    return train(HybridTrainer, model, folder, name, bf16=True, learning_rate=3e-2, **changes)
+    return train(HybridTrainer, model, folder, name, [Precise()], bf16=True, learning_rate=3e-2, **changes)
+
+
+class Precise(TrainerCallback):
+    """Looks at results where the Trainer gets them, after what FSDP2 does to them."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.register_forward_hook(results_are_precise)
+
+
+def results_are_precise(module, args, out):
+    """Predictions are mixed, and losses computed, in float32; the weights of a token add up to 1."""
+    assert out.logits.dtype == out.loss.dtype == out.weights.dtype == torch.float32
+    torch.testing.assert_close(out.weights.sum(-1), torch.ones(out.weights.shape[:-1]), atol=1e-6, rtol=0)
 
 
 def one_component(folder, name, **changes):
