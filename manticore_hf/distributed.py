@@ -133,16 +133,22 @@ def is_sharded(model):
     return any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__)
 
 
-def keep_results_precise(accelerator):
-    """Has FSDP2 leave results as they were computed, under mixed precision.
+def ready_for_shards(trainer):
+    """Changes what accelerate (1.15) does by default where FSDP2 shards and a hybrid suffers; before the training.
 
-    accelerate (1.15) has every unit round its results to the narrow dtype: mixture weights, which then do not add up to
-    1, mixed predictions and losses, which a hybrid computes in float32.
+    * Under mixed precision every unit rounds its results to the narrow dtype: mixture weights, which then do not add up
+      to 1, mixed predictions and losses, which a hybrid computes in float32. Results are left as they were computed.
+    * Between the micro-batches of a step every device keeps all gradients whole, as if nothing were sharded. They are
+      divided after each one, unless `accelerator_config` says something about accumulation.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    policy = getattr(plugin, "mixed_precision_policy", None)
-    if policy is not None and getattr(policy, "output_dtype", None) not in (None, torch.float32):
+    accelerator, plugin = trainer.accelerator, getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2:
+        return
+    policy = plugin.mixed_precision_policy
+    if policy is not None and policy.output_dtype not in (None, torch.float32):
         plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+    if getattr(trainer.args.accelerator_config, "gradient_accumulation_kwargs", None) is None:
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
 
 def component_runner(model, name):

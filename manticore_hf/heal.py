@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from manticore_hf.data import DataArguments, load_rows
-from manticore_hf.distributed import agree, gathered, keep_results_precise, main_first, on_main, say
+from manticore_hf.distributed import agree, gathered, main_first, on_main, ready_for_shards, say
 from manticore_hf.evaluation import compare_losses, measured_on
 from manticore_hf.hardening import harden, pick_route
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -65,7 +65,7 @@ class HealTrainer(Trainer):
 
     def __init__(self, *args, teacher=None, distil_weight=0.5, **kwargs):
         super().__init__(*args, **kwargs)
-        keep_results_precise(self.accelerator)
+        ready_for_shards(self)
         self.distil_weight = distil_weight
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
 

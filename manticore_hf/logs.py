@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from manticore_hf.distributed import keep_results_precise, totals
+from manticore_hf.distributed import ready_for_shards, totals
 from manticore_hf.zero import present
 
 MIXTURE = ("alpha_logits", "token_gate.linear.bias")  # of the mixer: what its weights are computed from
@@ -38,7 +38,7 @@ class HybridLogging:
         return self._watch
 
     def train(self, *args, **kwargs):
-        keep_results_precise(self.accelerator)
+        ready_for_shards(self)
         self._parts().clear()
         return super().train(*args, **kwargs)
 

@@ -57,6 +57,8 @@ def train(kind, model, folder, name, callbacks=(), arguments=TrainingArguments, 
         model=model, args=arguments(output_dir=str(folder / name), **settings(**changes)), train_dataset=text(),
         eval_dataset=text(8), data_collator=default_data_collator, callbacks=list(callbacks), **own,
     )  # fmt: skip
+    if "fsdp" in changes:
+        trainer.add_callback(DividedGradients())
     trainer.train(resume_from_checkpoint=resume)
     if "fsdp" in changes:
         check_sharded(trainer.model)
@@ -65,6 +67,14 @@ def train(kind, model, folder, name, callbacks=(), arguments=TrainingArguments, 
     kept = ("loss", "gate", "grad_norm", "eval_loss")
     rows = [{key: row[key] for key in row if key.split("/")[0] in kept} for row in log]
     return finish(trainer, folder, name, log=[row for row in rows if row], evaluated=evaluated)
+
+
+class DividedGradients(TrainerCallback):
+    """Between micro-batches, too, no rank holds whole gradients."""
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        trained = [one for one in model.parameters() if one.requires_grad and one.grad is not None]
+        assert trained and all(isinstance(one.grad, DTensor) for one in trained)
 
 
 def check_sharded(model):
