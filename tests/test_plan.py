@@ -105,6 +105,7 @@ def test_gradients_of_layers_are_divided_as_they_come(checkpointing, size):
     costs = [Rehearsal(_fixed(config), "finetune", device="cpu", share=share) for share in (0, 0.5, 1)]
     none, half, all_of_it = [one.micro_batch(*size, None, checkpointing) for one in costs]
     assert none.with_divided == pytest.approx(allocated(run), rel=0.05)
+    assert none.with_divided == half.with_undivided == all_of_it.with_undivided
     assert all_of_it.with_divided == all_of_it.with_gradients == half.with_gradients
     assert none.with_divided <= half.with_divided <= all_of_it.with_divided
     for handle in handles:

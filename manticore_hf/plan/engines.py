@@ -190,8 +190,9 @@ class StagePlanner:
         # Two layers are whole at a time, the next one being fetched; so are their gradients, one divided, one coming.
         gathered = size * (weights.root + 2 * weights.layer)
         arriving = size * weights.layer_trainable
-        gradients = max(0, cost.with_divided + arriving - cost.activations)
-        if self.task.accumulation > 1:
+        peak = cost.with_undivided if offload else cost.with_divided
+        gradients = max(0, peak + arriving - cost.activations)
+        if self.task.accumulation > 1 and not offload:
             gradients = shards["gradients"] + min(gradients, size * weights.root_trainable + arriving)
         parts = {**shards, "gradients": gradients, "gathered": gathered, "activations": cost.activations}
         if offload:

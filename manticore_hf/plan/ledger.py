@@ -26,8 +26,8 @@ class Ledger(FakeTensorMode):
     Attributes:
         repeats: {key: how often the sections with this key happen}.
         shares: {id of a parameter: how many of its complete gradient's bytes stay where FSDP2 divides it}; default: 1.
-        peak: Highest (bytes that a micro-batch made, the same with the gradients it left, the same with these divided),
-            without weights.
+        peak: Highest (bytes that a micro-batch made; the same with the gradients it left; with these divided; with only
+            those that are not), without weights.
         operations: FLOPs.
     """
 
@@ -38,7 +38,7 @@ class Ledger(FakeTensorMode):
 
     def _begin(self, tensors):
         self.live, self.once, self.weights = {}, set(), {tensor.untyped_storage()._cdata for tensor in tensors}
-        self.made = self.grads = self.divided = self.operations = 0
+        self.made = self.grads = self.divided = self.undivided = self.operations = 0
         self.key = None
         self.peak = self.first = self.highest = self._level()
 
@@ -79,13 +79,14 @@ class Ledger(FakeTensorMode):
         self.made += more * steps[0]
         self.grads += more * (steps[1] - steps[0])
         self.divided += more * (steps[2] - steps[0])
+        self.undivided += more * (steps[3] - steps[0])
         self.key, self.first = key, self._level()
         self.highest = self.first
         if state is not None:
             self.once.add(state.untyped_storage()._cdata)
 
     def _level(self):
-        return (self.made, self.made + self.grads, self.made + self.divided)
+        return tuple(self.made + left for left in (0, self.grads, self.divided, self.undivided))
 
     def _left(self, parameter):
         """A parameter's gradient is complete: it stays until the optimizer has run."""
@@ -93,12 +94,14 @@ class Ledger(FakeTensorMode):
         if key not in self.live or self.live[key][1] is not None:
             return
         size, _, made_in = self.live[key]
-        share = self.shares.get(id(parameter), 1)
+        share = self.shares.get(id(parameter))
+        share = (1, 1) if share is None else (share, 0)
         self.live[key] = (size, share, made_in)
         self._leave(size, share)
 
     def _leave(self, size, share):
-        self.made, self.grads, self.divided = self.made - size, self.grads + size, self.divided + share * size
+        self.made, self.grads = self.made - size, self.grads + size
+        self.divided, self.undivided = self.divided + share[0] * size, self.undivided + share[1] * size
 
     # ---- every operation ---------------------------------------------------------------------------------------------
 

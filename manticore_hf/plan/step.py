@@ -27,6 +27,7 @@ class StepCost:
         activations: Bytes alive at the peak, gradients that are complete left out.
         with_gradients: The same with the gradients that the micro-batch leaves.
         with_divided: The same where FSDP2 divides each layer's gradient once it is complete, and the others at the end.
+        with_undivided: The same where layers' gradients leave the device then.
         operations: FLOPs of matrix products, convolutions and attention, forward and backward (and again where
             activations are recomputed).
     """
@@ -34,6 +35,7 @@ class StepCost:
     activations: int
     with_gradients: int
     with_divided: int
+    with_undivided: int
     operations: int
 
 
