@@ -141,10 +141,11 @@ def estimate(case, device, processes=1):
     subject = Subject("case", configuration(case), [(case["stage"], settings)])
     task = make_task(subject, case["stage"], settings, length=case["length"])
     planner = StagePlanner(task, Machine(processes, 10**15, 0.0, device))
-    if case.get("engine") == "fsdp2":
-        return planner.fsdp(case["batch"], task.checkpointing, name="adapted" if case.get("lora") else "sharded")
+    sharded = case.get("engine") == "fsdp2"
     if case.get("lora"):
-        return planner.lora(case["batch"])
+        return planner.lora(case["batch"], fsdp=sharded)
+    if sharded:
+        return planner.fsdp(case["batch"], task.checkpointing)
     return planner.whole(case["batch"], task.checkpointing, ddp=processes > 1)
 
 
