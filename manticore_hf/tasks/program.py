@@ -42,7 +42,10 @@ from manticore_hf.tasks.run import for_task, forward_arguments, pick
 
 PREFIX = "mad:"
 # What launchers tell the processes that they start
-_LAUNCHED = ("ACCELERATE_", "FSDP_", "GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
+_LAUNCHED = (
+    "ACCELERATE_", "FSDP_", "GROUP_RANK", "GROUP_WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+    "MASTER_PORT", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
