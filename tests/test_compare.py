@@ -158,6 +158,7 @@ def test_the_table_says_what_the_numbers_say(compared):
     assert "is no different from the best rival" in verdict(better)
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on(compared, place, tmp_path, monkeypatch):
     trained, fit = [], contenders.Workshop._fit
 
@@ -180,6 +181,7 @@ def test_a_killed_comparison_goes_on(compared, place, tmp_path, monkeypatch):
     assert _compare(place, tmp_path / "out")["rows"] == again["rows"] and len(trained) == before
 
 
+@pytest.mark.slow
 def test_a_grid_without_what_was_best_trains_its_own_best_again(compared, place, tmp_path):
     shutil.copytree(compared[0], tmp_path / "out", symlinks=True)
     best = _row(compared[1], "attention, tuned")["options"]["learning_rate"]

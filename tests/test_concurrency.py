@@ -64,6 +64,7 @@ def together(code, *arguments):
     assert not any(process.returncode for process in running), out
 
 
+@pytest.mark.slow
 def test_two_that_save_leave_one_whole_hybrid(saved, tmp_path):
     target = tmp_path / "target"
     for _ in range(2):  # into a new directory, and over an old one

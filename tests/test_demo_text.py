@@ -74,6 +74,7 @@ def test_a_package_belongs_to_one_split_wherever_a_version_keeps_its_files():
     assert {split_of(f"module{number}") for number in range(200)} == set(SPLITS)
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same_documents():
     # Its strings hash differently: nothing may depend on the order of a set.
     code = "from test_demo_text import fingerprint; print(fingerprint())"

@@ -263,6 +263,7 @@ def test_distillation_is_normalised_by_tokens(tmp_path):
     close(results[0][key], (hard.get_parameter(key) - 0.1 * hard.get_parameter(key).grad).detach(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_survives_a_kill(start, tmp_path):  # noqa: F811
     def command(output):
         import sys

@@ -93,6 +93,7 @@ def test_scores_are_those_of_one_request_after_the_other(start, questions, tmp_p
     assert all(f"{row['tiny_choice']['acc'][0]:.4f} ± " in out for row in scores.values())
 
 
+@pytest.mark.slow
 def test_the_harness_runs_on_a_hybrid_by_itself(start, tmp_path):
     """As a user of the harness would: its own command, remote code, several requests at once."""
     arguments = f"pretrained={start[1]},trust_remote_code=True"

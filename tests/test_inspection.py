@@ -181,6 +181,7 @@ def test_alpha_is_read_from_shards(published, hub, owner, tmp_path):
         assert [row["alpha"] for row in inspect_hybrid(source)["blocks"]] == [0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_without_a_hub_a_directory_is_described_all_the_same(published, tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
     for source, code in ((tmp_path / "out", 0), ("org/nowhere", 2)):

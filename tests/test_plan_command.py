@@ -58,6 +58,7 @@ def save_configs(folder, *families, **changes):
     return out
 
 
+@pytest.mark.slow
 def test_the_poc_recipe_with_real_models(tmp_path, capsys):
     command = ["plan", str(ROOT / "recipes" / "poc.yaml"), "--configs", str(CONFIGS), "--tokens", "20M"]
     command += ["--devices", "8", "--memory", "24GiB", "--output-dir", str(tmp_path / "out")]
@@ -166,6 +167,7 @@ def test_weights_that_are_read_in_another_dtype(tmp_path):
     assert not any("are read" in one for one in make_plan(recipe, 2, "1GB", tokens=1000)["stages"][0]["advice"])
 
 
+@pytest.mark.slow
 def test_more_devices_and_less_memory(tmp_path):
     recipe = write_recipe(tmp_path, save_configs(tmp_path, "llama", "gpt_neox"))
     recipe.write_text(recipe.read_text().replace("0.25", "0.0"))  # an evaluation would only take fewer rows

@@ -64,6 +64,7 @@ def test_compose_takes_every_setting(parts, tmp_path, capsys):
     assert "gate='beta' is unknown" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_compose_and_calibrate_end_where_uninterrupted_ones_do(parts, start, tmp_path):  # noqa: F811
     def commands(folder):
         hybrid, calibrated = folder / "hybrid", folder / "calibrated"
