@@ -201,18 +201,22 @@ def resident(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
+def warm_up(case, folder):
+    """Trains a tiny hybrid as in the case, for whatever is imported, compiled and allocated once."""
+    kept, PAIRS[case["pair"]] = PAIRS[case["pair"]], [
+        (kind, {**values, "num_hidden_layers": 2, "vocab_size": 500}) for kind, values in PAIRS[case["pair"]]
+    ]  # fmt: skip
+    make_trainer({**case, "batch": 2, "length": 128}, folder, "cpu").train()  # long enough for the compiled scan
+    PAIRS[case["pair"]] = kept
+
+
 def measure(case):
     """Peak of a training run in this process, in bytes."""
     import torch
 
     torch.manual_seed(0)
-    tiny = {**case, "batch": 2, "length": 128}  # long enough for the compiled scan
     with tempfile.TemporaryDirectory() as folder:
-        kept, PAIRS[case["pair"]] = PAIRS[case["pair"]], [
-            (kind, {**values, "num_hidden_layers": 2, "vocab_size": 500}) for kind, values in PAIRS[case["pair"]]
-        ]  # fmt: skip
-        make_trainer(tiny, folder, "cpu").train()  # whatever is imported, compiled and allocated once
-        PAIRS[case["pair"]] = kept
+        warm_up(case, folder)
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         trainer = make_trainer(case, folder, "cpu")
@@ -239,11 +243,7 @@ def measure_rank(case):
     cpu_fsdp.allow()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        kept, PAIRS[case["pair"]] = PAIRS[case["pair"]], [
-            (kind, {**values, "num_hidden_layers": 2, "vocab_size": 500}) for kind, values in PAIRS[case["pair"]]
-        ]  # fmt: skip
-        make_trainer({**case, "batch": 2, "length": 128}, folder, "cpu").train()
-        PAIRS[case["pair"]] = kept
+        warm_up(case, folder)
         gc.collect()
         before = resident("VmRSS")
         trainer = make_trainer(case, folder, "cpu")

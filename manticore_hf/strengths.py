@@ -20,6 +20,8 @@ from manticore_hf.files import write_json
 from manticore_hf.logs import hybrid_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
+OBJECTIVE = ("mixture_space", "mix_loss_weight", "component_loss_weight", "objective")
+"""Keys of a configuration that say what a hybrid is trained on, and why."""
 WINDOW = 64
 DIFFERENT = 0.05
 """Gain, in nats per token, from which on strengths differ (benchmarks/objective.py)."""
@@ -102,14 +104,14 @@ class ObjectiveWhenSharded(TrainerCallback):
         hybrid = hybrid_of(model)
         if not awaits_objective(hybrid):
             return
-        config, keys = hybrid.config, ("mixture_space", "mix_loss_weight", "component_loss_weight", "objective")
+        config = hybrid.config
         known = agree(json.loads(self.file.read_text()) if is_main() and self.file.is_file() else None)
         if known is None:
             choose_objective(hybrid, self.rows, batch_size=self.batch_size)
             if is_main():
-                write_json(self.file, {key: getattr(config, key) for key in keys})
+                write_json(self.file, {key: getattr(config, key) for key in OBJECTIVE})
         else:
-            for key in keys:
+            for key in OBJECTIVE:
                 setattr(config, key, known[key])
         say(f"Objective: {say_objective(config)}.")
 

@@ -33,10 +33,9 @@ from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.prepare import finished, record, training_defaults
 from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
 from manticore_hf.stages import ComponentClipping, fix_alpha, set_stage
-from manticore_hf.strengths import ObjectiveWhenSharded, awaits_objective, choose_objective, say_objective
+from manticore_hf.strengths import OBJECTIVE, ObjectiveWhenSharded, awaits_objective, choose_objective, say_objective
 from manticore_hf.zero import Unrounded, take_precision
 
-OBJECTIVE = ("mixture_space", "mix_loss_weight", "component_loss_weight", "objective")
 STAGES = {"pretrain": "projectors", "search": "search", "finetune": "finetune"}
 
 

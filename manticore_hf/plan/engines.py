@@ -113,11 +113,11 @@ class StagePlanner:
             self._costs[key] = getattr(self, name).micro_batch(batch, self.task.length, autocast, checkpointing)
         return self._costs[key]
 
-    def _optimizer(self, name, weights=None):
-        if name not in self._optimizers:
-            shapes = (weights or getattr(self, name).weights).shapes
-            self._optimizers[name] = optimizer_bytes(shapes, self.task.settings, self.machine.device)
-        return self._optimizers[name]
+    def _optimizer(self, weights):
+        shapes = weights.shapes
+        if shapes not in self._optimizers:
+            self._optimizers[shapes] = optimizer_bytes(shapes, self.task.settings, self.machine.device)
+        return self._optimizers[shapes]
 
     # ---- options -----------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,8 @@ class StagePlanner:
     def whole(self, batch, checkpointing, ddp=False):
         """Everything on every device."""
         made, left = self._step("plain", batch, checkpointing)
-        weights, (kept, step) = self.plain.weights, self._optimizer("plain")
+        weights = self.plain.weights
+        kept, step = self._optimizer(weights)
         parts = {"weights": weights.bytes + self.plain.teacher_bytes, "gradients": left, "optimizer": kept}
         if ddp:
             parts["gradient buckets"] = weights.gradient_bytes
@@ -185,7 +186,7 @@ class StagePlanner:
         """Weights, gradients and optimizer divided over the devices; whole layers only while they are needed."""
         weights, cost = self._divided(name), self._cost(name, batch, checkpointing)
         count, size = self.machine.devices, self.task.compute.itemsize if name == "sharded" else 2
-        kept, step = (amount // count for amount in self._optimizer(f"{name}, divided", weights))
+        kept, step = (amount // count for amount in self._optimizer(weights))
         shards = {"weights": weights.bytes // count, "gradients": weights.gradient_bytes // count, "optimizer": kept}
         # Two layers are whole at a time, the next one being fetched; so are their gradients, one divided, one coming.
         gathered = size * (weights.root + 2 * weights.layer)
@@ -218,7 +219,8 @@ class StagePlanner:
         if fsdp:
             return self.fsdp(batch, True, name="adapted")
         made, left = self._step("adapted", batch, True)
-        weights, (kept, step) = self.adapted.weights, self._optimizer("adapted")
+        weights = self.adapted.weights
+        kept, step = self._optimizer(weights)
         size = weights.bytes
         if four_bits:
             size -= int((2 - _NF4) * weights.quantised)

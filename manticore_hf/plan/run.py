@@ -120,7 +120,7 @@ def _plan_stage(task, machine, rate, parameters):
         options = planner.options()
         choice = planner.choose(options)
         out["trainable"] = planner.plain.weights.trainable
-        out["optimizer"] = planner._optimizer("plain")[0]
+        out["optimizer"] = planner._optimizer(planner.plain.weights)[0]
     used = choice or options[0]
     per_token = used.operations / (used.batch * task.length)
     out |= {
