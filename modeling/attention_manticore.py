@@ -10,17 +10,33 @@ from .configuration_manticore import ManticoreError
 
 # Of engines that keep the keys and values themselves: Transformers' continuous batching, vLLM, SGLang
 _ENGINES = ("paged", "vllm", "sglang")
+_REFUSAL = (
+    "{} keeps keys and values outside of the hybrid's cache, for one list of layers of one size, and knows no "
+    "recurrent states: a hybrid cannot run in that engine. Use generate(), a pipeline or `transformers serve`; of a "
+    "hybrid that is hardened to one component, that component, saved by itself, runs where its family does."
+)
 
 
 def refuse_engines(implementation):
     """Raises ManticoreError for an attention that keeps keys and values outside of the cache it is given."""
     for one in implementation.values() if isinstance(implementation, dict) else (implementation,):
         if isinstance(one, str) and one.partition("|")[0] in _ENGINES:
-            raise ManticoreError(
-                f"attn_implementation={one!r} keeps keys and values outside of the hybrid's cache, for one list of "
-                "layers of one size, and knows no recurrent states: a hybrid cannot run in that engine. Use "
-                "generate(), a pipeline or `transformers serve`."
-            )
+            raise ManticoreError(_REFUSAL.format(f"attn_implementation={one!r}"))
+
+
+class RefusesEngines:
+    """Mixin of all hybrid classes: vLLM and SGLang are told before they start their workers."""
+
+    _supports_attention_backend = False
+
+    @classmethod
+    def is_backend_compatible(cls):
+        """Never returns: vLLM (0.32) and SGLang (0.5) go on after a False, and fail in a worker with a long trace.
+
+        Raises:
+            ManticoreError: Always. Only such engines ask.
+        """
+        raise ManticoreError(_REFUSAL.format("An engine that puts its own attention into a model (vLLM, SGLang)"))
 
 
 def supports_attention(cls, implementation):

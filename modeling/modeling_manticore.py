@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from .anatomy_manticore import check_cut
-from .attention_manticore import PerComponentAttention, settle_attention
+from .attention_manticore import PerComponentAttention, RefusesEngines, settle_attention
 from .components_manticore import build, prepare
 from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
@@ -30,7 +30,9 @@ from .sizes_manticore import construct, trying
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 
-class ManticorePreTrainedModel(ReferencedWeights, KeepsBuffers, MixedDtypes, Quantizable, PreTrainedModel):
+class ManticorePreTrainedModel(
+    ReferencedWeights, KeepsBuffers, MixedDtypes, Quantizable, RefusesEngines, PreTrainedModel
+):
     """Loading, saving and initialisation common to all hybrid classes."""
 
     config_class = ManticoreConfig
@@ -39,7 +41,6 @@ class ManticorePreTrainedModel(ReferencedWeights, KeepsBuffers, MixedDtypes, Qua
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = False  # of vLLM and SGLang, which run one list of attention layers of one size
     _is_stateful = True
     _no_split_modules = ["HybridMixer"]
     _skip_keys_device_placement = ["past_key_values"]

@@ -112,8 +112,10 @@ def test_continuous_batching_is_refused(loaded):
     "cls", [ManticoreModel, ManticoreForCausalLM, ManticoreForSequenceClassification, ManticoreForTokenClassification]
 )
 def test_engines_with_attention_of_their_own_are_told(cls):
-    """What vLLM and SGLang ask a class of remote code before they use it."""
-    assert cls.is_backend_compatible() is False
+    """What vLLM and SGLang ask a class of remote code before they use it; after False, both go on."""
+    assert not cls._supports_attention_backend
+    with pytest.raises(ManticoreError, match="a hybrid cannot run in that engine"):
+        cls.is_backend_compatible()
 
 
 @pytest.mark.parametrize("name", ["paged|eager", "vllm", "sglang"])
