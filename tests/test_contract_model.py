@@ -187,7 +187,7 @@ def check_compiled(model, backend, times):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES), *PAIRS])
 def test_compiled_forward(name):
     check_compiled(hybrid(name), "eager", [9])
 

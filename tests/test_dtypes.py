@@ -45,29 +45,29 @@ def of_component(found, name):
     return {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_one_hot_in_half_precision_is_the_component(family, tmp_path):
+def test_one_hot_in_half_precision_is_the_component(family, dtype, tmp_path):
     """However the component comes: as files, as an instance in float32, as one that `.to()` has rounded."""
     model = families.tiny(family)
     model.save_pretrained(tmp_path / "component")
-    for dtype in HALVES:
-        plain, seen = AutoModelForCausalLM.from_pretrained(tmp_path / "component", dtype=dtype), []
-        for source in (tmp_path / "component", copy.deepcopy(model), copy.deepcopy(model).to(dtype)):
-            parts = [ComponentSpec(source, name="x"), ComponentSpec(families.tiny("llama", 1), name="y")]
-            hybrid = ManticoreForCausalLM.from_components(
-                parts, dtype=dtype, num_blocks=2, preset="paper", projector_init="identity", verify=False
-            )
-            families.randomise(hybrid)
-            assert hybrid.dtype == hybrid.config.dtype == dtype
-            assert of_component(dtypes(hybrid), "x") == dtypes(plain)
-            seen.append(logits(hybrid))
-            hybrid.set_mixture_weights("x")
-            assert torch.equal(logits(hybrid), logits(plain)) and logits(hybrid).dtype == logits(plain).dtype
-        assert all(torch.equal(one, seen[0]) for one in seen)
-        hybrid.set_mixture_weights(None)
-        hybrid.save_pretrained(tmp_path / "hybrid")
-        loaded = ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")
-        assert dtypes(loaded) == dtypes(hybrid) and torch.equal(logits(loaded), seen[0])
+    plain, seen = AutoModelForCausalLM.from_pretrained(tmp_path / "component", dtype=dtype), []
+    for source in (tmp_path / "component", copy.deepcopy(model), copy.deepcopy(model).to(dtype)):
+        parts = [ComponentSpec(source, name="x"), ComponentSpec(families.tiny("llama", 1), name="y")]
+        hybrid = ManticoreForCausalLM.from_components(
+            parts, dtype=dtype, num_blocks=2, preset="paper", projector_init="identity", verify=False
+        )
+        families.randomise(hybrid)
+        assert hybrid.dtype == hybrid.config.dtype == dtype
+        assert of_component(dtypes(hybrid), "x") == dtypes(plain)
+        seen.append(logits(hybrid))
+        hybrid.set_mixture_weights("x")
+        assert torch.equal(logits(hybrid), logits(plain)) and logits(hybrid).dtype == logits(plain).dtype
+    assert all(torch.equal(one, seen[0]) for one in seen)
+    hybrid.set_mixture_weights(None)
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    loaded = ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert dtypes(loaded) == dtypes(hybrid) and torch.equal(logits(loaded), seen[0])
 
 
 @pytest.mark.parametrize("dtype", HALVES)

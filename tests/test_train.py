@@ -66,6 +66,7 @@ def _kill_when(command, condition):
     return False
 
 
+@pytest.mark.slow
 def test_killed_while_training_and_while_saving(start, tmp_path):
     _run(_command("finetune", start, tmp_path / "whole"))
     output = tmp_path / "killed"
