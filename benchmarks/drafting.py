@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from manticore_hf.modeling.versions_manticore import CACHE, cache_argument
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, set_seed
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -84,7 +85,7 @@ def step_times(model, ids, repeats):
     for _ in tqdm(range(repeats + 1), desc="timing"):
         for who, tokens in calls:
             run = model if who == "hybrid" else parts[who]
-            key = "past_key_values" if who == "hybrid" or "mamba" not in run.config.model_type else "cache_params"
+            key = cache_argument(run.forward)
             state = getattr(run(input_ids=ids[:1], use_cache=True), key)
             token = ids[:1, :tokens]
             start = time.perf_counter()
@@ -121,9 +122,9 @@ class Rollback:
 def speculate(model, name, prompt, new, length):
     """Greedy decoding of `new` tokens after prompt [1, time] with a component's drafts. Returns (tokens, passes)."""
     draft = model.component(name)
-    key = "cache_params" if "mamba" in draft.config.model_type else "past_key_values"
+    key = cache_argument(draft.forward)
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    cache, drafted = out.past_key_values, getattr(draft(input_ids=prompt, use_cache=True), key)
+    cache, drafted = getattr(out, CACHE), getattr(draft(input_ids=prompt, use_cache=True), key)
     pending, text, passes = [out.logits[0, -1].argmax().item()], [], 1
     text += pending
     while len(text) < new:
@@ -132,7 +133,7 @@ def speculate(model, name, prompt, new, length):
             seen = draft(input_ids=torch.tensor([given]), use_cache=True, **{key: drafted}).logits[0, -1]
             given = [seen[: model.config.vocab_size].argmax().item()]
             guess += given
-        logits = model(input_ids=torch.tensor([pending + guess]), past_key_values=cache, use_cache=True).logits[0]
+        logits = model(input_ids=torch.tensor([pending + guess]), cache=cache, use_cache=True).logits[0]
         passes += 1
         right = logits[len(pending) - 1 :].argmax(-1).tolist()
         taken = next((n for n, token in enumerate(guess) if token != right[n]), length)

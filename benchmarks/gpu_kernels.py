@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 from manticore_hf.modeling import fast_mixers_manticore as fast
+from manticore_hf.modeling.versions_manticore import cache_argument
 from tqdm.auto import tqdm
 from transformers import DynamicCache, Mamba2Config, Mamba2Model, MambaConfig, MambaModel
 
@@ -72,13 +73,13 @@ def runs(model, hidden):
         model.zero_grad()
         model(inputs_embeds=hidden).last_hidden_state.float().square().mean().backward()
 
-    cache = DynamicCache(config=model.config)
+    cache = {cache_argument(model.forward): DynamicCache(config=model.config), "use_cache": True}
     with torch.no_grad():
-        model.eval()(inputs_embeds=hidden[:, :8], cache_params=cache, use_cache=True)
+        model.eval()(inputs_embeds=hidden[:, :8], **cache)
 
     def step():
         with torch.no_grad():
-            model.eval()(inputs_embeds=hidden[:, :1], cache_params=cache, use_cache=True)
+            model.eval()(inputs_embeds=hidden[:, :1], **cache)
 
     return {"read": read, "train": train, "step": step}
 

@@ -111,9 +111,10 @@ def recomputation(args, results):
     ids = random_tokens(1, 288)
 
     def cached():
-        cache, token = model(input_ids=ids[:, :32], use_cache=True, logits_to_keep=1).past_key_values, ids[:, :1]
+        token, cache = ids[:, :1], model.make_cache()
+        model(input_ids=ids[:, :32], cache=cache, use_cache=True, logits_to_keep=1)
         for _ in range(255):
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, cache=cache, use_cache=True)
 
     def recomputed(length):
         return timed(lambda: model(input_ids=ids[:, :length], use_cache=False, logits_to_keep=1))
@@ -146,7 +147,7 @@ def decoding(args, results):
     caches, token = [mambas.make_cache() for _ in range(2)], ids[:, :1]
 
     def step(cache):
-        return timed(lambda: mambas(input_ids=token, past_key_values=cache, use_cache=True))
+        return timed(lambda: mambas(input_ids=token, cache=cache, use_cache=True))
 
     for _ in tqdm(range(1024), desc="a long text", leave=False):
         step(caches[0])

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_manticore import ManticoreError, component_depth
-
-_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+from .versions_manticore import cache_argument
 
 # Put there by accelerate when it dispatches a model: bound to the original module, they would run all of its layers.
 _NEVER_COPIED = ("forward", "_old_forward", "_hf_hook")
@@ -86,6 +85,8 @@ class Anatomy:
         layers: Name of the layer list.
         cache_argument: Name under which the owner takes a cache, or None.
         positions: Whether the owner takes `position_ids`.
+        attends: Whether the model has attention at all: those that do not (Mamba) mask the tokens that they are given,
+            not the ones that they have seen.
         before: Child name -> stand-in class, for children that change the state before the first layer.
         after: Names of the children that run after the last layer.
         shared: Names of the children that run both before the first layer and after the last one.
@@ -100,6 +101,7 @@ class Anatomy:
     layers: str
     cache_argument: str | None
     positions: bool
+    attends: bool
     before: dict = field(default_factory=dict)
     after: list = field(default_factory=list)
     shared: list = field(default_factory=list)
@@ -128,11 +130,19 @@ def dissect(component):
     anatomy = Anatomy(
         path=path,
         layers=layers,
-        cache_argument=next((name for name in _CACHE_ARGUMENTS if name in parameters), None),
+        cache_argument=cache_argument(type(stack).forward),
         positions="position_ids" in parameters,
+        attends=_attends(stack.config),
     )
     _watch_children(component, stack, anatomy)
     return anatomy
+
+
+def _attends(config):
+    try:
+        return hasattr(config, "num_attention_heads")
+    except Exception:  # "per layer, and not the same in all" (Dots 3) is no AttributeError
+        return True
 
 
 def check_cut(component, anatomy, num_blocks):

@@ -2,7 +2,8 @@
 
 Configurations are checked before anything is made of them. Transformers loops over the numbers while it reads them
 (a list of layer types, a dict of labels), so that a number alone can hang a process; it takes methods for settings, and
-some settings for instructions to load code or files. This module holds no class of a model and imports no sibling.
+some settings for instructions to load code or files. This module holds no class of a model and imports no sibling. It
+is the first that is imported, so it says if Transformers is too old for all of them.
 """
 
 import copy
@@ -11,10 +12,21 @@ import keyword
 import re
 
 import torch
-from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+import transformers
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+    raise ImportError(
+        f"A manticore hybrid needs Transformers 5.23 or newer; {transformers.__version__} is installed: "
+        "pip install -U 'transformers>=5.23,<6'"
+    )
+
+from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging  # noqa: E402
 
 MAX_COMPONENTS = 32
 MAX_LAYERS = 1024

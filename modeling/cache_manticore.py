@@ -76,6 +76,14 @@ class ManticoreCache(Cache):
         super().__init__(layers=layers)
         self.seen = 0
 
+    @property
+    def is_linear(self):
+        """Of no layer: Transformers' `generate` (5.24) feeds a cache of recurrent layers alone all tokens again.
+
+        It takes such a cache's length for unknown; a hybrid counts.
+        """
+        return [False] * len(self.layers)
+
     def view(self, name, block):
         """The cache of component `name` in block `block` (0-based); it shares its layers with this cache."""
         return self._views[name, block]

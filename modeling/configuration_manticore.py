@@ -6,8 +6,7 @@ repository; only the component *weights* are references (repo id + 40-hex commit
 
 import copy
 
-from transformers import PreTrainedConfig
-
+# First, because it says what is wrong where Transformers is too old for what follows
 from .bounds_manticore import (
     MAX_COMPONENTS,
     MAX_LAYERS,
@@ -23,6 +22,10 @@ from .bounds_manticore import (
     clean,
     show,
 )
+
+# isort: split
+from transformers import PreTrainedConfig
+
 from .remote_manticore import require, run_trusted
 
 FORMAT_VERSION = 1
@@ -121,7 +124,7 @@ class ManticoreConfig(PreTrainedConfig):
 
     model_type = "manticore"
     keys_to_ignore_at_inference = [
-        "past_key_values", "hidden_states", "mixture_loss", "component_losses", "ensemble_loss", "weights"
+        "cache", "past_key_values", "hidden_states", "mixture_loss", "component_losses", "ensemble_loss", "weights"
     ]  # fmt: skip
 
     def __init__(

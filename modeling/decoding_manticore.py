@@ -4,6 +4,7 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 
 from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreError
+from .versions_manticore import CACHE
 
 _NO_PAGES = (
     "Continuous batching keeps the keys and values of one list of attention layers of one size in pages; a hybrid has "
@@ -54,7 +55,7 @@ class CachedDecoding:
     def _cache_for(self, cache, use_cache):
         if cache is not None and not isinstance(cache, ManticoreCache) and type(cache).__name__ != "ManticoreCache":
             raise ManticoreError(
-                f"past_key_values is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
+                f"{CACHE} is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
             )
         use_cache = (not self.training) if use_cache is None else use_cache
         if self.training and self.is_activation_checkpointing:
@@ -67,19 +68,19 @@ class CachedDecoding:
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         implementation = generation_config.cache_implementation
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None:
             if implementation is not None:
-                raise ManticoreError("Give either cache_implementation or past_key_values, not both.")
+                raise ManticoreError(f"Give either cache_implementation or {CACHE}, not both.")
             cache._is_user_defined = True
             return
         if generation_config.use_cache is False:
             return
         if implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = self.make_cache()
+            model_kwargs[CACHE] = self.make_cache()
         elif implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS and "offloaded" not in implementation:
             length = max(max_cache_length, generation_config.max_cache_len or 0)
-            model_kwargs["past_key_values"] = self.make_cache(length)
+            model_kwargs[CACHE] = self.make_cache(length)
         else:
             raise ManticoreError(
                 f"cache_implementation={implementation!r} is not supported; use 'dynamic' or 'static'."

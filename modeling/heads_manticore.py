@@ -19,6 +19,7 @@ from .dtypes_manticore import default_dtype
 from .mixture_manticore import weighted_sum
 from .segments_manticore import Cuts
 from .sizes_manticore import construct
+from .versions_manticore import CACHE, takes_cache
 
 DROPOUT = 0.1
 """Of token classification, where the configuration has no `classifier_dropout`; the library's default."""
@@ -219,12 +220,13 @@ def _label(config, num_labels, id2label, label2id, problem_type):
 class ScoresSequences(Scores):
     """Mixin of ManticoreForSequenceClassification."""
 
+    @takes_cache
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
@@ -241,7 +243,7 @@ class ScoresSequences(Scores):
                 token that is not `pad_token_id` is scored; padding on the left is then read as text, as in any model
                 of Transformers.
             use_cache: Whether to return a cache; default: if one is given.
-            input_ids, position_ids, past_key_values, inputs_embeds, output_hidden_states, return_dict: As in
+            input_ids, position_ids, cache, inputs_embeds, output_hidden_states, return_dict: As in
                 ManticoreModel.
             **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
 
@@ -257,7 +259,7 @@ class ScoresSequences(Scores):
                 f"{'a config.pad_token_id' if inputs_embeds is None else 'input_ids'}. Give an attention_mask."
             )
         scores, own, run = self._score(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, output_hidden_states
         )
         rows, time = torch.arange(len(scores), device=scores.device), scores.shape[1]
         if attention_mask is not None:
@@ -276,7 +278,7 @@ class ScoresSequences(Scores):
         out = SequenceClassifierOutputWithPast(
             loss=None if labels is None else self._loss(loss_of, logits, own),
             logits=logits,
-            past_key_values=run["cache"],
+            **{CACHE: run["cache"]},
             hidden_states=run["hidden_states"],
         )
         return out if self._flag(return_dict, "return_dict") else out.to_tuple()
@@ -291,12 +293,13 @@ class ScoresTokens(Scores):
         dropout = DROPOUT if dropout is None else dropout
         return ScoreHead(widths, self.config.num_labels, bias=True, dropout=dropout)
 
+    @takes_cache
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
@@ -308,13 +311,13 @@ class ScoresTokens(Scores):
 
         Args:
             labels: [batch, time] class numbers; -100 is ignored. Not shifted.
-            past_key_values: As in ManticoreModel; it goes on in place, and is not among the outputs.
+            cache: As in ManticoreModel; it goes on in place, and is not among the outputs.
             input_ids, attention_mask, position_ids, inputs_embeds, use_cache, output_hidden_states, return_dict: As in
                 ManticoreModel.
             **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
         """
         logits, own, run = self._score(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, output_hidden_states
         )
         items = {"num_items_in_batch": kwargs.get("num_items_in_batch")}
 

@@ -27,6 +27,7 @@ from .segments_manticore import Cuts
 from .sft_manticore import KeepsForward, fused_output
 from .sharding_manticore import KeepsBuffers
 from .sizes_manticore import construct, trying
+from .versions_manticore import CACHE, CACHE_NAMES, takes_cache
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 
@@ -43,7 +44,7 @@ class ManticorePreTrainedModel(
     _supports_flex_attn = True
     _is_stateful = True
     _no_split_modules = ["HybridMixer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -185,12 +186,13 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
 
     # ---- forward ---------------------------------------------------------------------------------------------------
 
+    @takes_cache
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
@@ -203,7 +205,7 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
             input_ids: [batch, time] token ids; or `inputs_embeds`, see `get_input_embeddings`.
             attention_mask: [batch, past + time], 1 for real tokens (left padding is right for every component).
             position_ids: [batch, time]; default: counted from the mask.
-            past_key_values: A ManticoreCache (`make_cache`, or one returned before).
+            cache: A ManticoreCache (`make_cache`, or one returned before); `past_key_values` is the same.
             use_cache: Whether to return a cache.
             output_hidden_states: Whether to return the shared state at each block boundary.
             return_dict: False for a tuple.
@@ -212,12 +214,12 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
             ManticoreError: Input that cannot be used, or beyond a component's table of positions.
         """
         run = self._run(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache,
             self._flag(output_hidden_states, "output_hidden_states"), shared=True,
         )  # fmt: skip
         out = ManticoreModelOutput(
             last_hidden_state=run["shared"],
-            past_key_values=run["cache"],
+            **{CACHE: run["cache"]},
             hidden_states=run["hidden_states"],
             states=tuple(run["states"].get(name) for name in self.config.component_names),
         )
@@ -320,12 +322,13 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
     # Set by trainers that log them: compute the losses of the parts and of the plain ensemble in every call.
     report_parts = False
 
+    @takes_cache
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
@@ -339,12 +342,12 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
         Args:
             labels: [batch, time]; -100 is ignored; shifted inside, as in every causal LM of Transformers.
             logits_to_keep: Compute logits of the last n positions only (0: all), or of the positions in a 1-D tensor.
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, output_hidden_states,
                 return_dict: As in ManticoreModel.
             **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
         """
         run = self._run(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache,
             self._flag(output_hidden_states, "output_hidden_states"), shared=False,
         )  # fmt: skip
         if isinstance(logits_to_keep, int):
@@ -372,7 +375,7 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
         out = ManticoreCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=run["cache"],
+            **{CACHE: run["cache"]},
             hidden_states=run["hidden_states"],
             weights=token_weights,
             **parts,

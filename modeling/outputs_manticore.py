@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreError
 from .devices_manticore import device_of, place
 from .mixing_manticore import resize
@@ -14,30 +13,27 @@ from .mixture_manticore import is_active, weighted_sum
 
 
 @dataclass
-class ManticoreModelOutput(ModelOutput):
+class ManticoreModelOutput(BaseModelOutputWithPast):
     """Output of `ManticoreModel`.
 
     Attributes:
         last_hidden_state: [batch, time, d], the shared state after the last block.
-        past_key_values: A ManticoreCache, if caching.
+        cache: A ManticoreCache, if caching; `past_key_values` in Transformers 5.23.
         hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
         states: Each component's own last state [batch, time, d_k] (None where it was not run).
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: ManticoreCache | None = None
-    hidden_states: tuple | None = None
     states: tuple | None = None
 
 
 @dataclass
-class ManticoreCausalLMOutput(ModelOutput):
+class ManticoreCausalLMOutput(CausalLMOutputWithPast):
     """Output of `ManticoreForCausalLM`.
 
     Attributes:
         loss: mix_loss_weight * mixture_loss + component_loss_weight * sum(component_losses), with `labels`.
         logits: [batch, time, vocabulary] of the mixture; like any model's, up to a constant per token.
-        past_key_values: A ManticoreCache, if caching.
+        cache: A ManticoreCache, if caching; `past_key_values` in Transformers 5.23.
         hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
         mixture_loss: Cross-entropy of the mixture, nats per token.
         component_losses: [K], cross-entropy of each component's own head, NaN where it was not run (if
@@ -46,10 +42,6 @@ class ManticoreCausalLMOutput(ModelOutput):
         weights: [batch, time, K], the token gate's weights (mixture="token").
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: ManticoreCache | None = None
-    hidden_states: tuple | None = None
     mixture_loss: torch.Tensor | None = None
     component_losses: torch.Tensor | None = None
     ensemble_loss: torch.Tensor | None = None

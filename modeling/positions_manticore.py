@@ -27,13 +27,14 @@ class Tables:
     length: int | None = None
 
 
-def find_tables(config, embeddings, layers):
+def find_tables(config, embeddings, layers, beside):
     """The Tables of some layers of a component.
 
     Args:
         config: The component's configuration.
         embeddings: Modules that add positions before the first of the layers.
         layers: The layers.
+        beside: Buffers of the model outside of its layers (angles of GPT-J from Transformers 5.24 on, of CTRL).
     """
     stated = getattr(config, "max_position_embeddings", None)
     # OPT and its kin leave the first rows to padding.
@@ -42,6 +43,7 @@ def find_tables(config, embeddings, layers):
     for buffer in {id(one): one for layer in layers for one in layer.buffers()}.values():
         if buffer.ndim >= 2 and stated in buffer.shape:
             (lengths if list(buffer.shape).count(stated) > 1 else rows).append(stated)
+    rows += [stated for one in beside if one.ndim == 2 and one.shape[0] == stated != one.shape[1]]
     return Tables(min(rows, default=None), min(lengths, default=None))
 
 

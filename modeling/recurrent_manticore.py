@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 
+from .versions_manticore import takes_cache
+
 _MASK = "padding_mask"
 
 
@@ -17,8 +19,9 @@ class CachedRecurrentBlock(RecurrentGemmaRecurrentBlock):
 
     # With weights on the meta device torch 2.13's convolution does not fail: it returns memory as it finds it
     @force_accelerate_hooks("conv_1d")
+    @takes_cache
     def forward(
-        self, input_states, position_ids, attention_mask, use_cache=True, past_key_values=None, padding_mask=None, **_
+        self, input_states, position_ids, attention_mask, use_cache=True, cache=None, padding_mask=None, **_
     ):
         """Runs the block.
 
@@ -27,7 +30,7 @@ class CachedRecurrentBlock(RecurrentGemmaRecurrentBlock):
             position_ids: [batch or 1, time]; the recurrence starts anew where they are 0.
             attention_mask: Not used: a mask for attention.
             use_cache: Not used: a cache is used if there is one.
-            past_key_values: A cache whose layer `self.layer_idx` is a LinearAttentionLayer, or None.
+            cache: A cache whose layer `self.layer_idx` is a LinearAttentionLayer, or None.
             padding_mask: [batch, time], 1 for real tokens, or None.
         """
         time = input_states.shape[1]
@@ -36,11 +39,9 @@ class CachedRecurrentBlock(RecurrentGemmaRecurrentBlock):
             entering = entering * padding_mask[:, -time:, None].to(entering.dtype)
         entering = entering.transpose(1, 2)
         window, state = entering, None
-        if past_key_values is not None:
-            state = past_key_values.get_recurrent_state(self.layer_idx)
-            window = past_key_values.update_conv_state(
-                entering, self.layer_idx, conv_kernel_size=self.conv1d_width - 1
-            )
+        if cache is not None:
+            state = cache.get_recurrent_state(self.layer_idx)
+            window = cache.update_conv_state(entering, self.layer_idx, conv_kernel_size=self.conv1d_width - 1)
         # The first call's window may be padded on the left, and a later one's holds what came before
         missing = max(self.conv1d_width - 1 + time - window.shape[-1], 0)
         window = F.pad(window, (missing, 0))[..., 1 - self.conv1d_width - time :]
@@ -52,8 +53,8 @@ class CachedRecurrentBlock(RecurrentGemmaRecurrentBlock):
         finally:
             # Left in the module, it would reach the next sequence, and keep a graph alive
             self.rg_lru.recurrent_states = None
-        if past_key_values is not None:
-            past_key_values.update_recurrent_state(state, self.layer_idx)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
         return self.linear_out(mixed * self.act_fn(self.linear_y(input_states))), None
 
 

@@ -57,7 +57,9 @@ class Segment:
             self.children = children
             positions = [modules[n] for n, cls in self.anatomy.before.items() if self.is_first and cls is NoPosition]
             mine = list(layers)[self.start : self.stop]
-            self.tables = find_tables(self.stack.config, positions, mine)
+            runs = [x for name, x in modules.items() if x not in (None, layers) and name not in self.stand_ins]
+            beside = [*self.stack.buffers(recurse=False), *(buffer for x in runs for buffer in x.buffers())]
+            self.tables = find_tables(self.stack.config, positions, mine, beside)
             if self.anatomy.enters and not self.is_first:
                 mine[0] = self.entry = Entry(mine[0])
             if self.anatomy.leaves and not self.is_last:
@@ -90,8 +92,7 @@ class Segment:
         arguments = {"inputs_embeds": given, "use_cache": cache is not None}
         if self.anatomy.positions:
             arguments["position_ids"] = position_ids
-        if self.anatomy.cache_argument == "cache_params" and attention_mask is not None:
-            # Recurrent models mask the tokens they are given, not the ones they have seen.
+        if not self.anatomy.attends and attention_mask is not None:
             attention_mask = attention_mask[:, -hidden.shape[1] :]
         if cache is not None and cache.max_cache_len is not None and not cache.is_recurrent:
             # Not every model stretches a mask to the length of a static cache (Bloom's position biases).

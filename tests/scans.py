@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from manticore_hf.modeling import fast_mixers_manticore as sm
+from manticore_hf.modeling.versions_manticore import cache_argument
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 BATCH, D, N, TIME = 2, 5, 3, 37
@@ -33,7 +34,6 @@ CONFIGS = {
     },
 }
 SCANNING = ("mamba", "falcon_mamba", "jamba")
-CACHE_NAME = dict.fromkeys(CONFIGS, "cache_params") | {"jamba": "past_key_values"}
 
 
 def naive_scan(u, dt, A, B, C, state=None):
@@ -135,7 +135,7 @@ def chunked(model, model_type, ids, mask, size, full_mask=False):
         bounds = bounds[:1] + bounds[5:]
     outputs = []
     for s, e in zip(bounds, bounds[1:]):
-        kwargs = {CACHE_NAME[model_type]: cache, "use_cache": True}
+        kwargs = {cache_argument(model.forward): cache, "use_cache": True}
         if mask is not None:
             kwargs["attention_mask"] = mask[:, :e] if trims_itself else mask[:, s:e]
             if model_type == "jamba":

@@ -5,7 +5,6 @@ the tests of kernels are skipped, and the others test the portable path.
 """
 
 import importlib.util
-import inspect
 
 import families
 import pytest
@@ -14,6 +13,7 @@ from datasets import Dataset
 from manticore_hf.modeling import fast_mixers_manticore as fast
 from manticore_hf.modeling import scan_manticore as scan
 from manticore_hf.modeling.scan_triton_manticore import run_triton
+from manticore_hf.modeling.versions_manticore import cache_argument
 from scans import make_inputs
 from test_qlora import four_bits, twin
 from transformers import DynamicCache, TrainingArguments
@@ -73,7 +73,7 @@ def results(model, ids):
     """Logits in evaluation, those of chunked and single tokens, training's, and gradients; all at once, in float64."""
     model.eval()
     cache = DynamicCache(config=model.config)
-    name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    name = cache_argument(model.forward)
     with torch.no_grad():
         found, past = {"whole": model(input_ids=ids, use_cache=False).logits, "cached": []}, 0
         for part in ids.split([5, 1, 1, ids.shape[1] - 7], 1):

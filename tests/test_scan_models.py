@@ -7,9 +7,12 @@ import pytest
 import scans
 import torch
 from manticore_hf.modeling import fast_mixers_manticore as sm
+from manticore_hf.modeling.versions_manticore import cache_argument
 from scans import CONFIGS, SCANNING, build, chunked, mixers, padded_inputs, uninstall
+from transformers import MambaForCausalLM
 
 restored = scans.restored
+CACHE = cache_argument(MambaForCausalLM.forward)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -107,9 +110,9 @@ def test_reordered_cache():
     sm.carry_state(model)
     ids, _ = padded_inputs(False)
     with torch.no_grad():
-        cache = model(ids[:, :6], use_cache=True).cache_params
+        cache = getattr(model(ids[:, :6], use_cache=True), CACHE)
         cache.reorder_cache(torch.tensor([1, 0]))
-        logits = model(ids.flip(0)[:, 6:], cache_params=cache, use_cache=True).logits
+        logits = model(ids.flip(0)[:, 6:], **{CACHE: cache}, use_cache=True).logits
         full = model(ids.flip(0), use_cache=False).logits[:, 6:]
     torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-5)
 
@@ -137,10 +140,10 @@ def test_state_is_dropped_when_the_forward_raises():
     ids, _ = padded_inputs(False)
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
-        cache = model(ids[:, :4], use_cache=True).cache_params
+        cache = getattr(model(ids[:, :4], use_cache=True), CACHE)
         out_proj, model.backbone.layers[0].mixer.x_proj = model.backbone.layers[0].mixer.x_proj, torch.nn.Linear(3, 3)
         with pytest.raises(RuntimeError):
-            model(ids[:, 4:], cache_params=cache, use_cache=True)
+            model(ids[:, 4:], **{CACHE: cache}, use_cache=True)
         assert getattr(sm._shared.local, "state", None) is None
         model.backbone.layers[0].mixer.x_proj = out_proj
         torch.testing.assert_close(model(ids, use_cache=False).logits, full)
@@ -152,14 +155,14 @@ def test_interrupted_forward_leaves_nothing_behind():
     ids, _ = padded_inputs(False)
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
-        cache = model(ids[:, :4], use_cache=True).cache_params
+        cache = getattr(model(ids[:, :4], use_cache=True), CACHE)
 
         def interrupt(*args):
             raise KeyboardInterrupt
 
         handle = mixers(model)[0].x_proj.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            model(ids[:, 4:], cache_params=cache, use_cache=True)
+            model(ids[:, 4:], **{CACHE: cache}, use_cache=True)
         handle.remove()
         torch.testing.assert_close(model(ids, use_cache=False).logits, full)
 
@@ -170,9 +173,9 @@ def test_a_lost_state_is_an_error_not_a_wrong_result():
     uninstall("mamba")
     ids, _ = padded_inputs(False)
     with torch.no_grad():
-        cache = model(ids[:, :4], use_cache=True).cache_params
+        cache = getattr(model(ids[:, :4], use_cache=True), CACHE)
         with pytest.raises(RuntimeError, match="install"):
-            model(ids[:, 4:], cache_params=cache, use_cache=True)
+            model(ids[:, 4:], **{CACHE: cache}, use_cache=True)
 
 
 def test_threads_do_not_see_each_others_state():
@@ -204,6 +207,6 @@ def test_compiled_continuation_from_a_cache():
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
         compiled = torch.compile(model, backend="eager")
-        cache = compiled(ids[:, :5], use_cache=True).cache_params
-        logits = compiled(ids[:, 5:], cache_params=cache, use_cache=True).logits
+        cache = getattr(compiled(ids[:, :5], use_cache=True), CACHE)
+        logits = compiled(ids[:, 5:], **{CACHE: cache}, use_cache=True).logits
     torch.testing.assert_close(logits, full[:, 5:], rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ import pytest
 import scans
 import torch
 from manticore_hf.modeling import fast_mixers_manticore as sm
+from manticore_hf.modeling.versions_manticore import cache_argument
 from scans import modeling
 from transformers import DynamicCache
 
@@ -43,7 +44,7 @@ def build(model_type, limited=True, dtype=torch.float32):
 @torch.no_grad()
 def read(model, sizes):
     """Logits of nine tokens, read in calls of these sizes with a cache, or at once without."""
-    name = "cache_params" if model.config.model_type == "mamba2" else "past_key_values"
+    name = cache_argument(getattr(model, "_orig_mod", model).forward)
     cache, parts, start = DynamicCache(config=model.config), [], 0
     for part in tokens().split(sizes, 1):
         given = {name: cache, "use_cache": True} if len(sizes) > 1 else {"use_cache": False}

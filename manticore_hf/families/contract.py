@@ -13,6 +13,7 @@ from manticore_hf.families.tiny import tokens
 from manticore_hf.modeling.components_manticore import ComponentSpec
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.modeling.segments_manticore import Cuts
+from manticore_hf.modeling.versions_manticore import CACHE
 
 PADDING = 3
 """Tokens of left padding of the first of two rows."""
@@ -212,7 +213,7 @@ def check_greedy(model, steps=6):
     got, logits, out = generate(model, ids, mask, steps)
     close(logits, wanted_logits, "logits with a cache and without")
     same(got, wanted, "tokens generated with a cache and without")
-    if out.past_key_values.get_seq_length() != ids.shape[1] + steps - 1:
+    if getattr(out, CACHE).get_seq_length() != ids.shape[1] + steps - 1:
         raise Broken("the cache has another length than what it was given")
 
 
@@ -248,12 +249,12 @@ def check_chunks(model, sizes):
     cache, start, parts, i = model.make_cache(), 0, [], 0
     while start < 11:
         stop = min(start + sizes[i % len(sizes)], 11)
-        out = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+        out = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], **{CACHE: cache})
         parts.append(out.logits)
         start, i = stop, i + 1
     real = mask.bool()
     close(torch.cat(parts, 1)[real], whole[real], f"logits of a text in chunks of {sizes} and of the whole")
-    if out.past_key_values is not cache or cache.get_seq_length() != 11:
+    if getattr(out, CACHE) is not cache or cache.get_seq_length() != 11:
         raise Broken("the cache has another length than what it was given")
 
 
@@ -265,7 +266,7 @@ def check_turns(model):
     caches, parts = [model.make_cache(), model.make_cache()], [[], []]
     for start, stop in [(0, 4), (4, 5), (5, 6)]:
         for i, ids in enumerate((one, two)):
-            parts[i].append(model(input_ids=ids[:, start:stop], past_key_values=caches[i]).logits)
+            parts[i].append(model(input_ids=ids[:, start:stop], **{CACHE: caches[i]}).logits)
     for part, wanted in zip(parts, whole):
         close(torch.cat(part, 1), wanted, "logits of two sequences by turns and of each at once")
 
@@ -277,11 +278,11 @@ def check_static_cache(model):
     got, logits, out = generate(model, ids, mask, cache_implementation="static")
     close(logits, wanted_logits, "logits with a static cache and without")
     same(got, wanted, "tokens generated with a static cache and without")
-    if out.past_key_values.max_cache_len < got.shape[1] - 1:
+    if getattr(out, CACHE).max_cache_len < got.shape[1] - 1:
         raise Broken("the static cache is shorter than what was generated")
     ids, cache = tokens(1, 10, device=model.device), model.make_cache(16)
     with torch.no_grad():
-        parts = [model(input_ids=ids[:, a:b], past_key_values=cache).logits for a, b in [(0, 6), (6, 7), (7, 10)]]
+        parts = [model(input_ids=ids[:, a:b], **{CACHE: cache}).logits for a, b in [(0, 6), (6, 7), (7, 10)]]
         whole = model(input_ids=ids, use_cache=False).logits
     close(torch.cat(parts, 1), whole, "logits in chunks with a static cache and at once")
 

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from manticore_hf.families import contract
-from manticore_hf.families.precision import Float64, doubled
+from manticore_hf.families.precision import Float64, as_asked, doubled
 from manticore_hf.families.tiny import tiny_config, tiny_model, tokens
 from manticore_hf.modeling.components_manticore import WEIGHT_FILES, ComponentSpec, resolve
 from manticore_hf.modeling.configuration_manticore import ManticoreError, component_depth
@@ -50,7 +50,8 @@ class Subject:
         return self._tiny(tiny_config("llama", hidden_size=24, head_dim=6, num_hidden_layers=4), 1)
 
     def _tiny(self, config, seed):
-        model = tiny_model(config, seed).to(self.device)
+        with as_asked():
+            model = tiny_model(config, seed).to(self.device)
         return doubled(model) if self.double else model
 
     @cached_property

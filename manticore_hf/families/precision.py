@@ -5,6 +5,8 @@ in chunks and step by step, and where a model chooses (of two experts that are n
 and all that follows differs). In float64 rounding is nine orders smaller, and a mistake is not.
 """
 
+import contextlib
+
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -15,10 +17,24 @@ class Float64(TorchFunctionMode):
     Norms, routers, scans and mixed predictions convert to float32, whatever their model's dtype.
     """
 
+    paused = False
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if Float64.paused:
+            return func(*args, **(kwargs or {}))
         func = torch.Tensor.double if func is torch.Tensor.float else func
         args = tuple(_wider(value) for value in args)
         return func(*args, **{key: _wider(value) for key, value in (kwargs or {}).items()})
+
+
+@contextlib.contextmanager
+def as_asked():
+    """Within `Float64`: float32 where that is asked for. Random numbers of float64 are others than those of float32."""
+    before, Float64.paused = Float64.paused, True
+    try:
+        yield
+    finally:
+        Float64.paused = before
 
 
 def _wider(value):
