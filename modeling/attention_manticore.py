@@ -24,21 +24,6 @@ def refuse_engines(implementation):
             raise ManticoreError(_REFUSAL.format(f"attn_implementation={one!r}"))
 
 
-class RefusesEngines:
-    """Mixin of all hybrid classes: vLLM and SGLang are told before they start their workers."""
-
-    _supports_attention_backend = False
-
-    @classmethod
-    def is_backend_compatible(cls):
-        """Never returns: vLLM (0.32) and SGLang (0.5) go on after a False, and fail in a worker with a long trace.
-
-        Raises:
-            ManticoreError: Always. Only such engines ask.
-        """
-        raise ManticoreError(_REFUSAL.format("An engine that puts its own attention into a model (vLLM, SGLang)"))
-
-
 def supports_attention(cls, implementation):
     """Whether a model class has an attention implementation ("sdpa", "flash_attention_2", "flex_attention", ...)."""
     if implementation is None or implementation == "eager":
@@ -65,6 +50,17 @@ def settle_attention(config):
 
 class PerComponentAttention:
     """Mixin of ManticoreModel."""
+
+    _supports_attention_backend = False
+
+    @classmethod
+    def is_backend_compatible(cls):
+        """Never returns: vLLM (0.32) and SGLang (0.5) go on after a False, and fail in a worker with a long trace.
+
+        Raises:
+            ManticoreError: Always. Only such engines ask.
+        """
+        raise ManticoreError(_REFUSAL.format("An engine that puts its own attention into a model (vLLM, SGLang)"))
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         """Sets the implementation of every component that has it; the others keep theirs.

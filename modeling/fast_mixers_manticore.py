@@ -295,8 +295,8 @@ def hook_once(module, mark, before, after, with_kwargs=False):
 def _carry_state_in(module, args, kwargs):
     # Also overwrites what an interrupted forward (KeyboardInterrupt skips forward hooks) may have left
     _shared.local.state = None
-    given = [kwargs[name] for name in ("cache", "cache_params") if name in kwargs]  # of 5.24 and later, of 5.23
-    cache = given[0] if given else (args[1] if len(args) > 1 else None)
+    names = ("cache", "cache_params")  # of Transformers 5.24 and later, of 5.23
+    cache = next((kwargs[name] for name in names if name in kwargs), args[1] if len(args) > 1 else None)
     if cache is None:
         return None
     tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from .anatomy_manticore import check_cut
-from .attention_manticore import PerComponentAttention, RefusesEngines, settle_attention
+from .attention_manticore import PerComponentAttention, settle_attention
 from .components_manticore import build, prepare
 from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
@@ -31,9 +31,7 @@ from .versions_manticore import CACHE, CACHE_NAMES, takes_cache
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 
-class ManticorePreTrainedModel(
-    ReferencedWeights, KeepsBuffers, MixedDtypes, Quantizable, RefusesEngines, PreTrainedModel
-):
+class ManticorePreTrainedModel(ReferencedWeights, KeepsBuffers, MixedDtypes, Quantizable, PreTrainedModel):
     """Loading, saving and initialisation common to all hybrid classes."""
 
     config_class = ManticoreConfig

@@ -54,10 +54,13 @@ def guarded(seconds=30):
 
 
 def fuzzed(examples):
-    """Settings of a fuzz test of so many examples. The first that fails ends it, and its file is in `tmp_path` then."""
+    """Settings of a fuzz test of so many examples, half of them (always the same) unless FUZZ asks for N times as many.
+
+    The first that fails ends it, and its file is in `tmp_path` then.
+    """
     more = int(os.environ.get("FUZZ", "0"))
     return settings(
-        max_examples=examples * (more or 1), derandomize=not more, database=None, deadline=None,
+        max_examples=examples * more or examples // 2, derandomize=not more, database=None, deadline=None,
         report_multiple_bugs=False, phases=[Phase.generate],  # making an example smaller would take minutes
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
     )  # fmt: skip

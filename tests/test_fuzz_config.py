@@ -97,7 +97,7 @@ def test_the_hybrids_themselves_work(saved, folder):
         assert all(outcome(run, folder(name, text)) for run in (on_meta, loaded, inspect_hybrid))
 
 
-@fuzzed(500)
+@fuzzed(1000)
 @given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
 def test_changed_values_as_dicts(saved, name, random):
     def read(values):
@@ -107,25 +107,25 @@ def test_changed_values_as_dicts(saved, name, random):
     outcome(read, json.loads(changed(saved[name][1], random)))
 
 
-@fuzzed(100)
+@fuzzed(200)
 @given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
 def test_changed_values(saved, folder, name, random):
     outcome(on_meta, folder(name, changed(saved[name][1], random)))
 
 
-@fuzzed(30)
+@fuzzed(60)
 @given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
 def test_what_can_be_built_also_loads_and_runs(saved, folder, name, random):
     outcome(loaded, folder(name, changed(saved[name][1], random)))
 
 
-@fuzzed(20)
+@fuzzed(40)
 @given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
 def test_inspection(saved, folder, name, random):
     outcome(inspect_hybrid, folder(name, changed(saved[name][1], random)))
 
 
-@fuzzed(100)
+@fuzzed(200)
 @given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
 def test_garbled_text(saved, folder, name, random):
     outcome(on_meta, folder(name, garbled(saved[name][1], random, times=random.choice([1, 1, 3]))))
@@ -140,7 +140,7 @@ def parts(tmp_path_factory):
     return folders
 
 
-@fuzzed(75)
+@fuzzed(150)
 @given(family=st.sampled_from(sorted(FAMILIES)), random=st.randoms(), garble=st.booleans())
 def test_components(parts, tmp_path, family, random, garble):
     target, text = tmp_path / "part", (parts[family] / "config.json").read_text()
@@ -155,7 +155,7 @@ def models(saved):
     return {name: ManticoreForCausalLM.from_pretrained(folder) for name, (folder, _) in saved.items()}
 
 
-@fuzzed(50)
+@fuzzed(100)
 @given(name=st.sampled_from(sorted(HYBRIDS)), key=st.sampled_from(HOSTILE_KEYS), value=st.sampled_from(HOSTILE_VALUES))
 def test_a_save_that_fails_leaves_no_file(models, tmp_path, name, key, value):
     """Whatever a user did to the configuration in memory: a directory that can be read, or none at all."""

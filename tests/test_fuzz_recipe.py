@@ -52,20 +52,20 @@ def test_the_recipes_themselves_are_read(tmp_path):
     assert len(RECIPES) >= 4 and all(attempt(tmp_path, text) for text in RECIPES.values())
 
 
-@fuzzed(750)
+@fuzzed(1500)
 @given(name=NAMES, random=st.randoms())
 def test_changed_values(tmp_path, name, random):
     values = mutated(yaml.safe_load(RECIPES[name]), random, times=random.choice([1, 1, 1, 2, 5]))
     attempt(tmp_path, json.dumps(values, ensure_ascii=random.randrange(2) == 0))
 
 
-@fuzzed(750)
+@fuzzed(1500)
 @given(name=NAMES, random=st.randoms())
 def test_garbled_text(tmp_path, name, random):
     attempt(tmp_path, garbled(RECIPES[name], random, times=random.choice([1, 1, 3])))
 
 
-@fuzzed(150)
+@fuzzed(300)
 @given(name=NAMES, data=st.binary(max_size=40), random=st.randoms())
 def test_bytes_that_are_no_text(tmp_path, name, data, random):
     content = RECIPES[name].encode()
@@ -73,7 +73,7 @@ def test_bytes_that_are_no_text(tmp_path, name, data, random):
     attempt(tmp_path, content[:start] + data + content[start + random.randrange(9) :])
 
 
-@fuzzed(150)
+@fuzzed(300)
 @given(name=NAMES, tag=st.sampled_from(TAGS), random=st.randoms())
 def test_tags_construct_nothing(tmp_path, name, tag, random):
     """Wherever a value stands, a tagged one may stand; the canary shows whether one was obeyed."""
