@@ -13,6 +13,7 @@ from manticore_hf_testing import start_hub
 _HOME = tempfile.TemporaryDirectory(prefix="manticore-tests-", ignore_cleanup_errors=True)
 HUB = start_hub(_HOME.name)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
 import torch  # noqa: E402
 

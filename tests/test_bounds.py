@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM
+from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM, inspection
 from manticore_hf.cli import main
 from manticore_hf.inspection import inspect_hybrid
 
@@ -35,6 +35,12 @@ def saved(tmp_path):
     parts = [ComponentSpec(tiny(family), name=family) for family in ("gpt_neox", "mamba")]
     ManticoreForCausalLM.from_components(parts, num_blocks=2).save_pretrained(tmp_path / "hybrid")
     return tmp_path / "hybrid"
+
+
+@pytest.fixture
+def uncounted(monkeypatch):
+    """Inspecting without counting FLOPs, which takes two seconds."""
+    monkeypatch.setattr(inspection, "_count", lambda run, tokens: 0.0)
 
 
 def change(folder, edit):
@@ -365,7 +371,7 @@ def test_what_is_dropped_changes_nothing(saved):
     ],
     ids=repr,
 )  # fmt: skip
-def test_mixture_weights_that_cannot_be_read_are_shown_as_unknown(saved, header):
+def test_mixture_weights_that_cannot_be_read_are_shown_as_unknown(saved, uncounted, header):
     if not isinstance(header, bytes):
         text = json.dumps({"hybrid_mixer.alpha_logits": header}).encode()
         header = len(text).to_bytes(8, "little") + text + b"\x00" * 16
@@ -374,7 +380,7 @@ def test_mixture_weights_that_cannot_be_read_are_shown_as_unknown(saved, header)
 
 
 @pytest.mark.parametrize("shard", ["../other/model.safetensors", "/dev/zero", "x", 3, None])
-def test_an_index_leads_to_no_other_folder(saved, shard):
+def test_an_index_leads_to_no_other_folder(saved, uncounted, shard):
     (saved / "model.safetensors").rename(saved.parent / "model.safetensors")
     (saved.parent / "other").mkdir()
     (saved.parent / "model.safetensors").rename(saved.parent / "other" / "model.safetensors")

@@ -81,9 +81,10 @@ def test_two_that_load_through_one_empty_cache(saved, tmp_path):
         assert_same_model(ManticoreForCausalLM.from_pretrained(tmp_path / f"copy{i}", dtype="float32"), saved[0])
 
 
-def test_loading_while_others_save(saved, tmp_path):
+@pytest.mark.parametrize("others", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_loading_while_others_save(saved, tmp_path, others):
     saved[0].save_pretrained(tmp_path / "target")
-    arguments = [(tmp_path / "0", tmp_path / "target")] * 2
+    arguments = [(tmp_path / "0", tmp_path / "target")] * others
     with ThreadPoolExecutor(1) as pool:
         saving, loads = pool.submit(together, SAVE, *arguments), 0
         while not saving.done():

@@ -187,7 +187,11 @@ def check_compiled(model, backend, times):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES), *PAIRS])
+QUICK = ["gpt_neox+mamba", "gemma2+jamba"]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *OTHERS])
 def test_compiled_forward(name):
     check_compiled(hybrid(name), "eager", [9])
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_hybrid import WORDS, pair, save, write_text
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
+from manticore_hf.cli import main
 from manticore_hf.data import DataArguments, load_rows
 from manticore_hf.train import last_whole_checkpoint, take_mixture
 
@@ -28,13 +29,17 @@ def start(tmp_path_factory):
     return folder
 
 
-def _command(stage, start, output, *more):
+def _arguments(stage, start, output, *more):
     return [
-        sys.executable, "-m", "manticore_hf.cli", stage, "--model", str(start / "hybrid"),
-        "--data", str(start / "text.txt"), "--block_size", "16", "--output_dir", str(output), "--max_steps", "6",
-        "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--save_steps", "2", "--logging_steps", "1",
-        "--seed", "3", "--use_cpu", "true", *more,
+        stage, "--model", str(start / "hybrid"), "--data", str(start / "text.txt"), "--block_size", "16",
+        "--output_dir", str(output), "--max_steps", "6", "--per_device_train_batch_size", "4",
+        "--learning_rate", "1e-2", "--save_steps", "2", "--logging_steps", "1", "--seed", "3", "--use_cpu", "true",
+        *more,
     ]  # fmt: skip
+
+
+def _command(*given):
+    return [sys.executable, "-m", "manticore_hf.cli", *_arguments(*given)]
 
 
 def _run(command):
@@ -113,26 +118,26 @@ def test_search_then_finetune_from_rewound_components(start, tmp_path):
 
 
 def test_a_search_too_short_to_log_anything(start, tmp_path):
-    _run(_command("search", start, tmp_path / "out", "--logging_steps", "1000"))
+    assert main(_arguments("search", start, tmp_path / "out", "--logging_steps", "1000")) == 0
     assert (tmp_path / "out" / "plots" / "mixture.png").is_file()
     assert not (tmp_path / "out" / "plots" / "alpha.png").exists()
     ManticoreForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_pretrain_moves_the_mixer_only(start, tmp_path):
-    _run(_command("pretrain", start, tmp_path / "out"))
+    assert main(_arguments("pretrain", start, tmp_path / "out")) == 0
     before, after = (load_file(d / "model.safetensors") for d in (start / "hybrid", tmp_path / "out"))
     changed = {key for key in after if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith("hybrid_mixer.") for key in changed)
 
 
-def test_user_errors_are_one_sentence(start, tmp_path):
-    command = _command("finetune", start, tmp_path / "x", "--mixture_from", str(start / "hybrid"))
-    command[command.index("--data") + 1] = str(start / "hybrid" / "model.safetensors")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("manticore-hf finetune: ")
-    assert "Traceback" not in done.stderr and "no files of one known format" in done.stderr
+def test_user_errors_are_one_sentence(start, tmp_path, capsys):
+    arguments = _arguments("finetune", start, tmp_path / "x", "--mixture_from", str(start / "hybrid"))
+    arguments[arguments.index("--data") + 1] = str(start / "hybrid" / "model.safetensors")
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.strip().splitlines()[-1].startswith("manticore-hf finetune: ")
+    assert "Traceback" not in printed and "no files of one known format" in printed
     assert not (tmp_path / "x" / "stage.json").exists()
 
 
