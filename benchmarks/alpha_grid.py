@@ -26,10 +26,19 @@ BLOCK, BATCH = 256, 4
 
 def _arguments(kind, seed, rate, **more):
     return kind(
-        output_dir=tempfile.mkdtemp(prefix="alpha-grid-"), num_train_epochs=1, per_device_train_batch_size=BATCH,
-        learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=5, save_strategy="no", report_to="none", seed=seed,
-        use_cpu=not torch.accelerator.is_available(), disable_tqdm=True, **more,
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(prefix="alpha-grid-"),
+        num_train_epochs=1,
+        per_device_train_batch_size=BATCH,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        **more,
+    )
 
 
 def _compose(pair, seed):
@@ -42,7 +51,7 @@ def _compose(pair, seed):
 def tune(pair, weight, rows, test, seed, rate):
     """Fine-tunes at a fixed alpha [weight, 1 - weight]; returns the losses on the test rows."""
     from manticore_hf import set_stage
-    from manticore_hf.evaluation import compare_losses
+    from manticore_hf.evaluation.losses import compare_losses
 
     model = _compose(pair, seed)
     model.set_mixture_weights([[weight, 1 - weight]])
@@ -54,7 +63,7 @@ def tune(pair, weight, rows, test, seed, rate):
 def search(pair, strategy, rows, seed, rate, alpha_rate):
     """The alpha of the first component that a strategy finds, and the way there."""
     from manticore_hf import SearchArguments, SearchTrainer
-    from manticore_hf.search import alpha_history
+    from manticore_hf.training.search import alpha_history
 
     model = _compose(pair, seed)
     more = {"strategy": strategy, "alpha_learning_rate": alpha_rate, "logging_steps": 5}
@@ -67,8 +76,8 @@ def search(pair, strategy, rows, seed, rate, alpha_rate):
 
 def measure(args):
     """Runs what is not in the output yet."""
-    from manticore_hf.data import pack
-    from manticore_hf.search import STRATEGIES
+    from manticore_hf.evaluation.data import pack
+    from manticore_hf.training.search import STRATEGIES
 
     tokenizer = AutoTokenizer.from_pretrained(args.pair[0])
     if args.document_token:
@@ -89,8 +98,16 @@ def measure(args):
         else:
             weight = float(also.get(how, how))
         losses = tune(args.pair, weight, rows, test, seed, args.rate)
-        line = {"pair": [Path(p).name for p in args.pair], "text": Path(args.text).parent.name, "tokens": args.tokens,
-                "seed": seed, "how": how, "alpha": weight, "losses": losses, "path": path}  # fmt: skip
+        line = {
+            "pair": [Path(p).name for p in args.pair],
+            "text": Path(args.text).parent.name,
+            "tokens": args.tokens,
+            "seed": seed,
+            "how": how,
+            "alpha": weight,
+            "losses": losses,
+            "path": path,
+        }
         with open(args.output, "a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -64,8 +64,8 @@ class Curve(TrainerCallback):
 def run(pair, variant, texts, tokens, seed, rate, test, fixed):
     """One training run. Returns its curve, the rivals' losses, and what the mixture has become."""
     from manticore_hf import ManticoreForCausalLM, set_stage
-    from manticore_hf.calibrate import calibrate_projectors
-    from manticore_hf.evaluation import compare_losses
+    from manticore_hf.evaluation.losses import compare_losses
+    from manticore_hf.training.calibrate import calibrate_projectors
 
     set_seed(seed)
     rows = texts["train"].shuffle(seed=seed)
@@ -86,10 +86,19 @@ def run(pair, variant, texts, tokens, seed, rate, test, fixed):
     curve = Curve(model, texts[test])
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
-            output_dir=scratch, max_steps=round(tokens / STEP), per_device_train_batch_size=BATCH, learning_rate=rate,
-            lr_scheduler_type="constant_with_warmup", warmup_steps=5, save_strategy="no", report_to="none", seed=seed,
-            use_cpu=True, logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=scratch,
+            max_steps=round(tokens / STEP),
+            per_device_train_batch_size=BATCH,
+            learning_rate=rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=5,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+            use_cpu=True,
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[curve]).train()
     return {"curve": curve.losses, "rivals": rivals, "mixture_weights": model.mixture_weights().tolist()}
 
@@ -112,7 +121,7 @@ def _best_rate(lines, pair, variant):
 
 
 def _texts(args, tokenizer):
-    from manticore_hf.data import pack
+    from manticore_hf.evaluation.data import pack
 
     limits = {"train": max(BUDGETS) // BLOCK + BATCH, "valid": 128, "test": 128}
     texts = {}
@@ -142,8 +151,15 @@ def measure(args):
         used = rate or _best_rate(lines, pair, variant)
         tokens, text = (RATE_TOKENS, "valid") if purpose == "rate" else (args.tokens, "test")
         found = run(paths[pair], variant, texts, tokens, seed, used, text, args.alpha == "fixed")
-        found = {"pair": pair, "variant": variant, "purpose": purpose, "seed": seed, "rate_asked": rate,
-                 "rate": used, **found}  # fmt: skip
+        found = {
+            "pair": pair,
+            "variant": variant,
+            "purpose": purpose,
+            "seed": seed,
+            "rate_asked": rate,
+            "rate": used,
+            **found,
+        }
         lines.append(found)
         with open(args.output, "a") as file:
             file.write(json.dumps(found) + "\n")
@@ -175,8 +191,10 @@ def summarise(lines, picture):
             if not runs:
                 continue
             # A seed may have a short run and a long one, whose first points are the same: the long one counts.
-            runs = [max((r for r in runs if r["seed"] == seed), key=lambda r: len(r["curve"]))
-                    for seed in sorted({r["seed"] for r in runs})]  # fmt: skip
+            runs = [
+                max((r for r in runs if r["seed"] == seed), key=lambda r: len(r["curve"]))
+                for seed in sorted({r["seed"] for r in runs})
+            ]
             points = {n: [r["curve"][str(n)] for r in runs if str(n) in r["curve"]] for n in budgets}
             points = {n: losses for n, losses in points.items() if losses}
             means = [statistics.mean(losses) for losses in points.values()]
@@ -185,8 +203,12 @@ def summarise(lines, picture):
             print(f"| {variant} | {runs[0]['rate']:g} | " + " | ".join(cells) + f" | {alpha} |")
             axis.plot([max(n, 3_000) for n in points], means, marker="o", label=variant)
         axis.axhline(rivals["ensemble"], color="grey", linestyle="--", label="plain ensemble, untrained")
-        axis.set(xscale="log", title=pair, xlabel="tokens of projector training (leftmost: none)",
-                 ylabel="test loss, nats per token")  # fmt: skip
+        axis.set(
+            xscale="log",
+            title=pair,
+            xlabel="tokens of projector training (leftmost: none)",
+            ylabel="test loss, nats per token",
+        )
         axis.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(picture, dpi=110)

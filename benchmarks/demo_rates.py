@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from manticore_hf import ManticoreForCausalLM, set_stage
-from manticore_hf.calibrate import calibrate_projectors
-from manticore_hf.data import pack
-from manticore_hf.demo import COMPONENTS, KINDS
-from manticore_hf.demo_text import documents
+from manticore_hf.demo.demo import COMPONENTS, KINDS
+from manticore_hf.demo.text import documents
+from manticore_hf.evaluation.data import pack
+from manticore_hf.training.calibrate import calibrate_projectors
 
 TUNING = (1e-4, 3e-4, 1e-3)
 PROJECTING = (1e-3, 3e-3, 1e-2)
@@ -49,10 +49,19 @@ def run(what, rate, train, validation, seed):
             calibrate_projectors(model, train, tokens=30_000)
         set_stage(model, "projectors")
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(prefix="demo-rates-"), num_train_epochs=1, per_device_train_batch_size=8,
-        learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=5, save_strategy="no", report_to="none", seed=seed,
-        use_cpu=not torch.accelerator.is_available(), disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(prefix="demo-rates-"),
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
     Trainer(model=model, args=arguments, train_dataset=train).train()
     model.eval()
     with torch.no_grad():

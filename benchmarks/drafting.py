@@ -104,8 +104,9 @@ class Rollback:
         self.recurrent = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
         self.states = [
             {at: state.clone() for at, state in states.items()}
-            for layer in self.recurrent for states in (layer.conv_states, layer.recurrent_states)
-        ]  # fmt: skip
+            for layer in self.recurrent
+            for states in (layer.conv_states, layer.recurrent_states)
+        ]
 
     def __call__(self):
         now = [states for layer in self.recurrent for states in (layer.conv_states, layer.recurrent_states)]
@@ -152,8 +153,9 @@ def race(model, name, ids, length):
     gains, equal, total = [], True, 0
     for row in tqdm(ids.split(1), desc=f"decoding with {name}"):
         start = time.perf_counter()
-        plain = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=NEW, min_new_tokens=NEW,
-                               do_sample=False)[0, PROMPT:].tolist()  # fmt: skip
+        plain = model.generate(
+            row, attention_mask=torch.ones_like(row), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )[0, PROMPT:].tolist()
         middle = time.perf_counter()
         text, passes = speculate(model, name, row, NEW, length)
         gains.append((middle - start) / (time.perf_counter() - middle))
@@ -187,10 +189,17 @@ def main():
                 }
             for way, cost in costs.items():
                 best = max(LENGTHS, key=lambda k: gain[k] * hybrid / cost[k])
-                results.append({
-                    "decoding": kind, "draft": name, "way": way, "acceptance": chances.mean().item(), "length": best,
-                    "tokens per round": gain[best], "speed-up at most": gain[best] * hybrid / cost[best],
-                })  # fmt: skip
+                results.append(
+                    {
+                        "decoding": kind,
+                        "draft": name,
+                        "way": way,
+                        "acceptance": chances.mean().item(),
+                        "length": best,
+                        "tokens per round": gain[best],
+                        "speed-up at most": gain[best] * hybrid / cost[best],
+                    }
+                )
                 print({key: round(v, 3) if isinstance(v, float) else v for key, v in results[-1].items()})
     races = {}
     for name in names:

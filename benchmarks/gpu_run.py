@@ -21,13 +21,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from manticore_hf.cli import main as manticore_hf
-from manticore_hf.plan.run import make_plan
+from manticore_hf.plan.plan import make_plan
 
 COMPONENTS = {
-    "pythia": ("gpt_neox", {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-                            "intermediate_size": 3072, "max_position_embeddings": 2048}),
+    "pythia": (
+        "gpt_neox",
+        {
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 2048,
+        },
+    ),
     "mamba": ("mamba", {"hidden_size": 768, "num_hidden_layers": 24}),
-}  # fmt: skip
+}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 
 
@@ -59,11 +67,17 @@ def run_recipe(folder, args, components):
         "save_strategy": "no",
     }  # fmt: skip
     recipe = Path(folder, "recipe.yaml")
-    recipe.write_text(yaml.safe_dump({
-        "name": "gpu-run", "components": components, "hybrid": {"num_blocks": 1, "dtype": "float32"},
-        "data": {"data": str(args.text), "block_size": args.length, "validation_fraction": 0.02},
-        "stages": [{"finetune": finetune}],
-    }))  # fmt: skip
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "name": "gpu-run",
+                "components": components,
+                "hybrid": {"num_blocks": 1, "dtype": "float32"},
+                "data": {"data": str(args.text), "block_size": args.length, "validation_fraction": 0.02},
+                "stages": [{"finetune": finetune}],
+            }
+        )
+    )
     planned = make_plan(str(recipe), 1, "80GB", device=args.device)["stages"]
     cuda = args.device == "cuda"
     if cuda:
@@ -96,8 +110,11 @@ def generation(folder, args):
     settings = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
     cached = model.generate(ids, **settings)
     uncached = model.generate(ids, use_cache=False, **settings)
-    out = {"class": type(model).__name__, "cached equals uncached": torch.equal(cached, uncached),
-           "text": tokenizer.decode(cached[0])}  # fmt: skip
+    out = {
+        "class": type(model).__name__,
+        "cached equals uncached": torch.equal(cached, uncached),
+        "text": tokenizer.decode(cached[0]),
+    }
     model = model.to(torch.bfloat16)
     model.generate(ids, **settings)
     rows = ids.repeat(16, 1)

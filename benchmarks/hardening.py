@@ -19,22 +19,31 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
 from manticore_hf import ManticoreForCausalLM, harden, set_stage
-from manticore_hf.calibrate import calibrate_projectors
-from manticore_hf.data import pack
-from manticore_hf.demo import COMPONENTS, KINDS
-from manticore_hf.demo_text import documents
-from manticore_hf.evaluation import compare_losses
-from manticore_hf.heal import HealTrainer
+from manticore_hf.demo.demo import COMPONENTS, KINDS
+from manticore_hf.demo.text import documents
+from manticore_hf.evaluation.data import pack
+from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.training.calibrate import calibrate_projectors
+from manticore_hf.training.distill import HealTrainer
 
 BLOCK, RATE, GATE_RATE = 256, 3e-4, 1e-2
 
 
 def _arguments(seed, rate, epochs=1):
     return TrainingArguments(
-        output_dir=tempfile.mkdtemp(prefix="hardening-"), num_train_epochs=epochs, per_device_train_batch_size=8,
-        learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=5, save_strategy="no", report_to="none", seed=seed,
-        use_cpu=not torch.accelerator.is_available(), disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(prefix="hardening-"),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=8,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
 
 
 def _soft(blocks, train, seed):

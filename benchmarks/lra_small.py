@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from manticore_hf.tasks import lra_task, run_lra
-from manticore_hf.tasks.comparison import Training
+from manticore_hf.experiments import lra_task, run_lra
+from manticore_hf.experiments.baselines import Training
 
 EASY = {
     "listops": {"num_train": 6400, "num_test": 1000, "min_len": 10, "max_len": 40, "max_depth": 4},

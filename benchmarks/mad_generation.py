@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from manticore_hf.tasks import TASKS, generate, mad_task
+from manticore_hf.experiments import TASKS, generate, mad_task
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import naive_mad  # noqa: E402
@@ -62,8 +62,15 @@ def main():
     for row in rows:
         print(row)
     if args.output:
-        out = {"date": time.strftime("%Y-%m-%d"), "machine": platform.machine(), "numpy": np.__version__,
-               "sequences": COUNT, "tokens": LENGTH, "repeats": args.repeats, "rows": rows}  # fmt: skip
+        out = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": platform.machine(),
+            "numpy": np.__version__,
+            "sequences": COUNT,
+            "tokens": LENGTH,
+            "repeats": args.repeats,
+            "rows": rows,
+        }
         args.output.write_text(json.dumps(out, indent=1) + "\n")
 
 

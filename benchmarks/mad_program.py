@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from manticore_hf.tasks import TASKS, EasySettings, ProgramSettings, mad_profile, program_alpha
-from manticore_hf.tasks.program import print_program
+from manticore_hf.experiments import TASKS, EasySettings, ProgramSettings, mad_profile, program_alpha
+from manticore_hf.training.programs import print_program
 
 
 def main():

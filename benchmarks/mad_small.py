@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from manticore_hf.tasks import TASKS, mad_task, run_mad
-from manticore_hf.tasks.comparison import Training
+from manticore_hf.experiments import TASKS, mad_task, run_mad
+from manticore_hf.experiments.baselines import Training
 
 EASY = {name: {"seq_len": 32, "num_train": 3200, "num_test": 640} for name in TASKS}
 EASY["selective-copying"] |= {"tokens_to_copy": 8}

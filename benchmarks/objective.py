@@ -4,8 +4,8 @@
 
 For every setting (components and texts, most of them of `benchmarks/study.py`) a one-block hybrid is trained as a
 recipe would (gate, then everything) with each pair of loss weights and in each space, at two rates; and before any
-training the components are measured by `manticore_hf.strengths`, forward only. The question is whether the measurement
-says what is better. Every run is a line of the output; a killed benchmark goes on.
+training the components are measured by `manticore_hf.training.objective`, forward only. The question is whether the
+measurement says what is better. Every run is a line of the output; a killed benchmark goes on.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from manticore_hf import ManticoreForCausalLM, set_stage
-from manticore_hf.data import pack
-from manticore_hf.strengths import ALIKE, DIFFERENT, SPECIALISTS, WINDOW, difference_of_strengths
+from manticore_hf.evaluation.data import pack
+from manticore_hf.training.objective import WINDOW, difference_of_strengths
+from manticore_hf.utils.objective import ALIKE, DIFFERENT, SPECIALISTS
 
 BLOCK, BATCH = 256, 4
 WEIGHTS, SPACES = ((1.0, 0.0), (0.3, 1.0)), ("prob", "logprob")
@@ -93,8 +94,11 @@ def run(name, seed, shared, work, done):
         strengths = {str(w): one.to_dict() for w, one in measured.items()}
         yield {"setting": name, "seed": seed, "run": "before", "strengths": strengths, "untrained": untrained}
     for space in SPACES:
-        runs = [(scale, w) for scale, w in itertools.product(RATES, WEIGHTS)
-                if (name, seed, f"{space} {w} {scale:.2f}") not in done]  # fmt: skip
+        runs = [
+            (scale, w)
+            for scale, w in itertools.product(RATES, WEIGHTS)
+            if (name, seed, f"{space} {w} {scale:.2f}") not in done
+        ]
         if not runs:
             continue
         model = fit(set_stage(composed(space), "projectors"), ids, 1e-2, seed)

@@ -121,9 +121,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     fast_mixers_manticore.install("mamba")
-    results = {
-        f"mixture, 512 tokens, vocabulary {size}": mixture(512, size, args.repeats) for size in (8192, 50304)
-    }
+    results = {f"mixture, 512 tokens, vocabulary {size}": mixture(512, size, args.repeats) for size in (8192, 50304)}
     results |= {f"convolution [1, 512, {n}]": convolution(512, n, 2 * args.repeats) for n in (128, 512)}
     results["one forward, two blocks, 512 tokens"] = shares(args.repeats)
     for what, row in results.items():

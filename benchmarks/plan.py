@@ -40,12 +40,22 @@ PAIRS = {
         ("mamba", {**LARGER, "num_hidden_layers": 6}),
     ],
     "llama+mamba2": [
-        ("llama", {**LARGER, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2,
-                   "intermediate_size": 1024}),
-        ("mamba2", {**LARGER, "num_hidden_layers": 6, "num_heads": 12, "head_dim": 64, "n_groups": 1,
-                    "state_size": 64}),
+        (
+            "llama",
+            {
+                **LARGER,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 2,
+                "intermediate_size": 1024,
+            },
+        ),
+        (
+            "mamba2",
+            {**LARGER, "num_hidden_layers": 6, "num_heads": 12, "head_dim": 64, "n_groups": 1, "state_size": 64},
+        ),
     ],
-}  # fmt: skip
+}
 _PILE = {"vocab_size": 50280}
 _WIDE = {"vocab_size": 1000, "hidden_size": 1024, "num_hidden_layers": 4}
 _DEEP = {"vocab_size": 1000, "hidden_size": 512, "num_hidden_layers": 24}
@@ -56,16 +66,32 @@ PAIRS |= {  # whose weights outweigh what they compute: in wide layers, and in m
 }
 PAIRS |= {  # of the sizes of Pythia-160M and Mamba-130M, Pythia-410M and Mamba-370M
     "pythia-160m+mamba-130m": [
-        ("gpt_neox", {**_PILE, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-                      "intermediate_size": 3072}),
+        (
+            "gpt_neox",
+            {
+                **_PILE,
+                "hidden_size": 768,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "intermediate_size": 3072,
+            },
+        ),
         ("mamba", {**_PILE, "hidden_size": 768, "num_hidden_layers": 24}),
     ],
     "pythia-410m+mamba-370m": [
-        ("gpt_neox", {**_PILE, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-                      "intermediate_size": 4096}),
+        (
+            "gpt_neox",
+            {
+                **_PILE,
+                "hidden_size": 1024,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "intermediate_size": 4096,
+            },
+        ),
         ("mamba", {**_PILE, "hidden_size": 1024, "num_hidden_layers": 48}),
     ],
-}  # fmt: skip
+}
 BASE = {"stage": "finetune", "pair": "neox+mamba", "num_blocks": 1, "batch": 4, "length": 256}
 CASES = [
     {},
@@ -112,8 +138,13 @@ SEVERAL_CASES = [
     {"engine": "fsdp2", "pair": "wide", "batch": 1, "length": 64},
     {"engine": "fsdp2", "pair": "deep", "batch": 1, "length": 64},
 ]
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
-               "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 _TRAINING = ("gradient_checkpointing", "gradient_accumulation_steps", "bf16", "optim", "train_dtype")
 
 
@@ -156,9 +187,9 @@ def make_trainer(case, folder, device):
     from transformers import TrainingArguments
 
     from manticore_hf import ManticoreForCausalLM, SearchArguments, SearchTrainer, harden, lora_config, set_stage
-    from manticore_hf.heal import HealTrainer
-    from manticore_hf.stages import fix_alpha
-    from manticore_hf.train import STAGES, HybridTrainer
+    from manticore_hf.training.distill import HealTrainer
+    from manticore_hf.training.freezing import fix_alpha
+    from manticore_hf.training.trained_stages import STAGES, HybridTrainer
 
     config, stage = configuration(case), case["stage"]
     model = ManticoreForCausalLM(config)
@@ -188,10 +219,17 @@ def make_trainer(case, folder, device):
     elif case.get("engine") == "ddp":
         settings["ddp_find_unused_parameters"] = True
     arguments = kind(
-        output_dir=folder, report_to="none", use_cpu=device == "cpu", disable_tqdm=True, save_strategy="no",
-        logging_steps=1000, max_steps=2, per_device_train_batch_size=case["batch"],
-        dataloader_pin_memory=False, **settings,
-    )  # fmt: skip
+        output_dir=folder,
+        report_to="none",
+        use_cpu=device == "cpu",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1000,
+        max_steps=2,
+        per_device_train_batch_size=case["batch"],
+        dataloader_pin_memory=False,
+        **settings,
+    )
     return trainer(model=model, args=arguments, train_dataset=data, **more)
 
 
@@ -203,9 +241,10 @@ def resident(key):
 
 def warm_up(case, folder):
     """Trains a tiny hybrid as in the case, for whatever is imported, compiled and allocated once."""
-    kept, PAIRS[case["pair"]] = PAIRS[case["pair"]], [
-        (kind, {**values, "num_hidden_layers": 2, "vocab_size": 500}) for kind, values in PAIRS[case["pair"]]
-    ]  # fmt: skip
+    kept, PAIRS[case["pair"]] = (
+        PAIRS[case["pair"]],
+        [(kind, {**values, "num_hidden_layers": 2, "vocab_size": 500}) for kind, values in PAIRS[case["pair"]]],
+    )
     make_trainer({**case, "batch": 2, "length": 128}, folder, "cpu").train()  # long enough for the compiled scan
     PAIRS[case["pair"]] = kept
 
@@ -232,7 +271,7 @@ def measure_rank(case):
     import torch
     from transformers import TrainerCallback
 
-    from manticore_hf.distributed import is_sharded
+    from manticore_hf.utils.distributed import is_sharded
 
     class Reset(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -347,8 +386,11 @@ def main():
         inner = ""
         if "allocator" in found:
             inner = f"; micro-batch {step / 1e6:.1f} planned {found['allocator'] / 1e6:.1f} allocated"
-        print(f"{number:>2} {option.peak / 1e6:9.1f} MB planned {found['resident'] / 1e6:9.1f} resident "
-              f"{row['ratio']:.3f}{inner}; {case}", flush=True)  # fmt: skip
+        print(
+            f"{number:>2} {option.peak / 1e6:9.1f} MB planned {found['resident'] / 1e6:9.1f} resident "
+            f"{row['ratio']:.3f}{inner}; {case}",
+            flush=True,
+        )
         if args.output:
             Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -77,9 +77,7 @@ def mamba2_scan(width, batch, tokens):
     x, dt = torch.randn(batch, tokens, heads, 64).requires_grad_(), torch.randn(batch, tokens, heads).requires_grad_()
     B, C = (torch.randn(batch, tokens, 1, 128).requires_grad_() for _ in range(2))
     A, D = -torch.rand(heads).requires_grad_(), torch.ones(heads)
-    return lambda: (
-        mamba2.mamba2_chunk_scan(x, F.softplus(dt), A, B, C, chunk_size=256, D=D).square().mean().backward()
-    )
+    return lambda: mamba2.mamba2_chunk_scan(x, F.softplus(dt), A, B, C, chunk_size=256, D=D).square().mean().backward()
 
 
 def measure(width, batch, tokens, repeats, with_upstream):
@@ -108,11 +106,14 @@ def measure(width, batch, tokens, repeats, with_upstream):
         return round(statistics.median(a / b for a, b in zip(times[slow], times[fast])), 2)
 
     return {
-        "batch": batch, "tokens": tokens, "width": width, "repeats": repeats,
+        "batch": batch,
+        "tokens": tokens,
+        "width": width,
+        "repeats": repeats,
         "milliseconds": {name: round(1e3 * statistics.median(values), 2) for name, values in times.items()},
         "theirs / ours": {n: ratio(f"{n}, theirs", n) for n in runs if f"{n}, theirs" in runs},
         "layer / gpt_neox layer": {n: ratio(f"{n} layer", "gpt_neox layer") for n in ("mamba", "mamba2")},
-    }  # fmt: skip
+    }
 
 
 def profile(width, batch, tokens):

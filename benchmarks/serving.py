@@ -139,10 +139,14 @@ def load(server, model, requests, wanted, clients, seconds):
     took = time.monotonic() - start
     asked = sum(request[1] for request in requests[: len(right)])
     return {
-        "clients": clients, "requests": len(right), "wrong": right.count(False), "seconds": round(took, 2),
-        "tokens_per_second": round(asked / took, 1), "median_latency": round(statistics.median(times), 3),
+        "clients": clients,
+        "requests": len(right),
+        "wrong": right.count(False),
+        "seconds": round(took, 2),
+        "tokens_per_second": round(asked / took, 1),
+        "median_latency": round(statistics.median(times), 3),
         "p95_latency": round(sorted(times)[int(0.95 * (len(times) - 1))], 3),
-    }  # fmt: skip
+    }
 
 
 def one_at_a_time(model, tokenizer, requests):

@@ -114,15 +114,43 @@ def main():
     with timed("compose"):
         run("compose", smollm2, mamba, "--num_blocks", args.blocks, "--output_dir", hybrid, "--seed", args.seed)
     with timed("calibrate"):
-        run("calibrate", "--model", hybrid, "--data", args.train, "--block_size", BLOCK, "--seed", args.seed,
-            "--tokens", args.calibration_tokens, "--max_tokens", args.calibration_tokens, "--output_dir", calibrated)
+        run(
+            "calibrate",
+            "--model",
+            hybrid,
+            "--data",
+            args.train,
+            "--block_size",
+            BLOCK,
+            "--seed",
+            args.seed,
+            "--tokens",
+            args.calibration_tokens,
+            "--max_tokens",
+            args.calibration_tokens,
+            "--output_dir",
+            calibrated,
+        )
     for name, model in (("composed", hybrid), ("calibrated", calibrated)):
         if (scores / name / "evaluation.json").exists():
             results[name] = json.loads((scores / name / "evaluation.json").read_text())
             continue
         with timed(f"evaluate {name}"):
-            run("evaluate", "--model", model, "--data", args.test, "--block-size", 512, "--max-tokens",
-                args.test_tokens, "--batch-size", 2, "--output-dir", scores / name)  # fmt: skip
+            run(
+                "evaluate",
+                "--model",
+                model,
+                "--data",
+                args.test,
+                "--block-size",
+                512,
+                "--max-tokens",
+                args.test_tokens,
+                "--batch-size",
+                2,
+                "--output-dir",
+                scores / name,
+            )
         results[name] = json.loads((scores / name / "evaluation.json").read_text())
     results["first 1024 tokens"] = {one.name: first_loss(one, Path(args.test).read_text()) for one in (smollm2, mamba)}
     model, tokenizer = (kind.from_pretrained(calibrated) for kind in (ManticoreForCausalLM, AutoTokenizer))
@@ -130,11 +158,13 @@ def main():
     with timed("generate"):
         made = model.generate(**given, max_new_tokens=32, do_sample=False)
     results.update(
-        sample=tokenizer.decode(made[0]), alpha=model.mixture_weights().tolist(), seconds=seconds,
+        sample=tokenizer.decode(made[0]),
+        alpha=model.mixture_weights().tolist(),
+        seconds=seconds,
         calibration=json.loads((calibrated / "stage.json").read_text()),
         parameters={name: model.component(name).num_parameters() for name in model.config.component_names},
         training_tokens=args.steps * BATCH * BLOCK,
-    )  # fmt: skip
+    )
     print(json.dumps(results, indent=1))
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")

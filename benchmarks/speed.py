@@ -36,9 +36,15 @@ def components(width, layers):
     """A GPT-NeoX and a Mamba [width], random weights."""
     torch.manual_seed(0)
     neox = GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=4, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
     mamba = MambaConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, eos_token_id=None)
     return tuple(model.to(**PLACE).eval() for model in (GPTNeoXForCausalLM(neox), MambaForCausalLM(mamba)))
 
@@ -69,9 +75,13 @@ def ratio(label, ours, theirs, repeats, aim, results):
     """Median ratio of two callables over paired repeats, after one that does not count."""
     ours(), theirs()
     pairs = [(timed(ours), timed(theirs)) for _ in tqdm(range(repeats), desc=label, leave=False)]
-    note(results, label, statistics.median(a / b for a, b in pairs), aim, seconds=[
-        statistics.median(side) for side in zip(*pairs)
-    ])  # fmt: skip
+    note(
+        results,
+        label,
+        statistics.median(a / b for a, b in pairs),
+        aim,
+        seconds=[statistics.median(side) for side in zip(*pairs)],
+    )
 
 
 def note(results, label, value, aim, **more):
@@ -91,18 +101,26 @@ def overhead(args, results):
         label = f"{blocks} block(s), {settings.get('preset', 'default')} preset"
         with torch.no_grad():
             ratio(
-                f"forward / sum of the components, {label}", lambda h=hybrid: h(input_ids=ids, use_cache=False),
-                lambda p=parts: [one(input_ids=ids, use_cache=False) for one in p], args.repeats, "<= 1.05", results,
-            )  # fmt: skip
+                f"forward / sum of the components, {label}",
+                lambda h=hybrid: h(input_ids=ids, use_cache=False),
+                lambda p=parts: [one(input_ids=ids, use_cache=False) for one in p],
+                args.repeats,
+                "<= 1.05",
+                results,
+            )
 
         def step(model):
             model.zero_grad()
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
         ratio(
-            f"forward+backward / sum of the components, {label}", lambda h=hybrid: step(h),
-            lambda p=parts: [step(one) for one in p], args.repeats, "<= 1.05", results,
-        )  # fmt: skip
+            f"forward+backward / sum of the components, {label}",
+            lambda h=hybrid: step(h),
+            lambda p=parts: [step(one) for one in p],
+            args.repeats,
+            "<= 1.05",
+            results,
+        )
 
 
 def recomputation(args, results):
@@ -138,9 +156,13 @@ def decoding(args, results):
 
     for blocks, model in ((2, hybrid), (1, compose(components(args.width, args.layers), num_blocks=1))):
         ratio(
-            f"cached decoding, 64 tokens / sum of the components', {blocks} block(s)", lambda m=model: generate(m),
-            lambda: [generate(one) for one in parts], args.repeats, "<= 1.10", results,
-        )  # fmt: skip
+            f"cached decoding, 64 tokens / sum of the components', {blocks} block(s)",
+            lambda m=model: generate(m),
+            lambda: [generate(one) for one in parts],
+            args.repeats,
+            "<= 1.10",
+            results,
+        )
     recomputation(args, results)
     pair = [MambaForCausalLM(parts[1].config).to(**PLACE).eval() for _ in range(2)]
     mambas = ManticoreForCausalLM.from_components([ComponentSpec(m, name=n) for m, n in zip(pair, "ab")], verify=False)
@@ -156,14 +178,22 @@ def decoding(args, results):
     note(results, "Mamba-only hybrid: a step after 1024 tokens / after none", statistics.median(values), "<= 1.05")
     hard = harden(hybrid, "neox")
     ratio(
-        "hardened to one component: cached decoding / the component's", lambda: generate(hard),
-        lambda: generate(parts[0]), args.repeats, "<= 1.03", results,
-    )  # fmt: skip
+        "hardened to one component: cached decoding / the component's",
+        lambda: generate(hard),
+        lambda: generate(parts[0]),
+        args.repeats,
+        "<= 1.03",
+        results,
+    )
     long = random_tokens(1, args.tokens)
     ratio(
-        "hardened to one component: forward / the component's", lambda: hard(input_ids=long, use_cache=False),
-        lambda: parts[0](input_ids=long, use_cache=False), 2 * args.repeats, "<= 1.03", results,
-    )  # fmt: skip
+        "hardened to one component: forward / the component's",
+        lambda: hard(input_ids=long, use_cache=False),
+        lambda: parts[0](input_ids=long, use_cache=False),
+        2 * args.repeats,
+        "<= 1.03",
+        results,
+    )
 
 
 def stages(args, results):

@@ -27,8 +27,8 @@ from transformers.utils import logging
 import manticore_hf
 from manticore_hf.compare import CompareArguments, run_compare
 from manticore_hf.compare.summary import as_markdown
-from manticore_hf.data import pack
-from manticore_hf.demo_text import documents
+from manticore_hf.demo.text import documents
+from manticore_hf.evaluation.data import pack
 
 RESULTS = Path(__file__).parent / "results" / "study"
 DEMO = Path(manticore_hf.__file__).parent / "demo_components"
@@ -149,10 +149,17 @@ def specialist(base, kind, shared, work):
     rows = pack((json.loads(line)["text"] for line in file.open()), tokenizer, BLOCK)
     set_seed(0)
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), num_train_epochs=1, per_device_train_batch_size=8, learning_rate=1e-3,
-        lr_scheduler_type="cosine", warmup_steps=20, save_strategy="no", report_to="none", logging_steps=50,
+        output_dir=str(folder / "trainer"),
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=50,
         use_cpu=not torch.accelerator.is_available(),
-    )  # fmt: skip
+    )
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -3,7 +3,7 @@
     python benchmarks/train_demo_components.py --output manticore_hf/demo_components    # everything, about an hour
     python benchmarks/train_demo_components.py --component mamba-code --tokens 2e6      # one component, a shorter run
 
-Both read the standard library only (`manticore_hf.demo_text`, split "pretrain") and share one byte-level BPE tokenizer.
+Both read the standard library only (`manticore_hf.demo.text`, split "pretrain") and share one byte-level BPE tokenizer.
 A tenth of what each reads is the other's kind, so that every token has a trained embedding, no more: components with
 different strengths are the case in which a hybrid pays. The batch of a step depends on the seed and the number of the
 step alone; a killed run goes on from its last checkpoint with the same batches. The weights kept are those with the
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, MambaConfig, PreTrainedTokenizerFast
 
-from manticore_hf.demo_text import KINDS, documents
+from manticore_hf.demo.text import KINDS, documents
 
 END = "<|endoftext|>"
 END_ID = 0
@@ -102,7 +102,7 @@ show what joining models of different architectures does, and of no use beyond t
 |---|---|---|
 {rows}
 
-* **Training text**: the standard library of Python {python} (PSF-2.0), as cut by `manticore_hf/demo_text.py`, split
+* **Training text**: the standard library of Python {python} (PSF-2.0), as cut by `manticore_hf/demo/text.py`, split
   `pretrain`; {share:.0%} {kind}, {other:.0%} {other_kind}. Prose is docstrings, comments and the language reference;
   code is what is left. The weights were trained for this project and are under Apache-2.0.
 * **How**: `python benchmarks/train_demo_components.py --component {name} --tokens {tokens:.3g} --seed {seed}`, CPU,

@@ -29,11 +29,11 @@ from transformers import (
 )
 
 import manticore_hf
-from manticore_hf.data import pack
-from manticore_hf.demo_text import documents
-from manticore_hf.transplant import bits_per_byte, transplant
-from manticore_hf.transplant.build import ATOMS, METHODS, match, new_rows
-from manticore_hf.transplant.surface import Surfaces
+from manticore_hf.compose.transplant import bits_per_byte, transplant
+from manticore_hf.compose.transplant.build import ATOMS, METHODS, match, new_rows
+from manticore_hf.compose.transplant.surface import Surfaces
+from manticore_hf.demo.text import documents
+from manticore_hf.evaluation.data import pack
 
 COMPONENTS = Path(manticore_hf.__file__).parent / "demo_components"
 KINDS = {"neox-prose": "prose", "mamba-code": "code"}
@@ -96,18 +96,32 @@ def donor_of(folder, steps):
         order.shuffle(texts)
         core = byte_level(Tokenizer(models.BPE()))
         special = ["<s>", "</s>", "<pad>"]
-        core.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=3000, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False))  # fmt: skip
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        core.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=3000,
+                special_tokens=special,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            ),
         )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
         seen = documents("prose", "pretrain") + documents("code", "pretrain")
         order.shuffle(seen)
         set_seed(0)
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(
-            vocab_size=3000, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=2))  # fmt: skip
+        model = GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=3000,
+                hidden_size=128,
+                intermediate_size=512,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=512,
+                bos_token_id=0,
+                eos_token_id=1,
+                pad_token_id=2,
+            )
+        )
         train(model, torch.tensor(pack(seen, tokenizer, 128)["input_ids"]), steps, 2e-3, "Donor", 50)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)

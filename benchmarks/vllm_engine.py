@@ -77,11 +77,11 @@ def main():
     hard = harden(hybrid, hybrid.config.component_names[0])
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     expected = [
-        hard.generate(
-            torch.tensor([ids]), max_new_tokens=args.length, min_new_tokens=args.length, do_sample=False
-        )[0, len(ids) :].tolist()
+        hard.generate(torch.tensor([ids]), max_new_tokens=args.length, min_new_tokens=args.length, do_sample=False)[
+            0, len(ids) :
+        ].tolist()
         for ids in prompts
-    ]  # fmt: skip
+    ]
 
     results = {"vllm": vllm.__version__, "torch": torch.__version__, "hybrid": {}, "component": {}}
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,30 +14,32 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from manticore_hf.modeling.components_manticore import ComponentSpec
-from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.modeling_manticore import (
+from manticore_hf.compose.components import ComponentSpec
+from manticore_hf.compose.hybrid import (
     ManticoreForCausalLM,
     ManticoreForSequenceClassification,
     ManticoreForTokenClassification,
     ManticoreModel,
 )
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.training import programs
+from manticore_hf.utils import renamed
 
 __version__ = "0.1.0"
 
 _LATER = {
-    "SearchArguments": "search",
-    "SearchTrainer": "search",
-    "calibrate_projectors": "calibrate",
-    "choose_objective": "strengths",
-    "compose_transplanted": "transplant",
-    "convert": "conversion",
-    "harden": "hardening",
-    "lora_config": "adapters",
-    "pick_route": "hardening",
-    "publish": "publishing",
-    "quantization_skips": "adapters",
-    "set_stage": "stages",
+    "SearchArguments": "training.search",
+    "SearchTrainer": "training.search",
+    "calibrate_projectors": "training.calibrate",
+    "choose_objective": "training.objective",
+    "compose_transplanted": "compose.transplant",
+    "convert": "compose.convert.convert",
+    "harden": "training.prune",
+    "lora_config": "training.lora",
+    "pick_route": "training.prune",
+    "publish": "hub.publish",
+    "quantization_skips": "training.lora",
+    "set_stage": "training.freezing",
 }
 
 __all__ = [
@@ -50,6 +52,9 @@ __all__ = [
     "ManticoreModel",
     *_LATER,
 ]
+
+renamed.install(__name__)
+programs.register("mad", "manticore_hf.experiments.mad.program")
 
 AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
 AutoModel.register(ManticoreConfig, ManticoreModel, exist_ok=True)

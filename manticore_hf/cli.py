@@ -26,11 +26,11 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in STAGES:  # these take every option of TrainingArguments
         if argv[0] in ("compose", "calibrate"):
-            from manticore_hf.prepare import main as stage
+            from manticore_hf.training.untrained_stages import main as stage
         elif argv[0] == "harden":
-            from manticore_hf.heal import main as stage
+            from manticore_hf.training.distill import main as stage
         else:
-            from manticore_hf.train import main as stage
+            from manticore_hf.training.trained_stages import main as stage
 
         return stage(argv[0], argv[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -71,12 +71,12 @@ def _add_demo(commands):
 
 
 def _demo(args):
-    from manticore_hf.local_hub import LocalHub
+    from manticore_hf.testing.local_hub import LocalHub
 
     with tempfile.TemporaryDirectory(prefix="manticore-demo-") as scratch, LocalHub() as hub:
         output = args.output_dir or os.path.join(scratch, "hybrids")
         # A process of its own: huggingface_hub reads the address of the Hub when it is imported, which it is by now.
-        command = [sys.executable, "-m", "manticore_hf.demo", "--output-dir", output]
+        command = [sys.executable, "-m", "manticore_hf.demo.demo", "--output-dir", output]
         command += ["--tokens", str(args.tokens), "--seed", str(args.seed)]
         return subprocess.run(command, env={**os.environ, **hub.environment(os.path.join(scratch, "home"))}).returncode
 
@@ -95,7 +95,7 @@ def _add_run(commands):
 
 
 def _run(args):
-    from manticore_hf.recipe import run_recipe
+    from manticore_hf.training.recipe import run_recipe
 
     run_recipe(args.recipe, args.output_dir, args.seed)
 
@@ -110,13 +110,19 @@ def _add_convert(commands):
     )
     command.add_argument("source", help="directory, .gguf file or Hub repo (org/name, org/name@revision)")
     command.add_argument("--output-dir", required=True, help="directory to write; new or empty")
-    command.add_argument("--tokenizer", help="directory or repository of the tokenizer (default: the source's; for "
-                         "mamba_ssm's layout that of EleutherAI/gpt-neox-20b)")  # fmt: skip
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                         help="of the weights written (default: the widest stored; for GGUF float32)")  # fmt: skip
+    command.add_argument(
+        "--tokenizer",
+        help="directory or repository of the tokenizer (default: the source's; for "
+        "mamba_ssm's layout that of EleutherAI/gpt-neox-20b)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights written (default: the widest stored; for GGUF float32)",
+    )
     command.add_argument("--gguf-file", help="name of a GGUF file in the directory or repository")
     command.add_argument("--revision", help="revision of a Hub repo")
-    command.set_defaults(run=_later("manticore_hf.conversion"))
+    command.set_defaults(run=_later("manticore_hf.compose.convert.convert"))
 
 
 def _add_evaluate(commands):
@@ -145,18 +151,29 @@ def _add_evaluate(commands):
 
 def _evaluate(args):
     if args.tasks is not None:
-        from manticore_hf.harness import run_tasks
+        from manticore_hf.compare.harness import run_tasks
 
-        run_tasks(args.model, [task for task in args.tasks.split(",") if task], args.include_path, args.batch_size,
-                  args.num_fewshot, args.limit, args.output_dir, args.seed)  # fmt: skip
+        run_tasks(
+            args.model,
+            [task for task in args.tasks.split(",") if task],
+            args.include_path,
+            args.batch_size,
+            args.num_fewshot,
+            args.limit,
+            args.output_dir,
+            args.seed,
+        )
         return
-    from manticore_hf.data import DataArguments
-    from manticore_hf.evaluation import run_evaluate
+    from manticore_hf.evaluation.data import DataArguments
+    from manticore_hf.evaluation.losses import run_evaluate
 
     data = DataArguments(
-        data=args.data, data_split=args.data_split, block_size=args.block_size, max_tokens=args.max_tokens,
+        data=args.data,
+        data_split=args.data_split,
+        block_size=args.block_size,
+        max_tokens=args.max_tokens,
         validation_fraction=0.0,
-    )  # fmt: skip
+    )
     run_evaluate(args.model, data, args.batch_size, args.output_dir)
 
 
@@ -171,10 +188,16 @@ def _add_compare(commands):
     )
     command.add_argument("recipe", help="the YAML file; its finetune stage is what all models are tuned with")
     command.add_argument("--output-dir", required=True, help="directory of the runs and the comparison")
-    command.add_argument("--test", required=True, help="held-out documents: file, folder or Hub data set; a column "
-                         "'kind' splits the losses")  # fmt: skip
-    command.add_argument("--validation", help="text that settings are chosen on (default: the recipe's split, whose "
-                         "rows may come from documents that other rows train)")  # fmt: skip
+    command.add_argument(
+        "--test",
+        required=True,
+        help="held-out documents: file, folder or Hub data set; a column 'kind' splits the losses",
+    )
+    command.add_argument(
+        "--validation",
+        help="text that settings are chosen on (default: the recipe's split, whose "
+        "rows may come from documents that other rows train)",
+    )
     command.add_argument("--test-split", help="split of a Hub data set (default: test)")
     command.add_argument("--max-test-tokens", type=int, help="test on at most so many tokens")
     command.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
@@ -191,7 +214,7 @@ def _add_compare(commands):
     command.add_argument("--singles", nargs="+", help="other models with the same tokenizer, tuned likewise")
     command.add_argument("--all-text", help="the components' own training text: also retrain each on all of it")
     command.add_argument("--retrain", nargs="+", help="only these components are retrained on all text")
-    command.set_defaults(run=_later("manticore_hf.compare.run"))
+    command.set_defaults(run=_later("manticore_hf.compare.compare"))
 
 
 def _add_inspect(commands):
@@ -208,7 +231,7 @@ def _add_inspect(commands):
 
 
 def _inspect(args):
-    from manticore_hf.inspection import run_inspect
+    from manticore_hf.hub.inspection import run_inspect
 
     run_inspect(args.model, args.revision, args.json)
 
@@ -226,19 +249,29 @@ def _add_plan(commands):
     command.add_argument("--devices", type=int, default=1, help="number of devices")
     command.add_argument("--memory", default="80GB", help="memory of each device: 80GB (10^9), 24GiB (2^30) or bytes")
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device")
-    command.add_argument("--flops", type=float, default=989e12,
-                         help="FLOP/s of a device at best, in the type computed in (H100, bf16: 989e12)")  # fmt: skip
+    command.add_argument(
+        "--flops",
+        type=float,
+        default=989e12,
+        help="FLOP/s of a device at best, in the type computed in (H100, bf16: 989e12)",
+    )
     command.add_argument("--utilization", type=float, default=0.35, help="share of them that training reaches")
-    command.add_argument("--reserve", type=float, default=0.08,
-                         help="share of the memory left to context, communication and fragments")  # fmt: skip
-    command.add_argument("--tokens", help="tokens of the training text: 500M, 5e8 (default: counted where the text is "
-                         "here, else the recipe's max_tokens)")  # fmt: skip
+    command.add_argument(
+        "--reserve", type=float, default=0.08, help="share of the memory left to context, communication and fragments"
+    )
+    command.add_argument(
+        "--tokens",
+        help="tokens of the training text: 500M, 5e8 (default: counted where the text is "
+        "here, else the recipe's max_tokens)",
+    )
     command.add_argument("--sequence-length", type=int, help="tokens per row (default: the recipe's block_size)")
     command.add_argument("--batch-size", type=int, help="rows per device and micro-batch (default: the stages')")
-    command.add_argument("--configs", help="directory with org/name/config.json of components, read instead of the "
-                         "Hub (for gated or offline models)")  # fmt: skip
+    command.add_argument(
+        "--configs",
+        help="directory with org/name/config.json of components, read instead of the Hub (for gated or offline models)",
+    )
     command.add_argument("--output-dir", help="also write plan.json, with every number, there")
-    command.set_defaults(run=_later("manticore_hf.plan.run"))
+    command.set_defaults(run=_later("manticore_hf.plan.plan"))
 
 
 def _add_families(commands):
@@ -252,10 +285,14 @@ def _add_families(commands):
     )
     command.add_argument("--type", nargs="+", metavar="NAME", help="only these model types: llama mamba")
     command.add_argument("--verdict", choices=("passes", "refused", "wrong", "unknown"), help="print only these")
-    command.add_argument("--run", action="store_true", dest="run_contract",
-                         help="run the contract with the installed Transformers")  # fmt: skip
-    command.add_argument("--output-dir", help="--run: directory of the results, one JSON file per type; when all are "
-                         "there, also families.json and FAMILIES.md")  # fmt: skip
+    command.add_argument(
+        "--run", action="store_true", dest="run_contract", help="run the contract with the installed Transformers"
+    )
+    command.add_argument(
+        "--output-dir",
+        help="--run: directory of the results, one JSON file per type; when all are "
+        "there, also families.json and FAMILIES.md",
+    )
     command.add_argument("--time-limit", type=int, default=300, help="--run: seconds for each type")
     command.set_defaults(run=_later("manticore_hf.families.sweep"))
 
@@ -271,15 +308,21 @@ def _add_report(commands):
     )
     command.add_argument("directory", help="directory of a saved hybrid, or the output directory of manticore-hf run")
     command.add_argument("--data", help="file of held-out text (default: the validation split of the recipe's data)")
-    command.add_argument("--comparison", help="directory of a manticore-hf compare run (default: comparison.json in "
-                         "the directory or above it)")  # fmt: skip
+    command.add_argument(
+        "--comparison",
+        help="directory of a manticore-hf compare run (default: comparison.json in the directory or above it)",
+    )
     command.add_argument("--output", help="write the report to this directory (default: the given one)")
     command.add_argument("--max-tokens", type=int, default=20_000, help="measure on at most so many tokens")
     command.add_argument("--block-size", type=int, help="tokens per row of --data (default: the recipe's, else 512)")
     command.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
-    command.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True,
-                         help="load the hybrid and measure it; --no-measure reports what is on disk")  # fmt: skip
-    command.set_defaults(run=_later("manticore_hf.report.run"))
+    command.add_argument(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load the hybrid and measure it; --no-measure reports what is on disk",
+    )
+    command.set_defaults(run=_later("manticore_hf.report.write"))
 
 
 def _add_push(commands):
@@ -296,29 +339,46 @@ def _add_push(commands):
     command.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     command.add_argument("--dry-run", action="store_true", help="list files and sizes, write nothing to the Hub")
     command.add_argument("--commit-message", help="default: Publish hybrid")
-    command.add_argument("--tokenizer", help="directory or repository of the tokenizer (default: the directory's, else "
-                         "that of the tokenizer component)")  # fmt: skip
+    command.add_argument(
+        "--tokenizer",
+        help="directory or repository of the tokenizer (default: the directory's, else "
+        "that of the tokenizer component)",
+    )
     command.add_argument("--recipe", help="recipe that made it (default: recipe.yaml in the directory)")
     command.add_argument("--license", help="the hybrid's licence (default: the one that satisfies all components')")
     command.add_argument("--commercial", action="store_true", help="commercial use is wanted: refuse what excludes it")
     command.add_argument("--override-licenses", action="store_true", help="publish although licences conflict")
-    command.add_argument("--card", choices=("merge", "local", "hub"), default="merge",
-                         help="which card the new one updates (default: the one with all edits)")  # fmt: skip
+    command.add_argument(
+        "--card",
+        choices=("merge", "local", "hub"),
+        default="merge",
+        help="which card the new one updates (default: the one with all edits)",
+    )
     command.add_argument("--dataset", action="append", default=[], help="data set it was trained on (repeatable)")
     command.add_argument("--tag", action="append", default=[], help="tag for the card (repeatable)")
     command.set_defaults(run=_push)
 
 
 def _push(args):
-    from manticore_hf.publishing import print_published, publish
+    from manticore_hf.hub.publish import print_published, publish
 
     tokenizer = None
     if args.tokenizer is not None:
-        from manticore_hf.parcel import load_tokenizer
+        from manticore_hf.hub.upload import load_tokenizer
 
         tokenizer = load_tokenizer(args.tokenizer)
-    same = ("recipe", "private", "revision", "create_pr", "dry_run", "commit_message", "license", "commercial",
-            "override_licenses", "card")  # fmt: skip
+    same = (
+        "recipe",
+        "private",
+        "revision",
+        "create_pr",
+        "dry_run",
+        "commit_message",
+        "license",
+        "commercial",
+        "override_licenses",
+        "card",
+    )
     options = {key: getattr(args, key) for key in same}
     out = publish(args.model, args.repo_id, tokenizer=tokenizer, datasets=args.dataset, tags=args.tag, **options)
     print_published(out)
@@ -334,10 +394,18 @@ def _add_models(command, layers):
     command.add_argument("--hidden-size", type=int, default=128, help="width of every model")
     command.add_argument("--num-blocks", type=int, default=1, help="blocks of the hybrid")
     command.add_argument("--preset", default="default", help="settings of the hybrid: default or paper")
-    command.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True,
-                         help="also train each of the hybrid's components alone")  # fmt: skip
-    command.add_argument("--designed", action="store_true", help="also train a hybrid that was designed by hand: Mamba "
-                         "and attention layers in turn (Jamba without experts)")  # fmt: skip
+    command.add_argument(
+        "--rivals",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also train each of the hybrid's components alone",
+    )
+    command.add_argument(
+        "--designed",
+        action="store_true",
+        help="also train a hybrid that was designed by hand: Mamba "
+        "and attention layers in turn (Jamba without experts)",
+    )
 
 
 def _add_training(command, epochs, learning_rate, batch_size, weight_decay=0.0):
@@ -358,8 +426,11 @@ def _add_mad(commands):
         "repeated. Defaults are the benchmark's; on a CPU give fewer epochs.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument("task", help="in-context-recall, fuzzy-in-context-recall, noisy-in-context-recall, "
-                         "selective-copying, compression or memorization")  # fmt: skip
+    command.add_argument(
+        "task",
+        help="in-context-recall, fuzzy-in-context-recall, noisy-in-context-recall, "
+        "selective-copying, compression or memorization",
+    )
     _add_models(command, layers=2)
     for name, kind, text in (
         ("vocab-size", int, "token ids, special and noise tokens included"),
@@ -372,7 +443,7 @@ def _add_mad(commands):
     ):
         command.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the task's)")
     _add_training(command, epochs=200, learning_rate=5e-4, batch_size=128)
-    command.set_defaults(run=_later("manticore_hf.tasks.run"))
+    command.set_defaults(run=_later("manticore_hf.experiments.mad.train"))
 
 
 def _add_mad_profile(commands):
@@ -401,7 +472,7 @@ def _add_mad_profile(commands):
     ):
         command.add_argument(f"--{name}", type=int, default=default, help=text)
     command.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW, at the start of a cosine")
-    command.set_defaults(run=_later("manticore_hf.tasks.profile"))
+    command.set_defaults(run=_later("manticore_hf.experiments.mad.profile"))
 
 
 def _add_lra(commands):
@@ -426,15 +497,19 @@ def _add_lra(commands):
         ("image-size", int, "height and width in pixels (pathfinder, image)"),
         ("path-len", int, "pixels of the two long paths (pathfinder)"),
         ("distractors", int, "short paths (pathfinder)"),
-        ("data", str, "training data: file (csv, json, parquet), or data set with the splits train and test: a folder "
-         "or a repository of the Hub (text, image)"),
+        (
+            "data",
+            str,
+            "training data: file (csv, json, parquet), or data set with the splits train and test: a folder "
+            "or a repository of the Hub (text, image)",
+        ),
         ("test-data", str, "file of the test data, if --data is one (text, image)"),
         ("input-column", str, "column of the text or image"),
         ("label-column", str, "column of the label (text, image)"),
-    ):  # fmt: skip
+    ):
         command.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the task's)")
     _add_training(command, epochs=10, learning_rate=1e-3, batch_size=32, weight_decay=0.01)
-    command.set_defaults(run=_later("manticore_hf.tasks.lra_run"))
+    command.set_defaults(run=_later("manticore_hf.experiments.lra.train"))
 
 
 if __name__ == "__main__":

@@ -302,11 +302,7 @@ def _run_on_nothing(component, stack, modules, kept, entering=False):
     Returns:
         The state that it was given, and the one that it returned.
     """
-    from torch._subclasses.fake_tensor import (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        FakeTensorMode,
-    )
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
     training, width = stack.training, component.get_input_embeddings().weight.shape[1]
     if entering:

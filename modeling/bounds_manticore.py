@@ -22,10 +22,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23
 
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
-from transformers.models.auto.modeling_auto import (  # noqa: E402
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 MAX_COMPONENTS = 32

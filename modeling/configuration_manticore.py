@@ -331,8 +331,9 @@ class ManticoreConfig(PreTrainedConfig):
             weights = [None if row is None else [float(w) for w in row] for row in weights]
             good = len(weights) == rows and all(
                 len(row) == columns and all(0 <= w <= 1 for w in row) and abs(sum(row) - 1) < 1e-3
-                for row in weights if row is not None
-            )  # fmt: skip
+                for row in weights
+                if row is not None
+            )
         except (TypeError, ValueError, OverflowError):
             good = False
         if not good:

@@ -69,9 +69,20 @@ def _make_scan(upstream):
     plain, has_kernel = inspect.unwrap(upstream), _is_bound_to_kernel(upstream)
 
     def mamba_selective_scan(
-        hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
-        use_mambapy=False, use_associative_scan=False, **kwargs,
-    ):  # fmt: skip
+        hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        D=None,
+        z=None,
+        delta_bias=None,
+        delta_softplus=False,
+        return_last_state=False,
+        use_mambapy=False,
+        use_associative_scan=False,
+        **kwargs,
+    ):
         state, other = getattr(_shared.local, "state", None), None
         if _is_packed(kwargs) or (state is None and has_kernel and _kernel_takes(hidden_states)):
             other = upstream  # a CUDA kernel, or the error for sequences packed without one
@@ -122,9 +133,20 @@ def _make_conv(upstream):
 
 def _make_chunk_scan(upstream):
     def mamba2_chunk_scan(
-        hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
-        dt_limit=(0.0, float("inf")), return_final_states=False, **kwargs,
-    ):  # fmt: skip
+        hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=None,
+        dt_bias=None,
+        initial_states=None,
+        dt_softplus=False,
+        dt_limit=(0.0, float("inf")),
+        return_final_states=False,
+        **kwargs,
+    ):
         other = _leave_to(upstream, hidden_states, kwargs)
         if other is not None:
             kwargs |= {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}

@@ -7,15 +7,12 @@ of the gate that does not depend on the token, softmax(b). With the other embedd
 shared state. Score heads are as in Transformers: without bias for sequences, with bias and dropout for tokens.
 """
 
-import copy
-
 import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
 from .configuration_manticore import ManticoreError
 from .devices_manticore import device_of, place
-from .dtypes_manticore import default_dtype
 from .mixture_manticore import weighted_sum
 from .segments_manticore import Cuts
 from .sizes_manticore import construct
@@ -87,61 +84,7 @@ def _shallow(module):
 class Scores:
     """Mixin of the classifiers, before ManticoreModel: score heads instead of heads over the vocabulary."""
 
-    composed_as = None  # the class of causal hybrids, set by the classes themselves
     _no_split_modules = ["HybridMixer", "ScoreHead"]
-
-    @classmethod
-    def from_components(
-        cls, components, *, num_labels=None, id2label=None, label2id=None, problem_type=None, **settings
-    ):
-        """Composes a hybrid that classifies, from pretrained causal LMs.
-
-        Args:
-            components: As in `ManticoreForCausalLM.from_components`.
-            num_labels: Number of labels (default: as many as `id2label` has, else 2).
-            id2label, label2id: Names of the labels by number, and back.
-            problem_type: "regression", "single_label_classification" or "multi_label_classification"; default: by the
-                labels that are given first, as in Transformers.
-            **settings: Further arguments of `ManticoreForCausalLM.from_components`.
-
-        Returns:
-            The hybrid, in evaluation mode, with new score heads.
-
-        Raises:
-            ManticoreError: A component or setting that cannot be used.
-        """
-        model = cls.composed_as.from_components(components, **settings)
-        return cls.from_causal_lm(model, num_labels, id2label, label2id, problem_type)
-
-    @classmethod
-    def from_causal_lm(cls, model, num_labels=None, id2label=None, label2id=None, problem_type=None):
-        """A classifier of a causal hybrid in memory; they share components and mixer, so training one changes both.
-
-        Args:
-            model: A ManticoreForCausalLM, hardened or not.
-            num_labels, id2label, label2id, problem_type: As in `from_components`.
-
-        Raises:
-            ManticoreError: It is no causal hybrid, or a quantised one, or the labels contradict each other.
-        """
-        if "ManticoreForCausalLM" not in {base.__name__ for base in type(model).__mro__}:  # or of another copy
-            raise ManticoreError(f"{type(model).__name__} is no causal hybrid; give a ManticoreForCausalLM.")
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise ManticoreError(
-                f"This hybrid is quantised; load it as a {cls.__name__} instead (from_pretrained with num_labels and "
-                "quantization_config)."
-            )
-        config = copy.deepcopy(model.config)
-        config.architectures = None
-        _label(config, num_labels, id2label, label2id, problem_type)
-        with default_dtype(model.dtype):
-            out = cls(config, {name: model.component(name) for name in config.component_names})
-        out.hybrid_mixer = model.hybrid_mixer
-        for key in ("_component_cache_dir", "_own_commit"):  # where it came from, for saving and for adapters
-            if key in model.__dict__:
-                setattr(out, key, getattr(model, key))
-        out.score.to(model.device)
-        return out.eval()
 
     def post_init(self):
         # Called by ManticoreModel once its parts are there. The mixer's widths are those of the heads that go now.
@@ -199,22 +142,6 @@ class Scores:
         if self.config.component_loss_weight > 0:
             loss = loss + self.config.component_loss_weight * sum(map(loss_of, own))
         return loss
-
-
-def _label(config, num_labels, id2label, label2id, problem_type):
-    """Writes labels into a configuration."""
-    names = None if id2label is None else {int(number): name for number, name in id2label.items()}
-    if names is not None and num_labels not in (None, len(names)):
-        raise ManticoreError(f"num_labels={num_labels} contradicts id2label, which has {len(names)} labels.")
-    if names is not None:
-        config.id2label = names
-        config.label2id = {name: number for number, name in names.items()}
-    elif num_labels is not None:
-        config.num_labels = num_labels
-    if label2id is not None:
-        config.label2id = dict(label2id)
-    if problem_type is not None:
-        config.problem_type = problem_type
 
 
 class ScoresSequences(Scores):

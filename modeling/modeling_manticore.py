@@ -1,7 +1,7 @@
 """The hybrid as an ordinary Transformers model (Roberts et al., arXiv 2406.00894, section 3).
 
 `ManticoreModel` holds the components (whole, under their names) and the mixer; `ManticoreForCausalLM` adds the heads'
-mixture, the losses, generation and `from_components`. Weights come by reference: see weights_manticore.
+mixture, the losses, and generation. Weights come by reference: see weights_manticore.
 """
 
 import torch
@@ -10,7 +10,6 @@ from transformers import GenerationMixin, PreTrainedModel
 from .anatomy_manticore import check_cut
 from .attention_manticore import PerComponentAttention, settle_attention
 from .components_manticore import build, prepare
-from .compose_manticore import Composed
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .decoding_manticore import CachedDecoding
 from .devices_manticore import Placed, onloaded, place
@@ -212,9 +211,15 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
             ManticoreError: Input that cannot be used, or beyond a component's table of positions.
         """
         run = self._run(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache,
-            self._flag(output_hidden_states, "output_hidden_states"), shared=True,
-        )  # fmt: skip
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            inputs_embeds,
+            use_cache,
+            self._flag(output_hidden_states, "output_hidden_states"),
+            shared=True,
+        )
         out = ManticoreModelOutput(
             last_hidden_state=run["shared"],
             **{CACHE: run["cache"]},
@@ -298,9 +303,7 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
             cache.advance(time)
             if time == 1 and mask is not None:
                 cache.forget_padding(mask.any(-1))
-        return {
-            "shared": shared, "states": states, "alpha": alpha, "cache": cache, "hidden_states": boundaries,
-        }  # fmt: skip
+        return {"shared": shared, "states": states, "alpha": alpha, "cache": cache, "hidden_states": boundaries}
 
     def _shared(self, weights, states):
         """Components' native states as one state of the shared width, for those who ask for hidden states."""
@@ -314,7 +317,7 @@ def _width(module):
     return 0 if isinstance(module, Dropped) else module.weight.shape[1]
 
 
-class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMixin):
+class ManticoreForCausalLM(KeepsForward, ManticoreModel, GenerationMixin):
     """A hybrid with the mixture of its components' heads: an ordinary causal LM."""
 
     # Set by trainers that log them: compute the losses of the parts and of the plain ensemble in every call.
@@ -345,9 +348,15 @@ class ManticoreForCausalLM(Composed, KeepsForward, ManticoreModel, GenerationMix
             **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
         """
         run = self._run(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache,
-            self._flag(output_hidden_states, "output_hidden_states"), shared=False,
-        )  # fmt: skip
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            inputs_embeds,
+            use_cache,
+            self._flag(output_hidden_states, "output_hidden_states"),
+            shared=False,
+        )
         if isinstance(logits_to_keep, int):
             kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         else:
@@ -433,13 +442,9 @@ class ManticoreForSequenceClassification(ScoresSequences, ManticoreModel):
     `model.component(name)` is the component without language-model head, unless that is tied to its embeddings.
     """
 
-    composed_as = ManticoreForCausalLM
-
 
 class ManticoreForTokenClassification(ScoresTokens, ManticoreModel):
     """A hybrid that scores every token, from what stands before it and itself; its components as for sequences."""
-
-    composed_as = ManticoreForCausalLM
 
 
 ManticoreConfig.register_for_auto_class()

@@ -20,9 +20,7 @@ class CachedRecurrentBlock(RecurrentGemmaRecurrentBlock):
     # With weights on the meta device torch 2.13's convolution does not fail: it returns memory as it finds it
     @force_accelerate_hooks("conv_1d")
     @takes_cache
-    def forward(
-        self, input_states, position_ids, attention_mask, use_cache=True, cache=None, padding_mask=None, **_
-    ):
+    def forward(self, input_states, position_ids, attention_mask, use_cache=True, cache=None, padding_mask=None, **_):
         """Runs the block.
 
         Args:

@@ -63,11 +63,14 @@ def trust(what, entry, model_type, token=None):
     try:
         config_class, model_class = (
             get_class_from_dynamic_module(
-                entry["code"][key], entry["repo_id"], revision=entry["revision"], code_revision=entry["revision"],
+                entry["code"][key],
+                entry["repo_id"],
+                revision=entry["revision"],
+                code_revision=entry["revision"],
                 token=token,
             )
             for key in CLASSES
-        )  # fmt: skip
+        )
         AutoConfig.register(model_type, config_class)
         AutoModelForCausalLM.register(config_class, model_class)
     except Exception as err:  # it is a stranger's code

@@ -117,9 +117,14 @@ def _find_run(u, n, dtype):
 
 
 def _forward_op(
-    u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, initial_state: torch.Tensor,
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    initial_state: torch.Tensor,
     chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = _compute_dtype(u, dt, A, B, C, initial_state)
     run, kernel, shares = _find_run(u, A.shape[1], dtype)
     chunks = -(-u.shape[2] // chunk)
@@ -139,9 +144,16 @@ def _forward_op(
 
 
 def _backward_op(
-    u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, starts: torch.Tensor,
-    grad_y: torch.Tensor, grad_last: torch.Tensor, chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    starts: torch.Tensor,
+    grad_y: torch.Tensor,
+    grad_last: torch.Tensor,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype, types_ = starts.dtype, [x.dtype for x in (u, dt, B, C, A)]
     run, kernel, shares = _find_run(u, A.shape[1], dtype)
     order = (2, 0, 1) if kernel is None else (0, 2, 1)

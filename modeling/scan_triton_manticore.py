@@ -29,8 +29,23 @@ _SIZES = ("batch", "time", "n")
 _lock, _found = threading.Lock(), []
 
 
-def _forward(u, dt, A, B, C, starts, y, batch, time, d, n,
-             CHUNK: tl.constexpr, UNROLL: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+def _forward(
+    u,
+    dt,
+    A,
+    B,
+    C,
+    starts,
+    y,
+    batch,
+    time,
+    d,
+    n,
+    CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STATES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     b = tl.program_id(0).to(tl.int64)
     cols, rows = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, STATES)
     tile, inside = rows[:, None] * d + cols[None, :], (rows < n)[:, None] & (cols < d)[None, :]
@@ -50,8 +65,30 @@ def _forward(u, dt, A, B, C, starts, y, batch, time, d, n,
         tl.store(starts + ((k + 1) * batch + b) * n * d + tile, h, mask=inside)
 
 
-def _backward(u, dt, A, B, C, starts, dy, carry, du, ddt, dA, dB, dC, states, batch, time, d, n,
-              CHUNK: tl.constexpr, UNROLL: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+def _backward(
+    u,
+    dt,
+    A,
+    B,
+    C,
+    starts,
+    dy,
+    carry,
+    du,
+    ddt,
+    dA,
+    dB,
+    dC,
+    states,
+    batch,
+    time,
+    d,
+    n,
+    CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STATES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cols, rows = block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, STATES)
     tile, inside = rows[:, None] * d + cols[None, :], (rows < n)[:, None] & (cols < d)[None, :]

@@ -51,8 +51,10 @@ class Segment:
         modules = self.stack._modules
         layers = modules[self.anatomy.layers]
         children = [*modules.values(), *layers._modules.values()]
-        if self.children is None or len(children) != len(self.children) or any(
-            a is not b for a, b in zip(children, self.children)
+        if (
+            self.children is None
+            or len(children) != len(self.children)
+            or any(a is not b for a, b in zip(children, self.children))
         ):
             self.children = children
             positions = [modules[n] for n, cls in self.anatomy.before.items() if self.is_first and cls is NoPosition]

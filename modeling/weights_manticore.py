@@ -177,9 +177,16 @@ class ReferencedWeights:
         )
 
     def _upload_modified_files(
-        self, working_dir, repo_id, files_timestamps, commit_message=None, token=None, create_pr=False, revision=None,
+        self,
+        working_dir,
+        repo_id,
+        files_timestamps,
+        commit_message=None,
+        token=None,
+        create_pr=False,
+        revision=None,
         commit_description=None,
-    ):  # fmt: skip
+    ):
         """As in Transformers, in one commit that also removes the weight files of an earlier push.
 
         A single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
@@ -195,10 +202,15 @@ class ReferencedWeights:
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
-            repo_id=repo_id, folder_path=directory, allow_patterns=fresh, delete_patterns=list(_WEIGHT_PATTERNS),
-            commit_message=commit_message or "Upload hybrid", commit_description=commit_description,
-            create_pr=create_pr, revision=revision,
-        )  # fmt: skip
+            repo_id=repo_id,
+            folder_path=directory,
+            allow_patterns=fresh,
+            delete_patterns=list(_WEIGHT_PATTERNS),
+            commit_message=commit_message or "Upload hybrid",
+            commit_description=commit_description,
+            create_pr=create_pr,
+            revision=revision,
+        )
 
     def starts_anew(self, key):
         """Whether a checkpoint need not have a tensor of the model, which then gets an initial value."""
@@ -261,9 +273,13 @@ class ReferencedWeights:
             # Fused or split tensors (mixtures of experts) can only be compared once Transformers has converted them.
             part = self.component(entry["name"])
             whole, info = AutoModelForCausalLM.from_pretrained(
-                os.path.dirname(files[0]), config=copy.deepcopy(part.config), dtype=self.dtype, use_safetensors=True,
-                ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
+                os.path.dirname(files[0]),
+                config=copy.deepcopy(part.config),
+                dtype=self.dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
             # What the checkpoint lacks has initial values, which a trained tensor may equal (zeros, ones).
             lacking = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
             out = {prefix + key: value for key, value in whole.state_dict().items() if key not in lacking}
@@ -351,11 +367,12 @@ def _refuse_incomplete(model, info, ties, owner, ignore_mismatched):
     """Once more after loading: headers do not show what a conversion makes, nor what a quantised file lacks."""
     patterns = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
     missing = {
-        key for key in info.missing_keys
+        key
+        for key in info.missing_keys
         if not any(p.search(key) for p in patterns)
         and ties.get(key, {key}) <= set(info.missing_keys)
         and not model.starts_anew(key)
-    }  # fmt: skip
+    }
     refuse(missing, {} if ignore_mismatched else {key: shapes for key, *shapes in info.mismatched_keys}, owner)
 
 

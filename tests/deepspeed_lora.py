@@ -14,7 +14,7 @@ from tiny_hybrid import mixed_hybrid
 from transformers import TrainingArguments, default_data_collator
 
 from manticore_hf import lora_config
-from manticore_hf.train import HybridTrainer
+from manticore_hf.training.trained_stages import HybridTrainer
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 

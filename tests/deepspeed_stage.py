@@ -15,7 +15,7 @@ import deepspeed.comm.torch  # noqa: F401
 import torch
 
 from manticore_hf.cli import main
-from manticore_hf.train import HybridTrainer
+from manticore_hf.training.trained_stages import HybridTrainer
 
 
 def without_shared_memory():

@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 from manticore_hf import ManticoreForCausalLM, calibrate_projectors, harden, lora_config, set_stage
-from manticore_hf.distributed import gathered, total, world
-from manticore_hf.evaluation import compare_losses
+from manticore_hf.evaluation.losses import compare_losses
 from manticore_hf.families.tiny import tiny_config, tiny_model
-from manticore_hf.heal import HealTrainer
-from manticore_hf.search import SearchArguments, SearchTrainer, alpha_history
-from manticore_hf.stages import ComponentClipping, fix_alpha
-from manticore_hf.train import HybridTrainer
+from manticore_hf.training.distill import HealTrainer
+from manticore_hf.training.freezing import ComponentClipping, fix_alpha
+from manticore_hf.training.search import SearchArguments, SearchTrainer, alpha_history
+from manticore_hf.training.trained_stages import HybridTrainer
+from manticore_hf.utils.distributed import gathered, total, world
 
 GLOBAL_BATCH = 4
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
@@ -54,9 +54,14 @@ def settings(**changes):
 def train(kind, model, folder, name, callbacks=(), arguments=TrainingArguments, resume=None, **changes):
     own = {key: changes.pop(key) for key in ("teacher",) if key in changes}
     trainer = kind(
-        model=model, args=arguments(output_dir=str(folder / name), **settings(**changes)), train_dataset=text(),
-        eval_dataset=text(8), data_collator=default_data_collator, callbacks=list(callbacks), **own,
-    )  # fmt: skip
+        model=model,
+        args=arguments(output_dir=str(folder / name), **settings(**changes)),
+        train_dataset=text(),
+        eval_dataset=text(8),
+        data_collator=default_data_collator,
+        callbacks=list(callbacks),
+        **own,
+    )
     if "fsdp" in changes:
         trainer.add_callback(DividedGradients())
     trainer.train(resume_from_checkpoint=resume)

@@ -9,8 +9,8 @@ from tiny_hybrid import QUIET
 from transformers import TrainingArguments, default_data_collator
 
 from manticore_hf import ManticoreForCausalLM
-from manticore_hf.distributed import gathered, is_main
-from manticore_hf.train import HybridTrainer
+from manticore_hf.training.trained_stages import HybridTrainer
+from manticore_hf.utils.distributed import gathered, is_main
 
 
 def main(repo_id, folder, sharded=False):
@@ -19,9 +19,15 @@ def main(repo_id, folder, sharded=False):
     if sharded:
         cpu_fsdp.allow()
     arguments = TrainingArguments(
-        folder, max_steps=2, learning_rate=1e-2, push_to_hub=True, hub_model_id=repo_id,
-        ddp_find_unused_parameters=True, **changes, **QUIET,
-    )  # fmt: skip
+        folder,
+        max_steps=2,
+        learning_rate=1e-2,
+        push_to_hub=True,
+        hub_model_id=repo_id,
+        ddp_find_unused_parameters=True,
+        **changes,
+        **QUIET,
+    )
     model = ManticoreForCausalLM.from_pretrained(repo_id)
     rows = rows_of(8)
     trainer = HybridTrainer(model, arguments, train_dataset=rows, data_collator=default_data_collator)

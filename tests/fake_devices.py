@@ -32,9 +32,14 @@ class Elsewhere(torch.Tensor):
         if device is None:  # accelerate makes a new tensor of the class of the one that it replaces
             return torch.nn.Parameter(held, requires_grad)
         return torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            device=device, requires_grad=requires_grad,
-        )  # fmt: skip
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device,
+            requires_grad=requires_grad,
+        )
 
     def __init__(self, held, device=None, requires_grad=False):
         if device is not None:

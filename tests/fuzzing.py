@@ -60,10 +60,14 @@ def fuzzed(examples):
     """
     more = int(os.environ.get("FUZZ", "0"))
     return settings(
-        max_examples=examples * more or examples // 2, derandomize=not more, database=None, deadline=None,
-        report_multiple_bugs=False, phases=[Phase.generate],  # making an example smaller would take minutes
+        max_examples=examples * more or examples // 2,
+        derandomize=not more,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        phases=[Phase.generate],  # making an example smaller would take minutes
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
-    )  # fmt: skip
+    )
 
 
 def outcome(run, *args, seconds=30):
@@ -162,9 +166,36 @@ def garbled(text, random, times=1):
         start = random.randrange(len(text) + 1)
         stop = min(len(text), start + random.choice([1, 1, 2, 5, 40, 400]))
         piece = random.choice(
-            ["", text[start:stop] * 2, "{", "}", "[", "]", ":", ",", '"', "\n", "  ", "- ", "&a ", "*a", "!!x ", "#",
-             "\t", "\x00", "\ufeff", "é", "9" * 30, "1e999", "NaN", "[" * 2000, '{"a":' * 2000, "null", "<<: "]
-        )  # fmt: skip
+            [
+                "",
+                text[start:stop] * 2,
+                "{",
+                "}",
+                "[",
+                "]",
+                ":",
+                ",",
+                '"',
+                "\n",
+                "  ",
+                "- ",
+                "&a ",
+                "*a",
+                "!!x ",
+                "#",
+                "\t",
+                "\x00",
+                "\ufeff",
+                "é",
+                "9" * 30,
+                "1e999",
+                "NaN",
+                "[" * 2000,
+                '{"a":' * 2000,
+                "null",
+                "<<: ",
+            ]
+        )
         text = text[:start] + piece + text[stop if random.randrange(2) else start :]
         if random.randrange(12) == 0:
             text = text[: random.randrange(len(text) + 1)]

@@ -1,4 +1,4 @@
-"""A Hub on loopback as its clients see it: fixtures and files for the tests of `manticore_hf.local_hub`.
+"""A Hub on loopback as its clients see it: fixtures and files for the tests of `manticore_hf.testing.local_hub`.
 
 A test file takes the fixtures by name: `hub, api, repo = local_hub_client.hub, local_hub_client.api, ...`.
 """
@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfApi
 
-from manticore_hf.local_hub import TOKEN, LocalHub
+from manticore_hf.testing.local_hub import TOKEN, LocalHub
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def load_local_hub():
-    """The package `manticore_hf.local_hub`, under a name of its own and without importing `manticore_hf`."""
-    # By path: `import manticore_hf.local_hub` would import the package, and with it huggingface_hub, too early.
-    folder = ROOT / "manticore_hf" / "local_hub"
+    """The package `manticore_hf.testing.local_hub`, under a name of its own and without importing `manticore_hf`."""
+    # By path: `import manticore_hf.testing.local_hub` would import the package, and with it huggingface_hub, too early.
+    folder = ROOT / "manticore_hf" / "testing" / "local_hub"
     spec = importlib.util.spec_from_file_location(
         "manticore_local_hub", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )

@@ -5,8 +5,8 @@ from accelerate.utils import convert_outputs_to_fp32
 from transformers import AutoConfig
 
 from manticore_hf import ManticoreConfig, ManticoreForCausalLM, set_stage
-from manticore_hf.logs import PartSums
-from manticore_hf.stages import fix_alpha
+from manticore_hf.training.freezing import fix_alpha
+from manticore_hf.training.trainer import PartSums
 
 SIZES = {
     "gpt_neox": {"num_attention_heads": 4, "intermediate_size": 128, "num_hidden_layers": 6},

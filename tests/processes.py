@@ -22,9 +22,7 @@ def launch(arguments, processes=2, launcher=(), timeout=300):
     Returns:
         What they printed.
     """
-    command = list(launcher) or [
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-    ]  # fmt: skip
+    command = list(launcher) or ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *command, *map(str, arguments)]
     folder = str(Path(__file__).parent)
     paths = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])

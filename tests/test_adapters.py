@@ -16,17 +16,24 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
-from manticore_hf.adapters import check_adapters, lora_config, lora_targets
-from manticore_hf.logs import hybrid_of
+from manticore_hf.training.lora import check_adapters, lora_config, lora_targets
+from manticore_hf.utils.unwrap import hybrid_of
 
 VOCAB = 60
 
 
 def _llama():
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-    )  # fmt: skip
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    )
 
 
 def _mamba():
@@ -35,10 +42,23 @@ def _mamba():
 
 def _jamba():
     return JambaForCausalLM(
-        JambaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
-                    expert_layer_offset=1, num_experts=2, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)
-    )  # fmt: skip
+        JambaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=2,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+        )
+    )
 
 
 def _gpt2():

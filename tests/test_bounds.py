@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM, inspection
 from manticore_hf.cli import main
-from manticore_hf.inspection import inspect_hybrid
+from manticore_hf.hub.inspection import inspect_hybrid
 
 # Of these, the default configuration of Transformers 5.23 cannot be made, does not survive its own dict, or has its
 # sizes one level below, where a hybrid would not find them.
@@ -68,6 +68,7 @@ def refused_everywhere(folder, message, capsys):
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------
+
 
 def deep(layers):
     """An edit that makes a component of 80 billion parameters a layer that deep."""
@@ -126,7 +127,7 @@ def test_a_refusal_takes_no_memory(saved):
     code = """
 import resource, sys, torch
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
-from manticore_hf.inspection import inspect_hybrid
+from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.modeling import sizes_manticore
 
 sizes_manticore.memory_of = lambda device: 2**36
@@ -362,15 +363,23 @@ def test_what_is_dropped_changes_nothing(saved):
 @pytest.mark.parametrize(
     "header",
     [
-        b"", b"\xff" * 8, b"\x02" + b"\x00" * 7 + b"[]", b"\x09" + b"\x00" * 7 + b"[" * 9,
-        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0]}, {"dtype": "F32", "shape": "x", "data_offsets": [0, 16]},
-        {"dtype": "F32", "shape": [2, 2], "data_offsets": [-16, 0]}, {"dtype": [], "shape": [], "data_offsets": [0, 0]},
+        b"",
+        b"\xff" * 8,
+        b"\x02" + b"\x00" * 7 + b"[]",
+        b"\x09" + b"\x00" * 7 + b"[" * 9,
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0]},
+        {"dtype": "F32", "shape": "x", "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [-16, 0]},
+        {"dtype": [], "shape": [], "data_offsets": [0, 0]},
         {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]},
         {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
-        {"dtype": "F32", "shape": [0, 2], "data_offsets": [0, 0]}, [], None, "x",
+        {"dtype": "F32", "shape": [0, 2], "data_offsets": [0, 0]},
+        [],
+        None,
+        "x",
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_mixture_weights_that_cannot_be_read_are_shown_as_unknown(saved, uncounted, header):
     if not isinstance(header, bytes):
         text = json.dumps({"hybrid_mixer.alpha_logits": header}).encode()

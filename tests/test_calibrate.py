@@ -6,23 +6,36 @@ from datasets import Dataset
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
-from manticore_hf.calibrate import Moments, calibrate_projectors, solve_ridge
+from manticore_hf.training.calibrate import Moments, calibrate_projectors, solve_ridge
 
 
 def _llama(width=32, seed=0):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=60, hidden_size=width, intermediate_size=48, num_hidden_layers=4,
-                    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64)
-    )  # fmt: skip
+        LlamaConfig(
+            vocab_size=60,
+            hidden_size=width,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+        )
+    )
 
 
 def _neox(width=24, seed=1):
     torch.manual_seed(seed)
     return GPTNeoXForCausalLM(
-        GPTNeoXConfig(vocab_size=60, hidden_size=width, intermediate_size=48, num_hidden_layers=3,
-                      num_attention_heads=4, max_position_embeddings=64)
-    )  # fmt: skip
+        GPTNeoXConfig(
+            vocab_size=60,
+            hidden_size=width,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    )
 
 
 def _text(rows=64, length=16):
@@ -89,8 +102,9 @@ def test_projectors_map_between_the_components_states(reference):
     assert found.reference == model.config.reference_component == reference
     assert model.config.projector_init == "calibrated"
     # Native embeddings: no map into the first block, none out of the last.
-    assert set(found.r2) == {f"{side}:{other}-{b}" for side, b in
-                             (("out_of", 0), ("out_of", 1), ("into", 1), ("into", 2))}  # fmt: skip
+    assert set(found.r2) == {
+        f"{side}:{other}-{b}" for side, b in (("out_of", 0), ("out_of", 1), ("into", 1), ("into", 2))
+    }
     assert all(value > 0 for value in found.r2.values()), found.r2
     assert model(torch.tensor(text[:2]["input_ids"])).logits.isfinite().all()
 

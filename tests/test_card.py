@@ -11,8 +11,8 @@ from hub_models import tiny, tokenizer
 from huggingface_hub import ModelCard
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM, harden
-from manticore_hf.card import Facts, make_card, read_results
-from manticore_hf.card_merge import merge
+from manticore_hf.hub.card import Facts, make_card, read_results
+from manticore_hf.hub.card_merge import merge
 
 LOSSES = {"a": 2.0, "b": 2.5, "ensemble": 1.9, "hybrid": 1.8}
 
@@ -67,9 +67,13 @@ def test_the_cost_is_the_models(saved):
 
 @pytest.mark.parametrize(
     "losses, own, shown",
-    [(LOSSES, None, True), ({"hybrid": 1.8}, None, False), ({"a": 1.0, "b": 2.0}, None, False),
-     ({"soft hybrid": 2.0, "healed": 1.9}, "healed", True)],
-)  # fmt: skip
+    [
+        (LOSSES, None, True),
+        ({"hybrid": 1.8}, None, False),
+        ({"a": 1.0, "b": 2.0}, None, False),
+        ({"soft hybrid": 2.0, "healed": 1.9}, "healed", True),
+    ],
+)
 def test_no_number_without_its_rivals(saved, losses, own, shown):
     result = {"losses": losses, "data": "org/text", "tokens": 4096, **({"own": own} if own else {})}
     (saved[1] / "evaluation.json").write_text(json.dumps(result))
@@ -93,10 +97,19 @@ def test_the_distance_to_the_best_rival_has_its_sign(saved):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "[1]", '{"losses": 3}', '{"losses": {"a": "x"}}', '{"losses": {"a": NaN}}', "{", '{"losses": {}}',
-     "[" * 3000],
+    [
+        "",
+        "[]",
+        "[1]",
+        '{"losses": 3}',
+        '{"losses": {"a": "x"}}',
+        '{"losses": {"a": NaN}}',
+        "{",
+        '{"losses": {}}',
+        "[" * 3000,
+    ],
     ids=range(9),
-)  # fmt: skip
+)
 def test_results_of_another_form_are_passed_over(tmp_path, text):
     (tmp_path / "evaluation.json").write_text(text)
     assert read_results(tmp_path) == []
@@ -108,10 +121,15 @@ def test_metadata_follow_the_hub(saved, owner):
     (saved[1] / "recipe.yaml").write_text(recipe)
     card, license_text, _, _ = made(saved[1], tags=["mine", "merge"], datasets=["me/more"])
     assert card.metadata == {
-        "base_model": [f"{owner}/a", f"{owner}/b"], "base_model_relation": "merge", "library_name": "transformers",
-        "pipeline_tag": "text-generation", "license": "apache-2.0", "tags": ["manticore", "hybrid", "merge", "mine"],
-        "datasets": ["me/more", "org/books", "me/code"], "model-index": card.metadata["model-index"],
-    }  # fmt: skip
+        "base_model": [f"{owner}/a", f"{owner}/b"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "tags": ["manticore", "hybrid", "merge", "mine"],
+        "datasets": ["me/more", "org/books", "me/code"],
+        "model-index": card.metadata["model-index"],
+    }
     assert license_text is None
     assert ModelCard(merge(card)[0]).data.eval_results[0].dataset_name == "org/text"
     assert card.metadata["model-index"][0]["results"][0]["dataset"]["type"] == "org/text"

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from manticore_hf import ManticoreError
-from manticore_hf.card_merge import Card, choose, merge, split
+from manticore_hf.hub.card_merge import Card, choose, merge, split
 
 DATA = {"license": "mit", "tags": ["manticore", "merge"], "base_model": ["a/x", "b/y"], "library_name": "transformers"}
 SECTIONS = {"title": "# Hybrid", "results": "Loss 1.5\n\n| a | b |\n|---|---|", "limits": "- none"}
@@ -117,7 +117,7 @@ def edited(**changes):
         ({"widget": [{"text": "hi"}]}, {}, {"widget": [{"text": "hi"}]}),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_metadata_are_merged_by_three_ways(present, generated, wanted):
     text, notices = merge(card(metadata=generated), edited(**present))
     metadata = split(text)[0]
@@ -206,13 +206,30 @@ MINE, THEIRS = FRESH.replace("- none", "- mine"), FRESH.replace("- none", "- the
 @pytest.mark.parametrize(
     "local, remote, wanted",
     [
-        (None, None, None), (FRESH, None, FRESH), (None, FRESH, FRESH), (FRESH, FRESH, FRESH),
-        (MINE, FRESH, MINE), (FRESH, THEIRS, THEIRS), (MINE, MINE, MINE), (FRESH, "Another card.", "Another card."),
-        (MINE, None, MINE), (merge(card(), THEIRS)[0], THEIRS, THEIRS),
+        (None, None, None),
+        (FRESH, None, FRESH),
+        (None, FRESH, FRESH),
+        (FRESH, FRESH, FRESH),
+        (MINE, FRESH, MINE),
+        (FRESH, THEIRS, THEIRS),
+        (MINE, MINE, MINE),
+        (FRESH, "Another card.", "Another card."),
+        (MINE, None, MINE),
+        (merge(card(), THEIRS)[0], THEIRS, THEIRS),
     ],
-    ids=["none", "only local", "only hub", "equal", "edited here", "edited there", "both alike", "another", "new repo",
-         "generated from it"],
-)  # fmt: skip
+    ids=[
+        "none",
+        "only local",
+        "only hub",
+        "equal",
+        "edited here",
+        "edited there",
+        "both alike",
+        "another",
+        "new repo",
+        "generated from it",
+    ],
+)
 def test_the_card_with_all_edits_is_taken(local, remote, wanted):
     assert choose(local, remote) == wanted
 

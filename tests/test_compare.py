@@ -13,9 +13,9 @@ import manticore_hf.compare.contenders as contenders
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.compare import CompareArguments, run_compare
-from manticore_hf.compare.run import Comparison
+from manticore_hf.compare.compare import Comparison
 from manticore_hf.compare.summary import as_markdown, verdict
-from manticore_hf.data import DataArguments, load_rows
+from manticore_hf.evaluation.data import DataArguments, load_rows
 
 GRID = {"learning_rates": (1e-3, 1e-2), "seeds": (0, 1)}
 
@@ -70,11 +70,19 @@ def _runs(output, contender):
 def test_every_rival_is_there(compared):
     names = {row["name"] for row in compared[1]["rows"]}
     assert names == {
-        "attention, untuned", "state, untuned", "ensemble, untuned", "attention, tuned", "state, tuned",
-        "ensemble of the tuned components", "weighted ensemble of the tuned components",
-        "token gate over the tuned components", "attention, tuned 2 times as long", "state, tuned 2 times as long",
-        "hybrid, 1 block", "oracle: the best tuned component for each document",
-    }  # fmt: skip
+        "attention, untuned",
+        "state, untuned",
+        "ensemble, untuned",
+        "attention, tuned",
+        "state, tuned",
+        "ensemble of the tuned components",
+        "weighted ensemble of the tuned components",
+        "token gate over the tuned components",
+        "attention, tuned 2 times as long",
+        "state, tuned 2 times as long",
+        "hybrid, 1 block",
+        "oracle: the best tuned component for each document",
+    }
 
 
 def test_the_grid_is_chosen_on_the_validation_text_alone(compared):
@@ -150,8 +158,15 @@ def test_the_table_says_what_the_numbers_say(compared):
     assert table == as_markdown(result) and f"{_row(result, 'state, tuned')['loss']:.4f}" in table
     assert (output / "comparison.png").stat().st_size > 1000
     rows = {row["name"]: row for row in json.loads(json.dumps(result))["rows"]}
-    better = {**result, "rows": [{**row, "loss": 9.0, "difference": 5.0, "difference_interval": [4.0, 6.0]}
-                                 if row["kind"] != "hybrid" else row for row in rows.values()]}  # fmt: skip
+    better = {
+        **result,
+        "rows": [
+            {**row, "loss": 9.0, "difference": 5.0, "difference_interval": [4.0, 6.0]}
+            if row["kind"] != "hybrid"
+            else row
+            for row in rows.values()
+        ],
+    }
     assert "is better than the best rival" in verdict(better)
     for row in better["rows"]:
         row["difference_interval"] = [-1.0, 6.0]
@@ -201,10 +216,19 @@ def test_another_recipe_in_the_same_directory_is_refused(compared, place, tmp_pa
 @pytest.mark.slow
 def test_all_variants(place, tmp_path):
     result = _compare(
-        place, tmp_path / "out", learning_rates=(1e-2,), seeds=(0,), spaces=("prob",), blocks=(1, 2), from_tuned=True,
-        projectors=("linear", "none"), harden=True, all_text=str(place / "more.txt"), loss_weights=((0.3, 1.0),),
+        place,
+        tmp_path / "out",
+        learning_rates=(1e-2,),
+        seeds=(0,),
+        spaces=("prob",),
+        blocks=(1, 2),
+        from_tuned=True,
+        projectors=("linear", "none"),
+        harden=True,
+        all_text=str(place / "more.txt"),
+        loss_weights=((0.3, 1.0),),
         singles=(str(place / "state"),),
-    )  # fmt: skip
+    )
     rows = {row["name"]: row for row in result["rows"]}
     for blocks in ("1 block", "2 blocks", "2 blocks, no projectors"):
         for start in ("", ", from tuned components"):

@@ -141,8 +141,7 @@ def test_trust_is_for_components_that_need_it(saved, stranger):
 
 
 @pytest.mark.parametrize(
-    "reference",
-    ["other/repo--modeling_x.X", "../x.X", "modeling_twice", "a.b.C", 3, None, "/etc/x.X", "https://x/y.Z"],
+    "reference", ["other/repo--modeling_x.X", "../x.X", "modeling_twice", "a.b.C", 3, None, "/etc/x.X", "https://x/y.Z"]
 )
 def test_code_of_elsewhere_is_refused(hub, owner, tmp_path, kind, canary, saved, stranger, reference):
     auto_map = {**AUTO_MAP, "AutoModelForCausalLM": reference}

@@ -20,9 +20,13 @@ from transformers import (
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
 
 SMALL_BERT = dict(
-    vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
     max_position_embeddings=64,
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -116,8 +120,16 @@ def test_encoder_decoder(hub, owner, tmp_path, refuse, kind):
         config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         model = T5ForConditionalGeneration(config)
     else:
-        config = BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
+        config = BartConfig(
+            vocab_size=64,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+        )
         model = BartForConditionalGeneration(config)
     publish(hub, f"{owner}/both", model, tmp_path / "src")
     refuse([f"{owner}/both"], f"'both' ({owner}/both)", f"encoder-decoder ({kind})", "only causal LMs")
@@ -315,10 +327,21 @@ def test_block_layers_of_no_component(a, refuse):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("gate", "open"), ("mixture", 1), ("embeddings", "none"), ("preset", "best"), ("reference_component", "zz"),
-     ("tokenizer_component", "zz"), ("mix_loss_weight", -1), ("component_loss_weight", "x"), ("dtype", "float33"),
-     ("mixture_weights", [[0.5]]), ("route", ["zz"]), ("vocab_size", 7)],
-)  # fmt: skip
+    [
+        ("gate", "open"),
+        ("mixture", 1),
+        ("embeddings", "none"),
+        ("preset", "best"),
+        ("reference_component", "zz"),
+        ("tokenizer_component", "zz"),
+        ("mix_loss_weight", -1),
+        ("component_loss_weight", "x"),
+        ("dtype", "float33"),
+        ("mixture_weights", [[0.5]]),
+        ("route", ["zz"]),
+        ("vocab_size", 7),
+    ],
+)
 def test_wrong_setting(a, refuse, key, value):
     refuse([a], f"{key}={value!r}", **{key: value})
 

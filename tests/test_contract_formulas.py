@@ -66,9 +66,17 @@ def check(model, alpha=None):
 def test_mixtures_and_embeddings(parts, mixture, space, embeddings):
     for group, gate, head_mixture in (("gpt_neox+mamba", "alpha", "first"), ("gpt2+mamba2+opt", "none", "last")):
         model = compose(
-            parts[group], num_blocks=2, embeddings=embeddings, mixture=mixture, mixture_space=space, gate=gate,
-            head_mixture=head_mixture, projector="linear", mix_loss_weight=0.3, component_loss_weight=0.5,
-        )  # fmt: skip
+            parts[group],
+            num_blocks=2,
+            embeddings=embeddings,
+            mixture=mixture,
+            mixture_space=space,
+            gate=gate,
+            head_mixture=head_mixture,
+            projector="linear",
+            mix_loss_weight=0.3,
+            component_loss_weight=0.5,
+        )
         check(model)
 
 
@@ -78,9 +86,15 @@ def test_mixtures_and_embeddings(parts, mixture, space, embeddings):
 def test_projectors_gates_and_blocks(parts, gate, projector, blocks):
     check(
         compose(
-            parts["opt+llama"], num_blocks=blocks, projector=projector, gate=gate, mixture="static",
-            embeddings="native" if blocks == 3 else "mixed", head_mixture="last", reference_component="llama",
-        )  # fmt: skip
+            parts["opt+llama"],
+            num_blocks=blocks,
+            projector=projector,
+            gate=gate,
+            mixture="static",
+            embeddings="native" if blocks == 3 else "mixed",
+            head_mixture="last",
+            reference_component="llama",
+        )
     )
 
 

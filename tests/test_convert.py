@@ -125,7 +125,7 @@ def test_the_default_tokenizer_is_asked_for_and_missed(hub, owner, tmp_path, ref
     source = write(tmp_path / "src", config, tensors)
     refuse(source, "'EleutherAI/gpt-neox-20b'", "cannot be read", "--tokenizer", tokenizer=None)
     tokenizer(size=61).save_pretrained(tmp_path / "neox")
-    monkeypatch.setattr("manticore_hf.conversion.TOKENIZER", f"{owner}/neox")
+    monkeypatch.setattr("manticore_hf.compose.convert.convert.TOKENIZER", f"{owner}/neox")
     hub.add_repo(f"{owner}/neox", tmp_path / "neox")
     assert convert(source, tmp_path / "out")["tokenizer"] == f"{owner}/neox"
     tokenizer(size=65).save_pretrained(tmp_path / "large")

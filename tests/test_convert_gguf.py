@@ -16,8 +16,16 @@ from manticore_hf.cli import main
 gguf = pytest.importorskip("gguf")
 
 TOKENS = ["<s>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-         "intermediate_size": 64, "vocab_size": len(TOKENS), "pad_token_id": 1}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "vocab_size": len(TOKENS),
+    "pad_token_id": 1,
+}
 IDS = torch.randint(0, len(TOKENS), (2, 9), generator=torch.Generator().manual_seed(3))
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",

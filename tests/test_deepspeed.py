@@ -16,10 +16,10 @@ from transformers.integrations import deepspeed
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
-from manticore_hf.recipe import run_recipe
-from manticore_hf.search import SearchArguments, SearchTrainer
-from manticore_hf.stages import ComponentClipping
-from manticore_hf.zero import take_precision
+from manticore_hf.training.freezing import ComponentClipping
+from manticore_hf.training.recipe import run_recipe
+from manticore_hf.training.search import SearchArguments, SearchTrainer
+from manticore_hf.utils.deepspeed import take_precision
 
 ZERO3 = {
     "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
@@ -165,9 +165,12 @@ def test_what_cannot_work_is_refused(tmp_path):
         SearchTrainer(mixed_hybrid(num_blocks=2, mixture="static"), searching, train_dataset=rows_of(8))
     arguments = TrainingArguments(output_dir=str(tmp_path), max_grad_norm=0.0, **QUIET)
     trainer = Trainer(
-        model=mixed_hybrid(), args=arguments, train_dataset=rows_of(8), data_collator=default_data_collator,
+        model=mixed_hybrid(),
+        args=arguments,
+        train_dataset=rows_of(8),
+        data_collator=default_data_collator,
         callbacks=[ComponentClipping(1.0)],
-    )  # fmt: skip
+    )
     arguments.deepspeed_plugin = object()
     with pytest.raises(ManticoreError, match="cannot see DeepSpeed's gradients"):
         trainer.train()

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from manticore_hf import ManticoreForCausalLM
-from manticore_hf.recipe import load_recipe
+from manticore_hf.training.recipe import load_recipe
 
 ROWS = (
     "neox_prose", "mamba_code", "ensemble", "hybrid, 1 block, gate trained", "hybrid, 2 blocks, calibrated only",

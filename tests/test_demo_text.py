@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM, MambaForCausalLM
 
 from manticore_hf import demo_text
-from manticore_hf.demo_text import KINDS, SPLITS, documents, split_of
+from manticore_hf.demo.text import KINDS, SPLITS, documents, split_of
 
 COMPONENTS = Path(str(files("manticore_hf"))) / "demo_components"
 NAMES = {"prose": "neox-prose", "code": "mamba-code"}

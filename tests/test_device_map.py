@@ -16,7 +16,7 @@ from manticore_hf.modeling.devices_manticore import device_of
 from peft import PeftModel, get_peft_model
 
 from manticore_hf import ManticoreForCausalLM, lora_config
-from manticore_hf.hardening import harden
+from manticore_hf.training.prune import harden
 
 # Attention, Mamba, Mamba-2, Jamba with experts, RecurrentGemma; both ways of embedding
 SAVED = {
@@ -117,9 +117,12 @@ def test_every_family_offloads_to_disk(family, tmp_path):
     wanted = results(ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid", **EAGER))
     for buffers in (False, True):
         model = ManticoreForCausalLM.from_pretrained(
-            tmp_path / "hybrid", device_map={"": "disk"}, offload_folder=tmp_path / f"{buffers}",
-            offload_buffers=buffers, **EAGER,
-        )  # fmt: skip
+            tmp_path / "hybrid",
+            device_map={"": "disk"},
+            offload_folder=tmp_path / f"{buffers}",
+            offload_buffers=buffers,
+            **EAGER,
+        )
         agree(results(model), wanted, exact=True)
 
 
@@ -273,8 +276,13 @@ def test_the_devices_are_strict():
     """Without the moves of `devices_manticore` the tests above could not pass."""
     with fake_devices():
         one, two = torch.ones(3, device=ONE), torch.ones(3, device=TWO)
-        for wrong in (lambda: one + two, lambda: one + torch.ones(3), lambda: torch.cat([one, two]),
-                      lambda: torch.ones(3)[one > 0], lambda: one.__setitem__(slice(0, 2), two[:2])):  # fmt: skip
+        for wrong in (
+            lambda: one + two,
+            lambda: one + torch.ones(3),
+            lambda: torch.cat([one, two]),
+            lambda: torch.ones(3)[one > 0],
+            lambda: one.__setitem__(slice(0, 2), two[:2]),
+        ):
             with pytest.raises(RuntimeError, match="all must be on one device|others on"):
                 wrong()
         assert torch.equal((one + two.to(ONE)).cpu(), torch.full((3,), 2.0))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_hybrid import write_text
 
 from manticore_hf import ManticoreForCausalLM
-from manticore_hf.recipe import run_recipe
+from manticore_hf.training.recipe import run_recipe
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "recipes" / "accelerate"
@@ -149,9 +149,9 @@ def test_the_slurm_script_on_two_nodes(alone, tmp_path):
     for name, text in {
         "scontrol": "echo localhost; echo 127.0.0.1",
         "srun": 'shift; for node in 1 0; do SLURM_NODEID=$node "$@" & started+=($!); done\n'
-                'for one in "${started[@]}"; do wait "$one" || exit 1; done',
+        'for one in "${started[@]}"; do wait "$one" || exit 1; done',
         "accelerate": f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"',
-    }.items():  # fmt: skip
+    }.items():
         (programs / name).write_text(f"#!/bin/bash\n{text}\n")
         (programs / name).chmod(0o755)
     with socket.socket() as one:
@@ -160,12 +160,20 @@ def test_the_slurm_script_on_two_nodes(alone, tmp_path):
     output = tmp_path / "out"
     done = subprocess.run(
         ["bash", CONFIGS / "slurm.sh", "run", alone / "batch2.yaml", "--output-dir", output],
-        capture_output=True, text=True, timeout=500, env={
-            **os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_NODELIST": "two",
-            "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "ACCELERATE_CONFIG": str(config), "PORT": str(port),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={
+            **os.environ,
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "SLURM_JOB_NODELIST": "two",
+            "SLURM_NNODES": "2",
+            "SLURM_GPUS_ON_NODE": "1",
+            "ACCELERATE_CONFIG": str(config),
+            "PORT": str(port),
             "PYTHONPATH": str(HERE),
         },
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("\nfinetune: ") == 1, "only one process prints"
     same_stages(alone / "one", output)

@@ -10,6 +10,7 @@ import importlib
 import io
 import pkgutil
 import re
+import runpy
 import shlex
 import tomllib
 from functools import cache
@@ -238,19 +239,14 @@ def test_paths_in_code_exist(page):
             assert list(ROOT.glob(path.rstrip("/."))), f"{page.name}: {path} does not exist"
 
 
-def test_every_file_has_its_line():
-    named = set()
-    for rows in tables(split(FILES)[1]):
-        for row in rows[2:]:
-            folder = ROOT
-            for name in spans(row[0]):  # the first from the root; the others may be beside it
-                path = next((one for one in (folder / name, ROOT / name) if one.exists()), None)
-                assert path is not None, f"{FILES.name}: {name} does not exist"
-                folder = path.parent
-                named.add(path)
-    there = {path for root in ("manticore_hf", "modeling") for path in (ROOT / root).rglob("*.py")}
-    missing = sorted(str(path.relative_to(ROOT)) for path in there - named if path.name != "__init__.py")
-    assert not missing, f"{FILES.name} has no line for {missing}"
+def test_the_list_of_files_is_up_to_date():
+    list_files = runpy.run_path(str(ROOT / "docs" / "list_files.py"))
+    assert FILES.read_text(encoding="utf-8") == list_files["page"](), "run `python docs/list_files.py`"
+    rooms = [ROOT / room for room in list_files["ROOMS"]]
+    folders = {path.parent for path in (ROOT / "manticore_hf").rglob("*.py")} - {ROOT / "manticore_hf"}
+    left_out = [folder for folder in folders if not {folder, *folder.parents} & set(rooms[2:])]
+    assert not left_out, "docs/list_files.py does not know these rooms"
+    assert all(len(list_files["summary"](path)) > 10 for room in rooms for path in room.rglob("*.py"))
 
 
 def test_the_readmes_example(parts, hub, owner, tmp_path, monkeypatch):

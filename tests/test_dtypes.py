@@ -14,18 +14,43 @@ FLOAT32 = {"hybrid_mixer.alpha_logits", "hybrid_mixer.token_gate.linear.weight",
 
 # Families whose classes keep something in float32: some in float16 only, some always.
 KEEPING = {
-    "gpt_oss": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=16, num_local_experts=2,
-                    num_experts_per_tok=1, layer_types=["full_attention", "sliding_attention"], sliding_window=4),
-    "glm4_moe": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48, n_routed_experts=4,
-                     num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1, n_group=1, topk_group=1),
-}  # fmt: skip
+    "gpt_oss": dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["full_attention", "sliding_attention"],
+        sliding_window=4,
+    ),
+    "glm4_moe": dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    ),
+}
 
 
 def keeping(kind):
     config = AutoConfig.for_model(
-        kind, vocab_size=families.VOCABULARY, hidden_size=32, num_hidden_layers=2, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, **KEEPING[kind],
-    )  # fmt: skip
+        kind,
+        vocab_size=families.VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **KEEPING[kind],
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
@@ -125,8 +150,10 @@ def test_training_in_half_precision_moves_the_mixture_as_in_float32(settings):
     half = families.hybrid("gpt_neox+mamba", dtype=torch.bfloat16, **settings)
     full = ManticoreForCausalLM.from_components(
         [ComponentSpec(copy.deepcopy(half.component(name)).float(), name=name) for name in half.config.component_names],
-        num_blocks=2, dtype=torch.float32, **settings,
-    )  # fmt: skip
+        num_blocks=2,
+        dtype=torch.float32,
+        **settings,
+    )
     full.hybrid_mixer.load_state_dict(half.hybrid_mixer.state_dict())
     ids, gradients = families.tokens(4, 24), []
     for model in (half, full):

@@ -123,9 +123,10 @@ def test_padding_and_caches_are_checked_when_composing(monkeypatch):
 
     forward = modeling_llama.LlamaRotaryEmbedding.forward
     monkeypatch.setattr(
-        modeling_llama.LlamaRotaryEmbedding, "forward",
+        modeling_llama.LlamaRotaryEmbedding,
+        "forward",
         lambda self, x, position_ids: forward(self, x, position_ids - position_ids[:, :1]),
-    )  # fmt: skip
+    )
     with pytest.raises(ManticoreError, match="in Transformers a cache changes its predictions"):
         ManticoreForCausalLM.from_components([part])
 
@@ -148,8 +149,15 @@ class TestContract:
     def test_segments(self, subject, monkeypatch):
         from manticore_hf.modeling.segments_manticore import Segment
 
-        text = self.broken(monkeypatch, Segment, "__call__", lambda out: out + 1e-6, contract.check_segments,
-                           subject.component, (0, 2, 5))  # fmt: skip
+        text = self.broken(
+            monkeypatch,
+            Segment,
+            "__call__",
+            lambda out: out + 1e-6,
+            contract.check_segments,
+            subject.component,
+            (0, 2, 5),
+        )
         assert "in 2 segments and the uncut model differ" in text
 
     def test_decoding(self, subject, monkeypatch):

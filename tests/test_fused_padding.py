@@ -92,8 +92,9 @@ def test_without_kernels_nothing_is_hooked():
 
 def test_a_call_that_fails_leaves_nothing(fused, monkeypatch):
     model, calls = fused
-    mixer = next(m for m in model.modules() if any(getattr(h, "_manticore_padding", 0)
-                                                   for h in m._forward_pre_hooks.values()))  # fmt: skip
+    mixer = next(
+        m for m in model.modules() if any(getattr(h, "_manticore_padding", 0) for h in m._forward_pre_hooks.values())
+    )
     ids, mask, _ = left_padded()
     with monkeypatch.context() as patch:
         patch.setattr(mixer.in_proj, "forward", lambda *args: 1 / 0)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM, harden
-from manticore_hf.inspection import inspect_hybrid
+from manticore_hf.hub.inspection import inspect_hybrid
 
 HYBRIDS = {
     "gpt_neox+mamba": {},

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manticore_hf import ManticoreError
-from manticore_hf.recipe import Recipe, load_recipe
-from manticore_hf.tasks import ProgramSettings
+from manticore_hf.experiments import ProgramSettings
+from manticore_hf.training.recipe import Recipe, load_recipe
 
 RECIPES = {path.stem: path.read_text() for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))}
 NAMES = st.sampled_from(sorted(RECIPES))
@@ -125,8 +125,9 @@ def test_anchors_and_merged_keys_are_allowed(tmp_path):
         "  - finetune: {<<: *usual, max_steps: 5}\n"
     )
     assert load_recipe(file).stages == [
-        ("pretrain", {"max_steps": 3, "learning_rate": 1e-3}), ("finetune", {"max_steps": 5, "learning_rate": 1e-3})
-    ]  # fmt: skip
+        ("pretrain", {"max_steps": 3, "learning_rate": 1e-3}),
+        ("finetune", {"max_steps": 5, "learning_rate": 1e-3}),
+    ]
 
 
 @pytest.mark.parametrize("value", HOSTILE_VALUES, ids=lambda value: repr(value)[:40])

@@ -23,7 +23,7 @@ from manticore_hf.families.contract import PADDING, left_padded
 from manticore_hf.families.examine import Subject, examine
 from manticore_hf.families.precision import doubled
 from manticore_hf.families.tiny import tokens
-from manticore_hf.train import HybridTrainer
+from manticore_hf.training.trained_stages import HybridTrainer
 
 pytestmark = pytest.mark.gpu
 needs_kernels = pytest.mark.skipif(
@@ -154,10 +154,19 @@ def test_training_in_bfloat16(blocks, checkpointing, tmp_path):
         torch.manual_seed(0)
         model = families.hybrid("gpt_neox+mamba", num_blocks=blocks)
         arguments = TrainingArguments(
-            output_dir=tmp_path, use_cpu=use_cpu, bf16=not use_cpu, max_steps=30, per_device_train_batch_size=8,
-            learning_rate=3e-3, gradient_checkpointing=checkpointing, save_strategy="no", report_to="none",
-            logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant",
-        )  # fmt: skip
+            output_dir=tmp_path,
+            use_cpu=use_cpu,
+            bf16=not use_cpu,
+            max_steps=30,
+            per_device_train_batch_size=8,
+            learning_rate=3e-3,
+            gradient_checkpointing=checkpointing,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=1,
+            disable_tqdm=True,
+            lr_scheduler_type="constant",
+        )
         trainer = HybridTrainer(model=model, args=arguments, train_dataset=data)
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])

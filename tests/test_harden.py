@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, lora_config
 from manticore_hf.cli import main
-from manticore_hf.hardening import harden, pick_route, route_logits, segment_costs
-from manticore_hf.heal import HealTrainer
-from manticore_hf.train import last_whole_checkpoint  # noqa: I001
+from manticore_hf.training.distill import HealTrainer
+from manticore_hf.training.prune import harden, pick_route, route_logits, segment_costs
+from manticore_hf.training.trained_stages import last_whole_checkpoint  # noqa: I001
 
 WIRINGS = [
     {}, {"mixture": "static"}, {"preset": "paper"}, {"projector": "mlp"}, {"projector": "none"},
@@ -169,7 +169,7 @@ def test_the_best_measured_route_is_chosen(text):
 def test_the_beam_never_ends_worse_than_it_began(text, monkeypatch):
     soft = hybrid("gpt_neox+mamba", num_blocks=3)
     everything = pick_route(soft, "loss", text).losses
-    monkeypatch.setattr("manticore_hf.hardening.EXHAUSTIVE", 1)
+    monkeypatch.setattr("manticore_hf.training.prune.EXHAUSTIVE", 1)
     found = pick_route(soft, "loss", text, beam=2)
     likely = " > ".join(pick_route(soft, "alpha").route)
     loss = everything[" > ".join(found.route)]
@@ -213,8 +213,10 @@ def test_impossible_routes_are_refused(text):
     soft = hybrid("gpt_neox+mamba")
     neox, mamba = soft.config.component_names
     for bad, message in (
-        ([neox], "must name one of"), ([neox, "x"], "must name one of"), ("x", "No component is named 'x'")
-    ):  # fmt: skip
+        ([neox], "must name one of"),
+        ([neox, "x"], "must name one of"),
+        ("x", "No component is named 'x'"),
+    ):
         with pytest.raises(ManticoreError, match=message):
             harden(soft, bad)
     with pytest.raises(ManticoreError, match="needs held-out text"):
@@ -247,9 +249,16 @@ def test_distillation_is_normalised_by_tokens(tmp_path):
     for size, steps in ((4, 1), (1, 4)):
         hard = harden(soft, soft.config.component_names)
         arguments = TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1,
-            learning_rate=0.1, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant", **QUIET,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            **QUIET,
+        )
         HealTrainer(model=hard, args=arguments, train_dataset=rows, teacher=soft, distil_weight=0.3).train()
         results.append(hard.state_dict())
     for key, value in results[0].items():
@@ -269,11 +278,33 @@ def test_the_command_survives_a_kill(start, tmp_path):  # noqa: F811
         import sys
 
         return [
-            sys.executable, "-m", "manticore_hf.cli", "harden", "--model", str(start / "hybrid"), "--data",
-            str(start / "text.txt"), "--block_size", "16", "--output_dir", str(output), "--route", "loss",
-            "--max_steps", "4", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--save_steps", "2",
-            "--seed", "3", "--use_cpu", "true",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "manticore_hf.cli",
+            "harden",
+            "--model",
+            str(start / "hybrid"),
+            "--data",
+            str(start / "text.txt"),
+            "--block_size",
+            "16",
+            "--output_dir",
+            str(output),
+            "--route",
+            "loss",
+            "--max_steps",
+            "4",
+            "--per_device_train_batch_size",
+            "4",
+            "--learning_rate",
+            "1e-2",
+            "--save_steps",
+            "2",
+            "--seed",
+            "3",
+            "--use_cpu",
+            "true",
+        ]
 
     done = _run(command(tmp_path / "whole"))
     for row in ("soft hybrid", "ensemble", "hardened, before healing", "hardened, healed", "of the soft hybrid's"):

@@ -14,7 +14,7 @@ from manticore_hf import (
     ManticoreForSequenceClassification,
     ManticoreForTokenClassification,
 )
-from manticore_hf.hardening import harden
+from manticore_hf.training.prune import harden
 
 MASK = torch.ones(2, 9, dtype=torch.long)
 
@@ -117,8 +117,9 @@ def test_a_padded_row_is_the_row_alone(kind, side):
     if (kind, side) == ("sequence", "right"):  # padding is also known by its token
         torch.testing.assert_close(scored(model, kind, input_ids=both)[0], alone[0], rtol=1e-4, atol=1e-5)
         embeds = model.get_input_embeddings()(both)
-        torch.testing.assert_close(scored(model, kind, inputs_embeds=embeds, attention_mask=mask)[0], alone[0],
-                                   rtol=1e-4, atol=1e-5)  # fmt: skip
+        torch.testing.assert_close(
+            scored(model, kind, inputs_embeds=embeds, attention_mask=mask)[0], alone[0], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_rows_of_unknown_length_are_refused():
@@ -131,8 +132,10 @@ def test_rows_of_unknown_length_are_refused():
         with pytest.raises(ManticoreError, match=r"2 rows end .* a config.pad_token_id. Give an attention_mask."):
             model(tokens())
         vars(model.config).pop("pad_token_id", None)  # as of components that have none
-    assert torch.equal(scored(model, "sequence", input_ids=tokens(1)),
-                       scored(model, "sequence", input_ids=tokens(1), attention_mask=MASK[:1]))  # fmt: skip
+    assert torch.equal(
+        scored(model, "sequence", input_ids=tokens(1)),
+        scored(model, "sequence", input_ids=tokens(1), attention_mask=MASK[:1]),
+    )
 
 
 def test_a_cache_goes_on():

@@ -20,7 +20,7 @@ from manticore_hf import (
     lora_config,
     set_stage,
 )
-from manticore_hf.stages import ComponentClipping
+from manticore_hf.training.freezing import ComponentClipping
 
 
 @pytest.fixture
@@ -58,8 +58,11 @@ def test_a_published_hybrid_becomes_a_classifier(kind, repos, hub, owner, tmp_pa
     publish_hybrid(hub, f"{owner}/hybrid", tmp_path / "causal")
     model, info = AUTO[kind].from_pretrained(f"{owner}/hybrid", num_labels=5, output_loading_info=True)
     scores = {key for key in model.state_dict() if key.startswith("score.")}
-    assert info["missing_keys"] == scores and not info["unexpected_keys"] and len(scores) == (2 if kind == "sequence"
-                                                                                             else 4)  # fmt: skip
+    assert (
+        info["missing_keys"] == scores
+        and not info["unexpected_keys"]
+        and len(scores) == (2 if kind == "sequence" else 4)
+    )
     for name, value in model.state_dict().items():
         if name in scores:
             assert value.std() < 0.05 and (value.count_nonzero() > 0) == name.endswith("weight")
@@ -103,8 +106,9 @@ def rows(kind, count=16):
         ids = (tokens(1, 5 + i % 5, seed=i)[0] % 50 + 6).tolist()
         ids[2] = 5 if i % 2 else 7
         seen = [int(5 in ids[: n + 1]) for n in range(len(ids))]
-        out.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": seen[-1] if kind == "sequence" else
-                    seen})  # fmt: skip
+        out.append(
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": seen[-1] if kind == "sequence" else seen}
+        )
     return out
 
 
@@ -122,12 +126,25 @@ def collate(batch):
 def test_the_trainer_trains_resumes_and_saves(kind, repos, tmp_path):
     def trainer(model, steps):
         args = TrainingArguments(
-            str(tmp_path), max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-            learning_rate=2e-2, lr_scheduler_type="constant", **{**QUIET, "save_strategy": "steps"}, save_steps=4,
-            logging_steps=1, max_grad_norm=0.0,
-        )  # fmt: skip
-        return Trainer(model=model, args=args, train_dataset=rows(kind), eval_dataset=rows(kind, 6),
-                       data_collator=collate, callbacks=[ComponentClipping()])  # fmt: skip
+            str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=2e-2,
+            lr_scheduler_type="constant",
+            **{**QUIET, "save_strategy": "steps"},
+            save_steps=4,
+            logging_steps=1,
+            max_grad_norm=0.0,
+        )
+        return Trainer(
+            model=model,
+            args=args,
+            train_dataset=rows(kind),
+            eval_dataset=rows(kind, 6),
+            data_collator=collate,
+            callbacks=[ComponentClipping()],
+        )
 
     torch.manual_seed(1)
     model = set_stage(BOTH[kind].from_components(repos, num_labels=2), "finetune")
@@ -183,8 +200,9 @@ def test_adapters(kind, repos, hub, owner, tmp_path):
             assert torch.equal(scored(auto.eval(), kind, **batch), expected)
         merged = peft.merge_and_unload()
         merged.save_pretrained(tmp_path / "merged")
-        assert torch.equal(scored(AUTO[kind].from_pretrained(tmp_path / "merged"), kind, **batch),
-                           scored(merged, kind, **batch))  # fmt: skip
+        assert torch.equal(
+            scored(AUTO[kind].from_pretrained(tmp_path / "merged"), kind, **batch), scored(merged, kind, **batch)
+        )
     assert set(lora_config(merged, train_mixer=False).modules_to_save) == {"score"}
     assert lora_config(merged, task_type="FEATURE_EXTRACTION").task_type == "FEATURE_EXTRACTION"
     plain = get_peft_model(merged, LoraConfig(task_type=config.task_type, target_modules=["q_proj"]))

@@ -10,7 +10,7 @@ import pytest
 from hub_models import tokenizer
 
 from manticore_hf import ManticoreError
-from manticore_hf.data import DataArguments, load_rows
+from manticore_hf.evaluation.data import DataArguments, load_rows
 
 BLOCK = 4
 EOS = 2

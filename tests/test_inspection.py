@@ -14,8 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from manticore_hf import ManticoreForCausalLM
 from manticore_hf.cli import main
-from manticore_hf.hardening import harden
-from manticore_hf.inspection import inspect_hybrid
+from manticore_hf.hub.inspection import inspect_hybrid
+from manticore_hf.training.prune import harden
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -42,8 +42,12 @@ def test_sizes_are_the_measured_ones(tmp_path):
         layers = cache.view(name, block - 1).layers
         kept = [x for layer in layers for x in (getattr(layer, "keys", None), getattr(layer, "values", None))]
         grown = sum(x.nbytes for x in kept if isinstance(x, torch.Tensor))
-        states = [getattr(layer, kind).values() for layer in layers for kind in ("conv_states", "recurrent_states")
-                  if hasattr(layer, kind)]  # fmt: skip
+        states = [
+            getattr(layer, kind).values()
+            for layer in layers
+            for kind in ("conv_states", "recurrent_states")
+            if hasattr(layer, kind)
+        ]
         assert row["cache_bytes_per_token"] * 32 == grown
         assert row["state_bytes"] == sum(x.nbytes for values in states for x in values if x is not None)
         start, stop = map(int, row["layers"].split("-"))
@@ -64,8 +68,9 @@ def test_a_hardened_hybrid(tmp_path, capsys):
     harden(soft, ["gpt_neox", "gpt_neox", "mamba"]).save_pretrained(tmp_path)
     found = inspect_hybrid(tmp_path)
     assert [(row["block"], row["component"], row["alpha"]) for row in found["blocks"]] == [
-        (1, "gpt_neox", 1.0), (3, "mamba", 1.0)
-    ]  # fmt: skip
+        (1, "gpt_neox", 1.0),
+        (3, "mamba", 1.0),
+    ]
     assert main(["inspect", str(tmp_path)]) == 0
     assert "route=['gpt_neox', 'gpt_neox', 'mamba']" in capsys.readouterr().out
 
@@ -163,10 +168,16 @@ def test_files_that_are_not_the_recorded_ones_are_named(published, hub, capsys):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{}", b"\x08\0\0\0\0\0\0\0" + b"[" * 8,
-     b"\x10\x27\0\0\0\0\0\0" + b"[" * 10000],
+    [
+        b"",
+        b"\xff" * 8,
+        b"\x02\0\0\0\0\0\0\0[]",
+        b"\x02\0\0\0\0\0\0\0{}",
+        b"\x08\0\0\0\0\0\0\0" + b"[" * 8,
+        b"\x10\x27\0\0\0\0\0\0" + b"[" * 10000,
+    ],
     ids=range(6),
-)  # fmt: skip
+)
 def test_damaged_weights_do_not_keep_it_from_being_shown(published, hub, capsys, data):
     change(hub, published, model__safetensors=data)
     assert "tensors: " in inspected(published, capsys)

@@ -66,11 +66,19 @@ def test_another_file_than_recorded(saved, tmp_path):
 @pytest.mark.parametrize(
     "files",
     [
-        3, [], {}, {"model.safetensors": 3}, {"model.safetensors": "A" * 64}, {"model.safetensors": None},
-        {"../x.safetensors": "0" * 64}, {"/etc/x.safetensors": "0" * 64}, {"pytorch_model.bin": "0" * 64},
-        {"model.safetensors": "0" * 64, "a/b.safetensors": "0" * 64}, {"https://x/y.safetensors": "0" * 64},
+        3,
+        [],
+        {},
+        {"model.safetensors": 3},
+        {"model.safetensors": "A" * 64},
+        {"model.safetensors": None},
+        {"../x.safetensors": "0" * 64},
+        {"/etc/x.safetensors": "0" * 64},
+        {"pytorch_model.bin": "0" * 64},
+        {"model.safetensors": "0" * 64, "a/b.safetensors": "0" * 64},
+        {"https://x/y.safetensors": "0" * 64},
     ],
-)  # fmt: skip
+)
 def test_hostile_record(files):
     entry = {"name": "one", "config": tiny("gpt2").config, "repo_id": "a/b", "revision": "0" * 40}
     with pytest.raises(ManticoreError, match="Component 'one'.*(files|SHA-256)"):

@@ -20,12 +20,12 @@ from manticore_hf import (
     harden,
     publish,
 )
-from manticore_hf.card import Facts, make_card
-from manticore_hf.card_merge import merge
 from manticore_hf.cli import main
-from manticore_hf.inspection import inspect_hybrid
-from manticore_hf.kinds import KINDS, kind_of, labels_of
-from manticore_hf.report.run import write_report
+from manticore_hf.hub.card import Facts, make_card
+from manticore_hf.hub.card_merge import merge
+from manticore_hf.hub.inspection import inspect_hybrid
+from manticore_hf.report.write import write_report
+from manticore_hf.utils.task_types import KINDS, kind_of, labels_of
 
 TASKS = {"sequence": "text-classification", "token": "token-classification"}
 AUTO = {"sequence": "AutoModelForSequenceClassification", "token": "AutoModelForTokenClassification"}
@@ -112,9 +112,11 @@ def test_inspect_counts_what_is_there(kind, settings, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     found = inspect_hybrid(tmp_path, tokens=16)
     assert found["task"] == {
-        "name": TASKS[kind], "architecture": type(model).__name__, "labels": list(LABELS.values()),
+        "name": TASKS[kind],
+        "architecture": type(model).__name__,
+        "labels": list(LABELS.values()),
         "problem": f"one label for each {'text' if kind == 'sequence' else 'token'}",
-    }  # fmt: skip
+    }
     rows = {row["part"]: row for row in found["parts"]}
     native = "preset" not in settings
     for name in model.config.component_names:

@@ -7,7 +7,7 @@ from hub_models import tiny
 from huggingface_hub import HfApi
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
-from manticore_hf.licenses import _COVERS, DUTIES, LICENSES, MIXED, check, combine, describe
+from manticore_hf.hub.licenses import _COVERS, DUTIES, LICENSES, MIXED, check, combine, describe
 
 
 def of(*ids, **settings):

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from local_hub_client import FILES, ROOT, read_folder, run_python, write_folder
 
-from manticore_hf.local_hub import TOKEN
+from manticore_hf.testing.local_hub import TOKEN
 
 # Each test has a Hub of its own
 hub, api, repo = local_hub_client.hub, local_hub_client.api, local_hub_client.repo
@@ -232,7 +232,7 @@ print(*sys.modules)
 
 
 def test_main_prints_the_environment_and_serves(tmp_path):
-    command = [sys.executable, "-m", "manticore_hf.local_hub", "--home", str(tmp_path)]
+    command = [sys.executable, "-m", "manticore_hf.testing.local_hub", "--home", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:

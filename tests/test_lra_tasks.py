@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pillow
 
 from manticore_hf import ManticoreError
-from manticore_hf.tasks import lra_listops, lra_pathfinder, lra_task
+from manticore_hf.experiments import lra_listops, lra_pathfinder, lra_task
 
 LISTOPS = {"num_train": 300, "num_test": 100, "min_len": 8, "max_len": 60, "max_depth": 5, "max_args": 6}
 PATHS = {"num_train": 60, "num_test": 31, "image_size": 24, "path_len": 18, "distractors": 3}
@@ -27,9 +27,11 @@ def parse(words):
         most.append(arguments)
     words.pop(0)
     result = {
-        "[MAX": lambda: max(values), "[MIN": lambda: min(values), "[SM": lambda: sum(values) % 10,
+        "[MAX": lambda: max(values),
+        "[MIN": lambda: min(values),
+        "[SM": lambda: sum(values) % 10,
         "[MED": lambda: int(np.median(values)),
-    }[word]()  # fmt: skip
+    }[word]()
     assert len(values) >= 2
     return result, 1 + max(depths), max(len(values), *most)
 
@@ -176,15 +178,22 @@ def test_texts_are_bytes(tmp_path):
     texts = ["Grüße", "", "a much longer text than the others are"]
     for name, rows in (("train", texts), ("test", texts[:2])):
         Dataset.from_dict({"review": rows, "kind": ["pos", "neg", "neg"][: len(rows)]}).to_csv(tmp_path / f"{name}.csv")
-    task = lra_task("text", data=str(tmp_path / "train.csv"), test_data=str(tmp_path / "test.csv"), max_len=16,
-                    input_column="review", label_column="kind")  # fmt: skip
+    task = lra_task(
+        "text",
+        data=str(tmp_path / "train.csv"),
+        test_data=str(tmp_path / "test.csv"),
+        max_len=16,
+        input_column="review",
+        label_column="kind",
+    )
     train, test = task.dataset("train"), task.dataset("test")
     assert train["input_ids"][0] == [b + 1 for b in "Grüße".encode()] and train["input_ids"][1] == [11]
     assert bytes(b - 1 for b in train["input_ids"][2]) == b"a much longer te"
     assert train["label"][:] == [1, 0, 0] and test["label"][:] == [1, 0]
     assert train.column_names == ["input_ids", "label"]
-    few = lra_task("text", num_train=1, data=task.data, test_data=task.test_data, input_column="review",
-                   label_column="kind")  # fmt: skip
+    few = lra_task(
+        "text", num_train=1, data=task.data, test_data=task.test_data, input_column="review", label_column="kind"
+    )
     assert len(few.dataset("train")) == 1
 
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_model
 
 from manticore_hf import ManticoreError
 from manticore_hf.cli import main
-from manticore_hf.tasks import CompressionModel, comparison, from_scratch, mad_task, run_mad
-from manticore_hf.tasks.comparison import Training
+from manticore_hf.experiments import CompressionModel, comparison, from_scratch, mad_task, run_mad
+from manticore_hf.experiments.baselines import Training
 
 TINY = "--vocab-size 8 --seq-len 8 --num-train 48 --num-test 32 --hidden-size 32 --layers 1 --epochs 1 --batch-size 16"
 TINY = TINY.split()
@@ -179,7 +179,7 @@ LEARNS = {
         {"seq_len": 24, "tokens_to_copy": 4, "num_train": 3200},
         {"epochs": 12, "learning_rate": 3e-3, "batch_size": 64},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow

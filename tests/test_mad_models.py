@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 
 from manticore_hf import ManticoreError
-from manticore_hf.tasks import CompressionModel, from_scratch, generate, hybrid_from_scratch, mad_task
-from manticore_hf.tasks.models import scratch_config
+from manticore_hf.experiments import CompressionModel, from_scratch, generate, hybrid_from_scratch, mad_task
+from manticore_hf.experiments.models import scratch_config
 
 
 def encoder(kind):
@@ -53,8 +53,15 @@ def test_compression_trains_all_components_of_a_hybrid(kind, tmp_path):
     task = mad_task("compression", num_train=16)
     model = CompressionModel(encoder(kind), task.seq_len, task.vocab_size)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    arguments = TrainingArguments(str(tmp_path), num_train_epochs=1, report_to="none", use_cpu=True, disable_tqdm=True,
-                                  save_strategy="no", learning_rate=1e-2)  # fmt: skip
+    arguments = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        learning_rate=1e-2,
+    )
     Trainer(model=model, args=arguments, train_dataset=task.dataset("train")).train()
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     for part in ("llama.model.layers.0", "llama.model.layers.1", "backbone.layers.1", "alpha_logits", "decoder.7"):

@@ -8,10 +8,10 @@ from tiny_hybrid import pair, save
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
-from manticore_hf.plots import plot_profile
-from manticore_hf.tasks import TASKS, EasySettings, comparison, mad_profile, profile, run_mad
-from manticore_hf.tasks.comparison import Training
-from manticore_hf.tasks.easy import task_names
+from manticore_hf.experiments import TASKS, EasySettings, comparison, mad_profile, profile, run_mad
+from manticore_hf.experiments.baselines import Training
+from manticore_hf.experiments.mad.easy import task_names
+from manticore_hf.utils.plots import plot_profile
 
 TINY = EasySettings(seq_len=16, num_train=20, num_test=8, hidden_size=32, layers=1, steps=4, batch_size=8)
 OPTIONS = "--seq-len 16 --num-train 20 --num-test 8 --hidden-size 32 --layers 1 --steps 4 --batch-size 8".split()
@@ -95,8 +95,11 @@ def test_the_radar_starts_at_chance_and_ends_at_one(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
     chance = {"recall": 0.2, "copying": 0.0, "compression": 0.5}
-    scores = {"guesser": {**chance}, "half": {"recall": 0.6, "copying": 0.5, "compression": 0.75},
-              "worse": {"recall": 0.1, "copying": 1.0, "compression": 1.0}}  # fmt: skip
+    scores = {
+        "guesser": {**chance},
+        "half": {"recall": 0.6, "copying": 0.5, "compression": 0.75},
+        "worse": {"recall": 0.1, "copying": 1.0, "compression": 1.0},
+    }
     plot_profile(scores, chance, tmp_path / "x.png")
     (figure,) = drawn
     (axis,) = figure.axes

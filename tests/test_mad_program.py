@@ -9,12 +9,12 @@ from tiny_hybrid import pair, save_pair
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
-from manticore_hf.recipe import load_recipe, run_recipe
-from manticore_hf.search import STRATEGIES
-from manticore_hf.stages import fix_alpha
-from manticore_hf.tasks import TASKS, ProgramSettings, hybrid_from_scratch, mad_profile, program, program_alpha
-from manticore_hf.tasks.easy import EasySettings
-from manticore_hf.tasks.program import mixture_tasks
+from manticore_hf.experiments import TASKS, ProgramSettings, hybrid_from_scratch, mad_profile, program, program_alpha
+from manticore_hf.experiments.mad.easy import EasySettings
+from manticore_hf.experiments.mad.program import mixture_tasks
+from manticore_hf.training.freezing import fix_alpha
+from manticore_hf.training.recipe import load_recipe, run_recipe
+from manticore_hf.training.search import STRATEGIES
 
 SIZES = {"seq_len": 16, "num_train": 24, "num_test": 8, "hidden_size": 32, "steps": 3, "batch_size": 8}
 TINY = ProgramSettings(**SIZES, alpha_learning_rate=0.5)

@@ -18,14 +18,8 @@ from datasets import Dataset
 from naive_mad import IGNORE, fuzzy_pairs
 
 from manticore_hf import ManticoreError
-from manticore_hf.tasks import (
-    TASKS,
-    benchmark_settings,
-    from_scratch,
-    generate,
-    mad_task,
-)
-from manticore_hf.tasks.mad import first_occurrence, memorized
+from manticore_hf.experiments import TASKS, benchmark_settings, from_scratch, generate, mad_task
+from manticore_hf.experiments.mad.tasks import first_occurrence, memorized
 
 ORACLES = {
     "in-context-recall": naive_mad.recall_oracle,
@@ -278,7 +272,7 @@ DIGEST = """
 import hashlib, random, sys
 import numpy as np, torch
 random.seed(int(sys.argv[1])); np.random.seed(int(sys.argv[1])); torch.manual_seed(int(sys.argv[1]))
-from manticore_hf.tasks import TASKS, generate, mad_task
+from manticore_hf.experiments import TASKS, generate, mad_task
 digest = hashlib.sha256()
 for name in TASKS:
     for split in ("train", "test"):
@@ -356,9 +350,13 @@ def test_the_benchmarks_settings():
     """The changes of configs/tasks/*.yml, as read there."""
     sizes = {name: [label(task) for task in benchmark_settings(name)] for name in TASKS}
     assert {name: len(set(found)) for name, found in sizes.items()} == {
-        "in-context-recall": 11, "fuzzy-in-context-recall": 11, "noisy-in-context-recall": 14,
-        "selective-copying": 13, "compression": 11, "memorization": 6,
-    }  # fmt: skip
+        "in-context-recall": 11,
+        "fuzzy-in-context-recall": 11,
+        "noisy-in-context-recall": 14,
+        "selective-copying": 13,
+        "compression": 11,
+        "memorization": 6,
+    }
     noisy, copying = benchmark_settings("noisy-recall"), benchmark_settings("copying")
     assert [task.vocab_size for task in noisy[:4]] == [32, 48, 80, 144] and {t.noise_vocab_size for t in noisy} == {16}
     assert [task.frac_noise for task in noisy[-3:]] == [0.4, 0.6, 0.8] and noisy[0].frac_noise == 0.2

@@ -20,8 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from manticore_hf import ManticoreError
-from manticore_hf.evaluation import compare_losses
-from manticore_hf.metrics import load_metric, token_logprobs
+from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.evaluation.metrics import load_metric, token_logprobs
 
 TEXTS = ["the cat sat", "a", "two dogs run and the cat saw a mat", "the cat sat", "", "mat on mat on mat on mat"]
 MODELS = {
@@ -162,8 +162,11 @@ def naive_accuracy(predictions, references, ignored=-100):
         shares.append(guesses.count(kind) / len(guesses) if guesses else 0.0)
     micro = sum(p == r for p, r in pairs) / len(pairs)
     return {
-        "accuracy": micro, "macro_accuracy": sum(shares) / len(shares), "positions": len(pairs), "classes": len(shares),
-    }  # fmt: skip
+        "accuracy": micro,
+        "macro_accuracy": sum(shares) / len(shares),
+        "positions": len(pairs),
+        "classes": len(shares),
+    }
 
 
 def test_accuracy_by_hand(mad_metric):
@@ -395,7 +398,7 @@ def refuse(*arguments, **_):
     raise AssertionError(f"asked for the network: {arguments[-1]}")
 
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
-import manticore_hf, manticore_hf.metrics as metrics
+import manticore_hf, manticore_hf.evaluation.metrics as metrics
 assert Path(manticore_hf.__file__).is_relative_to(sys.argv[1]), manticore_hf.__file__
 assert metrics.load_metric and "evaluate" not in sys.modules
 print(metrics.load_metric("token_loss").compute(predictions=[[-2.0]], references=["a"])["loss"])

@@ -32,8 +32,16 @@ def is_same(loaded, model):
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key].to(one[key].dtype)) for key in one)
 
 
-@pytest.mark.parametrize("asked, given", [(None, "float32"), ("auto", "float32"), ("bfloat16", "bfloat16"),
-                                          (torch.float16, "float16"), (torch.float32, "float32")])  # fmt: skip
+@pytest.mark.parametrize(
+    "asked, given",
+    [
+        (None, "float32"),
+        ("auto", "float32"),
+        ("bfloat16", "bfloat16"),
+        (torch.float16, "float16"),
+        (torch.float32, "float32"),
+    ],
+)
 def test_one_dtype_of_the_whole(repos, tmp_path, asked, given):
     given = getattr(torch, given)
     model = compose(repos, mixture="token", dtype=asked)
@@ -126,9 +134,18 @@ def test_trainer_with_mixed_precision(repos, tmp_path, settings, dtype):
         torch.manual_seed(0)
         model = compose(repos, dtype=dtype if bf16 else "float32", projector_init="identity", **settings)
         arguments = TrainingArguments(
-            str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1,
-            lr_scheduler_type="constant", report_to=[], use_cpu=True, bf16=bf16, save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            str(tmp_path / "run"),
+            max_steps=4,
+            per_device_train_batch_size=8,
+            learning_rate=1e-2,
+            logging_steps=1,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+            bf16=bf16,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
         trainer = Trainer(model, arguments, train_dataset=rows)
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])

@@ -22,8 +22,10 @@ def test_the_geometric_mean_and_its_gradients(count):
     ours = weighted_sum(list(raw.softmax(-1).split(1, -1)), logits).log_softmax(-1)
     torch.testing.assert_close(ours, plain())
     seed = draw(2, 3, 7, seed=5)
-    for mine, theirs in zip(torch.autograd.grad(ours, [raw, *logits], seed, retain_graph=True),
-                            torch.autograd.grad(plain(), [raw, *logits], seed)):  # fmt: skip
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, [raw, *logits], seed, retain_graph=True),
+        torch.autograd.grad(plain(), [raw, *logits], seed),
+    ):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-9)
 
 
@@ -86,8 +88,9 @@ def test_the_arithmetic_mean_and_its_gradients(count):
     plain = sum(raw.softmax(-1)[..., k, None] * one.softmax(-1) for k, one in enumerate(logits)).log()
     torch.testing.assert_close(ours, plain)
     seed = draw(2, 3, 7, seed=5)
-    for mine, theirs in zip(torch.autograd.grad(ours, [raw, *logits], seed),
-                            torch.autograd.grad(plain, [raw, *logits], seed)):  # fmt: skip
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, [raw, *logits], seed), torch.autograd.grad(plain, [raw, *logits], seed)
+    ):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-9)
 
 

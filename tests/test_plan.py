@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
-from manticore_hf.hardening import harden
-from manticore_hf.heal import HealTrainer
 from manticore_hf.plan.cache import cache_sizes
 from manticore_hf.plan.memory import layers_of, optimizer_bytes
 from manticore_hf.plan.schedule import _fixed
 from manticore_hf.plan.shrink import find_period
 from manticore_hf.plan.step import Rehearsal, meta_hybrid
+from manticore_hf.training.distill import HealTrainer
+from manticore_hf.training.prune import harden
 
 BF16 = torch.bfloat16
 CASES = [  # pair, blocks, stage, mixed precision, checkpointing, (batch, length)
@@ -77,11 +77,14 @@ def test_healing_counts_its_teacher():
     assert rehearsal.micro_batch(2, 96).with_gradients == pytest.approx(allocated(run), rel=0.05)
 
 
-@pytest.mark.parametrize("pair, stage, ways", [
-    ("gpt_neox+mamba", "projectors", [(None, False), (BF16, False)]),
-    ("gpt_neox+mamba", "finetune", [(None, False), (None, True), (BF16, False), (BF16, True)]),
-    ("gemma2+jamba", "finetune", [(BF16, True)]),  # layers of two and of four kinds in turn, some with experts
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pair, stage, ways",
+    [
+        ("gpt_neox+mamba", "projectors", [(None, False), (BF16, False)]),
+        ("gpt_neox+mamba", "finetune", [(None, False), (None, True), (BF16, False), (BF16, True)]),
+        ("gemma2+jamba", "finetune", [(BF16, True)]),  # layers of two and of four kinds in turn, some with experts
+    ],
+)
 def test_three_periods_stand_for_all_layers(pair, stage, ways):
     short, whole = (Rehearsal(config_of(pair), stage, whole=whole) for whole in (False, True))
     assert len(short.ledger.repeats) == 2 and not whole.ledger.repeats
@@ -122,10 +125,17 @@ def test_a_rehearsal_repeats_itself():
     assert rehearsal.micro_batch(2, 64) == first
 
 
-@pytest.mark.parametrize("kinds, found", [
-    ("aaaaaaaa", (0, 1, 8)), ("abababababab", (0, 2, 6)), ("xaaaaaz", (1, 1, 5)), ("aaa", None), ("abcdefgh", None),
-    ("aabaabaabaabaac", (0, 3, 4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kinds, found",
+    [
+        ("aaaaaaaa", (0, 1, 8)),
+        ("abababababab", (0, 2, 6)),
+        ("xaaaaaz", (1, 1, 5)),
+        ("aaa", None),
+        ("abcdefgh", None),
+        ("aabaabaabaabaac", (0, 3, 4)),
+    ],
+)
 def test_periods(kinds, found):
     assert find_period(list(kinds)) == found
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.plan.amounts import parse_bytes, parse_count, short_memory, short_time
-from manticore_hf.plan.run import make_plan
+from manticore_hf.plan.plan import make_plan
 from manticore_hf.plan.subject import load_subject
 
 ROOT = Path(__file__).parent.parent
@@ -89,13 +89,25 @@ def test_the_poc_recipe_with_real_models(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe, devices, memory, engines", [
-    ("llama3_8b_falcon_mamba_7b", 8, "80GB", ["FSDP2 + activation checkpointing"] * 2),
-    ("llama3_8b_falcon_mamba_7b", 1, "24GB", ["FSDP2 + activation checkpointing + CPU offload"] * 2),  # a row at a time
-    ("llama3_8b_falcon_mamba_7b", 1, "12GB", [None, None]),
-    ("llama3_70b_nemotron_h_56b", 8, "80GB",
-     ["FSDP2 + activation checkpointing", "FSDP2 + activation checkpointing + CPU offload"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe, devices, memory, engines",
+    [
+        ("llama3_8b_falcon_mamba_7b", 8, "80GB", ["FSDP2 + activation checkpointing"] * 2),
+        (
+            "llama3_8b_falcon_mamba_7b",
+            1,
+            "24GB",
+            ["FSDP2 + activation checkpointing + CPU offload"] * 2,
+        ),  # a row at a time
+        ("llama3_8b_falcon_mamba_7b", 1, "12GB", [None, None]),
+        (
+            "llama3_70b_nemotron_h_56b",
+            8,
+            "80GB",
+            ["FSDP2 + activation checkpointing", "FSDP2 + activation checkpointing + CPU offload"],
+        ),
+    ],
+)
 def test_large_recipes(recipe, devices, memory, engines):
     plan = make_plan(ROOT / "recipes" / f"{recipe}.yaml", devices, memory, configs=CONFIGS)
     found = [stage["choice"] and stage["choice"]["engine"] for stage in plan["stages"]]
@@ -120,8 +132,10 @@ def test_components_on_the_hub_are_not_downloaded(hub, owner, tmp_path):
 
 def test_every_stage(tmp_path):
     parts = save_configs(tmp_path, "llama", "mamba2")
-    stages = "[calibrate, pretrain: {max_steps: 10}, search: {strategy: gaea}, finetune: {bf16: true}, " \
-             "harden: {route: alpha, gradient_checkpointing: true}]"  # fmt: skip
+    stages = (
+        "[calibrate, pretrain: {max_steps: 10}, search: {strategy: gaea}, finetune: {bf16: true}, "
+        "harden: {route: alpha, gradient_checkpointing: true}]"
+    )
     recipe = write_recipe(tmp_path, parts, stages, mixture="static", num_blocks=2)
     (tmp_path / "text.txt").write_text("x" * 4000)
     plan = make_plan(recipe, 2, "1GB")
@@ -211,15 +225,18 @@ def test_vocabularies(tmp_path):
     assert "transplanted" in subject.notes[0]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"memory": "80 apples"}, "memory='80 apples' is no amount"),
-    ({"memory": "0GB"}, "is no amount of memory"),
-    ({"devices": 0}, "devices=0"),
-    ({"tokens": "many"}, "tokens='many'"),
-    ({"utilization": 1.5}, "utilization=1.5"),
-    ({"flops": -1}, "flops=-1"),
-    ({"device": "tpu"}, "device='tpu'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"memory": "80 apples"}, "memory='80 apples' is no amount"),
+        ({"memory": "0GB"}, "is no amount of memory"),
+        ({"devices": 0}, "devices=0"),
+        ({"tokens": "many"}, "tokens='many'"),
+        ({"utilization": 1.5}, "utilization=1.5"),
+        ({"flops": -1}, "flops=-1"),
+        ({"device": "tpu"}, "device='tpu'"),
+    ],
+)
 def test_what_is_refused(options, message, tmp_path):
     with pytest.raises(ManticoreError, match=message):
         make_plan(tmp_path / "none.yaml", **options)
@@ -227,9 +244,7 @@ def test_what_is_refused(options, message, tmp_path):
 
 def test_what_cannot_be_read(owner, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for component, message in (
-        (tmp_path / "empty", "has no config.json"), (f"{owner}/nothing", "private or gated"),
-    ):  # fmt: skip
+    for component, message in ((tmp_path / "empty", "has no config.json"), (f"{owner}/nothing", "private or gated")):
         assert main(["plan", str(write_recipe(tmp_path, [component]))]) == 2
         assert message in capsys.readouterr().err
     assert main(["plan", f"{owner}/nothing"]) == 2

@@ -15,12 +15,12 @@ from test_train import _run, start  # noqa: F401  (a fixture)
 from transformers import TrainingArguments
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
-from manticore_hf.calibrate import awaits_calibration, calibrate_projectors
 from manticore_hf.cli import main
-from manticore_hf.data import DataArguments
-from manticore_hf.prepare import run_compose
-from manticore_hf.stages import fix_alpha
-from manticore_hf.train import StageArguments, run_stage
+from manticore_hf.evaluation.data import DataArguments
+from manticore_hf.training.calibrate import awaits_calibration, calibrate_projectors
+from manticore_hf.training.freezing import fix_alpha
+from manticore_hf.training.trained_stages import StageArguments, run_stage
+from manticore_hf.training.untrained_stages import run_compose
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,21 @@ def test_killed_compose_and_calibrate_end_where_uninterrupted_ones_do(parts, sta
     def commands(folder):
         hybrid, calibrated = folder / "hybrid", folder / "calibrated"
         compose = _cli("compose", *parts, "--num_blocks", 2, "--mixture", "static", "--output_dir", hybrid)
-        calibrate = _cli("calibrate", "--model", hybrid, "--data", start / "text.txt", "--block_size", 16,
-                         "--tokens", 1000, "--per_device_train_batch_size", 4, "--output_dir", calibrated)  # fmt: skip
+        calibrate = _cli(
+            "calibrate",
+            "--model",
+            hybrid,
+            "--data",
+            start / "text.txt",
+            "--block_size",
+            16,
+            "--tokens",
+            1000,
+            "--per_device_train_batch_size",
+            4,
+            "--output_dir",
+            calibrated,
+        )
         return compose, calibrate
 
     begun = time.time()
@@ -144,7 +157,7 @@ def test_fixing_alpha_leaves_the_gate_of_a_token_mixture(parts):
 
 
 def test_a_search_over_blocks_hands_its_gate_to_the_finetuning(parts, start, tmp_path):  # noqa: F811
-    from manticore_hf.search import SearchArguments
+    from manticore_hf.training.search import SearchArguments
 
     arguments = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "max_steps": 4}
     model = ManticoreForCausalLM.from_components(parts, num_blocks=2, projector_init="identity")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, harden, publish
 from manticore_hf.cli import main
-from manticore_hf.train import HybridTrainer
+from manticore_hf.training.trained_stages import HybridTrainer
 
 parts, saved = published.parts, published.saved
 
@@ -24,8 +24,15 @@ parts, saved = published.parts, published.saved
 def test_a_published_hybrid_loads_with_all_that_belongs_to_it(saved, hub, owner):
     out = publish(saved[1], f"{owner}/h")
     files = hub.files(f"{owner}/h")
-    assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-            "modeling_manticore.py", "plots/mixture.png"} < set(files)  # fmt: skip
+    assert {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "modeling_manticore.py",
+        "plots/mixture.png",
+    } < set(files)
     assert {name: len(data) for name, data in files.items() if name != ".gitattributes"} == out.files
     assert out.commit == hub.head(f"{owner}/h")
     assert_same_model(AutoModelForCausalLM.from_pretrained(f"{owner}/h"), saved[0])
@@ -62,8 +69,18 @@ def test_a_dry_run_lists_the_same_and_writes_nothing(saved, hub, owner, capsys):
 
 
 def test_only_known_files_are_taken(saved, hub, owner):
-    for name in ("optimizer.pt", "training_args.bin", "notes.txt", ".env", "model.safetensors.bak", "plots/notes.txt",
-                 "checkpoint-5/model.safetensors", "plots/a.png", "trainer_state.json", "runs/events"):  # fmt: skip
+    for name in (
+        "optimizer.pt",
+        "training_args.bin",
+        "notes.txt",
+        ".env",
+        "model.safetensors.bak",
+        "plots/notes.txt",
+        "checkpoint-5/model.safetensors",
+        "plots/a.png",
+        "trainer_state.json",
+        "runs/events",
+    ):
         (saved[1] / name).parent.mkdir(exist_ok=True)
         (saved[1] / name).write_text("x")
     out = publish(saved[1], f"{owner}/h")
@@ -75,12 +92,22 @@ def test_only_known_files_are_taken(saved, hub, owner):
 def test_a_later_push_removes_what_would_be_read_in_its_place(saved, hub, owner, tmp_path):
     publish(saved[1], f"{owner}/h")
     api = HfApi()
-    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "old_manticore.py", "notes.md",
-                 "plots/old.png", "figures/x.png"):  # fmt: skip
+    for name in (
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "old_manticore.py",
+        "notes.md",
+        "plots/old.png",
+        "figures/x.png",
+    ):
         api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id=f"{owner}/h")
     out = publish(saved[1], f"{owner}/h")
-    assert out.deleted == ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "old_manticore.py",
-                           "plots/old.png"]  # fmt: skip
+    assert out.deleted == [
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "old_manticore.py",
+        "plots/old.png",
+    ]
     left = set(hub.files(f"{owner}/h"))
     assert {"notes.md", "figures/x.png"} < left and not left & set(out.deleted)
     assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h"), saved[0])
@@ -225,9 +252,15 @@ def test_trainers_push_hybrids_that_load(saved, hub, owner, tmp_path, kind):
     edit_on_the_hub(repo_id, "## Limits", "Written by hand.\n\n## Limits")
     model = ManticoreForCausalLM.from_pretrained(repo_id)
     arguments = TrainingArguments(
-        str(tmp_path / "run"), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, push_to_hub=True,
-        hub_model_id=repo_id, save_strategy="no",
-    )  # fmt: skip
+        str(tmp_path / "run"),
+        max_steps=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        push_to_hub=True,
+        hub_model_id=repo_id,
+        save_strategy="no",
+    )
     trainer = kind(model, arguments, train_dataset=ROWS)
     trainer.train()
     trainer.push_to_hub(dataset="org/books")

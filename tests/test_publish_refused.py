@@ -30,11 +30,14 @@ def test_what_is_no_hybrid_is_refused(saved, hub, owner, tmp_path):
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     tiny("gpt2").save_pretrained(tmp_path / "gpt2")
     for what, message in (
-        (tiny("gpt2"), "GPT2LMHeadModel is no hybrid"), (PeftModel(), "holds an adapter"),
+        (tiny("gpt2"), "GPT2LMHeadModel is no hybrid"),
+        (PeftModel(), "holds an adapter"),
         (tmp_path / "gpt2", "type 'gpt2', no hybrid"),
-        (tmp_path / "empty", "no config.json"), (tmp_path / "nowhere", "no config.json"),
-        (tmp_path / "light", "no model.safetensors"), (tmp_path / "damaged", "no readable safetensors"),
-    ):  # fmt: skip
+        (tmp_path / "empty", "no config.json"),
+        (tmp_path / "nowhere", "no config.json"),
+        (tmp_path / "light", "no model.safetensors"),
+        (tmp_path / "damaged", "no readable safetensors"),
+    ):
         with pytest.raises(ManticoreError, match=message):
             publish(what, f"{owner}/h")
     assert not exists(f"{owner}/h")

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, lora_config, quantization_skips
-from manticore_hf.adapters import lora_targets
+from manticore_hf.training.lora import lora_targets
 
 PAGE = Path(__file__).parent.parent / "docs" / "training.md"
 

@@ -7,7 +7,7 @@ import torch
 from tiny_hybrid import save_pair
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
-from manticore_hf.recipe import load_recipe, run_recipe
+from manticore_hf.training.recipe import load_recipe, run_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -37,20 +37,14 @@ def _write(path, text):
             r"x.yaml:5: stages.0.finetune.lerning_rate: unknown key",
         ),
         ("components: [a/b]\nstages: [finetune]\n", r"data: has no key 'data'"),
-        (
-            "components: [a/b]\nstages:\n  - search: {data: {data: t}}\n  - finetune: {}\n",
-            r"data: has no key 'data'",
-        ),
+        ("components: [a/b]\nstages:\n  - search: {data: {data: t}}\n  - finetune: {}\n", r"data: has no key 'data'"),
         (
             "components: [a/b]\nstages:\n  - search:\n      data: {data: t, blocksize: 3}\n",
             r"x.yaml:4: stages.0.search.data.blocksize: unknown key",
         ),
         ("components: [a/b]\nstages:\n  - search:\n      data: t\n", r"x.yaml:4: stages.0.search.data: is 't', must"),
         ("components: [a/b]\nseed: abc\n", r"x.yaml:2: seed: is 'abc'"),
-        (
-            "components: [a/b]\ndata:\n  data: t\n  block_size: big\n",
-            r"x.yaml:4: data.block_size: is 'big', must be",
-        ),
+        ("components: [a/b]\ndata:\n  data: t\n  block_size: big\n", r"x.yaml:4: data.block_size: is 'big', must be"),
         (
             "components: [a/b]\ndata: {data: t}\nstages:\n  - finetune:\n      learning_rate: fast\n",
             r"x.yaml:5: stages.0.finetune.learning_rate: is 'fast', must be float",
@@ -104,8 +98,13 @@ stages:
     recipe = _write(tmp_path / "tiny.yaml", text)
     results = run_recipe(recipe, tmp_path / "out")
     assert [folder.name for folder, _ in results] == [
-        "0-compose", "1-calibrate", "2-pretrain", "3-search", "4-finetune", "5-harden"
-    ]  # fmt: skip
+        "0-compose",
+        "1-calibrate",
+        "2-pretrain",
+        "3-search",
+        "4-finetune",
+        "5-harden",
+    ]
     for folder, result in results:
         assert ManticoreForCausalLM.from_pretrained(folder).config.num_blocks == 2
         assert result["stage"] == folder.name.split("-")[1]

@@ -227,8 +227,10 @@ def test_config_holds_everything_and_nothing_else(saved, hub, owner, tmp_path):
         sub = {**entry["config"]}
         assert {key: sub[key] for key in original} == original
         assert {key: entry[key] for key in ("name", "repo_id", "weights")} == {
-            "name": name, "repo_id": f"{owner}/{name}", "weights": "reference",
-        }  # fmt: skip
+            "name": name,
+            "repo_id": f"{owner}/{name}",
+            "weights": "reference",
+        }
     heads = ("CausalLM", "SequenceClassification", "TokenClassification", "Decision")
     heads = {f"AutoModelFor{head}" for head in heads}
     assert "a" not in values and set(values["auto_map"]) == {"AutoConfig", "AutoModel"} | heads

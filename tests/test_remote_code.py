@@ -294,8 +294,6 @@ def assert_facts(found, expected):
     torch.testing.assert_close(found["chunked"], expected["logits"], rtol=1e-4, atol=1e-4)
 
 
-
-
 @pytest.fixture
 def published(hub, owner, tmp_path):
     """A hybrid with one tuned component tensor and a tokenizer. Returns (repo id, model)."""
@@ -326,8 +324,9 @@ def test_life_without_the_package(published, run, hub, owner, tmp_path):
     with torch.no_grad():
         assert torch.equal(found["hidden"], base.eval()(input_ids=ids()).last_hidden_state)
     words = tokenizer()
-    text = model.generate(**words("w5 w6 w7", return_tensors="pt", return_token_type_ids=False), max_new_tokens=6,
-                          do_sample=False)  # fmt: skip
+    text = model.generate(
+        **words("w5 w6 w7", return_tensors="pt", return_token_type_ids=False), max_new_tokens=6, do_sample=False
+    )
     assert found["pipeline"].split("w5 w6 w7")[1].split() == words.decode(text[0, 3:], skip_special_tokens=True).split()
 
     # What was saved and pushed there is whole ...

@@ -10,9 +10,9 @@ import yaml
 from tiny_hybrid import mamba, mixed_hybrid, pair, save, write_text
 
 from manticore_hf import ManticoreError, harden
-from manticore_hf.recipe import run_recipe
 from manticore_hf.report import measure, write_report
 from manticore_hf.report import run as run_module
+from manticore_hf.training.recipe import run_recipe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,8 +43,15 @@ def comparison(path, **changes):
     """A comparison whose rivals' names are a stranger's, too."""
 
     def row(name, kind, loss, **more):
-        return {"name": name, "kind": kind, "seeds": [0, 1, 2], "loss": loss, "interval": [loss - 0.01, loss + 0.01],
-                "by_kind": {"prose": loss}, **more}  # fmt: skip
+        return {
+            "name": name,
+            "kind": kind,
+            "seeds": [0, 1, 2],
+            "loss": loss,
+            "interval": [loss - 0.01, loss + 0.01],
+            "by_kind": {"prose": loss},
+            **more,
+        }
 
     more = {"difference": 0.1, "difference_interval": [0.08, 0.12], "p": 0.001, "seeds_won": 3}
     values = {
@@ -192,8 +199,16 @@ def test_a_run_is_reported_as_a_whole(tmp_path):
     for name, model in zip(("first", "second"), pair()):
         save(model, tmp_path / name)
     write_text(tmp_path / "text.txt", 900)
-    trained = {"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "disable_tqdm": True,
-               "save_strategy": "no", "per_device_train_batch_size": 4, "learning_rate": 0.01}  # fmt: skip
+    trained = {
+        "max_steps": 4,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+    }
     recipe = {
         "components": [str(tmp_path / "first"), str(tmp_path / "second")],
         "hybrid": {"num_blocks": 2, "mixture": "static", "projector_init": "default", "dtype": "float32"},

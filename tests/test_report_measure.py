@@ -53,10 +53,15 @@ def token_weights(model, ids, out, block, gone):
     return {names[k]: weights[..., k : k + 1] / total for k in kept}
 
 
-@pytest.mark.parametrize("settings", [
-    {"num_blocks": 2, "mixture": "static"}, {"num_blocks": 1, "mixture": "token"},
-    {"num_blocks": 2, "mixture": "static", "parts": "three"}, {"num_blocks": 1, "mixture": "token", "parts": "three"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_blocks": 2, "mixture": "static"},
+        {"num_blocks": 1, "mixture": "token"},
+        {"num_blocks": 2, "mixture": "static", "parts": "three"},
+        {"num_blocks": 1, "mixture": "token", "parts": "three"},
+    ],
+)
 def test_removal_is_the_naive_twins(settings):
     if settings.get("parts") == "three":
         settings = {**settings, "parts": [*pair(), neox(hidden_size=16)]}
@@ -100,8 +105,11 @@ def test_token_losses_are_the_models(monkeypatch):
     model, rows = mixed_hybrid(num_blocks=1), rows_of()
     found, gate = measure.token_losses(model, rows, batch_size=4)
     ids = torch.tensor(rows["input_ids"])
-    every = {name: model.component(name)(ids).logits[..., : model.config.vocab_size] for name in found if name in
-             model.config.component_names}  # fmt: skip
+    every = {
+        name: model.component(name)(ids).logits[..., : model.config.vocab_size]
+        for name in found
+        if name in model.config.component_names
+    }
     every["ensemble"] = sum(one.log_softmax(-1) for one in every.values()) / 2
     out = model(ids)
     every["hybrid"] = out.logits
@@ -117,8 +125,10 @@ def test_padding_changes_nothing():
     short = [rows[0]["input_ids"][:7], rows[1]["input_ids"], rows[2]["input_ids"][:4]]
     labels = [[-100] * 2 + one[2:] for one in short]
     together = measure.token_losses(model, Dataset.from_dict({"input_ids": short, "labels": labels}), 3)[0]
-    alone = [measure.token_losses(model, Dataset.from_dict({"input_ids": [i], "labels": [one]}), 1)[0]
-             for i, one in zip(short, labels)]  # fmt: skip
+    alone = [
+        measure.token_losses(model, Dataset.from_dict({"input_ids": [i], "labels": [one]}), 1)[0]
+        for i, one in zip(short, labels)
+    ]
     for name, found in together.items():
         assert torch.allclose(found, torch.cat([one[name] for one in alone]), atol=1e-6)
         assert len(found) == 5 + 10 + 2

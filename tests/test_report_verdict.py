@@ -15,11 +15,19 @@ LOSS = 2.0  # the hybrid's; rivals are said by how much worse they are
 def row(name, kind, gain, half=0.005, **more):
     """A row whose loss is the hybrid's plus `gain`, with an interval of `half` around it."""
     return {
-        "name": name, "kind": kind, "seeds": [0, 1, 2], "loss": LOSS + gain,
-        "interval": [LOSS + gain - 0.01, LOSS + gain + 0.01], "by_kind": {}, "needs": "",
-        "difference": gain, "difference_interval": [gain - half, gain + half], "p": 0.01,
-        "seeds_won": 3 if gain > 0 else 0, **more,
-    }  # fmt: skip
+        "name": name,
+        "kind": kind,
+        "seeds": [0, 1, 2],
+        "loss": LOSS + gain,
+        "interval": [LOSS + gain - 0.01, LOSS + gain + 0.01],
+        "by_kind": {},
+        "needs": "",
+        "difference": gain,
+        "difference_interval": [gain - half, gain + half],
+        "p": 0.01,
+        "seeds_won": 3 if gain > 0 else 0,
+        **more,
+    }
 
 
 def verdict(*rivals, settings=None):
@@ -136,11 +144,21 @@ def test_words_have_rules_and_signs_are_right():
 
 def good():
     """The agreed format, as `manticore-hf compare` writes it."""
-    return {"version": 1, "data": "text", "test": "other text", "tokens": 100, "test_tokens": 50, "seeds": [0, 1],
-            "hybrid": "h", "machine": "here", "versions": {}, "rows": [
-                {"name": "h", "kind": "hybrid", "seeds": [0, 1], "loss": 2.0, "losses": [1.9, 2.1], "needs": ""},
-                {"name": "a", "kind": "component", "loss": 2.5, "difference": 0.5, "difference_interval": [0.4, 0.6]},
-            ]}  # fmt: skip
+    return {
+        "version": 1,
+        "data": "text",
+        "test": "other text",
+        "tokens": 100,
+        "test_tokens": 50,
+        "seeds": [0, 1],
+        "hybrid": "h",
+        "machine": "here",
+        "versions": {},
+        "rows": [
+            {"name": "h", "kind": "hybrid", "seeds": [0, 1], "loss": 2.0, "losses": [1.9, 2.1], "needs": ""},
+            {"name": "a", "kind": "component", "loss": 2.5, "difference": 0.5, "difference_interval": [0.4, 0.6]},
+        ],
+    }
 
 
 def test_a_comparison_is_found_and_read(tmp_path):
@@ -155,14 +173,21 @@ def test_a_comparison_is_found_and_read(tmp_path):
     assert find_comparison(stage) == stage / "comparison.json"
 
 
-@pytest.mark.parametrize("where, value, said", [
-    (("version",), 2, "version"), (("hybrid",), "x", "'x'"), (("rows",), [], "no rows"),
-    (("rows", 1, "kind"), "best", "'best'"),
-    (("rows", 1, "loss"), float("nan"), "nan"), (("rows", 1, "name"), "h", "two rows"),
-    (("rows", 0, "loss"), True, "True"),
-    (("rows", 1, "difference_interval"), [0.6, 0.4], "ascending"), (("rows", 1, "p"), "small", "'small'"),
-    (("rows", 1, "by_kind"), {"code": None}, "by_kind"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "where, value, said",
+    [
+        (("version",), 2, "version"),
+        (("hybrid",), "x", "'x'"),
+        (("rows",), [], "no rows"),
+        (("rows", 1, "kind"), "best", "'best'"),
+        (("rows", 1, "loss"), float("nan"), "nan"),
+        (("rows", 1, "name"), "h", "two rows"),
+        (("rows", 0, "loss"), True, "True"),
+        (("rows", 1, "difference_interval"), [0.6, 0.4], "ascending"),
+        (("rows", 1, "p"), "small", "'small'"),
+        (("rows", 1, "by_kind"), {"code": None}, "by_kind"),
+    ],
+)
 def test_what_is_wrong_with_a_comparison_is_named(tmp_path, where, value, said):
     values = good()
     inner = values
@@ -179,8 +204,11 @@ def test_what_is_wrong_with_a_comparison_is_named(tmp_path, where, value, said):
 
 def test_charts_escape_what_they_print():
     evil = '<script>"&'
-    drawn = [charts.forest([(evil, 0.1, [0.0, 0.2])]), charts.heat([[0.5, None]], [evil], [evil, "b"]),
-             charts.lines({evil: ([0, 1], [1.0, 2.0])}, evil, evil, label=evil)]  # fmt: skip
+    drawn = [
+        charts.forest([(evil, 0.1, [0.0, 0.2])]),
+        charts.heat([[0.5, None]], [evil], [evil, "b"]),
+        charts.lines({evil: ([0, 1], [1.0, 2.0])}, evil, evil, label=evil),
+    ]
     for chart in drawn:
         assert "<script" not in chart and "&lt;script&gt;&#34;&amp;" in chart
 

@@ -172,8 +172,16 @@ def test_a_convolution_kernel_gets_what_it_calls_by_name(monkeypatch):
     """Its parameters come in another order than those of Transformers' version."""
     module, seen = modeling("mamba"), []
 
-    def causal_conv1d(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
-                      final_states_out=None, activation=None):  # fmt: skip
+    def causal_conv1d(
+        x,
+        weight,
+        bias=None,
+        seq_idx=None,
+        initial_states=None,
+        return_final_states=False,
+        final_states_out=None,
+        activation=None,
+    ):
         seen.append((bias, seq_idx, initial_states, activation))
         return x
 

@@ -9,8 +9,8 @@ from tiny_hybrid import QUIET, neox
 from transformers import GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
-from manticore_hf.plots import plot_alpha, plot_mixture
-from manticore_hf.search import STRATEGIES, SearchArguments, SearchTrainer, alpha_history
+from manticore_hf.training.search import STRATEGIES, SearchArguments, SearchTrainer, alpha_history
+from manticore_hf.utils.plots import plot_alpha, plot_mixture
 
 
 def _rows(count=256, length=16, seed=0):
@@ -42,9 +42,16 @@ def _hybrid(trained, **settings):
     good.load_state_dict(state)
     torch.manual_seed(1)
     bad = LlamaForCausalLM(
-        LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32)
-    )  # fmt: skip
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=32,
+        )
+    )
     settings = {"mixture": "static", **settings}
     return ManticoreForCausalLM.from_components([bad, good], **settings)
 
@@ -81,10 +88,17 @@ def test_accumulation_does_not_change_the_result(trained, tmp_path, strategy, bf
     for batch, accumulation in ((8, 1), (1, 8)):
         model = _hybrid(trained, num_blocks=2, embeddings="mixed")
         args = _arguments(
-            tmp_path, strategy=strategy, max_steps=4, per_device_train_batch_size=batch, bf16=bf16,
-            gradient_accumulation_steps=accumulation, entropy_penalty=0.1, cost_penalty=0.1, optim="sgd",
+            tmp_path,
+            strategy=strategy,
+            max_steps=4,
+            per_device_train_batch_size=batch,
+            bf16=bf16,
+            gradient_accumulation_steps=accumulation,
+            entropy_penalty=0.1,
+            cost_penalty=0.1,
+            optim="sgd",
             alpha_learning_rate=0.05,
-        )  # fmt: skip
+        )
         SearchTrainer(model=model, args=args, train_dataset=_text()).train()
         results.append(model.mixture_weights())
     assert (results[0] - 0.5).abs().max() > 1e-3, "alpha did not move: the comparison would mean nothing"

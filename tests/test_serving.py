@@ -69,8 +69,9 @@ def test_chats_in_batches(folder, loaded):
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     chats[1] += [{"role": "assistant", "content": "a mat"}, {"role": "user", "content": "and a dogs"}]
     settings = {"max_new_tokens": 8, "do_sample": False}
-    one, four = ([row[0]["generated_text"][-1] for row in generator(chats, batch_size=size, **settings)]
-                 for size in (1, 4))  # fmt: skip
+    one, four = (
+        [row[0]["generated_text"][-1] for row in generator(chats, batch_size=size, **settings)] for size in (1, 4)
+    )
     assert one == four and {message["role"] for message in one} == {"assistant"}
     serving = load_benchmark("serving")
     assert one[0]["content"] == serving.offline(*loaded, PROMPTS[0], 8, chat=True)

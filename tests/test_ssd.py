@@ -22,8 +22,14 @@ def make_inputs(time, dtype=torch.float64, groups=GROUPS, dt=None):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     steps = draw(BATCH, time, HEADS).exp() if dt is None else torch.full((BATCH, time, HEADS), dt).double()
-    tensors = (draw(BATCH, time, HEADS, WIDTH), steps, -draw(HEADS).exp(), draw(BATCH, time, groups, STATE),
-               draw(BATCH, time, groups, STATE), draw(BATCH, HEADS, WIDTH, STATE))  # fmt: skip
+    tensors = (
+        draw(BATCH, time, HEADS, WIDTH),
+        steps,
+        -draw(HEADS).exp(),
+        draw(BATCH, time, groups, STATE),
+        draw(BATCH, time, groups, STATE),
+        draw(BATCH, HEADS, WIDTH, STATE),
+    )
     return [z.to(dtype).requires_grad_() for z in tensors]
 
 

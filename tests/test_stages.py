@@ -7,10 +7,10 @@ from tiny_hybrid import QUIET, WORDS, pair, word_tokenizer
 from transformers import Trainer, TrainingArguments
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
-from manticore_hf.data import pack
-from manticore_hf.evaluation import compare_losses
-from manticore_hf.stages import ComponentClipping
-from manticore_hf.train import HybridTrainer
+from manticore_hf.evaluation.data import pack
+from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.training.freezing import ComponentClipping
+from manticore_hf.training.trained_stages import HybridTrainer
 
 
 @pytest.fixture
@@ -72,12 +72,16 @@ def test_sft_trainer(model, tokenizer, tmp_path):
     before = _snapshot(model)
     rows = Dataset.from_dict({"text": [" ".join(WORDS[i % 4 :]) for i in range(24)]})
     args = SFTConfig(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, bf16=False,
-        max_length=16, gradient_checkpointing=False, **QUIET,
-    )  # fmt: skip
-    trainer = SFTTrainer(
-        model=set_stage(model, "finetune"), args=args, train_dataset=rows, processing_class=tokenizer
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        bf16=False,
+        max_length=16,
+        gradient_checkpointing=False,
+        **QUIET,
     )
+    trainer = SFTTrainer(model=set_stage(model, "finetune"), args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     assert torch.isfinite(torch.tensor(trainer.state.log_history[-1]["train_loss"]))
     assert {key.split(".")[0] for key in _changed(model, before)} == {"hybrid_mixer", "gpt_neox", "mamba"}
@@ -86,14 +90,22 @@ def test_sft_trainer(model, tokenizer, tmp_path):
 def test_sft_trainer_with_padding_prompt_masks_and_checkpointing(model, tokenizer, tmp_path):
     from trl import SFTConfig, SFTTrainer
 
-    rows = Dataset.from_dict({
-        "prompt": ["the cat", "a mat", "two dogs run on"] * 4,
-        "completion": [" sat", " and saw a cat", " the mat"] * 4,
-    })  # fmt: skip
+    rows = Dataset.from_dict(
+        {
+            "prompt": ["the cat", "a mat", "two dogs run on"] * 4,
+            "completion": [" sat", " and saw a cat", " the mat"] * 4,
+        }
+    )
     args = SFTConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=3, bf16=False, max_length=16,
-        gradient_checkpointing=True, completion_only_loss=True, **QUIET,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=3,
+        bf16=False,
+        max_length=16,
+        gradient_checkpointing=True,
+        completion_only_loss=True,
+        **QUIET,
+    )
     SFTTrainer(model=set_stage(model, "finetune"), args=args, train_dataset=rows, processing_class=tokenizer).train()
 
 
@@ -108,16 +120,26 @@ def test_clipping_bounds_each_part_by_its_own_norm(model, text, tmp_path):
                 norms.setdefault(name, []).append(torch.stack([g.norm() for g in grads]).norm().item())
 
     Trainer(
-        model=set_stage(model, "search"), args=_arguments(tmp_path, max_grad_norm=0.0), train_dataset=text,
+        model=set_stage(model, "search"),
+        args=_arguments(tmp_path, max_grad_norm=0.0),
+        train_dataset=text,
         callbacks=[Watch(0.01)],
-    ).train()  # fmt: skip
+    ).train()
     for name, values in norms.items():
         assert len(values) == 3 and all(abs(v - 0.01) < 1e-4 for v in values), (name, values)
 
 
 def test_the_logs_hold_every_part(model, text, tmp_path):
-    args = _arguments(tmp_path, max_steps=2, gradient_accumulation_steps=4, per_device_train_batch_size=1,
-                      logging_steps=1, eval_strategy="steps", eval_steps=2, learning_rate=0.0)  # fmt: skip
+    args = _arguments(
+        tmp_path,
+        max_steps=2,
+        gradient_accumulation_steps=4,
+        per_device_train_batch_size=1,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        learning_rate=0.0,
+    )
     trainer = HybridTrainer(model=set_stage(model, "search"), args=args, train_dataset=text, eval_dataset=text)
     trainer.train()
     first, last = trainer.state.log_history[0], next(r for r in trainer.state.log_history if "eval_loss" in r)

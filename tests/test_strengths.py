@@ -11,20 +11,18 @@ from tiny_hybrid import QUIET, mixed_hybrid, pair, rows_of, save, save_pair
 from transformers import TrainingArguments
 
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
-from manticore_hf.data import DataArguments
-from manticore_hf.prepare import run_compose
-from manticore_hf.recipe import load_recipe
-from manticore_hf.strengths import (
-    ALIKE,
-    SPECIALISTS,
+from manticore_hf.evaluation.data import DataArguments
+from manticore_hf.training.objective import (
     ObjectiveWhenSharded,
     Strengths,
     awaits_objective,
     choose_objective,
     difference_of_strengths,
-    say_objective,
 )
-from manticore_hf.train import StageArguments, run_stage
+from manticore_hf.training.recipe import load_recipe
+from manticore_hf.training.trained_stages import StageArguments, run_stage
+from manticore_hf.training.untrained_stages import run_compose
+from manticore_hf.utils.objective import ALIKE, SPECIALISTS, say_objective
 
 VOCABULARY = 16
 
@@ -123,9 +121,10 @@ def test_real_components_are_measured_by_their_own_losses():
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("losses", "chosen", "word"), [
-    ((high_and_low, low_and_high), SPECIALISTS, "differ"), ((high_and_low, high_and_low), ALIKE, "are alike")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("losses", "chosen", "word"),
+    [((high_and_low, low_and_high), SPECIALISTS, "differ"), ((high_and_low, high_and_low), ALIKE, "are alike")],
+)
 def test_the_objective_follows_the_strengths(losses, chosen, word):
     model, texts = hybrid_of(*losses), rows(1, 9, 2, 10)
     model.config = config_of_two()
@@ -135,15 +134,19 @@ def test_the_objective_follows_the_strengths(losses, chosen, word):
     assert isinstance(found, Strengths) and config.mixture_space == chosen["mixture_space"]
     assert (config.mix_loss_weight, config.component_loss_weight) == chosen["loss_weights"]
     assert config.objective == {
-        "chosen": ["mixture_space", "loss_weights"], "gain": found.gain, "tokens": found.tokens, "window": 8
-    }  # fmt: skip
+        "chosen": ["mixture_space", "loss_weights"],
+        "gain": found.gain,
+        "tokens": found.tokens,
+        "window": 8,
+    }
     assert f"strengths {word} on the text" in say_objective(config) and f"{found.gain:.3f}" in say_objective(config)
 
 
 def test_what_is_given_is_kept():
     for given, left in (
-        ({"mixture_space": "logprob"}, ["loss_weights"]), ({"mix_loss_weight": 2.0}, ["mixture_space"])
-    ):  # fmt: skip
+        ({"mixture_space": "logprob"}, ["loss_weights"]),
+        ({"mix_loss_weight": 2.0}, ["mixture_space"]),
+    ):
         model = hybrid_of(high_and_low, low_and_high)
         model.config = config_of_two(**given)
         assert model.config.objective == {"open": left}
@@ -161,9 +164,11 @@ def test_who_awaits_an_objective():
 
     assert awaits_objective(made()) and awaits_objective(made(mix_loss_weight=1.0))
     for settings in (
-        {"mix_loss_weight": 1.0, "mixture_space": "prob"}, {"preset": "paper"}, {"num_blocks": 2},
+        {"mix_loss_weight": 1.0, "mixture_space": "prob"},
+        {"preset": "paper"},
+        {"num_blocks": 2},
         {"embeddings": "fresh"},
-    ):  # fmt: skip
+    ):
         assert not awaits_objective(made(**settings)), settings
     for wrong in ("often", {}, {"open": ["speed"]}, {"chosen": ["loss_weights"]}, {"open": [["loss_weights"]]}):
         with pytest.raises(ManticoreError, match="objective=.* must be None, or what"):
@@ -186,8 +191,11 @@ def test_the_first_stage_chooses(tmp_path, capsys):
     config = gated.config
     assert config.mixture_space == "logprob" and config.component_loss_weight == 1.0 and config.mix_loss_weight == 0.3
     assert result["objective"] == {
-        "mixture_space": "logprob", "mix_loss_weight": 0.3, "component_loss_weight": 1.0, "objective": config.objective
-    }  # fmt: skip
+        "mixture_space": "logprob",
+        "mix_loss_weight": 0.3,
+        "component_loss_weight": 1.0,
+        "objective": config.objective,
+    }
     _, tuned = stage("finetune", "gated", "tuned")  # what was chosen stays
     assert tuned.config.objective == config.objective and "Objective" not in capsys.readouterr().out
 
@@ -205,6 +213,7 @@ def test_a_recipe_cannot_say_what_was_measured(tmp_path):
 
 def test_a_sharded_run_that_goes_on_keeps_its_objective(tmp_path, capsys):
     """What was chosen is read, not measured again: components that were trained may differ in other ways."""
+
     def made():
         return ManticoreForCausalLM.from_components(pair(), num_blocks=1)
 

@@ -14,8 +14,8 @@ from tiny_hybrid import WORDS, pair, save, write_text
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
-from manticore_hf.data import DataArguments, load_rows
-from manticore_hf.train import last_whole_checkpoint, take_mixture
+from manticore_hf.evaluation.data import DataArguments, load_rows
+from manticore_hf.training.trained_stages import last_whole_checkpoint, take_mixture
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,31 @@ def start(tmp_path_factory):
 
 def _arguments(stage, start, output, *more):
     return [
-        stage, "--model", str(start / "hybrid"), "--data", str(start / "text.txt"), "--block_size", "16",
-        "--output_dir", str(output), "--max_steps", "6", "--per_device_train_batch_size", "4",
-        "--learning_rate", "1e-2", "--save_steps", "2", "--logging_steps", "1", "--seed", "3", "--use_cpu", "true",
+        stage,
+        "--model",
+        str(start / "hybrid"),
+        "--data",
+        str(start / "text.txt"),
+        "--block_size",
+        "16",
+        "--output_dir",
+        str(output),
+        "--max_steps",
+        "6",
+        "--per_device_train_batch_size",
+        "4",
+        "--learning_rate",
+        "1e-2",
+        "--save_steps",
+        "2",
+        "--logging_steps",
+        "1",
+        "--seed",
+        "3",
+        "--use_cpu",
+        "true",
         *more,
-    ]  # fmt: skip
+    ]
 
 
 def _command(*given):
@@ -183,9 +203,9 @@ def test_every_format_gives_the_same_rows(tmp_path, tokenizer):
 
 
 def test_instruction_rows_have_no_loss_on_the_prompt(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text("\n".join(
-        json.dumps({"prompt": "the cat sat", "completion": "on a mat"}) for _ in range(4)
-    ))  # fmt: skip
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": "the cat sat", "completion": "on a mat"}) for _ in range(4))
+    )
     arguments = DataArguments(data=str(tmp_path / "a.jsonl"), block_size=16, prompt_column="prompt")
     train, _ = load_rows(arguments, tokenizer)
     row = train[0]

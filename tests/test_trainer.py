@@ -2,17 +2,7 @@
 
 import pytest
 import torch
-from hub_models import (
-    INDEX,
-    MODEL,
-    assert_same_model,
-    component_keys,
-    folder_of,
-    nudge,
-    publish,
-    saved_keys,
-    tiny,
-)
+from hub_models import INDEX, MODEL, assert_same_model, component_keys, folder_of, nudge, publish, saved_keys, tiny
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -50,9 +40,8 @@ def trainer(model, folder, **changes):
         "report_to": "none", "use_cpu": True, "seed": 3, "disable_tqdm": True, "save_strategy": "steps",
     }  # fmt: skip
     return Trainer(
-        model, TrainingArguments(str(folder), **{**arguments, **changes}), train_dataset=data(),
-        eval_dataset=data(8, 6),
-    )  # fmt: skip
+        model, TrainingArguments(str(folder), **{**arguments, **changes}), train_dataset=data(), eval_dataset=data(8, 6)
+    )
 
 
 def losses(run):
@@ -93,9 +82,14 @@ def test_checkpoints_load_as_hybrids(compose, tmp_path):
 
 def test_load_best_model_at_end(compose, tmp_path):
     run = trainer(
-        compose(), tmp_path / "out", load_best_model_at_end=True, eval_strategy="steps", eval_steps=2,
-        metric_for_best_model="eval_loss", learning_rate=0.3,
-    )  # fmt: skip
+        compose(),
+        tmp_path / "out",
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="eval_loss",
+        learning_rate=0.3,
+    )
     run.train()
     best = run.state.best_model_checkpoint
     scores = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
@@ -117,8 +111,14 @@ def small_shards(monkeypatch):
 
 @pytest.mark.parametrize("trained", [ALL, ("a.gpt_neox.layers.1", "b.transformer.wte", "hybrid_mixer.")])
 def test_sharded_checkpoints(compose, tmp_path, small_shards, trained):
-    whole = trainer(compose(trained), tmp_path / "whole", load_best_model_at_end=True, eval_strategy="steps",
-                    eval_steps=2, max_steps=4)  # fmt: skip
+    whole = trainer(
+        compose(trained),
+        tmp_path / "whole",
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=4,
+    )
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     assert (checkpoint / INDEX).is_file() and not (checkpoint / MODEL).exists()

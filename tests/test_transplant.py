@@ -11,9 +11,9 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 from two_tokenizers import FIRST, SECOND, component, first, second
 
 from manticore_hf import ManticoreError
-from manticore_hf.transplant import bits_per_byte, transplant
-from manticore_hf.transplant.build import METHODS, Plan, match, matching_pursuit, new_rows
-from manticore_hf.transplant.surface import Surfaces
+from manticore_hf.compose.transplant import bits_per_byte, transplant
+from manticore_hf.compose.transplant.build import METHODS, Plan, match, matching_pursuit, new_rows
+from manticore_hf.compose.transplant.surface import Surfaces
 
 IDS = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -116,8 +116,10 @@ def test_copied_and_mean_rows_equal_a_plain_loop(tied):
     found, report = transplant(model, own, other, "mean")
     known, counts = {token: i for token, i in own.get_vocab().items() if i}, {"copied": 0, "built": 0}
     special = set(other.all_special_ids)
-    ends = {"input": (model.get_input_embeddings(), found.get_input_embeddings()),
-            "head": (model.get_output_embeddings(), found.get_output_embeddings())}  # fmt: skip
+    ends = {
+        "input": (model.get_input_embeddings(), found.get_input_embeddings()),
+        "head": (model.get_output_embeddings(), found.get_output_embeddings()),
+    }
     for token, number in other.get_vocab().items():
         if number in special:
             continue
@@ -156,7 +158,9 @@ def test_matching_pursuit_equals_one_vector_at_a_time(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     dictionary = torch.randn(40, 12, generator=generator) * torch.rand(40, 1, generator=generator) * 5
     targets = torch.randn(30, 12, generator=generator)
-    monkeypatch.setattr("manticore_hf.transplant.build._BATCH_ELEMENTS", 40 * 7)  # several batches, the last one short
+    monkeypatch.setattr(
+        "manticore_hf.compose.transplant.build._BATCH_ELEMENTS", 40 * 7
+    )  # several batches, the last one short
     chosen, values = matching_pursuit(dictionary, targets, 5)
     for row, target in enumerate(targets):
         wanted, solution = naive_pursuit(dictionary, target, 5)
@@ -180,8 +184,10 @@ def test_omp_applies_the_donors_coefficients():
     plan = match(Surfaces(own), Surfaces(other))
     found, _ = transplant(model, own, other, "omp", donor=donor, atoms=3, progress=False)
     common = list(plan.copied)
-    ends = [(getattr(one, find)().weight for one in (model, donor, found))
-            for find in ("get_input_embeddings", "get_output_embeddings")]  # fmt: skip
+    ends = [
+        (getattr(one, find)().weight for one in (model, donor, found))
+        for find in ("get_input_embeddings", "get_output_embeddings")
+    ]
     for mine, theirs, new in ends:
         for token in list(plan.pieces)[:12]:
             chosen, values = naive_pursuit(theirs[common].detach(), theirs[token].detach(), 3)

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from hub_models import MODEL, component_keys, folder_of, publish, read_json, saved_keys
-from manticore_hf.modeling.vocabulary_manticore import digest
 from safetensors.torch import load_file, save_file
 from tiny_hybrid import QUIET
 from transformers import AutoTokenizer, Trainer, TrainingArguments
@@ -26,8 +25,9 @@ from manticore_hf import (
 )
 from manticore_hf import publish as publish_hybrid
 from manticore_hf.cli import main
-from manticore_hf.data import pack
-from manticore_hf.inspection import run_inspect
+from manticore_hf.compose.tokenizers import digest
+from manticore_hf.evaluation.data import pack
+from manticore_hf.hub.inspection import run_inspect
 
 ENDS = {"b.backbone.embeddings.weight"}  # tied: the head is the same tensor
 
@@ -73,8 +73,10 @@ def test_only_embedding_and_head_are_the_hybrids_own(composed, hub, owner, tmp_p
 def test_padding_rows_get_no_probability_and_the_cache_changes_nothing(composed):
     model, _, _ = composed
     assert model.a.config.vocab_size == 316 and model(ids()).logits.shape[-1] == 310
-    out = [model.generate(ids(), max_new_tokens=12, do_sample=False, use_cache=use, eos_token_id=None, pad_token_id=0)
-           for use in (True, False)]  # fmt: skip
+    out = [
+        model.generate(ids(), max_new_tokens=12, do_sample=False, use_cache=use, eos_token_id=None, pad_token_id=0)
+        for use in (True, False)
+    ]
     assert torch.equal(*out) and out[0].max() < 310
 
 
@@ -176,7 +178,7 @@ def folder_weights(root, owner):
         (lambda t: t.update(more=1), "must have the keys"),
         (lambda t: t.clear(), "must have the keys"),
     ],
-)  # fmt: skip
+)
 def test_a_tampered_configuration_is_refused(composed, tmp_path, change, message):
     model, _, _ = composed
     model.save_pretrained(tmp_path / "out")
@@ -237,9 +239,13 @@ def test_the_whole_way(hub, owner, tmp_path, capsys):
     run_inspect(f"{owner}/hybrid")
     assert "its vocabulary was transplanted" in capsys.readouterr().out
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, f"{owner}/hybrid", str(tmp_path / "out.pt")], capture_output=True, text=True,
-        timeout=300, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}, cwd=tmp_path,
-    )  # fmt: skip
+        [sys.executable, "-c", LOAD, f"{owner}/hybrid", str(tmp_path / "out.pt")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     found, given = torch.load(tmp_path / "out.pt"), tokenizer("The cat sat", return_tensors="pt")
     assert torch.equal(found["logits"], model(**given).logits)

@@ -6,7 +6,7 @@ from tiny_hybrid import WORDS, mamba, neox, rows_of, save
 from transformers import GPTNeoXForCausalLM, MambaForCausalLM
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
-from manticore_hf.evaluation import compare_losses
+from manticore_hf.evaluation.losses import compare_losses
 
 
 def _save(folder, name, size, words=WORDS):
@@ -18,9 +18,7 @@ def _save(folder, name, size, words=WORDS):
 @pytest.mark.parametrize("embeddings,mixture", [("native", "token"), ("native", "static"), ("mixed", "static")])
 def test_padding_rows_never_get_probability(tmp_path, embeddings, mixture):
     parts = [_save(tmp_path, "neox", 20), _save(tmp_path, "mamba", 16)]
-    model = ManticoreForCausalLM.from_components(
-        parts, embeddings=embeddings, mixture=mixture, mixture_space="logprob"
-    )
+    model = ManticoreForCausalLM.from_components(parts, embeddings=embeddings, mixture=mixture, mixture_space="logprob")
     assert model.config.vocab_size == 16
     ids = torch.randint(0, 12, (2, 7))
     logits = model(ids).logits

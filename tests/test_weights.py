@@ -294,9 +294,12 @@ def test_resized_vocabulary(compose, tmp_path, size):
     loaded = round_trip(model, tmp_path / "out")
     assert loaded.config.vocab_size == logits(loaded).shape[-1] == size
     assert component_keys(tmp_path / "out") == {
-        "gpt_neox_0.gpt_neox.embed_in.weight", "gpt_neox_0.lm_head.weight", "gpt2_1.transformer.wte.weight",
-        "jamba_2.model.embed_tokens.weight", "jamba_2.lm_head.weight",
-    }  # fmt: skip
+        "gpt_neox_0.gpt_neox.embed_in.weight",
+        "gpt_neox_0.lm_head.weight",
+        "gpt2_1.transformer.wte.weight",
+        "jamba_2.model.embed_tokens.weight",
+        "jamba_2.lm_head.weight",
+    }
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "mamba", "mamba2", "jamba"])
@@ -344,12 +347,20 @@ def test_private_hooks_of_transformers_are_as_expected():
     assert isinstance(hook, staticmethod)
     assert names(hook) == ["model", "state_dict", "checkpoint_files", "load_config", "expected_keys"]
     assert names(core_model_loading.rename_source_key)[:5] == [
-        "source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict",
-    ]  # fmt: skip
+        "source_key",
+        "weight_renamings",
+        "weight_converters",
+        "base_model_prefix",
+        "meta_state_dict",
+    ]
     assert names(conversion_mapping.get_model_conversion_mapping)[0] == "model"
     save = names(PreTrainedModel.save_pretrained)
     assert save[:5] == ["self", "save_directory", "is_main_process", "state_dict", "push_to_hub"]
     assert "save_original_format" in save
     assert names(PreTrainedModel._upload_modified_files)[1:6] == [
-        "working_dir", "repo_id", "files_timestamps", "commit_message", "token",
-    ]  # fmt: skip
+        "working_dir",
+        "repo_id",
+        "files_timestamps",
+        "commit_message",
+        "token",
+    ]

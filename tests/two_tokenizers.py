@@ -20,9 +20,11 @@ def byte_level(text, size, **special):
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(dict.fromkeys(special.values())), show_progress=False,
+        vocab_size=size,
+        special_tokens=list(dict.fromkeys(special.values())),
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     core.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 

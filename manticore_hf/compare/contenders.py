@@ -17,18 +17,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
+from manticore_hf.compare.arguments import only_training, stage_settings, training_settings
 from manticore_hf.compare.scores import forward_flops
-from manticore_hf.compare.settings import only_training, stage_settings, training_settings
-from manticore_hf.data import DataArguments, load_rows
-from manticore_hf.heal import HardenArguments, run_harden
-from manticore_hf.modeling.components_manticore import ComponentSpec
+from manticore_hf.compose.components import ComponentSpec
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.fast_mixers_manticore import install
-from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
-from manticore_hf.prepare import run_compose, training_defaults
-from manticore_hf.recipe import run_recipe
-from manticore_hf.stages import set_stage
-from manticore_hf.train import last_whole_checkpoint
+from manticore_hf.training.distill import HardenArguments, run_harden
+from manticore_hf.training.freezing import set_stage
+from manticore_hf.training.recipe import run_recipe
+from manticore_hf.training.trained_stages import last_whole_checkpoint
+from manticore_hf.training.untrained_stages import run_compose, training_defaults
 
 # FLOPs of training a token, in forward passes: all weights trained; through frozen layers to what is before or between
 # them; no gradient through the components at all.

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from manticore_hf.data import read_records, text_of
-from manticore_hf.metrics.scoring import tokens_with_start
+from manticore_hf.evaluation.data import read_records, text_of
+from manticore_hf.evaluation.metrics.scoring import tokens_with_start
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 KIND_COLUMN = "kind"  # where records have it, losses are also given for each kind of text

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from manticore_hf.compare.statistics import bootstrap, mean_loss, paired_p
-from manticore_hf.files import replace_text, write_json
-from manticore_hf.plots import plot_differences
+from manticore_hf.utils.files import replace_text, write_json
+from manticore_hf.utils.plots import plot_differences
 
 VERSION = 1
 ORACLE = "oracle: the best tuned component for each document"
@@ -34,18 +34,28 @@ def summarise(rows, documents, facts):
     tuned = [row for row in rows if row["contender"].kind == "component"]
     out.append(_oracle(tuned, documents, own, out))
     return {
-        "version": VERSION, **facts, "test_tokens": int(documents.tokens.sum()), "units": documents.units,
-        "test_units": len(documents), "hybrid": own["contender"].name, "rows": out,
+        "version": VERSION,
+        **facts,
+        "test_tokens": int(documents.tokens.sum()),
+        "units": documents.units,
+        "test_units": len(documents),
+        "hybrid": own["contender"].name,
+        "rows": out,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "transformers")},
-    }  # fmt: skip
+    }
 
 
 def _row(row, documents, own):
     contender, runs = row["contender"], list(row["runs"].values())
     first = runs[0]
-    out = {"name": contender.name, "kind": contender.kind, "needs": contender.needs, "options": first["options"],
-           "seeds": list(row["runs"])}  # fmt: skip
+    out = {
+        "name": contender.name,
+        "kind": contender.kind,
+        "needs": contender.needs,
+        "options": first["options"],
+        "seeds": list(row["runs"]),
+    }
     out |= _losses(row["nll"], documents, own, row is own)
     if documents.bytes.sum():
         out["bits_per_byte"] = float(row["nll"].mean(0).sum() / documents.bytes.sum() / np.log(2))
@@ -108,8 +118,21 @@ def as_markdown(result):
     """The table, best loss first, with what it says in one sentence."""
     seeds, units = len(result["seeds"]), f"{result['test_units']} {result['units']}s"
     kinds = sorted({kind for row in result["rows"] for kind in row.get("by_kind", ())})
-    head = ["", "loss", "95 % interval", *kinds, "accuracy", "rival - hybrid", "95 % interval", "p", "seeds won",
-            "parameters", "FLOPs/token", "training FLOPs", "s"]  # fmt: skip
+    head = [
+        "",
+        "loss",
+        "95 % interval",
+        *kinds,
+        "accuracy",
+        "rival - hybrid",
+        "95 % interval",
+        "p",
+        "seeds won",
+        "parameters",
+        "FLOPs/token",
+        "training FLOPs",
+        "s",
+    ]
     lines = [
         f"Trained on {result['tokens']:,} tokens of {result['data']}, tested on {result['test_tokens']:,} tokens "
         f"({units}) of {result['test']}, {seeds} seed{'s' if seeds > 1 else ''}. Loss in nats per token; intervals by "
@@ -127,12 +150,20 @@ def as_markdown(result):
         cells += [f"{row['by_kind'][kind]:.3f}" for kind in kinds] + [f"{row['accuracy']:.3f}"]
         if "difference" in row:
             low, high = row["difference_interval"]
-            cells += [f"{row['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{row['p']:.4f}",
-                      f"{row['seeds_won']} of {len(row['losses'])}"]  # fmt: skip
+            cells += [
+                f"{row['difference']:+.4f}",
+                f"{low:+.4f} to {high:+.4f}",
+                f"{row['p']:.4f}",
+                f"{row['seeds_won']} of {len(row['losses'])}",
+            ]
         else:
             cells += [""] * 4
-        cells += [f"{row['parameters']:,}", f"{row['flops_per_token']:.3g}", f"{row['training_flops']:.3g}",
-                  f"{row['seconds']:.0f}"]  # fmt: skip
+        cells += [
+            f"{row['parameters']:,}",
+            f"{row['flops_per_token']:.3g}",
+            f"{row['training_flops']:.3g}",
+            f"{row['seconds']:.0f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", verdict(result), ""])
 

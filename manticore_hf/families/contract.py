@@ -9,9 +9,9 @@ import inspect
 
 import torch
 
+from manticore_hf.compose.components import ComponentSpec
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.families.tiny import tokens
-from manticore_hf.modeling.components_manticore import ComponentSpec
-from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.modeling.segments_manticore import Cuts
 from manticore_hf.modeling.versions_manticore import CACHE
 
@@ -200,9 +200,12 @@ def generate(model, ids, mask=None, steps=6, **kwargs):
     """Returns (tokens, logits [batch, steps, vocabulary], output)."""
     kwargs = {"do_sample": False, "max_new_tokens": steps, "use_cache": True, **kwargs}  # MPT's default is not to
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids) if mask is None else mask, return_dict_in_generate=True,
-        output_logits=True, **kwargs,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **kwargs,
+    )
     return out.sequences, torch.stack(out.logits, 1), out
 
 

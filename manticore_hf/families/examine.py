@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from manticore_hf.compose.components import ComponentSpec, resolve
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.families import contract
 from manticore_hf.families.precision import Float64, as_asked, doubled
 from manticore_hf.families.tiny import tiny_config, tiny_model, tokens
-from manticore_hf.modeling.components_manticore import WEIGHT_FILES, ComponentSpec, resolve
+from manticore_hf.modeling.components_manticore import WEIGHT_FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError, component_depth
-from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 
 LARGEST = 1_000_000
 """Parameters of a tiny model; one that has more is not tiny, but has settings that `tiny.py` does not know."""

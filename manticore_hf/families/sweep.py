@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 from manticore_hf.families.table import ORDER, load_shipped, print_table, versions, write_table
-from manticore_hf.files import write_json
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.files import write_json
 
 SECONDS = 300
 MEMORY = 6 * 2**30

@@ -4,8 +4,8 @@ import json
 from importlib.metadata import version
 from importlib.resources import files
 
-from manticore_hf.files import replace_text
-from manticore_hf.printing import escape
+from manticore_hf.utils.files import replace_text
+from manticore_hf.utils.formatting import escape
 
 ORDER = ("passes", "refused", "wrong", "unknown")
 
@@ -80,8 +80,11 @@ def markdown(data):
         )
         if verdict in numbers
     ]
-    out = [_HEAD.format(versions=made_with(data["versions"]), passes=numbers.get("passes", 0), all=len(types),
-                        rest="".join(rest))]  # fmt: skip
+    out = [
+        _HEAD.format(
+            versions=made_with(data["versions"]), passes=numbers.get("passes", 0), all=len(types), rest="".join(rest)
+        )
+    ]
     for verdict, title in (("passes", "Pass"), ("refused", "Refused"), ("wrong", "Wrong"), ("unknown", "Undecided")):
         rows = [one for one in types if one["verdict"] == verdict]
         if not rows:

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
-from manticore_hf.inspection import _memory
+from manticore_hf.hub.inspection import _memory
 from manticore_hf.modeling.anatomy_manticore import Shell, layer_kind, one_of_each, pick_config
 from manticore_hf.plan import kernels
 

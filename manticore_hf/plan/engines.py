@@ -10,9 +10,9 @@ from functools import cached_property
 
 import torch
 
-from manticore_hf.adapters import lora_config, lora_targets
 from manticore_hf.plan.memory import optimizer_bytes
 from manticore_hf.plan.step import Rehearsal
+from manticore_hf.training.lora import lora_config, lora_targets
 
 LORA_RANK = 16
 _NF4 = 0.5 + 4 / 64  # bytes per parameter in 4 bits: with a float32 maximum for every 64
@@ -87,9 +87,14 @@ class StagePlanner:
         task = self.task
         wide = 4 if task.autocast else dtype.itemsize  # what is trained with mixed precision is float32
         return Rehearsal(
-            task.config, task.trains, dtype, self.machine.device, teacher=task.teacher, prepare=prepare,
+            task.config,
+            task.trains,
+            dtype,
+            self.machine.device,
+            teacher=task.teacher,
+            prepare=prepare,
             share=wide / dtype.itemsize / self.machine.devices,
-        )  # fmt: skip
+        )
 
     @cached_property
     def plain(self):

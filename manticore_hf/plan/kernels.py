@@ -23,9 +23,9 @@ from manticore_hf.modeling.scan_triton_manticore import CHANNELS, block_count
 
 NOTES = {
     "cuda": "attention by scaled_dot_product_attention's flash kernels; Mamba's layers by the scan in Triton "
-            "(mamba-ssm's kernels store less)",
+    "(mamba-ssm's kernels store less)",
     "cpu": "the kernels of this machine",
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager
@@ -92,9 +92,7 @@ def scratch(packet, args, kwargs):
 
 def _copied(tensors, order):
     """Bytes of the float32 copies that the scan makes of its inputs, unless they lie as it reads them."""
-    return sum(
-        4 * x.numel() for x in tensors if x.dtype != torch.float32 or not x.permute(order).is_contiguous()
-    )
+    return sum(4 * x.numel() for x in tensors if x.dtype != torch.float32 or not x.permute(order).is_contiguous())
 
 
 def _portable(u, A):

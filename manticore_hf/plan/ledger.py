@@ -50,9 +50,10 @@ class Ledger(FakeTensorMode):
         tensors = [one for model in models for one in (*model.parameters(), *model.buffers())]
         self._begin(tensors)
         handles = [
-            parameter.register_post_accumulate_grad_hook(self._left) for parameter in tensors
+            parameter.register_post_accumulate_grad_hook(self._left)
+            for parameter in tensors
             if parameter.requires_grad and parameter.is_leaf
-        ]  # fmt: skip
+        ]
         self.counting = True
         try:
             with self:

@@ -68,13 +68,18 @@ def weigh(model, hybrid, quantised=()):
     trained = [one for one in parameters if one.requires_grad]
     sizes = [one.numel() for one in quantised]
     return Weights(
-        count=_count(parameters), trainable=_count(trained),
-        bytes=sum(one.nbytes for one in parameters), gradient_bytes=sum(one.nbytes for one in trained),
-        layer=max((a for a, _ in layers), default=0), layer_trainable=max((b for _, b in layers), default=0),
-        root=_count(root), root_trainable=_count(root, trained=True),
-        quantised=sum(sizes), largest_quantised=max(sizes, default=0),
+        count=_count(parameters),
+        trainable=_count(trained),
+        bytes=sum(one.nbytes for one in parameters),
+        gradient_bytes=sum(one.nbytes for one in trained),
+        layer=max((a for a, _ in layers), default=0),
+        layer_trainable=max((b for _, b in layers), default=0),
+        root=_count(root),
+        root_trainable=_count(root, trained=True),
+        quantised=sum(sizes),
+        largest_quantised=max(sizes, default=0),
         shapes=tuple((tuple(one.shape), one.dtype) for one in trained),
-    )  # fmt: skip
+    )
 
 
 def layers_of(hybrid):

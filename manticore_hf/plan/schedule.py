@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from manticore_hf.data import load_rows, read_texts
-from manticore_hf.heal import HardenArguments
+from manticore_hf.evaluation.data import load_rows, read_texts
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plan.memory import weigh
 from manticore_hf.plan.step import meta_hybrid
-from manticore_hf.prepare import CalibrateArguments
-from manticore_hf.recipe import stage_data
-from manticore_hf.search import SearchArguments
-from manticore_hf.train import StageArguments
+from manticore_hf.training.distill import HardenArguments
+from manticore_hf.training.recipe import stage_data
+from manticore_hf.training.search import SearchArguments
+from manticore_hf.training.trained_stages import StageArguments
+from manticore_hf.training.untrained_stages import CalibrateArguments
 
 TRAINS = {"pretrain": "projectors", "search": "search", "finetune": "finetune", "harden": "finetune"}
 _COUNTED = 20_000_000  # bytes of text that are tokenised to count tokens; of more, a sample is
@@ -103,10 +103,18 @@ def make_task(subject, stage, settings, length=None, tokens=None, devices=1):
         raise ManticoreError(f"{stage}: {dtype!r} is no dtype of torch; give for example 'bfloat16'.")
     autocast = torch.bfloat16 if given["bf16"] else torch.float16 if given["fp16"] else None
     task = Task(
-        stage, settings, config, TRAINS.get(stage), teacher, getattr(torch, dtype), autocast,
-        given["per_device_train_batch_size"], given["gradient_accumulation_steps"], rows,
+        stage,
+        settings,
+        config,
+        TRAINS.get(stage),
+        teacher,
+        getattr(torch, dtype),
+        autocast,
+        given["per_device_train_batch_size"],
+        given["gradient_accumulation_steps"],
+        rows,
         bool(given["gradient_checkpointing"]),
-    )  # fmt: skip
+    )
     if (stored := subject.config.dtype) is not None and stored != task.dtype:
         task.converts = stored
     if data is not None and data.validation_fraction:
@@ -200,5 +208,3 @@ def _tokenizer(home):
         return AutoTokenizer.from_pretrained(home.directory or home.repo_id, revision=home.revision or "main")
     except (OSError, ValueError):
         return None
-
-

@@ -64,10 +64,13 @@ def shrink(model, ledger, label=None):
             dropped |= set(range(middle + length, start + first + (count - 1) * length))
             marks[middle], marks[start + first + (count - 1) * length] = (None, key), (key, None)
         kept = [i for i in range(len(layers)) if i not in dropped]
-        model._cuts.plan.update({
-            (other, block): (kept.index(start), kept.index(stop - 1) + 1)
-            for (other, block), (start, stop) in plan.items() if other == name
-        })  # fmt: skip
+        model._cuts.plan.update(
+            {
+                (other, block): (kept.index(start), kept.index(stop - 1) + 1)
+                for (other, block), (start, stop) in plan.items()
+                if other == name
+            }
+        )
         if dropped:
             left = [Marked(layers[i], ledger, *marks[i]) if i in marks else layers[i] for i in kept]
             setattr(stack, anatomy.layers, nn.ModuleList(left))

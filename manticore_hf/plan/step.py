@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 
-from manticore_hf.calibrate import _collect
-from manticore_hf.logs import PartSums
-from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.plan import kernels
 from manticore_hf.plan.ledger import Ledger
 from manticore_hf.plan.memory import layers_of, weigh
 from manticore_hf.plan.shrink import shrink
-from manticore_hf.stages import set_stage
+from manticore_hf.training.calibrate import _collect
+from manticore_hf.training.freezing import set_stage
+from manticore_hf.training.trainer import PartSums
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ class Rehearsal:
     """
 
     def __init__(
-        self, config, stage, dtype=torch.float32, device="cuda", teacher=None, prepare=None, whole=False,
-        share=1.0,
-    ):  # fmt: skip
+        self, config, stage, dtype=torch.float32, device="cuda", teacher=None, prepare=None, whole=False, share=1.0
+    ):
         self.ledger, self.device, self.config, self.teacher = Ledger(), device, config, None
         self.hybrid = hybrid = meta_hybrid(config, dtype)
         set_stage(hybrid, stage)

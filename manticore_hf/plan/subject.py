@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HTTPError
 
+from manticore_hf.compose.components import ComponentSpec, Resolved, resolve
+from manticore_hf.compose.tokenizers import check_tokenizers, find_tokenizer
 from manticore_hf.modeling.bounds_manticore import ManticoreError
-from manticore_hf.modeling.components_manticore import ComponentSpec, Resolved, resolve
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
-from manticore_hf.modeling.vocabulary_manticore import check_tokenizers, find_tokenizer
-from manticore_hf.recipe import Recipe, find_beside, load_recipe
-from manticore_hf.tasks.program import mixture_tasks
+from manticore_hf.training.programs import program_of
+from manticore_hf.training.recipe import Recipe, find_beside, load_recipe
 
 _PADDING = 0.02  # vocabularies whose sizes differ by no more are taken for one that is padded differently
 _NOT_OF_THE_MODEL = ("dtype", "transplant", "transplant_data")
@@ -72,7 +72,7 @@ def _from_recipe(recipe, configs):
     if settings.get("tokenizer_component") is not None:
         home = next((one for one in found if one.name == settings["tokenizer_component"]), home)
     entries = [one.entry() for one in found]
-    if mixture_tasks(settings.get("mixture")) is not None:
+    if program_of(settings.get("mixture")) is not None:
         rows = settings.get("num_blocks", 1)
         settings.update(mixture="static", mixture_weights=[[1 / len(found)] * len(found)] * rows)
     if "transplant" in recipe.hybrid:

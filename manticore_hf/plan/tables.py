@@ -1,14 +1,16 @@
 """A plan as text."""
 
 from manticore_hf.plan.amounts import short_memory, short_time
-from manticore_hf.printing import short_count
+from manticore_hf.utils.formatting import short_count
 
 
 def print_plan(plan):
     """Prints what `make_plan` returns."""
     given = plan["assumptions"]
-    print(f"{plan['name']}: {short_count(plan['parameters'])} parameters, {short_memory(plan['bytes'])} in "
-          f"{plan['dtype']}; on {given['devices']} x {short_memory(given['memory'])} ({given['device']})")  # fmt: skip
+    print(
+        f"{plan['name']}: {short_count(plan['parameters'])} parameters, {short_memory(plan['bytes'])} in "
+        f"{plan['dtype']}; on {given['devices']} x {short_memory(given['memory'])} ({given['device']})"
+    )
     width = max([len(one["name"]) for one in plan["components"]] + [len("mixer and projectors")])
     heads = ("parameters", "weights", "cache/token", "state", f"cache at {plan['cache_tokens']}")
     print(f"\n{'part':{width}}" + "".join(f"{head:>16}" for head in heads))
@@ -24,17 +26,21 @@ def print_plan(plan):
     for stage in plan["stages"]:
         _print_stage(stage, given)
     print(f"\n{plan['verdict']}")
-    print(f"\nAssumed: {given['usable'] / 1e9:.1f} GB of every device usable ({given['reserve']:.0%} left free); "
-          f"{given['flops']:.3g} FLOP/s at {given['utilization']:.0%}; {given['kernels']}.")  # fmt: skip
+    print(
+        f"\nAssumed: {given['usable'] / 1e9:.1f} GB of every device usable ({given['reserve']:.0%} left free); "
+        f"{given['flops']:.3g} FLOP/s at {given['utilization']:.0%}; {given['kernels']}."
+    )
     for note in plan["notes"]:
         print(f"Assumed: {note}.")
 
 
 def _print_stage(stage, given):
     precision = stage["dtype"] + (f", autocast {stage['autocast']}" if stage["autocast"] else "")
-    print(f"\n{stage['stage']}: {stage['batch']} rows x {stage['length']} tokens per device"
-          f"{'' if stage['accumulation'] == 1 else ', ' + str(stage['accumulation']) + ' accumulated'}; {precision}; "
-          f"{short_count(stage['trainable'])} trained")  # fmt: skip
+    print(
+        f"\n{stage['stage']}: {stage['batch']} rows x {stage['length']} tokens per device"
+        f"{'' if stage['accumulation'] == 1 else ', ' + str(stage['accumulation']) + ' accumulated'}; {precision}; "
+        f"{short_count(stage['trainable'])} trained"
+    )
     heads = ("weights", "gradients", "optimizer", "activations", "other", "peak")
     width = max(len(one["engine"]) for one in [*stage["options"], stage["choice"] or stage["options"][0]])
     print(f"  {'on one device':{width}}" + "".join(f"{head:>13}" for head in heads))
@@ -43,14 +49,19 @@ def _print_stage(stage, given):
         evaluated = " (evaluation)" * ("evaluation" in parts)  # what comes last is more than the training
         parts.setdefault("activations", parts.pop("evaluation", 0))
         shown = [parts.pop(key, None) for key in heads[:4]]
-        cells = [*map(short_memory, shown), short_memory(sum(parts.values())) if parts else "-",
-                 short_memory(one["peak"])]  # fmt: skip
+        cells = [
+            *map(short_memory, shown),
+            short_memory(sum(parts.values())) if parts else "-",
+            short_memory(one["peak"]),
+        ]
         fits = f"  {'fits' if one['fits'] else 'too much'}{evaluated}"
         print(f"  {one['engine']:{width}}" + "".join(f"{cell:>13}" for cell in cells) + fits)
     choice, tokens = stage["choice"], stage["tokens"]
     way = "does not fit" if choice is None else f"{choice['engine']}, {short_memory(choice['peak'])} per device"
     print(f"  -> {way}: {'; '.join(stage['advice'])}")
-    time = f"{short_time(stage['hours'])} for {short_count(tokens)} tokens ({stage['counted']})" if tokens else (
-        f"{short_time(stage['hours_per_billion_tokens'])} for every 1 G tokens ({stage['counted']})"
-    )  # fmt: skip
+    time = (
+        f"{short_time(stage['hours'])} for {short_count(tokens)} tokens ({stage['counted']})"
+        if tokens
+        else (f"{short_time(stage['hours_per_billion_tokens'])} for every 1 G tokens ({stage['counted']})")
+    )
     print(f"  {short_count(stage['flops_per_token'])}FLOP per token, {time}")

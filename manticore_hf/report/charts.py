@@ -90,8 +90,9 @@ def forest(rows, needed=None, label="Differences with confidence intervals"):
         if pair:
             parts.append(_line(at(pair[0]), y, at(pair[1]), y, f"bar {sure}"))
             parts += [_line(at(end), y - 6, at(end), y + 6, f"bar {sure}") for end in pair]
-        parts.append(Markup('<circle cx="{}" cy="{}" r="3" class="dot {}"/>').format(
-            _short(at(difference)), _short(y), sure))  # fmt: skip
+        parts.append(
+            Markup('<circle cx="{}" cy="{}" r="3" class="dot {}"/>').format(_short(at(difference)), _short(y), sure)
+        )
     parts.append(_text(at(0) - 6, bottom + 32, "← rival better", "end", "tick"))
     parts.append(_text(at(0) + 6, bottom + 32, "hybrid better, nats per token →", "start", "tick"))
     return _svg(_WIDTH, height, parts, label)
@@ -108,16 +109,20 @@ def heat(values, rows, columns, form="{:.2f}", largest=1.0, label="Heat map"):
         label: For screen readers.
     """
     left, top, wide, high = 110, 30, min(150, (_WIDTH - 120) / max(1, len(columns))), 28
-    parts = [_text(left + wide * (i + 0.5), 20, _clip(name, max(6, int(wide / 7))), "middle", "", name)
-             for i, name in enumerate(columns)]  # fmt: skip
+    parts = [
+        _text(left + wide * (i + 0.5), 20, _clip(name, max(6, int(wide / 7))), "middle", "", name)
+        for i, name in enumerate(columns)
+    ]
     for i, (name, row) in enumerate(zip(rows, values)):
         y = top + i * high
         parts.append(_text(left - 10, y + high / 2 + 4, name, "end"))
         for j, value in enumerate(row):
             x, strength = left + j * wide, min(1.0, abs(value or 0.0) / (largest or 1.0))
             if value is None:
-                parts += [_rect(x, y, wide - 2, high - 2, "cell empty"),
-                          _text(x + wide / 2, y + high / 2 + 4, "–", "middle", "tick")]  # fmt: skip
+                parts += [
+                    _rect(x, y, wide - 2, high - 2, "cell empty"),
+                    _text(x + wide / 2, y + high / 2 + 4, "–", "middle", "tick"),
+                ]
                 continue
             kind = "cell less" if value < 0 else "cell more"
             parts.append(_rect(x, y, wide - 2, high - 2, kind, f"fill-opacity:{strength:.3f}"))
@@ -152,8 +157,10 @@ def lines(series, x_label, y_label, low=None, high=None, label="Curves"):
     y_low, y_high = (y_low - pad if low is None else y_low), (y_high + pad if high is None else y_high)
 
     def at(a, b):
-        return (left + (a - x_low) / ((x_high - x_low) or 1) * (_WIDTH - left - right),
-                top + (1 - (b - y_low) / (y_high - y_low)) * plot)  # fmt: skip
+        return (
+            left + (a - x_low) / ((x_high - x_low) or 1) * (_WIDTH - left - right),
+            top + (1 - (b - y_low) / (y_high - y_low)) * plot,
+        )
 
     parts = []
     y_marks, x_marks = ticks(y_low, y_high), ticks(x_low, x_high, 6)
@@ -175,7 +182,9 @@ def lines(series, x_label, y_label, low=None, high=None, label="Curves"):
         path = " ".join(f"{_short(px)},{_short(py)}" for px, py in points)
         parts.append(Markup('<polyline points="{}" class="curve c{} d{}"/>').format(path, i % 6, i // 6))
         if len(points) < 16:
-            parts += [Markup('<circle cx="{}" cy="{}" r="3" class="point c{}"/>').format(_short(px), _short(py), i % 6)
-                      for px, py in points]  # fmt: skip
+            parts += [
+                Markup('<circle cx="{}" cy="{}" r="3" class="point c{}"/>').format(_short(px), _short(py), i % 6)
+                for px, py in points
+            ]
     parts.append(_text(left, top + plot + 34, f"{x_label} →; upwards: {y_label}", "start", "tick"))
     return _svg(_WIDTH, top + plot + 40, parts, label)

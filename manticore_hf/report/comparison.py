@@ -9,8 +9,17 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 FILE = "comparison.json"
 FOLDER = "compared"  # below the hybrid or its run, unless the user names another
 KINDS = ("component", "ensemble", "gate", "single", "designed", "hybrid", "hardened", "untuned", "oracle")
-_NUMBERS = ("difference", "p", "bits_per_byte", "accuracy", "parameters", "flops_per_token", "training_flops",
-            "training_tokens", "seconds")  # fmt: skip
+_NUMBERS = (
+    "difference",
+    "p",
+    "bits_per_byte",
+    "accuracy",
+    "parameters",
+    "flops_per_token",
+    "training_flops",
+    "training_tokens",
+    "seconds",
+)
 
 
 def find_comparison(directory, given=None):

@@ -1,8 +1,8 @@
 """What the reports say to engineers, as texts and charts: the mixture, why it is so, where it pays, its training."""
 
-from manticore_hf.printing import short_count
 from manticore_hf.report import charts
 from manticore_hf.report.verdict import gain_needed, say_difference
+from manticore_hf.utils.formatting import short_count
 
 _KINDS = {
     "component": "a component, tuned on the same text", "ensemble": "a mean of the tuned components",
@@ -32,20 +32,32 @@ def mixture(facts):
             }
             if series:
                 label = f"Weight in block {block + 1}"
-                out.append({"title": f"{stage.name}, block {block + 1}",
-                            "chart": charts.lines(series, "optimizer step", label, 0, 1, label)})  # fmt: skip
+                out.append(
+                    {
+                        "title": f"{stage.name}, block {block + 1}",
+                        "chart": charts.lines(series, "optimizer step", label, 0, 1, label),
+                    }
+                )
         logged = stage.series("gate/")
         gate = {name: logged[f"gate/{name}"] for name in names if f"gate/{name}" in logged}
         if gate and len(next(iter(gate.values()))[0]) > 1:
-            out.append({"title": f"{stage.name}, token gate: mean weight over the tokens trained on",
-                        "chart": charts.lines(gate, "optimizer step", "weight", 0, 1, "Mean gate weight")})  # fmt: skip
+            out.append(
+                {
+                    "title": f"{stage.name}, token gate: mean weight over the tokens trained on",
+                    "chart": charts.lines(gate, "optimizer step", "weight", 0, 1, "Mean gate weight"),
+                }
+            )
     token = facts.found["settings"]["mixture"] == "token" and not route
     return {
-        "names": names, "token": token, "trajectories": out,
-        "rows": [{"name": label, "weights": ["–" if w is None else f"{w:.3f}" for w in row]}
-                 for label, row in zip(labels, weights)],
+        "names": names,
+        "token": token,
+        "trajectories": out,
+        "rows": [
+            {"name": label, "weights": ["–" if w is None else f"{w:.3f}" for w in row]}
+            for label, row in zip(labels, weights)
+        ],
         "chart": charts.heat(weights, labels, names, "{:.3f}", label="Mixture weights, blocks by components"),
-    }  # fmt: skip
+    }
 
 
 def why(facts):
@@ -61,33 +73,54 @@ def why(facts):
         for name in names:
             one = measured.get(f"without/{block}/{name}", {"loss": None, "reason": "not measured"})
             row.append(None if one["loss"] is None else one["loss"] - full)
-            removed.append({
-                "block": block + 1, "name": name, "loss": "–" if one["loss"] is None else f"{one['loss']:.3f}",
-                "change": one["reason"] or f"{one['loss'] - full:+.3f}",
-            })  # fmt: skip
+            removed.append(
+                {
+                    "block": block + 1,
+                    "name": name,
+                    "loss": "–" if one["loss"] is None else f"{one['loss']:.3f}",
+                    "change": one["reason"] or f"{one['loss'] - full:+.3f}",
+                }
+            )
         table.append(row)
     values = [value for row in table for value in row if value is not None]
     chart = None
     if values:
-        chart = charts.heat(table, [f"block {b + 1}" for b in range(len(table))], names, "{:+.3f}",
-                            max(map(abs, values)), "Loss added when a component is removed")  # fmt: skip
-    mixtures = [{"name": one["name"], "loss": f"{one['loss']:.3f}", "change": f"{one['loss'] - full:+.3f}"}
-                for one in measured["mixtures"]]  # fmt: skip
+        chart = charts.heat(
+            table,
+            [f"block {b + 1}" for b in range(len(table))],
+            names,
+            "{:+.3f}",
+            max(map(abs, values)),
+            "Loss added when a component is removed",
+        )
+    mixtures = [
+        {"name": one["name"], "loss": f"{one['loss']:.3f}", "change": f"{one['loss'] - full:+.3f}"}
+        for one in measured["mixtures"]
+    ]
     similarity = [
         {
             "where": "embeddings" if one["boundary"] == 0 else f"after block {one['boundary']}",
-            "what": "translated" if one["translated"] else "own states", "pair": " and ".join(one["components"]),
-            "cka": f"{one['cka']:.3f}", "few": one["tokens"] < 5 * one["width"],
+            "what": "translated" if one["translated"] else "own states",
+            "pair": " and ".join(one["components"]),
+            "cka": f"{one['cka']:.3f}",
+            "few": one["tokens"] < 5 * one["width"],
         }
         for one in measured["similarity"]
-    ]  # fmt: skip
+    ]
     return {
-        "loss": f"{full:.3f}", "text": measured["text"], "tokens": f"{measured['losses']['tokens']:,}",
+        "loss": f"{full:.3f}",
+        "text": measured["text"],
+        "tokens": f"{measured['losses']['tokens']:,}",
         "removed": removed,
-        "chart": chart, "mixtures": mixtures, "similarity": similarity,
-        "rivals": [{"name": name, "loss": f"{loss:.3f}"} for name, loss in measured["losses"]["losses"].items()
-                   if name != "hybrid"],
-    }  # fmt: skip
+        "chart": chart,
+        "mixtures": mixtures,
+        "similarity": similarity,
+        "rivals": [
+            {"name": name, "loss": f"{loss:.3f}"}
+            for name, loss in measured["losses"]["losses"].items()
+            if name != "hybrid"
+        ],
+    }
 
 
 def where(facts):
@@ -98,16 +131,26 @@ def where(facts):
     for rival, found in facts.measured["losses"]["where"].items():
 
         def token(one):
-            return {"before": visible(one["before"]), "token": visible(one["token"], True),
-                    "after": visible(one["after"]), "gain": f"{one['gain']:+.2f}", "gate": _gate(one)}  # fmt: skip
+            return {
+                "before": visible(one["before"]),
+                "token": visible(one["token"], True),
+                "after": visible(one["after"]),
+                "gain": f"{one['gain']:+.2f}",
+                "gate": _gate(one),
+            }
 
         def kind(one):
             return {"token": visible(one["token"], True), "gain": f"{one['gain']:+.1f}", "tokens": one["tokens"]}
 
         def document(one):
             text = visible(one["text"]) + (" …" if one["cut"] else "")
-            return {"text": text, "gain": f"{one['gain']:+.1f}", "per_token": f"{one['per_token']:+.3f}",
-                    "tokens": one["tokens"], "gate": _gate(one)}  # fmt: skip
+            return {
+                "text": text,
+                "gain": f"{one['gain']:+.1f}",
+                "per_token": f"{one['per_token']:+.3f}",
+                "tokens": one["tokens"],
+                "gate": _gate(one),
+            }
 
         ways = {
             what: {way: [make(one) for one in found[what][way]] for way in ("gains", "loses")}
@@ -141,8 +184,10 @@ def curves(facts):
         # What is trained on may be more than the mixture's loss: where that was logged, it is the hybrid's.
         series = {_curve_name(key): value for key, value in found.items() if f"{key}/mixture" not in found}
         if series:
-            rows = [{"name": name, "first": f"{ys[0]:.3f}", "last": f"{ys[-1]:.3f}", "points": len(ys), "step": xs[-1]}
-                    for name, (xs, ys) in series.items()]  # fmt: skip
+            rows = [
+                {"name": name, "first": f"{ys[0]:.3f}", "last": f"{ys[-1]:.3f}", "points": len(ys), "step": xs[-1]}
+                for name, (xs, ys) in series.items()
+            ]
             drawn = any(len(xs) > 1 for xs, _ in series.values())
             label = f"Losses of {stage.name}"
             chart = charts.lines(series, "optimizer step", "loss, nats per token", label=label) if drawn else None
@@ -163,14 +208,21 @@ def comparison(facts):
     rows = sorted(facts.comparison["rows"], key=lambda row: row["loss"])
     kinds = sorted({kind for row in rows for kind in row["by_kind"]})
     own = facts.comparison["hybrid"]
-    rivals = [(row["name"], row["difference"], row["difference_interval"]) for row in rows
-              if row["name"] != own and row["difference"] is not None]  # fmt: skip
+    rivals = [
+        (row["name"], row["difference"], row["difference_interval"])
+        for row in rows
+        if row["name"] != own and row["difference"] is not None
+    ]
     return {
-        "file": facts.comparison_path.name, "machine": facts.comparison["machine"], "kinds": kinds,
+        "file": facts.comparison_path.name,
+        "machine": facts.comparison["machine"],
+        "kinds": kinds,
         "chart": charts.forest(rivals, gain_needed(facts.comparison)) if rivals else None,
         "rows": [
             {
-                "name": row["name"], "own": row["name"] == own, "what": _KINDS[row["kind"]],
+                "name": row["name"],
+                "own": row["name"] == own,
+                "what": _KINDS[row["kind"]],
                 "loss": f"{row['loss']:.3f}",
                 "interval": f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}" if row["interval"] else "–",
                 "difference": "" if row["name"] == own else say_difference(row),
@@ -185,4 +237,4 @@ def comparison(facts):
             }
             for row in rows
         ],
-    }  # fmt: skip
+    }

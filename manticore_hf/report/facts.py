@@ -5,15 +5,15 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from manticore_hf.card import read_results
-from manticore_hf.data import DataArguments
-from manticore_hf.inspection import inspect_hybrid
-from manticore_hf.licenses import combine
+from manticore_hf.evaluation.data import DataArguments
+from manticore_hf.hub.card import read_results
+from manticore_hf.hub.inspection import inspect_hybrid
+from manticore_hf.hub.licenses import combine
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.printing import listed
-from manticore_hf.recipe import load_recipe, stage_data
 from manticore_hf.report.comparison import find_comparison, read_comparison
-from manticore_hf.search import alpha_history
+from manticore_hf.training.recipe import load_recipe, stage_data
+from manticore_hf.training.search import alpha_history
+from manticore_hf.utils.formatting import listed
 
 _STAGE = re.compile(r"(\d+)-([a-z]+)")
 
@@ -114,9 +114,17 @@ def gather(directory, comparison=None):
         path = find_comparison(folder)
     recipe = next((p for p in (folder / "recipe.yaml", directory / "recipe.yaml") if p.is_file()), None)
     return Facts(
-        _name(directory, folder), folder, stages, found, combine(licenses), combine(licenses, commercial=True),
-        read_results(folder), None if path is None else read_comparison(path), path, recipe,
-    )  # fmt: skip
+        _name(directory, folder),
+        folder,
+        stages,
+        found,
+        combine(licenses),
+        combine(licenses, commercial=True),
+        read_results(folder),
+        None if path is None else read_comparison(path),
+        path,
+        recipe,
+    )
 
 
 def _stages(directory):
@@ -196,8 +204,10 @@ def one_run(facts):
         return losses, first.own, f"One run, {listed([one.data for one in some])}. {first.note or ''}".strip()
     measured = facts.measured.get("losses")
     if measured and len(measured["losses"]) > 1:
-        note = f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens. Every component by its own head " \
-               "inside this hybrid, the ensemble their plain mean."  # fmt: skip
+        note = (
+            f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens. Every component by its own head "
+            "inside this hybrid, the ensemble their plain mean."
+        )
         return measured["losses"], "hybrid", note
     return None
 

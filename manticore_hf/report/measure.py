@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from manticore_hf.modeling.modeling_manticore import ManticoreModel
+from manticore_hf.compose.hybrid import ManticoreModel
 
 
 def batches(rows, batch_size, device="cpu"):
@@ -79,8 +79,10 @@ def token_losses(model, rows, batch_size=8):
 def hybrid_loss(model, rows, batch_size=8, desc="Loss"):
     """Mean loss of the hybrid alone, nats per token."""
     found = list(batches(rows, batch_size, model.device))
-    losses = [_losses_of(model(input_ids=ids, use_cache=False).logits, labels)
-              for ids, labels in tqdm(found, desc=desc, leave=False)]  # fmt: skip
+    losses = [
+        _losses_of(model(input_ids=ids, use_cache=False).logits, labels)
+        for ids, labels in tqdm(found, desc=desc, leave=False)
+    ]
     return torch.cat(losses).mean().item()
 
 
@@ -248,10 +250,16 @@ def feature_similarity(model, rows, batch_size=8):
     finally:
         handle.remove()
     return [
-        {"boundary": boundary, "translated": translated, "components": [a, b], "cka": one.value(), "tokens": one.count,
-         "width": max(one.sums[0].numel(), one.sums[1].numel())}
+        {
+            "boundary": boundary,
+            "translated": translated,
+            "components": [a, b],
+            "cka": one.value(),
+            "tokens": one.count,
+            "width": max(one.sums[0].numel(), one.sums[1].numel()),
+        }
         for (boundary, a, b, translated), one in sorted(pairs.items())
-    ]  # fmt: skip
+    ]
 
 
 def _real(ids, labels):

@@ -84,18 +84,24 @@ def where_it_differs(losses, rows, tokenizer, gate=None, names=(), top_tokens=6,
     def token(i, gain):
         ids, p = row_ids[int(row[i])], int(position[i])
         return {
-            "before": tokenizer.decode(ids[max(0, p - _BEFORE) : p]), "token": tokenizer.decode([ids[p]]),
-            "after": tokenizer.decode(ids[p + 1 : p + 1 + _AFTER]), "gain": gain[i].item(),
+            "before": tokenizer.decode(ids[max(0, p - _BEFORE) : p]),
+            "token": tokenizer.decode([ids[p]]),
+            "after": tokenizer.decode(ids[p + 1 : p + 1 + _AFTER]),
+            "gain": gain[i].item(),
             **({} if gate is None else {"gate": dict(zip(names, gate[i].tolist()))}),
-        }  # fmt: skip
+        }
 
     def document(number, total, count):
         mine = documents == number
         text = tokenizer.decode(texts[number])
         return {
-            "text": text[:_SHOWN], "cut": len(text) > _SHOWN, "gain": total, "per_token": total / count,
-            "tokens": count, **({} if gate is None else {"gate": dict(zip(names, gate[mine].mean(0).tolist()))}),
-        }  # fmt: skip
+            "text": text[:_SHOWN],
+            "cut": len(text) > _SHOWN,
+            "gain": total,
+            "per_token": total / count,
+            "tokens": count,
+            **({} if gate is None else {"gate": dict(zip(names, gate[mine].mean(0).tolist()))}),
+        }
 
     def both_ends(ordered, count, make):
         gains, loses = [x for x in ordered if x[1] > 0][:count], [x for x in reversed(ordered) if x[1] < 0][:count]

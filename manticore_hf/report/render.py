@@ -8,8 +8,8 @@ from importlib.resources import files
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from manticore_hf.printing import markdown_environment
 from manticore_hf.report.view import make_view
+from manticore_hf.utils.formatting import markdown_environment
 
 
 def render(facts, verdict):
@@ -17,8 +17,11 @@ def render(facts, verdict):
     view = make_view(facts, verdict)
     folder = files("manticore_hf.hub_cards")
     environment = Environment(
-        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")), undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, autoescape=True,
-    )  # fmt: skip
+        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+    )
     html = environment.get_template("report.html.jinja").render(view)
     return html, markdown_environment().get_template("report.md.jinja").render(view).rstrip() + "\n"

@@ -46,9 +46,13 @@ def measure_speed(model, prompt, new_tokens=32, repeats=5):
         }  # fmt: skip
     return {
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-        "prompt_tokens": ids.shape[1], "new_tokens": new_tokens, "repeats": repeats, "models": rows,
-    }  # fmt: skip
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "models": rows,
+    }
 
 
 def _generate(model, ids, count):
@@ -56,9 +60,14 @@ def _generate(model, ids, count):
     _wait(ids.device)
     start = time.perf_counter()
     model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-        num_beams=1, pad_token_id=0,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=0,
+    )
     _wait(ids.device)
     return time.perf_counter() - start
 

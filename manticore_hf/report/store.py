@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from manticore_hf.files import replace_text
+from manticore_hf.utils.files import replace_text
 
 
 class Store:

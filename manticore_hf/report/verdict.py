@@ -96,8 +96,10 @@ def decide(comparison, settings=None, command=None, one_run=None):
     if retrained:
         best = min(retrained, key=lambda row: row["loss"])
         reasons = [f"{say(best, hybrid)} It needs {best['needs']}."]
-        steps = [f"If you have {best['needs']}: train one model on all of it ({best['name']}).",
-                 *(f"If you do not: {step[0].lower()}{step[1:]}" for step in verdict.steps[:2])]  # fmt: skip
+        steps = [
+            f"If you have {best['needs']}: train one model on all of it ({best['name']}).",
+            *(f"If you do not: {step[0].lower()}{step[1:]}" for step in verdict.steps[:2]),
+        ]
         return Verdict("RETRAIN", best, reasons + verdict.reasons, steps, otherwise=verdict)
     return verdict
 
@@ -160,8 +162,14 @@ def gain_needed(comparison):
 def _in_one_run(losses, own):
     """The best rival of one run, in a sentence."""
     best = min((name for name in losses if name != own), key=losses.get)
-    row = {"name": best, "loss": losses[best], "difference": losses[best] - losses[own], "difference_interval": None,
-           "seeds_won": None, "seeds": []}  # fmt: skip
+    row = {
+        "name": best,
+        "loss": losses[best],
+        "difference": losses[best] - losses[own],
+        "difference_interval": None,
+        "seeds_won": None,
+        "seeds": [],
+    }
     return say(row, {"loss": losses[own]})
 
 
@@ -232,8 +240,10 @@ def _best_by_kind(comparison):
 def _alike(comparison):
     best = _best_by_kind(comparison)
     if len(best) > 1 and len(set(best.values())) == 1:
-        return [f"{next(iter(best.values()))} is the best component on every kind of this text. A hybrid pays where "
-                "each component is best on some of it: try a pair with different strengths."]  # fmt: skip
+        return [
+            f"{next(iter(best.values()))} is the best component on every kind of this text. A hybrid pays where "
+            "each component is best on some of it: try a pair with different strengths."
+        ]
     return []
 
 
@@ -247,8 +257,10 @@ def _attempts(hybrid, rival, comparison, settings, needed):
     best = _best_by_kind(comparison)
     if len(set(best.values())) > 1 and settings.get("mixture_space") == "logprob":
         who = "; ".join(f"{name} on {kind}" for kind, name in best.items())
-        out.append(f"Set mixture_space: prob. The components differ in strength (best: {who}), and mixing "
-                   "probabilities lets the gate silence the one that is wrong.")  # fmt: skip
+        out.append(
+            f"Set mixture_space: prob. The components differ in strength (best: {who}), and mixing "
+            "probabilities lets the gate silence the one that is wrong."
+        )
     if (settings.get("num_blocks") or 1) > 1:
         out.append("Try num_blocks: 1: merging in several blocks has measured worse than one so far.")
     if comparison["tokens"]:

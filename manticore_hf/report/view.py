@@ -2,11 +2,11 @@
 
 from importlib import metadata
 
-from manticore_hf.licenses import DUTIES, LICENSES
-from manticore_hf.printing import listed, short_bytes, short_count
+from manticore_hf.hub.licenses import DUTIES, LICENSES
 from manticore_hf.report import details
 from manticore_hf.report.facts import one_run
 from manticore_hf.report.verdict import RULES, perplexity, say_difference
+from manticore_hf.utils.formatting import listed, short_bytes, short_count
 
 _ON_TOP = 6
 
@@ -19,14 +19,21 @@ def make_view(facts, verdict):
     return {
         "name": facts.name,
         "what": f"{listed([f'{name} ({kind})' for name, kind in kinds.items()])} joined in {_plural(blocks, 'block')}"
-                + (", hardened to one component per block" if settings["route"] else ""),
-        "verdict": verdict, "rules": RULES, "standing": _standing(facts), "running": _running(facts),
-        "making": _making(facts), "licences": _licences(facts),
-        "mixture": details.mixture(facts), "why": details.why(facts), "where": details.where(facts),
-        "curves": details.curves(facts), "comparison": details.comparison(facts),
+        + (", hardened to one component per block" if settings["route"] else ""),
+        "verdict": verdict,
+        "rules": RULES,
+        "standing": _standing(facts),
+        "running": _running(facts),
+        "making": _making(facts),
+        "licences": _licences(facts),
+        "mixture": details.mixture(facts),
+        "why": details.why(facts),
+        "where": details.where(facts),
+        "curves": details.curves(facts),
+        "comparison": details.comparison(facts),
         "settings": [{"key": key, "value": str(value)} for key, value in settings.items() if value is not None],
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("manticore-hf", "transformers", "torch")),
-    }  # fmt: skip
+    }
 
 
 def _plural(count, what):
@@ -58,12 +65,15 @@ def _standing(facts):
     mine = next(loss for name, loss, _ in found if name == own)
     rows = [
         {
-            "name": name, "own": name == own, "loss": f"{loss:.3f}", "perplexity": perplexity(loss),
+            "name": name,
+            "own": name == own,
+            "loss": f"{loss:.3f}",
+            "perplexity": perplexity(loss),
             "difference": "" if name == own else say_difference(row or {"difference": loss - mine}),
             "needs": row.get("needs", ""),
         }
         for name, loss, row in found
-    ]  # fmt: skip
+    ]
     place = next(i for i, row in enumerate(rows) if row["own"])
     shown = rows[:_ON_TOP] if place < _ON_TOP else rows[: _ON_TOP - 1] + [rows[place]]
     return {"note": note, "rows": shown, "all": rows}
@@ -75,22 +85,29 @@ def _running(facts):
     rows = []
     for part in longest:
         timed = speed["models"].get(part["part"]) if speed else None
-        rows.append({
-            "name": part["part"] if part["part"] != "hybrid" else "this hybrid", "own": part["part"] == "hybrid",
-            "parameters": short_count(part["parameters"]), "weights": short_bytes(part["bytes"]),
-            "working": "not measured" if not timed or timed["working"] is None else short_bytes(timed["working"]),
-            "flops": short_count(part["flops_per_token"]),
-            "cache": short_bytes(part["cache_bytes_per_token"]), "state": short_bytes(part["state_bytes"]),
-            "read": f"{timed['prefill']:,.0f}" if timed else "not measured",
-            "write": f"{timed['decode']:,.1f}" if timed else "not measured",
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": part["part"] if part["part"] != "hybrid" else "this hybrid",
+                "own": part["part"] == "hybrid",
+                "parameters": short_count(part["parameters"]),
+                "weights": short_bytes(part["bytes"]),
+                "working": "not measured" if not timed or timed["working"] is None else short_bytes(timed["working"]),
+                "flops": short_count(part["flops_per_token"]),
+                "cache": short_bytes(part["cache_bytes_per_token"]),
+                "state": short_bytes(part["state_bytes"]),
+                "read": f"{timed['prefill']:,.0f}" if timed else "not measured",
+                "write": f"{timed['decode']:,.1f}" if timed else "not measured",
+            }
+        )
     out = {"rows": rows, "sentence": "", "note": "FLOPs are counted on shapes; speed was not measured."}
     hybrid, others = longest[-1], longest[:-1]
     if others:
         small = min(others, key=lambda part: part["bytes"])
         weights, work = (hybrid[key] / small[key] for key in ("bytes", "flops_per_token"))
-        out["sentence"] = f"It holds {weights:.1f} times the weights of {small['part']} alone and takes {work:.1f} " \
-                          "times the arithmetic per token"  # fmt: skip
+        out["sentence"] = (
+            f"It holds {weights:.1f} times the weights of {small['part']} alone and takes {work:.1f} "
+            "times the arithmetic per token"
+        )
         if speed:
             models = speed["models"]
             fast = max((name for name in models if name != "hybrid"), key=lambda name: models[name]["decode"])
@@ -98,8 +115,10 @@ def _running(facts):
             out["sentence"] += f"; it writes at {ratio:.0%} of the speed of {fast}"
         out["sentence"] += "."
     elif facts.found["settings"]["route"]:
-        out["sentence"] = "It is hardened: it costs its one route, about one model. Its components are no longer " \
-                          "whole inside it, so they are not timed beside it."  # fmt: skip
+        out["sentence"] = (
+            "It is hardened: it costs its one route, about one model. Its components are no longer "
+            "whole inside it, so they are not timed beside it."
+        )
     if speed:
         out["note"] = (
             f"Measured on {speed['device']}, {speed['threads']} thread(s), {speed['dtype']}: one sequence, a prompt of "
@@ -115,10 +134,14 @@ def _making(facts):
         tokens = stage.result.get("tokens") if stage.result.get("stage") == "calibrate" else None
         said = [f"{stage.result['steps']:,} steps"] if isinstance(stage.result.get("steps"), int) else []
         said += [f"{tokens:,} tokens, no training"] if isinstance(tokens, int) else []
-        rows.append({
-            "name": stage.name, "what": ", ".join(said) or "no training", "time": _duration(stage.seconds),
-            "flops": short_count(stage.flops) if stage.flops else "not recorded",
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": stage.name,
+                "what": ", ".join(said) or "no training",
+                "time": _duration(stage.seconds),
+                "flops": short_count(stage.flops) if stage.flops else "not recorded",
+            }
+        )
         seconds, flops = seconds + (stage.seconds or 0.0), flops + (stage.flops or 0.0)
     trained = [stage for stage in facts.stages if stage.seconds is not None]
     sentences = []
@@ -131,9 +154,11 @@ def _making(facts):
     if facts.comparison is not None:
         row = next(one for one in facts.comparison["rows"] if one["name"] == facts.comparison["hybrid"])
     if row and (row["training_tokens"] or row["seconds"]):
-        said = [f"{row['training_tokens']:,.0f} training tokens" if row["training_tokens"] else None,
-                _duration(row["seconds"]) if row["seconds"] else None,
-                f"{short_count(row['training_flops'])}FLOPs" if row["training_flops"] else None]  # fmt: skip
+        said = [
+            f"{row['training_tokens']:,.0f} training tokens" if row["training_tokens"] else None,
+            _duration(row["seconds"]) if row["seconds"] else None,
+            f"{short_count(row['training_flops'])}FLOPs" if row["training_flops"] else None,
+        ]
         sentences.append(f"Per seed in the comparison: {listed([one for one in said if one])}.")
     return {"rows": rows, "sentences": sentences or ["No log of its training is in its directory."]}
 
@@ -146,13 +171,15 @@ def _licences(facts):
         if known:
             duties = "; ".join(DUTIES[key] for key in sorted(known.duties)) or "nothing"
         where = f"{entry['repo_id']}@{(entry['revision'] or '')[:12]}" if entry["repo_id"] else "this directory"
-        rows.append({
-            "name": entry["name"], "license": entry["license"] or "not stated", "from": where, "duties": duties,
-        })  # fmt: skip
+        rows.append(
+            {"name": entry["name"], "license": entry["license"] or "not stated", "from": where, "duties": duties}
+        )
     found = facts.combined
     if found.unknown:
-        sentence = f"The licence of {listed(found.unknown)} is unknown, so that of the whole is, too: settle it " \
-                   "before passing it on."  # fmt: skip
+        sentence = (
+            f"The licence of {listed(found.unknown)} is unknown, so that of the whole is, too: settle it "
+            "before passing it on."
+        )
     elif found.conflicts:
         sentence = "The components' licences conflict: the hybrid must not be passed on as things stand."
     elif found.license == "other":
@@ -160,12 +187,21 @@ def _licences(facts):
     else:
         sentence = f"The hybrid can be passed on under {found.license}."
     commercial = [one for one in facts.commercial.conflicts if one not in found.conflicts]
-    use = "Commercial use is excluded: " + " ".join(commercial) if commercial else "" if found.unknown else \
-        "No licence excludes commercial use."  # fmt: skip
+    use = (
+        "Commercial use is excluded: " + " ".join(commercial)
+        if commercial
+        else ""
+        if found.unknown
+        else "No licence excludes commercial use."
+    )
     return {
-        "rows": rows, "sentence": sentence, "commercial": use, "conflicts": list(found.conflicts),
-        "duties": [DUTIES[key] for key in sorted(found.duties)], "blocked": bool(found.conflicts or found.unknown),
-    }  # fmt: skip
+        "rows": rows,
+        "sentence": sentence,
+        "commercial": use,
+        "conflicts": list(found.conflicts),
+        "duties": [DUTIES[key] for key in sorted(found.duties)],
+        "blocked": bool(found.conflicts or found.unknown),
+    }
 
 
 def _tokens(count):

@@ -1,0 +1,329 @@
+"""Runs a comparison: every contender over the grid and the seeds, each run kept, nothing finished repeated.
+
+    manticore-hf compare recipes/poc.yaml --test held_out.jsonl --output-dir poc-compared --learning-rates 1e-5 2e-5
+
+On the first seed every contender is trained with every setting of its grid; the setting with the lowest loss on the
+validation split is trained with the other seeds, too. Mixtures of components that were tuned apart choose the
+components' settings by the loss of the mixture: what is best for a component alone may make it forget its strength.
+Only then, and only for the chosen runs, the test documents are read. Every run is a folder with `run.json` (what was
+trained, its cost, its validation loss) and, if it was chosen, `test-DIGEST.json` (loss and hits on every document).
+`comparison.json`, the table and the picture are made from those.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from datasets import concatenate_datasets
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+from manticore_hf.compare.arguments import CompareArguments, parse_loss_weights, read_recipe
+from manticore_hf.compare.contenders import Contender, Workshop, read_run
+from manticore_hf.compare.scores import forward_flops, load_documents, score
+from manticore_hf.compare.summary import summarise, write_summary
+from manticore_hf.evaluation.data import DataArguments, load_rows
+from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.files import write_json
+
+
+def run_compare(recipe, arguments, output_dir):
+    """Trains, tests and compares what is not finished yet.
+
+    Args:
+        recipe: Path of a recipe with a finetune stage.
+        arguments: CompareArguments.
+        output_dir: Where everything is kept; the same call goes on after a kill.
+
+    Returns:
+        The comparison, as written to `comparison.json` there.
+
+    Raises:
+        ManticoreError: Something cannot be used; or other text or another recipe was compared in this directory.
+    """
+    return Comparison(recipe, arguments, output_dir).run()
+
+
+class Comparison:
+    """One recipe, one test text, one output directory."""
+
+    def __init__(self, recipe, arguments, output_dir):
+        self.arguments, self.output = arguments, Path(output_dir)
+        self.recipe = read_recipe(recipe)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.identity = self._identify()
+        self.shop = Workshop(self.recipe, self.output / "untuned")
+        data = DataArguments(**self.recipe.data)
+        test = {"data": arguments.test, "data_split": arguments.test_split, "max_tokens": arguments.max_test_tokens}
+        test |= {"block_size": data.block_size, "text_column": data.text_column, "validation_fraction": 0.0}
+        self.documents = load_documents(DataArguments(**test), self.shop.tokenizer)
+        if arguments.validation is not None:
+            held_out = {"data": arguments.validation, "block_size": data.block_size, "text_column": data.text_column}
+            rows, _ = load_rows(DataArguments(**held_out, validation_fraction=0.0), self.shop.tokenizer)
+            self.shop.validation_rows = rows
+        self.chosen, self.seen, self.by_name = {}, {}, {}
+
+    def _identify(self):
+        """What every run depends on; refuses a directory of something else."""
+        recipe = dataclasses.asdict(self.recipe)
+        what = {key: recipe[key] for key in ("components", "hybrid", "program", "data", "stages") if recipe[key]}
+        file = self.output / "recipe.json"
+        if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(what)):
+            raise ManticoreError(f"{self.output} compares another recipe ({file}); give another --output-dir.")
+        write_json(file, what)
+        return what
+
+    def run(self):
+        contenders = self._contenders()
+        seeds = len(self.arguments.seeds)
+        self.by_name = {one.name: one for one in contenders}
+        total = sum(len(one.options) + (seeds - 1 if one.seeded else 0) for one in contenders)
+        # A mixture may choose another setting for its components than they do for themselves: then it is a few more.
+        with tqdm(total=total, desc="Comparing", unit="run") as self.bar:
+            for contender in contenders:
+                self.chosen[contender.name] = self._choose(contender)
+        with tqdm(contenders, desc="Testing", unit="model") as bar:
+            rows = [self._tested(one) for one in bar]
+        self._drop_unused(contenders)
+        result = summarise(rows, self.documents, self._facts())
+        write_summary(result, self.output)
+        return result
+
+    # ---- who takes part ----------------------------------------------------------------------------------------------
+
+    def _contenders(self):
+        shop, grid = self.shop, self.arguments.grid(self.recipe)
+        gates = [{**one, **gate} for one in grid for gate in self.arguments.gate_grid()]
+        out = [self._untuned(name) for name in shop.names]
+        out.append(self._mixture("ensemble, untuned", "untuned", None, "static"))
+        out += [self._tuned(name, f"{name}, tuned", "component", grid) for name in shop.names]
+        parts = [one.name for one in out[-len(shop.names) :]]
+        out.append(self._mixture("ensemble of the tuned components", "ensemble", parts, "static", grid))
+        out.append(self._gate("weighted ensemble of the tuned components", "ensemble", parts, "static", gates))
+        out.append(self._gate("token gate over the tuned components", "gate", parts, "token", gates))
+        many = len(shop.names)
+        out += [self._tuned(name, f"{name}, tuned {many} times as long", "single", grid, many) for name in shop.names]
+        out += [self._other(source, grid) for source in self.arguments.singles]
+        if self.arguments.all_text is not None:
+            wanted = self.arguments.retrain or shop.names
+            if unknown := sorted(set(wanted) - set(shop.names)):
+                raise ManticoreError(f"retrain: {unknown[0]!r} is no component; there are {shop.names}.")
+            out += [self._retrained(name, grid) for name in wanted]
+        options = self.arguments.hybrid_grid(self.recipe)
+        for hybrid, label in self._variants():
+            out.append(self._hybrid(label, hybrid, options, None))
+            if self.arguments.from_tuned:
+                out.append(self._hybrid(f"{label}, from tuned components", hybrid, options, parts))
+        if self.arguments.harden:
+            out += [self._hardened(one) for one in out if one.kind == "hybrid"]
+        return out
+
+    def _variants(self):
+        own = self.recipe.hybrid
+        for blocks in self.arguments.blocks or (own.get("num_blocks", 1),):
+            kinds = (None,) if blocks == 1 else self.arguments.projectors or (own.get("projector", "linear"),)
+            for kind in kinds:
+                changed = {"num_blocks": blocks} if kind is None else {"num_blocks": blocks, "projector": kind}
+                text = {None: "", "none": ", no projectors", "mlp": ", MLP projectors", "linear": ""}[kind]
+                yield changed, f"hybrid, {blocks} block{'s' if blocks > 1 else ''}{text}"
+
+    def _untuned(self, name):
+        def load(run):
+            return self.shop.component(name)
+
+        return Contender(f"{name}, untuned", "untuned", _nothing, load, seeded=False)
+
+    def _tuned(self, name, label, kind, grid, passes=1):
+        def train(options, seed, folder):
+            return self.shop.train_plain(self.shop.component(name), self.shop.train_rows, options, seed, folder, passes)
+
+        return Contender(label, kind, train, self.shop.load_plain, grid)
+
+    def _other(self, source, grid):
+        def train(options, seed, folder):
+            repo, _, revision = source.partition("@")
+            kwargs = {"revision": revision} if revision else {}
+            model = AutoModelForCausalLM.from_pretrained(repo, dtype=self.shop.dtype, **kwargs)
+            if model.config.vocab_size < len(self.shop.tokenizer):
+                raise ManticoreError(
+                    f"{source!r} has a vocabulary of {model.config.vocab_size}, the hybrid's tokenizer has "
+                    f"{len(self.shop.tokenizer)}: losses per token compare between models of one tokenizer only."
+                )
+            return self.shop.train_plain(model, self.shop.train_rows, options, seed, folder)
+
+        return Contender(f"{Path(source).name} (single), tuned", "single", train, self.shop.load_plain, grid)
+
+    def _retrained(self, name, grid):
+        def train(options, seed, folder):
+            rows = self.all_rows.shuffle(seed=seed)
+            return self.shop.train_plain(self.shop.component(name), rows, options, seed, folder)
+
+        needs = "the components' training text"
+        return Contender(f"{name}, retrained on all text", "single", train, self.shop.load_plain, grid, needs)
+
+    @functools.cached_property
+    def all_rows(self):
+        """The rows that are trained on, and those of the components' own training text."""
+        data = {**self.recipe.data, "data": self.arguments.all_text, "validation_fraction": 0.0, "max_tokens": None}
+        more, _ = load_rows(DataArguments(**data), self.shop.tokenizer)
+        return concatenate_datasets([self.shop.train_rows, more])
+
+    def _parts(self, names, seed, options, weights=True):
+        """The tuned components of a mixture: their runs with the mixture's own choice from the grid."""
+        if names is None:
+            return [None] * len(self.shop.names)
+        tuning = {key: options[key] for key in ("learning_rate", "num_train_epochs")}
+        return [self._run(self.by_name[name], tuning, seed, weights) for name in names]
+
+    def _mixture(self, label, kind, names, mixture, options=None):
+        def load(run):
+            return self.shop.mixture(self._parts(names, run["seed"], run["options"]), mixture)
+
+        return Contender(label, kind, _nothing, load, options or [{}], base=names or [], seeded=names is not None)
+
+    def _gate(self, label, kind, names, mixture, options):
+        def train(chosen, seed, folder):
+            return self.shop.train_gate(self._parts(names, seed, chosen), mixture, chosen, seed, folder)
+
+        def load(run):
+            return self.shop.load_gate(run, self._parts(names, run["seed"], run["options"]), mixture)
+
+        return Contender(label, kind, train, load, options, base=names)
+
+    def _hybrid(self, label, hybrid, options, parts):
+        def train(chosen, seed, folder):
+            tuned = [str(self.chosen[name][seed]["folder"] / "model") for name in parts or ()]
+            return self.shop.train_hybrid(hybrid, tuned or self.shop.sources, chosen, seed, folder)
+
+        return Contender(label, "hybrid", train, self.shop.load_hybrid, options, base=parts or [])
+
+    def _hardened(self, hybrid):
+        def train(options, seed, folder):
+            return self.shop.harden(self.chosen[hybrid.name][seed], options, seed, folder)
+
+        name = f"{hybrid.name}, hardened"
+        return Contender(name, "hardened", train, self.shop.load_hybrid, base=[hybrid.name])
+
+    # ---- one run -----------------------------------------------------------------------------------------------------
+
+    def _choose(self, contender):
+        """{seed: run} with the setting that is best on the validation split for the first seed."""
+        first, *others = self.arguments.seeds
+        runs = [self._run(contender, options, first) for options in contender.options]
+        best = min(runs, key=lambda run: run["validation"])
+        best = self._run(contender, best["options"], first, weights=True)
+        if not contender.seeded:
+            return dict.fromkeys(self.arguments.seeds, best)
+        return {first: best, **{seed: self._run(contender, best["options"], seed, True) for seed in others}}
+
+    def _bases(self, contender, options, seed):
+        """The runs that a contender's run starts from."""
+        if contender.kind in ("ensemble", "gate"):
+            return self._parts(contender.base, seed, options, weights=False)
+        own = [self.chosen[name][seed] for name in contender.base]
+        return own + [one for name in contender.base for one in self._bases(self.by_name[name], options, seed)]
+
+    def _run(self, contender, options, seed, weights=False):
+        """One run, read where it is finished; with `weights` trained again where they were dropped."""
+        what = {"recipe": self.identity, "contender": contender.name, "options": options, "seed": seed}
+        what |= {"all_text": self.arguments.all_text} if contender.needs else {}
+        what |= {"validation": self.arguments.validation} if self.arguments.validation else {}
+        if contender.base:  # another choice there is another run here
+            what["base"] = [run["folder"].name for run in self._bases(contender, options, seed)]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
+        slug = re.sub(r"[^a-z0-9]+", "-", contender.name.lower()).strip("-")
+        folder = self.output / "runs" / f"{slug}-s{seed}-{digest}"
+        run = read_run(folder)
+        if run is not None and weights and run.get("dropped"):
+            shutil.rmtree(folder)
+            run = None
+        if run is None:
+            self.bar.set_postfix_str(f"{contender.name}, seed {seed}")
+            folder.mkdir(parents=True, exist_ok=True)
+            start = time.time()
+            with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+                cost = contender.train(options, seed, folder)
+            run = {"contender": contender.name, "kind": contender.kind, "seed": seed, "options": options, **cost}
+            run["seconds"] = round(time.time() - start, 2)
+            model = contender.load({**run, "folder": folder})
+            losses = compare_losses(model, self.shop.validation_rows, desc="Validating", rivals=False)
+            run["validation"] = losses["hybrid"]
+            run["parameters"] = sum(p.numel() for p in model.parameters())
+            run["flops_per_token"] = forward_flops(model)
+            if hasattr(model, "mixture_weights"):
+                run["mixture_weights"] = model.mixture_weights().tolist()
+            write_json(folder / "run.json", run)
+            run["folder"] = folder
+        if folder not in self.seen:
+            self.seen[folder] = run
+            self.bar.update()
+        return run
+
+    def _drop_unused(self, contenders):
+        """A run that nothing tested is made of keeps its numbers, not its weights."""
+        used = set()
+        for contender in contenders:
+            for seed, run in self.chosen[contender.name].items():
+                used |= {run["folder"], *(base["folder"] for base in self._bases(contender, run["options"], seed))}
+        for folder in self.seen.keys() - used:
+            _drop_weights(self.seen[folder])
+
+    def _tested(self, contender):
+        """A contender with its chosen runs, tested: {"contender", "runs": {seed: run}, "nll", "correct"}."""
+        runs, scores = self.chosen[contender.name], []
+        for run in runs.values():
+            file = run["folder"] / f"test-{self.documents.digest}.json"
+            if not file.is_file():
+                write_json(file, score(contender.load(run), self.documents))
+            scores.append(json.loads(file.read_text()))
+        values = {key: np.array([one[key] for one in scores], dtype=float) for key in ("nll", "correct")}
+        bases = [self._bases(contender, run["options"], seed) for seed, run in runs.items()]
+        return {"contender": contender, "runs": runs, "bases": bases, **values}
+
+    def _facts(self):
+        """What the comparison states beside its rows."""
+        return {
+            "data": Path(self.recipe.data["data"]).name,
+            "test": Path(self.arguments.test).name,
+            "tokens": len(self.shop.train_rows) * len(self.shop.train_rows[0]["input_ids"]),
+            "seeds": list(self.arguments.seeds),
+            "components": self.shop.names,
+            "grid": self.arguments.grid(self.recipe),
+            "gate_grid": self.arguments.gate_grid(),
+            "hybrid_grid": self.arguments.hybrid_grid(self.recipe),
+        }
+
+
+def _nothing(options, seed, folder):
+    return {"training_tokens": 0, "training_flops": 0.0}
+
+
+def _drop_weights(run):
+    """A run that was not chosen keeps its numbers, not its weights."""
+    write_json(run["folder"] / "run.json", {key: run[key] for key in run if key != "folder"} | {"dropped": True})
+    for file in run["folder"].rglob("*.safetensors"):
+        file.unlink()
+    if not (run["folder"] / "model").is_symlink():
+        shutil.rmtree(run["folder"] / "model", ignore_errors=True)
+
+
+def main(args):
+    """`manticore-hf compare`: from parsed arguments to `run_compare`."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    names = [field.name for field in dataclasses.fields(CompareArguments)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "loss_weights" in given:
+        given["loss_weights"] = tuple(parse_loss_weights(text) for text in given["loss_weights"])
+    run_compare(args.recipe, CompareArguments(**given), args.output_dir)

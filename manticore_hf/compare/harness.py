@@ -1,0 +1,157 @@
+"""Tasks of the lm-evaluation-harness: a hybrid beside its components and their plain ensemble.
+
+    manticore-hf evaluate --model org/hybrid --tasks arc_easy,hellaswag
+
+The harness alone runs on a hybrid, too: `lm_eval --model hf --model_args pretrained=org/hybrid,trust_remote_code=True`.
+This adds the rivals, without which a hybrid's number says little.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from manticore_hf.compose.components import ComponentSpec
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
+from manticore_hf.utils.files import write_json
+
+RESULTS = "tasks.json"
+
+
+def run_tasks(source, tasks, include_path=None, batch_size=8, num_fewshot=None, limit=None, output=None, seed=0):
+    """Runs tasks of the harness on a hybrid, on each of its components and on their ensemble, and prints the scores.
+
+    Args:
+        source: Hybrid: directory or Hub repo.
+        tasks: Names of tasks or groups.
+        include_path: Directory with task definitions of one's own.
+        batch_size: Requests per forward pass.
+        num_fewshot: Examples before each question; default: the task's.
+        limit: Use only so many documents of each task.
+        output: Directory for `tasks.json`; what is in it already is not run again.
+        seed: Of the few-shot examples.
+
+    Returns:
+        {model: {task: {metric: [value, standard error or None]}}}. A hardened hybrid has no rivals left.
+
+    Raises:
+        ManticoreError: The harness is not installed, or does not know a task.
+    """
+    lm_eval = _harness()
+    for defaults in (False, True):  # reading the harness's own definitions takes long, and is often not needed
+        manager = lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=defaults)
+        unknown = [task for task in tasks if task not in manager.all_tasks]
+        if not unknown:
+            break
+    if not tasks or unknown:
+        named = ", ".join(map(repr, unknown)) or "(none was given)"
+        raise ManticoreError(
+            f"--tasks: the harness knows no task {named}; `lm_eval ls tasks` lists them, --include-path names a "
+            "directory of your own."
+        )
+    settings = {"tasks": sorted(tasks), "num_fewshot": num_fewshot, "limit": limit, "seed": seed, "model": str(source)}
+    kept = _read(output, settings)
+    model = ManticoreForCausalLM.from_pretrained(source, dtype="auto").eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    for label, part in _models(model):
+        if label not in kept:
+            print(f"{label} on {', '.join(tasks)}", flush=True)
+            lm = lm_eval.models.huggingface.HFLM(
+                pretrained=part, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)
+            )
+            found = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+            kept[label] = _scores(found["results"])
+            _write(output, settings, kept)
+    _print(kept)
+    return kept
+
+
+def _models(model):
+    """(label, causal LM) of the hybrid and its rivals, one after the other."""
+    yield "hybrid", model
+    if model.config.route:
+        return
+    names = model.config.component_names
+    for name in names:
+        yield name, model.component(name)
+    if len(names) > 1:
+        parts = [ComponentSpec(model.component(name), name=name) for name in names]
+        ensemble = ManticoreForCausalLM.from_components(
+            parts,
+            dtype=model.dtype,
+            num_blocks=1,
+            mixture="static",
+            mixture_space="logprob",
+            vocab_size=model.config.vocab_size,
+            verify=False,
+        )
+        yield "ensemble", ensemble
+
+
+def _harness():
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as err:
+        raise ManticoreError(
+            f"--tasks needs the lm-evaluation-harness ({err}): pip install 'manticore-hf[harness]'."
+        ) from err
+    return lm_eval
+
+
+def _scores(results):
+    """{task: {metric: [value, standard error]}} of the harness's results."""
+    out = {}
+    for task, values in results.items():
+        out[task] = {}
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            if isinstance(value, (int, float)) and filtered and not metric.endswith("_stderr"):
+                error = values.get(f"{metric}_stderr,{filtered}")
+                name = metric if filtered == "none" else f"{metric} ({filtered})"
+                out[task][name] = [value, error if isinstance(error, (int, float)) else None]
+    return out
+
+
+def _read(output, settings):
+    """What was measured already with these settings."""
+    try:
+        values = json.loads((Path(output) / RESULTS).read_text()) if output is not None else {}
+    except FileNotFoundError:
+        return {}
+    except ValueError as err:
+        raise ManticoreError(f"{Path(output) / RESULTS} is damaged ({err}); remove it to measure again.") from err
+    if values and values.get("settings") != settings:
+        raise ManticoreError(f"{Path(output) / RESULTS} is of another evaluation; give another --output-dir.")
+    return values.get("scores", {})
+
+
+def _write(output, settings, scores):
+    if output is not None:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        write_json(Path(output) / RESULTS, {"settings": settings, "scores": scores})
+
+
+def _print(scores):
+    rows = [(task, metric) for task, metrics in scores["hybrid"].items() for metric in metrics]
+    width = max(len(f"{task} {metric}") for task, metric in rows) if rows else 4
+    print(f"\n{'task':{width}}" + "".join(f"{label:>20}" for label in scores))
+    for task, metric in rows:
+        cells = [scores[label].get(task, {}).get(metric, [float("nan"), None]) for label in scores]
+        shown = [f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}") for value, error in cells]
+        print(f"{f'{task} {metric}':{width}}" + "".join(f"{cell:>20}" for cell in shown))

@@ -1,0 +1,1 @@
+"""From pretrained models to a hybrid: components, tokenizers, other formats, transplanted vocabularies."""

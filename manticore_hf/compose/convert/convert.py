@@ -1,0 +1,236 @@
+"""Checkpoints that hybrids do not read, as local directories that they do: `manticore-hf convert SOURCE`.
+
+    manticore-hf convert state-spaces/mamba-130m --output-dir mamba-130m       # mamba_ssm's own layout, and pickle
+    manticore-hf convert model.gguf --output-dir model                         # dequantised by Transformers
+    manticore-hf convert org/old --output-dir old                              # Transformers' layout, but a pickle
+
+Hybrids read safetensors only, because reading a pickle can run code; converting is the step that a user takes on
+purpose. Pickles are read with weights_only, and refused if they hold anything but tensors. Each tensor of the source
+is used exactly once, each of the model's is filled, and what was written, read back, gives the same logits to the bit.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from manticore_hf.compose.convert.gguf import gguf_tokenizer, load_gguf
+from manticore_hf.compose.convert.mamba_ssm import TOKENIZER, is_mamba_ssm, mamba_config, mamba_weights
+from manticore_hf.compose.convert.sources import find_source, read_tensors
+from manticore_hf.compose.tokenizers import TOKENIZER_FILES
+from manticore_hf.hub.licenses import read_license
+from manticore_hf.modeling.bounds_manticore import build_config, check_plain
+from manticore_hf.modeling.components_manticore import WEIGHT_FILES
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.saving_manticore import whole_directory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_CARD = """\
+# {title}
+
+Converted by manticore-hf from {source} ({how}). The weights are the source's{rounded}.
+
+* Source: {source}
+* Revision: {revision}
+* Licence, as stated there: {license}
+* Tokenizer: {tokenizer}
+"""
+
+
+def convert(source, output_dir, tokenizer=None, dtype=None, gguf_file=None, revision=None):
+    """Converts a checkpoint to a directory with config.json, model.safetensors and tokenizer.
+
+    Args:
+        source: Directory, .gguf file, or Hub repository ("org/name", "org/name@revision"): a checkpoint in mamba_ssm's
+            layout, a GGUF file, or a pickle of a model that Transformers has.
+        output_dir: Directory to write, new or empty; it appears whole or not at all.
+        tokenizer: Directory or repository of the tokenizer. Default: the source's; for mamba_ssm's layout, which has
+            none, that of GPT-NeoX-20B.
+        dtype: "float32", "bfloat16" or "float16". Default: the widest that is stored; for GGUF float32.
+        gguf_file: A GGUF file in the directory or repository.
+        revision: Branch, tag or commit of a repository.
+
+    Returns:
+        {"source", "revision" (commit, or None), "how", "model_type", "parameters", "dtype", "license" (or None),
+        "tokenizer"}.
+
+    Raises:
+        ManticoreError: Names the source and why it cannot be converted; nothing is written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ManticoreError(f"dtype={dtype!r} is unknown; choose one of {sorted(DTYPES)}.")
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ManticoreError(f"The output directory {str(output)!r} is there and not empty; choose another.")
+    found, gguf_file = find_source(source, revision, gguf_file)
+    stored = None if gguf_file is None else found.file(gguf_file, needed=True)
+    values = _read_config(found) if stored is None else None
+    read = None if stored is None else _read(found, values, stored)  # whether a GGUF file can be read shows here only
+    tokens, tokens_from = _tokenizer(found, values, stored, tokenizer)
+    how, config, tensors, generation, license = read or _read(found, values, stored)
+    if values is not None and is_mamba_ssm(values):
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the classes' defaults are of other tokenizers
+            setattr(config, key, getattr(tokens, key))
+    stored_in = _widest(found.what, tensors)
+    model = _fill(found.what, config, tensors, DTYPES.get(dtype) or stored_in)
+    if generation is not None:
+        model.generation_config = generation
+    largest = max(tokens.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise ManticoreError(
+            f"{found.what}: its vocabulary has {config.vocab_size} rows, too few for the tokenizer {tokens_from!r} "
+            f"with ids up to {largest}; give the tokenizer that the model was trained with."
+        )
+    result = {
+        "source": found.repo_id or found.folder.resolve().name, "revision": found.revision, "how": how,
+        "model_type": config.model_type, "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."), "license": license or read_license(found.file("README.md")),
+        "tokenizer": tokens_from,
+    }  # fmt: skip
+    with whole_directory(output, True) as scratch:
+        model.save_pretrained(scratch)
+        tokens.save_pretrained(scratch)
+        rounded = "" if torch.promote_types(model.dtype, stored_in) == model.dtype else f", rounded to {dtype}"
+        Path(scratch, "README.md").write_text(_card(result, output.resolve().name, rounded))
+        _check_saved(found.what, model, scratch)
+    return result
+
+
+def _read_config(source):
+    path = source.file("config.json", needed=True)
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as err:
+        raise ManticoreError(f"{source.what}: its config.json is no JSON object ({err}).") from err
+    if not isinstance(values, dict):
+        raise ManticoreError(f"{source.what}: its config.json is no JSON object.")
+    check_plain(source.what, values)
+    if not is_mamba_ssm(values) and any(source.file(name) for name in WEIGHT_FILES):
+        raise ManticoreError(f"{source.what} has safetensors already: name it as a component as it is.")
+    return values
+
+
+def _read(source, values, stored):
+    """(what it is, config, {name of Transformers: tensor}, generation config or None, licence or None)."""
+    if stored is not None:
+        return f"the GGUF file {stored.name}", *load_gguf(source.what, stored)
+    if is_mamba_ssm(values):
+        config = mamba_config(source.what, values)
+        tensors = mamba_weights(source.what, read_tensors(source), config.tie_word_embeddings)
+        return "mamba_ssm's layout", config, tensors, None, None
+    config = build_config("source", values, source.what)
+    generation = source.file("generation_config.json")
+    if generation is not None:
+        try:
+            generation = GenerationConfig.from_pretrained(generation.parent)
+        except Exception as err:
+            raise ManticoreError(f"{source.what}: its generation_config.json is invalid ({err}).") from err
+    return "a pickle", config, read_tensors(source), generation, None
+
+
+def _tokenizer(source, values, stored, given):
+    """(the tokenizer, what it is called)."""
+    if given is None and stored is not None:
+        return gguf_tokenizer(source.what, stored), stored.name
+    name, options = given, {}
+    if given is None:
+        has_one = any([source.file(file) is not None for file in TOKENIZER_FILES])  # fetches all there are
+        if not has_one and not is_mamba_ssm(values):
+            raise ManticoreError(f"{source.what} has no tokenizer; give one (--tokenizer DIRECTORY_OR_REPO).")
+        name, options = source.address if has_one else (TOKENIZER, {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as err:
+        reason = " ".join(str(err).split())[:300]
+        why = "which is the default where a checkpoint has none, " if name == TOKENIZER and given is None else ""
+        raise ManticoreError(
+            f"{source.what}: the tokenizer {str(name)!r}, {why}cannot be read ({reason}); give another, or a directory "
+            "(--tokenizer)."
+        ) from err
+    # A directory's place is no one else's business: the card says its name
+    return tokenizer, os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else str(name)
+
+
+def _widest(what, tensors):
+    dtype = None
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    if dtype not in DTYPES.values():
+        raise ManticoreError(f"{what} stores its weights as {dtype}; one of {sorted(DTYPES)} can be converted.")
+    return dtype
+
+
+def _fill(what, config, tensors, dtype):
+    """The model of a configuration, made of these tensors and nothing else."""
+    try:
+        model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as err:  # whatever an architecture asks of its tensors
+        raise ManticoreError(
+            f"{what}: its tensors do not fit its configuration ({' '.join(str(err).split())[:500]})."
+        ) from err
+    for problem, keys in (
+        ("has no tensor for", found["missing_keys"]),
+        ("has a tensor that its architecture has no place for:", found["unexpected_keys"]),
+        ("has a tensor of another shape than its configuration says:", [one[0] for one in found["mismatched_keys"]]),
+    ):
+        if keys:
+            first, others = min(keys), len(keys) - 1
+            raise ManticoreError(f"{what} {problem} {first}{f' (and {others} more)' if others else ''}.")
+    return model.eval()
+
+
+@torch.no_grad()
+def _check_saved(what, model, directory):
+    """Raises ManticoreError unless what was written, read back, is the model to the last bit."""
+    ids = torch.arange(24).remainder(model.config.vocab_size)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=model.dtype, use_safetensors=True).eval()
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    if not same or not torch.equal(model(ids).logits, loaded(ids).logits):
+        raise ManticoreError(
+            f"{what}: what was written is not what was read, so it was removed; please report this architecture "
+            f"({model.config.model_type})."
+        )
+
+
+def _card(result, title, rounded):
+    license, source = result["license"], result["source"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if license is not None:
+        lines.append(f"license: {json.dumps(license)}")
+    if result["revision"] is not None:
+        lines.append(f"base_model: {source}")
+    body = _CARD.format(
+        title=title,
+        how=result["how"],
+        source=f"`{source}`",
+        revision=result["revision"] or "none (local files)",
+        license=license or "none",
+        tokenizer=f"`{result['tokenizer']}`",
+        rounded=rounded,
+    )
+    return "\n".join([*lines, "---", "", body])
+
+
+def main(args):
+    """`manticore-hf convert`."""
+    result = convert(args.source, args.output_dir, args.tokenizer, args.dtype, args.gguf_file, args.revision)
+    at = f" at commit {result['revision']}" if result["revision"] else ""
+    print(f"\nconvert: {result['source']}{at} ({result['how']})")
+    print(
+        f"{result['model_type']}, {result['parameters']:,} parameters in {result['dtype']}, licence "
+        f"{result['license'] or 'not stated'}, tokenizer {result['tokenizer']}"
+    )
+    print(f"written to {args.output_dir}; read back, it gives the same logits")

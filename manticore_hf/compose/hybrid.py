@@ -1,0 +1,290 @@
+"""The hybrid classes that users import: those of `modeling/`, with `from_components`.
+
+A published repository carries `modeling/` alone, which loads, runs, trains and saves a hybrid; composing needs more.
+Importing `manticore_hf` registers these classes with the Auto classes.
+"""
+
+import copy
+import difflib
+import inspect
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files
+from manticore_hf.compose.components import ComponentSpec, load, resolve
+from manticore_hf.compose.dtypes import cast, stored_dtype
+from manticore_hf.compose.tokenizers import check_tokenizers
+from manticore_hf.modeling import modeling_manticore
+from manticore_hf.modeling.attention_manticore import settle_attention
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.devices_manticore import whole_weights
+from manticore_hf.modeling.dtypes_manticore import default_dtype
+from manticore_hf.modeling.references_manticore import component_files, record
+
+_NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
+
+# Ways to read five tokens: what a message calls them, tokens per call (several: with a cache), tokens of left padding.
+# The first is all of them at once.
+_WAYS = (
+    ("a cache beside padding on the left", (4, 1, 2), 2),
+    ("a cache", (3, 1, 1), 0),
+    ("a call with several tokens after the first", (2, 3), 0),
+    ("padding on the left", (7,), 2),
+)
+
+
+class ManticoreModel(modeling_manticore.ManticoreModel):
+    """A hybrid without output head; see `manticore_hf.modeling.modeling_manticore`."""
+
+
+class ManticoreForCausalLM(modeling_manticore.ManticoreForCausalLM):
+    """A hybrid as a causal LM, which `from_components` composes; see `manticore_hf.modeling.modeling_manticore`."""
+
+    @classmethod
+    @whole_weights()
+    def from_components(
+        cls, components, *, dtype=None, token=None, cache_dir=None, local_files_only=False, verify=True, **settings
+    ):
+        """Composes a hybrid from pretrained causal LMs.
+
+        Args:
+            components: Each a repo id ("org/name", "org/name@revision"), a local directory, an instantiated causal LM,
+                or a ComponentSpec. Repos are pinned to their 40-hex commit and referenced; directories and instances
+                are embedded.
+            dtype: Of the weights; default: what the components are stored in if they agree, else float32. Instances are
+                converted in place.
+            token, cache_dir, local_files_only: As in `from_pretrained`.
+            verify: Run a few tokens through each component, cut and uncut, and refuse it if they differ.
+            **settings: Keys of ManticoreConfig: preset, num_blocks, block_layers, gate, mixture, embeddings, ...
+
+        Returns:
+            The hybrid, in evaluation mode.
+
+        Raises:
+            ManticoreError: A component or setting that cannot be used, named, before weights are downloaded where
+                possible.
+        """
+        if not isinstance(components, (list, tuple)) or not components:
+            raise ManticoreError("from_components takes a list of at least one component.")
+        known = [key for key in inspect.signature(cls.config_class.__init__).parameters if key not in _NO_SETTINGS]
+        for key in settings:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1)
+                raise ManticoreError(
+                    f"{key}={settings[key]!r}: there is no such setting"
+                    + (f"; did you mean {close[0]}?" if close else f"; choose from {known}.")
+                )
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ManticoreError(f"dtype={dtype!r} is no dtype of torch; give for example 'bfloat16'.")
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        found = [resolve(ComponentSpec.of(item), hub) for item in components]
+        padded = len({one.config.vocab_size for one in found}) > 1 and "vocab_size" not in settings
+        if padded:  # or really different: then there is no common size, and the configuration refuses
+            settings["vocab_size"] = check_tokenizers(found, hub)
+        config = cls.config_class(components=[one.entry() for one in found], **settings)
+        settle_attention(config)
+        if not padded:
+            check_tokenizers(found, hub)
+        files = {}
+        for one, entry in zip(found, config.components):
+            if one.repo_id is not None:  # fetched here, where what arrives is checked
+                files[one.name] = component_files({**entry, "files": None}, hub)
+                entry["files"] = record(files[one.name]) if entry["weights"] == "reference" else None
+            elif one.directory is not None:
+                files[one.name] = checkpoint_files(os.path.join(one.directory, one.subfolder or ""))
+        if dtype is None or dtype == "auto":
+            stored = {stored_dtype(one.model or one.config, files.get(one.name)) for one in found}
+            dtype = stored.pop() if len(stored) == 1 else torch.float32
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        parts = {}
+        for one in found:
+            if one.model is None:
+                check_checkpoint(one.address, one.config, files[one.name])
+            part = parts[one.name] = load(one, dtype, hub)
+            if one.model is not None:
+                cast(f"Component {one.address}", part, dtype)
+        config.dtype = dtype
+        first = parts[config.tokenizer_component]
+        with default_dtype(dtype):
+            model = cls(config, components=parts)
+        if first.device.type != "meta":  # as where weights wait on a disk
+            model.hybrid_mixer.to(first.device)
+        model._component_cache_dir = cache_dir
+        model.generation_config = type(first.generation_config).from_dict(first.generation_config.to_dict())
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(first.config, key, None) is not None:
+                setattr(config, key, getattr(first.config, key))
+        model.eval()
+        if verify:
+            model.verify_segments()
+        if config.embeddings == "fresh":
+            model.renew_embeddings()
+        return model
+
+    @torch.no_grad()
+    def verify_segments(self):
+        """Runs five tokens through every component: cut and uncut, at once and with a cache, alone and padded.
+
+        Raises:
+            ManticoreError: A component whose segments are not the component, or that is not causal, or that a cache or
+                padding on the left changes.
+        """
+        ids = torch.arange(5, device=self.device)[None] * 7 % self.config.vocab_size
+        for name in self.config.component_names:
+            component = self.component(name)
+            what = f"Component {name!r} ({component.config.model_type})"
+            whole = component(input_ids=ids, use_cache=False).logits
+            if _differ(self._read(name, ids, [5]), whole, component.dtype):
+                raise ManticoreError(
+                    f"{what}: its layers run in {self.config.num_blocks} segments do not give what the whole model "
+                    "gives; this architecture is not supported."
+                )
+            if _differ(component(input_ids=ids[:, :-1], use_cache=False).logits, whole[:, :-1], component.dtype):
+                raise ManticoreError(f"{what} is not causal: its predictions change with later tokens.")
+            if self._read_wrong(name, ids, whole, *_WAYS[0][1:]) is not None:
+                wrong = [(way, self._read_wrong(name, ids, whole, *rest)) for way, *rest in (*_WAYS[1:], _WAYS[0])]
+                way, reason = next((way, reason) for way, reason in wrong if reason is not None)
+                raise ManticoreError(
+                    f"{what}: in Transformers {way} {reason}, so that it would generate something else than it should; "
+                    "this architecture is not supported."
+                )
+
+    def _read(self, name, ids, sizes, padding=0):
+        """A component's logits [1, time, vocabulary], in segments.
+
+        Args:
+            name: The component.
+            ids: [1, time].
+            sizes: How many tokens each call reads, padding included; with several calls there is a cache.
+            padding: Tokens of padding on the left.
+        """
+        ids = F.pad(ids, (padding, 0))
+        positions = (torch.arange(ids.shape[1], device=ids.device) - padding).clamp(min=0)[None]
+        mask = torch.ones_like(ids)
+        mask[:, :padding] = 0
+        cache, logits, start = self.make_cache() if len(sizes) > 1 else None, [], 0
+        for size in sizes:
+            stop = start + size
+            state = self.embed(name, ids[:, start:stop])
+            for block in range(self.config.num_blocks):
+                view = None if cache is None else cache.view(name, block)
+                given = mask[:, :stop] if padding else None
+                state = self._segment(name, block)(state, given, positions[:, start:stop], view)
+            logits.append(self._cuts.head(self.component(name))(state))
+            if cache is not None:
+                cache.advance(size)
+            start = stop
+        return torch.cat(logits, 1)[:, padding:]
+
+    def _read_wrong(self, name, ids, whole, sizes, padding):
+        """What is wrong with a way of reading, or None."""
+        try:
+            read, dtype = self._read(name, ids, sizes, padding), self.component(name).dtype
+            return "changes its predictions" if _differ(read, whole, dtype) else None
+        except Exception as err:  # of the component's class
+            return "fails (" + " ".join(f"{type(err).__name__}: {err}".split())[:200] + ")"
+
+    @torch.no_grad()
+    def renew_embeddings(self):
+        """New embeddings and heads of N(0, 0.02) for every component (embeddings="fresh", the paper's code)."""
+        for name in self.config.component_names:
+            component = self.component(name)
+            for module in {
+                id(m): m for m in (component.get_input_embeddings(), component.get_output_embeddings()) if m is not None
+            }.values():
+                nn.init.normal_(module.weight, 0.0, 0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+
+def _differ(got, wanted, dtype):
+    """Whether two ways to the same logits differ by more than the rounding of the component's dtype."""
+    by, size = (got - wanted).float().abs(), wanted.float().abs()
+    if dtype not in (torch.bfloat16, torch.float16):
+        return not bool(by.max() <= 1e-3 * size.max().clamp(min=1e-6))  # nor is a NaN equal
+    # Rounding may send a token to other experts, whose outputs differ more
+    return not bool(by.mean() <= 5e-2 * size.mean().clamp(min=1e-6))
+
+
+class _Classifies:
+    """What both classifiers add to those of `modeling/`."""
+
+    @classmethod
+    def from_components(
+        cls, components, *, num_labels=None, id2label=None, label2id=None, problem_type=None, **settings
+    ):
+        """Composes a hybrid that classifies, from pretrained causal LMs.
+
+        Args:
+            components: As in `ManticoreForCausalLM.from_components`.
+            num_labels: Number of labels (default: as many as `id2label` has, else 2).
+            id2label, label2id: Names of the labels by number, and back.
+            problem_type: "regression", "single_label_classification" or "multi_label_classification"; default: by the
+                labels that are given first, as in Transformers.
+            **settings: Further arguments of `ManticoreForCausalLM.from_components`.
+
+        Returns:
+            The hybrid, in evaluation mode, with new score heads.
+
+        Raises:
+            ManticoreError: A component or setting that cannot be used.
+        """
+        model = ManticoreForCausalLM.from_components(components, **settings)
+        return cls.from_causal_lm(model, num_labels, id2label, label2id, problem_type)
+
+    @classmethod
+    def from_causal_lm(cls, model, num_labels=None, id2label=None, label2id=None, problem_type=None):
+        """A classifier of a causal hybrid in memory; they share components and mixer, so training one changes both.
+
+        Args:
+            model: A ManticoreForCausalLM, hardened or not.
+            num_labels, id2label, label2id, problem_type: As in `from_components`.
+
+        Raises:
+            ManticoreError: It is no causal hybrid, or a quantised one, or the labels contradict each other.
+        """
+        if "ManticoreForCausalLM" not in {base.__name__ for base in type(model).__mro__}:  # or of another copy
+            raise ManticoreError(f"{type(model).__name__} is no causal hybrid; give a ManticoreForCausalLM.")
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ManticoreError(
+                f"This hybrid is quantised; load it as a {cls.__name__} instead (from_pretrained with num_labels and "
+                "quantization_config)."
+            )
+        config = copy.deepcopy(model.config)
+        config.architectures = None
+        _label(config, num_labels, id2label, label2id, problem_type)
+        with default_dtype(model.dtype):
+            out = cls(config, {name: model.component(name) for name in config.component_names})
+        out.hybrid_mixer = model.hybrid_mixer
+        for key in ("_component_cache_dir", "_own_commit"):  # where it came from, for saving and for adapters
+            if key in model.__dict__:
+                setattr(out, key, getattr(model, key))
+        out.score.to(model.device)
+        return out.eval()
+
+
+class ManticoreForSequenceClassification(_Classifies, modeling_manticore.ManticoreForSequenceClassification):
+    """A hybrid that scores whole sequences; see `manticore_hf.modeling.modeling_manticore`."""
+
+
+class ManticoreForTokenClassification(_Classifies, modeling_manticore.ManticoreForTokenClassification):
+    """A hybrid that scores every token; see `manticore_hf.modeling.modeling_manticore`."""
+
+
+def _label(config, num_labels, id2label, label2id, problem_type):
+    """Writes labels into a configuration."""
+    names = None if id2label is None else {int(number): name for number, name in id2label.items()}
+    if names is not None and num_labels not in (None, len(names)):
+        raise ManticoreError(f"num_labels={num_labels} contradicts id2label, which has {len(names)} labels.")
+    if names is not None:
+        config.id2label = names
+        config.label2id = {name: number for number, name in names.items()}
+    elif num_labels is not None:
+        config.num_labels = num_labels
+    if label2id is not None:
+        config.label2id = dict(label2id)
+    if problem_type is not None:
+        config.problem_type = problem_type

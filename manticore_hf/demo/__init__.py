@@ -1,0 +1,1 @@
+"""The demonstration: `manticore-hf demo`."""

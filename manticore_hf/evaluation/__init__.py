@@ -1,0 +1,1 @@
+"""Text, losses, scores of tokens and metrics."""

@@ -1,0 +1,42 @@
+"""Tasks that say what a model can do: the six of MAD and those of the Long Range Arena, trained on and scored.
+
+    from manticore_hf.experiments import mad_task
+    task = mad_task("in-context-recall", vocab_size=32)
+    train, test = task.dataset("train"), task.dataset("test")       # datasets.Dataset, for any causal LM's Trainer
+
+`manticore-hf mad TASK` and `manticore-hf lra TASK` train a model or a hybrid on one of them and print its accuracy.
+"""
+
+import importlib
+
+_LATER = {
+    "CompressionModel": "mad.compression",
+    "EasySettings": "mad.easy",
+    "LraTask": "lra.settings",
+    "MadTask": "mad.settings",
+    "ProgramSettings": "mad.program",
+    "ProgrammedAlpha": "mad.program",
+    "TASKS": "mad.settings",
+    "benchmark_settings": "mad.settings",
+    "from_scratch": "models",
+    "generate": "mad.tasks",
+    "hybrid_from_scratch": "models",
+    "mad_profile": "mad.profile",
+    "mad_task": "mad.settings",
+    "program_alpha": "mad.program",
+    "lra_task": "lra.settings",
+    "run_lra": "lra.train",
+    "run_mad": "mad.train",
+}
+
+__all__ = [*_LATER]
+
+
+def __getattr__(name):
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+
+
+def __dir__():
+    return sorted({*globals(), *_LATER})

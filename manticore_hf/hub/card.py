@@ -1,0 +1,359 @@
+"""The model card of a hybrid, made from its directory: what it is, what it is worth, what it costs, what it obliges to.
+
+Metadata follow the Hub's conventions. The body comes from a template whose blocks are the card's sections. Whatever was
+written by strangers (names, licences, recipes) is escaped: it is shown, and formats nothing.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, constants
+
+from manticore_hf.hub.card_merge import Card
+from manticore_hf.hub.inspection import inspect_hybrid
+from manticore_hf.hub.licenses import DUTIES, LICENSES, Combined, combine
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+from manticore_hf.utils.formatting import Safe, escape, link, listed, markdown_environment, short_bytes, short_count
+from manticore_hf.utils.task_types import kind_of
+
+TAGS = ("manticore", "hybrid", "merge")
+LICENSE_FILE = "LICENSE.md"
+_FLOP_TOKENS = 128
+_SHOWN_LABELS = 100
+
+
+@dataclass
+class Result:
+    """Losses of a hybrid and its rivals on one text.
+
+    Args:
+        data: The text.
+        losses: {label: nats per token}.
+        own: Label of the hybrid itself.
+        tokens: Tokens it was measured on, if known.
+        note: A sentence on how it was measured.
+    """
+
+    data: str
+    losses: dict
+    own: str = "hybrid"
+    tokens: int | None = None
+    note: str | None = None
+
+
+@dataclass
+class Facts:
+    """What a card says, beside what can be read from the hybrid's directory.
+
+    Args:
+        repo_id: Repository it is for.
+        licenses: {component: licence or None}.
+        license: The hybrid's own licence, None for the one that follows from `licenses`.
+        own_bytes, referenced_bytes: Of weights in this repository, and of those it references.
+        tuned: Names of the referenced components of which tensors were changed, and are in this repository.
+        access: Sentences on components that not everyone can read.
+        datasets, tags: To add to what is known.
+        combined: What follows from the licences; default: `combine(licenses)`.
+    """
+
+    repo_id: str
+    licenses: dict
+    license: str | None = None
+    own_bytes: int = 0
+    referenced_bytes: int = 0
+    tuned: set = field(default_factory=set)
+    access: list = field(default_factory=list)
+    datasets: list = field(default_factory=list)
+    tags: list = field(default_factory=list)
+    combined: Combined | None = None
+
+
+def make_card(directory, facts):
+    """Makes the card of a saved hybrid.
+
+    Args:
+        directory: Where the hybrid is.
+        facts: Facts.
+
+    Returns:
+        (Card, text of the licence file or None where one licence covers all, alpha [S][K] or None, notices).
+
+    Raises:
+        ManticoreError: The directory's configuration is no hybrid's.
+    """
+    directory = Path(directory)
+    config, found = ManticoreConfig.from_pretrained(directory), inspect_hybrid(directory, _FLOP_TOKENS)
+    recipe, notices, kind = _read(directory / "recipe.yaml"), [], kind_of(config)
+    results = []
+    for result in read_results(directory):
+        if kind.labels:
+            notices.append(f"The loss on {result.data!r} is not shown: it is a language model's, this one classifies.")
+        elif set(result.losses) - {result.own} and result.own in result.losses:
+            results.append(result)
+        else:
+            notices.append(f"The loss on {result.data!r} is not shown: no rival's was measured beside it.")
+    combined = facts.combined or combine(facts.licenses)
+    alpha = _alpha(config, found)
+    context = {
+        **_numbers(config, found, facts, alpha), **_licenses(facts, combined),
+        "repo_id": facts.repo_id, "name": facts.repo_id.split("/")[-1], "access": facts.access, "recipe": recipe,
+        "results": [_show(result) for result in results],
+    }  # fmt: skip
+    template = markdown_environment().get_template("model_card.md.jinja")
+    shown = {name: "".join(block(template.new_context(context))).strip() for name, block in template.blocks.items()}
+    if not results:
+        del shown["results"]
+    if not kind.labels:
+        del shown["labels"]
+    if alpha is None:
+        shown["mixture"] = shown["mixture"].partition("\n\n")[0] + "\n\nIts weights could not be read here."
+    own_license = facts.license or combined.license
+    license_text = None
+    if own_license == "other":
+        license_text = markdown_environment().get_template("license.md.jinja").render(context)
+    card = Card(_metadata(config, kind, facts, results, recipe, own_license, combined.name), shown)
+    return card, license_text, alpha, notices
+
+
+def read_results(directory):
+    """[Result] of what was measured in a directory: `evaluation.json`, and the `stage.json` of the stage that made it.
+
+    Files of another form are passed over: they are optional, and may be anyone's.
+    """
+    out = []
+    for name in ("evaluation.json", "stage.json"):
+        try:
+            values = json.loads(_read(Path(directory) / name) or "[]")
+        except (ValueError, RecursionError):
+            continue
+        for value in values if isinstance(values, list) else [values]:
+            losses = value.get("losses") if isinstance(value, dict) else None
+            if not isinstance(losses, dict) or not losses or not all(map(_is_loss, losses.values())):
+                continue
+            tokens, note = value.get("tokens"), value.get("note")
+            data = str(value.get("data") or "the validation text")
+            if any(result.data == data for result in out):
+                continue
+            out.append(
+                Result(
+                    data,
+                    {str(label): float(loss) for label, loss in losses.items()},
+                    str(value.get("own", "hybrid")),
+                    tokens if type(tokens) is int else None,
+                    note if isinstance(note, str) else None,
+                )
+            )
+    return out
+
+
+def _metadata(config, kind, facts, results, recipe, license, license_name):
+    bases = [entry["repo_id"] for entry in config.components if entry["repo_id"]]
+    evaluations = [
+        EvalResult(
+            task_type=kind.task,
+            dataset_type=_dataset_type(result.data),
+            dataset_name=result.data,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for result in results
+        for metric, name, value in (
+            ("loss", "nats per token", result.losses[result.own]),
+            ("perplexity", "perplexity", math.exp(min(result.losses[result.own], 700.0))),
+        )
+    ]
+    datasets = list(dict.fromkeys([*facts.datasets, *_datasets_of(recipe)]))
+    other = {"license_name": license_name or "other", "license_link": LICENSE_FILE}
+    return ModelCardData(
+        base_model=list(dict.fromkeys(bases)) or None,
+        base_model_relation="merge" if bases else None,
+        library_name="transformers",
+        pipeline_tag=kind.task,
+        tags=[*TAGS, *(tag for tag in facts.tags if tag not in TAGS)],
+        license=license,
+        **(other if license == "other" else {}),
+        datasets=datasets or None,
+        model_name=facts.repo_id.split("/")[-1],
+        eval_results=evaluations or None,
+    ).to_dict()
+
+
+def _numbers(config, found, facts, alpha):
+    """What the inspection says, as the template prints it."""
+    sizes, kind = {row["part"]: row["parameters"] for row in found["parts"]}, kind_of(config)
+    how = {(False, False): ", as they are", (False, True): ", changed ones here", (True, False): ", copied here"}
+    components = []
+    for entry in found["components"]:
+        name, reference = entry["name"], entry["weights"] == "reference"
+        rows = [row for row in found["blocks"] if row["component"] == name]
+        left = sum(row["parameters"] for row in rows)
+        page = f"{constants.ENDPOINT}/{entry['repo_id']}"
+        components.append(
+            {
+                "name": name,
+                "model_type": entry["model_type"],
+                "weights": link(entry["repo_id"], page) + how[not reference, name in facts.tuned]
+                if entry["repo_id"]
+                else "in this repository",
+                "commit": link(entry["revision"][:12], f"{page}/tree/{entry['revision']}") if entry["repo_id"] else "-",
+                "parameters": short_count(sizes.get(name, left)),
+                "license": facts.licenses.get(name) or "not stated",
+                "layers": ", ".join(f"{row['layers']}" for row in rows),
+            }
+        )
+    cost = [
+        {
+            "part": Safe("**this hybrid**") if row["part"] == "hybrid" else f"{row['part']} alone",
+            "parameters": short_count(row["parameters"]),
+            "memory": short_bytes(row["bytes"]),
+            "flops": short_count(row["flops_per_token"]),
+            "cache": short_bytes(row["cache_bytes_per_token"]),
+            "state": short_bytes(row["state_bytes"]),
+        }
+        for row in found["parts"]
+    ]
+    settings = {"preset": config.preset} if getattr(config, "preset", None) else {}
+    settings.update(found["settings"])
+    names = list(dict.fromkeys(entry["name"] for entry in found["components"]))
+    transplanted = [entry["name"] for entry in found["components"] if entry["transplant"] is not None]
+    home = config.components[names.index(config.tokenizer_component)]["transplant"]  # of another model, then
+    return {
+        "components": components,
+        "cost": cost,
+        "names": names,
+        "route": config.route,
+        "tokens": _FLOP_TOKENS,
+        "parts": listed([f"{row['name']} ({row['model_type']})" for row in components]),
+        "own_bytes": short_bytes(facts.own_bytes),
+        "referenced_bytes": facts.referenced_bytes and short_bytes(facts.referenced_bytes),
+        "alpha": [[f"{w:.3f}" for w in row] for row in alpha or []],
+        "kind": kind,
+        "labels": _labels(found["task"]),
+        "quantization": found["quantization"],
+        # A classifier's mixture is the part of the gate that does not depend on the token.
+        "token": config.mixture == "token" and not config.route and not kind.labels,
+        "context": config.max_position_embeddings,
+        "tokenizer_component": None if home else config.tokenizer_component,
+        "vocab_size": config.vocab_size,
+        "transplanted": transplanted and listed(transplanted),
+        "prompt": "A text to read." if kind.labels else "The",
+        "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+        "settings": [{"key": key, "value": value} for key, value in settings.items() if value is not None],
+        "versions": ", ".join(f"{name} {_version(name)}" for name in ("manticore-hf", "transformers", "torch")),
+    }
+
+
+def _labels(task):
+    """What a classifier gives, as the template prints it."""
+    names = task.get("labels", [])
+    rows = [{"number": number, "name": name} for number, name in enumerate(names[:_SHOWN_LABELS])]
+    return {"rows": rows, "count": len(names), "problem": task.get("problem")}
+
+
+def _licenses(facts, combined):
+    rows = []
+    for name, stated in facts.licenses.items():
+        known = LICENSES.get(stated)
+        rows.append(
+            {
+                "name": name,
+                "license": link(known.id, known.link) if known else stated or "not stated",
+                "spdx": (known.spdx or "none") if known else "-",
+                "duties": ("; ".join(DUTIES[key] for key in sorted(known.duties)) or "nothing")
+                if known
+                else "not known to this program: read it"
+                if stated
+                else "not known: ask its authors",
+            }
+        )
+    if combined.unknown:
+        sentence = f"The licence of the whole is unknown, because that of {listed(combined.unknown)} is."
+    elif combined.license == "other":
+        sentence = "No single licence of theirs satisfies all of them."
+    else:
+        sentence = f"All of them are satisfied by {combined.license}."
+    if facts.license and facts.license != combined.license:
+        sentence += f" The publisher states {facts.license} for the hybrid."
+    return {"licenses": rows, "license_sentence": sentence, "conflicts": combined.conflicts}
+
+
+def _show(result):
+    """A Result as the template prints it: best first, with the distance to the best rival."""
+    own, rivals = result.losses[result.own], {k: v for k, v in result.losses.items() if k != result.own}
+    best = min(rivals, key=rivals.get)
+    gain = rivals[best] - own
+    rows = [
+        {
+            "label": Safe(f"**{escape(label)} (this model)**") if label == result.own else label,
+            "loss": f"{loss:.4f}",
+            "perplexity": f"{math.exp(min(loss, 700.0)):.2f}",
+        }
+        for label, loss in sorted(result.losses.items(), key=lambda item: item[1])
+    ]
+    word = "better" if gain > 0 else "worse"
+    size = f", {result.tokens:,} tokens" if result.tokens else ""
+    note = f" {result.note}" if result.note else ""
+    return {
+        "title": f"On {result.data}{size}.{note}",
+        "rows": rows,
+        "verdict": f"It is {abs(gain):.4f} nats per token {word} than the best rival listed ({best}).",
+    }
+
+
+def _alpha(config, found):
+    """[S][K] mixture weights, None where they cannot be read; a hardened block has all of its own component."""
+    if config.route:
+        return [[float(name == one) for one in config.component_names] for name in config.route]
+    out = [[0.0] * len(config.component_names) for _ in range(config.num_blocks)]
+    for row in found["blocks"]:
+        if row["alpha"] is None:
+            return None
+        out[row["block"] - 1][config.component_names.index(row["component"])] = row["alpha"]
+    return out
+
+
+def _datasets_of(recipe):
+    """Data sets of the Hub that a recipe trains on."""
+    try:
+        values = yaml.safe_load(recipe or "") or {}
+        sources = [values.get("data") or {}]
+        sources += [(settings or {}).get("data") or {} for stage in values["stages"] for settings in stage.values()]
+        return [one["data"] for one in sources if isinstance(one.get("data"), str) and _is_dataset(one["data"])]
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def _dataset_type(text):
+    """A data set's id, or a name in its place: results of the same type are of the same data set."""
+    return text if _is_dataset(text) else "-".join(re.findall(r"\w+", text.lower())) or "custom"
+
+
+def _is_dataset(text):
+    """Whether it reads as a data set's id on the Hub, and not as a path."""
+    known_file = re.search(r"\.(txt|text|md|py|jsonl?|[ct]sv|parquet)$", text)
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)) and not known_file and not Path(text).exists()
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _is_loss(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None

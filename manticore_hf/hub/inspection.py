@@ -1,0 +1,263 @@
+"""What a hybrid is and costs, from its configuration: nothing is run, no code of the repo, no weights downloaded.
+
+    manticore-hf inspect org/hybrid
+
+The model is built on the meta device: shapes without storage. FLOPs are counted by torch over those shapes, for
+`tokens` tokens without a past. Only the mixture weights are read from the hybrid's own file, by their byte range.
+"""
+
+import contextlib
+import io
+import json
+import math
+import re
+
+import torch
+from huggingface_hub.errors import HTTPError
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from manticore_hf.hub.licenses import combine, describe
+from manticore_hf.hub.provenance import (
+    component_state,
+    open_weights,
+    print_repository,
+    print_state,
+    read_header,
+    repository,
+)
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.modeling.dtypes_manticore import default_dtype
+from manticore_hf.utils.objective import say_objective
+from manticore_hf.utils.task_types import KINDS, kind_of, labels_of, quantization_of
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LARGEST_INDEX = 50_000_000
+_SHOWN_LABELS = 20
+
+
+def inspect_hybrid(source, tokens=128, revision=None):
+    """Describes a hybrid, without its weights.
+
+    Args:
+        source: Directory or Hub repo.
+        tokens: Tokens over which FLOPs and cache are counted.
+        revision: Revision of a Hub repo.
+
+    Returns:
+        {"task": {...}, "quantization": text or None, "components": [...], "blocks": [...], "parts": [...], "settings":
+        {...}}: plain values. `task` has its name, the class and, of a classifier, its labels and what is predicted.
+        `blocks` has one row per block and component: layers, alpha (None where it cannot be read), parameters, FLOPs
+        per token, bytes of cache per token and of constant state. `parts` has the same totals for each component alone,
+        with its own head or score head, and the hybrid. Bytes are those of floating point, also where linear maps are
+        packed (`quantization`).
+    """
+    config = ManticoreConfig.from_pretrained(source, **({} if revision is None else {"revision": revision}))
+    for name in config.component_names:
+        # The one way of running experts whose shapes do not depend on values.
+        getattr(config, name)._experts_implementation_internal = "batched_mm"
+    kind = kind_of(config)
+    with torch.device("meta"), default_dtype(config.dtype or torch.float32):
+        model = kind.model_class(config).eval()
+    tokens = min(tokens, config.max_position_embeddings or tokens)
+    alpha = _alpha(model, source, revision)
+    blocks = []
+    for block in range(config.num_blocks):
+        for k, name in enumerate(config.component_names):
+            if block in model._blocks_of(name):
+                row = {"block": block + 1, "component": name, **_segment(model, name, block, tokens)}
+                blocks.append({**row, "alpha": None if alpha is None or alpha[block] is None else alpha[block][k]})
+    parts = [] if config.route else [_component(model, name, blocks, tokens) for name in config.component_names]
+    parts.append(_hybrid(model, blocks, tokens))
+    keys = ("num_blocks", "embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space",
+            "mix_loss_weight", "component_loss_weight", "route", "reference_component", "tokenizer_component",
+            "vocab_size", "max_position_embeddings")  # fmt: skip
+    kinds = {name: getattr(config, name).model_type for name in config.component_names}
+    components = [{**entry, "model_type": kinds[entry["name"]]} for entry in config.components]
+    trained_on = say_objective(config)
+    return {
+        "task": {"name": kind.task, "architecture": kind.architecture, **(labels_of(config) if kind.labels else {})},
+        "quantization": quantization_of(config),
+        "components": components,
+        "blocks": blocks,
+        "parts": parts,
+        "settings": {**{k: getattr(config, k) for k in keys}, **({} if kind.labels else {"objective": trained_on})},
+    }
+
+
+def _segment(model, name, block, tokens):
+    segment = model._segment(name, block)
+    layers = getattr(segment.stack, segment.anatomy.layers)[segment.start : segment.stop]
+    width = getattr(model.config, name).hidden_size
+    if segment.start == 0:
+        width = model.component(name).get_input_embeddings().weight.shape[1]
+    view = model.make_cache().view(name, block)
+
+    def run(mask):
+        hidden = torch.zeros(1, tokens, width, device="meta", dtype=model.dtype)
+        segment(hidden, mask, torch.arange(tokens, device="meta")[None], view)
+
+    return {
+        "layers": f"{segment.start}-{segment.stop - 1}",
+        "parameters": sum(p.numel() for p in layers.parameters()),
+        "flops_per_token": _count(run, tokens),
+        **_memory(view.layers, tokens),
+    }
+
+
+def _component(model, name, blocks, tokens):
+    """A component alone: its segments, and its head or, of a classifier, its score head if it has one of its own."""
+    component, rows = model.component(name), [row for row in blocks if row["component"] == name]
+    own = None
+    if kind_of(model.config).labels:
+        heads = model.score.heads
+        own = next((heads[key] for key in heads if key == f"{name}-{model.config.num_blocks - 1}"), nn.Identity())
+
+    def head(mask):
+        if own is None:
+            width = component.get_output_embeddings().weight.shape[1]
+            model._own_logits(name, torch.zeros(1, tokens, width, device="meta", dtype=model.dtype))
+        elif isinstance(own, nn.Linear):
+            own(torch.zeros(1, tokens, own.in_features, device="meta", dtype=own.weight.dtype))
+
+    flops = sum(row["flops_per_token"] for row in rows) + _count(head, tokens)
+    return {"part": name, **_size(component, own), "flops_per_token": flops, **_sum_memory(rows)}
+
+
+def _hybrid(model, blocks, tokens):
+    def run(mask):
+        model(input_ids=torch.zeros(1, tokens, device="meta", dtype=torch.long), attention_mask=mask, use_cache=False)
+
+    return {"part": "hybrid", **_size(model), "flops_per_token": _count(run, tokens), **_sum_memory(blocks)}
+
+
+def _size(*modules):
+    parameters = [p for module in modules if module is not None for p in module.parameters()]
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+    }
+
+
+def _sum_memory(rows):
+    return {key: sum(row[key] for row in rows) for key in ("cache_bytes_per_token", "state_bytes")}
+
+
+@torch.no_grad()
+def _count(run, tokens):
+    """FLOPs per token. A mask, and tensors that are known to be fake, keep Transformers from looking at values."""
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        run(torch.ones(1, tokens, dtype=torch.long, device="meta"))
+    return counter.get_total_flops() / tokens
+
+
+def _memory(layers, tokens):
+    """Bytes of cache that grow with the tokens, per token, and bytes that do not."""
+    growing = constant = 0
+    for layer in layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, torch.Tensor):
+                growing += tensor.numel() * tensor.element_size()
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            for states in (layer.conv_states, layer.recurrent_states):
+                constant += sum(s.numel() * s.element_size() for s in states.values() if s is not None)
+    return {"cache_bytes_per_token": growing / tokens, "state_bytes": constant}
+
+
+def _alpha(model, source, revision):
+    """Rows of mixture weights, or None where they cannot be read; only their own bytes are fetched."""
+    if model.config.mixture_weights is not None and None not in model.config.mixture_weights:
+        return model.config.mixture_weights
+    names = ["hybrid_mixer.alpha_logits"] + ["hybrid_mixer.token_gate.linear.bias"] * (model.config.mixture == "token")
+    try:
+        logits = [_read_tensor(source, name, revision) for name in names]
+    except (OSError, KeyError, ValueError, TypeError, RecursionError, HTTPError):  # damaged, or hostile
+        return None
+    count = len(model.config.component_names)
+    if any(tuple(one.shape) != shape for one, shape in zip(logits, [(model.config.num_blocks, count), (count,)])):
+        return None
+    rows = logits[0].float().softmax(-1).tolist()
+    if len(logits) > 1:
+        rows[-1] = logits[1].float().softmax(-1).tolist()
+    fixed = model.config.mixture_weights or [None] * len(rows)
+    return [row if given is None else given for row, given in zip(rows, fixed)]
+
+
+def _read_tensor(source, name, revision):
+    """One tensor of a hybrid's own weights, by its byte range; of a Hub repo without the rest of the file."""
+    try:
+        opened = open_weights(source, "model.safetensors", revision)
+    except FileNotFoundError:  # in shards
+        with open_weights(source, "model.safetensors.index.json", revision) as index:
+            shard = json.loads(index.read(_LARGEST_INDEX))["weight_map"][name]
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+            raise ValueError(f"{name} is in {shard!r}, which is no file beside the index") from None
+        opened = open_weights(source, shard, revision)
+    with opened as file:
+        header, begin = read_header(file)
+        entry = header[name]
+        start, stop = entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        if stop - start != math.prod(entry["shape"]) * dtype.itemsize or not 0 <= start <= stop <= start + 2**20:
+            raise ValueError(f"{name} has impossible offsets")
+        file.seek(begin + start)
+        return torch.frombuffer(bytearray(file.read(stop - start)), dtype=dtype).reshape(entry["shape"])
+
+
+def print_inspection(source, found):
+    """Prints what `inspect_hybrid`, `repository` and `component_state` found as tables."""
+    task = found["task"]
+    print(f"{source}: {KINDS[task['architecture']].noun} ({task['architecture']}, {task['name']})")
+    if found["quantization"] is not None:
+        print(f"its linear maps are packed in {found['quantization']}: bytes below are those of floating point")
+    if "labels" in task:
+        shown = ", ".join(task["labels"][:_SHOWN_LABELS]) + (", ..." if len(task["labels"]) > _SHOWN_LABELS else "")
+        print(f"{len(task['labels'])} labels: {shown}; {task['problem']}")
+    print(", ".join(f"{key}={value}" for key, value in found["settings"].items() if value is not None))
+    print("\ncomponents")
+    for entry in found["components"]:
+        where = f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] else "(its weights are in this repo)"
+        state = f"; {print_state(entry['state'])}" if entry.get("state") else ""
+        print(f"  {entry['name']}: {entry['model_type']}, {where}, licence {entry['license'] or 'not recorded'}{state}")
+        if entry["transplant"] is not None:
+            rows, method = entry["transplant"]["vocab_size"], entry["transplant"]["method"]
+            print(f"    its vocabulary was transplanted ({method}), from one of {rows} rows")
+    licenses = {entry["name"]: entry["license"] for entry in found["components"]}
+    print(f"licence of the whole: {describe(combine(licenses))}")
+    if "repository" in found:
+        print_repository(source, found["repository"])
+    heads = ("parameters", "FLOPs/token", "cache B/token", "state B")
+    width = max(len(row["component"]) for row in found["blocks"])
+    print(f"\n{'block':>5}  {'component':{width}}  {'layers':>7}  {'alpha':>6}" + "".join(f"{h:>15}" for h in heads))
+    for row in found["blocks"]:
+        alpha = "?" if row["alpha"] is None else f"{row['alpha']:.3f}"
+        print(f"{row['block']:>5}  {row['component']:{width}}  {row['layers']:>7}  {alpha:>6}" + _numbers(row))
+    print(f"\n{'whole':{width + 7}}  {'':>15}" + "".join(f"{h:>15}" for h in heads))
+    for row in found["parts"]:
+        print(f"{row['part']:{width + 7}}  {'':>15}" + _numbers(row))
+
+
+def _numbers(row):
+    keys = ("parameters", "flops_per_token", "cache_bytes_per_token", "state_bytes")
+    return "".join(f"{row[key]:>15,.0f}" for key in keys)
+
+
+def run_inspect(source, revision=None, as_json=False):
+    """`manticore-hf inspect`."""
+    try:
+        found = inspect_hybrid(source, revision=revision)
+        found["repository"] = repository(source, revision)
+        for entry in found["components"]:
+            if entry["weights"] == "reference":
+                entry["state"] = component_state(entry)
+    except (OSError, HTTPError) as err:
+        raise ManticoreError(f"{source!r} cannot be read as a hybrid: {err}") from err
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            print_inspection(source, found)
+        # Names of files are a stranger's, too: none of them may command the terminal.
+        print("".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text.getvalue()), end="")

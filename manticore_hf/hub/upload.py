@@ -1,0 +1,164 @@
+"""Which files of a hybrid's directory are published, and what must not be in them."""
+
+import math
+import re
+from pathlib import Path
+
+from huggingface_hub import get_token
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer
+
+from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
+from manticore_hf.modeling.references_manticore import where
+from manticore_hf.modeling.saving_manticore import copy_code
+
+_WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
+_TAKEN = re.compile(
+    r"config\.json|generation_config\.json|[a-z0-9_]+_manticore\.py|recipe\.yaml|evaluation\.json|LICENSE(\.\w+)?|NOTICE"
+)
+_PLOT = re.compile(r"[\w.-]+\.png")
+REPLACED = re.compile(r"model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|[a-z0-9_]+_manticore\.py|plots/[\w.-]+\.png")
+"""Files of an earlier push that would be read, or shown, beside those of this one."""
+
+_ITEM_BITS = {
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F4": 4,
+}
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
+
+
+def collect(directory, made, config, tokenizer=None, token=None):
+    """Finds the files of a saved hybrid that belong in its repository, and makes those that are missing.
+
+    Args:
+        directory: Where the hybrid is.
+        made: Directory for the files that are made: tokenizer, code.
+        config: The hybrid's configuration.
+        tokenizer: Its tokenizer, or None for the directory's or that of the tokenizer component.
+        token: Of the Hub.
+
+    Returns:
+        ({path in the repository: path here} without those in `made`, sentences for the publisher).
+
+    Raises:
+        ManticoreError: Weights are missing, or a component is referenced by a name that can move.
+    """
+    directory, notices = Path(directory), []
+    for entry in config.components:
+        if entry["weights"] == "reference" and not is_commit(entry["revision"]):
+            raise ManticoreError(
+                f"{where(entry)} is referenced by a name that can move; load the hybrid and save it again, which "
+                "writes the commit."
+            )
+    files = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
+    files = {name: path for name, path in files.items() if _TAKEN.fullmatch(name) or _WEIGHTS.fullmatch(name)}
+    if not any(_WEIGHTS.fullmatch(name) for name in files):
+        raise ManticoreError(f"{directory} has no model.safetensors: save the hybrid there with save_pretrained.")
+    files.update(
+        {
+            f"plots/{path.name}": path
+            for path in sorted((directory / "plots").glob("*"))
+            if path.is_file() and _PLOT.fullmatch(path.name)
+        }
+    )
+    made.mkdir(parents=True, exist_ok=True)
+    copy_code(made)
+    theirs = {name: path for name, path in files.items() if name.endswith("_manticore.py")}
+    if theirs:  # the code that the configuration was written by, whole
+        ours = {path.name: path.read_bytes() for path in made.glob("*_manticore.py")}
+        if ours != {name: path.read_bytes() for name, path in theirs.items()}:
+            notices.append("The code in the directory is not the installed manticore-hf's; it is published as it is.")
+        for path in made.glob("*_manticore.py"):
+            path.unlink()
+    notices += _add_tokenizer(directory, made, config, tokenizer, token)
+    return files, notices
+
+
+def _add_tokenizer(directory, made, config, tokenizer, token):
+    """Writes the tokenizer's files to `made`; a sentence where there is none."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(made)
+        return []
+    entry = next(one for one in config.components if one["name"] == config.tokenizer_component)
+    sources = [(str(directory), {})]
+    home = entry if entry["transplant"] is None else entry["transplant"]["tokenizer"] or {"repo_id": None}
+    if home["repo_id"]:
+        sources.append(
+            (home["repo_id"], {"revision": home["revision"], "subfolder": home["subfolder"] or "", "token": token})
+        )
+    for source, options in sources:
+        if source == str(directory) and not any(directory.glob("*token*")) and not any(directory.glob("vocab*")):
+            continue  # of a configuration alone AutoTokenizer makes an empty tokenizer
+        try:
+            found = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        except Exception:  # whatever is wrong with a stranger's tokenizer: the hybrid can be published without
+            continue
+        if len(found):
+            found.save_pretrained(made)
+            return []
+    return ["No tokenizer is published: none was found that can be read. Give one (tokenizer=..., --tokenizer)."]
+
+
+def own_weights(paths, names):
+    """Bytes of the tensors in a hybrid's own safetensors files.
+
+    Args:
+        paths: Files; others than safetensors files are passed over.
+        names: The components.
+
+    Returns:
+        {component: bytes of its tensors, "": bytes of the others}.
+
+    Raises:
+        ManticoreError: A file is damaged.
+    """
+    out = dict.fromkeys([*names, ""], 0)
+    for path in (path for path in map(Path, paths) if path.suffix == ".safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    size = math.prod(part.get_shape()) * _ITEM_BITS.get(part.get_dtype(), 32) // 8
+                    name = key.partition(".")[0]
+                    out[name if name in names else ""] += size
+        except (SafetensorError, OSError) as err:
+            raise ManticoreError(f"{path} is no readable safetensors file ({err}); save the hybrid again.") from err
+    return out
+
+
+def load_tokenizer(source):
+    """A tokenizer from a directory or repository.
+
+    Raises:
+        ManticoreError: It cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as err:
+        raise ManticoreError(f"The tokenizer {source!r} cannot be read: {' '.join(str(err).split())[:500]}") from err
+
+
+def refuse_tokens(files, token=None):
+    """Raises ManticoreError if a text file holds an access token.
+
+    Args:
+        files: {path in the repository: path here}.
+        token: The token that is used; it is looked for besides what looks like one.
+    """
+    own = [one.encode() for one in {token, get_token()} if isinstance(one, str) and len(one) >= 8]
+    for name, path in files.items():
+        if not name.endswith((".safetensors", ".png")):
+            data = path.read_bytes()
+            if _TOKEN.search(data) or any(one in data for one in own):
+                raise ManticoreError(f"{name} holds an access token of the Hub; remove it there, and revoke the token.")

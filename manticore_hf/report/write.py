@@ -1,0 +1,185 @@
+"""`manticore-hf report DIR`: measures what is not known yet, decides by rules, writes report.html and report.md.
+
+manticore-hf run recipes/poc.yaml --output-dir poc && manticore-hf report poc
+"""
+
+import functools
+import hashlib
+import json
+import platform
+import shlex
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.evaluation.data import load_rows
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.report import measure
+from manticore_hf.report.comparison import FOLDER
+from manticore_hf.report.facts import gather, held_out, one_run
+from manticore_hf.report.passages import where_it_differs
+from manticore_hf.report.render import render
+from manticore_hf.report.speed import measure_speed
+from manticore_hf.report.store import Store, stamp
+from manticore_hf.report.verdict import decide
+from manticore_hf.utils.files import replace_text
+from manticore_hf.utils.task_types import refuse_classifier
+
+NAMES = ("report.html", "report.md", "report.json")
+_PROMPT, _NEW_TOKENS, _REPEATS = 256, 32, 5
+
+
+def write_report(
+    directory, data=None, comparison=None, output=None, max_tokens=20_000, block_size=None, batch_size=8, measured=True
+):
+    """Writes the report of a hybrid: one HTML file that needs nothing else, and its Markdown twin.
+
+    Args:
+        directory: Of a saved hybrid, or the output directory of `manticore-hf run`.
+        data: File of held-out text; default: the validation split of the recipe's data.
+        comparison: Directory of a `manticore-hf compare` run; default: one in the directory or above it, or in
+            `compared` there.
+        output: Directory to write to; default: `directory`.
+        max_tokens: Measure on at most so many tokens, rows evenly spaced over the text.
+        block_size: Tokens per row of `data`; default: the recipe's, else 512.
+        batch_size: Rows per forward pass.
+        measured: False to load no model and measure nothing.
+
+    Returns:
+        (Verdict, path of the HTML file, path of the Markdown file).
+
+    Raises:
+        ManticoreError: There is no hybrid, or one that classifies; no held-out text; a comparison that cannot be used.
+    """
+    facts = gather(directory, comparison)
+    refuse_classifier(ManticoreConfig.from_pretrained(facts.folder), "A report")
+    output = Path(output or directory)
+    output.mkdir(parents=True, exist_ok=True)
+    if measured:
+        arguments, split = held_out(facts, data, block_size)
+        facts.measured = _measure(facts, arguments, split, output / NAMES[2], max_tokens, batch_size)
+    run = one_run(facts)
+    verdict = decide(facts.comparison, facts.found["settings"], compare_command(facts), run and run[:2])
+    html, markdown = render(facts, verdict)
+    for name, text in zip(NAMES, (html, markdown)):
+        replace_text(output / name, text)
+    return verdict, output / NAMES[0], output / NAMES[1]
+
+
+def compare_command(facts):
+    """The command that makes the comparison this report lacks, where the report will find it."""
+    run = facts.folder.parent if (facts.folder.parent / "recipe.yaml").is_file() else facts.folder
+    recipe = facts.recipe or "RECIPE.yaml"
+    output = shlex.quote(str(run / FOLDER))
+    return f"manticore-hf compare {shlex.quote(str(recipe))} --test HELD_OUT.jsonl --output-dir {output}"
+
+
+def _measure(facts, arguments, split, path, max_tokens, batch_size):
+    """{name: measurement} on held-out text; what `path` holds already is not measured again."""
+    tokenizer = AutoTokenizer.from_pretrained(facts.folder)
+    try:
+        train, validation = load_rows(arguments, tokenizer)
+    except ManticoreError as err:
+        raise ManticoreError(f"The held-out text cannot be used: {err} Give another with --data FILE.") from err
+    rows = _spread(validation if split else train, max_tokens)
+    names, blocks = ManticoreConfig.from_pretrained(facts.folder).component_names, facts.found["settings"]["num_blocks"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    store = Store(
+        path,
+        {
+            "hybrid": stamp(facts.folder),
+            "text": _digest(rows),
+            "batch_size": batch_size,
+            "names": names,
+            "machine": [
+                torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+                torch.get_num_threads(),
+            ],
+            "versions": [metadata.version(package) for package in ("torch", "transformers")],
+        },
+    )
+
+    @functools.cache
+    def model(dtype="float32"):
+        return ManticoreForCausalLM.from_pretrained(facts.folder, dtype=dtype).to(device).eval()
+
+    def losses():
+        found, gate = measure.token_losses(model(), rows, batch_size)
+        return {
+            "losses": {name: one.mean().item() for name, one in found.items()},
+            "tokens": len(found["hybrid"]),
+            "rows": len(rows),
+            "where": where_it_differs(found, rows, tokenizer, gate, names),
+        }
+
+    def without(block, name):
+        if (reason := measure.cannot_remove(model(), name, block)) is not None:
+            return {"loss": None, "reason": reason}
+        with measure.removed(model(), name, block):
+            return {"loss": measure.hybrid_loss(model(), rows, batch_size), "reason": None}
+
+    def mixtures():
+        out = []
+        for name, context in measure.other_mixtures(model()):
+            with context:
+                out.append({"name": name, "loss": measure.hybrid_loss(model(), rows, batch_size)})
+        return out
+
+    def similarity():
+        if facts.found["settings"]["route"]:  # one component per block: nothing to compare
+            return []
+        return measure.feature_similarity(model(), rows, batch_size)
+
+    def speed():
+        dtype = str(ManticoreConfig.from_pretrained(facts.folder).dtype or "float32").removeprefix("torch.")
+        if dtype != "float32":
+            model.cache_clear()  # one of them at a time
+        prompt = [token for ids in rows["input_ids"] for token in ids][:_PROMPT]
+        longest = facts.found["settings"]["max_position_embeddings"] or len(prompt) + _NEW_TOKENS + 1
+        return measure_speed(model(dtype), prompt[: max(1, longest - _NEW_TOKENS - 1)], _NEW_TOKENS, _REPEATS)
+
+    steps = {
+        "losses": losses,
+        **{f"without/{b}/{name}": functools.partial(without, b, name) for b in range(blocks) for name in names},
+        "mixtures": mixtures,
+        "similarity": similarity,
+        "speed": speed,
+    }  # fmt: skip
+    for name in tqdm(steps, desc="Measuring", unit="step"):
+        store.get(name, steps[name])
+    text = Path(arguments.data).name if Path(arguments.data).exists() else arguments.data
+    return {**store.parts, "text": f"{text}{', validation split' if split else ''}"}
+
+
+def _spread(rows, max_tokens):
+    """Rows evenly spaced over all, of about `max_tokens` tokens."""
+    length = sum(map(len, rows["input_ids"])) / len(rows)
+    count = min(len(rows), max(1, int(max_tokens / length)))
+    return rows.select([i * len(rows) // count for i in range(count)])
+
+
+def _digest(rows):
+    values = [[list(map(int, one)) for one in rows[key]] for key in ("input_ids", "labels") if key in rows.column_names]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def main(args):
+    """`manticore-hf report`."""
+    verdict, html, markdown = write_report(
+        args.directory,
+        args.data,
+        args.comparison,
+        args.output,
+        args.max_tokens,
+        args.block_size,
+        args.batch_size,
+        args.measure,
+    )
+    print(f"\n{verdict.word}: {verdict.headline}.")
+    for sentence in (*verdict.reasons, *(f"Next: {step}" for step in verdict.steps)):
+        print(f"  {sentence}")
+    print(f"Written: {html} and {markdown}")

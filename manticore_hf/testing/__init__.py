@@ -1,0 +1,1 @@
+"""What tests of hybrids need: a Hub on this machine."""

@@ -1,0 +1,1 @@
+"""Recipes and their stages: calibrate, warm up, search, fine-tune, prune."""

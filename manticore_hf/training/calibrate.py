@@ -1,0 +1,251 @@
+"""Projectors in closed form: ridge regressions between the components' own states.
+
+On a few ten thousand tokens every component is run alone, segment by segment. At each boundary W_out maps component
+k's state to the reference component's and W_in maps back; the reference is the identity. Only sums of products are
+kept (float64, O(width^2) memory), so one pass over the text is enough, however long it is. Several processes each read
+a share of the batches, and add their sums.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+
+from manticore_hf.evaluation.data import repack
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.dtypes_manticore import default_dtype
+from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
+from manticore_hf.utils.distributed import bar, same_everywhere, total, totals, world
+from manticore_hf.utils.task_types import refuse_classifier
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class Moments:
+    """Running first and second moments of pairs of rows (x, y), in float64.
+
+    Args:
+        width_x, width_y: Widths of x and y.
+    """
+
+    def __init__(self, width_x, width_y, device):
+        def zeros(*shape):
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.count = 0
+        self.x, self.y = zeros(width_x), zeros(width_y)
+        self.xx, self.xy, self.yy = zeros(width_x, width_x), zeros(width_x, width_y), zeros(width_y)
+
+    def add(self, x, y):
+        """Adds rows x [n, width_x] and y [n, width_y]."""
+        x, y = x.double(), y.double()
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += y.square().sum(0)
+
+    def join(self):
+        """Adds what the other processes have seen; on every rank."""
+        self.count = int(total(torch.tensor(self.count, device=self.x.device)))
+        for one in (self.x, self.y, self.xx, self.xy, self.yy):
+            total(one)
+
+
+def solve_ridge(fit, held_out, ridges=RIDGES):
+    """The affine map x -> y of least squares with the ridge that does best on held-out rows.
+
+    Args:
+        fit: Moments of the rows to fit.
+        held_out: Moments of the rows that choose the ridge.
+        ridges: Candidates, in units of the mean variance of x.
+
+    Returns:
+        (weight [width_y, width_x], bias [width_y], ridge, R^2 on the held-out rows), float64.
+    """
+    mean_x, mean_y = fit.x / fit.count, fit.y / fit.count
+    covariance = fit.xx - torch.outer(fit.x, mean_x)
+    cross = fit.xy - torch.outer(fit.x, mean_y)
+    values, vectors = torch.linalg.eigh(covariance)
+    rotated, scale = vectors.T @ cross, covariance.diagonal().mean()
+    best = None
+    for ridge in ridges:
+        weight = vectors @ (rotated / (values.clamp(min=0) + ridge * scale + 1e-300)[:, None])
+        bias = mean_y - mean_x @ weight
+        error = _squared_error(held_out, weight, bias)
+        if best is None or error < best[0]:
+            best = (error, weight, bias, ridge)
+    error, weight, bias, ridge = best
+    total = (held_out.yy - held_out.y.square() / held_out.count).sum()
+    return weight.T.contiguous(), bias, ridge, (1 - error / total).item()
+
+
+def _squared_error(moments, weight, bias):
+    """Sum over rows of |x W + b - y|^2, from moments alone."""
+    out = ((moments.xx @ weight) * weight).sum() - 2 * (moments.xy * weight).sum() + moments.yy.sum()
+    return out + 2 * (moments.x @ weight) @ bias - 2 * moments.y @ bias + moments.count * bias @ bias
+
+
+@dataclass
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        reference: The reference component.
+        losses: Loss of each component alone on the calibration text, nats per token.
+        r2: R^2 on held-out tokens of each map, by "into:name-block" or "out_of:name-block".
+        ridges: The ridge chosen for each.
+        tokens: Tokens used.
+    """
+
+    reference: str
+    losses: dict
+    r2: dict
+    ridges: dict
+    tokens: int
+
+
+@torch.no_grad()
+def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=None, held_out=0.2):
+    """Sets a hybrid's linear projectors in closed form, in place; where there are several processes, all must call it.
+
+    Args:
+        model: A hybrid with projector="linear".
+        dataset: Rows of `input_ids`, as `pack` makes them; plain text is enough. Rows of different lengths are joined
+            and cut again.
+        tokens: Tokens to use; a few ten thousand.
+        batch_size: Blocks per forward pass.
+        reference: The reference component; default: the one with the lowest loss on this text.
+        held_out: Share of the batches that choose the ridge.
+
+    Returns:
+        A Calibration. The model's config notes it (`calibration`) and, with gate="none", the reference.
+
+    Raises:
+        ManticoreError: projector="mlp" or "none"; an unknown reference; too little text; a hybrid that classifies.
+    """
+    refuse_classifier(model, "Calibrating")
+    config = model.config
+    if config.projector != "linear":
+        raise ManticoreError(f"projector={config.projector!r} has no closed form; compose with projector='linear'.")
+    if reference is not None:
+        config._check_name("reference_component", reference)
+    batches = _batches(dataset, tokens, batch_size, model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        losses = _losses(model, batches)
+        reference = reference or min(losses, key=losses.get)
+        if reference != config.reference_component:
+            _change_reference(model, reference)
+        every = min(max(2, round(1 / held_out)), len(batches))  # of few batches, too, one is held out
+        pairs = _collect(model, batches, reference, every)
+    finally:
+        model.train(was_training)
+    r2, ridges = {}, {}
+    for (side, name, block), (fit, test) in bar(pairs.items(), desc="Solving", unit="map", leave=False):
+        weight, bias, ridge, score = solve_ridge(fit, test)
+        projector = getattr(model.hybrid_mixer, side)[f"{name}-{block}"]
+        projector.weight.zero_()
+        projector.bias.zero_()
+        projector.weight[: weight.shape[0], : weight.shape[1]] = weight.to(projector.weight)
+        projector.bias[: len(bias)] = bias.to(projector.bias)
+        same_everywhere(projector.weight)  # solvers may differ in the last bits from one processor to the next
+        same_everywhere(projector.bias)
+        r2[f"{side}:{name}-{block}"], ridges[f"{side}:{name}-{block}"] = score, ridge
+    tokens = sum(batch.numel() for batch in batches)
+    config.projector_init = "calibrated"
+    config.calibration = {"tokens": tokens, "reference": reference}
+    return Calibration(reference, losses, r2, ridges, tokens)
+
+
+def awaits_calibration(model):
+    """Whether a hybrid was composed with projector_init="calibrated" and has projectors that nobody calibrated yet."""
+    config, mixer = model.config, model.hybrid_mixer
+    if config.projector_init != "calibrated" or config.calibration is not None:
+        return False
+    return any(isinstance(p, LinearProjector) for p in (*mixer.into.values(), *mixer.out_of.values()))
+
+
+def _batches(dataset, tokens, batch_size, device):
+    if "attention_mask" in dataset.column_names:
+        dataset = repack(dataset, tokens)
+    out, seen = [], 0
+    for batch in DataLoader(dataset.with_format("torch"), batch_size=batch_size):
+        out.append(batch["input_ids"].to(device))
+        seen += out[-1].numel()
+        if seen >= tokens:
+            break
+    if len(out) < 2:
+        raise ManticoreError(
+            f"Calibration needs at least two batches of text, got {len(out)} of {seen} tokens: give more text or a "
+            "smaller batch_size."
+        )
+    return out
+
+
+def _losses(model, batches):
+    """Loss of each component alone on a few of the batches: enough to tell which is best."""
+    names, some = model.config.component_names, batches[: max(2, len(batches) // 4)]
+    if len(names) == 1:
+        return {names[0]: float("nan")}
+    sums, (rank, size) = dict.fromkeys(names, 0.0), world()
+    for ids in bar(some[rank::size], desc="Choosing the reference", unit="batch", leave=False):
+        for name in names:
+            sums[name] += model.component(name)(input_ids=ids, labels=ids, use_cache=False).loss.item()
+    return {name: loss / len(some) for name, loss in totals(sums, model.device).items()}
+
+
+def _change_reference(model, reference):
+    """Gives the mixer the projectors that the new reference needs; they are all about to be solved for."""
+    model.config.reference_component = reference
+    if model.config.gate != "none":
+        return
+    old = model.hybrid_mixer
+    with default_dtype(model.dtype):
+        new = model.new_mixer().to(old.alpha_logits.device)
+    new.reset()
+    new.alpha_logits.data.copy_(old.alpha_logits)
+    if new.token_gate is not None:
+        new.token_gate.load_state_dict(old.token_gate.state_dict())
+    model.hybrid_mixer = new.train(old.training)
+
+
+def _collect(model, batches, reference, every):
+    """{(side, name, block): (moments to fit, moments held out)} of every projector that has parameters."""
+    mixer, pairs, (rank, size) = model.hybrid_mixer, {}, world()
+    for number, ids in enumerate(bar(batches, desc="Calibrating", unit="batch", leave=False)):
+        mine = number % size == rank
+        if not mine and number:  # the first one shows every rank which maps there are
+            continue
+        states = {name: _boundary_states(model, name, ids) for name in model.config.component_names}
+        for side, projectors in (("into", mixer.into), ("out_of", mixer.out_of)):
+            for key, projector in projectors.items():
+                if not isinstance(projector, LinearProjector):
+                    continue
+                name, block = key.rsplit("-", 1)
+                if side == "out_of":
+                    x, y = states[name][int(block) + 1], states[reference][int(block) + 1]
+                else:
+                    x, y = states[reference][int(block)], states[name][int(block)]
+                    if int(block) == 0:  # with mixed embeddings the first block reads their mixture
+                        x = resize(model.mix_embeddings(ids), projector.in_features)
+                x, y = (rows.flatten(0, 1)[: None if mine else 0] for rows in (x, y))
+                if (side, name, block) not in pairs:
+                    made = [Moments(x.shape[1], y.shape[1], x.device) for _ in range(2)]
+                    pairs[side, name, block] = tuple(made)
+                pairs[side, name, block][number % every == every - 1].add(x, y)
+    for fit, test in pairs.values():
+        fit.join()
+        test.join()
+    return pairs
+
+
+def _boundary_states(model, name, ids):
+    """States of a component run alone: its embeddings, then the state after each of its segments."""
+    out = [model.embed(name, ids)]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    for block in range(model.config.num_blocks):
+        out.append(model._segment(name, block)(out[-1], None, positions))
+    return out

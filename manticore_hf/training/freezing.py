@@ -1,0 +1,92 @@
+"""What is trainable in each stage of making a hybrid, and how its gradients are clipped."""
+
+import torch
+from transformers import TrainerCallback
+
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.deepspeed import uses_deepspeed
+from manticore_hf.utils.unwrap import hybrid_of
+
+STAGES = ("projectors", "search", "finetune")
+
+
+def set_stage(model, stage):
+    """Sets `requires_grad` for a stage; the standard Trainer then trains just that.
+
+    Args:
+        model: A hybrid, or what wraps one (MAD's CompressionModel; what it adds is trained in every stage but
+            "projectors").
+        stage: "projectors" (projectors, mixture weights, gate and score heads, and embeddings and heads that are new,
+            with embeddings="fresh" or by a transplanted vocabulary; the rest of the components frozen), "search"
+            (everything) or "finetune" (everything but the static mixture weights, which keep their present values
+            exactly).
+
+    Returns:
+        The model.
+
+    Raises:
+        ManticoreError: An unknown stage.
+    """
+    if stage not in STAGES:
+        raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(STAGES)}.")
+    model.requires_grad_(stage != "projectors")
+    hybrid = hybrid_of(model)
+    for name, part in hybrid.named_children():
+        if name not in hybrid.config.component_names:
+            part.requires_grad_(True)
+    for entry in hybrid.config.components:
+        if hybrid.config.embeddings == "fresh" or entry["transplant"] is not None:
+            component = hybrid.component(entry["name"])
+            for end in (component.get_input_embeddings(), component.get_output_embeddings()):
+                if end is not None:  # classifiers have no such head
+                    end.requires_grad_(True)
+    if stage == "finetune":
+        hybrid.hybrid_mixer.alpha_logits.requires_grad_(False)
+    return model
+
+
+def fix_alpha(model, weights=None):
+    """Fixes the static mixture weights exactly; a token mixture keeps its gate, which is trained like any weight.
+
+    Args:
+        model: A hybrid.
+        weights: [S, K]; default: the present ones.
+
+    Returns:
+        The model.
+    """
+    rows = (model.mixture_weights() if weights is None else weights).double().tolist()
+    if model.config.mixture == "token":
+        rows[-1] = None
+    if any(row is not None for row in rows):
+        model.set_mixture_weights(rows)
+    return model
+
+
+class ComponentClipping(TrainerCallback):
+    """Clips the gradient of each component, of the mixer and of a classifier's score heads by its own norm.
+
+    One norm over all would let the component with the largest gradients decide the step of the others. Use it with
+    `max_grad_norm=0` in the TrainingArguments; not with fp16, whose gradients are still scaled when it runs.
+
+    Args:
+        max_norm: Largest norm of each part's gradient.
+    """
+
+    def __init__(self, max_norm=1.0):
+        if not max_norm > 0:
+            raise ManticoreError(f"max_norm={max_norm!r} must be positive.")
+        self.max_norm = max_norm
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.fp16:
+            raise ManticoreError("ComponentClipping cannot see fp16's loss scale; use bf16 or max_grad_norm.")
+        if uses_deepspeed(args):
+            raise ManticoreError("ComponentClipping cannot see DeepSpeed's gradients; use max_grad_norm, DDP or FSDP2.")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        hybrid = hybrid_of(model)
+        for part in hybrid.children():
+            parameters = [p for p in part.parameters() if p.grad is not None]
+            if parameters:
+                torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)

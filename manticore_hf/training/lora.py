@@ -1,0 +1,151 @@
+"""LoRA and QLoRA on a hybrid's components, with targets that train the same way on every machine.
+
+On the portable path a low-rank update of Mamba's `dt_proj` never gets a gradient (its weight is read raw), and on the
+fused CUDA path those of `x_proj`, `dt_proj` and `out_proj` do not either: PEFT would train different parameters on
+different machines, silently. PEFT's own guard looks at the model type and does not see Mamba inside a hybrid.
+What is read raw cannot be quantised either: QLoRA quantises what LoRA targets, and nothing else.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.quantization_manticore import (
+    MIXER,
+    RAW,
+    SCORE,
+    is_state_space,
+    kept_maps,
+    plain_linear_maps,
+    refuse_quantized,
+)
+
+TASK_TYPES = {
+    "ManticoreForSequenceClassification": "SEQ_CLS",
+    "ManticoreForTokenClassification": "TOKEN_CLS",
+    "ManticoreForCausalLM": "CAUSAL_LM",
+}
+
+
+def lora_targets(model, components=None):
+    """Full names of the linear maps inside the components' layers that LoRA may wrap.
+
+    Args:
+        model: A hybrid.
+        components: Names of the components to adapt; default: all.
+
+    Returns:
+        Sorted module names: attention, MLP and input projections; no heads, no embeddings, no expert routers, none of
+        Mamba's raw or fused projections.
+    """
+    return plain_linear_maps(model, components)
+
+
+def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
+    """A LoraConfig for a hybrid.
+
+    Args:
+        model: A hybrid.
+        r: Rank.
+        components: Names of the components to adapt; default: all.
+        train_mixer: Train and save projectors, mixture weights and gate in full beside the adapters. (Score heads of
+            a classifier always are.)
+        **kwargs: Further fields of LoraConfig (lora_alpha, lora_dropout, ...). `target_modules` replaces the safe
+            targets; unsafe ones among them are refused. `task_type` follows from the model's class.
+
+    Returns:
+        A `peft.LoraConfig` for `peft.get_peft_model(model, config)`; its revision is the hybrid's own commit if it was
+        loaded from the Hub. A hybrid in 4 bits on the CPU gives up bitsandbytes' inference kernel, which has no
+        backward.
+
+    Raises:
+        ManticoreError: An unsafe target was asked for, there is nothing to adapt, or the hybrid was quantised in a way
+            that leaves nothing out.
+    """
+    from peft import LoraConfig
+
+    refuse_quantized(model)
+    _keep_trainable(model)
+    targets = kwargs.pop("target_modules", None)
+    if targets == "all-linear":
+        raise ManticoreError(
+            "target_modules='all-linear' would wrap heads, projectors and Mamba's raw projections; leave it out: "
+            "lora_config(model) targets every linear map that is safe."
+        )
+    if targets is None:
+        targets = lora_targets(model, components)
+    if not targets:
+        raise ManticoreError(f"No linear maps to adapt in {components}.")
+    # By name: loaded as remote code, its class is of another copy of the files.
+    task_type = next((TASK_TYPES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in TASK_TYPES), None)
+    saved = [MIXER] * train_mixer + [name for name, _ in model.named_children() if name == SCORE]
+    config = LoraConfig(
+        r=r,
+        target_modules=targets,
+        modules_to_save=saved or None,
+        task_type=kwargs.pop("task_type", task_type),
+        revision=getattr(model, "_own_commit", None),
+        **kwargs,
+    )
+    refuse_unsafe(model, config)
+    return config
+
+
+def _keep_trainable(model):
+    """Keeps bitsandbytes from repacking 4-bit weights for its CPU inference kernel, which has no backward.
+
+    On processors with AVX512-BF16 the first forward in evaluation does so; every training step after it would leave the
+    adapters below without gradient, with a warning at best (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # unpacks what is packed
+            module.support_avx512bf16_for_cpu = False
+
+
+def quantization_skips(model):
+    """What quantised loading leaves in floating point: every linear map that `lora_targets` leaves out.
+
+    A hybrid that is loaded with a `quantization_config` leaves these out by itself. This list is for other programs.
+
+    Args:
+        model: A hybrid or, before it is loaded, its configuration.
+
+    Returns:
+        Sorted patterns of module names, as BitsAndBytesConfig takes them for `llm_int8_skip_modules` (other methods of
+        Transformers: `modules_to_not_convert`): heads, expert routers, Mamba's raw and fused projections, the mixer,
+        a classifier's score heads. A pattern holds for all layers of its component.
+    """
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = ManticoreForCausalLM(copy.deepcopy(model))
+    return kept_maps(model)
+
+
+def refuse_unsafe(model, config):
+    """Raises ManticoreError if a PEFT config would wrap a projection whose adapter trains on some machines only."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    for key, _ in model.named_modules():
+        parent, _, leaf = key.rpartition(".")
+        if leaf in RAW and is_state_space(model.get_submodule(parent)):
+            if check_target_module_exists(config, key):
+                raise ManticoreError(
+                    f"LoRA target {key!r}: Mamba reads this weight raw or inside a fused kernel, so its adapter would "
+                    "get no gradient on some machines, silently. Use lora_config(model), which leaves it out."
+                )
+
+
+def check_adapters(model):
+    """Raises ManticoreError if a PEFT model already wraps such a projection; returns the model."""
+    for key, module in model.named_modules():
+        parent, _, leaf = key.rpartition(".")
+        if leaf in RAW and hasattr(module, "base_layer") and is_state_space(model.get_submodule(parent)):
+            raise ManticoreError(
+                f"PEFT has wrapped {key!r}, whose adapter gets no gradient on some machines, silently. Make the "
+                "adapter with lora_config(model)."
+            )
+    return model

@@ -1,0 +1,304 @@
+"""From a soft hybrid to the cost of one model: a route, one component per block, and nothing else kept.
+
+    model = harden(model, "loss", dataset)          # or "alpha", or a list of names
+
+`manticore_hf.training.distill` distils the soft hybrid into it.
+
+The route is chosen by the mixture weights or by the measured loss, under a budget if wanted. Where it changes component
+the state crosses by the soft hybrid's projectors, multiplied; where it stays, nothing is in between (a soft hybrid with
+one-hot weights still goes through its projectors there, and through those of mixed embeddings). A route that stays on
+one component is that component, to the last bit.
+"""
+
+import copy
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.modeling.dtypes_manticore import default_dtype
+from manticore_hf.modeling.mixing_manticore import Chain, LinearProjector, resize
+from manticore_hf.modeling.route_manticore import stretches
+from manticore_hf.utils.task_types import quantization_of, refuse_classifier
+
+EXHAUSTIVE = 64  # routes: up to so many are all measured
+COSTS = ("parameters", "flops", "latency")
+
+
+@dataclass
+class Choice:
+    """A route and what was found on the way.
+
+    Attributes:
+        route: One component name per block.
+        cost: The route's cost as a share of the soft hybrid's.
+        losses: {route joined by " > ": loss, nats per token} of every route that was measured.
+    """
+
+    route: list
+    cost: float
+    losses: dict
+
+
+def segment_costs(model, cost="parameters", tokens=128):
+    """What each segment costs: [S][K] numbers.
+
+    Args:
+        model: A soft hybrid.
+        cost: "parameters", "flops" (per token, counted by torch over `tokens` tokens; the selective scan's own few
+            are not counted) or "latency" (seconds for `tokens` tokens, median of five).
+        tokens: Length of the input.
+    """
+    if cost not in COSTS:
+        raise ManticoreError(f"cost={cost!r} is unknown; choose one of {list(COSTS)}.")
+    return [
+        [_cost(model, name, block, cost, tokens) for name in model.config.component_names]
+        for block in range(model.config.num_blocks)
+    ]
+
+
+@torch.no_grad()
+def _cost(model, name, block, cost, tokens):
+    segment = model._segment(name, block)
+    if cost == "parameters":
+        layers = getattr(segment.stack, segment.anatomy.layers)[segment.start : segment.stop]
+        return float(sum(p.numel() for p in layers.parameters()))
+    width = getattr(model.config, name).hidden_size
+    if block == 0:
+        width = model.component(name).get_input_embeddings().weight.shape[1]
+    hidden = torch.zeros(1, tokens, width, device=model.device, dtype=model.dtype)
+    positions = torch.arange(tokens, device=model.device)[None]
+    if cost == "flops":
+        with FlopCounterMode(display=False) as counter:
+            segment(hidden, None, positions)
+        return counter.get_total_flops() / tokens
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        segment(hidden, None, positions)
+        if hidden.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[2]
+
+
+def pick_route(model, by="alpha", dataset=None, budget=None, cost="parameters", beam=4, batch_size=8):
+    """Chooses one component per block.
+
+    Args:
+        model: A soft hybrid.
+        by: "alpha" (the most probable route under the mixture weights) or "loss" (the lowest measured loss: all routes
+            if they are at most 64, else a beam search from the most probable ones, one block changed at a time).
+        dataset: Held-out rows of `input_ids`, for "loss".
+        budget: Largest cost allowed, as a share of the soft hybrid's; None for any.
+        cost: What the budget counts; see `segment_costs`.
+        beam: Routes kept at each step of the beam search.
+        batch_size: Rows per forward pass.
+
+    Returns:
+        A Choice.
+
+    Raises:
+        ManticoreError: No route fits the budget, or there is no text to measure on.
+    """
+    if by not in ("alpha", "loss"):
+        raise ManticoreError(f"by={by!r} is unknown; choose 'alpha' or 'loss', or give the route itself.")
+    if by == "loss" and dataset is None:
+        raise ManticoreError("Choosing a route by loss needs held-out text: give a dataset.")
+    if model.config.route is not None:
+        raise ManticoreError(f"This hybrid is hardened already, to the route {model.config.route}.")
+    costs = torch.tensor(segment_costs(model, cost), dtype=torch.float64)
+    share = costs / costs.sum()
+    scores = model.mixture_weights().double().cpu().clamp(min=1e-12).log()
+    blocks, count = share.shape
+
+    def cost_of(route):
+        return sum(share[block, k].item() for block, k in enumerate(route))
+
+    limit = math.inf if budget is None else budget
+    cheapest = share.min(1).values.sum().item()
+    if cheapest > limit:
+        raise ManticoreError(
+            f"budget={budget} of the soft hybrid's {cost}: the cheapest route costs {cheapest:.3f}; allow that much."
+        )
+
+    def score_of(route):
+        return sum(scores[block, k].item() for block, k in enumerate(route))
+
+    likely = _likely_routes(scores, share, limit, max(beam, EXHAUSTIVE))
+    losses = {}
+    if by == "alpha":
+        best = max(likely, key=score_of)
+    else:
+        measure = _Measured(model, dataset, batch_size, losses)
+        if count**blocks <= EXHAUSTIVE:
+            best = min(tqdm(likely, desc="Measuring routes", unit="route", leave=False), key=measure)
+        else:
+            best = _beam_search(likely[:beam], measure, cost_of, limit, blocks, count, beam)
+    names = model.config.component_names
+    return Choice([names[k] for k in best], cost_of(best), losses)
+
+
+def _likely_routes(scores, share, limit, keep):
+    """The `keep` most probable routes within the limit, most probable first; all of them if they are not more."""
+    blocks, count = scores.shape
+    if count**blocks <= 4096:
+        routes = itertools.product(range(count), repeat=blocks)
+        routes = [r for r in routes if sum(share[b, k].item() for b, k in enumerate(r)) <= limit + 1e-12]
+        return sorted(routes, key=lambda r: -sum(scores[b, k].item() for b, k in enumerate(r)))[:keep]
+    least = share.min(1).values.flip(0).cumsum(0).flip(0).tolist() + [0.0]  # of the blocks from b on
+    partial = [((), 0.0, 0.0)]
+    for block in range(blocks):
+        partial = [
+            ((*route, k), cost + share[block, k].item(), score + scores[block, k].item())
+            for route, cost, score in partial
+            for k in range(count)
+            if cost + share[block, k].item() + least[block + 1] <= limit + 1e-12
+        ]
+        partial = sorted(partial, key=lambda p: -p[2])[: 4 * keep]
+    return [route for route, _, _ in partial][:keep]
+
+
+def _beam_search(start, measure, cost_of, limit, blocks, count, beam):
+    kept = sorted(start, key=measure)
+    while True:
+        near = {
+            (*route[:block], k, *route[block + 1 :]) for route in kept for block in range(blocks) for k in range(count)
+        }
+        near = [route for route in sorted(near) if cost_of(route) <= limit + 1e-12]
+        found = sorted(tqdm(near, desc="Measuring routes", unit="route", leave=False), key=measure)[:beam]
+        if measure(found[0]) >= measure(kept[0]):
+            return kept[0]
+        kept = found
+
+
+class _Measured:
+    """Loss of routes of a soft hybrid; each is measured once."""
+
+    def __init__(self, model, dataset, batch_size, losses):
+        self.model, self.losses = model, losses
+        self.batches = torch.tensor(dataset["input_ids"]).split(batch_size)
+
+    @torch.no_grad()
+    def __call__(self, route):
+        names = [self.model.config.component_names[k] for k in route]
+        key = " > ".join(names)
+        if key not in self.losses:
+            training = self.model.training
+            self.model.eval()
+            total = count = 0
+            for ids in self.batches:
+                ids = ids.to(self.model.device)
+                logits = route_logits(self.model, names, ids)[:, :-1].flatten(0, 1).float()
+                total += F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
+                count += ids[:, 1:].numel()
+            self.model.train(training)
+            self.losses[key] = total / count
+        return self.losses[key]
+
+
+def _is_native(config, route):
+    """Whether a hardened hybrid reads its first component's embeddings, and its last one's head reads it, as they are.
+
+    Always but where the paper's code has the first component's head read the last one's state.
+    """
+    return config.embeddings == "native" or config.head_mixture == "last" or route[0] == route[-1]
+
+
+def route_logits(model, route, ids):
+    """What a soft hybrid would give for tokens [batch, time] once hardened to a route, without hardening it."""
+    config, mixer, before, state = model.config, model.hybrid_mixer, None, None
+    native = _is_native(config, route)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    for one in stretches(SimpleNamespace(route=route, bounds=config.bounds)):
+        component = model.component(one.name)
+        if before is not None:
+            shared = mixer("leave", before.last, before.name, state, 1.0)
+            state = mixer("enter", one.first, one.name, shared, 1.0)
+        elif native:
+            state = model.embed(one.name, ids)
+        else:
+            state = mixer("enter", 0, one.name, resize(model.embed(one.name, ids), config.hidden_size), 1.0)
+        state, before = model._cuts.segment(component, one.start, one.stop)(state, None, positions), one
+    if native:
+        return model._own_logits(before.name, state)
+    shared = mixer("leave", before.last, before.name, state, 1.0)
+    head = model.component(route[0]).get_output_embeddings()
+    return model._own_logits(route[0], resize(shared, head.weight.shape[1]))
+
+
+@torch.no_grad()
+def harden(model, route="alpha", dataset=None, **options):
+    """A hardened copy of a hybrid: one component per block, everything else dropped.
+
+    Args:
+        model: A soft hybrid; it stays as it is.
+        route: "alpha" or "loss" (see `pick_route`), a component's name (all blocks), or one name per block.
+        dataset: Held-out rows of `input_ids`, for "loss".
+        **options: Further arguments of `pick_route`.
+
+    Returns:
+        A hybrid of the same class whose config has the route, in evaluation mode. It loads, generates, trains and is
+        published like any other.
+
+    Raises:
+        ManticoreError: An impossible route, or a hybrid that classifies or is quantised.
+    """
+    refuse_classifier(model, "Hardening")
+    if (packed := quantization_of(model.config)) is not None:
+        raise ManticoreError(
+            f"This hybrid is packed in {packed}: harden it in floating point, and quantise the result when you load it."
+        )
+    names, blocks = model.config.component_names, model.config.num_blocks
+    if route in ("alpha", "loss"):
+        route = pick_route(model, route, dataset, **options).route
+    elif isinstance(route, str):
+        model.component(route)
+        route = [route] * blocks
+    elif model.config.route is not None:
+        raise ManticoreError(f"This hybrid is hardened already, to the route {model.config.route}.")
+    if len(route) != blocks or not set(route) <= set(names):
+        raise ManticoreError(f"route={route!r} must name one of {names} for each of the {blocks} block(s).")
+    values = model.config.to_dict()
+    values["components"] = [entry for entry in values["components"] if entry["name"] in route]
+    values["block_layers"] = {name: model.config.block_layers[name] for name in names if name in route}
+    values.update(route=list(route), mixture_weights=None)
+    if _is_native(model.config, route):
+        values["embeddings"] = "native"
+    if values["tokenizer_component"] not in route:
+        values["tokenizer_component"] = route[0]
+    config = ManticoreConfig.from_dict(values)
+    with default_dtype(model.dtype):
+        hard = type(model)(config, {name: copy.deepcopy(model.component(name)) for name in config.component_names})
+    hard = hard.to(device=model.device)
+    old, new = model.hybrid_mixer, hard.hybrid_mixer
+    new.alpha_logits.copy_(old.alpha_logits[:, [names.index(name) for name in config.component_names]])
+    for side in ("into", "out_of"):
+        for key, projector in getattr(new, side).items():
+            projector.load_state_dict(getattr(old, side)[key].state_dict())
+    for block, crossing in new.across.items():
+        leave, enter = old.out_of[f"{route[int(block) - 1]}-{int(block) - 1}"], old.into[f"{route[int(block)]}-{block}"]
+        _merge(crossing, leave, enter)
+    hard.generation_config = copy.deepcopy(model.generation_config)
+    return hard.eval()
+
+
+def _merge(crossing, leave, enter):
+    """Fills a crossing with the two projectors it stands for, multiplied where that is possible."""
+    if isinstance(crossing, LinearProjector):
+        both = nn.Sequential(copy.deepcopy(leave), copy.deepcopy(enter)).double()
+        like = {"dtype": torch.float64, "device": crossing.weight.device}
+        bias = both(torch.zeros(1, crossing.in_features, **like))
+        crossing.weight.copy_((both(torch.eye(crossing.in_features, **like)) - bias).T)
+        crossing.bias.copy_(bias[0])
+    elif isinstance(crossing, Chain):
+        crossing[0].load_state_dict(leave.state_dict())
+        crossing[1].load_state_dict(enter.state_dict())

@@ -1,0 +1,362 @@
+"""One YAML file for a whole experiment: components, data, stages.
+
+    manticore-hf run recipes/poc.yaml --output-dir out
+
+Every stage writes a directory of its own below the output directory; stages that are finished are not run again, so the
+same command goes on after a kill. A recipe is data: it names settings of the stages and nothing else, and is read with
+YAML's safe loader, within bounds that no experiment needs and that keep a hostile file from taking the machine.
+"""
+
+import dataclasses
+import inspect
+import re
+import shutil
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import yaml
+from transformers import TrainingArguments
+
+from manticore_hf.evaluation.data import DataArguments
+from manticore_hf.modeling.bounds_manticore import ManticoreError, show
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+from manticore_hf.training.distill import HardenArguments, run_harden
+from manticore_hf.training.programs import program_of
+from manticore_hf.training.search import STRATEGIES, SearchArguments
+from manticore_hf.training.trained_stages import StageArguments, run_stage
+from manticore_hf.training.untrained_stages import CalibrateArguments, run_calibrate, run_compose, training_defaults
+from manticore_hf.utils.distributed import on_main, say
+from manticore_hf.utils.files import replace_text
+
+TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
+_SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH, _MAX_TEXT = 200_000, 5_000, 16, 10_000
+
+
+@dataclass
+class Recipe:
+    """A validated recipe.
+
+    Attributes:
+        path: Its file.
+        name: Name of the experiment.
+        seed: Random seed of all stages.
+        components: As `from_components` takes them.
+        hybrid: Keys of ManticoreConfig, dtype, transplant and transplant_data; `mixture` may be "mad:TASK+TASK", an
+            alpha programmed with MAD.
+        program: Keys of ProgramSettings, of a mixture that is programmed.
+        data: Keys of DataArguments.
+        stages: [(stage, its settings)], in order; compose comes first by itself. A stage's settings may hold `data` of
+            its own: keys that replace the recipe's, or all of them where it names another source.
+    """
+
+    path: Path
+    name: str
+    seed: int
+    components: list
+    hybrid: dict
+    program: dict
+    data: dict
+    stages: list
+
+
+def load_recipe(path):
+    """Reads and validates a recipe.
+
+    Raises:
+        ManticoreError: Names file, line, key and value of what is wrong.
+    """
+    path = Path(path)
+    text = _read(path)
+    try:
+        loader = _BoundedLoader(text)
+        node = loader.get_single_node()
+        lines = _lines(node)  # before the construction, which writes merged keys (<<) into the nodes
+        values = None if node is None else loader.construct_document(node)
+    except yaml.YAMLError as err:
+        raise ManticoreError(f"Recipe {str(path)!r} is no valid YAML: {err}") from err
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
+        # A date or number that is none, or a tag on what is none: the library's constructors do not check.
+        reason = show(f"{type(err).__name__}: {err}")
+        raise ManticoreError(f"Recipe {str(path)!r} has a value that is not of its YAML type: {reason}") from err
+
+    def wrong(where, message):
+        line = next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), 1)
+        place = ".".join(str(one)[:100] for one in where) or "recipe"
+        raise ManticoreError(f"{path}:{line}: {place}: {message}")
+
+    if not isinstance(values, dict):
+        wrong((), "must be a mapping of settings.")
+    for key in values:
+        if key not in TOP:
+            wrong((key,), f"unknown key; known are {sorted(TOP)}.")
+    for key, kind in (("components", list), ("stages", list), ("hybrid", dict), ("program", dict), ("data", dict)):
+        if not isinstance(values.get(key, kind()), kind):
+            wrong((key,), f"is {show(values[key])}, must be a {'list' if kind is list else 'mapping'}.")
+    components = values.get("components") or []
+    if not components:
+        wrong(("components",), "names no component.")
+    for i, component in enumerate(components):
+        if not isinstance(component, str):
+            wrong(("components", i), f"is {show(component)}, must be a repo id or a directory.")
+    seed = values.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        wrong(("seed",), f"is {show(seed)}, must be an integer in [0, 2**32).")
+    name = values.get("name", path.stem)
+    if not isinstance(name, str):
+        wrong(("name",), f"is {show(name)}, must be text.")
+    hybrid, data = values.get("hybrid") or {}, values.get("data") or {}
+    hybrid = _check_values(hybrid, _config_types(), ("hybrid",), wrong)
+    data = _check_values(data, _types(DataArguments), ("data",), wrong)
+    stages = [_stage(entry, i, wrong) for i, entry in enumerate(values.get("stages") or [])]
+    if any("data" not in {**data, **settings.get("data", {})} for _, settings in stages):
+        wrong(("data",), "has no key 'data' that says where the text is.")
+    program = _check_program(hybrid, values.get("program") or {}, stages, wrong)
+    return Recipe(path, name, seed, components, hybrid, program, data, stages)
+
+
+def _read(path):
+    """A recipe's text, if it is one of a size that can be looked at."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as err:
+        raise ManticoreError(f"Recipe {str(path)!r} cannot be read: {err}") from err
+    if len(content) > _MAX_BYTES:
+        raise ManticoreError(f"Recipe {str(path)!r} has more than {_MAX_BYTES} bytes; that is no recipe.")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise ManticoreError(f"Recipe {str(path)!r} is no UTF-8 text ({err}); save it as such.") from err
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """YAML's safe loader, which alone follows any depth and any repetition of aliases (a billion from ten lines)."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.depth, self.sizes = 0, {}
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        alias, mark = isinstance(event, yaml.AliasEvent), event.start_mark
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_DEPTH} levels of nesting", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if not alias:  # else it has been counted, unless it is inside itself
+            parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
+            parts = [one for pair in parts for one in pair] if isinstance(node, yaml.MappingNode) else parts
+            self.sizes[id(node)] = 1 + sum(self.sizes[id(one)] for one in parts)
+        if self.sizes.get(id(node), _MAX_VALUES + 1) > _MAX_VALUES:
+            problem = f"more than {_MAX_VALUES} values, aliases written out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > _MAX_TEXT:
+            problem = f"a text of more than {_MAX_TEXT} characters"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        return node
+
+
+def _stage(entry, i, wrong):
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        wrong(("stages", i), f"is {show(entry)}, must be one stage with its settings.")
+    ((stage, settings),) = entry.items()
+    if stage not in _stage_keys():
+        wrong(("stages", i), f"stage {show(stage)} is unknown; known are {sorted(_stage_keys())}.")
+    settings = settings or {}
+    if not isinstance(settings, dict):
+        wrong(("stages", i, stage), f"is {show(settings)}, must be a mapping of settings.")
+    settings, data = dict(settings), settings.get("data")
+    if data is not None:
+        settings.pop("data")
+        if not isinstance(data, dict):
+            wrong(("stages", i, stage, "data"), f"is {show(data)}, must be a mapping of data settings.")
+        data = _check_values(data, _types(DataArguments), ("stages", i, stage, "data"), wrong)
+    settings = _check_values(settings, _stage_keys()[stage], ("stages", i, stage), wrong)
+    if settings.get("strategy", "darts") not in STRATEGIES:
+        wrong(("stages", i, stage, "strategy"), f"is {show(settings['strategy'])}; choose one of {sorted(STRATEGIES)}.")
+    return stage, settings if data is None else {**settings, "data": data}
+
+
+def _check_program(hybrid, program, stages, wrong):
+    """The settings of a mixture that is programmed, checked, and that its fixed alpha leaves the stages work to do."""
+    programs = program_of(hybrid.get("mixture"))
+    try:
+        tasks = programs and programs.mixture_tasks(hybrid["mixture"])
+    except ManticoreError as err:
+        wrong(("hybrid", "mixture"), f"is {show(hybrid['mixture'])}: {err}")
+    if tasks is None:
+        if program:
+            wrong(("program",), 'is for a mixture that is programmed: give hybrid.mixture "mad:TASK+TASK", or drop it.')
+        return program
+    program = _check_values(program, _types(programs.ProgramSettings), ("program",), wrong)
+    try:
+        settings = programs.ProgramSettings(**program)
+        for task in tasks:
+            settings.task(task, settings.seed)
+        if type(hybrid.get("num_blocks", 1)) is int:
+            settings.depth(hybrid.get("num_blocks", 1))
+    except ManticoreError as err:
+        wrong(("program",), str(err))
+    if hybrid.get("mixture_weights") is not None:
+        wrong(("hybrid", "mixture_weights"), "are given, and mixture is programmed: drop one of the two.")
+    default = hybrid.get("preset", "default") == "default"
+    native = hybrid.get("embeddings") == "native" or (default and hybrid.get("embeddings") is None)
+    for i, (stage, _) in enumerate(stages):
+        if stage == "search":
+            wrong(
+                ("stages", i),
+                f"search would move the alpha that mixture {show(hybrid['mixture'])} has programmed: "
+                "leave the stage out, or give mixture: static.",
+            )
+        if stage == "pretrain" and native and hybrid.get("num_blocks", 1) == 1 and "transplant" not in hybrid:
+            wrong(
+                ("stages", i),
+                "pretrain has nothing to train: one block with native embeddings has no projectors, "
+                "and its alpha is programmed. Leave the stage out.",
+            )
+    return program
+
+
+def _stage_keys():
+    """{stage: {setting: its type}}."""
+    out = {}
+    for stage, (starts, kind, _) in _STAGES.items():
+        types = {**_types(kind), **_types(starts)}
+        out[stage] = {key: types[key] for key in types if key not in _SET_BY_THE_RUN}
+    return out
+
+
+@cache
+def _types(cls):
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _config_types():
+    known = set(inspect.signature(ManticoreConfig.__init__).parameters)
+    left = {"self", "kwargs", "components", "manticore_version", "calibration", "objective", "route"}
+    ours = {"dtype": str, "transplant": str, "transplant_data": str}
+    return {key: object for key in known - left} | ours  # ManticoreConfig checks the other values itself
+
+
+def _check_values(values, known, where, wrong):
+    """The settings, with numbers that YAML takes for text (2e-4 has no dot) as numbers."""
+    out = {}
+    for key, value in values.items():
+        if key not in known:
+            close = sorted(k for k in known if str(key)[:4] == k[:4]) or sorted(known)[:12]
+            wrong((*where, key), f"unknown key (value {show(value)}); did you mean one of {close}?")
+        kinds = set(get_args(known[key]) or (known[key],))
+        plain = {kind for kind in kinds if kind in (bool, int, float, str, type(None))}
+        if isinstance(value, str) and float in plain and str not in plain:
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        fits = type(value) in kinds or (float in kinds and type(value) is int)
+        if plain == kinds and not fits:
+            names = sorted("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+            wrong((*where, key), f"is {show(value)}, must be {' or '.join(names)}.")
+        out[key] = value
+    return out
+
+
+def _lines(node, path=()):
+    """{path of a key: its line, from 1}."""
+    out = {path: node.start_mark.line + 1} if node is not None else {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                out.update(_lines(value, (*path, key.value)))
+                out[(*path, key.value)] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            out.update(_lines(value, (*path, i)))
+    return out
+
+
+def run_recipe(path, output_dir, seed=None):
+    """Runs all stages of a recipe, skipping those that are finished.
+
+    Args:
+        path: The YAML file.
+        output_dir: Directory below which every stage writes its own.
+        seed: Random seed instead of the recipe's.
+
+    Returns:
+        [(directory, result)] of the stages, in order.
+
+    Raises:
+        ManticoreError: The recipe is invalid, or another recipe was run in this directory.
+    """
+    recipe, output = load_recipe(path), Path(output_dir)
+    text = _read(recipe.path)
+    if seed is not None and seed != recipe.seed:
+        recipe.seed, line = seed, f"seed: {seed}"
+        text = re.sub(r"(?m)^seed:.*$", line, text) if re.search(r"(?m)^seed:", text) else f"{line}\n{text}"
+    kept = output / "recipe.yaml"
+    # Not by name, which may be the file's
+    defaults = {"seed": recipe.seed, **training_defaults()}
+    folder = output / "0-compose"
+    arguments = TrainingArguments(output_dir=str(folder), **defaults)  # also joins the processes
+    if kept.exists() and dataclasses.replace(load_recipe(kept), path=recipe.path, name=recipe.name) != recipe:
+        raise ManticoreError(f"{output} holds the stages of another recipe ({kept}); give another --output-dir.")
+    output.mkdir(parents=True, exist_ok=True)
+    on_main(replace_text, kept, text)
+    hybrid, program = dict(recipe.hybrid), None
+    programs = program_of(hybrid.get("mixture"))
+    if programs is not None:
+        settings = programs.ProgramSettings(**{"seed": recipe.seed, **recipe.program})
+        tasks, hybrid["mixture"] = programs.mixture_tasks(hybrid["mixture"]), "static"
+        program = partial(programs.program_alpha, tasks=tasks, output_dir=output / "0-program", settings=settings)
+    if "transplant" in hybrid and "data" in recipe.data:
+        given = hybrid.get("transplant_data")
+        hybrid["transplant_data"] = stage_data(recipe, {} if given is None else {"data": given})
+    results = [(folder, run_compose(recipe.components, arguments, program=program, **hybrid))]
+    before_search, searched = folder, None
+    for number, (stage, settings) in enumerate(recipe.stages, 1):
+        folder, start = output / f"{number}-{stage}", results[-1][0]
+        say(f"[{recipe.name}] {stage} -> {folder}", flush=True)
+        starts, kind, run = _STAGES[stage]
+        own = {key: settings[key] for key in settings if key in _types(starts)}
+        training = {key: settings[key] for key in settings if key not in own and key != "data"}
+        if stage == "finetune" and searched is not None:
+            # The paper's order: components and projectors start again, the mixture is the one found.
+            start, own["mixture_from"] = before_search, str(searched)
+        arguments = kind(output_dir=str(folder), **{**defaults, **training})
+        result = run(starts(model=str(start), **own), stage_data(recipe, settings.get("data", {})), arguments)
+        if stage == "search":
+            searched = folder
+        elif searched is None:
+            before_search = folder
+        on_main(shutil.copyfile, kept, folder / "recipe.yaml")
+        results.append((folder, result))
+    return results
+
+
+_STAGES = {
+    "calibrate": (CalibrateArguments, TrainingArguments, run_calibrate),
+    "pretrain": (StageArguments, TrainingArguments, partial(run_stage, "pretrain")),
+    "search": (StageArguments, SearchArguments, partial(run_stage, "search")),
+    "finetune": (StageArguments, TrainingArguments, partial(run_stage, "finetune")),
+    "harden": (HardenArguments, TrainingArguments, run_harden),
+}
+
+
+def stage_data(recipe, other):
+    """DataArguments of a stage; a relative path counts from the working directory or from the recipe's folder."""
+    values = dict(other) if "data" in other else {**recipe.data, **other}
+    values["data"] = find_beside(values["data"], recipe.path.parent)
+    return DataArguments(**values)
+
+
+def find_beside(source, folder):
+    """A source as it is, unless it is only a path in that folder: then that path."""
+    beside = Path(folder) / source
+    return str(beside) if not Path(source).exists() and beside.exists() else source

@@ -1,0 +1,148 @@
+"""What a hybrid adds to the Trainer's logs: its parts' losses and its mixture, beside the loss."""
+
+import math
+from pathlib import Path
+
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from manticore_hf.utils.deepspeed import present
+from manticore_hf.utils.distributed import ready_for_shards, totals
+from manticore_hf.utils.unwrap import hybrid_of
+
+MIXTURE = ("alpha_logits", "token_gate.linear.bias")  # of the mixer: what its weights are computed from
+
+
+class HybridLogging:
+    """Mixin before a Trainer class: logs alpha (and, where the model gives them, the losses of its parts).
+
+    What is logged, and trained on, is not rounded where FSDP2 shards.
+
+    With `push_to_hub` the model card is that of a hybrid, with what people wrote into it, and not the Trainer's own.
+
+    Keys: "alpha/BLOCK/COMPONENT", "loss/mixture", "loss/COMPONENT", "loss/ensemble", "gate/COMPONENT" (mean token
+    weight); with the prefix "eval_" after an evaluation.
+    """
+
+    _watch = None
+
+    def _parts(self):
+        if self._watch is None:
+            self._watch = PartSums(hybrid_of(self.model))
+        return self._watch
+
+    def train(self, *args, **kwargs):
+        ready_for_shards(self)
+        self._parts().clear()
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        parts = self._parts()
+        parts.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{key}": value for key, value in parts.means().items()})
+        parts.clear()
+        return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, without_repeats(inputs, self.accelerator), *args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs = {**logs, **alpha_logs(hybrid_of(self.model)), **self._parts().means()}
+            self._parts().clear()
+        return super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        # Transformers 5.23 remembers the best checkpoint where its directory exists; sharded weights are written only
+        # after it has looked, so that load_best_model_at_end would load another checkpoint or none.
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(self._get_output_dir(trial=trial), folder).mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def create_model_card(self, license=None, tags=None, dataset=None, **kwargs):
+        """Writes the hybrid's card to the output directory; arguments as in Transformers, others are not used."""
+        if self.is_world_process_zero():
+            from manticore_hf.hub.publish import update_card  # brings much that training does not need
+
+            listed = [[one] if isinstance(one, str) else list(one or ()) for one in (tags, dataset)]
+            update_card(
+                self.args.output_dir,
+                self.hub_model_id or self.args.hub_model_id,
+                token=self.args.hub_token,
+                license=license,
+                tags=listed[0],
+                datasets=listed[1],
+            )
+
+
+def without_repeats(inputs, accelerator):
+    """A batch of this process, without the labels of rows that accelerate repeats to make the last batches even.
+
+    The Trainer drops what it gathers of them; what a forward pass reports of its parts is summed before.
+    """
+    state, labels = accelerator.gradient_state, inputs.get("labels")
+    if labels is None or labels.ndim != 2 or labels.is_floating_point():  # not of tokens
+        return inputs
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return inputs
+    own = state.remainder - accelerator.process_index * len(labels)  # rows are handed out in order of the ranks
+    if own >= len(labels):
+        return inputs
+    labels = labels.clone()
+    labels[max(own, 0) :] = -100
+    return {**inputs, "labels": labels}
+
+
+def alpha_logs(model):
+    """{"alpha/BLOCK/COMPONENT": weight}; on every rank."""
+    with present(one for name, one in model.hybrid_mixer.named_parameters() if name in MIXTURE):
+        rows = model.mixture_weights().tolist()
+    names = model.config.component_names
+    return {f"alpha/{b}/{name}": w for b, row in enumerate(rows) for name, w in zip(names, row)}
+
+
+class PartSums:
+    """Means over tokens of what each forward with labels reports about its parts."""
+
+    def __init__(self, model):
+        self.names = model.config.component_names
+        self.clear()
+        model.report_parts = True
+        model.register_forward_hook(self._add, with_kwargs=True)
+
+    def clear(self):
+        self.sums, self.counts = {}, {}
+
+    @torch.no_grad()
+    def _add(self, module, args, kwargs, out):
+        labels = kwargs.get("labels")
+        if labels is None or getattr(out, "mixture_loss", None) is None:
+            return
+        labelled = labels[:, 1:] != -100
+        tokens = labelled.sum()
+        self._sum("loss/mixture", out.mixture_loss, tokens)
+        if out.component_losses is not None:
+            for name, value in zip(self.names, out.component_losses.unbind()):
+                self._sum(f"loss/{name}", value, tokens)
+        if out.ensemble_loss is not None:
+            self._sum("loss/ensemble", out.ensemble_loss, tokens)
+        if out.weights is not None:
+            means = (out.weights[:, :-1] * labelled[..., None]).sum((0, 1)) / tokens.clamp(min=1)
+            for name, value in zip(self.names, means.unbind()):
+                self._sum(f"gate/{name}", value, tokens)
+
+    def _sum(self, key, value, tokens):
+        # Kept on the device: reading a number in every step would make the accelerator wait. No tokens: no mean.
+        found = torch.where(tokens > 0, value.detach().float() * tokens, 0.0)
+        self.sums[key] = self.sums.get(key, 0.0) + found
+        self.counts[key] = self.counts.get(key, 0) + tokens
+
+    def means(self):
+        """{key: mean over all processes' tokens since the last `clear`}; components that were not run are left out."""
+        device = next((total.device for total in self.sums.values()), None)
+        sums, counts = totals(self.sums, device), totals(self.counts, device)
+        means = {key: sums[key] / counts[key] for key in sums}
+        return {key: value for key, value in means.items() if not math.isnan(value)}

@@ -1,0 +1,135 @@
+"""Pictures: alpha over a search, the mixture that came out, losses, and what models are good at."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def plot_alpha(steps, history, path):
+    """Draws alpha over the steps of a search, one panel per block.
+
+    Args:
+        steps: [n] optimizer steps.
+        history: {"alpha/BLOCK/COMPONENT": [n] weights}, as `alpha_history` gives it.
+        path: PNG to write.
+    """
+    blocks = sorted({int(key.split("/")[1]) for key in history})
+    figure, axes = plt.subplots(len(blocks), 1, figsize=(7, 1.2 + 1.8 * len(blocks)), sharex=True, squeeze=False)
+    for block, axis in zip(blocks, axes[:, 0]):
+        for key, values in history.items():
+            _, b, name = key.split("/")
+            if int(b) == block:
+                axis.plot(steps, values, label=name, linewidth=1.5)
+        axis.set_ylim(0, 1)
+        axis.set_ylabel(f"alpha, block {block + 1}")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(loc="best", fontsize="small")
+    axes[-1, 0].set_xlabel("optimizer step")
+    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def plot_mixture(weights, names, path):
+    """Draws the mixture weights as a heat map, blocks by components.
+
+    Args:
+        weights: [S, K] nested lists or tensor.
+        names: K component names.
+        path: PNG to write.
+    """
+    rows = [[float(w) for w in row] for row in weights]
+    figure, axis = plt.subplots(figsize=(1.8 + 1.4 * len(names), 1.4 + 0.6 * len(rows)))
+    image = axis.imshow(rows, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for s, row in enumerate(rows):
+        for k, weight in enumerate(row):
+            axis.text(k, s, f"{weight:.2f}", ha="center", va="center", color="white" if weight > 0.6 else "black")
+    axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axis.set_yticks(range(len(rows)), [f"block {s + 1}" for s in range(len(rows))])
+    figure.colorbar(image, label="mixture weight")
+    _save(figure, path)
+
+
+def plot_losses(losses, path):
+    """Draws losses as bars, hybrids apart from their rivals by colour.
+
+    Args:
+        losses: {label: nats per token}; labels of hybrids begin with "hybrid".
+        path: PNG to write.
+    """
+    labels = sorted(losses, key=losses.get, reverse=True)
+    values = [losses[label] for label in labels]
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.32 * len(labels)))
+    colours = ["tab:orange" if label.startswith("hybrid") else "tab:gray" for label in labels]
+    axis.barh(labels, values, color=colours)
+    for row, value in enumerate(values):
+        axis.text(value, row, f" {value:.3f}", va="center", fontsize="small")
+    low, high = min(values), max(values)
+    axis.set_xlim(low - 0.4 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3)
+    axis.set_xlabel("test loss, nats per token (the axis does not start at 0)")
+    _save(figure, path)
+
+
+def plot_differences(rows, hybrid, path):
+    """Draws how much each rival loses against a hybrid, with its interval.
+
+    Args:
+        rows: Rows of a comparison: name, kind, difference, difference_interval.
+        hybrid: Name of the hybrid that all are compared with.
+        path: PNG to write.
+    """
+    shown = sorted((row for row in rows if "difference" in row), key=lambda row: row["difference"], reverse=True)
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * len(shown)))
+    colours = {"hybrid": "tab:orange", "hardened": "tab:orange", "oracle": "tab:green", "single": "tab:purple"}
+    for place, row in enumerate(shown):
+        low, high = row["difference_interval"]
+        colour = colours.get(row["kind"], "tab:gray")
+        axis.plot([low, high], [place, place], color=colour, linewidth=2)
+        axis.plot(row["difference"], place, "o", color=colour)
+    axis.set_yticks(range(len(shown)), [row["name"] for row in shown], fontsize="small")
+    axis.axvline(0, color="black", linewidth=1)
+    axis.grid(alpha=0.3, axis="x")
+    text = f"loss minus that of '{hybrid}', nats per token (right of 0: the hybrid is better)"
+    axis.set_xlabel(text, fontsize="small")
+    _save(figure, path)
+
+
+def plot_profile(scores, chance, path):
+    """Draws accuracies as a radar plot, one axis per task, from chance in the centre to 1 at the rim.
+
+    Args:
+        scores: {model: {task: accuracy}}; what is below chance is drawn in the centre.
+        chance: {task: accuracy of guessing}, below 1; its order is that of the axes.
+        path: PNG to write.
+    """
+    angles = [2 * math.pi * i / len(chance) for i in range(len(chance))]
+    figure, axis = plt.subplots(figsize=(8.5, 6), subplot_kw={"projection": "polar"})
+    axis.set_theta_offset(math.pi / 2)
+    axis.set_theta_direction(-1)
+    markers = "osD^vP*X"
+    for i, (model, found) in enumerate(scores.items()):
+        radii = [min(1.0, max(0.0, (found[task] - low) / (1 - low))) for task, low in chance.items()]
+        axis.plot(angles + angles[:1], radii + radii[:1], label=model, linewidth=1.5, marker=markers[i % 8], ms=5)
+        axis.fill(angles, radii, alpha=0.06)
+    axis.set_ylim(0, 1)
+    axis.set_yticks([0.25, 0.5, 0.75, 1], ["", "half way", "", "1"], fontsize="x-small", color="dimgray")
+    axis.set_rlabel_position(180 / len(chance))
+    axis.set_xticks(angles, [f"{task}\n(chance {low:.3f})" for task, low in chance.items()], fontsize="small")
+    for angle, label in zip(angles, axis.get_xticklabels()):
+        side = math.sin(angle)  # labels beside the circle begin or end at it
+        label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+    axis.tick_params(axis="x", pad=8)
+    axis.legend(
+        loc="upper left", bbox_to_anchor=(1.2, 1.1), fontsize="small", title="from chance to 1", title_fontsize="small"
+    )
+    _save(figure, path)
+
+
+def _save(figure, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,102 @@
+"""What a hybrid is made for: generating text, or classifying texts or tokens. Cards and `inspect` ask here."""
+
+from dataclasses import dataclass
+
+from manticore_hf.modeling import modeling_manticore
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of hybrid.
+
+    Args:
+        architecture: Name of its class.
+        auto: Name of the Auto class that loads it.
+        task: Its task, as the Hub's `pipeline_tag` and Transformers' `pipeline` call it.
+        noun: What it is, for a sentence.
+        labels: Whether it gives labels instead of text.
+    """
+
+    architecture: str
+    auto: str
+    task: str
+    noun: str
+    labels: bool = True
+
+    @property
+    def model_class(self):
+        """The hybrid class."""
+        return getattr(modeling_manticore, self.architecture)
+
+
+CAUSAL = Kind("ManticoreForCausalLM", "AutoModelForCausalLM", "text-generation", "causal language model", False)
+KINDS = {
+    kind.architecture: kind
+    for kind in (
+        CAUSAL,
+        Kind(
+            "ManticoreForSequenceClassification",
+            "AutoModelForSequenceClassification",
+            "text-classification",
+            "classifier of texts",
+        ),
+        Kind(
+            "ManticoreForTokenClassification",
+            "AutoModelForTokenClassification",
+            "token-classification",
+            "classifier of tokens",
+        ),
+    )
+}
+
+_PROBLEMS = {
+    "regression": "numbers (regression)",
+    "single_label_classification": "one label for each text",
+    "multi_label_classification": "any number of labels for each text",
+}
+
+
+def kind_of(config):
+    """The Kind that a configuration says was saved; a causal language model where it says nothing else."""
+    names = config.architectures if isinstance(config.architectures, list) else ()
+    return next((KINDS[name] for name in names if name in KINDS), CAUSAL)
+
+
+def labels_of(config):
+    """{"labels": names in order, "problem": what is predicted, for a sentence} of a classifier's configuration."""
+    if kind_of(config).task == "token-classification":
+        problem = "one label for each token"
+    elif config.problem_type is None and config.num_labels == 1:  # as Transformers decides where it is not said
+        problem = _PROBLEMS["regression"]
+    else:
+        problem = _PROBLEMS[config.problem_type or "single_label_classification"]
+    return {"labels": [str(config.id2label[number]) for number in sorted(config.id2label)], "problem": problem}
+
+
+def quantization_of(config):
+    """How a saved hybrid's linear maps are packed, for a sentence: "8 bits (bitsandbytes)"; None if they are not."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method")
+    return f"{4 if settings.get('load_in_4bit') else 8} bits ({getattr(method, 'value', method)})"
+
+
+def refuse_classifier(model, doing):
+    """Raises ManticoreError if a hybrid, or the one that a configuration is of, classifies.
+
+    Args:
+        model: A hybrid, or the configuration of a saved one.
+        doing: What needs a language model, as a sentence begins: "Calibrating".
+    """
+    names = [cls.__name__ for cls in type(model).__mro__]  # by name: loaded as remote code, it is of another copy
+    kind = next((KINDS[name] for name in names if name in KINDS), None)
+    kind = kind_of(model) if kind is None and hasattr(model, "architectures") else kind
+    if kind is not None and kind.labels:
+        raise ManticoreError(
+            f"{doing} needs a hybrid that predicts text, and this one is a {kind.noun}: do that with the language "
+            f"model first, and make the classifier of it ({kind.architecture}.from_causal_lm, or from_pretrained of "
+            "what was saved)."
+        )
