@@ -8,25 +8,20 @@ import copy
 
 # First, because it says what is wrong where Transformers is too old for what follows
 from .bounds_manticore import (
-    MAX_COMPONENTS,
-    MAX_LAYERS,
-    MAX_WIDTH,
     ManticoreError,
     build_config,
     check_component,
     check_component_name,
-    check_hybrid,
-    check_plain,
+    check_dtype,
     check_reference,
-    check_transplant,
-    clean,
+    guard,
     show,
 )
 
 # isort: split
 from transformers import PreTrainedConfig
 
-from .remote_manticore import require, run_trusted
+from .references_manticore import require, run_trusted
 
 FORMAT_VERSION = 1
 """Version of the repository layout. Raised when an older package could no longer read a newer repository."""
@@ -152,8 +147,11 @@ class ManticoreConfig(PreTrainedConfig):
         manticore_version=FORMAT_VERSION,
         **kwargs,
     ):
-        check_plain("The hybrid's configuration", {key: value for key, value in locals().items() if key != "self"})
-        check_hybrid(kwargs)
+        what = "The hybrid's configuration"
+        guard().plain(what, {key: value for key, value in locals().items() if key not in ("self", "what")})
+        for key in ("dtype", "torch_dtype"):
+            check_dtype(what, kwargs.get(key))
+        guard().general(what, kwargs)
         if type(manticore_version) is not int or not 1 <= manticore_version <= FORMAT_VERSION:
             raise ManticoreError(
                 f"This hybrid has format version {show(manticore_version)}; the installed code reads up to "
@@ -202,8 +200,6 @@ class ManticoreConfig(PreTrainedConfig):
         self.mixture_weights = self._check_mixture_weights(mixture_weights)
 
         subs = [getattr(self, name) for name in self._component_names]
-        if sum(component_depth(sub) for sub in subs) > MAX_LAYERS:
-            raise ManticoreError(f"The components have more than {MAX_LAYERS} layers in all; join fewer, or smaller.")
         sizes = {name: getattr(self, name).vocab_size for name in self._component_names}
         if vocab_size is None and len(set(sizes.values())) == 1:
             vocab_size = min(sizes.values())
@@ -222,10 +218,7 @@ class ManticoreConfig(PreTrainedConfig):
             kwargs.pop(derived, None)
         # A hardened hybrid keeps the width its projectors were made for, whoever brought it.
         self.hidden_size = width if route and type(width) is int and width >= widest else widest
-        if subs and self.hidden_size > MAX_WIDTH:
-            raise ManticoreError(
-                f"The hybrid's hidden_size={self.hidden_size} is more than any model has; give at most {MAX_WIDTH}."
-            )
+        guard().hybrid(self)
         self.num_hidden_layers = self.num_blocks
         limits = [getattr(sub, "max_position_embeddings", None) for sub in subs]
         limits = [n for n in limits if type(n) is int and n > 0]  # -1: there is none
@@ -263,12 +256,9 @@ class ManticoreConfig(PreTrainedConfig):
         weights = entry.setdefault("weights", "reference" if entry.get("repo_id") else "embedded")
         if weights not in ("reference", "embedded"):
             raise ManticoreError(f"Component {name!r}: weights={show(weights)}; choose 'reference' or 'embedded'.")
-        said = entry.get("license")
-        if said is not None and not (isinstance(said, str) and len(said) < 200 and said.isprintable()):
-            raise ManticoreError(f"Component {name!r}: license={show(said)} must be the short name of one, or null.")
+        guard().entry(name, entry)
         if weights == "reference" or entry.get("repo_id") is not None:
             check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
-        check_transplant(name, entry.get("transplant"))
         entry = {key: entry.get(key) for key in _ENTRY_KEYS}
         setattr(self, name, sub)
         self.components.append(entry)
@@ -372,13 +362,13 @@ class ManticoreConfig(PreTrainedConfig):
             ManticoreError: It is no configuration of a hybrid.
         """
         what = "The hybrid's config.json"
-        check_plain(what, config_dict)
+        guard().plain(what, config_dict)
         if not isinstance(config_dict, dict):
             raise ManticoreError(f"{what} is no JSON object but {show(config_dict)}; it is damaged or no hybrid's.")
         run_trusted(kwargs.pop("trust_component_code", None) or (), config_dict)
         # For its classes the caller decides (trust_remote_code).
         classes = {"auto_map": config_dict["auto_map"]} if isinstance(config_dict.get("auto_map"), dict) else {}
-        return super().from_dict({**clean(what, config_dict, cls), **classes}, **kwargs)
+        return super().from_dict({**guard().settings(what, config_dict, cls), **classes}, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -423,8 +413,7 @@ def _list_of_dicts(components):
     components = [] if components is None else components
     if not isinstance(components, (list, tuple)) or not all(isinstance(entry, dict) for entry in components):
         raise ManticoreError(f"components={show(components)} must be a list of dicts with a name and a config.")
-    if len(components) > MAX_COMPONENTS:
-        raise ManticoreError(f"{len(components)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
+    guard().entries(components)
     return components
 
 

@@ -1,92 +1,24 @@
-"""How much a model would take, found out before it is taken; and whether a checkpoint has what a model needs.
-
-Shapes are counted on the meta device, where tensors have no storage: a configuration that asks for a trillion
-parameters is refused with numbers instead of ending the process, and a checkpoint is compared by its headers.
-"""
+"""Making a model from its configuration, and whether a checkpoint has what the model needs, told from headers alone."""
 
 import contextlib
 import math
-import os
 import re
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .bounds_manticore import ManticoreError
-
-MAX_ELEMENTS = 10**12
-"""Elements of one component."""
-
-_MAX_TENSORS = 2**17
-_MAX_STEPS = 2**16  # operations of a dry run
-_USABLE = 0.9  # of the memory; the rest is the system's and the interpreter's
-
-
-def memory_of(device):
-    """Bytes of memory that a device has, None where that cannot be told."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return None
-
-
-class _Meter(TorchDispatchMode):
-    """Refuses tensors beyond any sense while a model is made or run on the meta device.
-
-    Args:
-        what: How a message calls the model.
-        steps: Operations after which it is refused as endless.
-    """
-
-    def __init__(self, what, steps):
-        super().__init__()
-        self.what, self.steps, self.done, self.elements = what, steps, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        self.done += 1
-        if self.done > self.steps:
-            raise ManticoreError(f"{self.what} is endless: it takes more than {self.steps} operations. Do not use it.")
-        device = kwargs.get("device")
-        made = not any(isinstance(one, torch.Tensor) for one in args)
-        if made and device is not None and torch.device(device).type != "meta":
-            self.measure(func(*args, **{**kwargs, "device": torch.device("meta")}), made)  # before it is taken
-        out = func(*args, **kwargs)
-        self.measure(out, made)
-        return out
-
-    def measure(self, out, made):
-        for one in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(one, torch.Tensor):
-                self.elements += one.numel() if made else 0
-                if max(self.elements, one.numel()) > MAX_ELEMENTS:
-                    raise ManticoreError(
-                        f"{self.what} asks for {max(self.elements, one.numel()):.1e} parameters (a tensor of shape "
-                        f"{tuple(one.shape)} among them); at most {MAX_ELEMENTS:.1e} are allowed. Repair or do not use "
-                        "its configuration."
-                    )
+from .bounds_manticore import ManticoreError, guard
 
 
 @contextlib.contextmanager
-def trying(what, steps=_MAX_STEPS):
-    """Context in which a stranger's model is made or run without storage; whatever fails is a ManticoreError.
+def explained(what):
+    """Context in which a model is made of a configuration; whatever fails is a ManticoreError.
 
     Args:
         what: How a message calls the model.
-        steps: Operations after which it is refused.
     """
-    with _explained(what), _Meter(what, steps):
-        yield
-
-
-@contextlib.contextmanager
-def _explained(what):
     try:
         yield
     except ManticoreError:
@@ -98,46 +30,26 @@ def _explained(what):
         raise ManticoreError(f"{what} cannot be built from its configuration: {reason[:1000]}") from err
 
 
+@contextlib.contextmanager
+def trying(what):
+    """`explained`, watched by the guard: a model is made or run without storage."""
+    with explained(what), guard().running(what):
+        yield
+
+
 def construct(what, make, beside=()):
-    """Makes a module, after its size was counted on the meta device.
+    """The module that `make()` makes, which is called twice if the guard counts it first.
 
     Args:
         what: How a message calls the module.
-        make: Function that makes it; called twice where the default device has storage.
+        make: Function that makes it.
         beside: Modules that are there already and stay.
 
     Raises:
-        ManticoreError: It cannot be made, or there is not enough memory; the message has the numbers.
+        ManticoreError: It cannot be made, or the guard finds it too large.
     """
-    device = torch.get_default_device()
-    if device.type != "meta" and is_deepspeed_zero3_enabled():  # it divides every tensor as soon as it is made
-        return make()
-    with torch.device("meta"), trying(what, steps=4 * _MAX_TENSORS):
-        module = make()
-    tensors = list(_tensors(module))
-    if len(tensors) > _MAX_TENSORS:
-        raise ManticoreError(f"{what} has {len(tensors)} tensors; at most {_MAX_TENSORS} are allowed.")
-    if device.type == "meta":
-        # What no checkpoint holds is made at its full size, whatever a checkpoint's headers say.
-        own = {name for part in module.modules() for name in part._non_persistent_buffers_set}
-        left = [tensor for name, tensor in module.named_buffers() if name.rpartition(".")[2] in own]
-        check_memory(what, left, "", "cpu")
-        return module
-    there = [tensor for one in beside for tensor in _tensors(one)]
-    check_memory(what, tensors + there, " with what is built before it" if there else "", device)
-    with _explained(what):  # only tensors with storage get initial values
-        return make()
-
-
-def check_memory(what, tensors, more="", device="cpu"):
-    """Raises ManticoreError if tensors, of whatever device, are more than the memory of `device`."""
-    there = memory_of(torch.device(device))
-    asked, count = sum(one.nbytes for one in tensors), sum(one.numel() for one in tensors)
-    if there is not None and asked > _USABLE * there:
-        raise ManticoreError(
-            f"{what}{more} asks for {count:.2e} parameters, {asked / 2**30:,.1f} GiB; this machine has "
-            f"{there / 2**30:,.1f} GiB of memory. Use a larger machine, or repair its configuration if it is wrong."
-        )
+    with explained(what):
+        return guard().construct(what, make, beside)
 
 
 def build_component(what, config, beside=()):
@@ -160,11 +72,6 @@ def build_component(what, config, beside=()):
         if not isinstance(getattr(getattr(module, find)(), "weight", None), torch.Tensor):
             raise ManticoreError(f"{what} cannot be joined: its {find}() gives no module with a weight.")
     return module
-
-
-def _tensors(module):
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -258,7 +165,9 @@ def check_tensors(model, tensors, rename, ties, owner, quantizer=None, ignore_mi
         wrong = {key: two for key, two in wrong.items() if not packed and math.prod(two[0]) != math.prod(two[1])}
     if wrong and ignore_mismatched:
         state = model.state_dict(keep_vars=True)
-        check_memory(owner(min(wrong)), [state[key] for key in wrong if key in state], ": its tensors of another shape")
+        guard().memory(
+            f"{owner(min(wrong))}: its tensors of another shape", [state[key] for key in wrong if key in state]
+        )
     refuse(missing, {} if ignore_mismatched else wrong, owner)
 
 

@@ -20,12 +20,10 @@ from transformers.utils.hub import create_and_tag_model_card
 
 from .bounds_manticore import ManticoreError, is_commit
 from .devices_manticore import present
-from .dtypes_manticore import convert_unpacked
-from .quantization_manticore import note_kept, refuse_packed, refuse_quantized, refuse_unsaved
+from .dtypes_manticore import convert_unpacked, note_kept, refuse_packed, refuse_quantized, refuse_unsaved
 from .references_manticore import component_files, open_files, where
 from .saving_manticore import carry_card, copy_code, source_card, whole_directory
 from .sizes_manticore import Renamer, check_tensors, refuse, tie_groups
-from .vocabulary_manticore import check_rows, own_vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -382,3 +380,79 @@ def _owner(model, key):
     if entry is None:
         return "The hybrid's own weights"
     return where(entry) if entry["weights"] == "reference" else f"Component {entry['name']!r} (embedded)"
+
+
+def end_names(component):
+    """Names of a causal LM's embedding and head tensors."""
+    ends = {id(component.get_input_embeddings()), id(component.get_output_embeddings())}
+    return {
+        f"{path}.{name}"
+        for path, module in component.named_modules()
+        if id(module) in ends
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def own_vocabulary(model, entry, ties):
+    """Names of a transplanted component's embedding and head tensors in the hybrid; empty for other components.
+
+    Args:
+        model: The hybrid.
+        entry: The component's entry in the configuration.
+        ties: The model's `tie_groups`.
+    """
+    if entry["transplant"] is None:
+        return set()
+    names = {f"{entry['name']}.{name}" for name in end_names(model.component(entry["name"]))}
+    return names.union(*(ties.get(name, ()) for name in names))
+
+
+def check_rows(entry, key, tensor, owner):
+    """Raises ManticoreError unless a referenced embedding or head has the rows that the transplant was made from."""
+    rows, recorded = tensor.get_shape()[0], entry["transplant"]["vocab_size"]
+    if rows != recorded:
+        raise ManticoreError(
+            f"{owner}: {key} has {rows} rows; its vocabulary was transplanted from one of {recorded}. The "
+            "configuration belongs to another commit of the component: use the config.json that was saved with these "
+            "weights."
+        )
+
+
+class KeepsBuffers:
+    """Mixin of the hybrid classes, before PreTrainedModel. Works inside wrappers as well (PEFT's)."""
+
+    def _apply(self, fn, recurse=True):
+        """Keeps saved buffers that are about to go to the meta device; torch's way for whatever moves a module."""
+        before = {key: buffer for key, buffer in self._saved_buffers() if buffer.device.type != "meta"}
+        super()._apply(fn, recurse)
+        gone = {key for key, buffer in self._saved_buffers() if buffer.device.type == "meta"}
+        self.__dict__["_kept_buffers"] = {key: buffer for key, buffer in before.items() if key in gone}
+        return self
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        """As in torch, but of a model that was sharded on the meta device only what is sharded."""
+        out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for key in self._aside():
+            out.pop(prefix + key, None)
+        return out
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        for key, buffer in self._aside().items():
+            mesh = next(self.parameters()).device_mesh  # where shards compute, also if they wait elsewhere
+            state_dict.setdefault(prefix + key, buffer.to(mesh.device_type))
+        self.__dict__.pop("_kept_buffers", None)
+        return super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _aside(self):
+        """{name: buffer} of what was kept and is needed: all weights are shards on the meta device."""
+        kept = self.__dict__.get("_kept_buffers")
+        if not kept or any(type(one).__name__ != "DTensor" or one.device.type != "meta" for one in self.parameters()):
+            return {}
+        return kept
+
+    def _saved_buffers(self):
+        """(name, buffer) of all that belong to the state dict."""
+        for path, module in self.named_modules(remove_duplicate=False):
+            for name, buffer in module._buffers.items():
+                if isinstance(buffer, torch.Tensor) and name not in module._non_persistent_buffers_set:
+                    yield f"{path}.{name}" if path else name, buffer
