@@ -88,8 +88,8 @@ class Guard:
         """Context in which a model is made or run without storage."""
         return contextlib.nullcontext()
 
-    def memory(self, what, tensors):
-        """Before these tensors, which are on the meta device, get storage."""
+    def checkpoint(self, model, tensors, rename, ties, quantizer, ignore_mismatched):
+        """Before a hybrid's tensors {key: tensor or lazy slice} are read; `rename` and `ties` as in `overlay`."""
 
 
 _guards = [Guard()]

@@ -50,29 +50,17 @@ PRESETS = {
     # Roberts et al., section 3 and their released code (linear projectors of the framework's default initialisation,
     # gates equal to alpha, embeddings and heads mixed with the first block's alpha, loss of the mixture only).
     "paper": {
-        "projector": "linear",
-        "projector_init": "default",
-        "gate": "alpha",
-        "mixture": "static",
-        "mixture_space": "logprob",
-        "embeddings": "mixed",
-        "head_mixture": "first",
-        "mix_loss_weight": 1.0,
-        "component_loss_weight": 0.0,
+        "projector": "linear", "projector_init": "default", "gate": "alpha", "mixture": "static",
+        "mixture_space": "logprob", "embeddings": "mixed", "head_mixture": "first",
+        "mix_loss_weight": 1.0, "component_loss_weight": 0.0,
     },
     # What measured best so far (BENCHMARKS.md says on what).
     "default": {
-        "projector": "linear",
-        "projector_init": "calibrated",
-        "gate": "none",
-        "mixture": "token",
-        "mixture_space": "prob",
-        "embeddings": "native",
-        "head_mixture": "last",
-        "mix_loss_weight": 1.0,
-        "component_loss_weight": 0.0,
+        "projector": "linear", "projector_init": "calibrated", "gate": "none", "mixture": "token",
+        "mixture_space": "prob", "embeddings": "native", "head_mixture": "last",
+        "mix_loss_weight": 1.0, "component_loss_weight": 0.0,
     },
-}
+}  # fmt: skip
 
 
 class ManticoreConfig(PreTrainedConfig):
@@ -147,8 +135,8 @@ class ManticoreConfig(PreTrainedConfig):
         manticore_version=FORMAT_VERSION,
         **kwargs,
     ):
-        what = "The hybrid's configuration"
-        guard().plain(what, {key: value for key, value in locals().items() if key not in ("self", "what")})
+        given, what = {key: value for key, value in locals().items() if key != "self"}, "The hybrid's configuration"
+        guard().plain(what, given)
         for key in ("dtype", "torch_dtype"):
             check_dtype(what, kwargs.get(key))
         guard().general(what, kwargs)
@@ -160,11 +148,6 @@ class ManticoreConfig(PreTrainedConfig):
         self.manticore_version = manticore_version
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ManticoreError(f"preset={show(preset)} is unknown; choose one of {sorted(PRESETS)}.")
-        given = {
-            "projector": projector, "projector_init": projector_init, "gate": gate, "mixture": mixture,
-            "mixture_space": mixture_space, "embeddings": embeddings, "head_mixture": head_mixture,
-            "mix_loss_weight": mix_loss_weight, "component_loss_weight": component_loss_weight,
-        }  # fmt: skip
         for key, default in PRESETS[preset].items():
             value = default if given[key] is None else given[key]
             if key in CHOICES and value not in CHOICES[key]:

@@ -12,7 +12,6 @@ configuration says. Every quantiser of Transformers leaves out what a model list
 what its configuration lists; hybrids use it for that.
 """
 
-import contextlib
 import copy
 import functools
 import re
@@ -68,17 +67,6 @@ def _dtype_of(name, part):
         if one.is_floating_point() and not (name == "hybrid_mixer" and key.startswith(ALWAYS_FLOAT32)):
             return one.dtype
     return None
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    """Context in which new tensors have a dtype unless they say another."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def convert_unpacked(model, tensors, own, rename, plan):

@@ -25,10 +25,10 @@ from .segments_manticore import Cuts
 from .sft_manticore import KeepsForward, fused_output
 from .sizes_manticore import build_component, construct, trying
 from .versions_manticore import CACHE, CACHE_NAMES, takes_cache
-from .weights_manticore import KeepsBuffers, ReferencedWeights, keep_loaded_embeddings
+from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 
-class ManticorePreTrainedModel(ReferencedWeights, KeepsBuffers, MixedDtypes, Quantizable, PreTrainedModel):
+class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreTrainedModel):
     """Loading, saving and initialisation common to all hybrid classes."""
 
     config_class = ManticoreConfig

@@ -59,11 +59,10 @@ def component_files(entry, hub):
             return [_fetch(entry, file, hub) for file in sorted(entry["files"]) if file.endswith(".safetensors")]
         try:
             return [_fetch(entry, WEIGHT_FILES[0], hub)]
-        except LocalEntryNotFoundError:
+        except (LocalEntryNotFoundError, EntryNotFoundError):
             index = _fetch(entry, WEIGHT_FILES[1], hub)
-        except EntryNotFoundError:
-            index = _fetch(entry, WEIGHT_FILES[1], hub)
-        return [_fetch(entry, shard, hub) for shard in _shards(index, entry)]
+        said = f"{where(entry)}: {WEIGHT_FILES[1]}", "use another commit of the component."
+        return [_fetch(entry, shard, hub) for shard in shards(index, said)]
     except LocalEntryNotFoundError as err:
         raise ManticoreError(
             f"{where(entry)}: its weights are not in the local cache and the Hub cannot be reached; go online once, or "
@@ -76,14 +75,6 @@ def component_files(entry, hub):
             f"{where(entry)}: its weights cannot be read: {err}. If the repository is private or gated, log in with an "
             "account that may read it; if it is gone, the hybrid cannot be loaded without a copy."
         ) from err
-
-
-def record(files):
-    """{file: SHA-256} of a component's fetched safetensors files (and their index), for its entry."""
-    index = Path(files[0]).with_name(WEIGHT_FILES[1])
-    if Path(files[0]).name != WEIGHT_FILES[0] and index.is_file():
-        files = [*files, index]
-    return {os.path.basename(file): _lfs_id(file) or _sha256(file) for file in files}
 
 
 def open_files(files, stack, owner, prefix=""):
@@ -115,18 +106,21 @@ def _pin(entry, hub):
     )
 
 
-def _shards(index, entry):
+def shards(index, what):
+    """Names of the safetensors files beside an index that it names.
+
+    Args:
+        index: Path of the index.
+        what: How a message begins that says that it is none, and with which remedy it ends.
+    """
     try:
-        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard) for shard in shards)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        found = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", one) for one in found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         plain = False
     if not plain:  # it comes from someone else's repository: no paths, no pickles
-        raise ManticoreError(
-            f"{where(entry)}: {WEIGHT_FILES[1]} is no index of safetensors files beside it; use another commit of "
-            "the component."
-        )
-    return shards
+        raise ManticoreError("{} is no index of safetensors files beside it; {}".format(*what))
+    return found
 
 
 def _fetch(entry, file, hub):
@@ -137,14 +131,14 @@ def _fetch(entry, file, hub):
     )
     fresh = not isinstance(known, str) or hub.get("force_download", False)
     path = _download(entry, file, hub)
-    recorded, stated = (entry.get("files") or {}).get(file), _lfs_id(path)
+    recorded, stated = (entry.get("files") or {}).get(file), lfs_id(path)
     if recorded and stated and recorded != stated:
         raise ManticoreError(
             f"{where(entry)}: {file} is not the file this hybrid was made with (SHA-256 {stated[:16]}..., recorded "
             f"{recorded[:16]}...). Do not use it: ask whoever published the hybrid for the right commit."
         )
     expected = recorded or stated
-    if expected and (fresh or not stated) and _sha256(path) != expected:
+    if expected and (fresh or not stated) and sha256(path) != expected:
         _forget(path)
         raise ManticoreError(
             f"{where(entry)}: {file} is damaged: its SHA-256 is not {expected[:16]}... as recorded. It was removed "
@@ -167,13 +161,13 @@ def _download(entry, file, hub):
             time.sleep(wait)
 
 
-def _lfs_id(path):
+def lfs_id(path):
     """The SHA-256 that the Hub states for a cached file, None where it states none (a plain git file, no links)."""
     name = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
     return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
 
 
-def _sha256(path):
+def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -231,18 +225,10 @@ def trust(what, entry, model_type, token=None):
     if entry.get("subfolder"):
         raise ManticoreError(f"{what}: code in a subfolder ({entry['subfolder']!r}) is not supported.")
     try:
-        config_class, model_class = (
-            get_class_from_dynamic_module(
-                entry["code"][key],
-                entry["repo_id"],
-                revision=entry["revision"],
-                code_revision=entry["revision"],
-                token=token,
-            )
-            for key in CLASSES
-        )
-        AutoConfig.register(model_type, config_class)
-        AutoModelForCausalLM.register(config_class, model_class)
+        pinned = {"revision": entry["revision"], "code_revision": entry["revision"], "token": token}
+        classes = [get_class_from_dynamic_module(entry["code"][key], entry["repo_id"], **pinned) for key in CLASSES]
+        AutoConfig.register(model_type, classes[0])
+        AutoModelForCausalLM.register(*classes)
     except Exception as err:  # it is a stranger's code
         reason = " ".join(f"{type(err).__name__}: {err}".split())
         raise ManticoreError(f"{what}: its code cannot be run: {reason[:1000]}") from err

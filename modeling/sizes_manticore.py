@@ -1,8 +1,6 @@
-"""Making a model from its configuration, and whether a checkpoint has what the model needs, told from headers alone."""
+"""Making a model from its configuration, and which of its tensors is which of a checkpoint's."""
 
 import contextlib
-import math
-import re
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -74,9 +72,6 @@ def build_component(what, config, beside=()):
     return module
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
 class Renamer:
     """Checkpoint keys -> keys of the model, as Transformers renames them when it loads (embed_out -> lm_head, ...).
 
@@ -107,93 +102,6 @@ def _sorted(transforms):
     """Transformers' (renamings, converters)."""
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     return renamings, [one for one in transforms if not isinstance(one, WeightRenaming)]
-
-
-def compare(model, tensors, rename, ties=None):
-    """Compares a checkpoint with a model by names and shapes; nothing is read but headers.
-
-    Args:
-        model: The model, on the meta device or not.
-        tensors: {checkpoint key: tensor or lazy slice of a safetensors file}.
-        rename: Function from a checkpoint's key to (key in the model, whether the tensor itself is converted).
-        ties: {key: the keys of its tie group, itself included}.
-
-    Returns:
-        (missing, wrong): the model's keys that no tensor covers, and {key: (shape there, shape in the model)}. Tensors
-        that Transformers converts are compared by the number of their elements.
-    """
-    wanted = model.state_dict(keep_vars=True)
-    ties, covered, wrong, parts, given = ties or {}, set(), {}, {}, {}
-    for key, tensor in sorted(tensors.items()):  # some renamings wait for a key that sorts before theirs
-        name, converted = rename(key)
-        shape = tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
-        if converted:  # one may become several beside each other (a fused projection that is split)
-            parent = name.rsplit(".", 2)[0]
-            given[parent] = given.get(parent, 0) + math.prod(shape)
-            parts.setdefault(parent, name)
-            continue
-        covered |= ties.get(name, {name})
-        if name in wanted and shape != (need := tuple(getattr(wanted[name], "ds_shape", wanted[name].shape))):
-            wrong[name] = (shape, need)
-    for parent, name in parts.items():
-        made = [key for key in wanted if key.startswith(parent + ".") and key not in covered]
-        asked = sum(wanted[key].numel() for key in made)
-        if asked > given[parent]:
-            wrong[name] = ((given[parent],), (asked,))
-        covered |= set(made)
-    patterns = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
-    missing = sorted(key for key in wanted if key not in covered and not any(p.search(key) for p in patterns))
-    return missing, wrong
-
-
-def check_tensors(model, tensors, rename, ties, owner, quantizer=None, ignore_mismatched=False):
-    """Refuses a hybrid's checkpoint before anything is allocated for it.
-
-    Args:
-        model, tensors, rename, ties: As in `compare`.
-        owner: Function from a model's key to what a message calls the part that has it.
-        quantizer: Transformers' quantizer of the model, if it has one.
-        ignore_mismatched: Accept other shapes (`ignore_mismatched_sizes`), if there is memory for the new tensors.
-
-    Raises:
-        ManticoreError: As `refuse`.
-    """
-    missing, wrong = compare(model, tensors, rename, ties)
-    missing = [key for key in missing if not model.starts_anew(key)]
-    if quantizer is not None:  # it packs tensors, and turns some round before
-        packed = quantizer.pre_quantized
-        wrong = {key: two for key, two in wrong.items() if not packed and math.prod(two[0]) != math.prod(two[1])}
-    if wrong and ignore_mismatched:
-        state = model.state_dict(keep_vars=True)
-        guard().memory(
-            f"{owner(min(wrong))}: its tensors of another shape", [state[key] for key in wrong if key in state]
-        )
-    refuse(missing, {} if ignore_mismatched else wrong, owner)
-
-
-def refuse(missing, wrong, owner):
-    """Raises ManticoreError if a checkpoint lacks tensors or has them in other shapes, which `compare` found.
-
-    Args:
-        missing: Keys of the model.
-        wrong: {key: (shape in the file, shape in the model)}.
-        owner: As in `check_tensors`.
-    """
-    if missing:
-        key = min(missing)
-        raise ManticoreError(
-            f"{owner(key)}: {len(missing)} tensors are neither in the hybrid's file nor in its components' "
-            f"repositories, for example {key}. The repository is incomplete: save or upload the hybrid again from "
-            "where it is whole."
-        )
-    if wrong:
-        key = min(wrong)
-        got, need = wrong[key]
-        raise ManticoreError(
-            f"{owner(key)}: {len(wrong)} tensors have another shape than config.json says, for example {key}: "
-            f"{tuple(got)} in the file, {tuple(need)} in the model. Use the config.json that was saved with these "
-            "weights."
-        )
 
 
 def tie_groups(model):

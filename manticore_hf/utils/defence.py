@@ -2,15 +2,16 @@
 
 Transformers believes all of it. It loops over the numbers while it reads them (a list of layer types, a dict of
 labels), so that a number alone can hang a process; it takes methods for settings, and some settings for instructions to
-load code or files. Configurations are checked before anything is made of them, and models are counted on the meta
-device, where tensors have no storage, before they are made: a trillion parameters are refused with numbers instead of
-ending the process. `import manticore_hf` installs this for all that the package loads and inspects; in a published
-repository its author could delete it.
+load code or files. Configurations are checked before anything is made of them. Models are counted on the meta device,
+where tensors have no storage, before they are made: a trillion parameters are refused with numbers instead of ending
+the process. A checkpoint is compared by its headers before it is read. `import manticore_hf` installs this for all that
+the package loads and inspects; in a published repository its author could delete it.
 """
 
 import contextlib
 import copy
 import inspect
+import math
 import os
 import re
 
@@ -32,6 +33,8 @@ from manticore_hf.modeling.bounds_manticore import (
     show,
 )
 from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
+from manticore_hf.modeling.weights_manticore import part_of, refuse
+from manticore_hf.utils.headers import compare
 
 MAX_COMPONENTS = 32
 MAX_LAYERS = 1024
@@ -380,7 +383,7 @@ class Defence(Guard):
         if device.type == "meta":
             # What no checkpoint holds is made at its full size, whatever a checkpoint's headers say.
             own = {name for part in module.modules() for name in part._non_persistent_buffers_set}
-            self.memory(what, [tensor for name, tensor in module.named_buffers() if name.rpartition(".")[2] in own])
+            check_memory(what, [tensor for name, tensor in module.named_buffers() if name.rpartition(".")[2] in own])
             return module
         there = [tensor for one in beside for tensor in _tensors(one)]
         check_memory(what, tensors + there, " with what is built before it" if there else "", device)
@@ -389,8 +392,17 @@ class Defence(Guard):
     def running(self, what):
         return Meter(what, _MAX_STEPS)
 
-    def memory(self, what, tensors):
-        check_memory(what, tensors)
+    def checkpoint(self, model, tensors, rename, ties, quantizer, ignore_mismatched):
+        missing, wrong = compare(model, tensors, rename, ties)
+        missing = [key for key in missing if not model.starts_anew(key)]
+        if quantizer is not None:  # it packs tensors, and turns some round before
+            packed = quantizer.pre_quantized
+            wrong = {key: two for key, two in wrong.items() if not packed and math.prod(two[0]) != math.prod(two[1])}
+        if wrong and ignore_mismatched:
+            state = model.state_dict(keep_vars=True)
+            made = [state[key] for key in wrong if key in state]
+            check_memory(f"{part_of(model, min(wrong))}: its tensors of another shape", made)
+        refuse(model, missing, {} if ignore_mismatched else wrong)
 
 
 def install():
