@@ -1,4 +1,4 @@
-"""What the other files stand on: errors, the addresses of components, and their configurations read from a file.
+"""What the other files stand on: errors, addresses and configurations of components, and the making of their models.
 
 This module imports no sibling and is the first that is imported, so it says if Transformers is too old for all of them.
 What a file says is believed here as Transformers believes it, but for what belongs to another owner: the addresses and
@@ -19,7 +19,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23
         "pip install -U 'transformers>=5.23,<6'"
     )
 
-from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
@@ -57,6 +57,10 @@ class Guard:
 
     def plain(self, what, values):
         """Before any value is looked at."""
+
+    def reading(self, source):
+        """Context in which Transformers reads a hybrid's config.json."""
+        return contextlib.nullcontext()
 
     def file(self, what, values):
         """Before Transformers reads a component's config.json."""
@@ -111,6 +115,11 @@ def show(value):
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
 
 
+def reason(err):
+    """What an error that is not ours says, as part of a message."""
+    return " ".join(f"{type(err).__name__}: {err}".split())[:1000]
+
+
 def check_component_name(name):
     """Raises ManticoreError unless `name` can be an attribute of the model and of the configuration."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,99}", name) or keyword.iskeyword(name):
@@ -127,33 +136,26 @@ def check_reference(name, repo_id, revision, subfolder=None, files=None):
     A configuration may come from a stranger's repository, so paths and URLs are refused. Reading the weights replaces a
     branch or tag, which can move, by its commit.
     """
-    good = (
-        isinstance(repo_id, str)
-        and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repo_id)
-        and ".." not in repo_id
-    )
-    if not good:
-        raise ManticoreError(
-            f"Component {name!r}: repo_id={show(repo_id)} is no Hub repository id ('organisation/name')."
-        )
+    what = f"Component {name!r}"
+    named = isinstance(repo_id, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repo_id)
+    if not named or ".." in repo_id:
+        raise ManticoreError(f"{what}: repo_id={show(repo_id)} is no Hub repository id ('organisation/name').")
     named = isinstance(revision, str) and re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)*", revision)
     hashlike = named and re.fullmatch(r"[0-9a-fA-F]{7,}", revision)  # an abbreviated commit may fit several
     if not named or ".." in revision or len(revision) > 200 or hashlike and not is_commit(revision):
-        raise ManticoreError(f"Component {name!r}: revision={show(revision)} of {show(repo_id)} is no 40-hex commit.")
+        raise ManticoreError(f"{what}: revision={show(revision)} of {show(repo_id)} is no 40-hex commit.")
     plain = isinstance(subfolder, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", subfolder)
     if subfolder and (not plain or ".." in subfolder.split("/")):
-        raise ManticoreError(f"Component {name!r}: subfolder={show(subfolder)} is no plain sub-folder of a repository.")
+        raise ManticoreError(f"{what}: subfolder={show(subfolder)} is no plain sub-folder of a repository.")
     if files is None:
         return
     if not isinstance(files, dict) or not any(str(file).endswith(".safetensors") for file in files):
-        raise ManticoreError(
-            f"Component {name!r}: files={show(files)} must map its safetensors files to their SHA-256."
-        )
+        raise ManticoreError(f"{what}: files={show(files)} must map its safetensors files to their SHA-256.")
     for file, digest in files.items():
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(file)):
-            raise ManticoreError(f"Component {name!r}: {show(file)} in files is no plain name of a safetensors file.")
+            raise ManticoreError(f"{what}: {show(file)} in files is no plain name of a safetensors file.")
         if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise ManticoreError(f"Component {name!r}: {show(digest)} of {show(file)} is no SHA-256 of 64 hex digits.")
+            raise ManticoreError(f"{what}: {show(digest)} of {show(file)} is no SHA-256 of 64 hex digits.")
 
 
 def is_commit(revision):
@@ -206,8 +208,7 @@ def build_config(name, values, what=None):
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as err:  # Transformers checks its configurations in many ways, with as many kinds of errors
-        reason = " ".join(f"{type(err).__name__}: {err}".split())
-        raise ManticoreError(f"{what}: its {model_type!r} configuration is invalid: {reason[:1000]}") from err
+        raise ManticoreError(f"{what}: its {model_type!r} configuration is invalid: {reason(err)}") from err
 
 
 def check_component(name, config):
@@ -237,3 +238,67 @@ def _refuse_quantized(what):
         f"{what} has a quantization_config: its weights are packed and cannot be cut or referenced. Give the "
         "repository with its weights in floating point; the hybrid can be quantised when it is loaded."
     )
+
+
+# ---- making a model -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def explained(what):
+    """Context in which a model is made of a configuration; whatever fails is a ManticoreError.
+
+    Args:
+        what: How a message calls the model.
+    """
+    try:
+        yield
+    except ManticoreError:
+        raise
+    except ImportError as err:  # a package is missing: nothing is wrong with the model
+        raise ManticoreError(f"{what} needs a package that is not installed: {err}") from err
+    except Exception as err:
+        raise ManticoreError(f"{what} cannot be built from its configuration: {reason(err)}") from err
+
+
+@contextlib.contextmanager
+def trying(what):
+    """`explained`, watched by the guard: a model is made or run without storage."""
+    with explained(what), guard().running(what):
+        yield
+
+
+def construct(what, make, beside=()):
+    """The module that `make()` makes, which is called twice if the guard counts it first.
+
+    Args:
+        what: How a message calls the module.
+        make: Function that makes it.
+        beside: Modules that are there already and stay.
+
+    Raises:
+        ManticoreError: It cannot be made, or the guard finds it too large.
+    """
+    with explained(what):
+        return guard().construct(what, make, beside)
+
+
+def build_component(what, config, beside=()):
+    """A component's module with initial weights, of Transformers' own class.
+
+    Args:
+        what: How a message calls the component.
+        config: Its configuration.
+        beside: Modules that are there already and stay.
+
+    Raises:
+        ManticoreError: It cannot be built, or there is not enough memory.
+    """
+
+    def make():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False)
+
+    module = construct(what, make, beside)
+    for find in ("get_input_embeddings", "get_output_embeddings"):
+        if not isinstance(getattr(getattr(module, find)(), "weight", None), torch.Tensor):
+            raise ManticoreError(f"{what} cannot be joined: its {find}() gives no module with a weight.")
+    return module

@@ -155,10 +155,10 @@ class ManticoreConfig(PreTrainedConfig):
             if key not in CHOICES:
                 value = _nonnegative(key, value)
             setattr(self, key, value)
-        unsaid = {"mixture_space": mixture_space is None}
-        unsaid["loss_weights"] = mix_loss_weight is None and component_loss_weight is None
-        left = [key for key, value in unsaid.items() if value and preset == "default"]
-        self.objective = _check_objective({"open": left} if left else objective)
+        left = ["mixture_space"] if mixture_space is None else []
+        left += ["loss_weights"] if mix_loss_weight is None and component_loss_weight is None else []
+        left = left if preset == "default" else []
+        self.objective = {"open": left} if left else objective
         if self.projector != "linear" and projector_init in (None, "calibrated"):
             self.projector_init = "identity"
         self.calibration = calibration
@@ -355,16 +355,9 @@ class ManticoreConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in Transformers, which reads files that hold anything but a JSON object with odd errors."""
-        try:
+        """As in Transformers."""
+        with guard().reading(pretrained_model_name_or_path):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except (OSError, TypeError, AttributeError, KeyError, RecursionError) as err:
-            if isinstance(err, OSError) and not isinstance(err.__context__, ValueError):
-                raise  # there is no such file, or no connection
-            raise ManticoreError(
-                f"{str(pretrained_model_name_or_path)!r}: its config.json is no JSON object of settings "
-                f"({type(err).__name__}); it is damaged or no hybrid's."
-            ) from err
 
     def get_text_config(self, *args, **kwargs):
         """A hybrid is a text model: the configuration itself."""
@@ -403,16 +396,6 @@ def _list_of_dicts(components):
 def _positive_int(key, value):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ManticoreError(f"{key}={show(value)} must be a positive integer.")
-    return value
-
-
-def _check_objective(value):
-    known = {"mixture_space", "loss_weights"}
-    if value is not None:
-        keys = value.get("open", value.get("chosen")) if isinstance(value, dict) else None
-        measured = isinstance(value, dict) and ("open" in value or isinstance(value.get("gain"), float))
-        if not measured or not isinstance(keys, list) or not all(isinstance(k, str) and k in known for k in keys):
-            raise ManticoreError(f"objective={show(value)} must be None, or what is left open or was measured.")
     return value
 
 

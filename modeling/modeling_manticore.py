@@ -9,6 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .anatomy_manticore import check_cut
 from .attention_manticore import PerComponentAttention, settle_attention
+from .bounds_manticore import build_component, construct, trying
 from .components_manticore import prepare
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .decoding_manticore import CachedDecoding
@@ -23,7 +24,6 @@ from .recurrent_manticore import keep_state_in_cache
 from .route_manticore import Dropped, RunsRoute
 from .segments_manticore import Cuts
 from .sft_manticore import KeepsForward, fused_output
-from .sizes_manticore import build_component, construct, trying
 from .versions_manticore import CACHE, CACHE_NAMES, takes_cache
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 

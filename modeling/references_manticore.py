@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from .bounds_manticore import ManticoreError, check_component_name, check_reference, is_commit, show
+from .bounds_manticore import ManticoreError, check_component_name, check_reference, is_commit, reason, show
 
 logger = logging.get_logger(__name__)
 
@@ -230,8 +230,7 @@ def trust(what, entry, model_type, token=None):
         AutoConfig.register(model_type, classes[0])
         AutoModelForCausalLM.register(*classes)
     except Exception as err:  # it is a stranger's code
-        reason = " ".join(f"{type(err).__name__}: {err}".split())
-        raise ManticoreError(f"{what}: its code cannot be run: {reason[:1000]}") from err
+        raise ManticoreError(f"{what}: its code cannot be run: {reason(err)}") from err
     _registered[model_type] = source
 
 

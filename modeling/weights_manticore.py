@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 from transformers.utils.hub import create_and_tag_model_card
 
@@ -21,12 +23,53 @@ from .devices_manticore import present
 from .dtypes_manticore import convert_unpacked, note_kept, refuse_packed, refuse_quantized, refuse_unsaved
 from .references_manticore import component_files, open_files, where
 from .saving_manticore import copy_code, whole_directory
-from .sizes_manticore import Renamer, tie_groups
 
 logger = logging.get_logger(__name__)
 
 # Always the hybrid's own, always saved: a state dict that has it is a whole checkpoint or the shard that ends one.
 _MARKER = "hybrid_mixer.alpha_logits"
+
+
+class Renamer:
+    """Checkpoint keys -> keys of the model, as Transformers renames them when it loads (embed_out -> lm_head, ...).
+
+    Args:
+        model: The model, on any device.
+        prefixed: Whether a base model's prefix is added or removed where the model needs that (a component's own
+            checkpoint may have been saved without its head).
+        packed: Transformers' quantiser of a checkpoint that is quantised: it has names of its own for what it packs.
+    """
+
+    def __init__(self, model, prefixed=False, packed=None):
+        self.transforms = _sorted(get_model_conversion_mapping(model))
+        self.packed = None if packed is None else _sorted(get_model_conversion_mapping(model, None, packed))
+        self.known = model.state_dict()
+        self.prefix = (model.base_model_prefix, self.known) if prefixed else (None, None)
+
+    def __call__(self, key):
+        """(key in the model, whether the tensor itself is converted too: fused, split or transposed)."""
+        name, pattern = rename_source_key(key, *self.transforms, *self.prefix)
+        if name not in self.known and key in self.known:  # as Transformers does
+            return key, False
+        if name not in self.known and self.packed is not None:
+            name, pattern = rename_source_key(key, *self.packed, *self.prefix)
+        return name, pattern is not None
+
+
+def _sorted(transforms):
+    """Transformers' (renamings, converters)."""
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    return renamings, [one for one in transforms if not isinstance(one, WeightRenaming)]
+
+
+def tie_groups(model):
+    """Key -> the keys of its tie group (itself included)."""
+    groups = {}
+    for target, source in (model.all_tied_weights_keys or {}).items():
+        group = groups.setdefault(source, {source})
+        group.add(target)
+        groups[target] = group
+    return groups
 
 
 def overlay(model, own, hub, stack, rename, ties):

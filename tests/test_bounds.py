@@ -9,8 +9,7 @@ import sys
 import pytest
 import torch
 from hub_models import assert_same_model, folder_of, publish, read_json, tiny
-from manticore_hf.modeling import sizes_manticore
-from manticore_hf.modeling.bounds_manticore import build_config, check_component
+from manticore_hf.modeling.bounds_manticore import build_config, check_component, construct
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -172,7 +171,7 @@ def test_a_model_of_endlessly_many_parts_is_refused(monkeypatch):
             torch.nn.Linear(2, 2)
     monkeypatch.setattr(defence, "_MAX_TENSORS", 3)
     with pytest.raises(ManticoreError, match="X has 4 tensors; at most 3"):
-        sizes_manticore.construct("X", lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
+        construct("X", lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES, lfs_id, open_files, sha256, shards
-from manticore_hf.modeling.sizes_manticore import Renamer, build_component, tie_groups
+from manticore_hf.modeling.weights_manticore import Renamer, tie_groups
 from manticore_hf.utils.headers import compare
 
 

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import local_torch_dtype
 
+from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.dtypes_manticore import dtype_plan
-from manticore_hf.modeling.sizes_manticore import build_component
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

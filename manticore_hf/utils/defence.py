@@ -108,6 +108,16 @@ def check_transplant(name, values):
         )
 
 
+def check_objective(value):
+    """Raises ManticoreError unless it says what is left open, or what was measured."""
+    known = {"mixture_space", "loss_weights"}
+    if value is not None:
+        keys = value.get("open", value.get("chosen")) if isinstance(value, dict) else None
+        measured = isinstance(value, dict) and ("open" in value or isinstance(value.get("gain"), float))
+        if not measured or not isinstance(keys, list) or not all(isinstance(k, str) and k in known for k in keys):
+            raise ManticoreError(f"objective={show(value)} must be None, or what is left open or was measured.")
+
+
 def check_plain(what, values):
     """Raises ManticoreError if values are nested too deep, too many or too large to be looked at at all.
 
@@ -328,6 +338,19 @@ class Defence(Guard):
     def plain(self, what, values):
         check_plain(what, values)
 
+    @contextlib.contextmanager
+    def reading(self, source):
+        """Transformers reads files that hold anything but a JSON object with odd errors."""
+        try:
+            yield
+        except (OSError, TypeError, AttributeError, KeyError, RecursionError) as err:
+            if isinstance(err, OSError) and not isinstance(err.__context__, ValueError):
+                raise  # there is no such file, or no connection
+            raise ManticoreError(
+                f"{str(source)!r}: its config.json is no JSON object of settings ({type(err).__name__}); it is damaged "
+                "or no hybrid's."
+            ) from err
+
     def file(self, what, values):
         check_values(what, values)
 
@@ -357,6 +380,7 @@ class Defence(Guard):
             raise ManticoreError(f"{len(entries)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
 
     def hybrid(self, config):
+        check_objective(config.objective)
         depths = [getattr(config, name).get_text_config().num_hidden_layers for name in config.component_names]
         if sum(depths) > MAX_LAYERS:
             raise ManticoreError(f"The components have more than {MAX_LAYERS} layers in all; join fewer, or smaller.")

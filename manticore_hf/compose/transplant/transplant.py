@@ -14,8 +14,8 @@ from transformers.modeling_utils import local_torch_dtype
 from manticore_hf.compose.transplant.build import ATOMS, METHODS, check_method, match, new_rows
 from manticore_hf.compose.transplant.coverage import TransplantReport, bits_per_byte, text_coverage
 from manticore_hf.compose.transplant.surface import Surfaces
+from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.sizes_manticore import build_component
 from manticore_hf.modeling.weights_manticore import end_names
 
 _LISTS = ("bad_words_ids", "force_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens")
