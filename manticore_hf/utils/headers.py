@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Callable
 
 
-def compare(model, tensors: dict, rename, ties: dict | None = None) -> tuple[list, dict]:
+def compare(model, tensors: dict, rename: Callable, ties: dict | None = None) -> tuple[list, dict]:
     """Compares a checkpoint with a model by names and shapes; nothing is read but headers.
 
     Args:
