@@ -70,20 +70,19 @@ def _dtype_of(name, part):
     return None
 
 
-def convert_unpacked(model, tensors: dict, own: set, rename: Callable, plan: dict) -> None:
+def convert_unpacked(tensors: dict, own: set, rename: Callable, plan: dict) -> None:
     """Converts, in place, what is not packed of a quantised hybrid's tensors.
 
     Transformers takes it as it is in the file, which is right where all was quantised at once. References have the
     dtype of their own repositories.
 
     Args:
-        model: The hybrid, on the meta device or not.
         tensors: {checkpoint key: tensor or lazy slice}.
         own: Keys that are the hybrid's own, among which are packed ones.
         rename: The model's `Renamer`.
         plan: What `_get_dtype_plan` gave.
     """
-    wanted, plan = model.state_dict(), dtype_plan(plan)
+    wanted, plan = rename.known, dtype_plan(plan)
     for key, tensor in tensors.items():
         name, converted = rename(key)
         if name not in wanted or not wanted[name].is_floating_point():

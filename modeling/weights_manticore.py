@@ -44,7 +44,7 @@ class Renamer:
     def __init__(self, model, prefixed=False, packed=None):
         self.transforms = _sorted(get_model_conversion_mapping(model))
         self.packed = None if packed is None else _sorted(get_model_conversion_mapping(model, None, packed))
-        self.known = model.state_dict()
+        self.known = model.state_dict(keep_vars=True)
         self.prefix = (model.base_model_prefix, self.known) if prefixed else (None, None)
 
     def __call__(self, key):
@@ -91,8 +91,7 @@ def overlay(
         name, _ = rename(key)
         # A component's repo may store both ends of a tie; a tuned embedding must not meet its stale twin.
         covered |= ties.get(name, {name})
-    merged = {}
-    wanted = set(model.state_dict())
+    merged, wanted = {}, set(rename.known)
     for entry in model.config.components:
         prefix = entry["name"] + "."
         if entry["weights"] != "reference" or not any(k.startswith(prefix) for k in wanted - covered):
@@ -136,7 +135,7 @@ class ReferencedWeights:
                 refuse_packed(model, state_dict)
             own, state_dict = set(state_dict), overlay(model, state_dict, hub, stack, rename, ties)
             if packed is not None:
-                convert_unpacked(model, state_dict, own, rename, load_config.dtype_plan)
+                convert_unpacked(state_dict, own, rename, load_config.dtype_plan)
             ignored = load_config.ignore_mismatched_sizes
             guard().checkpoint(model, state_dict, rename, ties, quantizer, ignored)
             info, offloaded = PreTrainedModel._load_pretrained_model(

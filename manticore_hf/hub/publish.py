@@ -144,7 +144,7 @@ def update_card(
     license: str | None = None,
     tags: list | tuple = (),
     datasets: list | tuple = (),
-) -> list[str]:
+) -> None:
     """Writes the card of a saved hybrid into its directory, updating the one that is there or on the Hub.
 
     Args:

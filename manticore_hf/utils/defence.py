@@ -424,8 +424,7 @@ class Defence(Guard):
             packed = quantizer.pre_quantized
             wrong = {key: two for key, two in wrong.items() if not packed and math.prod(two[0]) != math.prod(two[1])}
         if wrong and ignore_mismatched:
-            state = model.state_dict(keep_vars=True)
-            made = [state[key] for key in wrong if key in state]
+            made = [rename.known[key] for key in wrong if key in rename.known]
             check_memory(f"{part_of(model, min(wrong))}: its tensors of another shape", made)
         refuse(model, missing, {} if ignore_mismatched else wrong)
 
