@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from manticore_hf.evaluation.data import load_rows
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
-from manticore_hf.utils.distributed import bar, component_runner, shares, totals
+from manticore_hf.utils.distributed import all_reduce_dict, bar, component_runner, shares
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True
         sums["hybrid"] += loss(model(input_ids=ids, use_cache=False).logits)
         count += share * target.numel()
     model.train(was_training)
-    *sums, count = totals({**sums, "": count}, model.device).items()
+    *sums, count = all_reduce_dict({**sums, "": count}, model.device).items()
     return {name: loss / count[1] for name, loss in sums}
 
 

@@ -15,7 +15,7 @@ from manticore_hf.evaluation.data import repack
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
-from manticore_hf.utils.distributed import bar, same_everywhere, total, totals, world
+from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, world
 from manticore_hf.utils.task_types import refuse_classifier
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -48,9 +48,9 @@ class Moments:
 
     def join(self):
         """Adds what the other processes have seen; on every rank."""
-        self.count = int(total(torch.tensor(self.count, device=self.x.device)))
+        self.count = int(all_reduce(torch.tensor(self.count, device=self.x.device)))
         for one in (self.x, self.y, self.xx, self.xy, self.yy):
-            total(one)
+            all_reduce(one)
 
 
 def solve_ridge(fit, held_out, ridges=RIDGES):
@@ -151,8 +151,8 @@ def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=
         projector.bias.zero_()
         projector.weight[: weight.shape[0], : weight.shape[1]] = weight.to(projector.weight)
         projector.bias[: len(bias)] = bias.to(projector.bias)
-        same_everywhere(projector.weight)  # solvers may differ in the last bits from one processor to the next
-        same_everywhere(projector.bias)
+        broadcast(projector.weight)  # solvers may differ in the last bits from one processor to the next
+        broadcast(projector.bias)
         r2[f"{side}:{name}-{block}"], ridges[f"{side}:{name}-{block}"] = score, ridge
     tokens = sum(batch.numel() for batch in batches)
     config.projector_init = "calibrated"
@@ -194,7 +194,7 @@ def _losses(model, batches):
     for ids in bar(some[rank::size], desc="Choosing the reference", unit="batch", leave=False):
         for name in names:
             sums[name] += model.component(name)(input_ids=ids, labels=ids, use_cache=False).loss.item()
-    return {name: loss / len(some) for name, loss in totals(sums, model.device).items()}
+    return {name: loss / len(some) for name, loss in all_reduce_dict(sums, model.device).items()}
 
 
 def _change_reference(model, reference):

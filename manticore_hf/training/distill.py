@@ -23,7 +23,7 @@ from manticore_hf.training.prune import harden, pick_route
 from manticore_hf.training.trained_stages import collator, last_whole_checkpoint
 from manticore_hf.training.untrained_stages import finished, record, training_defaults
 from manticore_hf.utils.deepspeed import Unrounded, take_precision
-from manticore_hf.utils.distributed import agree, gathered, main_first, on_main, ready_for_shards, say
+from manticore_hf.utils.distributed import broadcast_object, gathered, main_first, on_main, print_main, ready_for_shards
 
 
 @dataclass
@@ -105,9 +105,9 @@ def run_harden(start, data, arguments):
     result = finished(output)
     if result is None:
         result = _run(start, data, arguments, output)
-    say(f"\nharden: {' > '.join(result['route'])}, {result['share']:.1%} of the soft hybrid's parameters")
+    print_main(f"\nharden: {' > '.join(result['route'])}, {result['share']:.1%} of the soft hybrid's parameters")
     for name, loss in result["losses"].items():
-        say(f"{name:>32}  {loss:.4f} nats per token on the validation text")
+        print_main(f"{name:>32}  {loss:.4f} nats per token on the validation text")
     return result
 
 
@@ -148,9 +148,9 @@ def _run(start, data, arguments, output):
             teacher=soft if start.distil_weight else None,
             distil_weight=start.distil_weight,
         )
-        resume = arguments.resume_from_checkpoint or agree(last_whole_checkpoint(output))
+        resume = arguments.resume_from_checkpoint or broadcast_object(last_whole_checkpoint(output))
         if resume:
-            say(f"{output}: going on from {resume}.")
+            print_main(f"{output}: going on from {resume}.")
         kept = Unrounded(trainer)
         trainer.train(resume_from_checkpoint=resume)
         result["steps"] = trainer.state.global_step

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.trainer import hybrid_of
-from manticore_hf.utils.distributed import agree, bar, component_runner, is_main, say
+from manticore_hf.utils.distributed import bar, broadcast_object, component_runner, is_main, print_main
 from manticore_hf.utils.files import write_json
 from manticore_hf.utils.objective import ALIKE, DIFFERENT, OBJECTIVE, SPECIALISTS, say_objective
 
@@ -99,7 +99,7 @@ class ObjectiveWhenSharded(TrainerCallback):
         if not awaits_objective(hybrid):
             return
         config = hybrid.config
-        known = agree(json.loads(self.file.read_text()) if is_main() and self.file.is_file() else None)
+        known = broadcast_object(json.loads(self.file.read_text()) if is_main() and self.file.is_file() else None)
         if known is None:
             choose_objective(hybrid, self.rows, batch_size=self.batch_size)
             if is_main():
@@ -107,7 +107,7 @@ class ObjectiveWhenSharded(TrainerCallback):
         else:
             for key in OBJECTIVE:
                 setattr(config, key, known[key])
-        say(f"Objective: {say_objective(config)}.")
+        print_main(f"Objective: {say_objective(config)}.")
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from manticore_hf.training.programs import program_of
 from manticore_hf.training.search import STRATEGIES, SearchArguments
 from manticore_hf.training.trained_stages import StageArguments, run_stage
 from manticore_hf.training.untrained_stages import CalibrateArguments, run_calibrate, run_compose, training_defaults
-from manticore_hf.utils.distributed import on_main, say
+from manticore_hf.utils.distributed import on_main, print_main
 from manticore_hf.utils.files import replace_text
 
 TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
@@ -322,7 +322,7 @@ def run_recipe(path, output_dir, seed=None):
     before_search, searched = folder, None
     for number, (stage, settings) in enumerate(recipe.stages, 1):
         folder, start = output / f"{number}-{stage}", results[-1][0]
-        say(f"[{recipe.name}] {stage} -> {folder}", flush=True)
+        print_main(f"[{recipe.name}] {stage} -> {folder}", flush=True)
         starts, kind, run = _STAGES[stage]
         own = {key: settings[key] for key in settings if key in _types(starts)}
         training = {key: settings[key] for key in settings if key not in own and key != "data"}

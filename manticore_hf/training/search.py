@@ -19,7 +19,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.trainer import HybridLogging
 from manticore_hf.utils.deepspeed import uses_deepspeed
-from manticore_hf.utils.distributed import is_sharded, total, world
+from manticore_hf.utils.distributed import all_reduce, is_sharded, world
 from manticore_hf.utils.unwrap import hybrid_of
 
 STRATEGIES = {}
@@ -112,7 +112,7 @@ class DartsBilevel(Strategy):
         model.train()
         count = sum((batch["labels"][:, 1:] != -100).sum() for batch in trainer.held_out_batches())
         if trainer.args.average_tokens_across_devices:
-            total(count)
+            all_reduce(count)
         for batch in trainer.held_out_batches():
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(trainer.model_wrapped, batch, num_items_in_batch=count)

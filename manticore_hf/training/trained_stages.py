@@ -34,7 +34,7 @@ from manticore_hf.training.search import SearchArguments, SearchTrainer, alpha_h
 from manticore_hf.training.trainer import HybridLogging
 from manticore_hf.training.untrained_stages import finished, record, training_defaults
 from manticore_hf.utils.deepspeed import Unrounded, take_precision
-from manticore_hf.utils.distributed import agree, gathered, is_main, main_first, say
+from manticore_hf.utils.distributed import broadcast_object, gathered, is_main, main_first, print_main
 from manticore_hf.utils.objective import OBJECTIVE, say_objective
 
 STAGES = {"pretrain": "projectors", "search": "search", "finetune": "finetune"}
@@ -94,7 +94,9 @@ def run_stage(stage, start, data, arguments):
         train, validation = load_rows(data, tokenizer)
     if awaits_calibration(model):
         found = calibrate_projectors(model.to(arguments.device), train)
-        say(f"Projectors calibrated on {found.tokens:,} tokens of the training text, reference {found.reference}.")
+        print_main(
+            f"Projectors calibrated on {found.tokens:,} tokens of the training text, reference {found.reference}."
+        )
     if start.mixture_from is not None:
         take_mixture(model, start.mixture_from)
     elif stage == "finetune":
@@ -114,10 +116,10 @@ def run_stage(stage, start, data, arguments):
             trainer.add_callback(ObjectiveWhenSharded(train, rows, output))
         else:
             choose_objective(model.to(arguments.device), train, batch_size=rows)
-            say(f"Objective: {say_objective(model.config)}.")
-    resume = arguments.resume_from_checkpoint or agree(last_whole_checkpoint(output))
+            print_main(f"Objective: {say_objective(model.config)}.")
+    resume = arguments.resume_from_checkpoint or broadcast_object(last_whole_checkpoint(output))
     if resume:
-        say(f"{output}: going on from {resume}.")
+        print_main(f"{output}: going on from {resume}.")
     kept = Unrounded(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return _finish(stage, trainer, model, tokenizer, validation, output, data, kept)
@@ -135,7 +137,7 @@ def _finish(stage, trainer, model, tokenizer, validation, output, data, kept):
     if is_main():
         _write(stage, trainer, model, state, tokenizer, output, result)
         _print_summary(stage, result)
-    return agree(result)  # after rank 0 has written what the next stage reads
+    return broadcast_object(result)  # after rank 0 has written what the next stage reads
 
 
 def _write(stage, trainer, model, state, tokenizer, output, result):
@@ -196,12 +198,12 @@ def collator(data, tokenizer):
 
 def _print_summary(stage, result):
     names = result["components"]
-    say(f"\n{stage}: {result['steps']} steps")
-    say(f"{'block':>8}" + "".join(f"{name:>24}" for name in names) + "   (mixture weights)")
+    print_main(f"\n{stage}: {result['steps']} steps")
+    print_main(f"{'block':>8}" + "".join(f"{name:>24}" for name in names) + "   (mixture weights)")
     for block, row in enumerate(result["mixture_weights"]):
-        say(f"{block + 1:>8}" + "".join(f"{weight:24.3f}" for weight in row))
+        print_main(f"{block + 1:>8}" + "".join(f"{weight:24.3f}" for weight in row))
     for name, loss in result.get("losses", {}).items():
-        say(f"{name:>24}  {loss:.4f} nats per token on the validation text")
+        print_main(f"{name:>24}  {loss:.4f} nats per token on the validation text")
 
 
 def main(stage, argv):

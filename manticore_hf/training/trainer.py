@@ -7,7 +7,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from manticore_hf.utils.deepspeed import present
-from manticore_hf.utils.distributed import ready_for_shards, totals
+from manticore_hf.utils.distributed import all_reduce_dict, ready_for_shards
 from manticore_hf.utils.unwrap import hybrid_of
 
 MIXTURE = ("alpha_logits", "token_gate.linear.bias")  # of the mixer: what its weights are computed from
@@ -143,6 +143,6 @@ class PartSums:
     def means(self):
         """{key: mean over all processes' tokens since the last `clear`}; components that were not run are left out."""
         device = next((total.device for total in self.sums.values()), None)
-        sums, counts = totals(self.sums, device), totals(self.counts, device)
+        sums, counts = all_reduce_dict(self.sums, device), all_reduce_dict(self.counts, device)
         means = {key: sums[key] / counts[key] for key in sums}
         return {key: value for key, value in means.items() if not math.isnan(value)}

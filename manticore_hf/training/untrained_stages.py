@@ -23,7 +23,7 @@ from manticore_hf.modeling.configuration_manticore import CHOICES, ManticoreErro
 from manticore_hf.training.calibrate import calibrate_projectors
 from manticore_hf.training.freezing import fix_alpha
 from manticore_hf.training.programs import print_program
-from manticore_hf.utils.distributed import agree, is_main, main_first, on_main, say
+from manticore_hf.utils.distributed import broadcast_object, is_main, main_first, on_main, print_main
 from manticore_hf.utils.files import write_json
 
 RESULT = "stage.json"
@@ -115,9 +115,9 @@ def training_defaults():
 def finished(output):
     """The result of a stage that has ended in this directory, or None; on every rank the same."""
     file = Path(output) / RESULT
-    result = agree(json.loads(file.read_text()) if is_main() and file.is_file() else None)
+    result = broadcast_object(json.loads(file.read_text()) if is_main() and file.is_file() else None)
     if result is not None:
-        say(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
+        print_main(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
     return result
 
 
@@ -221,11 +221,11 @@ def run_calibrate(start, data, arguments):
         options = {"tokens": start.tokens, "reference": start.reference}
         found = calibrate_projectors(model, rows, batch_size=arguments.per_device_train_batch_size, **options)
         result = on_main(_write_calibrated, model, tokenizer, found, output)
-    say(f"\ncalibrate: {result['tokens']:,} tokens, reference {result['reference']}")
+    print_main(f"\ncalibrate: {result['tokens']:,} tokens, reference {result['reference']}")
     for name, loss in result["losses"].items():
-        say(f"{name:>24}  {loss:.4f} nats per token")
+        print_main(f"{name:>24}  {loss:.4f} nats per token")
     for key, score in result["r2"].items():
-        say(f"{key:>32}  R^2 {score:6.3f}  ridge {result['ridges'][key]:g}")
+        print_main(f"{key:>32}  R^2 {score:6.3f}  ridge {result['ridges'][key]:g}")
     return result
 
 

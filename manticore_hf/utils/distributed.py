@@ -28,7 +28,7 @@ def is_main():
     return world()[0] == 0
 
 
-def say(*values, **options):
+def print_main(*values, **options):
     """Prints, on rank 0."""
     if is_main():
         print(*values, **options)
@@ -39,7 +39,7 @@ def bar(items=None, **options):
     return tqdm(items, disable=not is_main(), **options)
 
 
-def agree(value):
+def broadcast_object(value):
     """Rank 0's value on every rank; any plain Python value."""
     if world()[1] == 1:
         return value
@@ -68,7 +68,7 @@ def on_main(function, *args, **kwargs):
             raise error
         return found
     try:
-        found, error = agree((found, error))
+        found, error = broadcast_object((found, error))
     except Exception:
         if error is not None:  # an error that cannot be sent
             raise error from None
@@ -94,22 +94,22 @@ def main_first():
             dist.barrier()
 
 
-def total(tensor):
+def all_reduce(tensor):
     """The sum of a tensor over all processes, in place; on every rank."""
     if world()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def totals(values, device):
+def all_reduce_dict(values, device):
     """The sums over all processes of a dictionary's numbers, its keys being the same on every rank; on every rank."""
     if world()[1] == 1:
         return {key: float(value) for key, value in values.items()}
     numbers = [float(value) for value in values.values()]
-    return dict(zip(values, total(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()))
+    return dict(zip(values, all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()))
 
 
-def same_everywhere(tensor):
+def broadcast(tensor):
     """Rank 0's values of a tensor on every rank, in place."""
     if world()[1] > 1:
         dist.broadcast(tensor, src=0)
