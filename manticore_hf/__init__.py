@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from manticore_hf._version import __version__
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import (
     ManticoreForCausalLM,
@@ -24,8 +25,6 @@ from manticore_hf.compose.hybrid import (
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.training import programs
 from manticore_hf.utils import renamed
-
-__version__ = "0.1.0"
 
 _LATER = {
     "SearchArguments": "training.search",
@@ -50,6 +49,7 @@ __all__ = [
     "ManticoreForSequenceClassification",
     "ManticoreForTokenClassification",
     "ManticoreModel",
+    "__version__",
     *_LATER,
 ]
 

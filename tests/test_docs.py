@@ -26,9 +26,12 @@ from manticore_hf.cli import main
 
 ROOT = Path(__file__).parent.parent
 README, FILES = ROOT / "README.md", ROOT / "docs" / "files.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "FAMILIES.md", *sorted((ROOT / "docs").glob("*.md"))]
-# BENCHMARKS.md says what was run then, with what was there then; only its links are held to the present
-LINKING = [*PAGES, ROOT / "BENCHMARKS.md"]
+PROMISES = [ROOT / "SECURITY.md"]  # each of its statements names the test that shows it
+PAGES = [
+    README, ROOT / "CONTRIBUTING.md", ROOT / "FAMILIES.md", *PROMISES, *sorted((ROOT / "docs").glob("*.md")),
+]  # fmt: skip
+# These say what was there, and was run, at some time; only their links are held to the present
+LINKING = [*PAGES, ROOT / "BENCHMARKS.md", ROOT / "CHANGELOG.md"]
 FOLDERS = "modeling|manticore_hf|tests|recipes|benchmarks|docs|hub_cards"
 OTHERS = {"--continuous-batching"}  # options of other programs that the text names alone: `transformers serve`
 
@@ -237,6 +240,16 @@ def test_paths_in_code_exist(page):
     for text in [*spans(around), *(text for _, text in blocks)]:
         for path in re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./*-]*", text):
             assert list(ROOT.glob(path.rstrip("/."))), f"{page.name}: {path} does not exist"
+
+
+@pytest.mark.parametrize("page", PROMISES, ids=lambda page: page.name)
+def test_the_tests_that_show_it_exist(page):
+    found = re.findall(r"`(tests/[\w./]+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8"))
+    assert len(found) > 5
+    for path, name in found:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        pattern = rf"^def {name}\(" if name else r"^def test_"
+        assert re.search(pattern, text, flags=re.MULTILINE), f"{page.name}: {path} has no {name}"
 
 
 def test_the_list_of_files_is_up_to_date():
