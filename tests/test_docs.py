@@ -26,7 +26,7 @@ from manticore_hf.cli import main
 
 ROOT = Path(__file__).parent.parent
 README, FILES = ROOT / "README.md", ROOT / "docs" / "files.md"
-PROMISES = [ROOT / "SECURITY.md"]  # each of its statements names the test that shows it
+PROMISES = [ROOT / "SECURITY.md", ROOT / "UPSTREAM.md"]  # their statements name the tests that show them
 PAGES = [
     README, ROOT / "CONTRIBUTING.md", ROOT / "FAMILIES.md", *PROMISES, *sorted((ROOT / "docs").glob("*.md")),
 ]  # fmt: skip
@@ -250,6 +250,16 @@ def test_the_tests_that_show_it_exist(page):
         text = (ROOT / path).read_text(encoding="utf-8")
         pattern = rf"^def {name}\(" if name else r"^def test_"
         assert re.search(pattern, text, flags=re.MULTILINE), f"{page.name}: {path} has no {name}"
+
+
+def test_every_fault_of_another_library_is_listed():
+    tests = [
+        f"tests/{path.name}::{name}"
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for name in re.findall(r"^def (test_upstream_still_\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    ]
+    page = (ROOT / "UPSTREAM.md").read_text(encoding="utf-8")
+    assert len(tests) > 15 and not [test for test in tests if f"`{test}`" not in page]
 
 
 def test_the_list_of_files_is_up_to_date():

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -49,6 +50,35 @@ def test_the_citation_names_the_paper_and_leaves_the_version_to_the_package():
     paper = citation["preferred-citation"]
     assert paper["title"] == "Pretrained Hybrids with MAD Skills" and paper["url"].endswith("arxiv.org/abs/2406.00894")
     assert [author["family-names"] for author in paper["authors"]][::7] == ["Roberts", "Sala"]
+
+
+def test_hooks_need_no_network_and_run_what_ci_runs():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    hooks = {hook["id"]: hook for hook in config["repos"][0]["hooks"]}
+    assert all(hook["language"] == "system" for hook in hooks.values())
+    entries = [hook["entry"] for hook in hooks.values()]
+    assert [entry.split()[:2] for entry in entries[:2]] == [["ruff", "check"], ["ruff", "format"]]
+    assert all((ROOT / entry.split()[1]).is_file() for entry in entries[2:])
+
+
+@pytest.mark.parametrize(
+    "content, mended, says",
+    [
+        (b"a \r\nb\t\n\n\n", b"a\nb\n", "mended"),
+        (b"a\n\n  b", b"a\n\n  b\n", "mended"),
+        (b"a\n\n  b\n", b"a\n\n  b\n", ""),
+        (b"", b"", ""),
+        (b"\0 \n", b"\0 \n", ""),
+        (b"<" * 7 + b" HEAD\n", b"<" * 7 + b" HEAD\n", "conflict"),
+        (b"\0" * 1_000_001, b"\0" * 1_000_001, "1,000,001 bytes"),
+    ],
+)
+def test_ends_of_lines_are_mended_and_the_rest_is_said(tmp_path, capsys, content, mended, says):
+    main = runpy.run_path(str(ROOT / ".ci" / "check_files.py"))["main"]
+    (tmp_path / "file").write_bytes(content)
+    assert main([str(tmp_path / "file"), str(tmp_path / "none")]) == bool(says)
+    assert (tmp_path / "file").read_bytes() == mended and says in capsys.readouterr().out
 
 
 @pytest.mark.slow
