@@ -24,7 +24,7 @@ from manticore_hf.compose.hybrid import (
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.training import programs
-from manticore_hf.utils import renamed
+from manticore_hf.utils import defence, renamed
 
 _LATER = {
     "SearchArguments": "training.search",
@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 renamed.install(__name__)
+defence.install()
 programs.register("mad", "manticore_hf.experiments.mad.program")
 
 AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)

@@ -1,24 +1,7 @@
-"""A component as a module: built from its configuration, and repaired where Transformers is wrong."""
+"""Repairs of a component where Transformers is wrong."""
 
 from .fast_mixers_manticore import carry_state, install, limit_steps
 from .padding_manticore import unfuse_padded
-from .sizes_manticore import build_component
-
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-
-
-def build(name, config, beside=()):
-    """A component's module with initial weights, of Transformers' own class.
-
-    Args:
-        name: The component's name.
-        config: Its configuration.
-        beside: The components that were built before it and share the machine's memory with it.
-
-    Raises:
-        ManticoreError: It cannot be built, or there is not enough memory for it.
-    """
-    return build_component(f"Component {name!r} ({config.model_type})", config, beside)
 
 
 def prepare(component):

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
-from .configuration_manticore import ManticoreError
+from .bounds_manticore import ManticoreError, construct
 from .devices_manticore import device_of, place
 from .mixture_manticore import weighted_sum
 from .segments_manticore import Cuts
-from .sizes_manticore import construct
 from .versions_manticore import CACHE, takes_cache
 
 DROPOUT = 0.1

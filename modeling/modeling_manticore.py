@@ -9,28 +9,26 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .anatomy_manticore import check_cut
 from .attention_manticore import PerComponentAttention, settle_attention
-from .components_manticore import build, prepare
+from .bounds_manticore import build_component, construct, trying
+from .components_manticore import prepare
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .decoding_manticore import CachedDecoding
 from .devices_manticore import Placed, onloaded, place
-from .dtypes_manticore import MixedDtypes
+from .dtypes_manticore import MixedDtypes, Quantizable
 from .heads_manticore import ScoresSequences, ScoresTokens
 from .mixing_manticore import HybridMixer, resize, whole
 from .mixture_manticore import SPACES, is_active, sum_to_one, weighted_sum, widen
 from .outputs_manticore import Embeds, HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
 from .positions_manticore import check_positions
-from .quantization_manticore import Quantizable
 from .recurrent_manticore import keep_state_in_cache
 from .route_manticore import Dropped, RunsRoute
 from .segments_manticore import Cuts
 from .sft_manticore import KeepsForward, fused_output
-from .sharding_manticore import KeepsBuffers
-from .sizes_manticore import construct, trying
 from .versions_manticore import CACHE, CACHE_NAMES, takes_cache
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 
-class ManticorePreTrainedModel(ReferencedWeights, KeepsBuffers, MixedDtypes, Quantizable, PreTrainedModel):
+class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreTrainedModel):
     """Loading, saving and initialisation common to all hybrid classes."""
 
     config_class = ManticoreConfig
@@ -77,7 +75,8 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
         self.__dict__["_cuts"] = Cuts()
         for name in config.component_names:
             sub, there = getattr(config, name), list(self.children())
-            component = build(name, sub, there) if components is None else components[name]
+            what = f"Component {name!r} ({sub.model_type})"
+            component = build_component(what, sub, there) if components is None else components[name]
             setattr(config, name, component.config)
             prepare(component)
             keep_state_in_cache(component)
@@ -85,7 +84,7 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
                 for module in component.modules():
                     module._is_hf_initialized = True
             self.add_module(name, component)
-            with trying(f"Component {name!r} ({sub.model_type})"):
+            with trying(what):
                 try:
                     check_cut(component, self._cuts.anatomy(component), config.num_blocks)
                 except ManticoreError as err:

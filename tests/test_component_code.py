@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from hub_models import assert_same_model, publish, read_json, tiny
-from manticore_hf.modeling import remote_manticore
+from manticore_hf.modeling import references_manticore
 from transformers import AutoModelForCausalLM
 
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM
@@ -84,7 +84,7 @@ def stranger(monkeypatch, kind):
     def forget():
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        monkeypatch.setattr(remote_manticore, "_registered", {})
+        monkeypatch.setattr(references_manticore, "_registered", {})
         monkeypatch.delitem(CONFIG_MAPPING._extra_content, kind)
 
     return forget

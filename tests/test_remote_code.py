@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -12,7 +13,9 @@ import pytest
 import torch
 from hub_models import MODEL, component_keys, nudge, publish, publish_hybrid, read_json, tiny, tokenizer
 from manticore_hf.modeling.configuration_manticore import AUTO_MAP
+from manticore_hf.modeling.saving_manticore import copy_code
 from peft import AutoPeftModelForCausalLM, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -431,3 +434,62 @@ def test_package_wins_over_remote_code(published):
         loaded = AutoModelForCausalLM.from_pretrained(published[0], trust_remote_code=trust)
         assert type(loaded) is ManticoreForCausalLM
     assert type(AutoConfig.from_pretrained(published[0])) is manticore_hf.ManticoreConfig
+
+
+# ---- published by earlier versions -----------------------------------------------------------------------------------
+
+# Hybrids that the code of version 0.1.0 saved, and the logits that it computed of them.
+EARLIER = Path(__file__).parent / "published_0_1"
+ROWS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [0, 0, 5, 3, 5, 8, 9, 7]])
+ROWS_MASK = torch.tensor([[1] * 8, [0] * 2 + [1] * 6])
+
+READ_EARLIER = """
+from transformers import AutoModelForSequenceClassification
+found = {}
+for name in more:
+    auto = AutoModelForSequenceClassification if name.endswith("classifier") else AutoModelForCausalLM
+    model, info = auto.from_pretrained(name, output_loading_info=True, **trust)
+    assert "transformers_modules" in type(model).__module__ and not any(info.values()), info
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with torch.no_grad():
+        found[name.rsplit("/")[-1]] = model.eval()(input_ids=ids, attention_mask=mask).logits
+torch.save(found, output)
+"""
+
+
+def earlier():
+    """{name: (directory, logits then)}."""
+    logits = load_file(EARLIER / "logits.safetensors")
+    assert len(logits) == 5
+    return {name: (EARLIER / name, logits[name]) for name in logits}
+
+
+@torch.no_grad()
+def test_the_package_loads_what_version_0_1_published(tmp_path):
+    for name, (folder, logits) in earlier().items():
+        auto = AutoModelForSequenceClassification if name == "classifier" else AutoModelForCausalLM
+        model, info = auto.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), info
+        assert type(model).__module__ == "manticore_hf.compose.hybrid"
+        found = model.eval()(input_ids=ROWS, attention_mask=ROWS_MASK).logits
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-6)
+        assert type(model).from_pretrained(folder).config.to_dict() == model.config.to_dict()
+        model.save_pretrained(tmp_path / name)
+        before, after = (load_file(one / MODEL) for one in (folder, tmp_path / name))
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        written = [read_json(one) for one in (folder, tmp_path / name)]
+        for values in written:
+            values.pop("transformers_version")
+        assert written[0] == written[1]
+
+
+def test_this_code_in_a_repository_loads_what_version_0_1_published(run, tmp_path):
+    torch.save(ROWS, tmp_path / "ids.pt")
+    folders = {}
+    for name, (folder, _) in earlier().items():
+        folders[name] = shutil.copytree(folder, tmp_path / "published" / name)
+        copy_code(folders[name])
+    found = run(READ_EARLIER, "none", *folders.values())
+    for name, (_, logits) in earlier().items():
+        torch.testing.assert_close(found[name], logits, rtol=0, atol=1e-6)

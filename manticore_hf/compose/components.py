@@ -26,12 +26,11 @@ from manticore_hf.modeling.bounds_manticore import (
     ManticoreError,
     build_config,
     check_component_name,
-    check_values,
+    guard,
     is_causal_lm,
     show,
 )
-from manticore_hf.modeling.components_manticore import WEIGHT_FILES
-from manticore_hf.modeling.remote_manticore import code_of, registered, trust
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES, code_of, registered, trust
 
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -50,7 +49,8 @@ class ComponentSpec:
             Transformers' own. Whoever loads the hybrid has to ask for that again (`trust_component_code=[name]`).
         model: An instance made from the weights at `source`, to take instead of them: what it shares with them stays a
             reference, only what differs is the hybrid's own.
-        transplant: How the model got its vocabulary, if that is not the one at `source` (see `check_transplant`).
+        transplant: How the model got its vocabulary, if that is not the one at `source` (see
+            `manticore_hf.utils.defence.check_transplant`).
     """
 
     source: object
@@ -268,7 +268,7 @@ def _read_config(found, folder, trusted=False, token=None):
             f"Component {found.address}: its config.json is no JSON object but {show(values)}; repair it or choose "
             "another."
         )
-    check_values(f"Component {found.address}", values)
+    guard().file(f"Component {found.address}", values)
     kind, auto_map = values.get("model_type"), values.get("auto_map")
     if kind is not None and not isinstance(kind, str):
         raise ManticoreError(f"Component {found.address}: model_type={show(kind)} in its config.json is no name.")

@@ -12,17 +12,18 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_utils import local_torch_dtype
 
-from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files
+from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.tokenizers import check_tokenizers
+from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import modeling_manticore
 from manticore_hf.modeling.attention_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
-from manticore_hf.modeling.dtypes_manticore import default_dtype
-from manticore_hf.modeling.references_manticore import component_files, record
+from manticore_hf.modeling.references_manticore import component_files
 
 _NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 
@@ -36,11 +37,11 @@ _WAYS = (
 )
 
 
-class ManticoreModel(modeling_manticore.ManticoreModel):
+class ManticoreModel(KeepsCard, modeling_manticore.ManticoreModel):
     """A hybrid without output head; see `manticore_hf.modeling.modeling_manticore`."""
 
 
-class ManticoreForCausalLM(modeling_manticore.ManticoreForCausalLM):
+class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
     """A hybrid as a causal LM, which `from_components` composes; see `manticore_hf.modeling.modeling_manticore`."""
 
     @classmethod
@@ -108,7 +109,7 @@ class ManticoreForCausalLM(modeling_manticore.ManticoreForCausalLM):
                 cast(f"Component {one.address}", part, dtype)
         config.dtype = dtype
         first = parts[config.tokenizer_component]
-        with default_dtype(dtype):
+        with local_torch_dtype(dtype):
             model = cls(config, components=parts)
         if first.device.type != "meta":  # as where weights wait on a disk
             model.hybrid_mixer.to(first.device)
@@ -256,7 +257,7 @@ class _Classifies:
         config = copy.deepcopy(model.config)
         config.architectures = None
         _label(config, num_labels, id2label, label2id, problem_type)
-        with default_dtype(model.dtype):
+        with local_torch_dtype(model.dtype):
             out = cls(config, {name: model.component(name) for name in config.component_names})
         out.hybrid_mixer = model.hybrid_mixer
         for key in ("_component_cache_dir", "_own_commit"):  # where it came from, for saving and for adapters
@@ -266,11 +267,11 @@ class _Classifies:
         return out.eval()
 
 
-class ManticoreForSequenceClassification(_Classifies, modeling_manticore.ManticoreForSequenceClassification):
+class ManticoreForSequenceClassification(_Classifies, KeepsCard, modeling_manticore.ManticoreForSequenceClassification):
     """A hybrid that scores whole sequences; see `manticore_hf.modeling.modeling_manticore`."""
 
 
-class ManticoreForTokenClassification(_Classifies, modeling_manticore.ManticoreForTokenClassification):
+class ManticoreForTokenClassification(_Classifies, KeepsCard, modeling_manticore.ManticoreForTokenClassification):
     """A hybrid that scores every token; see `manticore_hf.modeling.modeling_manticore`."""
 
 

@@ -17,8 +17,8 @@ from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.families import contract
 from manticore_hf.families.precision import Float64, as_asked, doubled
 from manticore_hf.families.tiny import tiny_config, tiny_model, tokens
-from manticore_hf.modeling.components_manticore import WEIGHT_FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError, component_depth
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES
 
 LARGEST = 1_000_000
 """Parameters of a tiny model; one that has more is not tiny, but has settings that `tiny.py` does not know."""

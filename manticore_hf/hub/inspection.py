@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.hub.licenses import combine, describe
 from manticore_hf.hub.provenance import (
@@ -29,7 +30,6 @@ from manticore_hf.hub.provenance import (
     repository,
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.utils.objective import say_objective
 from manticore_hf.utils.task_types import KINDS, kind_of, labels_of, quantization_of
 
@@ -59,7 +59,7 @@ def inspect_hybrid(source, tokens=128, revision=None):
         # The one way of running experts whose shapes do not depend on values.
         getattr(config, name)._experts_implementation_internal = "batched_mm"
     kind = kind_of(config)
-    with torch.device("meta"), default_dtype(config.dtype or torch.float32):
+    with torch.device("meta"), local_torch_dtype(config.dtype or torch.float32):
         model = kind.model_class(config).eval()
     tokens = min(tokens, config.max_position_embeddings or tokens)
     alpha = _alpha(model, source, revision)

@@ -1,10 +1,12 @@
 """Which files of a hybrid's directory are published, and what must not be in them."""
 
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 
-from huggingface_hub import get_token
+from huggingface_hub import HfApi, get_token, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
@@ -162,3 +164,38 @@ def refuse_tokens(files, token=None):
             data = path.read_bytes()
             if _TOKEN.search(data) or any(one in data for one in own):
                 raise ManticoreError(f"{name} holds an access token of the Hub; remove it there, and revoke the token.")
+
+
+def source_card(model):
+    """Path of the model card of the repository or directory that a hybrid was loaded from, or None.
+
+    A saved hybrid keeps it: what people wrote there is about the hybrid, also after it was trained further.
+    """
+    folder = getattr(model, "_loaded_from", None)
+    if folder is None:
+        return None
+    if os.path.isfile(card := os.path.join(folder, "README.md")):
+        return card
+    found = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})$", folder)
+    if found is None:
+        return None
+    repo_id, cache_dir = found[1].replace("--", "/", 1), Path(folder).parents[2]
+    if try_to_load_from_cache(repo_id, "README.md", cache_dir=cache_dir, revision=found[2]) is not None:
+        return None  # known not to be there
+    try:
+        return hf_hub_download(repo_id, "README.md", cache_dir=cache_dir, revision=found[2])
+    except Exception:  # offline, or no longer allowed to read it: no reason not to save
+        return None
+
+
+class KeepsCard:
+    """Mixin of the package's hybrid classes: a hybrid that is saved or pushed keeps the card that it came with."""
+
+    def _save_beside(self, directory, target):
+        if not os.path.exists(os.path.join(target, "README.md")) and (card := source_card(self)) is not None:
+            shutil.copyfile(card, os.path.join(directory, "README.md"))
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, **kwargs):
+        if (card := source_card(self)) is not None and not HfApi(token=token).file_exists(repo_id, "README.md"):
+            shutil.copyfile(card, os.path.join(working_dir, "README.md"))  # Transformers has put an empty one there
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, token=token, **kwargs)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
+from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.evaluation.data import repack
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
 from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, world
 from manticore_hf.utils.task_types import refuse_classifier
@@ -203,7 +203,7 @@ def _change_reference(model, reference):
     if model.config.gate != "none":
         return
     old = model.hybrid_mixer
-    with default_dtype(model.dtype):
+    with local_torch_dtype(model.dtype):
         new = model.new_mixer().to(old.alpha_logits.device)
     new.reset()
     new.alpha_logits.data.copy_(old.alpha_logits)

@@ -13,7 +13,7 @@ from torch import nn
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.quantization_manticore import (
+from manticore_hf.modeling.dtypes_manticore import (
     MIXER,
     RAW,
     SCORE,

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.mixing_manticore import Chain, LinearProjector, resize
 from manticore_hf.modeling.route_manticore import stretches
 from manticore_hf.utils.task_types import quantization_of, refuse_classifier
@@ -276,7 +276,7 @@ def harden(model, route="alpha", dataset=None, **options):
     if values["tokenizer_component"] not in route:
         values["tokenizer_component"] = route[0]
     config = ManticoreConfig.from_dict(values)
-    with default_dtype(model.dtype):
+    with local_torch_dtype(model.dtype):
         hard = type(model)(config, {name: copy.deepcopy(model.component(name)) for name in config.component_names})
     hard = hard.to(device=model.device)
     old, new = model.hybrid_mixer, hard.hybrid_mixer

@@ -22,9 +22,9 @@ from manticore_hf.compose.convert.mamba_ssm import TOKENIZER, is_mamba_ssm, mamb
 from manticore_hf.compose.convert.sources import find_source, read_tensors
 from manticore_hf.compose.tokenizers import TOKENIZER_FILES
 from manticore_hf.hub.licenses import read_license
-from manticore_hf.modeling.bounds_manticore import build_config, check_plain
-from manticore_hf.modeling.components_manticore import WEIGHT_FILES
+from manticore_hf.modeling.bounds_manticore import build_config, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES
 from manticore_hf.modeling.saving_manticore import whole_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -108,7 +108,7 @@ def _read_config(source):
         raise ManticoreError(f"{source.what}: its config.json is no JSON object ({err}).") from err
     if not isinstance(values, dict):
         raise ManticoreError(f"{source.what}: its config.json is no JSON object.")
-    check_plain(source.what, values)
+    guard().plain(source.what, values)
     if not is_mamba_ssm(values) and any(source.file(name) for name in WEIGHT_FILES):
         raise ManticoreError(f"{source.what} has safetensors already: name it as a component as it is.")
     return values
