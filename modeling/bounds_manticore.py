@@ -13,10 +13,10 @@ import re
 import torch
 import transformers
 
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 24):
     raise ImportError(
-        f"A manticore hybrid needs Transformers 5.23 or newer; {transformers.__version__} is installed: "
-        "pip install -U 'transformers>=5.23,<6'"
+        f"A manticore hybrid needs Transformers 5.24 or newer; {transformers.__version__} is installed: "
+        "pip install -U 'transformers>=5.24,<6'"
     )
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel  # noqa: E402
@@ -39,7 +39,7 @@ _RESERVED = {
     "all_tied_weights_keys", "create_masks_for_generate", "kernel_config", "keys_to_ignore_at_inference", "embed",
     "from_components", "make_cache", "mix_embeddings", "new_mixer", "renew_embeddings", "report_parts",
     "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm", "is_gone", "make_score",
-    "starts_anew", "composed_as",
+    "starts_anew", "composed_as", "segments", "together", "mix",
 }  # fmt: skip
 
 

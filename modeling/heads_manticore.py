@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
+from .base_manticore import ManticoreModel, takes_old_cache
 from .bounds_manticore import ManticoreError, construct
 from .devices_manticore import device_of, place
+from .mixing_manticore import HybridMixer
 from .mixture_manticore import weighted_sum
-from .segments_manticore import Cuts
-from .versions_manticore import CACHE, takes_cache
+from .running_manticore import read_inputs, run
 
 DROPOUT = 0.1
 """Of token classification, where the configuration has no `classifier_dropout`; the library's default."""
@@ -80,8 +81,8 @@ def _shallow(module):
     return out
 
 
-class Scores:
-    """Mixin of the classifiers, before ManticoreModel: score heads instead of heads over the vocabulary."""
+class ManticoreClassifier(ManticoreModel):
+    """What both classifiers are: score heads instead of heads over the vocabulary."""
 
     _no_split_modules = ["HybridMixer", "ScoreHead"]
 
@@ -101,7 +102,6 @@ class Scores:
             self._modules[name], path = without_head(self.component(name))
             gone += [] if path is None else [f"{name}.{path}."]
         self.__dict__["_gone"] = tuple(gone)
-        self.__dict__["_cuts"] = Cuts()  # the old ones would keep the heads in memory
         self.score = construct("The score heads", lambda: self.make_score(widths), list(self.children()))
         super().post_init()
 
@@ -117,23 +117,25 @@ class Scores:
         """Whether a tensor belongs to a language-model head."""
         return key.startswith(self._gone)
 
-    def _score(self, ids, mask, positions, cache, embeds, use_cache, output_hidden_states):
-        """(scores of the mixture [batch, time, labels], of each state alone, the run)."""
-        use_cache = cache is not None if use_cache is None else use_cache  # of no use to most who classify
-        config, keep = self.config, self._flag(output_hidden_states, "output_hidden_states")
-        native = config.embeddings == "native"
-        run = self._run(ids, mask, positions, cache, embeds, use_cache, keep, shared=not native)
+    def _scores(self, *given):
+        """(scores of the mixture [batch, time, labels], of each state alone, the Pass).
+
+        Args:
+            *given: As `read_inputs` takes them.
+        """
+        config, native = self.config, self.config.embeddings == "native"
+        found = run(self, read_inputs(self, *given), shared=not native)
         there = device_of(self.score)
         if not native:
-            return *self.score(place({"shared": run["shared"]}, there), [1.0]), run
-        row = run["alpha"][-1]
+            return *self.score(place({"shared": found.shared}, there), [1.0]), found
+        row = found.weights[-1]
         if config.mixture == "token" and not isinstance(row[0], float):
-            row = self.hybrid_mixer("gate_rest").unbind()
-        weights = [w for name, w in zip(config.component_names, row) if name in run["states"]]
-        states = {f"{name}-{config.num_blocks - 1}": state for name, state in run["states"].items()}
-        return *self.score(*place((states, weights), there)), run
+            row = self.hybrid_mixer(HybridMixer.gate_rest).unbind()
+        weights = [w for name, w in zip(config.component_names, row) if name in found.states]
+        states = {f"{name}-{config.num_blocks - 1}": state for name, state in found.states.items()}
+        return *self.score(*place((states, weights), there)), found
 
-    def _loss(self, loss_of, logits, own):
+    def _join_losses(self, loss_of, logits, own):
         """mix_loss_weight * loss(mixture) + component_loss_weight * sum_k loss(score k); of one score, its loss."""
         if len(own) == 1:
             return loss_of(logits)
@@ -143,10 +145,13 @@ class Scores:
         return loss
 
 
-class ScoresSequences(Scores):
-    """Mixin of ManticoreForSequenceClassification."""
+class ManticoreForSequenceClassification(ManticoreClassifier):
+    """A hybrid that scores whole sequences, at their last token that is no padding.
 
-    @takes_cache
+    `model.component(name)` is the component without language-model head, unless that is tied to its embeddings.
+    """
+
+    @takes_old_cache
     def forward(
         self,
         input_ids=None,
@@ -184,8 +189,9 @@ class ScoresSequences(Scores):
                 f"Where {len(given)} rows end is unknown: there is neither an attention_mask nor "
                 f"{'a config.pad_token_id' if inputs_embeds is None else 'input_ids'}. Give an attention_mask."
             )
-        scores, own, run = self._score(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, output_hidden_states
+        use_cache, keep = use_cache or cache is not None, self._flag("output_hidden_states", output_hidden_states)
+        scores, own, found = self._scores(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep
         )
         rows, time = torch.arange(len(scores), device=scores.device), scores.shape[1]
         if attention_mask is not None:
@@ -202,16 +208,16 @@ class ScoresSequences(Scores):
             return loss if items is None else loss * place((labels != -100).sum(), loss.device) / items
 
         out = SequenceClassifierOutputWithPast(
-            loss=None if labels is None else self._loss(loss_of, logits, own),
+            loss=None if labels is None else self._join_losses(loss_of, logits, own),
             logits=logits,
-            **{CACHE: run["cache"]},
-            hidden_states=run["hidden_states"],
+            cache=found.cache,
+            hidden_states=found.hidden_states,
         )
-        return out if self._flag(return_dict, "return_dict") else out.to_tuple()
+        return out if self._flag("return_dict", return_dict) else out.to_tuple()
 
 
-class ScoresTokens(Scores):
-    """Mixin of ManticoreForTokenClassification."""
+class ManticoreForTokenClassification(ManticoreClassifier):
+    """A hybrid that scores every token, from what stands before it and itself; its components as for sequences."""
 
     def make_score(self, widths):
         """New score heads; `widths` as in ScoreHead."""
@@ -219,7 +225,7 @@ class ScoresTokens(Scores):
         dropout = DROPOUT if dropout is None else dropout
         return ScoreHead(widths, self.config.num_labels, bias=True, dropout=dropout)
 
-    @takes_cache
+    @takes_old_cache
     def forward(
         self,
         input_ids=None,
@@ -242,8 +248,9 @@ class ScoresTokens(Scores):
                 ManticoreModel.
             **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
         """
-        logits, own, run = self._score(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, output_hidden_states
+        use_cache, keep = use_cache or cache is not None, self._flag("output_hidden_states", output_hidden_states)
+        logits, own, found = self._scores(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep
         )
         items = {"num_items_in_batch": kwargs.get("num_items_in_batch")}
 
@@ -251,8 +258,8 @@ class ScoresTokens(Scores):
             return self.loss_function(logits=values, labels=labels, config=self.config, **items)
 
         out = TokenClassifierOutput(
-            loss=None if labels is None else self._loss(loss_of, logits, own),
+            loss=None if labels is None else self._join_losses(loss_of, logits, own),
             logits=logits,
-            hidden_states=run["hidden_states"],
+            hidden_states=found.hidden_states,
         )
-        return out if self._flag(return_dict, "return_dict") else out.to_tuple()
+        return out if self._flag("return_dict", return_dict) else out.to_tuple()

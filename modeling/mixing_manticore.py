@@ -132,7 +132,8 @@ class TokenGate(nn.Module):
 class HybridMixer(nn.Module):
     """All projectors, the mixture weights and the gate, in one module with a forward.
 
-    One module, so that PEFT's `modules_to_save=["hybrid_mixer"]` and FSDP see them; `forward` names the step.
+    One module, so that PEFT's `modules_to_save=["hybrid_mixer"]` and FSDP see them. Its steps are run through `forward`
+    for the same reason: shards are gathered, and offloaded weights brought, by hooks on a module's call.
 
     Args:
         config: A ManticoreConfig.
@@ -184,8 +185,8 @@ class HybridMixer(nn.Module):
                 kept[f"{name}-{block}"] = (Resize if reference else PROJECTORS[config.projector])(*sizes)
 
     def forward(self, step, *args):
-        """Runs one step: the name of one of the methods below."""
-        return getattr(self, step)(*place(args, device_of(self)))
+        """Runs one step: one of the methods below, as `mixer(HybridMixer.enter, block, name, shared, alpha)`."""
+        return step(self, *place(args, device_of(self)))
 
     def weights(self):
         """alpha = softmax(a): [S, K], in float32; a search may add noise and a temperature while training."""

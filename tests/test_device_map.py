@@ -71,8 +71,7 @@ def saved(request, tmp_path_factory):
 def layers_of(config, name, places):
     """{module: place} for a component's layers, by turns, and what is around them, in the first place."""
     model = ManticoreForCausalLM(config)
-    component = model.component(name)
-    anatomy = model._cuts.anatomy(component)
+    component, anatomy = model.component(name), model.segments.anatomy(name)
     path = f"{name}.{anatomy.path}.{anatomy.layers}"
     out = {f"{path}.{i}": places[i % len(places)] for i in range(component.config.num_hidden_layers)}
     for key in model.state_dict():
@@ -211,11 +210,11 @@ def test_weights_of_a_distributed_run_say_nothing():
     """FSDP keeps the weights it offloads on the CPU until a layer is called, on the device of its process."""
     model = hybrid("gpt_neox+mamba", num_blocks=2)
     wanted = results(model)
-    assert model._segment("mamba", 1).device == device_of(model) == torch.device("cpu")
+    assert model.segments.segment("mamba", 1).device == device_of(model) == torch.device("cpu")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         agree(results(model), wanted, exact=True)
-        assert device_of(model) is None and model._segment("mamba", 1).device is None
+        assert device_of(model) is None and model.segments.segment("mamba", 1).device is None
         accelerate.cpu_offload(model)
         assert device_of(model) == model.device == torch.device("cpu")
     finally:

@@ -12,7 +12,6 @@ import torch
 from families import tiny
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from manticore_hf.modeling.versions_manticore import cache_argument
 from safetensors.torch import save_file
 from transformers import DynamicCache, Trainer, TrainingArguments
 from transformers.cache_utils import LinearAttentionLayer
@@ -23,7 +22,7 @@ IDS = torch.arange(3, 11)[None]
 def read(model, ids, cache, **inputs):
     """Logits of the last token of a call that goes on from a cache."""
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=True, **{cache_argument(model.forward): cache}, **inputs).logits[:, -1]
+        return model(input_ids=ids, use_cache=True, cache=cache, **inputs).logits[:, -1]
 
 
 # ---- Transformers: recurrent models ----------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def inspect_hybrid(source, tokens=128, revision=None):
     blocks = []
     for block in range(config.num_blocks):
         for k, name in enumerate(config.component_names):
-            if block in model._blocks_of(name):
+            if block in model.segments.blocks(name):
                 row = {"block": block + 1, "component": name, **_segment(model, name, block, tokens)}
                 blocks.append({**row, "alpha": None if alpha is None or alpha[block] is None else alpha[block][k]})
     parts = [] if config.route else [_component(model, name, blocks, tokens) for name in config.component_names]
@@ -88,8 +88,7 @@ def inspect_hybrid(source, tokens=128, revision=None):
 
 
 def _segment(model, name, block, tokens):
-    segment = model._segment(name, block)
-    layers = getattr(segment.stack, segment.anatomy.layers)[segment.start : segment.stop]
+    segment = model.segments.segment(name, block)
     width = getattr(model.config, name).hidden_size
     if segment.start == 0:
         width = model.component(name).get_input_embeddings().weight.shape[1]
@@ -101,7 +100,7 @@ def _segment(model, name, block, tokens):
 
     return {
         "layers": f"{segment.start}-{segment.stop - 1}",
-        "parameters": sum(p.numel() for p in layers.parameters()),
+        "parameters": sum(p.numel() for p in segment.layers.parameters()),
         "flops_per_token": _count(run, tokens),
         **_memory(view.layers, tokens),
     }
@@ -118,7 +117,7 @@ def _component(model, name, blocks, tokens):
     def head(mask):
         if own is None:
             width = component.get_output_embeddings().weight.shape[1]
-            model._own_logits(name, torch.zeros(1, tokens, width, device="meta", dtype=model.dtype))
+            model.segments.logits(name, torch.zeros(1, tokens, width, device="meta", dtype=model.dtype))
         elif isinstance(own, nn.Linear):
             own(torch.zeros(1, tokens, own.in_features, device="meta", dtype=own.weight.dtype))
 

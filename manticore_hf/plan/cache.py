@@ -41,7 +41,7 @@ def cache_sizes(model, tokens, batch=1):
 def _run(model, name, tokens, batch):
     """[(layers of a kind, what one of them holds)]."""
     component = model.component(name)
-    anatomy = model._cuts.anatomy(component)
+    anatomy = model.segments.anatomy(name)
     stack = component.get_submodule(anatomy.path)
     layers = list(getattr(stack, anatomy.layers))
     first = one_of_each(layers)

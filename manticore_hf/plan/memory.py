@@ -86,7 +86,7 @@ def layers_of(hybrid):
     """The layers of all components, one after the other."""
     for name in hybrid.config.component_names:
         component = hybrid.component(name)
-        anatomy = hybrid._cuts.anatomy(component)
+        anatomy = hybrid.segments.anatomy(name)
         yield from getattr(component.get_submodule(anatomy.path), anatomy.layers)
 
 

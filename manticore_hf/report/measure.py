@@ -229,7 +229,7 @@ def feature_similarity(model, rows, batch_size=8):
     names, last, seen, pairs = model.config.component_names, model.config.num_blocks, {}, {}
 
     def watch(mixer, args, out):
-        if args[0] == "leave":
+        if args[0].__name__ == "leave":
             seen[args[1] + 1, args[2]] = (out, True)
 
     handle = model.hybrid_mixer.register_forward_hook(watch)

@@ -247,5 +247,5 @@ def _boundary_states(model, name, ids):
     out = [model.embed(name, ids)]
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     for block in range(model.config.num_blocks):
-        out.append(model._segment(name, block)(out[-1], None, positions))
+        out.append(model.segments.segment(name, block)(out[-1], None, positions))
     return out

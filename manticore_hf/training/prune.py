@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.mixing_manticore import Chain, LinearProjector, resize
-from manticore_hf.modeling.route_manticore import stretches
+from manticore_hf.modeling.mixing_manticore import Chain, HybridMixer, LinearProjector, resize
+from manticore_hf.modeling.segments_manticore import stretches
 from manticore_hf.utils.task_types import quantization_of, refuse_classifier
 
 EXHAUSTIVE = 64  # routes: up to so many are all measured
@@ -67,10 +67,9 @@ def segment_costs(model, cost="parameters", tokens=128):
 
 @torch.no_grad()
 def _cost(model, name, block, cost, tokens):
-    segment = model._segment(name, block)
+    segment = model.segments.segment(name, block)
     if cost == "parameters":
-        layers = getattr(segment.stack, segment.anatomy.layers)[segment.start : segment.stop]
-        return float(sum(p.numel() for p in layers.parameters()))
+        return float(sum(p.numel() for p in segment.layers.parameters()))
     width = getattr(model.config, name).hidden_size
     if block == 0:
         width = model.component(name).get_input_embeddings().weight.shape[1]
@@ -219,20 +218,19 @@ def route_logits(model, route, ids):
     native = _is_native(config, route)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     for one in stretches(SimpleNamespace(route=route, bounds=config.bounds)):
-        component = model.component(one.name)
         if before is not None:
-            shared = mixer("leave", before.last, before.name, state, 1.0)
-            state = mixer("enter", one.first, one.name, shared, 1.0)
+            shared = mixer(HybridMixer.leave, before.last, before.name, state, 1.0)
+            state = mixer(HybridMixer.enter, one.first, one.name, shared, 1.0)
         elif native:
             state = model.embed(one.name, ids)
         else:
-            state = mixer("enter", 0, one.name, resize(model.embed(one.name, ids), config.hidden_size), 1.0)
-        state, before = model._cuts.segment(component, one.start, one.stop)(state, None, positions), one
+            state = mixer(HybridMixer.enter, 0, one.name, resize(model.embed(one.name, ids), config.hidden_size), 1.0)
+        state, before = model.segments.stretch(one.name, one.start, one.stop)(state, None, positions), one
     if native:
-        return model._own_logits(before.name, state)
-    shared = mixer("leave", before.last, before.name, state, 1.0)
+        return model.segments.logits(before.name, state)
+    shared = mixer(HybridMixer.leave, before.last, before.name, state, 1.0)
     head = model.component(route[0]).get_output_embeddings()
-    return model._own_logits(route[0], resize(shared, head.weight.shape[1]))
+    return model.segments.logits(route[0], resize(shared, head.weight.shape[1]))
 
 
 @torch.no_grad()

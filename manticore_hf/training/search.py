@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.mixing_manticore import HybridMixer
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.trainer import HybridLogging
 from manticore_hf.utils.deepspeed import uses_deepspeed
@@ -281,7 +282,7 @@ class SearchTrainer(HybridLogging, Trainer):
     def _penalty(self):
         if not self.args.entropy_penalty and not self.args.cost_penalty:
             return 0.0
-        weights = hybrid_of(self.model).hybrid_mixer("weights_without_noise")  # called: FSDP2 gathers it around calls
+        weights = hybrid_of(self.model).hybrid_mixer(HybridMixer.weights_without_noise)  # FSDP2 gathers it for a call
         entropy = -(weights * weights.clamp(min=1e-12).log()).sum(-1).mean()
         cost = (weights * self._costs.to(weights.device)).sum()
         return self.args.entropy_penalty * entropy + self.args.cost_penalty * cost
@@ -311,8 +312,7 @@ def _relative_costs(hybrid):
     for block in range(hybrid.config.num_blocks):
         row = []
         for name in hybrid.config.component_names:
-            segment = hybrid._segment(name, block)
-            layers = getattr(segment.stack, segment.anatomy.layers)[segment.start : segment.stop]
+            layers = hybrid.segments.segment(name, block).layers
             row.append(float(sum(p.numel() for p in layers.parameters())))
         rows.append(row)
     costs = torch.tensor(rows)
