@@ -9,6 +9,7 @@ import contextlib
 import copy
 import keyword
 import re
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -55,72 +56,72 @@ class Guard:
     `what` is how a message calls the thing; every method may raise ManticoreError.
     """
 
-    def plain(self, what, values):
+    def plain(self, what: str, values: object) -> None:
         """Before any value is looked at."""
 
     def reading(self, source):
         """Context in which Transformers reads a hybrid's config.json."""
         return contextlib.nullcontext()
 
-    def file(self, what, values):
+    def file(self, what: str, values: dict) -> None:
         """Before Transformers reads a component's config.json."""
 
-    def settings(self, what, values, cls):
+    def settings(self, what: str, values: dict, cls: type) -> dict:
         """A copy of the settings in a config.json that may reach the configuration class `cls`."""
         return copy.deepcopy(values)
 
-    def entries(self, entries):
+    def entries(self, entries: list) -> None:
         """Before the list of a hybrid's components is walked through."""
 
-    def entry(self, name, entry):
+    def entry(self, name: str, entry: dict) -> None:
         """Before a component's entry in the hybrid's configuration is taken."""
 
-    def component(self, what, config):
+    def component(self, what: str, config: PreTrainedConfig) -> None:
         """Before a component's configuration, wherever it came from, is taken."""
 
-    def general(self, what, values):
+    def general(self, what: str, values: dict) -> None:
         """Before a hybrid's settings beyond its own (ids, dtype, ...) are taken."""
 
-    def hybrid(self, config):
+    def hybrid(self, config: PreTrainedConfig) -> None:
         """When all of a hybrid's components are known."""
 
-    def construct(self, what, make, beside):
+    def construct(self, what: str, make: Callable, beside: tuple | list) -> torch.nn.Module:
         """The module that `make()` makes; `beside`: modules that are there already and stay."""
         return make()
 
-    def running(self, what):
+    def running(self, what: str):
         """Context in which a model is made or run without storage."""
         return contextlib.nullcontext()
 
-    def checkpoint(self, model, tensors, rename, ties, quantizer, ignore_mismatched):
+    def checkpoint(self, model, tensors: dict, rename, ties: dict, quantizer, ignore_mismatched: bool) -> None:
         """Before a hybrid's tensors {key: tensor or lazy slice} are read; `rename` and `ties` as in `overlay`."""
 
 
 _guards = [Guard()]
 
 
-def guard():
+def guard() -> Guard:
     """The guard of this process: the one that was installed last."""
     return _guards[-1]
 
 
-def install_guard(new):
+def install_guard(new: Guard) -> None:
     """Makes `new`, a Guard, the guard of this process."""
     _guards.append(new)
 
 
-def show(value):
+def show(value: object) -> str:
     """A value as a message shows it: not longer than a line."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
 
 
-def reason(err):
+def reason(err: Exception) -> str:
     """What an error that is not ours says, as part of a message."""
     return " ".join(f"{type(err).__name__}: {err}".split())[:1000]
 
 
-def check_component_name(name):
+def check_component_name(name: object) -> None:
     """Raises ManticoreError unless `name` can be an attribute of the model and of the configuration."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,99}", name) or keyword.iskeyword(name):
         raise ManticoreError(
@@ -130,7 +131,9 @@ def check_component_name(name):
         raise ManticoreError(f"Component name {name!r} is used by the model itself; give the component another name.")
 
 
-def check_reference(name, repo_id, revision, subfolder=None, files=None):
+def check_reference(
+    name: str, repo_id: object, revision: object, subfolder: object = None, files: dict | None = None
+) -> None:
     """Raises ManticoreError unless a component's address is one that others can reach.
 
     A configuration may come from a stranger's repository, so paths and URLs are refused. Reading the weights replaces a
@@ -158,26 +161,26 @@ def check_reference(name, repo_id, revision, subfolder=None, files=None):
             raise ManticoreError(f"{what}: {show(digest)} of {show(file)} is no SHA-256 of 64 hex digits.")
 
 
-def is_commit(revision):
+def is_commit(revision: str) -> bool:
     """Whether a revision is a full commit hash, which cannot move."""
     return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
-def check_dtype(what, value):
+def check_dtype(what: str, value: object) -> None:
     """Raises ManticoreError unless a value names a dtype of torch, or is one, or None."""
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if not (dtype is None and value is None or isinstance(dtype, torch.dtype)):
         raise ManticoreError(f"{what}: dtype={show(value)} is no dtype of torch; give for example 'bfloat16'.")
 
 
-def is_causal_lm(model_type):
+def is_causal_lm(model_type: str) -> bool:
     """Whether a model type that is known to the Auto classes has a causal LM, and is no hybrid."""
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return model_type != "manticore"
     return model_type != "manticore" and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING  # registered
 
 
-def build_config(name, values, what=None):
+def build_config(name: str, values: dict, what: str | None = None) -> PreTrainedConfig:
     """A component's configuration from its dict.
 
     Args:
@@ -211,7 +214,7 @@ def build_config(name, values, what=None):
         raise ManticoreError(f"{what}: its {model_type!r} configuration is invalid: {reason(err)}") from err
 
 
-def check_component(name, config):
+def check_component(name: str, config: PreTrainedConfig) -> None:
     """Raises ManticoreError unless a component's configuration is one that a hybrid can be built from.
 
     Args:
@@ -244,7 +247,7 @@ def _refuse_quantized(what):
 
 
 @contextlib.contextmanager
-def explained(what):
+def explained(what: str):
     """Context in which a model is made of a configuration; whatever fails is a ManticoreError.
 
     Args:
@@ -261,13 +264,13 @@ def explained(what):
 
 
 @contextlib.contextmanager
-def trying(what):
+def trying(what: str):
     """`explained`, watched by the guard: a model is made or run without storage."""
     with explained(what), guard().running(what):
         yield
 
 
-def construct(what, make, beside=()):
+def construct(what: str, make: Callable, beside: tuple | list = ()) -> torch.nn.Module:
     """The module that `make()` makes, which is called twice if the guard counts it first.
 
     Args:
@@ -282,7 +285,7 @@ def construct(what, make, beside=()):
         return guard().construct(what, make, beside)
 
 
-def build_component(what, config, beside=()):
+def build_component(what: str, config: PreTrainedConfig, beside: tuple | list = ()) -> PreTrainedModel:
     """A component's module with initial weights, of Transformers' own class.
 
     Args:

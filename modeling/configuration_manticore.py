@@ -317,16 +317,16 @@ class ManticoreConfig(PreTrainedConfig):
         return None if all(row is None for row in weights) else weights
 
     @property
-    def component_names(self):
+    def component_names(self) -> list[str]:
         """Names of the components, in order."""
         return list(self._component_names)
 
     @property
-    def sub_configs(self):
+    def sub_configs(self) -> dict[str, type]:
         """Class of each component's configuration by component name (Transformers walks these)."""
         return {name: type(getattr(self, name)) for name in self.__dict__.get("_component_names", [])}
 
-    def bounds(self, name):
+    def bounds(self, name: str) -> list[int]:
         """Cumulative layer bounds [0, ..., depth] of a component's S segments."""
         out = [0]
         for n in self.block_layers[name]:
@@ -334,7 +334,7 @@ class ManticoreConfig(PreTrainedConfig):
         return out
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs):
         """As in Transformers, for what a file says: instructions to load code or files are not taken from it.
 
         Args:
@@ -363,7 +363,7 @@ class ManticoreConfig(PreTrainedConfig):
         """A hybrid is a text model: the configuration itself."""
         return self
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """Plain dict; each component's configuration sits inside its entry of `components`."""
         out = super().to_dict()
         out.pop("_component_names", None)
@@ -377,7 +377,7 @@ class ManticoreConfig(PreTrainedConfig):
         return out
 
 
-def component_depth(config):
+def component_depth(config: PreTrainedConfig) -> int:
     """Number of layers of a component."""
     return config.get_text_config().num_hidden_layers
 

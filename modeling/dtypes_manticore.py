@@ -15,6 +15,7 @@ what its configuration lists; hybrids use it for that.
 import copy
 import functools
 import re
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class MixedDtypes:
     """Mixin of the hybrid classes, before PreTrainedModel."""
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """The widest dtype of the parts; what `save_pretrained` states, and a later load takes."""
         found = [dtype for name, part in self.named_children() if (dtype := _dtype_of(name, part)) is not None]
         return functools.reduce(torch.promote_types, found)
@@ -55,7 +56,7 @@ class MixedDtypes:
         return plan
 
 
-def loaded_dtypes(model):
+def loaded_dtypes(model) -> Callable:
     """Function from the name of a tensor to the dtype that it has when what is saved now is loaded again."""
     dtype = model.dtype
     plan = dtype_plan(model._get_dtype_plan(dtype))
@@ -70,20 +71,19 @@ def _dtype_of(name, part):
     return None
 
 
-def convert_unpacked(model, tensors, own, rename, plan):
+def convert_unpacked(tensors: dict, own: set, rename: Callable, plan: dict) -> None:
     """Converts, in place, what is not packed of a quantised hybrid's tensors.
 
     Transformers takes it as it is in the file, which is right where all was quantised at once. References have the
     dtype of their own repositories.
 
     Args:
-        model: The hybrid, on the meta device or not.
         tensors: {checkpoint key: tensor or lazy slice}.
         own: Keys that are the hybrid's own, among which are packed ones.
         rename: The model's `Renamer`.
         plan: What `_get_dtype_plan` gave.
     """
-    wanted, plan = model.state_dict(), dtype_plan(plan)
+    wanted, plan = rename.known, dtype_plan(plan)
     for key, tensor in tensors.items():
         name, converted = rename(key)
         if name not in wanted or not wanted[name].is_floating_point():
@@ -93,7 +93,7 @@ def convert_unpacked(model, tensors, own, rename, plan):
             tensors[key] = tensor[...].to(plan(name, wanted[name].dtype))
 
 
-def dtype_plan(plan):
+def dtype_plan(plan: dict) -> Callable:
     """Function from a tensor's name to the dtype that a plan of Transformers' has for it, or else to a default."""
     plan = [(re.compile(key.replace("*", ".*")), kept) for key, kept in plan.items()]
     return lambda name, default: next((kept for pattern, kept in plan if pattern.search(name)), default)
@@ -102,12 +102,12 @@ def dtype_plan(plan):
 # ---- quantisation ----------------------------------------------------------------------------------------------------
 
 
-def is_state_space(module):
+def is_state_space(module) -> bool:
     """Whether a module is the mixer of a state-space model."""
     return hasattr(module, "A_log")
 
 
-def plain_linear_maps(model, components=None):
+def plain_linear_maps(model, components: list | None = None) -> list[str]:
     """Names of the linear maps inside the components' layers that are plain matrix products on every machine.
 
     Args:
@@ -136,7 +136,7 @@ def plain_linear_maps(model, components=None):
     return sorted(out)
 
 
-def kept_maps(model):
+def kept_maps(model) -> list[str]:
     """Sorted patterns of module names of the linear maps that stay in floating point.
 
     A pattern holds for all layers of its component. They are regular expressions, as Transformers' quantisers take
@@ -154,7 +154,7 @@ class Quantizable:
         self._keep_in_fp32_modules = set(kept_maps(self))
         self.__dict__["_transposed"] = [key for key, one in self.named_modules() if type(one) is Conv1D]
 
-    def dequantize(self, dtype=None):
+    def dequantize(self, dtype: torch.dtype | None = None):
         """As in Transformers, which gives GPT-2's transposed maps back as others; no checkpoint has those."""
         super().dequantize(dtype)
         for key in self._transposed:
@@ -173,7 +173,7 @@ class Quantizable:
         return super().push_to_hub(*args, **kwargs)
 
 
-def note_kept(quantizer, model):
+def note_kept(quantizer: object, model) -> None:
     """Writes into a quantiser's settings what it left out, so that the saved `config.json` says it."""
     settings = quantizer.quantization_config = copy.deepcopy(quantizer.quantization_config)
     for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
@@ -182,7 +182,7 @@ def note_kept(quantizer, model):
             return
 
 
-def refuse_unsaved(model):
+def refuse_unsaved(model) -> None:
     """Raises ManticoreError if a hybrid was quantised in a way that its saved files could not be loaded from."""
     settings = getattr(model.config, "quantization_config", None)
     if settings is None:
@@ -195,7 +195,7 @@ def refuse_unsaved(model):
         )
 
 
-def refuse_packed(model, tensors):
+def refuse_packed(model, tensors: dict) -> None:
     """Raises ManticoreError if a checkpoint has packed numbers for a map that is computed in floating point.
 
     Eight-bit integers have the shape of what they stand for, and would be taken for the numbers themselves.
@@ -213,7 +213,7 @@ def refuse_packed(model, tensors):
                 _refuse(path)
 
 
-def refuse_quantized(model):
+def refuse_quantized(model) -> None:
     """Raises ManticoreError if a weight of a hybrid that is read raw, or one of its own, was quantised."""
     for key in sorted(_kept(model)):
         weight = model.get_submodule(key).weight
@@ -236,7 +236,7 @@ def _kept(model):
     return linear - set(plain_linear_maps(model))
 
 
-def unsaved_quantization(values):
+def unsaved_quantization(values: dict) -> str | None:
     """Why a hybrid's config.json cannot state that its weights are quantised so; None if it can.
 
     Args:

@@ -34,12 +34,12 @@ _WAITS = (1.0, 4.0)
 _registered = {}  # of this process, as the Auto classes' registers are: {model_type: (repo_id, commit, classes)}
 
 
-def where(entry):
+def where(entry: dict) -> str:
     """What a message calls a referenced component."""
     return f"Component {entry['name']!r} ({entry['repo_id']}@{entry['revision'][:12]})"
 
 
-def component_files(entry, hub):
+def component_files(entry: dict, hub: dict) -> list[str]:
     """Paths of a referenced component's safetensors files at its pinned commit, downloaded if need be.
 
     A branch or tag in the entry is replaced by the commit it stands for.
@@ -77,7 +77,7 @@ def component_files(entry, hub):
         ) from err
 
 
-def open_files(files, stack, owner, prefix=""):
+def open_files(files: list, stack, owner: str, prefix: str = "") -> dict:
     """{prefix + key: lazy slice} of safetensors files, kept open by `stack`; `owner` names them in an error."""
     out = {}
     for file in files:
@@ -106,7 +106,7 @@ def _pin(entry, hub):
     )
 
 
-def shards(index, what):
+def shards(index: str | os.PathLike, what: tuple) -> list[str]:
     """Names of the safetensors files beside an index that it names.
 
     Args:
@@ -161,13 +161,13 @@ def _download(entry, file, hub):
             time.sleep(wait)
 
 
-def lfs_id(path):
+def lfs_id(path: str) -> str | None:
     """The SHA-256 that the Hub states for a cached file, None where it states none (a plain git file, no links)."""
     name = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
     return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
 
 
-def sha256(path):
+def sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -181,7 +181,7 @@ def _forget(path):
 # ---- code ----------------------------------------------------------------------------------------------------
 
 
-def code_of(what, auto_map):
+def code_of(what: str, auto_map: dict | None) -> dict:
     """The classes that a repository's `auto_map` names, as an entry records them.
 
     Args:
@@ -201,7 +201,7 @@ def code_of(what, auto_map):
     return code
 
 
-def trust(what, entry, model_type, token=None):
+def trust(what: str, entry: dict, model_type: str, token: str | bool | None = None) -> None:
     """Runs a component's code and registers its classes.
 
     Args:
@@ -234,7 +234,7 @@ def trust(what, entry, model_type, token=None):
     _registered[model_type] = source
 
 
-def run_trusted(names, values):
+def run_trusted(names: str | list, values: dict) -> None:
     """Runs the code of the components that a caller trusts.
 
     Args:
@@ -262,12 +262,12 @@ def run_trusted(names, values):
         trust(f"Component {name!r}", entry, sub.get("model_type") if isinstance(sub, dict) else None)
 
 
-def registered():
+def registered() -> set[str]:
     """The model types that code of components was registered for in this process."""
     return set(_registered)
 
 
-def require(name, entry, values):
+def require(name: str, entry: dict, values: dict) -> None:
     """Raises ManticoreError if a component needs code that was not asked for.
 
     Args:

@@ -16,14 +16,14 @@ from huggingface_hub.utils import WeakFileLock
 _WEIGHT_FILE = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 
 
-def copy_code(directory):
+def copy_code(directory: str | os.PathLike) -> None:
     """Copies the code files of this folder, so that the saved hybrid loads where the package is not installed."""
     for file in Path(__file__).parent.glob("*_manticore.py"):
         shutil.copyfile(file, Path(directory) / file.name)
 
 
 @contextlib.contextmanager
-def whole_directory(target, active):
+def whole_directory(target: str | os.PathLike, active: bool):
     """Gives a scratch directory whose files are moved into `target` when the block ends well.
 
     A new target appears by one rename. In an existing one each file is replaced whole, config.json last; its other

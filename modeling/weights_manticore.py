@@ -8,6 +8,7 @@ import contextlib
 import copy
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ class Renamer:
     def __init__(self, model, prefixed=False, packed=None):
         self.transforms = _sorted(get_model_conversion_mapping(model))
         self.packed = None if packed is None else _sorted(get_model_conversion_mapping(model, None, packed))
-        self.known = model.state_dict()
+        self.known = model.state_dict(keep_vars=True)
         self.prefix = (model.base_model_prefix, self.known) if prefixed else (None, None)
 
     def __call__(self, key):
@@ -69,7 +70,7 @@ def _sorted(transforms):
     return renamings, [one for one in transforms if not isinstance(one, WeightRenaming)]
 
 
-def tie_groups(model):
+def tie_groups(model: PreTrainedModel) -> dict[str, set]:
     """Key -> the keys of its tie group (itself included)."""
     groups = {}
     for target, source in (model.all_tied_weights_keys or {}).items():
@@ -79,7 +80,9 @@ def tie_groups(model):
     return groups
 
 
-def overlay(model, own, hub, stack, rename, ties):
+def overlay(
+    model: PreTrainedModel, own: dict, hub: dict, stack: contextlib.ExitStack, rename: Callable, ties: dict
+) -> dict:
     """The hybrid's own tensors over its components' referenced ones, as one lazily read state dict.
 
     Args:
@@ -95,8 +98,7 @@ def overlay(model, own, hub, stack, rename, ties):
         name, _ = rename(key)
         # A component's repo may store both ends of a tie; a tuned embedding must not meet its stale twin.
         covered |= ties.get(name, {name})
-    merged = {}
-    wanted = set(model.state_dict())
+    merged, wanted = {}, set(rename.known)
     for entry in model.config.components:
         prefix = entry["name"] + "."
         if entry["weights"] != "reference" or not any(k.startswith(prefix) for k in wanted - covered):
@@ -140,7 +142,7 @@ class ReferencedWeights:
                 refuse_packed(model, state_dict)
             own, state_dict = set(state_dict), overlay(model, state_dict, hub, stack, rename, ties)
             if packed is not None:
-                convert_unpacked(model, state_dict, own, rename, load_config.dtype_plan)
+                convert_unpacked(state_dict, own, rename, load_config.dtype_plan)
             ignored = load_config.ignore_mismatched_sizes
             guard().checkpoint(model, state_dict, rename, ties, quantizer, ignored)
             info, offloaded = PreTrainedModel._load_pretrained_model(
@@ -157,7 +159,14 @@ class ReferencedWeights:
                     offloaded[target] = offloaded[source]
         return info, offloaded
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         """Saves what is the hybrid's own, and the code, so that the directory loads anywhere.
 
         The files are written to a scratch directory and moved in when complete; an upload comes after that, so that a
@@ -245,21 +254,21 @@ class ReferencedWeights:
     def _save_beside(self, directory, target):
         """Writes into `directory` what else belongs to a hybrid saved in `target`; the package's classes do."""
 
-    def starts_anew(self, key):
+    def starts_anew(self, key: str) -> bool:
         """Whether a checkpoint need not have a tensor of the model, which then gets an initial value."""
         return False
 
-    def is_gone(self, key):
+    def is_gone(self, key: str) -> bool:
         """Whether a tensor of a component's repository belongs to a part that this model leaves out."""
         return False
 
     @classmethod
-    def is_remote_code(cls):
+    def is_remote_code(cls) -> bool:
         """False: `copy_code` writes the files, Transformers need not (it would copy torch's after FSDP2's wrapping)."""
         return False
 
     @torch.no_grad()
-    def unchanged_keys(self, state_dict=None):
+    def unchanged_keys(self, state_dict: dict | None = None) -> set[str]:
         """Keys of the tensors that are bit-equal to the referenced ones and therefore need not be saved."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         ties, loaded, out = tie_groups(self), loaded_dtypes(self), set()
@@ -320,7 +329,7 @@ class ReferencedWeights:
             out.pop(key, None)
         return out
 
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False) -> dict:
         """As in torch, but of a model that was sharded on the meta device only what is sharded.
 
         Transformers asks for it right before it loads the shards of a checkpoint one by one.
@@ -331,7 +340,7 @@ class ReferencedWeights:
             out.pop(prefix + key, None)
         return out
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> None:
         """As in torch, for checkpoints of a hybrid: tensors that were not saved come from the references.
 
         The Trainer resumes through this. A sharded checkpoint arrives in several calls; the references fill in what no
@@ -395,7 +404,7 @@ class ReferencedWeights:
                     yield f"{path}.{name}" if path else name, buffer
 
 
-def keep_loaded_embeddings(component):
+def keep_loaded_embeddings(component: PreTrainedModel) -> None:
     """Marks embeddings whose rows were loaded, so that `initialize_weights` leaves them as they are.
 
     Youtu's class sets the row of padding to zero, whatever was loaded. Modules with buffers still fill those.
@@ -450,7 +459,7 @@ def _refuse_incomplete(model, info, ties, ignore_mismatched):
     refuse(model, missing, {} if ignore_mismatched else {key: shapes for key, *shapes in info.mismatched_keys})
 
 
-def refuse(model, missing, wrong):
+def refuse(model: PreTrainedModel, missing: list, wrong: dict) -> None:
     """Raises ManticoreError if a checkpoint lacks tensors or has them in other shapes.
 
     Args:
@@ -474,7 +483,7 @@ def refuse(model, missing, wrong):
         )
 
 
-def part_of(model, key):
+def part_of(model: PreTrainedModel, key: str) -> str:
     """What a message calls the part of a hybrid that a tensor belongs to."""
     entry = next((entry for entry in model.config.components if key.startswith(entry["name"] + ".")), None)
     if entry is None:
@@ -482,7 +491,7 @@ def part_of(model, key):
     return where(entry) if entry["weights"] == "reference" else f"Component {entry['name']!r} (embedded)"
 
 
-def end_names(component):
+def end_names(component: PreTrainedModel) -> set[str]:
     """Names of a causal LM's embedding and head tensors."""
     ends = {id(component.get_input_embeddings()), id(component.get_output_embeddings())}
     return {
@@ -493,7 +502,7 @@ def end_names(component):
     }
 
 
-def own_vocabulary(model, entry, ties):
+def own_vocabulary(model: PreTrainedModel, entry: dict, ties: dict) -> set[str]:
     """Names of a transplanted component's embedding and head tensors in the hybrid; empty for other components.
 
     Args:
@@ -507,7 +516,7 @@ def own_vocabulary(model, entry, ties):
     return names.union(*(ties.get(name, ()) for name in names))
 
 
-def check_rows(entry, key, tensor, owner):
+def check_rows(entry: dict, key: str, tensor: torch.Tensor, owner: str) -> None:
     """Raises ManticoreError unless a referenced embedding or head has the rows that the transplant was made from."""
     rows, recorded = tensor.get_shape()[0], entry["transplant"]["vocab_size"]
     if rows != recorded:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from hub_models import assert_same_model, folder_of, publish, read_json, tiny
+from manticore_hf.modeling import bounds_manticore
 from manticore_hf.modeling.bounds_manticore import build_config, check_component, construct
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -405,3 +406,17 @@ def test_names_do_not_command_the_terminal(saved, capsys):
     assert "\x1b" not in printed and "x\\x1b[2J.py" in printed
     change(saved, lambda values: values["components"][0].update(license="mit\x1b[2J"))
     refused_everywhere(saved, "must be the short name of one", capsys)
+
+
+# ---- whose defence it is ---------------------------------------------------------------------------------------------
+
+
+def test_the_defence_is_the_packages_and_not_in_a_repository(saved, monkeypatch):
+    assert type(bounds_manticore.guard()) is defence.Defence
+    code = "".join(file.read_text() for file in saved.glob("*.py"))
+    assert "class Guard" in code and "more than any model has" not in code
+    change(saved, in_component(num_labels=10**5))
+    with pytest.raises(ManticoreError, match="num_labels=100000 is more than any model has"):
+        ManticoreConfig.from_pretrained(saved)
+    monkeypatch.setattr(bounds_manticore, "_guards", [bounds_manticore.Guard()])  # as in a published repository
+    assert ManticoreConfig.from_pretrained(saved).gpt_neox.num_labels == 10**5

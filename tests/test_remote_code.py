@@ -458,6 +458,50 @@ torch.save(found, output)
 """
 
 
+REFUSED = """
+import json, pathlib
+folder, told = pathlib.Path(more[0]), {}
+values = json.loads((folder / "config.json").read_text())
+edits = json.loads(pathlib.Path(more[1]).read_text())
+for name, edit in edits.items():
+    changed = json.loads(json.dumps(values))
+    (changed if edit["component"] is None else changed["components"][edit["component"]]).update(edit["values"])
+    (folder / "config.json").write_text(json.dumps(changed))
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, **trust)
+        told[name] = "loaded"
+    except ValueError as err:
+        told[name] = f"{type(err).__name__}: {err}"
+torch.save(told, output)
+"""
+
+
+def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_still_checked(run, tmp_path):
+    """The defence is the package's; a hybrid's own settings, and addresses that belong to others, are checked here."""
+    torch.save(ROWS, tmp_path / "ids.pt")
+    folder = shutil.copytree(EARLIER / "two_blocks", tmp_path / "published")
+    copy_code(folder)
+    elsewhere = {"weights": "reference", "repo_id": "org/x", "revision": "0" * 40}
+    tampered = {**elsewhere, "files": {"../model.safetensors": "0" * 64}}
+    code = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    wanted = {
+        "num_blocks=9": (None, {"num_blocks": 9}, "num_blocks=9 is more than the 2 layers of component 'gpt_neox'"),
+        "gate": (None, {"gate": "x"}, "gate='x' is unknown; choose one of"),
+        "dtype": (None, {"dtype": "load"}, "dtype='load' is no dtype of torch"),
+        "version": (None, {"manticore_version": 2}, "This hybrid has format version 2"),
+        "name": (1, {"name": "forward"}, "used by the model itself"),
+        "path": (1, {**elsewhere, "repo_id": "../x"}, "is no Hub repository id"),
+        "commit": (1, {**elsewhere, "revision": "abcdef1"}, "is no 40-hex commit"),
+        "files": (1, tampered, "is no plain name of a safetensors file"),
+        "code": (1, {**elsewhere, "code": code}, "needs code of its own repository, which runs only if you ask for it"),
+    }
+    edits = {name: {"component": component, "values": values} for name, (component, values, _) in wanted.items()}
+    (tmp_path / "edits.json").write_text(json.dumps(edits))
+    told = run(REFUSED, "none", folder, tmp_path / "edits.json")
+    for name, (_, _, message) in wanted.items():
+        assert told[name].startswith("ManticoreError: ") and message in told[name], (name, told[name])
+
+
 def earlier():
     """{name: (directory, logits then)}."""
     logits = load_file(EARLIER / "logits.safetensors")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -14,7 +15,7 @@ from manticore_hf.modeling.weights_manticore import Renamer, tie_groups
 from manticore_hf.utils.headers import compare
 
 
-def check_checkpoint(address, config, files):
+def check_checkpoint(address: str, config: PreTrainedConfig, files: list) -> None:
     """Refuses a component whose configuration and weight files differ, before anything is allocated for it.
 
     Args:
@@ -39,7 +40,7 @@ def check_checkpoint(address, config, files):
         )
 
 
-def checkpoint_files(folder):
+def checkpoint_files(folder: str | os.PathLike) -> list[str]:
     """Paths of the safetensors files of a component's directory: one, or those that its index names.
 
     Raises:
@@ -51,7 +52,7 @@ def checkpoint_files(folder):
     return [os.path.join(folder, shard) for shard in shards(index, (index, "save the component again."))]
 
 
-def record(files):
+def record(files: list) -> dict[str, str]:
     """{file: SHA-256} of a component's fetched safetensors files (and their index), for its entry.
 
     Args:

@@ -63,7 +63,7 @@ class ComponentSpec:
     transplant: dict | None = None
 
     @classmethod
-    def of(cls, item):
+    def of(cls, item: object) -> "ComponentSpec":
         """An item of `from_components([...])` as a spec."""
         spec = item if type(item).__name__ == cls.__name__ else cls(item)  # by name: it may be of another copy
         if not isinstance(spec.source, (str, os.PathLike, PreTrainedModel)):
@@ -90,7 +90,7 @@ class Resolved:
     code: dict | None = None
     transplant: dict | None = None
 
-    def entry(self):
+    def entry(self) -> dict:
         """The component's entry in ManticoreConfig(components=...)."""
         reference = self.repo_id is not None and not self.embed
         return {
@@ -106,12 +106,12 @@ class Resolved:
         }
 
     @property
-    def address(self):
+    def address(self) -> str:
         """What a message calls it."""
         return f"{self.name!r} ({self.repo_id or self.directory or type(self.model).__name__})"
 
 
-def resolve(spec, hub, weights=True):
+def resolve(spec: ComponentSpec, hub: dict, weights: bool = True) -> Resolved:
     """Finds a component's configuration and refuses what cannot be joined.
 
     Args:
@@ -336,7 +336,7 @@ def _check_weight_files(found, exists):
     raise ManticoreError(f"Component {found.address} has no {WEIGHT_FILES[0]} and no {WEIGHT_FILES[1]}.")
 
 
-def load(found, dtype, hub):
+def load(found: Resolved, dtype: torch.dtype, hub: dict) -> PreTrainedModel:
     """The component's causal LM, weights read from safetensors only.
 
     Raises:

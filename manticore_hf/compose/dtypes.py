@@ -14,7 +14,7 @@ from manticore_hf.modeling.dtypes_manticore import dtype_plan
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def stored_dtype(component, files):
+def stored_dtype(component: object, files: list | None) -> torch.dtype:
     """The dtype that a component comes in, as Transformers' "auto" has it.
 
     Args:
@@ -41,7 +41,7 @@ def _first_dtype(files):
     return torch.float32
 
 
-def cast(what, component, dtype):
+def cast(what: str, component: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Gives an instantiated component, in place, the dtypes that it would have if it were loaded in `dtype`.
 
     `component.to(dtype)` would round what stays in float32, rotary angles for example. Those that were rounded by such

@@ -47,8 +47,16 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
     @classmethod
     @whole_weights()
     def from_components(
-        cls, components, *, dtype=None, token=None, cache_dir=None, local_files_only=False, verify=True, **settings
-    ):
+        cls,
+        components: list,
+        *,
+        dtype: torch.dtype | str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        verify: bool = True,
+        **settings,
+    ) -> "ManticoreForCausalLM":
         """Composes a hybrid from pretrained causal LMs.
 
         Args:
@@ -190,7 +198,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
             return "fails (" + " ".join(f"{type(err).__name__}: {err}".split())[:200] + ")"
 
     @torch.no_grad()
-    def renew_embeddings(self):
+    def renew_embeddings(self) -> None:
         """New embeddings and heads of N(0, 0.02) for every component (embeddings="fresh", the paper's code)."""
         for name in self.config.component_names:
             component = self.component(name)
@@ -216,7 +224,14 @@ class _Classifies:
 
     @classmethod
     def from_components(
-        cls, components, *, num_labels=None, id2label=None, label2id=None, problem_type=None, **settings
+        cls,
+        components: list,
+        *,
+        num_labels: int | None = None,
+        id2label: dict | None = None,
+        label2id: dict | None = None,
+        problem_type: str | None = None,
+        **settings,
     ):
         """Composes a hybrid that classifies, from pretrained causal LMs.
 
@@ -238,7 +253,14 @@ class _Classifies:
         return cls.from_causal_lm(model, num_labels, id2label, label2id, problem_type)
 
     @classmethod
-    def from_causal_lm(cls, model, num_labels=None, id2label=None, label2id=None, problem_type=None):
+    def from_causal_lm(
+        cls,
+        model,
+        num_labels: int | None = None,
+        id2label: dict | None = None,
+        label2id: dict | None = None,
+        problem_type: str | None = None,
+    ):
         """A classifier of a causal hybrid in memory; they share components and mixer, so training one changes both.
 
         Args:

@@ -38,7 +38,7 @@ _LARGEST_INDEX = 50_000_000
 _SHOWN_LABELS = 20
 
 
-def inspect_hybrid(source, tokens=128, revision=None):
+def inspect_hybrid(source: str, tokens: int = 128, revision: str | None = None) -> dict:
     """Describes a hybrid, without its weights.
 
     Args:
@@ -205,7 +205,7 @@ def _read_tensor(source, name, revision):
         return torch.frombuffer(bytearray(file.read(stop - start)), dtype=dtype).reshape(entry["shape"])
 
 
-def print_inspection(source, found):
+def print_inspection(source: str, found: dict) -> None:
     """Prints what `inspect_hybrid`, `repository` and `component_state` found as tables."""
     task = found["task"]
     print(f"{source}: {KINDS[task['architecture']].noun} ({task['architecture']}, {task['name']})")
@@ -243,7 +243,7 @@ def _numbers(row):
     return "".join(f"{row[key]:>15,.0f}" for key in keys)
 
 
-def run_inspect(source, revision=None, as_json=False):
+def run_inspect(source: str, revision: str | None = None, as_json: bool = False) -> None:
     """`manticore-hf inspect`."""
     try:
         found = inspect_hybrid(source, revision=revision)

@@ -40,7 +40,13 @@ _ITEM_BITS = {
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 
 
-def collect(directory, made, config, tokenizer=None, token=None):
+def collect(
+    directory: str | os.PathLike,
+    made: str | os.PathLike,
+    config,
+    tokenizer: object = None,
+    token: str | bool | None = None,
+) -> tuple[dict, list[str]]:
     """Finds the files of a saved hybrid that belong in its repository, and makes those that are missing.
 
     Args:
@@ -112,7 +118,7 @@ def _add_tokenizer(directory, made, config, tokenizer, token):
     return ["No tokenizer is published: none was found that can be read. Give one (tokenizer=..., --tokenizer)."]
 
 
-def own_weights(paths, names):
+def own_weights(paths: list, names: list) -> dict[str, int]:
     """Bytes of the tensors in a hybrid's own safetensors files.
 
     Args:
@@ -139,7 +145,7 @@ def own_weights(paths, names):
     return out
 
 
-def load_tokenizer(source):
+def load_tokenizer(source: str | os.PathLike) -> object:
     """A tokenizer from a directory or repository.
 
     Raises:
@@ -151,7 +157,7 @@ def load_tokenizer(source):
         raise ManticoreError(f"The tokenizer {source!r} cannot be read: {' '.join(str(err).split())[:500]}") from err
 
 
-def refuse_tokens(files, token=None):
+def refuse_tokens(files: dict, token: str | bool | None = None) -> None:
     """Raises ManticoreError if a text file holds an access token.
 
     Args:
@@ -166,7 +172,7 @@ def refuse_tokens(files, token=None):
                 raise ManticoreError(f"{name} holds an access token of the Hub; remove it there, and revoke the token.")
 
 
-def source_card(model):
+def source_card(model) -> str | None:
     """Path of the model card of the repository or directory that a hybrid was loaded from, or None.
 
     A saved hybrid keeps it: what people wrote there is about the hybrid, also after it was trained further.

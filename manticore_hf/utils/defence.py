@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 import re
+from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,7 +72,7 @@ _OWN_IMPLEMENTATIONS = {
 logger = logging.get_logger(__name__)
 
 
-def check_transplant(name, values):
+def check_transplant(name: str, values: dict | None) -> None:
     """Raises ManticoreError unless what a component's entry says of its transplanted vocabulary makes sense.
 
     Args:
@@ -108,7 +109,7 @@ def check_transplant(name, values):
         )
 
 
-def check_objective(value):
+def check_objective(value: dict | None) -> None:
     """Raises ManticoreError unless it says what is left open, or what was measured."""
     known = {"mixture_space", "loss_weights"}
     if value is not None:
@@ -118,7 +119,7 @@ def check_objective(value):
             raise ManticoreError(f"objective={show(value)} must be None, or what is left open or was measured.")
 
 
-def check_plain(what, values):
+def check_plain(what: str, values: object) -> None:
     """Raises ManticoreError if values are nested too deep, too many or too large to be looked at at all.
 
     Args:
@@ -148,7 +149,7 @@ def check_plain(what, values):
             todo += [(key, item, depth + 1) for item in value]
 
 
-def check_sizes(what, values, layer_keys=()):
+def check_sizes(what: str, values: dict, layer_keys: tuple | set = ()) -> None:
     """Raises ManticoreError if an integer or a list is beyond what any model has under such a name.
 
     Args:
@@ -172,7 +173,7 @@ def check_sizes(what, values, layer_keys=()):
             )
 
 
-def check_values(what, values):
+def check_values(what: str, values: dict) -> None:
     """`check_plain` and `check_sizes` of a config.json, which must be done before Transformers reads it.
 
     Args:
@@ -198,7 +199,7 @@ def _most(key, layer_keys):
     return _MAX_SIZE
 
 
-def clean(what, values, cls):
+def clean(what: str, values: dict, cls: type) -> dict:
     """A copy of a configuration's settings without those that are none.
 
     What says how or with which code to run a model is dropped: that is the caller's to say, not the file's.
@@ -232,7 +233,7 @@ def clean(what, values, cls):
     return copy.deepcopy(out)
 
 
-def check_hybrid(what, values):
+def check_hybrid(what: str, values: dict) -> None:
     """Raises ManticoreError if one of a hybrid's settings beyond its own (ids, dtype, ...) has an impossible value."""
     check_sizes(what, values)
     for key, value in values.items():
@@ -269,7 +270,7 @@ def _layer_keys(cls):
     return {"num_hidden_layers", getattr(cls, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")}
 
 
-def memory_of(device):
+def memory_of(device: torch.device) -> int | None:
     """Bytes of memory that a device has, None where that cannot be told."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).total_memory
@@ -304,7 +305,7 @@ class Meter(TorchDispatchMode):
         self.measure(out, made)
         return out
 
-    def measure(self, out, made):
+    def measure(self, out, made: bool) -> None:
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(one, torch.Tensor):
                 self.elements += one.numel() if made else 0
@@ -316,7 +317,7 @@ class Meter(TorchDispatchMode):
                     )
 
 
-def check_memory(what, tensors, more="", device="cpu"):
+def check_memory(what: str, tensors: list, more: str = "", device: str | torch.device = "cpu") -> None:
     """Raises ManticoreError if tensors, of whatever device, are more than the memory of `device`."""
     there = memory_of(torch.device(device))
     asked, count = sum(one.nbytes for one in tensors), sum(one.numel() for one in tensors)
@@ -335,11 +336,11 @@ def _tensors(module):
 class Defence(Guard):
     """The package's guard."""
 
-    def plain(self, what, values):
+    def plain(self, what: str, values: object) -> None:
         check_plain(what, values)
 
     @contextlib.contextmanager
-    def reading(self, source):
+    def reading(self, source: str | os.PathLike):
         """Transformers reads files that hold anything but a JSON object with odd errors."""
         try:
             yield
@@ -351,19 +352,19 @@ class Defence(Guard):
                 "or no hybrid's."
             ) from err
 
-    def file(self, what, values):
+    def file(self, what: str, values: dict) -> None:
         check_values(what, values)
 
-    def settings(self, what, values, cls):
+    def settings(self, what: str, values: dict, cls: type) -> dict:
         return clean(what, values, cls)
 
-    def entry(self, name, entry):
+    def entry(self, name: str, entry: dict) -> None:
         said = entry.get("license")
         if said is not None and not (isinstance(said, str) and len(said) < 200 and said.isprintable()):
             raise ManticoreError(f"Component {name!r}: license={show(said)} must be the short name of one, or null.")
         check_transplant(name, entry.get("transplant"))
 
-    def component(self, what, config):
+    def component(self, what: str, config: PreTrainedConfig) -> None:
         for values in _nested(config):
             check_plain(what, values)
             check_sizes(what, values, _layer_keys(type(config)))
@@ -372,14 +373,14 @@ class Defence(Guard):
             if not (value is None or type(value) is int and value >= 0):
                 raise ManticoreError(f"{what}: {key}={show(value)} must be a number of tokens, or null.")
 
-    def general(self, what, values):
+    def general(self, what: str, values: dict) -> None:
         check_hybrid(what, values)
 
-    def entries(self, entries):
+    def entries(self, entries: list) -> None:
         if len(entries) > MAX_COMPONENTS:
             raise ManticoreError(f"{len(entries)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
 
-    def hybrid(self, config):
+    def hybrid(self, config: PreTrainedConfig) -> None:
         check_objective(config.objective)
         depths = [getattr(config, name).get_text_config().num_hidden_layers for name in config.component_names]
         if sum(depths) > MAX_LAYERS:
@@ -389,7 +390,7 @@ class Defence(Guard):
                 f"The hybrid's hidden_size={config.hidden_size} is more than any model has; give at most {MAX_WIDTH}."
             )
 
-    def construct(self, what, make, beside):
+    def construct(self, what: str, make: Callable, beside: tuple | list) -> torch.nn.Module:
         """Makes a module after its size was counted on the meta device; twice where the default device has storage.
 
         Raises:
@@ -413,23 +414,22 @@ class Defence(Guard):
         check_memory(what, tensors + there, " with what is built before it" if there else "", device)
         return make()  # only tensors with storage get initial values
 
-    def running(self, what):
+    def running(self, what: str):
         return Meter(what, _MAX_STEPS)
 
-    def checkpoint(self, model, tensors, rename, ties, quantizer, ignore_mismatched):
+    def checkpoint(self, model, tensors: dict, rename, ties: dict, quantizer, ignore_mismatched: bool) -> None:
         missing, wrong = compare(model, tensors, rename, ties)
         missing = [key for key in missing if not model.starts_anew(key)]
         if quantizer is not None:  # it packs tensors, and turns some round before
             packed = quantizer.pre_quantized
             wrong = {key: two for key, two in wrong.items() if not packed and math.prod(two[0]) != math.prod(two[1])}
         if wrong and ignore_mismatched:
-            state = model.state_dict(keep_vars=True)
-            made = [state[key] for key in wrong if key in state]
+            made = [rename.known[key] for key in wrong if key in rename.known]
             check_memory(f"{part_of(model, min(wrong))}: its tensors of another shape", made)
         refuse(model, missing, {} if ignore_mismatched else wrong)
 
 
-def install():
+def install() -> None:
     """Makes this defence the one of this process, for all that is loaded with the package's own code."""
     if not isinstance(guard(), Defence):
         install_guard(Defence())

@@ -3,21 +3,23 @@
 import math
 import re
 
+from manticore_hf.modeling.weights_manticore import Renamer
 
-def compare(model, tensors: dict, rename, ties: dict | None = None) -> tuple[list, dict]:
+
+def compare(model, tensors: dict, rename: Renamer, ties: dict | None = None) -> tuple[list, dict]:
     """Compares a checkpoint with a model by names and shapes; nothing is read but headers.
 
     Args:
         model: The model, on the meta device or not.
         tensors: {checkpoint key: tensor or lazy slice of a safetensors file}.
-        rename: Function from a checkpoint's key to (key in the model, whether the tensor itself is converted).
+        rename: The model's `Renamer`.
         ties: {key: the keys of its tie group, itself included}.
 
     Returns:
         (missing, wrong): the model's keys that no tensor covers, and {key: (shape there, shape in the model)}. Tensors
         that Transformers converts are compared by the number of their elements.
     """
-    wanted = model.state_dict(keep_vars=True)
+    wanted = rename.known
     ties, covered, wrong, parts, given = ties or {}, set(), {}, {}, {}
     for key, tensor in sorted(tensors.items()):  # some renamings wait for a key that sorts before theirs
         name, converted = rename(key)
