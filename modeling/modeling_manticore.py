@@ -13,7 +13,7 @@ from .configuration_manticore import ManticoreConfig
 from .devices_manticore import place
 from .heads_manticore import ManticoreForSequenceClassification, ManticoreForTokenClassification
 from .mixing_manticore import HybridMixer, resize
-from .mixture_manticore import SPACES, sum_to_one, weighted_sum, widen
+from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
 from .outputs_manticore import ManticoreCausalLMOutput, fused_output
 from .running_manticore import active_in, read_inputs, run
 from .segments_manticore import width_of
@@ -99,11 +99,12 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         """
         if len(own) == 1:
             return own[0], None
-        token_weights = None
+        token_weights = norms = None
         if self.config.mixture == "token" and not isinstance(weights[0], float):
-            token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, own))
+            sure, norms = zip(*[sureness(one) for one in own])
+            token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure)))
             weights = list(token_weights.split(1, -1))
-        return SPACES[self.config.mixture_space](weights, [widen(one) for one in own]), token_weights
+        return SPACES[self.config.mixture_space](weights, [widen(one) for one in own], norms), token_weights
 
     def _losses(self, logits, own, labels, kwargs):
         """(loss, its parts by output name). The parts are means over this call's own tokens, whatever the loss is."""

@@ -18,7 +18,6 @@ from operator import is_not
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import ModelOutput
 
 from .anatomy_manticore import Entry, Exit, NoPosition, PassThrough, Shell, backbone_name, dissect, slice_config
 from .configuration_manticore import ManticoreError
@@ -273,11 +272,14 @@ class Segment(Whole):
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _BackboneOutput(ModelOutput):
+class _BackboneOutput:
     """A backbone's output with nothing but the last state; whatever else a class asks for is None."""
 
-    last_hidden_state: torch.Tensor | None = None
+    def __init__(self, state):
+        self.last_hidden_state = state
+
+    def __getitem__(self, index):
+        return (self.last_hidden_state,)[index]
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -306,7 +308,7 @@ class _Backbone(nn.Module):
             return getattr(self.source, name)
 
     def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
-        return _BackboneOutput(last_hidden_state=inputs_embeds)
+        return _BackboneOutput(inputs_embeds)
 
 
 class Head:
