@@ -50,6 +50,7 @@ class Server:
         atexit.register(self.stop)
 
     def stop(self):
+        atexit.unregister(self.stop)
         self.process.stdin.close()
         self.process.wait()
         self.folder.cleanup()
