@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clean_process
 import pytest
 import torch
 import yaml
@@ -104,8 +105,8 @@ def test_sharded(alone, tmp_path):
     for folder in (output / "2-pretrain", output / "2-pretrain" / "checkpoint-2"):
         assert component_keys(folder) == set()
     assert component_keys(output / "4-finetune")
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, output / "4-finetune", tmp_path / "logits.pt"], capture_output=True, text=True
+    done = clean_process.run(
+        ["-c", STRANGER, output / "4-finetune", tmp_path / "logits.pt"], modules=clean_process.TORCH
     )
     assert done.returncode == 0, done.stderr[-3000:]
     model = ManticoreForCausalLM.from_pretrained(output / "4-finetune")

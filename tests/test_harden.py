@@ -290,10 +290,7 @@ def test_distillation_is_normalised_by_tokens(tmp_path):
 @pytest.mark.slow
 def test_the_command_survives_a_kill(start, tmp_path):  # noqa: F811
     def command(output):
-        import sys
-
         return [
-            sys.executable,
             "-m",
             "manticore_hf.cli",
             "harden",
