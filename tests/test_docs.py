@@ -32,7 +32,7 @@ PAGES = [
 ]  # fmt: skip
 # These say what was there, and was run, at some time; only their links are held to the present
 LINKING = [*PAGES, ROOT / "BENCHMARKS.md", ROOT / "CHANGELOG.md"]
-FOLDERS = "modeling|manticore_hf|tests|recipes|benchmarks|docs|hub_cards"
+FOLDERS = "modeling|manticore_hf|tests|recipes|benchmarks|docs|hub_cards|examples"
 OTHERS = {"--continuous-batching"}  # options of other programs that the text names alone: `transformers serve`
 
 parts = published.parts  # a fixture
