@@ -2,7 +2,7 @@
 
 Configurations are checked before anything is made of them. Transformers loops over the numbers while it reads them
 (a list of layer types, a dict of labels), so that a number alone can hang a process; it takes methods for settings, and
-some settings for instructions to load code or files. This module holds no class of a model and imports no sibling. It
+some settings for instructions to load code or files. This module holds no class of a model. It
 is the first that is imported, so it says if Transformers is too old for all of them.
 """
 
@@ -24,6 +24,8 @@ from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrain
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 from transformers.utils import logging  # noqa: E402
+
+from .settings_manticore import ManticoreError  # noqa: E402
 
 MAX_COMPONENTS = 32
 MAX_LAYERS = 1024
@@ -75,10 +77,6 @@ _RESERVED = {
 }  # fmt: skip
 
 logger = logging.get_logger(__name__)
-
-
-class ManticoreError(ValueError):
-    """A hybrid, component, file or setting that cannot be used; the message names it and says what to do."""
 
 
 def show(value):
