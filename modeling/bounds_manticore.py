@@ -1,6 +1,6 @@
 """What the other files stand on: errors, addresses and configurations of components, and the making of their models.
 
-This module imports no sibling and is the first that is imported, so it says if Transformers is too old for all of them.
+It imports one sibling, which imports nothing, and is the first that is imported, so it says if Transformers is too old for all of them.
 What a file says is believed here as Transformers believes it, but for what belongs to another owner: the addresses and
 the code of components. Whoever loads with the package is better protected, by the `Guard` that it installs.
 """
@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
+from .settings_manticore import ManticoreError  # noqa: E402
+
 # What a component does with its outputs is the hybrid's to say.
 _OF_THE_HYBRID = ("model_type", "return_dict", "use_return_dict", "output_hidden_states", "tie_last_hidden_states")
 
@@ -42,10 +44,6 @@ _RESERVED = {
     "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm", "is_gone", "make_score",
     "starts_anew", "composed_as", "segments", "together", "mix",
 }  # fmt: skip
-
-
-class ManticoreError(ValueError):
-    """A hybrid, component, file or setting that cannot be used; the message names it and says what to do."""
 
 
 class Guard:

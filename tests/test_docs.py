@@ -20,9 +20,11 @@ import hub_models
 import published
 import pytest
 import torch
+from manticore_hf.modeling.settings_manticore import CHOICES
 from safetensors.torch import load
 
 from manticore_hf.cli import main
+from manticore_hf.training.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 README, FILES = ROOT / "README.md", ROOT / "docs" / "files.md"
@@ -134,7 +136,7 @@ def parser_of(*command):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "print_help", lambda self, file=None: seen.append(self))
         with pytest.raises(SystemExit):
-            main([*command, "--help"])
+            main([*command, "--help-all" if set(command) & set(STAGES) - {"compose", "calibrate"} else "--help"])
     return seen[-1]
 
 
@@ -270,6 +272,13 @@ def test_the_list_of_files_is_up_to_date():
     left_out = [folder for folder in folders if not {folder, *folder.parents} & set(rooms[2:])]
     assert not left_out, "docs/list_files.py does not know these rooms"
     assert all(len(list_files["summary"](path)) > 10 for room in rooms for path in room.rglob("*.py"))
+
+
+def test_the_tables_of_settings_and_stages_are_up_to_date():
+    list_tables = runpy.run_path(str(ROOT / "docs" / "list_tables.py"))
+    assert list_tables["main"](["--check"]) == 0, "run `python docs/list_tables.py`"
+    for name, page in list_tables["PAGES"].items():
+        assert all(f"`{one}`" in page.read_text(encoding="utf-8") for one in (STAGES if name == "stages" else CHOICES))
 
 
 def test_the_readmes_example(parts, hub, owner, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from manticore_hf.compare.arguments import CompareArguments, parse_loss_weights, read_recipe
+from manticore_hf.compare.compared_recipe import read_recipe
 from manticore_hf.compare.contenders import Contender, Workshop, read_run
 from manticore_hf.compare.scores import forward_flops, load_documents, score
 from manticore_hf.compare.summary import summarise, write_summary
@@ -313,17 +313,3 @@ def _drop_weights(run):
         file.unlink()
     if not (run["folder"] / "model").is_symlink():
         shutil.rmtree(run["folder"] / "model", ignore_errors=True)
-
-
-def main(args):
-    """`manticore-hf compare`: from parsed arguments to `run_compare`."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    names = [field.name for field in dataclasses.fields(CompareArguments)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    if "loss_weights" in given:
-        given["loss_weights"] = tuple(parse_loss_weights(text) for text in given["loss_weights"])
-    run_compare(args.recipe, CompareArguments(**given), args.output_dir)

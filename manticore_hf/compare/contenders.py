@@ -17,18 +17,21 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-from manticore_hf.compare.arguments import only_training, stage_settings, training_settings
+from manticore_hf.compare.arguments import stage_settings
+from manticore_hf.compare.compared_recipe import only_training, training_settings
 from manticore_hf.compare.scores import forward_flops
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.fast_mixers_manticore import install
-from manticore_hf.training.distill import HardenArguments, run_harden
+from manticore_hf.training.distill import run_harden
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.recipe import run_recipe
-from manticore_hf.training.trained_stages import last_whole_checkpoint
-from manticore_hf.training.untrained_stages import run_compose, training_defaults
+from manticore_hf.training.runtime import last_whole_checkpoint, training_defaults
+from manticore_hf.training.stage_arguments import HardenArguments
+from manticore_hf.training.stages import STAGES
+from manticore_hf.training.untrained_stages import run_compose
 
 # FLOPs of training a token, in forward passes: all weights trained; through frozen layers to what is before or between
 # them; no gradient through the components at all.
@@ -197,13 +200,13 @@ class Workshop:
         model = ManticoreForCausalLM.from_pretrained(last, dtype=self.dtype)
         forward = forward_flops(model)
         for (name, settings), (_, result) in zip([next(iter(s.items())) for s in stages], results[1:]):
-            if name == "calibrate":
+            if STAGES[name].trains is None:
                 flops += result["tokens"] * forward
                 continue
             through = THROUGH if model.config.num_blocks > 1 or model.config.embeddings != "native" else NONE
             seen = self._tokens(result["steps"], _arguments(last, **only_training(settings)), self.train_rows)
             tokens += seen
-            flops += (through if name == "pretrain" else ALL) * seen * forward
+            flops += (through if STAGES[name].trains == "projectors" else ALL) * seen * forward
         for stage, _ in results[:-1]:  # the last one is loaded; of the others the results stay
             for weights in stage.glob("*.safetensors"):
                 weights.unlink()

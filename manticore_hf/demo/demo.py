@@ -29,7 +29,7 @@ from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.recipe import load_recipe, run_recipe
 from manticore_hf.utils.plots import plot_losses
 
-COMPONENTS = Path(__file__).parent / "demo_components"
+COMPONENTS = Path(__file__).parent.parent / "demo_components"
 ORGANISATION = "manticore-demo"
 TUNED = "everything tuned"
 KINDS = {"neox-prose": "prose", "mamba-code": "code"}

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 from pathlib import Path
 
-from manticore_hf.families.table import ORDER, load_shipped, print_table, versions, write_table
+from manticore_hf.families.table import ORDER, versions, write_table
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.files import write_json
 
@@ -17,21 +17,12 @@ SECONDS = 300
 MEMORY = 6 * 2**30
 
 
-def main(args):
-    """Runs the command."""
-    if args.run_contract:
-        if args.output_dir is None:
-            raise ManticoreError("--run needs --output-dir: the directory of its results, one JSON file per type.")
-        print_table(sweep(args.output_dir, args.type, args.time_limit), versions(), args.verdict)
-        return 0
-    if args.output_dir is not None:
-        raise ManticoreError("--output-dir is where --run writes its results; give --run, too.")
-    shipped = load_shipped()
-    print_table(_chosen(shipped["types"], args.type), shipped["versions"], args.verdict)
-    return 0
+def chosen(results, names):
+    """Those of some results that are of these model types; of None, all.
 
-
-def _chosen(results, names):
+    Raises:
+        ManticoreError: A name is no model type with a causal LM.
+    """
     if not names:
         return results
     _check_names(names)

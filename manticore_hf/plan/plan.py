@@ -6,7 +6,6 @@ manticore-hf plan recipes/poc.yaml --devices 8 --memory 80GB
 import contextlib
 import math
 import warnings
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -20,8 +19,6 @@ from manticore_hf.plan.engines import Machine, Option, StagePlanner
 from manticore_hf.plan.schedule import make_task
 from manticore_hf.plan.step import Rehearsal, meta_hybrid
 from manticore_hf.plan.subject import load_subject
-from manticore_hf.plan.tables import print_plan
-from manticore_hf.utils.files import write_json
 
 RESULT = "plan.json"
 
@@ -219,7 +216,7 @@ def _overall(plan):
 
 
 @contextlib.contextmanager
-def _quietly():
+def quietly():
     """Without Transformers' remarks on kernels that are not installed: a plan runs none."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -229,16 +226,3 @@ def _quietly():
             yield
     finally:
         logging.set_verbosity(before)
-
-
-def main(args):
-    """`manticore-hf plan`."""
-    keys = ("device", "flops", "utilization", "reserve", "tokens", "sequence_length", "batch_size", "configs")
-    with _quietly():
-        plan = make_plan(args.recipe, args.devices, args.memory, **{key: getattr(args, key) for key in keys})
-    print_plan(plan)
-    if args.output_dir is not None:
-        output = Path(args.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / RESULT, plan)
-        print(f"\n{output / RESULT} has every number.")

@@ -165,21 +165,3 @@ def _spread(rows, max_tokens):
 def _digest(rows):
     values = [[list(map(int, one)) for one in rows[key]] for key in ("input_ids", "labels") if key in rows.column_names]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def main(args):
-    """`manticore-hf report`."""
-    verdict, html, markdown = write_report(
-        args.directory,
-        args.data,
-        args.comparison,
-        args.output,
-        args.max_tokens,
-        args.block_size,
-        args.batch_size,
-        args.measure,
-    )
-    print(f"\n{verdict.word}: {verdict.headline}.")
-    for sentence in (*verdict.reasons, *(f"Next: {step}" for step in verdict.steps)):
-        print(f"  {sentence}")
-    print(f"Written: {html} and {markdown}")

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_schedu
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixing_manticore import HybridMixer
 from manticore_hf.training.freezing import set_stage
+from manticore_hf.training.stage_arguments import AlphaArguments
 from manticore_hf.training.trainer import HybridLogging
 from manticore_hf.utils.deepspeed import uses_deepspeed
 from manticore_hf.utils.distributed import all_reduce, is_sharded, world
@@ -37,23 +38,9 @@ def strategy(name):
 
 
 @dataclass
-class SearchArguments(TrainingArguments):
+class SearchArguments(AlphaArguments, TrainingArguments):
     """TrainingArguments of a search, with the learning rate and decay of alpha apart from the weights'."""
 
-    strategy: str = field(default="darts", metadata={"help": "How alpha moves: darts, darts_bilevel, gaea or dash."})
-    alpha_learning_rate: float = field(
-        default=0.01, metadata={"help": "Learning rate of alpha (paper: 0.005 to 0.05)."}
-    )
-    alpha_weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay of alpha's logits."})
-    alpha_lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of alpha's learning rate."})
-    entropy_penalty: float = field(
-        default=0.0, metadata={"help": "Weight of alpha's entropy (nats, mean over blocks): larger is more one-hot."}
-    )
-    cost_penalty: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the expected cost: sum of alpha times the layers' parameters, as a share of all."},
-    )
-    temperature: float = field(default=2.0, metadata={"help": "dash: first Gumbel-softmax temperature (falls to 0.5)."})
     logging_steps: float = field(default=1, metadata={"help": "Log (alpha, too) every so many steps."})
 
     def __post_init__(self):

@@ -26,23 +26,27 @@ class HybridLogging:
 
     _watch = None
 
-    def _parts(self):
-        if self._watch is None:
-            self._watch = PartSums(hybrid_of(self.model))
+    def _parts(self) -> "PartSums":
+        model = hybrid_of(self.model)
+        if self._watch is None or self._watch.model is not model:
+            self._watch = PartSums(model)
         return self._watch
 
     def train(self, *args, **kwargs):
+        """As in Trainer; the model reports of its parts until it returns, and no longer."""
         ready_for_shards(self)
-        self._parts().clear()
-        return super().train(*args, **kwargs)
+        with self._parts() as parts:
+            parts.clear()
+            return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
-        parts = self._parts()
-        parts.clear()
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{key}": value for key, value in parts.means().items()})
-        parts.clear()
+        """As in Trainer, with the parts' means in the metrics."""
+        with self._parts() as parts:
+            parts.clear()
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update({f"{prefix}_{key}": value for key, value in parts.means().items()})
+            parts.clear()
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -96,7 +100,7 @@ def without_repeats(inputs, accelerator):
     return {**inputs, "labels": labels}
 
 
-def alpha_logs(model):
+def alpha_logs(model: torch.nn.Module) -> dict[str, float]:
     """{"alpha/BLOCK/COMPONENT": weight}; on every rank."""
     with present(one for name, one in model.hybrid_mixer.named_parameters() if name in MIXTURE):
         rows = model.mixture_weights().tolist()
@@ -105,15 +109,35 @@ def alpha_logs(model):
 
 
 class PartSums:
-    """Means over tokens of what each forward with labels reports about its parts."""
+    """Means over tokens of what each forward with labels reports about its parts, within `with`.
 
-    def __init__(self, model):
-        self.names = model.config.component_names
+    Outside of it the model is as it was: no hook, and `report_parts` as before. An evaluation within a training enters
+    it again.
+
+    Args:
+        model: A hybrid.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.names = model, model.config.component_names
+        self._entered, self._hook, self._before = 0, None, False
         self.clear()
-        model.report_parts = True
-        model.register_forward_hook(self._add, with_kwargs=True)
 
-    def clear(self):
+    def __enter__(self) -> "PartSums":
+        if self._entered == 0:
+            self._before, self.model.report_parts = self.model.report_parts, True
+            self._hook = self.model.register_forward_hook(self._add, with_kwargs=True)
+        self._entered += 1
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._entered -= 1
+        if self._entered == 0:
+            self._hook.remove()
+            self.model.report_parts = self._before
+
+    def clear(self) -> None:
+        """Forgets what was summed."""
         self.sums, self.counts = {}, {}
 
     @torch.no_grad()
@@ -140,7 +164,7 @@ class PartSums:
         self.sums[key] = self.sums.get(key, 0.0) + found
         self.counts[key] = self.counts.get(key, 0) + tokens
 
-    def means(self):
+    def means(self) -> dict[str, float]:
         """{key: mean over all processes' tokens since the last `clear`}; components that were not run are left out."""
         device = next((total.device for total in self.sums.values()), None)
         sums, counts = all_reduce_dict(self.sums, device), all_reduce_dict(self.counts, device)

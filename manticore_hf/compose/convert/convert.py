@@ -222,15 +222,3 @@ def _card(result, title, rounded):
         rounded=rounded,
     )
     return "\n".join([*lines, "---", "", body])
-
-
-def main(args):
-    """`manticore-hf convert`."""
-    result = convert(args.source, args.output_dir, args.tokenizer, args.dtype, args.gguf_file, args.revision)
-    at = f" at commit {result['revision']}" if result["revision"] else ""
-    print(f"\nconvert: {result['source']}{at} ({result['how']})")
-    print(
-        f"{result['model_type']}, {result['parameters']:,} parameters in {result['dtype']}, licence "
-        f"{result['license'] or 'not stated'}, tokenizer {result['tokenizer']}"
-    )
-    print(f"written to {args.output_dir}; read back, it gives the same logits")

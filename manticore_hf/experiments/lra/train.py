@@ -13,7 +13,7 @@ import hashlib
 import torch
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM, ManticoreForSequenceClassification
-from manticore_hf.experiments.baselines import Comparison, Training, families_of, training_of
+from manticore_hf.experiments.baselines import Comparison, Training
 
 DEFAULTS = Training(layers=4, epochs=10, learning_rate=1e-3, weight_decay=0.01, batch_size=32)
 
@@ -96,17 +96,3 @@ class _LraComparison(Comparison):
             for batch in self.data(split).with_format("arrow").iter(1000):
                 digest.update(str(batch.to_pydict()).encode())
         return digest.hexdigest()[:16]
-
-
-def main(args):
-    """`manticore-hf lra`: from parsed arguments to `run_lra`."""
-    from transformers.utils import logging
-
-    from manticore_hf.experiments.lra.settings import TASKS, lra_task
-
-    logging.set_verbosity_error()
-    names = {name for settings in TASKS.values() for name in settings}
-    task = lra_task(args.task, seed=args.seed, **{name: getattr(args, name) for name in names if hasattr(args, name)})
-    training, families = training_of(args), families_of(args)
-    hybrid = {"num_blocks": args.num_blocks, "preset": args.preset}
-    run_lra(task, families, args.output_dir, training, args.rivals, hybrid, designed=args.designed)

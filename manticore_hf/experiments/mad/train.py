@@ -8,7 +8,7 @@ numbers compare with each other and not with those of the MAD paper.
 """
 
 from manticore_hf.evaluation.metrics import load_metric
-from manticore_hf.experiments.baselines import Comparison, Training, families_of, training_of
+from manticore_hf.experiments.baselines import Comparison, Training
 from manticore_hf.experiments.mad.compression import CompressionModel
 from manticore_hf.experiments.mad.tasks import IGNORE
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -89,18 +89,3 @@ def _print_table(task, results):
     print(f"{'':32}{'parameters':>12}{'micro':>9}{'macro':>9}   (accuracy; chance {task.chance:.3f})")
     for row in results:
         print(f"{row['model']:32}{row['parameters']:12,}{row['accuracy']:9.4f}{row['macro_accuracy']:9.4f}")
-
-
-def main(args):
-    """`manticore-hf mad`: from parsed arguments to `run_mad`."""
-    from transformers.utils import logging
-
-    from manticore_hf.experiments.mad.settings import mad_task
-
-    logging.set_verbosity_error()
-    names = ("vocab_size", "seq_len", "num_train", "num_test", "frac_noise", "noise_vocab_size", "tokens_to_copy")
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    task = mad_task(args.task, seed=args.seed, **given)
-    training, families = training_of(args), families_of(args)
-    hybrid = {"num_blocks": args.num_blocks, "preset": args.preset}
-    run_mad(task, families, args.output_dir, training, args.rivals, hybrid, designed=args.designed)
