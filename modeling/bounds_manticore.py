@@ -1,6 +1,6 @@
 """What the other files stand on: errors, addresses and configurations of components, and the making of their models.
 
-It imports one sibling, which imports nothing, and is the first that is imported, so it says if Transformers is too old for all of them.
+It is imported first, with one sibling that imports nothing, so it says if Transformers is too old for all of them.
 What a file says is believed here as Transformers believes it, but for what belongs to another owner: the addresses and
 the code of components. Whoever loads with the package is better protected, by the `Guard` that it installs.
 """
