@@ -118,21 +118,18 @@ def plain_linear_maps(model, components: list | None = None) -> list[str]:
         Sorted module names: attention, MLP and input projections; no heads, no embeddings, no expert routers, none of
         Mamba's raw or fused projections.
     """
-    out = []
+    inside = []
     for name in model.config.component_names if components is None else components:
-        component = model.component(name)
         # Not `dissect`, which runs the component without computing: quantised maps cannot do that.
-        prefix = ".".join([name, *find_layers(component, component_depth(component.config)), ""])
-        for key, module in model.named_modules():
-            if not key.startswith(prefix) or not isinstance(module, (nn.Linear, Conv1D)):
-                continue
-            parent = model.get_submodule(key.rpartition(".")[0])
-            leaf = key.rpartition(".")[2]
-            if is_state_space(parent) and leaf in RAW:
-                continue
-            if leaf == "router" or (leaf == "gate" and hasattr(parent, "experts")):
-                continue
-            out.append(key)
+        layers = find_layers(model.component(name), component_depth(model.component(name).config))
+        inside.append(".".join([name, *layers, ""]))
+    modules, out = dict(model.named_modules()), []
+    for key, module in modules.items():
+        if isinstance(module, (nn.Linear, Conv1D)) and key.startswith(tuple(inside)):
+            parent, _, leaf = key.rpartition(".")
+            raw = is_state_space(modules[parent]) and leaf in RAW
+            if not raw and leaf != "router" and not (leaf == "gate" and hasattr(modules[parent], "experts")):
+                out.append(key)
     return sorted(out)
 
 

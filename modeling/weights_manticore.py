@@ -159,14 +159,7 @@ class ReferencedWeights:
                     offloaded[target] = offloaded[source]
         return info, offloaded
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """Saves what is the hybrid's own, and the code, so that the directory loads anywhere.
 
         The files are written to a scratch directory and moved in when complete; an upload comes after that, so that a
@@ -340,7 +333,7 @@ class ReferencedWeights:
             out.pop(prefix + key, None)
         return out
 
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> None:
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """As in torch, for checkpoints of a hybrid: tensors that were not saved come from the references.
 
         The Trainer resumes through this. A sharded checkpoint arrives in several calls; the references fill in what no

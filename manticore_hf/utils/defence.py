@@ -280,6 +280,10 @@ def memory_of(device: torch.device) -> int | None:
         return None
 
 
+_FILLS = {getattr(torch.ops.aten, name).default for name in ("uniform_", "normal_", "zero_")}
+_FILLS |= {torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor}
+
+
 class Meter(TorchDispatchMode):
     """Refuses tensors beyond any sense while a model is made or run on the meta device.
 
@@ -293,10 +297,12 @@ class Meter(TorchDispatchMode):
         self.what, self.steps, self.done, self.elements = what, steps, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         self.done += 1
         if self.done > self.steps:
             raise ManticoreError(f"{self.what} is endless: it takes more than {self.steps} operations. Do not use it.")
+        if func in _FILLS and args[0].is_meta:  # there is nothing to fill, and torch takes its time to find that out
+            return args[0]
         device = kwargs.get("device")
         made = not any(isinstance(one, torch.Tensor) for one in args)
         if made and device is not None and torch.device(device).type != "meta":
