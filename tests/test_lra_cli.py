@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from manticore_hf import ManticoreError, ManticoreForSequenceClassification
 from manticore_hf.cli import main
-from manticore_hf.experiments import comparison, from_scratch, lra_task
+from manticore_hf.experiments import baselines as comparison
+from manticore_hf.experiments import from_scratch, lra_task
 from manticore_hf.experiments.lra.train import pad
 from manticore_hf.experiments.models import scratch_config
 

@@ -8,7 +8,9 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pillow
 
 from manticore_hf import ManticoreError
-from manticore_hf.experiments import lra_listops, lra_pathfinder, lra_task
+from manticore_hf.experiments import lra_task
+from manticore_hf.experiments.lra import listops as lra_listops
+from manticore_hf.experiments.lra import pathfinder as lra_pathfinder
 
 LISTOPS = {"num_train": 300, "num_test": 100, "min_len": 8, "max_len": 60, "max_depth": 5, "max_args": 6}
 PATHS = {"num_train": 60, "num_test": 31, "image_size": 24, "path_len": 18, "distractors": 3}

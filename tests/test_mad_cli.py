@@ -8,7 +8,8 @@ from safetensors.torch import load_model
 
 from manticore_hf import ManticoreError
 from manticore_hf.cli import main
-from manticore_hf.experiments import CompressionModel, comparison, from_scratch, mad_task, run_mad
+from manticore_hf.experiments import CompressionModel, from_scratch, mad_task, run_mad
+from manticore_hf.experiments import baselines as comparison
 from manticore_hf.experiments.baselines import Training
 
 TINY = "--vocab-size 8 --seq-len 8 --num-train 48 --num-test 32 --hidden-size 32 --layers 1 --epochs 1 --batch-size 16"

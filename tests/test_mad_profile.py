@@ -8,8 +8,10 @@ from tiny_hybrid import pair, save
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
-from manticore_hf.experiments import TASKS, EasySettings, comparison, mad_profile, profile, run_mad
+from manticore_hf.experiments import TASKS, EasySettings, mad_profile, run_mad
+from manticore_hf.experiments import baselines as comparison
 from manticore_hf.experiments.baselines import Training
+from manticore_hf.experiments.mad import profile
 from manticore_hf.experiments.mad.easy import task_names
 from manticore_hf.utils.plots import plot_profile
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from manticore_hf.utils.deepspeed import present
@@ -66,7 +67,13 @@ class HybridLogging:
             Path(self._get_output_dir(trial=trial), folder).mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial)
 
-    def create_model_card(self, license=None, tags=None, dataset=None, **kwargs):
+    def create_model_card(
+        self,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        **kwargs,
+    ) -> None:
         """Writes the hybrid's card to the output directory; arguments as in Transformers, others are not used."""
         if self.is_world_process_zero():
             from manticore_hf.hub.publish import update_card  # brings much that training does not need
@@ -82,7 +89,7 @@ class HybridLogging:
             )
 
 
-def without_repeats(inputs, accelerator):
+def without_repeats(inputs: dict, accelerator: Accelerator) -> dict:
     """A batch of this process, without the labels of rows that accelerate repeats to make the last batches even.
 
     The Trainer drops what it gathers of them; what a forward pass reports of its parts is summed before.
