@@ -28,9 +28,9 @@ class HybridLogging:
     _watch = None
 
     def _parts(self) -> "PartSums":
-        model = hybrid_of(self.model)
-        if self._watch is None or self._watch.model is not model:
-            self._watch = PartSums(model)
+        # Looked for once per training: an engine may wrap the model while it runs.
+        if self._watch is None or not self._watch.entered and self._watch.model is not hybrid_of(self.model):
+            self._watch = PartSums(hybrid_of(self.model))
         return self._watch
 
     def train(self, *args, **kwargs):
@@ -127,19 +127,19 @@ class PartSums:
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.names = model, model.config.component_names
-        self._entered, self._hook, self._before = 0, None, False
+        self.entered, self._hook, self._before = 0, None, False
         self.clear()
 
     def __enter__(self) -> "PartSums":
-        if self._entered == 0:
+        if self.entered == 0:
             self._before, self.model.report_parts = self.model.report_parts, True
             self._hook = self.model.register_forward_hook(self._add, with_kwargs=True)
-        self._entered += 1
+        self.entered += 1
         return self
 
     def __exit__(self, *error) -> None:
-        self._entered -= 1
-        if self._entered == 0:
+        self.entered -= 1
+        if self.entered == 0:
             self._hook.remove()
             self.model.report_parts = self._before
 
