@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from manticore_hf import ManticoreConfig, ManticoreForCausalLM, SearchArguments
 from manticore_hf.cli import COMMANDS, main, parser_of
 from manticore_hf.compare import CompareArguments
+from manticore_hf.demo import demo
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.training.recipe import find_recipe, load_recipe
 from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
@@ -131,11 +132,8 @@ def test_stages_show_their_own_options_and_take_all_of_training_arguments(capsys
             texts[option] = capsys.readouterr().out
         short, whole = texts.values()
         assert "--weight-decay" not in short and "TrainingArguments (see Transformers)" not in short
-        assert (
-            whole.index("--model")
-            < whole.index("TrainingArguments (see Transformers)")
-            < whole.index("--weight-decay D")
-        )
+        heading = whole.index("TrainingArguments (see Transformers)")
+        assert whole.index("\n  --model ") < heading < whole.index("\n  --weight-decay ")
         for field in dataclasses.fields(STAGES[name].arguments):
             assert f"--{field.name.replace('_', '-')}" in short
         dests = {action.dest for action in parser_of(name)._actions}
@@ -221,6 +219,12 @@ def test_shipped_recipes_are_found_by_name(tmp_path, monkeypatch):
     Path("poc.yaml").write_text("components: [x/y]\nname: mine\n")
     assert load_recipe("poc.yaml").name == "mine"  # a file of that name comes first
     assert find_recipe("sub/poc.yaml") == Path("sub/poc.yaml")  # a path is a path
+
+
+def test_the_demo_finds_what_is_shipped():
+    for name in demo.KINDS:
+        assert (demo.COMPONENTS / name / "model.safetensors").is_file()
+    assert all(recipe.is_file() for recipe in demo.RECIPES.values())
 
 
 def test_one_list_of_a_hybrids_settings():

@@ -25,6 +25,7 @@ from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
+from manticore_hf.compare.arguments import CompareArguments
 from manticore_hf.compare.compared_recipe import read_recipe
 from manticore_hf.compare.contenders import Contender, Workshop, read_run
 from manticore_hf.compare.scores import forward_flops, load_documents, score
@@ -35,7 +36,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.files import write_json
 
 
-def run_compare(recipe, arguments, output_dir):
+def run_compare(recipe: str | Path, arguments: CompareArguments, output_dir: str | Path) -> dict:
     """Trains, tests and compares what is not finished yet.
 
     Args:
@@ -55,7 +56,7 @@ def run_compare(recipe, arguments, output_dir):
 class Comparison:
     """One recipe, one test text, one output directory."""
 
-    def __init__(self, recipe, arguments, output_dir):
+    def __init__(self, recipe: str | Path, arguments: CompareArguments, output_dir: str | Path):
         self.arguments, self.output = arguments, Path(output_dir)
         self.recipe = read_recipe(recipe)
         self.output.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,8 @@ class Comparison:
         write_json(file, what)
         return what
 
-    def run(self):
+    def run(self) -> dict:
+        """Trains, tests and summarises; the comparison, as `comparison.json` has it."""
         contenders = self._contenders()
         seeds = len(self.arguments.seeds)
         self.by_name = {one.name: one for one in contenders}

@@ -9,6 +9,7 @@ a share of the batches, and add their sums.
 from dataclasses import dataclass
 
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.modeling_utils import local_torch_dtype
 
@@ -36,7 +37,7 @@ class Moments:
         self.x, self.y = zeros(width_x), zeros(width_y)
         self.xx, self.xy, self.yy = zeros(width_x, width_x), zeros(width_x, width_y), zeros(width_y)
 
-    def add(self, x, y):
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds rows x [n, width_x] and y [n, width_y]."""
         x, y = x.double(), y.double()
         self.count += len(x)
@@ -107,7 +108,14 @@ class Calibration:
 
 
 @torch.no_grad()
-def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=None, held_out=0.2):
+def calibrate_projectors(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    tokens: int = 40_000,
+    batch_size: int = 8,
+    reference: str | None = None,
+    held_out: float = 0.2,
+) -> Calibration:
     """Sets a hybrid's linear projectors in closed form, in place; where there are several processes, all must call it.
 
     Args:
@@ -160,7 +168,7 @@ def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=
     return Calibration(reference, losses, r2, ridges, tokens)
 
 
-def awaits_calibration(model):
+def awaits_calibration(model: torch.nn.Module) -> bool:
     """Whether a hybrid was composed with projector_init="calibrated" and has projectors that nobody calibrated yet."""
     config, mixer = model.config, model.hybrid_mixer
     if config.projector_init != "calibrated" or config.calibration is not None:

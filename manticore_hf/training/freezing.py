@@ -47,7 +47,7 @@ def set_stage(model: torch.nn.Module, stage: str) -> torch.nn.Module:
     return model
 
 
-def fix_alpha(model, weights=None):
+def fix_alpha(model: torch.nn.Module, weights: torch.Tensor | None = None) -> torch.nn.Module:
     """Fixes the static mixture weights exactly; a token mixture keeps its gate, which is trained like any weight.
 
     Args:

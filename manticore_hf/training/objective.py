@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
@@ -44,18 +45,18 @@ class Strengths:
     tokens: int
     window: int
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
 
-def awaits_objective(model):
+def awaits_objective(model: torch.nn.Module) -> bool:
     """Whether a hybrid's objective is still to be chosen, and can be: one block, own embeddings, two components."""
     config = model.config
     alone = config.num_blocks == 1 and config.embeddings == "native" and len(config.component_names) > 1
     return "open" in (config.objective or {}) and alone and config.route is None
 
 
-def choose_objective(model, rows, **measuring):
+def choose_objective(model: torch.nn.Module, rows: Dataset, **measuring) -> Strengths:
     """Sets what a hybrid is trained on by whether its components' strengths differ on a text, before training on it.
 
     Args:
@@ -111,7 +112,9 @@ class ObjectiveWhenSharded(TrainerCallback):
 
 
 @torch.no_grad()
-def difference_of_strengths(model, rows, tokens=16_384, window=WINDOW, batch_size=8):
+def difference_of_strengths(
+    model: torch.nn.Module, rows: Dataset, tokens: int = 16_384, window: int = WINDOW, batch_size: int = 8
+) -> Strengths:
     """Measures by how much the components' strengths differ on a text.
 
     Every window's even tokens choose a component and its odd tokens count, and the other way round, so that chance

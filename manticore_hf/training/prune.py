@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -48,7 +49,7 @@ class Choice:
     losses: dict
 
 
-def segment_costs(model, cost="parameters", tokens=128):
+def segment_costs(model: torch.nn.Module, cost: str = "parameters", tokens: int = 128) -> list[list[float]]:
     """What each segment costs: [S][K] numbers.
 
     Args:
@@ -89,7 +90,15 @@ def _cost(model, name, block, cost, tokens):
     return sorted(times[1:])[2]
 
 
-def pick_route(model, by="alpha", dataset=None, budget=None, cost="parameters", beam=4, batch_size=8):
+def pick_route(
+    model: torch.nn.Module,
+    by: str = "alpha",
+    dataset: Dataset | None = None,
+    budget: float | None = None,
+    cost: str = "parameters",
+    beam: int = 4,
+    batch_size: int = 8,
+) -> Choice:
     """Chooses one component per block.
 
     Args:
@@ -212,7 +221,7 @@ def _is_native(config, route):
     return config.embeddings == "native" or config.head_mixture == "last" or route[0] == route[-1]
 
 
-def route_logits(model, route, ids):
+def route_logits(model: torch.nn.Module, route: list[str], ids: torch.Tensor) -> torch.Tensor:
     """What a soft hybrid would give for tokens [batch, time] once hardened to a route, without hardening it."""
     config, mixer, before, state = model.config, model.hybrid_mixer, None, None
     native = _is_native(config, route)
@@ -234,7 +243,9 @@ def route_logits(model, route, ids):
 
 
 @torch.no_grad()
-def harden(model, route="alpha", dataset=None, **options):
+def harden(
+    model: torch.nn.Module, route: str | list[str] = "alpha", dataset: Dataset | None = None, **options
+) -> torch.nn.Module:
     """A hardened copy of a hybrid: one component per block, everything else dropped.
 
     Args:

@@ -302,7 +302,7 @@ def _lines(node, path=()):
     return out
 
 
-def run_recipe(path, output_dir, seed=None):
+def run_recipe(path: str | Path, output_dir: str | Path, seed: int | None = None) -> list[tuple[Path, dict]]:
     """Runs all stages of a recipe, skipping those that are finished.
 
     Args:
@@ -362,14 +362,14 @@ def run_recipe(path, output_dir, seed=None):
     return results
 
 
-def stage_data(recipe, other):
+def stage_data(recipe: Recipe, other: dict) -> DataArguments:
     """DataArguments of a stage; a relative path counts from the working directory or from the recipe's folder."""
     values = dict(other) if "data" in other else {**recipe.data, **other}
     values["data"] = find_beside(values["data"], recipe.path.parent)
     return DataArguments(**values)
 
 
-def find_beside(source, folder):
+def find_beside(source: str, folder: str | Path) -> str:
     """A source as it is, unless it is only a path in that folder: then that path."""
     beside = Path(folder) / source
     return str(beside) if not Path(source).exists() and beside.exists() else source

@@ -9,9 +9,11 @@ A strategy is a small class registered by name; it decides how alpha moves. All 
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
@@ -27,7 +29,7 @@ from manticore_hf.utils.unwrap import hybrid_of
 STRATEGIES = {}
 
 
-def strategy(name):
+def strategy(name: str) -> Callable[[type], type]:
     """Registers a Strategy class under a name."""
 
     def register(cls):
@@ -61,17 +63,17 @@ class Strategy:
     def __init__(self, trainer):
         self.trainer = trainer
 
-    def split(self, dataset):
+    def split(self, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
         """(text for the weights, text for alpha or None)."""
         return dataset, None
 
-    def before_step(self):
+    def before_step(self) -> None:
         """Called at the start of each optimizer step, before its batches."""
 
-    def before_update(self):
+    def before_update(self) -> None:
         """Called when the gradients of a step are complete, before the optimizer moves the parameters."""
 
-    def finish(self):
+    def finish(self) -> None:
         """Called when training ends."""
 
 
@@ -84,11 +86,11 @@ class Darts(Strategy):
 class DartsBilevel(Strategy):
     """Alpha moves on held-out batches, then the weights on training batches; first order."""
 
-    def split(self, dataset):
+    def split(self, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
         halves = dataset.train_test_split(test_size=0.5, seed=self.trainer.args.seed)
         return halves["train"], halves["test"]
 
-    def before_step(self):
+    def before_step(self) -> None:
         trainer = self.trainer
         alpha, model = trainer.alpha, trainer.model
         others = [p for p in model.parameters() if p.requires_grad and p is not alpha]
@@ -114,7 +116,7 @@ class DartsBilevel(Strategy):
             parameter.requires_grad_(True)
         mixer.holds_alpha = True
 
-    def finish(self):
+    def finish(self) -> None:
         hybrid_of(self.trainer.model).hybrid_mixer.holds_alpha = False
 
 
@@ -122,7 +124,7 @@ class DartsBilevel(Strategy):
 class Gaea(Strategy):
     """alpha <- alpha * exp(-eta * dL/dalpha), normalised: mirror descent on the simplex."""
 
-    def before_update(self):
+    def before_update(self) -> None:
         alpha = self.trainer.alpha
         if alpha.grad is None:
             return
@@ -140,7 +142,7 @@ class Gaea(Strategy):
 class Dash(Strategy):
     """Each step samples alpha: softmax((a + Gumbel noise) / temperature), the temperature falling to 0.5."""
 
-    def before_step(self):
+    def before_step(self) -> None:
         trainer = self.trainer
         mixer = hybrid_of(trainer.model).hybrid_mixer
         progress = trainer.state.global_step / max(1, trainer.state.max_steps)
@@ -151,7 +153,7 @@ class Dash(Strategy):
         mixer.temperature = first * (0.5 / first) ** progress
         mixer.noise = -(-uniform.log()).log().to(mixer.alpha_logits.device)
 
-    def finish(self):
+    def finish(self) -> None:
         mixer = hybrid_of(self.trainer.model).hybrid_mixer
         mixer.noise, mixer.temperature = None, 1.0
 
@@ -218,7 +220,7 @@ class SearchTrainer(HybridLogging, Trainer):
         self.add_callback(_Hooks(self.strategy))
 
     @property
-    def alpha(self):
+    def alpha(self) -> torch.nn.Parameter:
         """The parameter [S, K]; FSDP2 puts another in its place."""
         return hybrid_of(self.model).hybrid_mixer.alpha_logits
 
@@ -252,7 +254,7 @@ class SearchTrainer(HybridLogging, Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def alpha_rate(self):
+    def alpha_rate(self) -> float:
         """Alpha's present learning rate."""
         return self.optimizer.param_groups[-1]["lr"]
 
@@ -274,7 +276,7 @@ class SearchTrainer(HybridLogging, Trainer):
         cost = (weights * self._costs.to(weights.device)).sum()
         return self.args.entropy_penalty * entropy + self.args.cost_penalty * cost
 
-    def held_out_batches(self):
+    def held_out_batches(self) -> Iterator[dict]:
         """This process's held-out batches of the present step.
 
         They are a function of seed and step, so that a resumed run sees the same.
@@ -306,7 +308,7 @@ def _relative_costs(hybrid):
     return costs / costs.sum()
 
 
-def alpha_history(log_history):
+def alpha_history(log_history: list[dict]) -> tuple[list[int], dict]:
     """(steps [n], {"alpha/BLOCK/COMPONENT": values [n]}) from a Trainer's `state.log_history`."""
     rows = [row for row in log_history if any(key.startswith("alpha/") for key in row)]
     keys = [key for key in (rows[0] if rows else {}) if key.startswith("alpha/")]

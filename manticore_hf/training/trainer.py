@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from manticore_hf.utils.deepspeed import present
@@ -27,9 +28,9 @@ class HybridLogging:
     _watch = None
 
     def _parts(self) -> "PartSums":
-        model = hybrid_of(self.model)
-        if self._watch is None or self._watch.model is not model:
-            self._watch = PartSums(model)
+        # Looked for once per training: an engine may wrap the model while it runs.
+        if self._watch is None or not self._watch.entered and self._watch.model is not hybrid_of(self.model):
+            self._watch = PartSums(hybrid_of(self.model))
         return self._watch
 
     def train(self, *args, **kwargs):
@@ -66,7 +67,13 @@ class HybridLogging:
             Path(self._get_output_dir(trial=trial), folder).mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial)
 
-    def create_model_card(self, license=None, tags=None, dataset=None, **kwargs):
+    def create_model_card(
+        self,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        **kwargs,
+    ) -> None:
         """Writes the hybrid's card to the output directory; arguments as in Transformers, others are not used."""
         if self.is_world_process_zero():
             from manticore_hf.hub.publish import update_card  # brings much that training does not need
@@ -82,7 +89,7 @@ class HybridLogging:
             )
 
 
-def without_repeats(inputs, accelerator):
+def without_repeats(inputs: dict, accelerator: Accelerator) -> dict:
     """A batch of this process, without the labels of rows that accelerate repeats to make the last batches even.
 
     The Trainer drops what it gathers of them; what a forward pass reports of its parts is summed before.
@@ -120,19 +127,19 @@ class PartSums:
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.names = model, model.config.component_names
-        self._entered, self._hook, self._before = 0, None, False
+        self.entered, self._hook, self._before = 0, None, False
         self.clear()
 
     def __enter__(self) -> "PartSums":
-        if self._entered == 0:
+        if self.entered == 0:
             self._before, self.model.report_parts = self.model.report_parts, True
             self._hook = self.model.register_forward_hook(self._add, with_kwargs=True)
-        self._entered += 1
+        self.entered += 1
         return self
 
     def __exit__(self, *error) -> None:
-        self._entered -= 1
-        if self._entered == 0:
+        self.entered -= 1
+        if self.entered == 0:
             self._hook.remove()
             self.model.report_parts = self._before
 

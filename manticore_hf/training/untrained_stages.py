@@ -21,7 +21,11 @@ from manticore_hf.training.calibrate import calibrate_projectors
 from manticore_hf.training.freezing import fix_alpha
 from manticore_hf.training.programs import program_lines
 from manticore_hf.training.runtime import StageRun
+from manticore_hf.training.runtime import finished as finished  # they were here, with the arguments, in version 0.1
+from manticore_hf.training.runtime import record as record
+from manticore_hf.training.runtime import training_defaults as training_defaults
 from manticore_hf.training.stage_arguments import CalibrateArguments
+from manticore_hf.training.stage_arguments import HybridArguments as HybridArguments
 from manticore_hf.utils.distributed import on_main
 
 _MEASURED_BYTES = 200_000  # of text on which transplants are measured

@@ -119,7 +119,8 @@ def add_fields(
         if not field.init or field.name in leave_out:
             continue
         kind, many = _plain(hints[field.name])
-        about = {"help": field.metadata["help"].replace("%", "%%"), "dest": field.name}
+        text = field.metadata["help"] + (" Default: the preset's." if field.metadata.get("preset") else "")
+        about = {"help": text.replace("%", "%%"), "dest": field.name}
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             about["required"] = True
         else:

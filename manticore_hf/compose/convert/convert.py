@@ -41,7 +41,14 @@ Converted by manticore-hf from {source} ({how}). The weights are the source's{ro
 """
 
 
-def convert(source, output_dir, tokenizer=None, dtype=None, gguf_file=None, revision=None):
+def convert(
+    source: str | Path,
+    output_dir: str | Path,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+) -> dict:
     """Converts a checkpoint to a directory with config.json, model.safetensors and tokenizer.
 
     Args:

@@ -25,7 +25,13 @@ from manticore_hf.utils.files import write_json
 from manticore_hf.utils.plots import plot_profile
 
 
-def mad_profile(models, output_dir, tasks=None, settings=None, quiet=False):
+def mad_profile(
+    models: list[str],
+    output_dir: str | Path,
+    tasks: list[str] | None = None,
+    settings: EasySettings | None = None,
+    quiet: bool = False,
+) -> dict:
     """Trains every model's family on every task from scratch, and scores it.
 
     Args:
