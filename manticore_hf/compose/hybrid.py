@@ -23,6 +23,8 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.references_manticore import component_files, record
+from manticore_hf.utils.task_types import CAUSAL
+from manticore_hf.utils.unwrap import is_hybrid
 
 _NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 
@@ -246,7 +248,7 @@ class _Classifies:
         Raises:
             ManticoreError: It is no causal hybrid, or a quantised one, or the labels contradict each other.
         """
-        if "ManticoreForCausalLM" not in {base.__name__ for base in type(model).__mro__}:  # or of another copy
+        if not is_hybrid(model) or model._auto_class != CAUSAL.auto:  # not by its class, which may be of another copy
             raise ManticoreError(f"{type(model).__name__} is no causal hybrid; give a ManticoreForCausalLM.")
         if getattr(model.config, "quantization_config", None) is not None:
             raise ManticoreError(
