@@ -10,13 +10,14 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from manticore_hf.hub.licenses import combine, describe
@@ -30,6 +31,7 @@ from manticore_hf.hub.provenance import (
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.dtypes_manticore import default_dtype
+from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.objective import say_objective
 from manticore_hf.utils.task_types import KINDS, kind_of, labels_of, quantization_of
 
@@ -38,7 +40,7 @@ _LARGEST_INDEX = 50_000_000
 _SHOWN_LABELS = 20
 
 
-def inspect_hybrid(source, tokens=128, revision=None):
+def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str | None = None) -> dict[str, Any]:
     """Describes a hybrid, without its weights.
 
     Args:
@@ -145,12 +147,10 @@ def _sum_memory(rows):
     return {key: sum(row[key] for row in rows) for key in ("cache_bytes_per_token", "state_bytes")}
 
 
-@torch.no_grad()
 def _count(run, tokens):
     """FLOPs per token. A mask, and tensors that are known to be fake, keep Transformers from looking at values."""
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        run(torch.ones(1, tokens, dtype=torch.long, device="meta"))
-    return counter.get_total_flops() / tokens
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return count_flops(lambda: run(torch.ones(1, tokens, dtype=torch.long, device="meta"))) / tokens
 
 
 def _memory(layers, tokens):
@@ -206,7 +206,7 @@ def _read_tensor(source, name, revision):
         return torch.frombuffer(bytearray(file.read(stop - start)), dtype=dtype).reshape(entry["shape"])
 
 
-def print_inspection(source, found):
+def print_inspection(source: str, found: dict[str, Any]) -> None:
     """Prints what `inspect_hybrid`, `repository` and `component_state` found as tables."""
     task = found["task"]
     print(f"{source}: {KINDS[task['architecture']].noun} ({task['architecture']}, {task['name']})")
@@ -244,7 +244,7 @@ def _numbers(row):
     return "".join(f"{row[key]:>15,.0f}" for key in keys)
 
 
-def run_inspect(source, revision=None, as_json=False):
+def run_inspect(source: str, revision: str | None = None, as_json: bool = False) -> None:
     """`manticore-hf inspect`."""
     try:
         found = inspect_hybrid(source, revision=revision)
