@@ -207,7 +207,13 @@ def _read_tensor(source, name, revision):
 
 
 def print_inspection(source: str, found: dict[str, Any]) -> None:
-    """Prints what `inspect_hybrid`, `repository` and `component_state` found as tables."""
+    """Prints what was found out about a hybrid as tables.
+
+    Args:
+        source: What it is called.
+        found: What `inspect_hybrid` returned; with what `repository` did as "repository", and what `component_state`
+            did as "state" of a component, if these were asked for.
+    """
     task = found["task"]
     print(f"{source}: {KINDS[task['architecture']].noun} ({task['architecture']}, {task['name']})")
     if found["quantization"] is not None:
@@ -245,7 +251,16 @@ def _numbers(row):
 
 
 def run_inspect(source: str, revision: str | None = None, as_json: bool = False) -> None:
-    """`manticore-hf inspect`."""
+    """`manticore-hf inspect`: prints what a hybrid is and costs, where its repository is, and how its components are.
+
+    Args:
+        source: Directory or Hub repo.
+        revision: Revision of a Hub repo.
+        as_json: Print plain values instead of tables.
+
+    Raises:
+        ManticoreError: There is no hybrid that can be read.
+    """
     try:
         found = inspect_hybrid(source, revision=revision)
         found["repository"] = repository(source, revision)
