@@ -24,6 +24,8 @@ from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.references_manticore import component_files
+from manticore_hf.utils.task_types import CAUSAL
+from manticore_hf.utils.unwrap import is_hybrid
 
 _NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 
@@ -270,7 +272,7 @@ class _Classifies:
         Raises:
             ManticoreError: It is no causal hybrid, or a quantised one, or the labels contradict each other.
         """
-        if "ManticoreForCausalLM" not in {base.__name__ for base in type(model).__mro__}:  # or of another copy
+        if not is_hybrid(model) or model._auto_class != CAUSAL.auto:  # not by its class, which may be of another copy
             raise ManticoreError(f"{type(model).__name__} is no causal hybrid; give a ManticoreForCausalLM.")
         if getattr(model.config, "quantization_config", None) is not None:
             raise ManticoreError(

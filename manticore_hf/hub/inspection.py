@@ -10,13 +10,14 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.modeling_utils import local_torch_dtype
 
@@ -30,6 +31,7 @@ from manticore_hf.hub.provenance import (
     repository,
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.objective import say_objective
 from manticore_hf.utils.task_types import KINDS, kind_of, labels_of, quantization_of
 
@@ -38,7 +40,7 @@ _LARGEST_INDEX = 50_000_000
 _SHOWN_LABELS = 20
 
 
-def inspect_hybrid(source: str, tokens: int = 128, revision: str | None = None) -> dict:
+def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str | None = None) -> dict[str, Any]:
     """Describes a hybrid, without its weights.
 
     Args:
@@ -144,12 +146,10 @@ def _sum_memory(rows):
     return {key: sum(row[key] for row in rows) for key in ("cache_bytes_per_token", "state_bytes")}
 
 
-@torch.no_grad()
 def _count(run, tokens):
     """FLOPs per token. A mask, and tensors that are known to be fake, keep Transformers from looking at values."""
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        run(torch.ones(1, tokens, dtype=torch.long, device="meta"))
-    return counter.get_total_flops() / tokens
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return count_flops(lambda: run(torch.ones(1, tokens, dtype=torch.long, device="meta"))) / tokens
 
 
 def _memory(layers, tokens):
@@ -205,8 +205,14 @@ def _read_tensor(source, name, revision):
         return torch.frombuffer(bytearray(file.read(stop - start)), dtype=dtype).reshape(entry["shape"])
 
 
-def print_inspection(source: str, found: dict) -> None:
-    """Prints what `inspect_hybrid`, `repository` and `component_state` found as tables."""
+def print_inspection(source: str, found: dict[str, Any]) -> None:
+    """Prints what was found out about a hybrid as tables.
+
+    Args:
+        source: What it is called.
+        found: What `inspect_hybrid` returned; with what `repository` did as "repository", and what `component_state`
+            did as "state" of a component, if these were asked for.
+    """
     task = found["task"]
     print(f"{source}: {KINDS[task['architecture']].noun} ({task['architecture']}, {task['name']})")
     if found["quantization"] is not None:
@@ -244,7 +250,16 @@ def _numbers(row):
 
 
 def run_inspect(source: str, revision: str | None = None, as_json: bool = False) -> None:
-    """`manticore-hf inspect`."""
+    """`manticore-hf inspect`: prints what a hybrid is and costs, where its repository is, and how its components are.
+
+    Args:
+        source: Directory or Hub repo.
+        revision: Revision of a Hub repo.
+        as_json: Print plain values instead of tables.
+
+    Raises:
+        ManticoreError: There is no hybrid that can be read.
+    """
     try:
         found = inspect_hybrid(source, revision=revision)
         found["repository"] = repository(source, revision)

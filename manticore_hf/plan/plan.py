@@ -15,12 +15,13 @@ from transformers.utils import logging
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.plan import kernels
-from manticore_hf.plan.amounts import parse_bytes, parse_count, short_time
+from manticore_hf.plan.amounts import parse_bytes, parse_count
 from manticore_hf.plan.cache import cache_sizes
 from manticore_hf.plan.engines import Machine, Option, StagePlanner
 from manticore_hf.plan.schedule import make_task
 from manticore_hf.plan.step import Rehearsal, meta_hybrid
 from manticore_hf.plan.subject import load_subject
+from manticore_hf.utils.formatting import short_bytes, short_duration
 
 RESULT = "plan.json"
 
@@ -177,13 +178,13 @@ def _advise(task, choice, options, machine, parameters):
     if choice.eval_batch is not None:
         out.append(f"per_device_eval_batch_size: {choice.eval_batch}")
     if task.converts and machine.devices > 1:
-        held = machine.devices * task.dtype.itemsize * parameters / 1e9
+        held = machine.devices * task.dtype.itemsize * parameters
         out.append(
             f"while weights are read, each of {machine.devices} processes has all of them in {_name(task.dtype)}, "
-            f"{held:,.1f} GB of the machine's memory (in {_name(task.converts)}, as stored, all share one copy)"
+            f"{short_bytes(held)} of the machine's memory (in {_name(task.converts)}, as stored, all share one copy)"
         )
     if choice.host:
-        out.append(f"the node needs {choice.host / 1e9:,.0f} GB of memory for what is offloaded")
+        out.append(f"the node needs {short_bytes(choice.host)} of memory for what is offloaded")
     return out or ["as it is"]
 
 
@@ -214,7 +215,7 @@ def _overall(plan):
     hours = [one["hours"] for one in plan["stages"]]
     if None in hours:
         return f"Fits: {ways}. How long is not known without the number of tokens (--tokens)."
-    return f"Fits: {ways}; {short_time(sum(hours))} in all, at the stated utilisation."
+    return f"Fits: {ways}; {short_duration(3600 * sum(hours))} in all, at the stated utilisation."
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ manticore-hf run recipes/poc.yaml --output-dir poc && manticore-hf report poc
 import functools
 import hashlib
 import json
+import os
 import platform
 import shlex
 from importlib import metadata
@@ -34,10 +35,10 @@ _PROMPT, _NEW_TOKENS, _REPEATS = 256, 32, 5
 
 
 def write_report(
-    directory: str | Path,
-    data: str | None = None,
-    comparison: str | Path | None = None,
-    output: str | Path | None = None,
+    directory: str | os.PathLike,
+    data: str | os.PathLike | None = None,
+    comparison: str | os.PathLike | None = None,
+    output: str | os.PathLike | None = None,
     max_tokens: int = 20_000,
     block_size: int | None = None,
     batch_size: int = 8,

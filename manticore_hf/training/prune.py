@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.mixing_manticore import Chain, HybridMixer, LinearProjector, resize
 from manticore_hf.modeling.segments_manticore import stretches
+from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.task_types import quantization_of, refuse_classifier
 
 EXHAUSTIVE = 64  # routes: up to so many are all measured
@@ -77,9 +77,7 @@ def _cost(model, name, block, cost, tokens):
     hidden = torch.zeros(1, tokens, width, device=model.device, dtype=model.dtype)
     positions = torch.arange(tokens, device=model.device)[None]
     if cost == "flops":
-        with FlopCounterMode(display=False) as counter:
-            segment(hidden, None, positions)
-        return counter.get_total_flops() / tokens
+        return count_flops(lambda: segment(hidden, None, positions)) / tokens
     times = []
     for _ in range(6):
         start = time.perf_counter()
