@@ -49,7 +49,16 @@ def test_slice_config_cuts_every_list_of_layers(component):
 @pytest.mark.parametrize("settings", [PAPER, NATIVE], ids=["paper", "native"])
 @pytest.mark.parametrize("hybrid_name", [*FAMILIES, *PAIRS])
 def test_one_hot_is_the_component(hybrid_name, settings):
-    contract.check_one_hot([ComponentSpec(part, name=name) for name, part in components(hybrid_name).items()], settings)
+    parts = [ComponentSpec(part, name=name) for name, part in components(hybrid_name).items()]
+    contract.check_one_hot(parts, settings, blocks=(1, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [PAPER, NATIVE], ids=["paper", "native"])
+@pytest.mark.parametrize("hybrid_name", [*FAMILIES, *PAIRS])
+def test_one_hot_in_two_blocks_is_the_component(hybrid_name, settings):
+    parts = [ComponentSpec(part, name=name) for name, part in components(hybrid_name).items()]
+    contract.check_one_hot(parts, settings, blocks=(2,))
 
 
 @pytest.mark.parametrize("blocks", [2, 3])

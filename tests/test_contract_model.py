@@ -187,7 +187,7 @@ def check_compiled(model, backend, times):
     torch._dynamo.reset()
 
 
-QUICK = ["gpt_neox+mamba", "gemma2+jamba"]
+QUICK = ["gpt_neox+mamba"]
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in QUICK]
 
 

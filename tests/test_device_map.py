@@ -35,11 +35,11 @@ def results(model):
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     ids[0, :3], mask[0, :3] = 0, 0
     ids, mask = ids.to(model.device), mask.to(model.device)
-    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 4}
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 3}
     with torch.no_grad():
         out = model(ids, attention_mask=mask, use_cache=False, labels=ids)
     assert out.logits.device == ids.device
-    values = out.logits, out.loss, model.generate(ids, **settings), model.generate(ids, num_beams=3, **settings)
+    values = out.logits, out.loss, model.generate(ids, **settings), model.generate(ids, num_beams=2, **settings)
     return tuple(value.cpu() for value in values)
 
 

@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from hub_models import component_keys, publish, tiny, tokenizer
-from processes import launch
+from processes import TORCHRUN, launch
 from safetensors.torch import load_file
 from tiny_hybrid import write_text
 
@@ -116,7 +116,7 @@ def test_sharded(alone, tmp_path):
 
 @pytest.mark.slow
 def test_data_parallel(alone, tmp_path):
-    for name, launcher in (("accelerate", accelerated("ddp.yaml")), ("torchrun", ())):
+    for name, launcher in (("accelerate", accelerated("ddp.yaml")), ("torchrun", TORCHRUN)):
         command = ["-m", "manticore_hf.cli", "run", alone / "batch2.yaml", "--output-dir", tmp_path / name]
         launch(command, launcher=launcher)
         same_stages(alone / "one", tmp_path / name)

@@ -28,6 +28,7 @@ from manticore_hf.compose.tokenizers import digest
 from manticore_hf.evaluation.data import pack
 from manticore_hf.hub.inspection import run_inspect
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 ENDS = {"b.backbone.embeddings.weight"}  # tied: the head is the same tensor
 
 
