@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_manticore import ManticoreError, component_depth
-from .versions_manticore import cache_argument
 
 # Put there by accelerate when it dispatches a model: bound to the original module, they would run all of its layers.
 _NEVER_COPIED = ("forward", "_old_forward", "_hf_hook")
@@ -158,6 +157,12 @@ def _dissect(component):
     )
     _watch_children(component, stack, anatomy)
     return anatomy
+
+
+def cache_argument(forward):
+    """The name under which a model's forward takes its cache, which remote code may call as of old; None: in no way."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
 
 
 def _attends(config):

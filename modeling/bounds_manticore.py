@@ -1,6 +1,6 @@
 """What the other files stand on: errors, addresses and configurations of components, and the making of their models.
 
-This module imports no sibling and is the first that is imported, so it says if Transformers is too old for all of them.
+It is imported first, with one sibling that imports nothing, so it says if Transformers is too old for all of them.
 What a file says is believed here as Transformers believes it, but for what belongs to another owner: the addresses and
 the code of components. Whoever loads with the package is better protected, by the `Guard` that it installs.
 """
@@ -14,15 +14,17 @@ from collections.abc import Callable
 import torch
 import transformers
 
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 24):
     raise ImportError(
-        f"A manticore hybrid needs Transformers 5.23 or newer; {transformers.__version__} is installed: "
-        "pip install -U 'transformers>=5.23,<6'"
+        f"A manticore hybrid needs Transformers 5.24 or newer; {transformers.__version__} is installed: "
+        "pip install -U 'transformers>=5.24,<6'"
     )
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+
+from .settings_manticore import ManticoreError  # noqa: E402
 
 # What a component does with its outputs is the hybrid's to say.
 _OF_THE_HYBRID = ("model_type", "return_dict", "use_return_dict", "output_hidden_states", "tie_last_hidden_states")
@@ -40,12 +42,8 @@ _RESERVED = {
     "all_tied_weights_keys", "create_masks_for_generate", "kernel_config", "keys_to_ignore_at_inference", "embed",
     "from_components", "make_cache", "mix_embeddings", "new_mixer", "renew_embeddings", "report_parts",
     "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm", "is_gone", "make_score",
-    "starts_anew", "composed_as",
+    "starts_anew", "composed_as", "segments", "together", "mix",
 }  # fmt: skip
-
-
-class ManticoreError(ValueError):
-    """A hybrid, component, file or setting that cannot be used; the message names it and says what to do."""
 
 
 class Guard:

@@ -22,6 +22,7 @@ from .bounds_manticore import (
 from transformers import PreTrainedConfig
 
 from .references_manticore import require, run_trusted
+from .settings_manticore import CHOICES, FILLED, PRESETS
 
 FORMAT_VERSION = 1
 """Version of the repository layout. Raised when an older package could no longer read a newer repository."""
@@ -36,32 +37,6 @@ AUTO_MAP = {
     "AutoModelForDecision": "modeling_manticore.ManticoreForCausalLM",
 }
 
-CHOICES = {
-    "projector": ("linear", "mlp", "none"),
-    "projector_init": ("default", "identity", "calibrated"),
-    "gate": ("none", "alpha"),
-    "mixture": ("static", "token"),
-    "mixture_space": ("logprob", "prob"),
-    "embeddings": ("native", "mixed", "fresh"),
-    "head_mixture": ("last", "first"),
-}
-
-PRESETS = {
-    # Roberts et al., section 3 and their released code (linear projectors of the framework's default initialisation,
-    # gates equal to alpha, embeddings and heads mixed with the first block's alpha, loss of the mixture only).
-    "paper": {
-        "projector": "linear", "projector_init": "default", "gate": "alpha", "mixture": "static",
-        "mixture_space": "logprob", "embeddings": "mixed", "head_mixture": "first",
-        "mix_loss_weight": 1.0, "component_loss_weight": 0.0,
-    },
-    # What measured best so far (BENCHMARKS.md says on what).
-    "default": {
-        "projector": "linear", "projector_init": "calibrated", "gate": "none", "mixture": "token",
-        "mixture_space": "prob", "embeddings": "native", "head_mixture": "last",
-        "mix_loss_weight": 1.0, "component_loss_weight": 0.0,
-    },
-}  # fmt: skip
-
 
 class ManticoreConfig(PreTrainedConfig):
     """Configuration of a hybrid of K components in S blocks.
@@ -72,34 +47,14 @@ class ManticoreConfig(PreTrainedConfig):
             ("reference": read from that repo; "embedded": kept in the hybrid's own file), `files` (of a reference:
             `{safetensors file: its SHA-256}`), `license` (as the component's card states it), `transplant` (how its
             embedding and head were made for another tokenizer, which are then the hybrid's own; else None).
-        num_blocks: S, the number of blocks; at most the depth of the shallowest component.
-        block_layers: Layers per block of each component, `{name: [n_1, ..., n_S]}`. Default: cuts as even as possible,
-            the first blocks taking the remainder.
-        projector: "linear" (paper, section 3.1), "mlp" (two layers, GELU, residual) or "none" (pad and truncate).
-        projector_init: "default" (the framework's), "identity" or "calibrated" (closed form; the identity until
-            `calibration` says that it was done. Only linear projectors have one: others start as the identity).
         calibration: What the projectors were solved from (tokens and reference component), or None.
-        gate: "alpha" (paper: projector and raw feature mixed by the block's alpha) or "none" (projector only).
-        reference_component: With gate="none", the component whose states are the shared space; its own projectors are
-            the identity and have no parameters. Default: the first.
-        mixture: "static" (paper: one weight per block and component) or "token" (last block: a gate of the token).
-        mixture_space: "logprob" (geometric mean of the components' distributions) or "prob" (arithmetic mean).
-        embeddings: "native" (each component reads its own embeddings and its own last state), "mixed" (paper: through
-            the shared space) or "fresh" (as mixed, with new embeddings and heads drawn from N(0, 0.02)).
-        head_mixture: "last" or "first": the block whose alpha mixes the heads (the paper's code uses the first).
-        mix_loss_weight: Weight of the cross-entropy of the mixture.
-        component_loss_weight: Weight of the sum of the cross-entropies of the components' own heads.
         objective: What of mixture_space and the loss weights is not given, but for the first training stage of a
             one-block hybrid to choose, by whether the components' strengths differ: {"open": [...]}; then what it
             measured, {"chosen": [...], "gain": ...}. None: all is as given.
-        mixture_weights: Exact mixture weights [S][K], or None while they are learned; a row may be None, too: that
-            block's are learned (in the last block of a token mixture: the gate's). A zero is a zero: that component is
-            not run in that block.
-        vocab_size: Size of the common vocabulary. Rows that a component has beyond it are padding and never get
-            probability.
-        tokenizer_component: The component whose tokenizer is the hybrid's. Default: the first.
         route: One component name per block once hardened; None for a soft hybrid.
-        preset: "paper" or "default": fills every key of these that is not given.
+        manticore_version: Version of the repository layout.
+        num_blocks, and all that follows it: The fields of `HybridSettings` (settings_manticore.py), where each has its
+            meaning, choices and default; S is the number of blocks, K that of the components.
 
     Raises:
         ManticoreError: A key has an impossible value; the message names the key, the value and the choices.
@@ -148,8 +103,9 @@ class ManticoreConfig(PreTrainedConfig):
         self.manticore_version = manticore_version
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ManticoreError(f"preset={show(preset)} is unknown; choose one of {sorted(PRESETS)}.")
-        for key, default in PRESETS[preset].items():
-            value = default if given[key] is None else given[key]
+        given = locals()
+        for key in FILLED:
+            value = PRESETS[preset][key] if given[key] is None else given[key]
             if key in CHOICES and value not in CHOICES[key]:
                 raise ManticoreError(f"{key}={show(value)} is unknown; choose one of {list(CHOICES[key])}.")
             if key not in CHOICES:

@@ -90,23 +90,3 @@ def whole_weights():
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = held
-
-
-class Placed:
-    """Mixin of ManticoreModel."""
-
-    @classmethod
-    @whole_weights()
-    def from_pretrained(cls, *args, **kwargs):
-        """As in Transformers, with references to components resolved and checked."""
-        return super().from_pretrained(*args, **kwargs)
-
-    @property
-    def device(self):
-        """Where inputs should be: of a hybrid whose first weights are offloaded, where they are computed with."""
-        first = super().device
-        return first if first.type != "meta" else device_of(self) or first
-
-    def _together(self, value):
-        """States or logits of several components, where the mixer is."""
-        return place(value, device_of(self.hybrid_mixer))

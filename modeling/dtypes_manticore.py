@@ -55,11 +55,12 @@ class MixedDtypes:
                 plan[f"^{name}\\..{{0,}}(?:{pattern})"] = kept
         return plan
 
-    def loaded_dtypes(self) -> Callable:
-        """Function from the name of a tensor to the dtype that it has when what is saved now is loaded again."""
-        dtype = self.dtype
-        plan = dtype_plan(self._get_dtype_plan(dtype))
-        return lambda name: plan(name, dtype)
+
+def loaded_dtypes(model) -> Callable:
+    """Function from the name of a tensor to the dtype that it has when what is saved now is loaded again."""
+    dtype = model.dtype
+    plan = dtype_plan(model._get_dtype_plan(dtype))
+    return lambda name: plan(name, dtype)
 
 
 def _dtype_of(name, part):

@@ -21,7 +21,14 @@ from transformers.utils.hub import create_and_tag_model_card
 
 from .bounds_manticore import ManticoreError, guard, is_commit
 from .devices_manticore import present
-from .dtypes_manticore import convert_unpacked, note_kept, refuse_packed, refuse_quantized, refuse_unsaved
+from .dtypes_manticore import (
+    convert_unpacked,
+    loaded_dtypes,
+    note_kept,
+    refuse_packed,
+    refuse_quantized,
+    refuse_unsaved,
+)
 from .references_manticore import component_files, open_files, where
 from .saving_manticore import copy_code, whole_directory
 
@@ -115,7 +122,7 @@ class ReferencedWeights:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        # Private hook of Transformers (pinned >=5.23,<6; a test checks its signature): the one place where tensors
+        # Private hook of Transformers (pinned >=5.24,<6; a test checks its signature): the one place where tensors
         # from several repositories can be merged before dtype, device map and quantisation are applied.
         hub = dict(load_config.download_kwargs or {})
         model._component_cache_dir = hub.get("cache_dir")
@@ -257,7 +264,7 @@ class ReferencedWeights:
     def unchanged_keys(self, state_dict: dict | None = None) -> set[str]:
         """Keys of the tensors that are bit-equal to the referenced ones and therefore need not be saved."""
         state_dict = self.state_dict() if state_dict is None else state_dict
-        ties, loaded, out = tie_groups(self), self.loaded_dtypes(), set()
+        ties, loaded, out = tie_groups(self), loaded_dtypes(self), set()
         with contextlib.ExitStack() as stack:
             for entry in self.config.components:
                 if entry["weights"] != "reference":

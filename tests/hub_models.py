@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from built_once import built_once
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -34,6 +35,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@built_once
 def tiny(family, seed=0, vocabulary=VOCABULARY, **changes):
     """A random causal LM of a family."""
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from manticore_hf.modeling import fast_mixers_manticore as sm
-from manticore_hf.modeling.versions_manticore import cache_argument
+from manticore_hf.modeling.anatomy_manticore import cache_argument
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 BATCH, D, N, TIME = 2, 5, 3, 37

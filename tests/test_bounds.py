@@ -3,9 +3,8 @@
 import contextlib
 import copy
 import json
-import subprocess
-import sys
 
+import clean_process
 import pytest
 import torch
 from hub_models import assert_same_model, folder_of, publish, read_json, tiny
@@ -149,7 +148,7 @@ for run in (ManticoreForCausalLM.from_pretrained, lambda _: ManticoreForCausalLM
         sys.exit("it was not refused")
 assert peak() - before < 2000, (peak(), before)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, timeout=300)
+    done = clean_process.run(["-c", code, saved])
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = done.stdout.strip().splitlines()
     assert "tensors have another shape than config.json says" in first or "neither in the hybrid's file" in first

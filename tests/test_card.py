@@ -14,6 +14,7 @@ from manticore_hf import ComponentSpec, ManticoreForCausalLM, harden
 from manticore_hf.hub.card import Facts, make_card, read_results
 from manticore_hf.hub.card_merge import merge
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 LOSSES = {"a": 2.0, "b": 2.5, "ensemble": 1.9, "hybrid": 1.8}
 
 

@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 from manticore_hf.modeling import fast_mixers_manticore as fast
 from manticore_hf.modeling import scan_manticore as scan
+from manticore_hf.modeling.anatomy_manticore import cache_argument
 from manticore_hf.modeling.scan_triton_manticore import run_triton
-from manticore_hf.modeling.versions_manticore import cache_argument
 from scans import make_inputs
 from test_qlora import four_bits, twin
 from transformers import DynamicCache, TrainingArguments

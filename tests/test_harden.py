@@ -112,6 +112,21 @@ def test_only_what_the_route_needs_is_left():
     assert hard.mixture_weights().tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
+@pytest.mark.parametrize("settings", WIRINGS[:1] + WIRINGS[2:3] + WIRINGS[-2:], ids=str)
+def test_its_embeddings_are_those_of_the_component_that_reads(settings):
+    """Also where the tokenizer's component, or the wider one, has lost its own."""
+    parts = [ComponentSpec(tiny("gpt_neox"), name="one"), ComponentSpec(tiny("mamba", hidden_size=32), name="two")]
+    soft, ids = ManticoreForCausalLM.from_components(parts, num_blocks=2, **settings), tokens()
+    for route in itertools.product(("one", "two"), repeat=2):
+        hard = harden(soft, list(route))
+        embeddings = hard.get_input_embeddings()
+        embeds, own = embeddings(ids), soft.component(route[0]).get_input_embeddings()
+        width = own.weight.shape[1] if hard.config.embeddings == "native" else hard.config.hidden_size
+        assert embeds.shape[-1] == embeddings.embedding_dim == width
+        assert embeddings.num_embeddings == 99 and torch.equal(embeddings.weight, own.weight)
+        assert torch.equal(hard(inputs_embeds=embeds).logits, hard(input_ids=ids).logits)
+
+
 def test_tied_components():
     parts = [ComponentSpec(tiny("gemma2"), name="one"), ComponentSpec(tiny("gpt2", seed=1), name="two")]
     assert parts[0].source.config.tie_word_embeddings and parts[1].source.config.tie_word_embeddings
@@ -275,10 +290,7 @@ def test_distillation_is_normalised_by_tokens(tmp_path):
 @pytest.mark.slow
 def test_the_command_survives_a_kill(start, tmp_path):  # noqa: F811
     def command(output):
-        import sys
-
         return [
-            sys.executable,
             "-m",
             "manticore_hf.cli",
             "harden",

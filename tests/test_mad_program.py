@@ -9,7 +9,8 @@ from tiny_hybrid import pair, save_pair
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
-from manticore_hf.experiments import TASKS, ProgramSettings, hybrid_from_scratch, mad_profile, program, program_alpha
+from manticore_hf.experiments import TASKS, ProgramSettings, hybrid_from_scratch, mad_profile, program_alpha
+from manticore_hf.experiments.mad import program
 from manticore_hf.experiments.mad.easy import EasySettings
 from manticore_hf.experiments.mad.program import mixture_tasks
 from manticore_hf.training.freezing import fix_alpha

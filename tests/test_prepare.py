@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import clean_process
 import pytest
 import torch
 from datasets import Dataset
@@ -35,11 +34,11 @@ def parts(start, tmp_path_factory):  # noqa: F811
 
 
 def _cli(*arguments):
-    return [sys.executable, "-m", "manticore_hf.cli", *map(str, arguments)]
+    return ["-m", "manticore_hf.cli", *map(str, arguments)]
 
 
 def _kill_after(command, seconds):
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = clean_process.start(command)
     time.sleep(seconds)
     if process.poll() is None:
         os.kill(process.pid, signal.SIGKILL)

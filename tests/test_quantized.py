@@ -26,6 +26,8 @@ from manticore_hf import (
     publish,
 )
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 
 def torchao(name):
     def make():

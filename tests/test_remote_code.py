@@ -4,11 +4,11 @@ import ast
 import json
 import os
 import shutil
-import subprocess
 import sys
 import venv
 from pathlib import Path
 
+import clean_process
 import pytest
 import torch
 from hub_models import MODEL, component_keys, nudge, publish, publish_hybrid, read_json, tiny, tokenizer
@@ -99,9 +99,12 @@ def test_importing_the_package_registers_the_classes():
 # ---- without the package ---------------------------------------------------------------------------------------------
 
 
+STRANGER = (*clean_process.TORCH, "transformers.trainer", "transformers.pipelines", "peft")
+
+
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory):
-    """A Python with the same libraries, but without manticore_hf."""
+def stranger(hub, tmp_path_factory):
+    """Processes of a Python with the same libraries, but without manticore_hf, and with a cache of their own."""
     root = tmp_path_factory.mktemp("stranger")
     libraries = root / "libraries"
     libraries.mkdir()
@@ -113,24 +116,25 @@ def stranger(tmp_path_factory):
     venv.create(root / "venv", with_pip=False, symlinks=os.name != "nt")
     inside = next((root / "venv").rglob("site-packages"))
     (inside / "libraries.pth").write_text(f"{libraries}\n")
-    return next(path for path in (root / "venv").rglob("python*") if path.stem == "python")
+    python = next(path for path in (root / "venv").rglob("python*") if path.stem == "python")
+    # PYTHONPATH and the like would let the package in by the back door
+    base = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment = {**base, **hub.environment(root / "home"), "OMP_NUM_THREADS": "1"}
+    server = clean_process.Server(STRANGER, python, environment)
+    yield server
+    server.stop()
 
 
 @pytest.fixture
-def run(stranger, hub, tmp_path):
-    """Runs a script there, with a cache of its own; returns what it left with `torch.save`."""
+def run(stranger, tmp_path):
+    """Runs a script there; returns what it left with `torch.save`."""
 
     def start(script, *arguments):
         result = tmp_path / "result.pt"
         result.unlink(missing_ok=True)
-        # PYTHONPATH and the like would let the package in by the back door.
-        base = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        environment = {**base, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
         (tmp_path / "script.py").write_text(PREAMBLE + script)
-        command = [stranger, tmp_path / "script.py", result, *arguments]
-        done = subprocess.run(
-            [str(part) for part in command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500
-        )
+        command = [tmp_path / "script.py", result, *arguments]
+        done = stranger.run(command, env=stranger.environment, cwd=tmp_path, timeout=500)
         assert done.returncode == 0, done.stderr[-6000:]
         return torch.load(result)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_hybrid import QUIET, WORDS, pair, word_tokenizer
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
 from manticore_hf.evaluation.data import pack
@@ -159,6 +159,54 @@ def test_in_one_block_the_logged_parts_are_the_components_alone(model, text, tmp
     metrics, rivals = trainer.evaluate(), compare_losses(one, text)
     for name in ("gpt_neox", "mamba", "ensemble"):
         assert metrics[f"eval_loss/{name}"] == pytest.approx(rivals[name], abs=1e-4)
+
+
+def _traces(model):
+    """Hooks of a model and of all in it, and whether it reports of its parts."""
+    hooks = [len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules()]
+    return hooks[0], sum(hooks), model.report_parts
+
+
+class _Fails(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise RuntimeError("in the middle")
+
+    on_prediction_step = on_step_end
+
+
+def test_a_model_is_as_it_was_when_its_trainer_is_done(model, text, tmp_path):
+    before = _traces(model)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
+    trainer = HybridTrainer(
+        model=model, args=_arguments(tmp_path, **settings), train_dataset=text, eval_dataset=text.select(range(8))
+    )
+    seen = []
+    trainer.add_callback(_Sees(seen))
+    trainer.train()
+    assert _traces(model) == before == (0, before[1], False)
+    assert seen == [(1, before[1] + 1, True)] * 3  # evaluations in between leave it reporting
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 3 and all("loss/mixture" in entry and "loss/ensemble" in entry for entry in logged)
+    assert "eval_loss/ensemble" in trainer.evaluate() and _traces(model) == before
+    trainer.predict(text.select(range(4)))
+    assert _traces(model) == before
+    trainer.add_callback(_Fails())
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            run()
+        assert _traces(model) == before
+    model.report_parts = True  # somebody else wants it
+    trainer.remove_callback(_Fails)
+    trainer.evaluate()
+    assert _traces(model) == (0, before[1], True)
+
+
+class _Sees(TrainerCallback):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.seen.append(_traces(model))
 
 
 def test_packing(tokenizer):

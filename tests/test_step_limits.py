@@ -8,7 +8,7 @@ import pytest
 import scans
 import torch
 from manticore_hf.modeling import fast_mixers_manticore as sm
-from manticore_hf.modeling.versions_manticore import cache_argument
+from manticore_hf.modeling.anatomy_manticore import cache_argument
 from scans import modeling
 from transformers import DynamicCache
 

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from manticore_hf.compose.components import ComponentSpec
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.utils.files import write_json
 
 RESULTS = "tasks.json"

@@ -20,10 +20,12 @@ from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.tokenizers import check_tokenizers
 from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import modeling_manticore
-from manticore_hf.modeling.attention_manticore import settle_attention
+from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.references_manticore import component_files
+from manticore_hf.utils.task_types import CAUSAL
+from manticore_hf.utils.unwrap import is_hybrid
 
 _NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 
@@ -177,12 +179,13 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
         cache, logits, start = self.make_cache() if len(sizes) > 1 else None, [], 0
         for size in sizes:
             stop = start + size
-            state = self.embed(name, ids[:, start:stop])
+            reads_ids = self.config.embeddings == "native" and self.segments.segment(name, 0).is_whole
+            state = ids[:, start:stop] if reads_ids else self.embed(name, ids[:, start:stop])
             for block in range(self.config.num_blocks):
                 view = None if cache is None else cache.view(name, block)
                 given = mask[:, :stop] if padding else None
-                state = self._segment(name, block)(state, given, positions[:, start:stop], view)
-            logits.append(self._cuts.head(self.component(name))(state))
+                state = self.segments.segment(name, block)(state, given, positions[:, start:stop], view)
+            logits.append(self.segments.head(name)(state))
             if cache is not None:
                 cache.advance(size)
             start = stop
@@ -269,7 +272,7 @@ class _Classifies:
         Raises:
             ManticoreError: It is no causal hybrid, or a quantised one, or the labels contradict each other.
         """
-        if "ManticoreForCausalLM" not in {base.__name__ for base in type(model).__mro__}:  # or of another copy
+        if not is_hybrid(model) or model._auto_class != CAUSAL.auto:  # not by its class, which may be of another copy
             raise ManticoreError(f"{type(model).__name__} is no causal hybrid; give a ManticoreForCausalLM.")
         if getattr(model.config, "quantization_config", None) is not None:
             raise ManticoreError(

@@ -29,7 +29,7 @@ from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.recipe import load_recipe, run_recipe
 from manticore_hf.utils.plots import plot_losses
 
-COMPONENTS = Path(__file__).parent / "demo_components"
+COMPONENTS = Path(__file__).parent.parent / "demo_components"
 ORGANISATION = "manticore-demo"
 TUNED = "everything tuned"
 KINDS = {"neox-prose": "prose", "mamba-code": "code"}
@@ -37,7 +37,7 @@ RECIPES = {1: files("manticore_hf.recipes") / "demo_one_block.yaml", 2: files("m
 PROMPTS = {"prose": "Return the name of the", "code": "def close(self):\n    self."}
 
 
-def run(output_dir, tokens, seed):
+def run(output_dir: Path, tokens: int, seed: int) -> int:
     """Runs the demo.
 
     Args:
@@ -236,7 +236,7 @@ def _say(text):
     print(f"[demo] {text}", flush=True)
 
 
-def main():
+def main() -> None:
     """`python -m manticore_hf.demo.demo`, against the Hub of the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)

@@ -1,20 +1,25 @@
 """Losses on held-out text: a hybrid's number is never given without its rivals'."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
-from manticore_hf.evaluation.data import load_rows
+from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
-from manticore_hf.utils.distributed import bar, component_runner, shares, totals
+from manticore_hf.utils.distributed import all_reduce_dict, bar, component_runner, shares
 
 
 @torch.no_grad()
-def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True):
+def compare_losses(
+    model: PreTrainedModel, dataset: Dataset, batch_size: int = 16, desc: str = "Evaluating", rivals: bool = True
+) -> dict[str, float]:
     """Mean next-token loss of a hybrid, of each component alone, and of their plain ensemble, in one pass.
 
     Several processes each run a share of the rows; all of them must call this.
@@ -56,11 +61,11 @@ def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True
         sums["hybrid"] += loss(model(input_ids=ids, use_cache=False).logits)
         count += share * target.numel()
     model.train(was_training)
-    *sums, count = totals({**sums, "": count}, model.device).items()
+    *sums, count = all_reduce_dict({**sums, "": count}, model.device).items()
     return {name: loss / count[1] for name, loss in sums}
 
 
-def measured_on(data, rows):
+def measured_on(data: DataArguments, rows: Dataset) -> dict[str, Any]:
     """What a result says of the text it was measured on: {"data": its name, "tokens": predicted ones, "note": how}.
 
     Args:
@@ -74,7 +79,9 @@ def measured_on(data, rows):
     return {"data": local.name if local.exists() else data.data, "tokens": tokens, "note": note}
 
 
-def run_evaluate(source, data, batch_size=8, output=None):
+def run_evaluate(
+    source: str | os.PathLike, data: DataArguments, batch_size: int = 8, output: str | os.PathLike | None = None
+) -> dict[str, float]:
     """Prints (and writes) the losses of a saved hybrid and its rivals on a text.
 
     Args:

@@ -12,8 +12,8 @@ import torch
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.families.tiny import tokens
-from manticore_hf.modeling.segments_manticore import Cuts
-from manticore_hf.modeling.versions_manticore import CACHE
+from manticore_hf.modeling.anatomy_manticore import dissect
+from manticore_hf.modeling.segments_manticore import Head, cut
 
 PADDING = 3
 """Tokens of left padding of the first of two rows."""
@@ -86,8 +86,7 @@ def check_segments(component, bounds):
         component: A causal LM in evaluation mode.
         bounds: Where it is cut: (0, 2, depth).
     """
-    cuts = Cuts()
-    anatomy = cuts.anatomy(component)
+    anatomy = dissect(component)
     stack = component.get_submodule(anatomy.path)
     ids, mask, positions = left_padded(device=component.device)
     what = f"the model in {len(bounds) - 1} segments and the uncut model"
@@ -97,11 +96,11 @@ def check_segments(component, bounds):
         wanted = stack(input_ids=ids, attention_mask=given, use_cache=False, **kwargs)[0]
         state = component.get_input_embeddings()(ids)
         for start, stop in zip(bounds, bounds[1:]):
-            state = cuts.segment(component, start, stop)(state, given, where)
+            state = cut(component, anatomy, start, stop)(state, given, where)
         same(state, wanted, what)
     kwargs = {"position_ids": positions} if "position_ids" in inspect.signature(component.forward).parameters else {}
     wanted = component(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits
-    same(cuts.head(component)(state), wanted, "the logits of a component's last state and its own logits")
+    same(Head(component, anatomy)(state), wanted, "the logits of a component's last state and its own logits")
 
 
 @torch.no_grad()
@@ -216,7 +215,7 @@ def check_greedy(model, steps=6):
     got, logits, out = generate(model, ids, mask, steps)
     close(logits, wanted_logits, "logits with a cache and without")
     same(got, wanted, "tokens generated with a cache and without")
-    if getattr(out, CACHE).get_seq_length() != ids.shape[1] + steps - 1:
+    if out.cache.get_seq_length() != ids.shape[1] + steps - 1:
         raise Broken("the cache has another length than what it was given")
 
 
@@ -252,12 +251,12 @@ def check_chunks(model, sizes):
     cache, start, parts, i = model.make_cache(), 0, [], 0
     while start < 11:
         stop = min(start + sizes[i % len(sizes)], 11)
-        out = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], **{CACHE: cache})
+        out = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache)
         parts.append(out.logits)
         start, i = stop, i + 1
     real = mask.bool()
     close(torch.cat(parts, 1)[real], whole[real], f"logits of a text in chunks of {sizes} and of the whole")
-    if getattr(out, CACHE) is not cache or cache.get_seq_length() != 11:
+    if out.cache is not cache or cache.get_seq_length() != 11:
         raise Broken("the cache has another length than what it was given")
 
 
@@ -269,7 +268,7 @@ def check_turns(model):
     caches, parts = [model.make_cache(), model.make_cache()], [[], []]
     for start, stop in [(0, 4), (4, 5), (5, 6)]:
         for i, ids in enumerate((one, two)):
-            parts[i].append(model(input_ids=ids[:, start:stop], **{CACHE: caches[i]}).logits)
+            parts[i].append(model(input_ids=ids[:, start:stop], cache=caches[i]).logits)
     for part, wanted in zip(parts, whole):
         close(torch.cat(part, 1), wanted, "logits of two sequences by turns and of each at once")
 
@@ -281,11 +280,11 @@ def check_static_cache(model):
     got, logits, out = generate(model, ids, mask, cache_implementation="static")
     close(logits, wanted_logits, "logits with a static cache and without")
     same(got, wanted, "tokens generated with a static cache and without")
-    if getattr(out, CACHE).max_cache_len < got.shape[1] - 1:
+    if out.cache.max_cache_len < got.shape[1] - 1:
         raise Broken("the static cache is shorter than what was generated")
     ids, cache = tokens(1, 10, device=model.device), model.make_cache(16)
     with torch.no_grad():
-        parts = [model(input_ids=ids[:, a:b], **{CACHE: cache}).logits for a, b in [(0, 6), (6, 7), (7, 10)]]
+        parts = [model(input_ids=ids[:, a:b], cache=cache).logits for a, b in [(0, 6), (6, 7), (7, 10)]]
         whole = model(input_ids=ids, use_cache=False).logits
     close(torch.cat(parts, 1), whole, "logits in chunks with a static cache and at once")
 

@@ -6,6 +6,7 @@ written by strangers (names, licences, recipes) is escaped: it is shown, and for
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -74,7 +75,9 @@ class Facts:
     combined: Combined | None = None
 
 
-def make_card(directory, facts):
+def make_card(
+    directory: str | os.PathLike, facts: Facts
+) -> tuple[Card, str | None, list[list[float]] | None, list[str]]:
     """Makes the card of a saved hybrid.
 
     Args:
@@ -121,10 +124,16 @@ def make_card(directory, facts):
     return card, license_text, alpha, notices
 
 
-def read_results(directory):
-    """[Result] of what was measured in a directory: `evaluation.json`, and the `stage.json` of the stage that made it.
+def read_results(directory: str | os.PathLike) -> list[Result]:
+    """What was measured in a directory: `evaluation.json`, and the `stage.json` of the stage that made it.
 
     Files of another form are passed over: they are optional, and may be anyone's.
+
+    Args:
+        directory: Of a saved hybrid.
+
+    Returns:
+        [Result], one for each text; losses in nats per token.
     """
     out = []
     for name in ("evaluation.json", "stage.json"):

@@ -46,15 +46,15 @@ def shrink(model, ledger, label=None):
         ledger: The Ledger that will watch it, and is told what its sections stand for.
         label: First part of its keys, if the ledger watches another model, too.
     """
-    plan = dict(model._plan())
+    ranges, shorter = model.segments.ranges, {}
     for name in model.config.component_names:
         component = model.component(name)
-        anatomy = model._cuts.anatomy(component)
+        anatomy = model.segments.anatomy(name)
         component.__dict__["_anatomy"] = anatomy  # its layers are no longer all there
         stack = component.get_submodule(anatomy.path)
         layers = list(getattr(stack, anatomy.layers))
         dropped, marks = set(), {}
-        for (other, block), (start, stop) in plan.items():
+        for (other, block), (start, stop) in ranges.items():
             found = None if other != name else find_period([layer_kind(layer) for layer in layers[start:stop]])
             if found is None:
                 continue
@@ -64,18 +64,14 @@ def shrink(model, ledger, label=None):
             dropped |= set(range(middle + length, start + first + (count - 1) * length))
             marks[middle], marks[start + first + (count - 1) * length] = (None, key), (key, None)
         kept = [i for i in range(len(layers)) if i not in dropped]
-        model._cuts.plan.update(
-            {
-                (other, block): (kept.index(start), kept.index(stop - 1) + 1)
-                for (other, block), (start, stop) in plan.items()
-                if other == name
-            }
-        )
+        for (other, block), (start, stop) in ranges.items():
+            if other == name:
+                shorter[other, block] = (kept.index(start), kept.index(stop - 1) + 1)
         if dropped:
             left = [Marked(layers[i], ledger, *marks[i]) if i in marks else layers[i] for i in kept]
             setattr(stack, anatomy.layers, nn.ModuleList(left))
             stack.config = pick_config(stack.config, kept)
-    model._cuts._segments.clear()
+    model.segments.recut({key: shorter[key] for key in ranges})
 
 
 def find_period(kinds):

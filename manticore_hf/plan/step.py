@@ -87,7 +87,7 @@ class Rehearsal:
         hybrid.tie_weights()
         self.ledger.shares = {id(one): share for layer in layers_of(hybrid) for one in layer.parameters()}
         if teacher is None:
-            PartSums(hybrid)  # the Trainer's logs have the parts' losses
+            PartSums(hybrid).__enter__()  # the Trainer's logs have the parts' losses
         else:
             self.teacher.tie_weights()
             self.teacher.eval()

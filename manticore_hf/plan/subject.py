@@ -40,7 +40,7 @@ class Subject:
     notes: list = field(default_factory=list)
 
 
-def load_subject(source, configs=None):
+def load_subject(source: str | Path, configs: str | Path | None = None) -> Subject:
     """Reads a recipe, or a saved hybrid, without weights.
 
     Args:

@@ -1,6 +1,9 @@
 """What the reports say to engineers, as texts and charts: the mixture, why it is so, where it pays, its training."""
 
+from typing import Any
+
 from manticore_hf.report import charts
+from manticore_hf.report.facts import Facts
 from manticore_hf.report.verdict import gain_needed, say_difference
 from manticore_hf.utils.formatting import short_count
 
@@ -13,7 +16,7 @@ _KINDS = {
 _MOST_CHARTS = 8
 
 
-def mixture(facts):
+def mixture(facts: Facts) -> dict[str, Any]:
     """Alpha as a heat map, its trajectories, and those of the gate's mean weights."""
     names = list(dict.fromkeys(row["component"] for row in facts.found["blocks"]))
     blocks, route = facts.found["settings"]["num_blocks"], facts.found["settings"]["route"]
@@ -60,7 +63,7 @@ def mixture(facts):
     }
 
 
-def why(facts):
+def why(facts: Facts) -> dict[str, Any] | None:
     """Losses without each part, with untrained mixtures, and how alike features are."""
     measured = facts.measured
     if not measured:
@@ -123,7 +126,7 @@ def why(facts):
     }
 
 
-def where(facts):
+def where(facts: Facts) -> list[dict[str, Any]]:
     """Tokens and documents where the hybrid gains or loses most against each rival, texts made visible."""
     if not facts.measured:
         return []
@@ -169,14 +172,14 @@ def _gate(one):
     return ", ".join(f"{name} {weight:.2f}" for name, weight in one["gate"].items()) if one.get("gate") else ""
 
 
-def visible(text, alone=False):
+def visible(text: str, alone: bool = False) -> str:
     """Text in one line whose line breaks and tabs are seen, and that commands nothing; `alone`: spaces, too."""
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥")
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text.replace(" ", "␣") if alone and not text.strip() else text
 
 
-def curves(facts):
+def curves(facts: Facts) -> list[dict[str, Any]]:
     """Losses over the steps of each stage."""
     out = []
     for stage in facts.stages:
@@ -201,7 +204,7 @@ def _curve_name(key):
     return f"{'hybrid' if part in ('', 'mixture') else part}, {side}"
 
 
-def comparison(facts):
+def comparison(facts: Facts) -> dict[str, Any] | None:
     """All rows of the comparison, by kind of text too, with the forest plot."""
     if facts.comparison is None:
         return None

@@ -4,7 +4,9 @@ Differences are a rival's loss minus the hybrid's, in nats per token: positive m
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 WORTH = 0.01
 """Smallest gain that is worth a second model, as a share of the best rival's loss."""
@@ -59,7 +61,7 @@ class Verdict:
     decided: bool = True
 
     @property
-    def headline(self):
+    def headline(self) -> str:
         """The verdict in words."""
         if self.otherwise is not None:
             rest = _EXPLAINED[self.otherwise.word]
@@ -68,7 +70,12 @@ class Verdict:
         return _EXPLAINED[self.word]
 
 
-def decide(comparison, settings=None, command=None, one_run=None):
+def decide(
+    comparison: Mapping[str, Any] | None,
+    settings: Mapping[str, Any] | None = None,
+    command: str | None = None,
+    one_run: Sequence | None = None,
+) -> Verdict:
     """Applies the rules.
 
     Args:
@@ -153,7 +160,7 @@ def _rivals(comparison):
     ]
 
 
-def gain_needed(comparison):
+def gain_needed(comparison: Mapping[str, Any]) -> float | None:
     """Nats per token that the hybrid has to be better by, or None where no rival can be used today."""
     losses = [row["loss"] for row in _rivals(comparison) if not row["needs"]]
     return WORTH * min(losses) if losses else None
@@ -173,8 +180,13 @@ def _in_one_run(losses, own):
     return say(row, {"loss": losses[own]})
 
 
-def say(row, hybrid):
-    """A rival's difference to the hybrid in a sentence that says what it means."""
+def say(row: Mapping[str, Any], hybrid: Mapping[str, Any]) -> str:
+    """A baseline's difference to the hybrid in a sentence that says what it means.
+
+    Args:
+        row: The baseline's row, as `read_comparison` gives it; losses and differences in nats per token.
+        hybrid: The hybrid's row, of which the loss counts.
+    """
     difference, pair = row["difference"], row["difference_interval"]
     if difference is None:
         return f"{row['name']}: {row['loss']:.3f} nats per token, the hybrid {hybrid['loss']:.3f}."
@@ -194,15 +206,15 @@ def say(row, hybrid):
     )
 
 
-def say_difference(row):
-    """How much better the hybrid is than a row's model, with the interval, as text."""
+def say_difference(row: Mapping[str, Any]) -> str:
+    """How much better the hybrid is than a row's model, in nats per token with the interval, as text."""
     value, pair = row["difference"], row.get("difference_interval")
     if value is None:
         return "not known"
     return f"{value:+.3f} ({pair[0]:+.3f} to {pair[1]:+.3f})" if pair else f"{value:+.3f} (one seed)"
 
 
-def perplexity(loss):
+def perplexity(loss: float) -> str:
     """exp(loss) as text; what the loss means: the model is as unsure as between that many equally likely tokens."""
     value = math.exp(min(loss, 700.0))
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"

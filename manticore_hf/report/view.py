@@ -1,17 +1,18 @@
 """What both reports say to who decides, as texts: HTML and Markdown print the same strings."""
 
 from importlib import metadata
+from typing import Any
 
 from manticore_hf.hub.licenses import DUTIES, LICENSES
 from manticore_hf.report import details
-from manticore_hf.report.facts import one_run
-from manticore_hf.report.verdict import RULES, perplexity, say_difference
-from manticore_hf.utils.formatting import listed, short_bytes, short_count
+from manticore_hf.report.facts import Facts, one_run
+from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_difference
+from manticore_hf.utils.formatting import listed, short_bytes, short_count, short_duration
 
 _ON_TOP = 6
 
 
-def make_view(facts, verdict):
+def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
     """Facts and Verdict as the templates print them."""
     settings = facts.found["settings"]
     kinds = {entry["name"]: entry["model_type"] for entry in facts.found["components"]}
@@ -138,7 +139,7 @@ def _making(facts):
             {
                 "name": stage.name,
                 "what": ", ".join(said) or "no training",
-                "time": _duration(stage.seconds),
+                "time": short_duration(stage.seconds),
                 "flops": short_count(stage.flops) if stage.flops else "not recorded",
             }
         )
@@ -147,7 +148,7 @@ def _making(facts):
     sentences = []
     if trained:
         sentences.append(
-            f"{_duration(seconds)} of training in {_plural(len(trained), 'stage')}"
+            f"{short_duration(seconds)} of training in {_plural(len(trained), 'stage')}"
             + (f", about {short_count(flops)}FLOPs by the Trainer's estimate." if flops else ".")
         )
     row = None
@@ -156,7 +157,7 @@ def _making(facts):
     if row and (row["training_tokens"] or row["seconds"]):
         said = [
             f"{row['training_tokens']:,.0f} training tokens" if row["training_tokens"] else None,
-            _duration(row["seconds"]) if row["seconds"] else None,
+            short_duration(row["seconds"]) if row["seconds"] else None,
             f"{short_count(row['training_flops'])}FLOPs" if row["training_flops"] else None,
         ]
         sentences.append(f"Per seed in the comparison: {listed([one for one in said if one])}.")
@@ -206,11 +207,3 @@ def _licences(facts):
 
 def _tokens(count):
     return "tokens not recorded" if count is None else f"{count:,} tokens"
-
-
-def _duration(seconds):
-    if seconds is None:
-        return "not recorded"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -5,6 +5,8 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
+from collections.abc import Sequence
+from types import ModuleType
 
 _ROOMS = {
     "adapters": "training.lora",
@@ -75,7 +77,10 @@ class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, package: str):
         self.package = package
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """A spec for a module by its old name, with a warning; None for any other."""
         old = fullname.removeprefix(f"{self.package}.")
         if fullname == old or old not in _ROOMS:
             return None
@@ -83,7 +88,8 @@ class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         warnings.warn(f"{fullname} is now {new}; the old name goes with version 0.3.", FutureWarning, stacklevel=2)
         return importlib.machinery.ModuleSpec(fullname, self)
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
+        """Imports the module under its new name, in the place of the old one."""
         new = _ROOMS[module.__name__.removeprefix(f"{self.package}.")]
         sys.modules[module.__name__] = importlib.import_module(f"{self.package}.{new}")
 

@@ -41,7 +41,14 @@ Converted by manticore-hf from {source} ({how}). The weights are the source's{ro
 """
 
 
-def convert(source, output_dir, tokenizer=None, dtype=None, gguf_file=None, revision=None):
+def convert(
+    source: str | Path,
+    output_dir: str | Path,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+) -> dict:
     """Converts a checkpoint to a directory with config.json, model.safetensors and tokenizer.
 
     Args:
@@ -222,15 +229,3 @@ def _card(result, title, rounded):
         rounded=rounded,
     )
     return "\n".join([*lines, "---", "", body])
-
-
-def main(args):
-    """`manticore-hf convert`."""
-    result = convert(args.source, args.output_dir, args.tokenizer, args.dtype, args.gguf_file, args.revision)
-    at = f" at commit {result['revision']}" if result["revision"] else ""
-    print(f"\nconvert: {result['source']}{at} ({result['how']})")
-    print(
-        f"{result['model_type']}, {result['parameters']:,} parameters in {result['dtype']}, licence "
-        f"{result['license'] or 'not stated'}, tokenizer {result['tokenizer']}"
-    )
-    print(f"written to {args.output_dir}; read back, it gives the same logits")

@@ -9,16 +9,27 @@ Numbers compare with each other; the benchmark's own models read in both directi
 
 import functools
 import hashlib
+from pathlib import Path
 
 import torch
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM, ManticoreForSequenceClassification
-from manticore_hf.experiments.baselines import Comparison, Training, families_of, training_of
+from manticore_hf.experiments.baselines import Comparison, Training
+from manticore_hf.experiments.lra.settings import LraTask
 
 DEFAULTS = Training(layers=4, epochs=10, learning_rate=1e-3, weight_decay=0.01, batch_size=32)
 
 
-def run_lra(task, families, output_dir, training=None, rivals=True, hybrid=None, quiet=False, designed=False):
+def run_lra(
+    task: LraTask,
+    families: list[str],
+    output_dir: str | Path,
+    training: Training | None = None,
+    rivals: bool = True,
+    hybrid: dict | None = None,
+    quiet: bool = False,
+    designed: bool = False,
+) -> list[dict]:
     """Trains and scores what is not finished yet, and prints all of it.
 
     Args:
@@ -46,7 +57,7 @@ def run_lra(task, families, output_dir, training=None, rivals=True, hybrid=None,
     return results
 
 
-def pad(rows):
+def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
     """A batch of rows of different lengths: padded with 0 on the right, `attention_mask` says how far."""
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -96,17 +107,3 @@ class _LraComparison(Comparison):
             for batch in self.data(split).with_format("arrow").iter(1000):
                 digest.update(str(batch.to_pydict()).encode())
         return digest.hexdigest()[:16]
-
-
-def main(args):
-    """`manticore-hf lra`: from parsed arguments to `run_lra`."""
-    from transformers.utils import logging
-
-    from manticore_hf.experiments.lra.settings import TASKS, lra_task
-
-    logging.set_verbosity_error()
-    names = {name for settings in TASKS.values() for name in settings}
-    task = lra_task(args.task, seed=args.seed, **{name: getattr(args, name) for name in names if hasattr(args, name)})
-    training, families = training_of(args), families_of(args)
-    hybrid = {"num_blocks": args.num_blocks, "preset": args.preset}
-    run_lra(task, families, args.output_dir, training, args.rivals, hybrid, designed=args.designed)
