@@ -4,7 +4,7 @@ from hub_models import tiny
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 
-MOST_FILES, MOST_LINES = 31, 6150
+MOST_FILES, MOST_LINES = 28, 6170
 
 
 def test_a_published_hybrid_carries_little_code(tmp_path, capsys):
