@@ -14,29 +14,17 @@ PRESETS = {
     # Roberts et al., section 3 and their released code (linear projectors of the framework's default initialisation,
     # gates equal to alpha, embeddings and heads mixed with the first block's alpha, loss of the mixture only).
     "paper": {
-        "projector": "linear",
-        "projector_init": "default",
-        "gate": "alpha",
-        "mixture": "static",
-        "mixture_space": "logprob",
-        "embeddings": "mixed",
-        "head_mixture": "first",
-        "mix_loss_weight": 1.0,
-        "component_loss_weight": 0.0,
+        "projector": "linear", "projector_init": "default", "gate": "alpha", "mixture": "static",
+        "mixture_space": "logprob", "embeddings": "mixed", "head_mixture": "first",
+        "mix_loss_weight": 1.0, "component_loss_weight": 0.0,
     },
     # What measured best so far (BENCHMARKS.md says on what).
     "default": {
-        "projector": "linear",
-        "projector_init": "calibrated",
-        "gate": "none",
-        "mixture": "token",
-        "mixture_space": "prob",
-        "embeddings": "native",
-        "head_mixture": "last",
-        "mix_loss_weight": 1.0,
-        "component_loss_weight": 0.0,
+        "projector": "linear", "projector_init": "calibrated", "gate": "none", "mixture": "token",
+        "mixture_space": "prob", "embeddings": "native", "head_mixture": "last",
+        "mix_loss_weight": 1.0, "component_loss_weight": 0.0,
     },
-}
+}  # fmt: skip
 
 
 def _preset(help, *choices):
