@@ -1,7 +1,7 @@
 """Trains models of one task from scratch, a hybrid beside its rivals, and keeps what each run gave.
 
 Every model is trained by the standard Trainer on the same sequences in the same order: AdamW, cosine to 1e-6, no
-clipping, float32. What a task is, how it reads a model and how it is scored is said by subclasses of `Comparison`.
+clipping, float32. What a task is, how it reads a model and how it is scored is said by subclasses of `Benchmark`.
 
 Every run writes one JSON file, whose name carries a digest of all its settings, when it is finished; it is not run
 again. A component's trained weights lie beside its file, because the ensemble needs them.
@@ -49,7 +49,7 @@ class Training:
             )
 
 
-class Comparison:
+class Benchmark:
     """Models of one task and training setting; the data are made when first needed.
 
     Args:
@@ -251,7 +251,7 @@ def answers(models, rows, pick, batch_size, collate=default_data_collator, argum
         models: Models of one task; of several, the mean of their log-probabilities counts. They are put into evaluation
             mode.
         rows: The data set.
-        pick: As `Comparison.pick`.
+        pick: As `Benchmark.pick`.
         batch_size: Rows per forward pass.
         collate: Makes batches of rows.
         arguments: Further arguments of the models' forward.

@@ -1,7 +1,7 @@
 """The tasks of the Long Range Arena (Tay et al., arXiv 2011.04006) that are built in: defaults, and what is refused.
 
 ListOps and Pathfinder are generated; texts (bytes) and images (grey pixels) come from files or data sets of the user's.
-ListOps is the benchmark's own rule; Pathfinder is made anew here (see `lra_pathfinder`), so its numbers compare with
+ListOps is the benchmark's own rule; Pathfinder is made anew here (see `pathfinder`), so its numbers compare with
 each other only. Every row has `input_ids` and a `label` for the whole sequence.
 """
 

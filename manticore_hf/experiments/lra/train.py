@@ -2,7 +2,7 @@
 
     manticore-hf lra listops --hybrid llama,mamba --designed --min-len 10 --max-len 40 --num-train 6400 --output-dir lra
 
-How they are trained: see `comparison`. Every model, a single one too, is a hybrid with score heads
+How they are trained: see `baselines`. Every model, a single one too, is a hybrid with score heads
 (`ManticoreForSequenceClassification`), which with one component is that component with a linear head on its last state.
 Numbers compare with each other; the benchmark's own models read in both directions, and pool in other ways.
 """
@@ -13,7 +13,7 @@ import hashlib
 import torch
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM, ManticoreForSequenceClassification
-from manticore_hf.experiments.baselines import Comparison, Training
+from manticore_hf.experiments.baselines import Benchmark, Training
 
 DEFAULTS = Training(layers=4, epochs=10, learning_rate=1e-3, weight_decay=0.01, batch_size=32)
 
@@ -38,7 +38,7 @@ def run_lra(task, families, output_dir, training=None, rivals=True, hybrid=None,
     Raises:
         ManticoreError: Something in the settings or the data cannot be used.
     """
-    results = _LraComparison(task, output_dir, training or DEFAULTS, quiet).run(families, rivals, hybrid, designed)
+    results = _LraBenchmark(task, output_dir, training or DEFAULTS, quiet).run(families, rivals, hybrid, designed)
     if not quiet:
         print(f"\n{task.name}: at most {task.positions:,} tokens, test accuracy (chance {results[0]['chance']:.3f})")
         for row in results:
@@ -58,7 +58,7 @@ def pad(rows):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class _LraComparison(Comparison):
+class _LraBenchmark(Benchmark):
     collate = staticmethod(pad)
 
     @property

@@ -166,7 +166,7 @@ def _search_apart(families, tasks, num_blocks, output, settings, quiet):
         visible = [one for one in alone.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
         alone["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
     request = [families, tasks, num_blocks, str(output), dataclasses.asdict(settings), quiet]
-    code = "import json, sys; from manticore_hf.experiments import program; program.search(*json.load(sys.stdin))"
+    code = "import json, sys; from manticore_hf.experiments.mad import program; program.search(*json.load(sys.stdin))"
     done = subprocess.run([sys.executable, "-c", code], input=json.dumps(request), text=True, env=alone)
     if done.returncode:
         raise ManticoreError(

@@ -2,13 +2,13 @@
 
     manticore-hf mad in-context-recall --hybrid llama,mamba --epochs 20 --output-dir mad
 
-As the benchmark does it (see `comparison`) but for its bfloat16 and its steps of the schedule (per epoch there, per
+As the benchmark does it (see `baselines`) but for its bfloat16 and its steps of the schedule (per epoch there, per
 batch here), and without its stop at 99.9 % on the test set. Families are Transformers' own, MLPs included, so the
 numbers compare with each other and not with those of the MAD paper.
 """
 
 from manticore_hf.evaluation.metrics import load_metric
-from manticore_hf.experiments.baselines import Comparison, Training
+from manticore_hf.experiments.baselines import Benchmark, Training
 from manticore_hf.experiments.mad.compression import CompressionModel
 from manticore_hf.experiments.mad.tasks import IGNORE
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -33,13 +33,13 @@ def run_mad(task, families, output_dir, training=None, rivals=True, hybrid=None,
     Raises:
         ManticoreError: Something in the settings cannot be used.
     """
-    results = _MadComparison(task, output_dir, training or Training(), quiet).run(families, rivals, hybrid, designed)
+    results = _MadBenchmark(task, output_dir, training or Training(), quiet).run(families, rivals, hybrid, designed)
     if not quiet:
         _print_table(task, results)
     return results
 
 
-class _MadComparison(Comparison):
+class _MadBenchmark(Benchmark):
     def __init__(self, task, output, training, quiet):
         try:
             self.metric = load_metric("mad_accuracy", keep_in_memory=True)
