@@ -6,9 +6,10 @@ import tempfile
 import time
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -37,16 +38,16 @@ class Examined:
         **settings: Of the type's configuration, beyond `tiny_config`'s.
     """
 
-    def __init__(self, model_type, double=False, device="cpu", **settings):
+    def __init__(self, model_type: str, double: bool = False, device: torch.device | str = "cpu", **settings: Any):
         self.config, self.double, self.device = tiny_config(model_type, **settings), double, device
 
     @property
-    def component(self):
+    def component(self) -> PreTrainedModel:
         """A tiny causal LM of the type, always the same."""
         return self._tiny(self.config.__class__.from_dict(self.config.to_dict()), 0)
 
     @property
-    def llama(self):
+    def llama(self) -> PreTrainedModel:
         """A tiny Llama of other width and depth to stand beside it."""
         return self._tiny(tiny_config("llama", hidden_size=24, head_dim=6, num_hidden_layers=4), 1)
 
@@ -56,11 +57,11 @@ class Examined:
         return doubled(model) if self.double else model
 
     @cached_property
-    def depth(self):
+    def depth(self) -> int:
         """Its number of layers."""
         return component_depth(self.config)
 
-    def hybrid(self, beside=True, **settings):
+    def hybrid(self, beside: bool = True, **settings: Any) -> ManticoreForCausalLM:
         """A hybrid of the type, in two blocks; `beside` a Llama or alone."""
         parts = [ComponentSpec(self.component, name="one")]
         if beside:
@@ -70,12 +71,12 @@ class Examined:
         return model
 
     @cached_property
-    def alone(self):
+    def alone(self) -> ManticoreForCausalLM:
         """One that checks of decoding share: they change nothing."""
         return self.hybrid(beside=False)
 
     @cached_property
-    def pair(self):
+    def pair(self) -> ManticoreForCausalLM:
         """One that checks of decoding share: they change nothing."""
         return self.hybrid()
 
@@ -122,7 +123,7 @@ ROUNDED = ("padding", "greedy", "turns", "chunks", "beams", "static", "gradients
 """Those that compare up to rounding."""
 
 
-def examine(model_type, device="cpu", **settings):
+def examine(model_type: str, device: torch.device | str = "cpu", **settings: Any) -> dict[str, Any]:
     """Puts one type through the contract.
 
     Args:
@@ -189,7 +190,7 @@ def _what_breaks(check, examined):
         return f"{type(err).__name__}: {first_line(err)}"
 
 
-def refuse_by_configuration(model_type):
+def refuse_by_configuration(model_type: str) -> None:
     """Raises ManticoreError if a repository with this type's usual config.json would be refused."""
     try:
         config = CONFIG_MAPPING[model_type]()
@@ -205,7 +206,7 @@ def refuse_by_configuration(model_type):
         resolve(ComponentSpec(folder, name="one"), {})
 
 
-def sentence(err):
+def sentence(err: BaseException) -> str:
     """A message, of which component it speaks left out."""
     text = " ".join(str(err).split())
     named = re.match(r"Component '\w+'(?: \([^)]*\))?(:?) (.*)", text)
@@ -214,7 +215,7 @@ def sentence(err):
     return named[2][0].upper() + named[2][1:] if named[1] else f"It {named[2]}"
 
 
-def first_line(err):
+def first_line(err: BaseException) -> str:
     """What an error says first, not longer than a line."""
     text = " ".join(str(err).split())
     return text if len(text) <= 200 else f"{text[:200]}..."

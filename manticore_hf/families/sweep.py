@@ -7,7 +7,10 @@ finished type is a JSON file; a sweep that is run again goes on with those that 
 import json
 import multiprocessing
 import os
+from collections.abc import Sequence
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 from manticore_hf.families.table import ORDER, versions, write_table
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -17,7 +20,7 @@ SECONDS = 300
 MEMORY = 6 * 2**30
 
 
-def chosen(results, names):
+def chosen(results: list[dict[str, Any]], names: Sequence[str] | None) -> list[dict[str, Any]]:
     """Those of some results that are of these model types; of None, all.
 
     Raises:
@@ -43,14 +46,16 @@ def _check_names(names):
             )
 
 
-def all_types():
+def all_types() -> list[str]:
     """The model types with a causal LM, in alphabetical order; a hybrid's own is none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
     return sorted(name for name in KNOWN if name != "manticore")
 
 
-def sweep(output_dir, names=None, time_limit=SECONDS, quiet=False):
+def sweep(
+    output_dir: str | Path, names: Sequence[str] | None = None, time_limit: float = SECONDS, quiet: bool = False
+) -> list[dict[str, Any]]:
     """Puts types through the contract, one process at a time.
 
     Args:
@@ -108,7 +113,7 @@ def _context():
     return context
 
 
-def run_one(context, name, time_limit=SECONDS):
+def run_one(context: BaseContext, name: str, time_limit: float = SECONDS) -> dict[str, Any]:
     """One type in a process of its own; one that dies or takes too long is a result, too."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
