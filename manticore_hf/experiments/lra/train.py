@@ -9,16 +9,29 @@ Numbers compare with each other; the benchmark's own models read in both directi
 
 import functools
 import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM, ManticoreForSequenceClassification
 from manticore_hf.experiments.baselines import Benchmark, Training
+from manticore_hf.experiments.lra.settings import LraTask
 
 DEFAULTS = Training(layers=4, epochs=10, learning_rate=1e-3, weight_decay=0.01, batch_size=32)
 
 
-def run_lra(task, families, output_dir, training=None, rivals=True, hybrid=None, quiet=False, designed=False):
+def run_lra(
+    task: LraTask,
+    families: Sequence[str],
+    output_dir: str | Path,
+    training: Training | None = None,
+    rivals: bool = True,
+    hybrid: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+    designed: bool = False,
+) -> list[dict[str, Any]]:
     """Trains and scores what is not finished yet, and prints all of it.
 
     Args:
@@ -46,7 +59,7 @@ def run_lra(task, families, output_dir, training=None, rivals=True, hybrid=None,
     return results
 
 
-def pad(rows):
+def pad(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of rows of different lengths: padded with 0 on the right, `attention_mask` says how far."""
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)

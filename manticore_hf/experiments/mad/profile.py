@@ -9,7 +9,9 @@ models of one family have one profile.
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -25,7 +27,13 @@ from manticore_hf.utils.files import write_json
 from manticore_hf.utils.plots import plot_profile
 
 
-def mad_profile(models, output_dir, tasks=None, settings=None, quiet=False):
+def mad_profile(
+    models: Sequence[str],
+    output_dir: str | Path,
+    tasks: Iterable[str] | None = None,
+    settings: EasySettings | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Trains every model's family on every task from scratch, and scores it.
 
     Args:

@@ -7,14 +7,32 @@ batch here), and without its stop at 99.9 % on the test set. Families are Transf
 numbers compare with each other and not with those of the MAD paper.
 """
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
 from manticore_hf.evaluation.metrics import load_metric
 from manticore_hf.experiments.baselines import Benchmark, Training
 from manticore_hf.experiments.mad.compression import CompressionModel
+from manticore_hf.experiments.mad.settings import MadTask
 from manticore_hf.experiments.mad.tasks import IGNORE
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 
-def run_mad(task, families, output_dir, training=None, rivals=True, hybrid=None, quiet=False, designed=False):
+def run_mad(
+    task: MadTask,
+    families: Sequence[str],
+    output_dir: str | Path,
+    training: Training | None = None,
+    rivals: bool = True,
+    hybrid: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+    designed: bool = False,
+) -> list[dict[str, Any]]:
     """Trains and scores what is not finished yet, and prints all of it.
 
     Args:
@@ -62,17 +80,17 @@ class _MadBenchmark(Benchmark):
         return {**self.metric.compute(predictions=guesses, references=wanted), "chance": self.task.chance}
 
 
-def for_task(lm, task):
+def for_task(lm: PreTrainedModel, task: MadTask) -> nn.Module:
     """A causal LM as the task trains it: itself, or inside compression's autoencoder, its decoder newly drawn."""
     return lm if task.shifted else CompressionModel(lm, task.seq_len, task.vocab_size)
 
 
-def forward_arguments(task):
+def forward_arguments(task: MadTask) -> dict[str, Any]:
     """What a model of the task is called with beside its input."""
     return {"use_cache": False} if task.shifted else {}
 
 
-def pick(task, scores, batch):
+def pick(task: MadTask, scores: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> list[list[list[int]]]:
     """Predicted and wanted labels of a batch: of every sequence, those at its labelled positions."""
     guess, labels = scores.argmax(-1), batch["labels"]
     if task.shifted:
