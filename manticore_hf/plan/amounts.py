@@ -8,8 +8,12 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "pi": 2**50}
 
 
-def parse_bytes(text, name="memory"):
+def parse_bytes(text: str | int | float, name: str = "memory") -> int:
     """ "80GB" (10**9), "24GiB" (2**30), "80G" or a plain number of bytes -> bytes.
+
+    Args:
+        text: The amount.
+        name: What the message calls it.
 
     Raises:
         ManticoreError: It is no positive amount.
@@ -21,8 +25,12 @@ def parse_bytes(text, name="memory"):
     return int(value)
 
 
-def parse_count(text, name):
+def parse_count(text: str | int | float, name: str) -> int:
     """ "5e8", "500M", "1.2B" or a plain number -> integer.
+
+    Args:
+        text: The number.
+        name: What the message calls it.
 
     Raises:
         ManticoreError: It is no positive number.
@@ -34,16 +42,16 @@ def parse_count(text, name):
     return int(value)
 
 
-def short_memory(size):
-    """Bytes as GB (10**9), or MB where it is less than one."""
+def short_memory(size: float | None) -> str:
+    """Bytes as GB (10**9), MB or kB, "-" for None."""
     if size is None:
         return "-"
     unit, name = next(((n, u) for n, u in ((1e9, "GB"), (1e6, "MB")) if size >= n / 10), (1e3, "kB"))
     return f"{size / unit:,.1f} {name}"
 
 
-def short_time(hours):
-    """Hours, or minutes, or days."""
+def short_time(hours: float | None) -> str:
+    """Hours as minutes, hours or days, "?" for None."""
     if hours is None:
         return "?"
     if hours < 1:

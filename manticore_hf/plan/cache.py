@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.hub.inspection import _memory
 from manticore_hf.modeling.anatomy_manticore import Shell, layer_kind, one_of_each, pick_config
 from manticore_hf.plan import kernels
@@ -15,7 +16,7 @@ from manticore_hf.plan import kernels
 _SHORT = 8  # tokens that no window is shorter than
 
 
-def cache_sizes(model, tokens, batch=1):
+def cache_sizes(model: ManticoreForCausalLM, tokens: int, batch: int = 1) -> dict[str, dict[str, int]]:
     """Bytes of cache of every component.
 
     Args:

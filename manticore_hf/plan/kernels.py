@@ -9,6 +9,8 @@ is stored: a quarter of the peak in the one run that was measured (BENCHMARKS).
 import contextlib
 import inspect
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from transformers import masking_utils
 from transformers.integrations import moe
 
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling import fast_mixers_manticore
 from manticore_hf.modeling.scan_kernel_manticore import find_kernel
 from manticore_hf.modeling.scan_manticore import CHUNK, _shared
@@ -29,7 +32,7 @@ NOTES = {
 
 
 @contextlib.contextmanager
-def assumed(device):
+def assumed(device: str) -> Iterator[None]:
     """Context in which fake tensors take the paths that tensors on `device` ("cpu" or "cuda") would take."""
     with contextlib.ExitStack() as stack:
         # It looks at the values of positions, of which there are none. Rows of packed text have one sequence each.
@@ -56,7 +59,7 @@ def _without_dropout(*args, **kwargs):
     return _attend(*args, **{**kwargs, "dropout_p": 0.0})
 
 
-def group_experts(model):
+def group_experts(model: ManticoreForCausalLM) -> None:
     """Lets experts run in groups: the only way whose sizes do not depend on where the router sends a token."""
     for name in model.config.component_names:
         if any(".experts." in key for key, _ in model.component(name).named_parameters()):
@@ -68,8 +71,8 @@ _device = ["cpu"]
 
 
 @contextlib.contextmanager
-def on(device):
-    """Context of a step on a device: `assumed`, and its scratch."""
+def on(device: str) -> Iterator[None]:
+    """Context of a step on a device ("cpu" or "cuda"): `assumed`, and its scratch."""
     _device.append(device)
     try:
         with assumed(device):
@@ -78,7 +81,7 @@ def on(device):
         _device.pop()
 
 
-def scratch(packet, args, kwargs):
+def scratch(packet: torch._ops.OpOverloadPacket, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Bytes that an operation allocates beside its results and frees before it returns.
 
     Args:

@@ -7,8 +7,10 @@ is not seen; `kernels` adds it where it is known to matter.
 
 import contextlib
 import weakref
+from collections.abc import Hashable, Iterator
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -45,7 +47,7 @@ class Ledger(FakeTensorMode):
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def step(self, *models):
+    def step(self, *models: nn.Module) -> Iterator[None]:
         """Context of one micro-batch of models that are fake and have no gradients."""
         tensors = [one for model in models for one in (*model.parameters(), *model.buffers())]
         self._begin(tensors)
@@ -64,7 +66,7 @@ class Ledger(FakeTensorMode):
             for handle in handles:
                 handle.remove()
 
-    def mark(self, key, state):
+    def mark(self, key: Hashable, state: torch.Tensor | None) -> None:
         """Ends the present section and begins one with `key` (None: of what happens once).
 
         Args:

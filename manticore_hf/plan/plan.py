@@ -6,6 +6,9 @@ manticore-hf plan recipes/poc.yaml --devices 8 --memory 80GB
 import contextlib
 import math
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -24,19 +27,19 @@ RESULT = "plan.json"
 
 
 def make_plan(
-    source,
-    devices=1,
-    memory="80GB",
+    source: str | Path,
+    devices: int = 1,
+    memory: str | int | float = "80GB",
     *,
-    device="cuda",
-    flops=989e12,
-    utilization=0.35,
-    reserve=0.08,
-    tokens=None,
-    sequence_length=None,
-    batch_size=None,
-    configs=None,
-):
+    device: str = "cuda",
+    flops: float = 989e12,
+    utilization: float = 0.35,
+    reserve: float = 0.08,
+    tokens: str | int | float | None = None,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+    configs: str | Path | None = None,
+) -> dict[str, Any]:
     """Plans the stages of a recipe, or the fine-tuning of a saved hybrid. Weights are not downloaded.
 
     Args:
@@ -216,7 +219,7 @@ def _overall(plan):
 
 
 @contextlib.contextmanager
-def quietly():
+def quietly() -> Iterator[None]:
     """Without Transformers' remarks on kernels that are not installed: a plan runs none."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -3,15 +3,17 @@
 import importlib.util
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from manticore_hf.evaluation.data import load_rows, read_texts
+from manticore_hf.evaluation.data import DataArguments, load_rows, read_texts
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plan.memory import weigh
 from manticore_hf.plan.step import meta_hybrid
+from manticore_hf.plan.subject import Subject
 from manticore_hf.training.recipe import stage_data
 from manticore_hf.training.stages import STAGES
 
@@ -55,17 +57,24 @@ class Task:
     converts: torch.dtype | None = None
 
     @property
-    def compute(self):
+    def compute(self) -> torch.dtype:
         """dtype that matrices are multiplied in."""
         return self.autocast or self.dtype
 
     @property
-    def adaptable(self):
+    def adaptable(self) -> bool:
         """Whether LoRA could take its place."""
         return self.stage == "finetune" and importlib.util.find_spec("peft") is not None
 
 
-def make_task(subject, stage, settings, length=None, tokens=None, devices=1):
+def make_task(
+    subject: Subject,
+    stage: str,
+    settings: dict[str, Any],
+    length: int | None = None,
+    tokens: int | None = None,
+    devices: int = 1,
+) -> Task:
     """The Task of a stage.
 
     Args:
@@ -169,8 +178,12 @@ def _hardened(config, settings, subject):
     return hard, config if settings["distil_weight"] > 0 else None
 
 
-def count_tokens(data, subject):
+def count_tokens(data: DataArguments | None, subject: Subject) -> tuple[int | None, str]:
     """Tokens of a stage's training text.
+
+    Args:
+        data: The stage's DataArguments, or None where the recipe names no data.
+        subject: A Subject, whose tokenizer counts.
 
     Returns:
         (tokens or None, how they were counted).

@@ -1,10 +1,13 @@
 """A plan as text."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from manticore_hf.plan.amounts import short_memory, short_time
 from manticore_hf.utils.formatting import short_count
 
 
-def print_plan(plan):
+def print_plan(plan: Mapping[str, Any]) -> None:
     """Prints what `make_plan` returns."""
     given = plan["assumptions"]
     print(
