@@ -14,6 +14,7 @@ import random
 import time
 from importlib.resources import files
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from huggingface_hub import HfApi
@@ -37,7 +38,7 @@ RECIPES = {1: files("manticore_hf.recipes") / "demo_one_block.yaml", 2: files("m
 PROMPTS = {"prose": "Return the name of the", "code": "def close(self):\n    self."}
 
 
-def run(output_dir, tokens, seed):
+def run(output_dir: Path, tokens: int, seed: int) -> int:
     """Runs the demo.
 
     Args:
@@ -236,7 +237,7 @@ def _say(text):
     print(f"[demo] {text}", flush=True)
 
 
-def main():
+def main() -> NoReturn:
     """`python -m manticore_hf.demo.demo`, against the Hub of the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)
