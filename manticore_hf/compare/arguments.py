@@ -4,8 +4,12 @@ Imports neither torch nor Transformers: a command's help is printed before they 
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from manticore_hf.modeling.settings_manticore import CHOICES, ManticoreError
+
+if TYPE_CHECKING:
+    from manticore_hf.training.recipe import Recipe
 
 
 @dataclass
@@ -75,20 +79,20 @@ class CompareArguments:
                 if value not in CHOICES[key]:
                     raise ManticoreError(f"{name}: {value!r} is none of {list(CHOICES[key])}.")
 
-    def grid(self, recipe):
+    def grid(self, recipe: "Recipe") -> list[dict[str, Any]]:
         """Settings of fine-tuning to choose from: the same for every model of the comparison."""
         finetune = stage_settings(recipe, "finetune")
         rates = self.learning_rates or (finetune.get("learning_rate", 5e-5),)
         epochs = self.epochs or (finetune.get("num_train_epochs", 3),)
         return [{"learning_rate": rate, "num_train_epochs": passes} for rate in rates for passes in epochs]
 
-    def gate_grid(self):
+    def gate_grid(self) -> list[dict[str, Any]]:
         """Settings of gates over tuned components to choose from."""
         rates = [{"gate_learning_rate": rate} for rate in self.gate_learning_rates or ()] or [{}]
         spaces = [{"mixture_space": space} for space in self.spaces or CHOICES["mixture_space"]]
         return [{**space, **rate} for space in spaces for rate in rates]
 
-    def hybrid_grid(self, recipe):
+    def hybrid_grid(self, recipe: "Recipe") -> list[dict[str, Any]]:
         """Settings of hybrids to choose from: those of fine-tuning, with every space and pair of loss weights."""
         weights = [{"mix_loss_weight": mix, "component_loss_weight": own} for mix, own in self.loss_weights or ()]
         return [
@@ -102,8 +106,12 @@ class CompareArguments:
         return [{"mixture_space": space} for space in self.spaces or ()] or [{}]
 
 
-def parse_loss_weights(text):
-    """ "0.3:1" as (0.3, 1.0)."""
+def parse_loss_weights(text: str) -> tuple[float, float]:
+    """ "0.3:1" as (0.3, 1.0).
+
+    Raises:
+        ManticoreError: The text is no pair of numbers.
+    """
     try:
         mix, own = (float(part) for part in text.split(":"))
         return mix, own
@@ -111,6 +119,6 @@ def parse_loss_weights(text):
         raise ManticoreError(f"loss_weights: {text!r} is no pair mix:own of numbers, as 1:0 or 0.3:1.") from None
 
 
-def stage_settings(recipe, stage):
+def stage_settings(recipe: "Recipe", stage: str) -> dict[str, Any] | None:
     """The settings of the first stage of that name, or None if the recipe has none."""
     return next((dict(settings) for name, settings in recipe.stages if name == stage), None)

@@ -19,12 +19,14 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
+from manticore_hf.compare.arguments import CompareArguments
 from manticore_hf.compare.compared_recipe import read_recipe
 from manticore_hf.compare.contenders import Contender, Workshop, read_run
 from manticore_hf.compare.scores import forward_flops, load_documents, score
@@ -35,7 +37,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.files import write_json
 
 
-def run_compare(recipe, arguments, output_dir):
+def run_compare(recipe: str | Path, arguments: CompareArguments, output_dir: str | Path) -> dict[str, Any]:
     """Trains, tests and compares what is not finished yet.
 
     Args:
@@ -53,9 +55,18 @@ def run_compare(recipe, arguments, output_dir):
 
 
 class Comparison:
-    """One recipe, one test text, one output directory."""
+    """One recipe, one test text, one output directory.
 
-    def __init__(self, recipe, arguments, output_dir):
+    Args:
+        recipe: Path of a recipe with a finetune stage.
+        arguments: CompareArguments.
+        output_dir: Where everything is kept.
+
+    Raises:
+        ManticoreError: Something cannot be used; or another recipe was compared in this directory.
+    """
+
+    def __init__(self, recipe: str | Path, arguments: CompareArguments, output_dir: str | Path):
         self.arguments, self.output = arguments, Path(output_dir)
         self.recipe = read_recipe(recipe)
         self.output.mkdir(parents=True, exist_ok=True)
@@ -81,7 +92,8 @@ class Comparison:
         write_json(file, what)
         return what
 
-    def run(self):
+    def run(self) -> dict[str, Any]:
+        """Trains and tests what is not finished; returns what `comparison.json` holds."""
         contenders = self._contenders()
         seeds = len(self.arguments.seeds)
         self.by_name = {one.name: one for one in contenders}
@@ -170,7 +182,7 @@ class Comparison:
         return Contender(f"{name}, retrained on all text", "single", train, self.shop.load_plain, grid, needs)
 
     @functools.cached_property
-    def all_rows(self):
+    def all_rows(self) -> Dataset:
         """The rows that are trained on, and those of the components' own training text."""
         data = {**self.recipe.data, "data": self.arguments.all_text, "validation_fraction": 0.0, "max_tokens": None}
         more, _ = load_rows(DataArguments(**data), self.shop.tokenizer)

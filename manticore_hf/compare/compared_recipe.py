@@ -1,21 +1,23 @@
 """The recipe of a comparison: one that can be compared, and what its stages say of training."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
 from manticore_hf.compare.arguments import stage_settings
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.training.recipe import find_beside, load_recipe
+from manticore_hf.training.recipe import Recipe, find_beside, load_recipe
 
 VALIDATION = 0.1  # share of the training text that settings are chosen on, where the recipe holds out none
 GATE = {"num_train_epochs": 1, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 5}
 _TRAINING = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
 
 
-def read_recipe(path):
+def read_recipe(path: str | Path) -> Recipe:
     """A recipe that can be compared, with its local paths made absolute and a validation split.
 
     Raises:
@@ -43,13 +45,19 @@ def _absolute(source, beside):
     return str(path.resolve()) if path.exists() else source
 
 
-def training_settings(recipe, stage, **own):
-    """What a stage of the recipe sets of TrainingArguments, with changes."""
+def training_settings(recipe: Recipe, stage: str, **own: Any) -> dict[str, Any]:
+    """What a stage of the recipe sets of TrainingArguments, with changes.
+
+    Args:
+        recipe: A Recipe.
+        stage: Name of the stage; "pretrain" has defaults (`GATE`) where the recipe has no such stage.
+        **own: Settings instead of the stage's.
+    """
     settings = stage_settings(recipe, stage)
     settings = settings if settings is not None else GATE if stage == "pretrain" else {}
     return only_training({**settings, **own})
 
 
-def only_training(settings):
+def only_training(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a stage's settings that are TrainingArguments'."""
     return {key: value for key, value in settings.items() if key in _TRAINING}

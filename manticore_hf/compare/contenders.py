@@ -10,12 +10,15 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from manticore_hf.compare.arguments import stage_settings
 from manticore_hf.compare.compared_recipe import only_training, training_settings
@@ -27,7 +30,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.fast_mixers_manticore import install
 from manticore_hf.training.distill import run_harden
 from manticore_hf.training.freezing import set_stage
-from manticore_hf.training.recipe import run_recipe
+from manticore_hf.training.recipe import Recipe, run_recipe
 from manticore_hf.training.runtime import last_whole_checkpoint, training_defaults
 from manticore_hf.training.stage_arguments import HardenArguments
 from manticore_hf.training.stages import STAGES
@@ -55,8 +58,8 @@ class Contender:
 
     name: str
     kind: str
-    train: callable
-    load: callable
+    train: Callable[[dict, int, Path], dict[str, float]]
+    load: Callable[[dict], PreTrainedModel]
     options: list = field(default_factory=lambda: [{}])
     needs: str = ""
     base: list = field(default_factory=list)
@@ -72,7 +75,7 @@ class Workshop:
         dtype: Of all weights in training.
     """
 
-    def __init__(self, recipe, folder, dtype="float32"):
+    def __init__(self, recipe: Recipe, folder: str | Path, dtype: str = "float32"):
         self.recipe, self.folder, self.dtype = recipe, Path(folder), dtype
         keys = ("tokenizer_component", "transplant", "transplant_data")
         settings = {key: recipe.hybrid[key] for key in keys if key in recipe.hybrid}
@@ -91,24 +94,46 @@ class Workshop:
         ]
         self.train_rows, self.validation_rows = load_rows(DataArguments(**recipe.data), self.tokenizer)
 
-    def untuned(self):
+    def untuned(self) -> ManticoreForCausalLM:
+        """The hybrid of one block as it was composed, whose components are the starting points."""
         return ManticoreForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
 
-    def component(self, name, run=None):
+    def component(self, name: str, run: Mapping[str, Any] | None = None) -> PreTrainedModel:
         """A component as its own class: as it was, or as a run tuned it."""
         if run is None:
             return self.untuned().component(name)
         return self.load_plain(run)
 
-    def load_plain(self, run):
+    def load_plain(self, run: Mapping[str, Any]) -> PreTrainedModel:
+        """The single model that a run of `train_plain` left."""
         model = AutoModelForCausalLM.from_pretrained(run["folder"] / "model", dtype=self.dtype)
         install(model.config.model_type)
         return model
 
     # ---- single models -----------------------------------------------------------------------------------------------
 
-    def train_plain(self, model, rows, options, seed, folder, passes=1):
-        """Tunes any causal LM, `passes` times as often over the rows as the options say."""
+    def train_plain(
+        self,
+        model: PreTrainedModel,
+        rows: Dataset,
+        options: Mapping[str, Any],
+        seed: int,
+        folder: Path,
+        passes: int = 1,
+    ) -> dict[str, float]:
+        """Tunes any causal LM with the recipe's finetune settings and saves it to `folder / "model"`.
+
+        Args:
+            model: The model; all of its weights are trained.
+            rows: Token ids.
+            options: The choice from the grid: "learning_rate", "num_train_epochs".
+            seed: Random seed.
+            folder: The run's.
+            passes: How many times as often over the rows as the options say.
+
+        Returns:
+            {"training_tokens", "training_flops"}.
+        """
         options = {**options, "num_train_epochs": passes * options["num_train_epochs"]}
         settings = training_settings(self.recipe, "finetune", **options)
         model.requires_grad_(True)
@@ -138,14 +163,35 @@ class Workshop:
 
     # ---- mixtures of models that were trained apart ------------------------------------------------------------------
 
-    def mixture(self, runs, mixture, space="logprob"):
-        """The one-block hybrid of tuned components (None: untuned), at its start: their plain ensemble."""
+    def mixture(
+        self, runs: Sequence[Mapping[str, Any] | None], mixture: str, space: str = "logprob"
+    ) -> ManticoreForCausalLM:
+        """The one-block hybrid of tuned components, at its start: their plain ensemble.
+
+        Args:
+            runs: The run of every component, None for one that is untuned.
+            mixture: "static" or "token".
+            space: "logprob" or "prob".
+        """
         parts = [ComponentSpec(self.component(name, run), name=name) for name, run in zip(self.names, runs)]
         settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native"}
         return ManticoreForCausalLM.from_components(parts, num_blocks=1, dtype=self.dtype, verify=False, **settings)
 
-    def train_gate(self, runs, mixture, options, seed, folder):
-        """Trains only the mixture weights (one per component, or a gate per token) over frozen components."""
+    def train_gate(
+        self, runs: Sequence[Mapping[str, Any]], mixture: str, options: Mapping[str, Any], seed: int, folder: Path
+    ) -> dict[str, float]:
+        """Trains only the mixture weights (one per component, or a gate per token) over frozen components.
+
+        Args:
+            runs: The run of every component.
+            mixture: "static" or "token".
+            options: The choice from the grid: "mixture_space", "gate_learning_rate".
+            seed: Random seed.
+            folder: The run's; `model/mixer.safetensors` is written there.
+
+        Returns:
+            {"training_tokens", "training_flops"}.
+        """
         model = set_stage(self.mixture(runs, mixture, options.get("mixture_space", "logprob")), "projectors")
         rate = {"learning_rate": options["gate_learning_rate"]} if "gate_learning_rate" in options else {}
         settings = training_settings(self.recipe, "pretrain", **rate)
@@ -155,14 +201,19 @@ class Workshop:
         save_file(state, folder / "model" / "mixer.safetensors")
         return cost
 
-    def load_gate(self, run, runs, mixture):
+    def load_gate(
+        self, run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], mixture: str
+    ) -> ManticoreForCausalLM:
+        """The mixture that a run of `train_gate` left, over the components of `runs`."""
         model = self.mixture(runs, mixture, run["options"].get("mixture_space", "logprob"))
         model.hybrid_mixer.load_state_dict(load_file(run["folder"] / "model" / "mixer.safetensors"))
         return model.eval()
 
     # ---- hybrids -----------------------------------------------------------------------------------------------------
 
-    def train_hybrid(self, hybrid, sources, options, seed, folder):
+    def train_hybrid(
+        self, hybrid: Mapping[str, Any], sources: Sequence[str], options: Mapping[str, Any], seed: int, folder: Path
+    ) -> dict[str, float]:
         """Runs the recipe with other settings of the hybrid and of its finetune stage.
 
         Args:
@@ -171,6 +222,9 @@ class Workshop:
             options: The choice from the grid.
             seed: Random seed of all stages.
             folder: The run's.
+
+        Returns:
+            {"training_tokens", "training_flops"}.
         """
         keys = ("mixture_space", "mix_loss_weight", "component_loss_weight")
         if sources is not self.sources:  # they have the hybrid's vocabulary
@@ -214,11 +268,22 @@ class Workshop:
         (folder / "model").symlink_to(last.relative_to(folder))
         return {"training_tokens": tokens, "training_flops": flops}
 
-    def load_hybrid(self, run):
+    def load_hybrid(self, run: Mapping[str, Any]) -> ManticoreForCausalLM:
+        """The hybrid that a run of `train_hybrid` or `harden` left, in evaluation mode."""
         return ManticoreForCausalLM.from_pretrained(run["folder"] / "model", dtype=self.dtype).eval()
 
-    def harden(self, soft, options, seed, folder):
-        """Hardens a tuned hybrid and heals it with the finetune stage's settings, by distillation."""
+    def harden(self, soft: Mapping[str, Any], options: Mapping[str, Any], seed: int, folder: Path) -> dict[str, float]:
+        """Prunes a tuned hybrid to one component per block and trains it by recovery distillation.
+
+        Args:
+            soft: The tuned hybrid's run.
+            options: Settings instead of the recipe's.
+            seed: Random seed.
+            folder: The run's.
+
+        Returns:
+            {"training_tokens", "training_flops"}.
+        """
         settings = training_settings(self.recipe, "harden") or training_settings(self.recipe, "finetune")
         given = stage_settings(self.recipe, "harden")
         given = {"route": "loss"} if given is None else given
@@ -243,8 +308,12 @@ def _named(link, source):
     return str(link.absolute())
 
 
-def read_run(folder):
-    """What a finished run left in its folder, or None."""
+def read_run(folder: str | Path) -> dict[str, Any] | None:
+    """What a finished run left in its folder (`run.json`, and "folder"), or None.
+
+    Raises:
+        ManticoreError: `run.json` is damaged.
+    """
     file = Path(folder) / "run.json"
     if not file.is_file():
         return None

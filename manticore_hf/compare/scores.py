@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from manticore_hf.evaluation.data import read_records, text_of
+from manticore_hf.evaluation.data import DataArguments, read_records, text_of
 from manticore_hf.evaluation.metrics.scoring import tokens_with_start
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
@@ -46,12 +47,15 @@ class Documents:
         return len(self.tokens)
 
 
-def load_documents(arguments, tokenizer):
+def load_documents(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Documents:
     """Reads held-out documents.
 
     Args:
         arguments: DataArguments; `block_size` is the length of a row, `max_tokens` bounds the tokens read.
         tokenizer: The tokenizer that all models of a comparison share.
+
+    Returns:
+        The Documents.
 
     Raises:
         ManticoreError: The source cannot be read, holds instruction data, or has no token.
@@ -94,8 +98,14 @@ def load_documents(arguments, tokenizer):
 
 
 @torch.no_grad()
-def score(model, documents, batch_size=16, desc="Testing"):
+def score(model: PreTrainedModel, documents: Documents, batch_size: int = 16, desc: str = "Testing") -> dict[str, list]:
     """Loss and hits of a causal LM on every unit.
+
+    Args:
+        model: A causal LM of the documents' tokenizer.
+        documents: Documents.
+        batch_size: Rows per forward pass.
+        desc: Text of the progress bar.
 
     Returns:
         {"nll": [units] sums of the negative log-probabilities in nats, "correct": [units] tokens whose most probable
@@ -121,7 +131,7 @@ def score(model, documents, batch_size=16, desc="Testing"):
 
 
 @torch.no_grad()
-def forward_flops(model, tokens=128):
+def forward_flops(model: PreTrainedModel, tokens: int = 128) -> float:
     """FLOPs per token of a forward pass without a past, as torch counts them (matrix products, convolutions, attention;
     elementwise operations, recurrent scans among them, are not counted)."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)

@@ -2,11 +2,14 @@
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from manticore_hf.compare.scores import Documents
 from manticore_hf.compare.statistics import bootstrap, mean_loss, paired_p
 from manticore_hf.utils.files import replace_text, write_json
 from manticore_hf.utils.plots import plot_differences
@@ -15,7 +18,7 @@ VERSION = 1
 ORACLE = "oracle: the best tuned component for each document"
 
 
-def summarise(rows, documents, facts):
+def summarise(rows: Sequence[Mapping[str, Any]], documents: Documents, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The comparison as plain values.
 
     Args:
@@ -104,8 +107,8 @@ def _oracle(tuned, documents, own, rows):
     return row
 
 
-def write_summary(result, output):
-    """Writes the three files, each by rename, and prints the table."""
+def write_summary(result: Mapping[str, Any], output: str | Path) -> None:
+    """Writes `comparison.json`, `.md` and `.png` to `output`, each by rename, and prints the table."""
     output = Path(output)
     table = as_markdown(result)
     write_json(output / "comparison.json", result)
@@ -114,8 +117,8 @@ def write_summary(result, output):
     print(table)
 
 
-def as_markdown(result):
-    """The table, best loss first, with what it says in one sentence."""
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """The table of a comparison in Markdown, best loss first, with what it says in one sentence."""
     seeds, units = len(result["seeds"]), f"{result['test_units']} {result['units']}s"
     kinds = sorted({kind for row in result["rows"] for kind in row.get("by_kind", ())})
     head = [
@@ -168,7 +171,7 @@ def as_markdown(result):
     return "\n".join([*lines, "", verdict(result), ""])
 
 
-def verdict(result):
+def verdict(result: Mapping[str, Any]) -> str:
     """One sentence: the hybrid against the best rival that needs nothing more than the components and the text."""
     own = next(row for row in result["rows"] if row["name"] == result["hybrid"])
     rivals = [row for row in result["rows"] if row["kind"] not in ("hybrid", "hardened", "oracle") and not row["needs"]]
