@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.families import contract, sweep, table
-from manticore_hf.families.examine import CHECKS, Subject, examine
+from manticore_hf.families.examine import CHECKS, Examined, examine
 from manticore_hf.families.precision import Float64
 from manticore_hf.families.tiny import tiny_config, tiny_model, tokens
 
@@ -84,7 +84,7 @@ def test_what_is_refused_by_name_is_still_wrong_in_transformers():
 
 def test_a_row_of_padding_that_is_no_zeros_is_loaded(tmp_path):
     """Youtu's class initialises it again although it was loaded."""
-    model = Subject("youtu").hybrid(beside=False)
+    model = Examined("youtu").hybrid(beside=False)
     assert model.component("one").get_input_embeddings().weight[0].abs().sum() > 0
     contract.check_saved(model, tmp_path)
 
@@ -94,7 +94,7 @@ def test_zamba2_is_a_component_of_one_block(layers):
     """Its layers read the embeddings again, and ask by their place which weights they share."""
     kinds = ["hybrid" if letter == "h" else "linear_attention" for letter in layers]
     component = tiny_model(tiny_config("zamba2", layers_block_type=kinds, num_mem_blocks=2, time_step_min=0.5))
-    parts = [ComponentSpec(component, name="one"), ComponentSpec(Subject("llama").component, name="other")]
+    parts = [ComponentSpec(component, name="one"), ComponentSpec(Examined("llama").component, name="other")]
     model = ManticoreForCausalLM.from_components(parts, num_blocks=1)
     contract.randomise(model)
     contract.check_greedy(model)
@@ -136,7 +136,7 @@ class TestContract:
 
     @pytest.fixture(scope="class")
     def subject(self):
-        return Subject("llama")
+        return Examined("llama")
 
     def broken(self, monkeypatch, target, name, change, check, *args):
         original = getattr(target, name)
@@ -192,9 +192,9 @@ class TestContract:
     @pytest.mark.parametrize("name", ["mixtral", "nemotron_h", "qwen3_next"])
     def test_float64_reaches_everything(self, name):
         """The same weights, and nothing that computes in float32 on its way."""
-        plain = Subject(name).component
+        plain = Examined(name).component
         with Float64(), torch.no_grad():
-            model = Subject(name, double=True).component
+            model = Examined(name, double=True).component
             logits = model(input_ids=tokens(), use_cache=False).logits
             backwards = model(input_ids=tokens().flip(0), use_cache=False).logits.flip(0)
         for key, value in plain.state_dict().items():

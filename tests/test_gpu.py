@@ -20,7 +20,7 @@ from transformers import DynamicCache, TrainingArguments
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM, lora_config
 from manticore_hf.families.contract import PADDING, left_padded
-from manticore_hf.families.examine import Subject, examine
+from manticore_hf.families.examine import Examined, examine
 from manticore_hf.families.precision import doubled
 from manticore_hf.families.tiny import tokens
 from manticore_hf.training.trained_stages import HybridTrainer
@@ -46,7 +46,7 @@ SETTINGS = {
 
 
 def subject(model_type):
-    return Subject(model_type, device="cuda", **SETTINGS.get(model_type, {}))
+    return Examined(model_type, device="cuda", **SETTINGS.get(model_type, {}))
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ This adds the rivals, without which a hybrid's number says little.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,16 @@ from manticore_hf.utils.files import write_json
 RESULTS = "tasks.json"
 
 
-def run_tasks(source, tasks, include_path=None, batch_size=8, num_fewshot=None, limit=None, output=None, seed=0):
+def run_tasks(
+    source: str | Path,
+    tasks: Sequence[str],
+    include_path: str | None = None,
+    batch_size: int = 8,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    output: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, list[float | None]]]]:
     """Runs tasks of the harness on a hybrid, on each of its components and on their ensemble, and prints the scores.
 
     Args:

@@ -6,8 +6,13 @@ loaded. Models are tiny, random and strong (`tiny.py`), so that a difference sho
 
 import copy
 import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.generation.utils import GenerateOutput
 
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
@@ -34,13 +39,13 @@ class Broken(AssertionError):
     """Two ways to one result differ; the message says which, and by how much."""
 
 
-def same(got, wanted, what):
+def same(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
     """Raises Broken unless two tensors are equal to the last bit."""
     if not torch.equal(got, wanted):
         _differ(got, wanted, what)
 
 
-def close(got, wanted, what="results", atol=None):
+def close(got: torch.Tensor, wanted: torch.Tensor, what: str = "results", atol: float | None = None) -> None:
     """Raises Broken unless two tensors are equal up to the rounding of sums taken in another order.
 
     Args:
@@ -67,7 +72,7 @@ def _differ(got, wanted, what):
     raise Broken(f"{what} differ (by {by:.2g} where the largest is {size:.2g})")
 
 
-def left_padded(time=9, device="cpu"):
+def left_padded(time: int = 9, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two rows, the first with left padding: ids, mask, positions, each [2, time]."""
     ids, mask = tokens(2, time, device=device), torch.ones(2, time, dtype=torch.long, device=device)
     ids[0, :PADDING], mask[0, :PADDING] = 0, 0
@@ -79,7 +84,7 @@ def left_padded(time=9, device="cpu"):
 
 
 @torch.no_grad()
-def check_segments(component, bounds):
+def check_segments(component: PreTrainedModel, bounds: Sequence[int]) -> None:
     """Segments in sequence are the uncut component, to the last bit, with left padding and without; so is its head.
 
     Args:
@@ -104,7 +109,7 @@ def check_segments(component, bounds):
 
 
 @torch.no_grad()
-def check_one_hot(parts, settings, blocks=(1, 2, 3)):
+def check_one_hot(parts: Sequence[ComponentSpec], settings: dict[str, Any], blocks: Sequence[int] = (1, 2, 3)) -> None:
     """A hybrid whose mixture is one component is that component: logits and loss, to the last bit.
 
     Args:
@@ -144,7 +149,7 @@ def check_one_hot(parts, settings, blocks=(1, 2, 3)):
                 same(got.loss, wanted[given is None].loss, f"losses {what}")
 
 
-def check_gradients(component, blocks=2):
+def check_gradients(component: PreTrainedModel, blocks: int = 2) -> None:
     """Training a component cut into blocks gives every parameter the gradient that training it uncut gives.
 
     Args:
@@ -175,7 +180,7 @@ def check_gradients(component, blocks=2):
 # Of a hybrid.
 
 
-def randomise(model, seed=7, scale=0.1):
+def randomise(model: ManticoreForCausalLM, seed: int = 7, scale: float = 0.1) -> None:
     """Perturbs everything the hybrid adds to its components (projectors, alpha, token gate)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -185,7 +190,9 @@ def randomise(model, seed=7, scale=0.1):
 
 
 @torch.no_grad()
-def naive_greedy(model, ids, mask, steps):
+def naive_greedy(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy decoding that runs the whole sequence each time. Returns (tokens, logits [batch, steps, vocabulary])."""
     logits = []
     for _ in range(steps):
@@ -195,7 +202,9 @@ def naive_greedy(model, ids, mask, steps):
     return ids, torch.stack(logits, 1)
 
 
-def generate(model, ids, mask=None, steps=6, **kwargs):
+def generate(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None, steps: int = 6, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor, GenerateOutput]:
     """Returns (tokens, logits [batch, steps, vocabulary], output)."""
     kwargs = {"do_sample": False, "max_new_tokens": steps, "use_cache": True, **kwargs}  # MPT's default is not to
     out = model.generate(
@@ -208,7 +217,7 @@ def generate(model, ids, mask=None, steps=6, **kwargs):
     return out.sequences, torch.stack(out.logits, 1), out
 
 
-def check_greedy(model, steps=6):
+def check_greedy(model: ManticoreForCausalLM, steps: int = 6) -> None:
     """`generate` with a cache gives the tokens and logits of running everything again, of a padded batch."""
     ids, mask, _ = left_padded(8, model.device)
     wanted, wanted_logits = naive_greedy(model, ids, mask, steps)
@@ -219,7 +228,7 @@ def check_greedy(model, steps=6):
         raise Broken("the cache has another length than what it was given")
 
 
-def check_padding(model, steps=6):
+def check_padding(model: ManticoreForCausalLM, steps: int = 6) -> None:
     """A row with left padding generates what it does alone, in a batch and by itself."""
     ids, mask, _ = left_padded(8, model.device)
     alone, alone_logits = naive_greedy(model, ids[:1, PADDING:], mask[:1, PADDING:], steps)
@@ -229,7 +238,7 @@ def check_padding(model, steps=6):
         same(got[:1, PADDING:], alone, "tokens of a padded row and of the row alone")
 
 
-def check_beams(model):
+def check_beams(model: ManticoreForCausalLM) -> None:
     """Beam search with a cache, whose rows are reordered at every step, is that without one."""
     ids, mask, _ = left_padded(8, model.device)
     kwargs = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
@@ -242,7 +251,7 @@ def check_beams(model):
 
 
 @torch.no_grad()
-def check_chunks(model, sizes):
+def check_chunks(model: ManticoreForCausalLM, sizes: Sequence[int]) -> None:
     """A padded batch read in chunks of these sizes, in turns, gives the logits of reading it at once."""
     ids = tokens(2, 11, device=model.device)
     mask = torch.ones_like(ids)
@@ -261,7 +270,7 @@ def check_chunks(model, sizes):
 
 
 @torch.no_grad()
-def check_turns(model):
+def check_turns(model: ManticoreForCausalLM) -> None:
     """Two sequences decoded by turns, each with its cache: nothing of one lives outside of it."""
     one, two = tokens(1, 6, 3, model.device), tokens(1, 6, 4, model.device)
     whole = [model(input_ids=x, use_cache=False).logits for x in (one, two)]
@@ -273,7 +282,7 @@ def check_turns(model):
         close(torch.cat(part, 1), wanted, "logits of two sequences by turns and of each at once")
 
 
-def check_static_cache(model):
+def check_static_cache(model: ManticoreForCausalLM) -> None:
     """A static cache gives what no cache gives: by `generate`, and in chunks with room to spare."""
     ids, mask, _ = left_padded(8, model.device)
     wanted, wanted_logits = naive_greedy(model, ids, mask, 6)
@@ -290,7 +299,7 @@ def check_static_cache(model):
 
 
 @torch.no_grad()
-def check_saved(model, folder):
+def check_saved(model: ManticoreForCausalLM, folder: str | Path) -> None:
     """A hybrid that was saved and loaded has the same tensors and gives the same logits.
 
     Args:

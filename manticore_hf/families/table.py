@@ -1,8 +1,11 @@
 """The sweep's result as a table: for the terminal, and as the committed FAMILIES.md."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 from manticore_hf.utils.files import replace_text
 from manticore_hf.utils.formatting import escape
@@ -28,28 +31,28 @@ how good its hybrids are; real checkpoints are checked again when they are compo
 """
 
 
-def versions():
+def versions() -> dict[str, str]:
     """What a result depends on, by package."""
     return {name: version(name) for name in ("manticore-hf", "torch", "transformers")}
 
 
-def load_shipped():
+def load_shipped() -> dict[str, Any]:
     """What came with the package: {"versions", "types": [{"type", "class", "verdict", "reason", "checks"}]}."""
     return json.loads((files("manticore_hf.families") / "families.json").read_text(encoding="utf-8"))
 
 
-def made_with(found):
+def made_with(found: Mapping[str, str]) -> str:
     """Versions in words."""
     return "Versions: " + ", ".join(f"{name} {number}" for name, number in found.items())
 
 
-def counted(results):
+def counted(results: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """{verdict: number of types}, without those that no type has."""
     numbers = {verdict: sum(one["verdict"] == verdict for one in results) for verdict in ORDER}
     return {verdict: number for verdict, number in numbers.items() if number}
 
 
-def print_table(results, found, verdict=None):
+def print_table(results: Sequence[Mapping[str, Any]], found: Mapping[str, str], verdict: str | None = None) -> None:
     """Prints types, classes, verdicts and reasons, and how many there are of each."""
     shown = [one for one in results if verdict in (None, one["verdict"])]
     widths = [max((len(one[key]) for one in shown), default=0) for key in ("type", "class", "verdict")]
@@ -59,7 +62,7 @@ def print_table(results, found, verdict=None):
     print(f"{', '.join(f'{number} {verdict}' for verdict, number in counted(results).items())}. {made_with(found)}.")
 
 
-def write_table(path, data):
+def write_table(path: str | Path, data: Mapping[str, Any]) -> None:
     """Writes FAMILIES.md.
 
     Args:
@@ -69,7 +72,7 @@ def write_table(path, data):
     replace_text(path, markdown(data))
 
 
-def markdown(data):
+def markdown(data: Mapping[str, Any]) -> str:
     """The text of FAMILIES.md."""
     types, numbers = data["types"], counted(data["types"])
     rest = [

@@ -3,10 +3,15 @@
 The first and the last are as they are, with what is before and after them; the one in between stands for all others.
 """
 
+from collections.abc import Hashable, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.anatomy_manticore import layer_kind, pick_config
+from manticore_hf.plan.ledger import Ledger
 
 
 class Marked(nn.Module):
@@ -18,7 +23,7 @@ class Marked(nn.Module):
         before, after: Keys of the sections before and after the state that enters it.
     """
 
-    def __init__(self, layer, ledger, before, after):
+    def __init__(self, layer: nn.Module, ledger: Ledger, before: Hashable, after: Hashable):
         super().__init__()
         self.layer, self.ledger, self.before, self.after = layer, ledger, before, after
 
@@ -28,7 +33,8 @@ class Marked(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, after the ledger was told of the state that enters it."""
         tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
         state = next(tensors)
         if state.requires_grad:  # its gradient is complete when the backward pass has left this layer
@@ -38,7 +44,7 @@ class Marked(nn.Module):
         return self.layer(*args, **kwargs)
 
 
-def shrink(model, ledger, label=None):
+def shrink(model: ManticoreForCausalLM, ledger: Ledger, label: str | None = None) -> None:
     """Shortens a hybrid in place.
 
     Args:
@@ -74,7 +80,7 @@ def shrink(model, ledger, label=None):
     model.segments.recut({key: shorter[key] for key in ranges})
 
 
-def find_period(kinds):
+def find_period(kinds: Sequence[Hashable]) -> tuple[int, int, int] | None:
     """The stretch of a list that repeats and whose repetition saves most.
 
     Args:

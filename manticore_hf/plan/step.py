@@ -3,13 +3,16 @@
 import contextlib
 import copy
 import io
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plan import kernels
 from manticore_hf.plan.ledger import Ledger
 from manticore_hf.plan.memory import layers_of, weigh
@@ -39,8 +42,13 @@ class StepCost:
     operations: int
 
 
-def meta_hybrid(config, dtype=torch.float32):
-    """The hybrid of a configuration, on the meta device."""
+def meta_hybrid(config: ManticoreConfig, dtype: torch.dtype = torch.float32) -> ManticoreForCausalLM:
+    """The hybrid of a configuration, on the meta device.
+
+    Args:
+        config: The hybrid's ManticoreConfig; it is copied.
+        dtype: Of all weights.
+    """
     config = copy.deepcopy(config)
     with torch.device("meta"):
         model = ManticoreForCausalLM(config).to(dtype)
@@ -67,7 +75,15 @@ class Rehearsal:
     """
 
     def __init__(
-        self, config, stage, dtype=torch.float32, device="cuda", teacher=None, prepare=None, whole=False, share=1.0
+        self,
+        config: ManticoreConfig,
+        stage: str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cuda",
+        teacher: ManticoreConfig | None = None,
+        prepare: Callable[[ManticoreForCausalLM], tuple[nn.Module, Iterable[nn.Parameter]]] | None = None,
+        whole: bool = False,
+        share: float = 1.0,
     ):
         self.ledger, self.device, self.config, self.teacher = Ledger(), device, config, None
         self.hybrid = hybrid = meta_hybrid(config, dtype)
@@ -93,7 +109,9 @@ class Rehearsal:
             self.teacher.eval()
         self.model.train()
 
-    def micro_batch(self, batch, length, autocast=None, checkpointing=False):
+    def micro_batch(
+        self, batch: int, length: int, autocast: torch.dtype | None = None, checkpointing: bool = False
+    ) -> StepCost:
         """Runs one micro-batch, forward and backward.
 
         Args:
@@ -124,8 +142,11 @@ class Rehearsal:
             own = logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
             return F.kl_div(own, target, log_target=True, reduction="sum")
 
-    def calibration(self, batch, length):
+    def calibration(self, batch: int, length: int) -> tuple[StepCost, int]:
         """Runs one batch of a calibration, without its solving.
+
+        Args:
+            batch, length: Rows, tokens of each.
 
         Returns:
             (a StepCost, bytes that solving for the largest map takes).
@@ -147,8 +168,16 @@ class Rehearsal:
         # The covariance, its vectors, the rotated sums, and a weight, in float64, and what the solver works in
         return cost, 6 * 8 * self.config.hidden_size**2
 
-    def evaluation(self, batch, length, autocast=None):
-        """Runs one batch of the losses that end a stage (`compare_losses`): of components, ensemble and hybrid."""
+    def evaluation(self, batch: int, length: int, autocast: torch.dtype | None = None) -> StepCost:
+        """Runs one batch of the losses that end a stage (`compare_losses`): of components, ensemble and hybrid.
+
+        Args:
+            batch, length: Rows, tokens of each.
+            autocast: dtype of mixed precision, or None.
+
+        Returns:
+            A StepCost, without gradients.
+        """
         route = self.config.route
         names = [] if route else self.config.component_names
 

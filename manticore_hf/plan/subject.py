@@ -47,6 +47,9 @@ def load_subject(source: str | Path, configs: str | Path | None = None) -> Subje
         source: A recipe (.yaml), a directory of a saved hybrid or its Hub repo. Hybrids are planned to be fine-tuned.
         configs: Directory with `org/name/config.json` of components, read instead of the Hub where they are there.
 
+    Returns:
+        The Subject.
+
     Raises:
         ManticoreError: Something cannot be read or joined.
     """

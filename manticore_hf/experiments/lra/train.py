@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM, ManticoreForSequenceClassification
-from manticore_hf.experiments.baselines import Comparison, Training
+from manticore_hf.experiments.baselines import Benchmark, Training
 from manticore_hf.experiments.lra.settings import LraTask
 
 DEFAULTS = Training(layers=4, epochs=10, learning_rate=1e-3, weight_decay=0.01, batch_size=32)
@@ -69,7 +69,7 @@ def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class _LraComparison(Comparison):
+class _LraComparison(Benchmark):
     collate = staticmethod(pad)
 
     @property

@@ -37,6 +37,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from manticore_hf.experiments.lra.settings import LraTask
+from manticore_hf.experiments.mad.settings import MadTask
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 IGNORE = -100
@@ -45,7 +47,7 @@ SPLITS = ("train", "test")
 _PART = 1 << 18
 
 
-def generate(task, split):
+def generate(task: MadTask, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Generates one split of a task; the same arrays in every process, whatever global random state there is.
 
     Args:
@@ -68,7 +70,7 @@ def generate(task, split):
     return tuple(np.concatenate(arrays) for arrays in zip(*parts))
 
 
-def dataset(task, split):
+def dataset(task: MadTask, split: str) -> Dataset:
     """One split of a task as a `datasets.Dataset` with `input_ids` and `labels`."""
     columns = {}
     for name, values in zip(("input_ids", "labels"), generate(task, split)):
@@ -77,20 +79,20 @@ def dataset(task, split):
     return Dataset(pa.table(columns))
 
 
-def memorized(task):
+def memorized(task: MadTask) -> np.ndarray:
     """Memorization's fixed map: [number of keys], the value token of each key."""
     values = stream(task, "map").permutation(np.array(task.answers))
     return values[: len(task.keys)]
 
 
-def stream(task, use):
+def stream(task: MadTask | LraTask, use: str) -> np.random.Generator:
     """A random generator of a task's seed and name, and of what it is for; the same in every process."""
     # crc32, not hash(): that differs between processes
     words = [task.seed & 0xFFFFFFFF, task.seed >> 32, zlib.crc32(task.name.encode()), zlib.crc32(use.encode())]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
-def first_occurrence(codes):
+def first_occurrence(codes: np.ndarray) -> np.ndarray:
     """For every entry of [rows, slots], the first slot of its row with the same code."""
     if codes.size and codes.max() < 2**15:
         codes = codes.astype(np.int16)  # which numpy sorts by radix

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from manticore_hf.evaluation.metrics import load_metric
-from manticore_hf.experiments.baselines import Comparison, Training
+from manticore_hf.experiments.baselines import Benchmark, Training
 from manticore_hf.experiments.mad.compression import CompressionModel
 from manticore_hf.experiments.mad.settings import MadTask
 from manticore_hf.experiments.mad.tasks import IGNORE
@@ -53,7 +53,7 @@ def run_mad(
     return results
 
 
-class _MadComparison(Comparison):
+class _MadComparison(Benchmark):
     def __init__(self, task, output, training, quiet):
         try:
             self.metric = load_metric("mad_accuracy", keep_in_memory=True)
