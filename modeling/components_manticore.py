@@ -1,7 +1,6 @@
 """A component as a module: built from its configuration, and repaired where Transformers is wrong."""
 
-from .fast_mixers_manticore import carry_state, install, limit_steps
-from .padding_manticore import unfuse_padded
+from .mixers_manticore import repair_mixers
 from .sizes_manticore import build_component
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -22,7 +21,7 @@ def build(name, config, beside=()):
 
 
 def prepare(component):
-    """Repairs what Transformers gets wrong for a component: recurrent states, limits of step sizes, and experts.
+    """Repairs what Transformers gets wrong for a component: its state-space mixers, and experts.
 
     Experts run in groups by default, which torch cannot multiply where a row of their weights is not a multiple of 16
     bytes.
@@ -30,7 +29,4 @@ def prepare(component):
     experts = [tensor for name, tensor in component.named_parameters() if ".experts." in name and tensor.ndim == 3]
     if any(size * tensor.element_size() % 16 for tensor in experts for size in tensor.shape[1:]):
         component.set_experts_implementation("eager")
-    install(component.config.model_type)
-    carry_state(component)
-    limit_steps(component)
-    unfuse_padded(component)
+    repair_mixers(component)

@@ -23,7 +23,7 @@ from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.fast_mixers_manticore import install
+from manticore_hf.modeling.mixers_manticore import repair_mixers
 from manticore_hf.training.distill import HardenArguments, run_harden
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.recipe import run_recipe
@@ -99,7 +99,7 @@ class Workshop:
 
     def load_plain(self, run):
         model = AutoModelForCausalLM.from_pretrained(run["folder"] / "model", dtype=self.dtype)
-        install(model.config.model_type)
+        repair_mixers(model)
         return model
 
     # ---- single models -----------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class Workshop:
         return cost
 
     def _fit(self, model, rows, settings, seed, folder, factor):
-        install(getattr(model.config, "model_type", ""))
+        repair_mixers(model)
         set_seed(seed)
         scratch = folder / "trainer"
         arguments = _arguments(scratch, **{"seed": seed, **settings})
