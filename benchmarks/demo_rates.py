@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from manticore_hf.modeling import fast_mixers_manticore
+from manticore_hf.modeling.mixers_manticore import repair_mixers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
@@ -42,6 +42,7 @@ def run(what, rate, train, validation, seed):
     set_seed(seed)
     if what in KINDS:
         model = AutoModelForCausalLM.from_pretrained(COMPONENTS / what, dtype="float32")
+        repair_mixers(model)  # as a hybrid does
     else:
         parts = [str(COMPONENTS / name) for name in KINDS]
         model = ManticoreForCausalLM.from_components(parts, num_blocks=1 + (what != "gate"), dtype="float32")
@@ -80,7 +81,6 @@ def main():
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    fast_mixers_manticore.install("mamba")  # for the Mamba alone, which no hybrid brings it to
     tokenizer, output = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose"), Path(args.output)
     half, kinds = args.tokens // BLOCK // 2, KINDS.values()
     from datasets import concatenate_datasets

@@ -17,13 +17,7 @@ from pathlib import Path
 import speed
 import torch
 import torch.nn.functional as F
-from manticore_hf.modeling import (
-    anatomy_manticore,
-    fast_mixers_manticore,
-    mixing_manticore,
-    modeling_manticore,
-    segments_manticore,
-)
+from manticore_hf.modeling import anatomy_manticore, mixing_manticore, modeling_manticore, segments_manticore
 from manticore_hf.modeling.conv_manticore import causal_conv1d
 from manticore_hf.modeling.mixture_manticore import sureness, weighted_sum
 
@@ -121,7 +115,6 @@ def main():
     parser.add_argument("--output", type=Path, help="write JSON here")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    fast_mixers_manticore.install("mamba")
     results = {f"mixture, 512 tokens, vocabulary {size}": mixture(512, size, args.repeats) for size in (8192, 50304)}
     results |= {f"convolution [1, 512, {n}]": convolution(512, n, 2 * args.repeats) for n in (128, 512)}
     results["one forward, two blocks, 512 tokens"] = shares(args.repeats)

@@ -9,6 +9,7 @@ the median over repeats. `--profile` prints where a layer's time goes instead.
 """
 
 import argparse
+import copy
 import inspect
 import json
 import platform
@@ -22,12 +23,11 @@ import torch
 import torch.nn.functional as F
 import transformers.models.mamba.modeling_mamba as mamba
 import transformers.models.mamba2.modeling_mamba2 as mamba2
-from manticore_hf.modeling import fast_mixers_manticore
+from manticore_hf.modeling import mixers_manticore
 from tqdm.auto import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXModel, Mamba2Config, Mamba2Model, MambaConfig, MambaModel
 
-REPLACED = {mamba: ("mamba_selective_scan", "causal_conv1d_fn"), mamba2: ("mamba2_chunk_scan", "causal_conv1d_fn")}
-THEIRS = {module: {name: getattr(module, name) for name in names} for module, names in REPLACED.items()}
+SCANS = {"mamba": mamba.mamba_selective_scan, "mamba2": mamba2.mamba2_chunk_scan}
 
 
 def layers(width):
@@ -41,20 +41,10 @@ def layers(width):
     }
 
 
-def with_theirs(module, run):
-    """The same call with Transformers' own functions."""
-
-    def wrapped():
-        ours = {name: getattr(module, name) for name in THEIRS[module]}
-        for name, function in THEIRS[module].items():
-            setattr(module, name, function)
-        try:
-            return run()
-        finally:
-            for name, function in ours.items():
-                setattr(module, name, function)
-
-    return wrapped
+def scan_of(kind, ours):
+    """The function that a mixer calls: ours or Transformers'."""
+    made = {"mamba": mixers_manticore._make_scan, "mamba2": mixers_manticore._make_chunk_scan}
+    return made[kind](SCANS[kind]) if ours else inspect.unwrap(SCANS[kind])
 
 
 def layer_step(model, hidden):
@@ -62,22 +52,24 @@ def layer_step(model, hidden):
     return lambda: model(inputs_embeds=hidden).last_hidden_state.square().mean().backward()
 
 
-def mamba_scan(width, batch, tokens):
+def mamba_scan(width, batch, tokens, ours):
     """Forward and backward of Mamba's scan, with its skip and gate, at a layer's shapes and memory layout."""
     d, n = 2 * width, 16
     u, z = (torch.randn(batch, tokens, d).transpose(1, 2).requires_grad_() for _ in range(2))
     B, C = (torch.randn(batch, tokens, n).transpose(1, 2).requires_grad_() for _ in range(2))
     dt, A, D = torch.rand(batch, d, tokens).requires_grad_(), -torch.rand(d, n).requires_grad_(), torch.ones(d)
-    return lambda: mamba.mamba_selective_scan(u, dt, A, B, C, D=D, z=z).square().mean().backward()
+    scan = scan_of("mamba", ours)
+    return lambda: scan(u, dt, A, B, C, D=D, z=z).square().mean().backward()
 
 
-def mamba2_scan(width, batch, tokens):
+def mamba2_scan(width, batch, tokens, ours):
     """The same of Mamba-2's."""
     heads = 2 * width // 64
     x, dt = torch.randn(batch, tokens, heads, 64).requires_grad_(), torch.randn(batch, tokens, heads).requires_grad_()
     B, C = (torch.randn(batch, tokens, 1, 128).requires_grad_() for _ in range(2))
     A, D = -torch.rand(heads).requires_grad_(), torch.ones(heads)
-    return lambda: mamba2.mamba2_chunk_scan(x, F.softplus(dt), A, B, C, chunk_size=256, D=D).square().mean().backward()
+    scan = scan_of("mamba2", ours)
+    return lambda: scan(x, F.softplus(dt), A, B, C, chunk_size=256, D=D).square().mean().backward()
 
 
 def measure(width, batch, tokens, repeats, with_upstream):
@@ -90,10 +82,15 @@ def measure(width, batch, tokens, repeats, with_upstream):
         with_upstream: Also time Mamba's own path in Transformers (its backward grows quadratically in `tokens`).
     """
     models, hidden = layers(width), torch.randn(batch, tokens, width)
+    theirs = {name: copy.deepcopy(model) for name, model in models.items() if name in SCANS}
+    for model in models.values():
+        mixers_manticore.repair_mixers(model)
     runs = {f"{name} layer": layer_step(model, hidden) for name, model in models.items()}
-    runs |= {"mamba scan": mamba_scan(width, batch, tokens), "mamba2 scan": mamba2_scan(width, batch, tokens)}
-    for name in [name for name in runs if name.startswith("mamba2" if not with_upstream else "mamba")]:
-        runs[f"{name}, theirs"] = with_theirs(mamba2 if name.startswith("mamba2") else mamba, runs[name])
+    scans = {"mamba": mamba_scan, "mamba2": mamba2_scan}
+    runs |= {f"{name} scan": scan(width, batch, tokens, True) for name, scan in scans.items()}
+    for name in SCANS if with_upstream else ("mamba2",):
+        runs[f"{name} layer, theirs"] = layer_step(theirs[name], hidden)
+        runs[f"{name} scan, theirs"] = scans[name](width, batch, tokens, False)
     times = {name: [] for name in runs}
     for repeat in tqdm(range(repeats + 2), desc=f"{batch} x {tokens}", leave=False):
         for name, run in runs.items():
@@ -118,7 +115,9 @@ def measure(width, batch, tokens, repeats, with_upstream):
 
 def profile(width, batch, tokens):
     """Prints the operators of one Mamba layer's forward and backward, longest first."""
-    step = layer_step(layers(width)["mamba"], torch.randn(batch, tokens, width))
+    model = layers(width)["mamba"]
+    mixers_manticore.repair_mixers(model)
+    step = layer_step(model, torch.randn(batch, tokens, width))
     for _ in range(5):
         step()
     with torch.profiler.profile() as profiler:
@@ -142,10 +141,6 @@ def main():
     torch.set_num_threads(args.threads)
     if args.no_numba:
         sys.modules["numba"] = None
-    for model_type in ("mamba", "mamba2"):
-        fast_mixers_manticore.install(model_type)
-    for module, functions in THEIRS.items():
-        THEIRS[module] = {name: inspect.unwrap(function) for name, function in functions.items()}
     if args.profile:
         return profile(args.width, *args.profile)
     shapes = [(1, 128, True), (4, 128, True), (1, 512, False), (1, 1024, False)]

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from manticore_hf.modeling import fast_mixers_manticore
+from manticore_hf.modeling.mixers_manticore import repair_mixers
 from tqdm.auto import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -46,7 +46,9 @@ def components(width, layers):
         bos_token_id=None,
     )
     mamba = MambaConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, eos_token_id=None)
-    return tuple(model.to(**PLACE).eval() for model in (GPTNeoXForCausalLM(neox), MambaForCausalLM(mamba)))
+    parts = tuple(model.to(**PLACE).eval() for model in (GPTNeoXForCausalLM(neox), MambaForCausalLM(mamba)))
+    repair_mixers(parts[1])  # the component alone uses the same scan
+    return parts
 
 
 def compose(parts, **settings):
@@ -303,7 +305,6 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what they compute in")
     args = parser.parse_args()
     PLACE.update(device=args.device, dtype=getattr(torch, args.dtype))
-    fast_mixers_manticore.install("mamba")  # the components alone use the same scan
     results, start = [], time.time()
     for part in (overhead, decoding, stages, fused, loading):
         if args.only is None or part.__name__ in args.only:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from manticore_hf.modeling.fast_mixers_manticore import install
+from manticore_hf.modeling.mixers_manticore import repair_mixers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -143,7 +143,7 @@ def specialist(base, kind, shared, work):
         return folder
     source = Path(shared) / "components" / base
     tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
-    install(model.config.model_type)
+    repair_mixers(model)
     file = folder / "text.jsonl"
     write_texts([kind], "specialist", SPECIALIST_TOKENS, tokenizer, shared, file)
     rows = pack((json.loads(line)["text"] for line in file.open()), tokenizer, BLOCK)

@@ -182,13 +182,13 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
 def train(name: str, tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespace) -> None:
     """Train one component, or go on where a checkpoint left off, and write its folder and its part of the report."""
     recipe, checkpoint = RECIPES[name], arguments.checkpoints / f"{name}.pt"
-    if recipe.family == "Mamba":
-        # Transformers' own loop over time takes minutes per step at this context.
-        from manticore_hf.modeling.fast_mixers_manticore import install
-
-        install("mamba")
     torch.manual_seed(arguments.seed)
     model = AutoModelForCausalLM.from_config(recipe.config())
+    if recipe.family == "Mamba":
+        # Transformers' own loop over time takes minutes per step at this context.
+        from manticore_hf.modeling.mixers_manticore import repair_mixers
+
+        repair_mixers(model)
     optimizer = optimizer_for(model, recipe.learning_rate)
     steps = math.ceil(arguments.tokens / (arguments.batch_size * CONTEXT))
     settings = {"steps": steps, "batch_size": arguments.batch_size, "seed": arguments.seed}

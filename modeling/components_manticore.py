@@ -7,8 +7,7 @@ that do not attend at all (Mamba) or in their own way (Bloom, Gemma 2), so these
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .configuration_manticore import ManticoreError
-from .fast_mixers_manticore import carry_state, install, limit_steps
-from .padding_manticore import unfuse_padded
+from .mixers_manticore import repair_mixers
 
 # Of engines that keep the keys and values themselves: Transformers' continuous batching, vLLM, SGLang
 _ENGINES = ("paged", "vllm", "sglang")
@@ -25,7 +24,7 @@ NO_PAGES = (
 
 
 def prepare(component):
-    """Repairs what Transformers gets wrong for a component: recurrent states, limits of step sizes, and experts.
+    """Repairs what Transformers gets wrong for a component: its state-space mixers, and experts.
 
     Experts run in groups by default, which torch cannot multiply where a row of their weights is not a multiple of 16
     bytes.
@@ -33,10 +32,7 @@ def prepare(component):
     experts = [tensor for name, tensor in component.named_parameters() if ".experts." in name and tensor.ndim == 3]
     if any(size * tensor.element_size() % 16 for tensor in experts for size in tensor.shape[1:]):
         component.set_experts_implementation("eager")
-    install(component.config.model_type)
-    carry_state(component)
-    limit_steps(component)
-    unfuse_padded(component)
+    repair_mixers(component)
 
 
 def refuse_engines(implementation):

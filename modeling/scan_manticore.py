@@ -5,7 +5,7 @@ Spaces" (arXiv:2312.00752), with the zero-order hold simplified as in the refere
 
     h[t] = exp(dt[t] * A) * h[t - 1] + dt[t] * B[t] * u[t]        y[t] = <C[t], h[t]>
 
-Transformers' torch path runs it as several autograd nodes per token; `fast_mixers_manticore` puts this in
+Transformers' torch path runs it as several autograd nodes per token; `mixers_manticore` puts this in
 its place.
 
 The file is Hub-portable: several copies of it may be imported in one process (the package and any number of remote-code

@@ -1,15 +1,17 @@
 """The selective scan's naive twin, inputs for it, and tiny models that scan; shared by the tests of the scan."""
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import inspect
 import sys
+from pathlib import Path
 
-import pytest
 import torch
 import torch.nn.functional as F
-from manticore_hf.modeling import fast_mixers_manticore as sm
 from manticore_hf.modeling.anatomy_manticore import cache_argument
+from manticore_hf.modeling.mixers_manticore import OwnForward
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 BATCH, D, N, TIME = 2, 5, 3, 37
@@ -69,33 +71,39 @@ def another_copy(module):
     del sys.modules[name]
 
 
-@pytest.fixture
-def second_copy():
-    with another_copy(sm) as copy:
-        yield copy
+@contextlib.contextmanager
+def another_package(module, name="modeling_copy"):
+    """All of `modeling/` imported once more, as it is by a published repo's remote code; gives a module's twin."""
+    folder = Path(module.__file__).parent
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        yield importlib.import_module(f"{name}.{module.__name__.rpartition('.')[2]}")
+    finally:
+        for key in [key for key in sys.modules if key.split(".")[0] == name]:
+            del sys.modules[key]
 
 
 def modeling(model_type):
     """Transformers' module of a model type."""
-    return sm._modeling_module(model_type)
+    return importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
 
 
-def uninstall(model_type):
-    """Gives a model type its own scan back."""
-    for name, function in list(vars(modeling(model_type)).items()):
-        if inspect.isfunction(function) and hasattr(function, sm._MARK):
-            setattr(modeling(model_type), name, getattr(function, sm._MARK))
+def own_globals(mixer):
+    """What a repaired mixer's forward calls, by name; all mixers of a class share it."""
+    return inspect.unwrap(mixer.forward.whole).__globals__
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    """Each test starts and ends without the scan, whatever others have installed; a state left behind is an error."""
-    for model_type in CONFIGS:
-        uninstall(model_type)
-    yield
-    for model_type in CONFIGS:
-        uninstall(model_type)
-    assert getattr(sm._shared.local, "state", None) is None
+def bind(torch_function, implementation):
+    """Mimics how Transformers binds the function of an importable package, without a device check."""
+
+    @functools.wraps(torch_function)
+    def wrapped(*args, **kwargs):
+        return implementation(*args, **kwargs)
+
+    return wrapped
 
 
 def build(model_type, dtype=torch.float32, **overrides):
@@ -111,8 +119,8 @@ def build(model_type, dtype=torch.float32, **overrides):
 
 
 def mixers(model):
-    """The modules of a model that scan."""
-    return [m for m in model.modules() if type(m).__name__ in sm._SCAN_MIXERS]
+    """The repaired mixers of a model."""
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), OwnForward)]
 
 
 def padded_inputs(padded, length=11):

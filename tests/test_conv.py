@@ -3,14 +3,11 @@
 import inspect
 
 import pytest
-import scans
 import torch
 import torch.nn.functional as F
-from manticore_hf.modeling import fast_mixers_manticore as fm
+from manticore_hf.modeling import mixers_manticore as mm
 from manticore_hf.modeling.conv_manticore import causal_conv1d
-from scans import build, modeling, padded_inputs
-
-restored = scans.restored
+from scans import CONFIGS, build, mixers, modeling, own_globals, padded_inputs
 
 
 def make_inputs(time, taps=4, channels=5, dtype=torch.float64, bias=True):
@@ -58,28 +55,26 @@ def test_second_derivatives():
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_takes_the_place_of_upstreams(dtype, activation):
     inputs = [z.detach() for z in make_inputs(11, dtype=dtype)]
-    expected = inspect.unwrap(modeling("mamba").causal_conv1d_fn)(*inputs, activation=activation)
-    assert fm.install("mamba")
-    found = modeling("mamba").causal_conv1d_fn(*inputs, activation=activation)
+    upstream = modeling("mamba").causal_conv1d_fn
+    expected = inspect.unwrap(upstream)(*inputs, activation=activation)
+    found = mm._make_conv(upstream)(*inputs, activation=activation)
     assert found.dtype == expected.dtype and found.shape == expected.shape
     tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("model_type", list(scans.CONFIGS))
-def test_models_train_alike(model_type):
+@pytest.mark.parametrize("model_type", list(CONFIGS))
+def test_models_train_alike(model_type, monkeypatch):
     """Loss and every gradient of a model with Transformers' convolution, and with ours, on the same scan."""
     dtype = torch.float32 if model_type == "jamba" else torch.float64  # no grouped products in float64 for its experts
     model, (ids, _) = build(model_type, dtype).train(), padded_inputs(False)
-    module, gradients = modeling(model_type), []
-    assert fm.install(model_type)
-    ours = module.causal_conv1d_fn
-    for convolution in (ours, inspect.unwrap(getattr(ours, fm._MARK))):
-        module.causal_conv1d_fn = convolution
+    assert mm.repair_mixers(model)
+    called, gradients = own_globals(mixers(model)[0]), []
+    for convolution in (called["causal_conv1d_fn"], inspect.unwrap(modeling(model_type).causal_conv1d_fn)):
+        monkeypatch.setitem(called, "causal_conv1d_fn", convolution)
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    module.causal_conv1d_fn = ours
     assert gradients[0].keys() == gradients[1].keys() and any("conv1d" in name for name in gradients[0])
     for name in gradients[0]:
         torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-5, msg=name)

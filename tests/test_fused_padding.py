@@ -3,15 +3,12 @@
 The kernels can mask neither what their convolution makes of padding nor their steps.
 """
 
-import functools
 import inspect
 
 import pytest
 import torch
-from manticore_hf.modeling import fast_mixers_manticore as sm
-from manticore_hf.modeling import padding_manticore
-from manticore_hf.modeling.padding_manticore import unfuse_padded
-from scans import modeling, uninstall
+from manticore_hf.modeling import mixers_manticore as mm
+from scans import bind, mixers, modeling
 
 from manticore_hf.families.contract import PADDING, left_padded
 from manticore_hf.families.tiny import tiny_config, tiny_model
@@ -33,26 +30,16 @@ def fused(request, monkeypatch):
     The stand-in for the kernel only counts, and gives None, as Transformers' own version does; CPU tensors are let in.
     """
     model_type, calls = request.param, []
-    uninstall(model_type)
     module, name = modeling(model_type), FUSED[model_type]
 
     def kernel(*args, **kwargs):
         calls.append(1)
 
-    plain = inspect.unwrap(getattr(module, name))
-    implementation = kernel
-
-    @functools.wraps(plain)
-    def bound(*args, **kwargs):
-        return implementation(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, bound)
-    monkeypatch.setattr(sm, "_kernel_takes", lambda tensor: True)
+    monkeypatch.setattr(module, name, bind(inspect.unwrap(getattr(module, name)), kernel))
+    monkeypatch.setattr(mm, "_kernel_takes", lambda tensor: True)
     model = tiny_model(tiny_config(model_type)).train()
-    assert unfuse_padded(model) > 0
-    yield model, calls
-    uninstall(model_type)
-    assert not getattr(sm._shared.local, "is_padded", False)
+    assert mm.repair_mixers(model) > 0
+    return model, calls
 
 
 def test_only_padding_on_the_left_is_kept_from_the_kernel(fused):
@@ -64,7 +51,7 @@ def test_only_padding_on_the_left_is_kept_from_the_kernel(fused):
     for given in (None, torch.ones_like(mask), mask.flip(1)):
         calls.clear()
         model(input_ids=ids, attention_mask=given, use_cache=False)
-        assert len(calls) == (0 if is_wrong(model) else unfuse_padded(model))
+        assert len(calls) == (0 if is_wrong(model) else len(mixers(model)))
     alone = model(input_ids=ids[:1, PADDING:], use_cache=False).logits
     torch.testing.assert_close(padded[:1, PADDING:], alone, rtol=1e-4, atol=1e-4)
 
@@ -72,8 +59,8 @@ def test_only_padding_on_the_left_is_kept_from_the_kernel(fused):
 def test_a_mask_is_looked_at_once_for_all_layers(fused, monkeypatch):
     """A GPU waits for every look; a mask that was written over is another one."""
     model, calls = fused
-    looks, look = [], padding_manticore._look
-    monkeypatch.setattr(padding_manticore, "_look", lambda mask: looks.append(1) or look(mask))
+    looks, look = [], mm._look
+    monkeypatch.setattr(mm, "_look", lambda mask: looks.append(1) or look(mask))
     ids, mask, _ = left_padded()
     mask = torch.ones_like(mask)
     mask[1, -1] = 0  # Transformers drops a mask of ones
@@ -84,17 +71,19 @@ def test_a_mask_is_looked_at_once_for_all_layers(fused, monkeypatch):
         assert len(looks) == count and bool(calls) == (left == 1 and not is_wrong(model))
 
 
-def test_without_kernels_nothing_is_hooked():
+def test_without_kernels_no_mask_is_looked_at(monkeypatch):
+    monkeypatch.setattr(mm, "_look", lambda mask: pytest.fail("a GPU would wait"))
+    ids, mask, _ = left_padded()
     for model_type in FUSED:
-        uninstall(model_type)
-        assert unfuse_padded(tiny_model(tiny_config(model_type))) == 0
+        model = tiny_model(tiny_config(model_type)).train()
+        mm.repair_mixers(model)
+        assert all(mixer.forward.stepwise is None for mixer in mixers(model))
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 def test_a_call_that_fails_leaves_nothing(fused, monkeypatch):
     model, calls = fused
-    mixer = next(
-        m for m in model.modules() if any(getattr(h, "_manticore_padding", 0) for h in m._forward_pre_hooks.values())
-    )
+    mixer = mixers(model)[0]
     ids, mask, _ = left_padded()
     with monkeypatch.context() as patch:
         patch.setattr(mixer.in_proj, "forward", lambda *args: 1 / 0)

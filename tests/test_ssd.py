@@ -3,14 +3,12 @@
 import inspect
 
 import pytest
-import scans
 import torch
-from manticore_hf.modeling import fast_mixers_manticore as fm
+from manticore_hf.modeling import mixers_manticore as mm
 from manticore_hf.modeling import ssd_manticore
 from manticore_hf.modeling.ssd_manticore import chunk_scan
-from scans import build, chunked, modeling, padded_inputs
+from scans import build, chunked, mixers, modeling, own_globals, padded_inputs
 
-restored = scans.restored
 NAMES = ("x", "dt", "A", "B", "C", "initial_state")
 BATCH, HEADS, WIDTH, GROUPS, STATE = 2, 4, 3, 2, 5
 
@@ -101,25 +99,26 @@ def test_takes_the_place_of_upstreams(dtype, with_state):
     settings = {"D": torch.randn(HEADS, dtype=dtype), "dt_bias": torch.randn(HEADS, dtype=dtype), "dt_softplus": True,
                 "dt_limit": (0.01, 2.0), "initial_states": state if with_state else None,
                 "return_final_states": with_state, "z": None}  # fmt: skip
-    expected = inspect.unwrap(modeling("mamba2").mamba2_chunk_scan)(x, dt, A.float(), B, C, 8, **settings)
-    assert fm.install("mamba2")
-    found = modeling("mamba2").mamba2_chunk_scan(x, dt, A.float(), B, C, 8, **settings)
+    upstream = modeling("mamba2").mamba2_chunk_scan
+    expected = inspect.unwrap(upstream)(x, dt, A.float(), B, C, 8, **settings)
+    found = mm._make_chunk_scan(upstream)(x, dt, A.float(), B, C, 8, **settings)
     for ours, theirs in zip(*[z if with_state else (z,) for z in (found, expected)], strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_model_with_and_without(padded):
+def test_model_with_and_without(padded, monkeypatch):
     model, (ids, mask) = build("mamba2"), padded_inputs(padded)
     with torch.no_grad():
         theirs = model(ids, attention_mask=mask, use_cache=False).logits
-        assert fm.install("mamba2")
-        calls = []
-        original, module = modeling("mamba2").mamba2_chunk_scan, modeling("mamba2")
-        module.mamba2_chunk_scan = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
-        ours = model(ids, attention_mask=mask, use_cache=False).logits
-        module.mamba2_chunk_scan = original
+        assert mm.repair_mixers(model) == model.config.num_hidden_layers
+        calls, called = [], own_globals(mixers(model)[0])
+        original = called["mamba2_chunk_scan"]
+        with monkeypatch.context() as patch:
+            counted = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)  # noqa: E731
+            patch.setitem(called, "mamba2_chunk_scan", counted)
+            ours = model(ids, attention_mask=mask, use_cache=False).logits
         pieces = chunked(model, "mamba2", ids, mask, 4)[0]
     real = torch.ones_like(ids).bool() if mask is None else mask.bool()
     assert len(calls) == model.config.num_hidden_layers

@@ -26,7 +26,7 @@ from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.fast_mixers_manticore import install
+from manticore_hf.modeling.mixers_manticore import repair_mixers
 from manticore_hf.training.distill import run_harden
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.recipe import run_recipe
@@ -106,7 +106,7 @@ class Workshop:
     def load_plain(self, run: dict) -> PreTrainedModel:
         """The single model that a run tuned."""
         model = AutoModelForCausalLM.from_pretrained(run["folder"] / "model", dtype=self.dtype)
-        install(model.config.model_type)
+        repair_mixers(model)
         return model
 
     # ---- single models -----------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class Workshop:
         return cost
 
     def _fit(self, model, rows, settings, seed, folder, factor):
-        install(getattr(model.config, "model_type", ""))
+        repair_mixers(model)
         set_seed(seed)
         scratch = folder / "trainer"
         arguments = _arguments(scratch, **{"seed": seed, **settings})

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.fast_mixers_manticore import install
+from manticore_hf.modeling.mixers_manticore import repair_mixers
 
 HEAD_WIDTH = 32
 
@@ -99,7 +99,7 @@ def from_scratch(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as err:
         raise ManticoreError(f"{family} cannot be built with {layers} layers of width {width}: {err}") from err
-    install(family)
+    repair_mixers(model)
     return model
 
 

@@ -7,7 +7,6 @@ is stored: a quarter of the peak in the one run that was measured (BENCHMARKS).
 """
 
 import contextlib
-import inspect
 from unittest import mock
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from transformers import masking_utils
 from transformers.integrations import moe
 
-from manticore_hf.modeling import fast_mixers_manticore
+from manticore_hf.modeling import mixers_manticore
 from manticore_hf.modeling.scan_kernel_manticore import find_kernel
 from manticore_hf.modeling.scan_manticore import CHUNK, _shared
 from manticore_hf.modeling.scan_triton_manticore import CHANNELS, block_count
@@ -35,7 +34,7 @@ def assumed(device):
         stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None))
         stack.enter_context(mock.patch.object(moe, "_grouped_mm", _one_group))
         if device == "cuda":
-            upstream = mock.patch.object(fast_mixers_manticore, "_leave_to", lambda up, *_: inspect.unwrap(up))
+            upstream = mock.patch.object(mixers_manticore, "_leave_to", lambda upstream, plain, *_: plain)
             stack.enter_context(upstream)
             stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _without_dropout))
         yield

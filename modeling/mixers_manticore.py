@@ -1,0 +1,482 @@
+"""Mixers of state-space models, repaired one by one: what else the process runs is left alone.
+
+Transformers' torch paths are slow, start every call of Mamba, FalconMamba and Jamba with several tokens from a zero
+state even when the cache holds one, hand CPU tensors to CUDA kernels once `mamba_ssm` is importable, forget the limits
+of Mamba-2's step sizes in calls with one token, and let padding on the left into fused training kernels.
+
+A mixer's forward calls the functions that would have to differ as globals of its module. So every mixer of a hybrid
+gets a forward of its own, as an attribute of the instance: the code of its class's forward with globals of its own, in
+which those functions are ours. The two that miss an argument (the cached state, the limits) are given it there.
+Mixers keep their type, and a plain model beside a hybrid runs what it always ran.
+"""
+
+import ast
+import functools
+import inspect
+import linecache
+import textwrap
+import types
+import warnings
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.activations import ACT2FN
+from transformers.utils.import_utils import is_torchdynamo_exporting
+
+from .conv_manticore import causal_conv1d
+from .scan_manticore import selective_scan
+from .ssd_manticore import chunk_scan
+
+SCANS = ("mamba_selective_scan", "mamba2_chunk_scan")
+FUSED = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined")
+"""Whole mixers in one kernel; Transformers' torch versions return None, and the mixer goes on step by step."""
+
+_MISSING = {
+    "mamba_selective_scan": ("initial_states", "None if {0} is None else {0}.get_recurrent_state(self.layer_idx)"),
+    "mamba2_selective_state_update": ("dt_limit", "self.time_step_limit"),
+}
+"""Arguments that mixers do not give: name and value, where {0} is the forward's name for its cache."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which function runs. CUDA kernels stay in use where they are and take the numbers: they know no float64.
+
+
+def _wrapped(function):
+    """The function under what the package `kernels` makes of it, which is a module."""
+    if isinstance(function, torch.nn.Module):
+        inner = inspect.getclosurevars(type(function).forward).nonlocals.values()
+        return next((one for one in inner if inspect.isfunction(one)), None)
+    # Copies of this code from before 0.2 replace functions in Transformers' modules, and keep what was there
+    return getattr(function, "_manticore_upstream", function)
+
+
+def _implementation(function):
+    """What Transformers bound to this function when its module was imported; None: it is not of that kind."""
+    function = _wrapped(function)
+    return inspect.getclosurevars(function).nonlocals.get("implementation") if inspect.isfunction(function) else None
+
+
+def _plain(function):
+    """Transformers' torch version."""
+    return inspect.unwrap(_wrapped(function))
+
+
+def has_kernel(function) -> bool:
+    """Tells whether a kernel runs in a function's place: of an installed package, or one that `use_kernels` brought."""
+    if isinstance(function, torch.nn.Module):
+        own = vars(function).get("forward")
+        if own is not None and getattr(own, "__func__", own) is not type(function).forward:
+            return True
+    bound = _implementation(function)
+    return bound is not None and bound is not _plain(function)
+
+
+def _is_packed(kwargs: dict) -> bool:
+    return kwargs.get("seq_idx") is not None or kwargs.get("cu_seqlens") is not None
+
+
+def _kernel_takes(tensor: torch.Tensor) -> bool:
+    # Fake tensors, on which components are looked at, say that they are on the GPU: a kernel would write to no memory
+    return tensor.is_cuda and tensor.dtype != torch.float64 and not isinstance(tensor, FakeTensor)
+
+
+def _must_trace() -> bool:
+    return torch.jit.is_tracing() or is_torchdynamo_exporting()
+
+
+def _leave_to(upstream, plain, tensor, kwargs):
+    """The version of Transformers' that must run instead of ours, or None."""
+    if _kernel_takes(tensor) or _is_packed(kwargs):
+        return upstream
+    return None if tensor.device.type == "cpu" and not _must_trace() else plain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our functions. Each is made for the one it replaces, and has its arguments and those of _MISSING.
+
+
+def _make_scan(upstream):
+    plain, kernel = _plain(upstream), has_kernel(upstream)
+
+    def mamba_selective_scan(
+        hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        D=None,
+        z=None,
+        delta_bias=None,
+        delta_softplus=False,
+        return_last_state=False,
+        use_mambapy=False,
+        use_associative_scan=False,
+        initial_states=None,
+        **kwargs,
+    ):
+        other = None
+        if _is_packed(kwargs) or (initial_states is None and kernel and _kernel_takes(hidden_states)):
+            other = upstream  # a CUDA kernel, or the error for sequences packed without one
+        elif initial_states is None and _must_trace():
+            other = plain  # the exported graph must run where our operator is not registered
+        if other is not None:
+            kwargs |= {"use_mambapy": use_mambapy, "use_associative_scan": use_associative_scan}
+            kwargs |= {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+            return other(hidden_states, dt, A, B, C, return_last_state=return_last_state, **kwargs)
+        # Types follow upstream's torch path: dt in its own type, the state in at least float32, y in the input's type
+        if delta_bias is not None:
+            dt = dt + delta_bias.to(dt.dtype)[..., None]
+        if delta_softplus:
+            dt = F.softplus(dt)
+        y, last_state = selective_scan(hidden_states, dt, A, B, C, initial_states)
+        y = y.to(hidden_states.dtype)
+        if D is not None:
+            y = y + hidden_states * D[None, :, None]
+        if z is not None:
+            y = y * F.silu(z)
+        return (y, last_state) if return_last_state else y
+
+    return mamba_selective_scan
+
+
+def _make_conv(upstream):
+    plain = _plain(upstream)
+
+    def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):
+        other = _leave_to(upstream, plain, hidden_states, kwargs)
+        if other is not None:
+            strides = hidden_states.stride()
+            if strides[1] == 1 and (strides[0] % 8 or strides[2] % 8):
+                hidden_states = hidden_states.contiguous()  # causal-conv1d refuses such strides
+            # By name: what comes fourth in causal-conv1d is no activation
+            return other(hidden_states, weight, bias=bias, activation=activation, **kwargs)
+        y = causal_conv1d(hidden_states, weight, bias)
+        return (y if activation is None else ACT2FN[activation](y)).to(hidden_states.dtype)
+
+    return causal_conv1d_fn
+
+
+def _make_chunk_scan(upstream):
+    plain = _plain(upstream)
+
+    def mamba2_chunk_scan(
+        hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=None,
+        dt_bias=None,
+        initial_states=None,
+        dt_softplus=False,
+        dt_limit=(0.0, float("inf")),
+        return_final_states=False,
+        **kwargs,
+    ):
+        other = _leave_to(upstream, plain, hidden_states, kwargs)
+        if other is not None:
+            kwargs |= {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
+            kwargs |= {"dt_limit": dt_limit, "return_final_states": return_final_states}
+            return other(hidden_states, dt, A, B, C, chunk_size, **kwargs)
+        if dt_bias is not None:
+            dt = dt + dt_bias.to(dt.dtype)
+        if dt_softplus:
+            dt = F.softplus(dt)
+        dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
+        y, last_state = chunk_scan(hidden_states, dt, A, B, C, initial_states)
+        y = y.contiguous()  # some mixers (FalconH1) view it in another shape
+        if D is not None:
+            y = y + hidden_states.to(y.dtype) * D[:, None]
+        return (y, last_state) if return_final_states else y
+
+    return mamba2_chunk_scan
+
+
+def _make_step(upstream):
+    plain, kernel = _plain(upstream), has_kernel(upstream)
+
+    def mamba2_selective_state_update(
+        state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, dt_limit=None, **kwargs
+    ):
+        use_kernel = kernel and (_kernel_takes(hidden_states) or _is_packed(kwargs))
+        if dt_limit is not None and (dt_limit[0] > 0.0 or dt_limit[1] != float("inf")):
+            # All channels of a head have one step size, as a view that kernels recognise by its strides and we keep
+            step = dt[..., 0].float() if use_kernel else dt[..., 0]  # as in the scan: kernels compute it in float32
+            if dt_bias is not None:
+                step = step + dt_bias[..., 0].to(step.dtype)
+            if dt_softplus:
+                step = F.softplus(step)
+            dt = step.clamp(*dt_limit)[..., None].expand_as(dt)
+            # Zeros and no None: the kernel asks a bias for its strides
+            dt_bias = None if dt_bias is None else step.new_zeros(1, 1).expand_as(dt_bias)
+            dt_softplus = False
+        other = plain if kernel and not use_kernel else upstream
+        kwargs |= {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus}
+        return other(state, hidden_states, dt, A, B, C, **kwargs)
+
+    return mamba2_selective_state_update
+
+
+def _make_guard(upstream):
+    """A function that a kernel may run in place of: tensors elsewhere get Transformers' torch version.
+
+    So does FalconMamba's fused mixer, which normalises step sizes after they are projected, and in every other way
+    before.
+    """
+    plain = _plain(upstream)
+
+    def guard(*args, **kwargs):
+        tensor = args[0] if args else next(iter(kwargs.values()))
+        takes = _kernel_takes(tensor) or _is_packed(kwargs)
+        return (upstream if takes and kwargs.get("dt_rms_weight") is None else plain)(*args, **kwargs)
+
+    return guard
+
+
+# What is replaced: how ours is made, the parameters upstream must have, and what a user loses where it has others.
+_SLOW = "Without CUDA kernels the model will be slow"
+_FAST = {
+    "mamba_selective_scan": (
+        _make_scan,
+        "hidden_states dt A B C D z delta_bias delta_softplus return_last_state use_mambapy use_associative_scan "
+        "kwargs",
+        f"{_SLOW}, and calls with several tokens cannot continue from a cache.",
+    ),
+    "mamba2_chunk_scan": (
+        _make_chunk_scan,
+        "hidden_states dt A B C chunk_size D dt_bias initial_states dt_softplus dt_limit return_final_states kwargs",
+        f"{_SLOW}.",
+    ),
+    "mamba2_selective_state_update": (
+        _make_step,
+        "state hidden_states dt A B C D dt_bias dt_softplus z kwargs",
+        "Models that limit their step sizes decode with a cache differently than without.",
+    ),
+    "causal_conv1d_fn": (_make_conv, "hidden_states weight bias activation kwargs", f"{_SLOW}."),
+}
+_warned = set()
+
+
+def _takes_ours(home, name, function) -> bool:
+    """Whether a function is the one that ours replaces; if not, that is said once."""
+    _, expected, loss = _FAST[name]
+    try:
+        signature = " ".join(inspect.signature(_plain(function)).parameters)
+    except (TypeError, ValueError):
+        signature = None
+    if signature != expected and (home, name) not in _warned:
+        _warned.add((home, name))
+        warnings.warn(
+            f"{home}.{name} has the signature ({signature}) instead of the expected ({expected}): it is left in place. "
+            f"{loss} Use a Transformers version this was tested on.",
+            stacklevel=4,
+        )
+    return signature == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A forward with globals of its own.
+
+
+def _called(forward) -> tuple:
+    """(name, function, whether a kernel runs in its place) of the globals of this kind that a forward calls."""
+    forward = inspect.unwrap(forward)
+    if not inspect.isfunction(forward):
+        return ()
+    home = {name: forward.__globals__[name] for name in forward.__code__.co_names if name in forward.__globals__}
+    return tuple((k, f, has_kernel(f)) for k, f in home.items() if k in _FAST or _implementation(f) is not None)
+
+
+def _replacements(home, called) -> dict:
+    """{name: our function}, of a mixer's module called `home`."""
+    scans, found = any(name in SCANS for name, _, _ in called), {}
+    for name, function, kernel in called:
+        if scans and name in _FAST:
+            if _takes_ours(home, name, function):
+                found[name] = _FAST[name][0](function)
+        elif kernel or isinstance(function, torch.nn.Module):  # `use_kernels` may bring that one a kernel later
+            found[name] = _make_guard(function)
+    return found
+
+
+def _complete(forward, names):
+    """The code of a forward whose calls of these functions are given the arguments of _MISSING, and what was given.
+
+    Calls in a loop (Zamba scans head by head) are left as they are.
+    """
+    file, first = forward.__code__.co_filename, forward.__code__.co_firstlineno - 1
+    # inspect.getsource would look through every module of the process for the file's
+    lines = inspect.getblock(linecache.getlines(file, forward.__globals__)[first:])
+    tree = ast.parse("\n" * first + textwrap.dedent("".join(lines)))  # line numbers are the file's
+    cache = next((name for name in ("cache", "cache_params") if name in inspect.signature(forward).parameters), None)
+    nodes, given = list(ast.walk(tree)), set()
+    loops = [node for node in nodes if isinstance(node, (ast.For, ast.While))]
+    looped = {id(node) for loop in loops for node in ast.walk(loop)}
+    for node in nodes:
+        name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+        if name in names and id(node) not in looped:
+            argument, value = _MISSING[name]
+            if argument not in [keyword.arg for keyword in node.keywords]:
+                added = ast.parse("\n" * (node.lineno - 1) + f"_({argument}={value.format(cache)})", mode="eval")
+                node.keywords += added.body.keywords
+            given.add(name)
+    tree.body[0].decorator_list = []
+    code = compile(tree, file, "exec", forward.__code__.co_flags & _FUTURES, dont_inherit=True)
+    return next(one for one in code.co_consts if getattr(one, "co_name", None) == forward.__name__), given
+
+
+_FUTURES = 0x1FF0000  # the flags of `from __future__ import`
+
+
+def _rebuild(forward, code, own):
+    """A forward's decorators around a function with this code and these globals."""
+    inner = getattr(forward, "__wrapped__", None)
+    if inner is None:
+        out = types.FunctionType(code, own, forward.__name__, forward.__defaults__, forward.__closure__)
+        out.__kwdefaults__, out.__qualname__ = forward.__kwdefaults__, forward.__qualname__
+        return out
+    rebuilt = _rebuild(inner, code, own)
+    cells = [
+        types.CellType(rebuilt if cell.cell_contents is inner else cell.cell_contents) for cell in forward.__closure__
+    ]
+    out = types.FunctionType(
+        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, tuple(cells)
+    )
+    out.__kwdefaults__, out.__wrapped__ = forward.__kwdefaults__, rebuilt
+    return out
+
+
+_NO_SOURCE = (
+    "calls with several tokens cannot continue from a cache, and limits of step sizes are not kept in decoding."
+)
+
+
+@functools.lru_cache(None)
+def _ways(forward, called):
+    """What a class's forward becomes: (forward, the same step by step or None, whether it scans, whether that goes on).
+
+    Args:
+        forward: The class's own.
+        called: Its `_called`. None comes back where nothing of it is replaced.
+    """
+    inner = inspect.unwrap(forward)
+    ours = _replacements(inner.__globals__.get("__name__"), called)
+    if not ours:
+        return None
+    code, given, missing = inner.__code__, (), [name for name in _MISSING if name in ours]
+    if missing:
+        try:
+            code, given = _complete(inner, missing)
+        except (OSError, SyntaxError, IndexError, StopIteration) as error:
+            warnings.warn(f"The source of {inner.__qualname__} cannot be read ({error}): {_NO_SOURCE}", stacklevel=3)
+    # Without its name, by which torch.compile would look the functions up in Transformers' module
+    home = {key: value for key, value in inner.__globals__.items() if key not in ("__name__", "__spec__", "__loader__")}
+    whole, stepwise = _rebuild(forward, code, home | ours), None
+    fused = {name: _plain(function) for name, function, kernel in called if name in FUSED and kernel}
+    if fused:
+        stepwise = _rebuild(forward, code, home | ours | fused)
+    scans = SCANS[0] in inner.__code__.co_names
+    return whole, stepwise, scans, SCANS[0] in given
+
+
+class OwnForward:
+    """The forward of one mixer. It can be pickled, and copied with its mixer.
+
+    Args:
+        mixer: The mixer; `type(mixer).forward` is what this one is made of.
+    """
+
+    def __init__(self, mixer):
+        self.__setstate__(mixer)
+
+    def __setstate__(self, mixer):
+        # What is made of the class is made again here: a mixer that is being unpickled has no attributes yet
+        self.mixer, forward = mixer, type(mixer).forward
+        self.whole, self.stepwise, self.scans, self.continues = _ways(forward, _called(forward))
+
+    def __reduce__(self):
+        return object.__new__, (type(self),), self.mixer
+
+    def __call__(self, *args, **kwargs):
+        mixer = self.mixer
+        if self.scans:
+            args, kwargs = self._look_at_cache(args, kwargs)
+        # Step by step mixers mask padding again after the convolution, where a fused one would take its bias for text
+        padded = self.stepwise is not None and mixer.training and _is_left_padded(kwargs.get("attention_mask"))
+        return (self.stepwise if padded else self.whole)(mixer, *args, **kwargs)
+
+    def _look_at_cache(self, args, kwargs):
+        names = ("cache", "cache_params")  # of Transformers 5.24 and later, of 5.23
+        cache = next((kwargs[name] for name in names if name in kwargs), args[1] if len(args) > 1 else None)
+        if cache is None:
+            return args, kwargs
+        tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        if not self.continues and tokens > 1 and cache.get_recurrent_state(self.mixer.layer_idx) is not None:
+            raise RuntimeError(
+                f"{type(self.mixer).__name__} was given several tokens and a cached state that its scan does not take: "
+                "the result would be silently wrong. Pass one token at a time, or use a Transformers version this was "
+                "tested on."
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and mask.shape[1] > tokens:
+            # A mask over the whole history would broadcast against one token, silently, and fail against several
+            kwargs = {**kwargs, "attention_mask": mask[:, -tokens:]}
+        return args, kwargs
+
+
+_looked = [None]
+
+
+def _is_left_padded(mask: torch.Tensor | None) -> bool:
+    if mask is None or mask.ndim != 2:
+        return False
+    # Which way to take must not depend on numbers in a compiled graph: step by step is right for all
+    if torch.compiler.is_compiling():
+        return True
+    if mask.is_inference():
+        return _look(mask)
+    # Reading a number makes a GPU wait, and all layers are given the same mask: it is looked at once
+    known = _looked[0]
+    if known is None or known[0]() is not mask or known[1] != mask._version:
+        known = _looked[0] = weakref.ref(mask), mask._version, _look(mask)
+    return known[2]
+
+
+def _look(mask: torch.Tensor) -> bool:
+    return not mask[:, 0].all().item()
+
+
+def repair_mixers(model: torch.nn.Module) -> int:
+    """Gives every state-space mixer of a model a forward of its own, see the head of this file.
+
+    Nothing is added to parameters, buffers or modules; calling again changes nothing but mixers that are new, copied
+    one by one (`copy.copy`), or for which `use_kernels` has brought kernels since.
+
+    Args:
+        model: A component, or any module; what holds no mixer is left alone.
+
+    Returns:
+        The number of mixers that have a forward of their own.
+    """
+    count, known = 0, {}
+    for module in model.modules():
+        forward = type(module).forward
+        if forward not in known:
+            known[forward] = _ways(forward, _called(forward))
+        if known[forward] is None:
+            continue
+        # Under accelerate's hooks, which run what they found as the module's forward
+        place = "_old_forward" if "_hf_hook" in vars(module) and "_old_forward" in vars(module) else "forward"
+        present = vars(module).get(place)
+        if type(present).__name__ == OwnForward.__name__:  # this copy's of the file, or another's
+            is_old = present.mixer is not module or (type(present) is OwnForward and present.whole != known[forward][0])
+        else:  # a forward that somebody else gave the instance stays
+            is_old = present is None or getattr(present, "__func__", None) is forward
+        if is_old:
+            setattr(module, place, OwnForward(module))
+        count += 1
+    return count
