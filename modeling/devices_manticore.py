@@ -17,13 +17,25 @@ def hooks_of(module):
     return () if hook is None else getattr(hook, "hooks", (hook,))
 
 
+def first_parameter(module):
+    """`next(module.parameters(), None)`, in a tenth of the time: every step of decoding asks a dozen times."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    found = (first_parameter(child) for child in module._modules.values() if child is not None)
+    return next((parameter for parameter in found if parameter is not None), None)
+
+
 def device_of(module):
     """Where a module computes: not where its weights are while they are offloaded. None: nothing to say.
 
     Of the processes of a distributed run each has one device, and its weights may be elsewhere between calls (where
-    FSDP and ZeRO offload them): only accelerate's hooks are asked there.
+    FSDP and ZeRO offload them): only accelerate's hooks are asked there. Nor is there anything to say
+    in a graph that is being compiled.
     """
-    first = next(module.parameters(), None)
+    if torch.compiler.is_compiling():
+        return None
+    first = first_parameter(module)
     if first is not None and first.device.type != "meta" and not hooks_of(module):
         return None if torch.distributed.is_available() and torch.distributed.is_initialized() else first.device
     for part in module.modules():

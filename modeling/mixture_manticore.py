@@ -97,10 +97,9 @@ class _LogMean(torch.autograd.Function):
         weights, logits, norms = (tensors[i * len(tensors) // 3 : (i + 1) * len(tensors) // 3] for i in range(3))
         total = torch.empty_like(logits[0])
         size = _rows_of_a_piece(*total.shape)
-        parts = [list(zip(*(x.split(size) for x in group))) for group in (weights, logits, norms)]
-        for out, *piece in zip(total.split(size), *parts):
-            for k, (weight, one, norm) in enumerate(zip(*piece)):
-                shift = weight.log() - norm
+        shifts = [weight.log() - norm for weight, norm in zip(weights, norms)]
+        for out, *piece in zip(*(x.split(size) for x in (total, *logits, *shifts))):
+            for k, (one, shift) in enumerate(zip(piece[: len(logits)], piece[len(logits) :])):
                 torch.add(one, shift, out=out) if k == 0 else torch.logaddexp(out, one + shift, out=out)
         return total
 
