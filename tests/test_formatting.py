@@ -20,7 +20,9 @@ DURATIONS = {
 
 
 @pytest.mark.parametrize(
-    "function, cases", [(short_count, COUNTS), (short_bytes, BYTES), (short_duration, DURATIONS)], ids=str
+    "function, cases",
+    [(short_count, COUNTS), (short_bytes, BYTES), (short_duration, DURATIONS)],
+    ids=["count", "bytes", "duration"],
 )
 def test_edge_values(function, cases):
     assert {value: function(value) for value in cases} == cases

@@ -6,12 +6,11 @@ whatever `datasets` reads that has a column of texts or images, and one of label
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Sequence, Value, load_dataset
 
-from manticore_hf.experiments.lra.settings import LraTask
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def dataset(task: LraTask, split: str) -> Dataset:
+def dataset(task: Any, split: str) -> Dataset:
     """One split of a task as a `datasets.Dataset` with `input_ids` and `label`.
 
     Args:
@@ -48,7 +47,7 @@ def dataset(task: LraTask, split: str) -> Dataset:
     return encode(rows, task, {name: i for i, name in enumerate(names)})
 
 
-def encode(rows: Dataset, task: LraTask, numbers: Mapping[str | int, int]) -> Dataset:
+def encode(rows: Dataset, task: Any, numbers: Mapping[str | int, int]) -> Dataset:
     """Rows with a text or image and a label as rows of `input_ids` and `label`.
 
     Args:
