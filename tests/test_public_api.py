@@ -66,7 +66,8 @@ def lacking(name, value):
     out = [] if inspect.getdoc(value) else [f"{name} has no docstring"]
     for label, function in functions_of(name, value):
         own = label.endswith(".__init__")
-        if not own and not (function.__doc__ or "").strip():
+        inherited = inspect.isclass(value) and inspect.getdoc(getattr(value, label.rpartition(".")[2], None))
+        if not own and not (function.__doc__ or inherited or "").strip():
             out.append(f"{label} has no docstring")
         hints = typing.get_type_hints(inspect.unwrap(function))
         for parameter in list(inspect.signature(inspect.unwrap(function)).parameters)[label != name :]:

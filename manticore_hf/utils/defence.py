@@ -14,7 +14,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +34,7 @@ from manticore_hf.modeling.bounds_manticore import (
     show,
 )
 from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
-from manticore_hf.modeling.weights_manticore import part_of, refuse
+from manticore_hf.modeling.weights_manticore import Renamer, part_of, refuse
 from manticore_hf.utils.headers import compare
 
 MAX_COMPONENTS = 32
@@ -292,7 +292,7 @@ class Meter(TorchDispatchMode):
         steps: Operations after which it is refused as endless.
     """
 
-    def __init__(self, what, steps):
+    def __init__(self, what: str, steps: int):
         super().__init__()
         self.what, self.steps, self.done, self.elements = what, steps, 0, 0
 
@@ -311,7 +311,8 @@ class Meter(TorchDispatchMode):
         self.measure(out, made)
         return out
 
-    def measure(self, out, made: bool) -> None:
+    def measure(self, out: object, made: bool) -> None:
+        """Adds the elements of an operation's results; `made` says that they are new and no view."""
         for one in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(one, torch.Tensor):
                 self.elements += one.numel() if made else 0
@@ -346,7 +347,7 @@ class Defence(Guard):
         check_plain(what, values)
 
     @contextlib.contextmanager
-    def reading(self, source: str | os.PathLike):
+    def reading(self, source: str | os.PathLike) -> Iterator[None]:
         """Transformers reads files that hold anything but a JSON object with odd errors."""
         try:
             yield
@@ -420,10 +421,18 @@ class Defence(Guard):
         check_memory(what, tensors + there, " with what is built before it" if there else "", device)
         return make()  # only tensors with storage get initial values
 
-    def running(self, what: str):
+    def running(self, what: str) -> Meter:
         return Meter(what, _MAX_STEPS)
 
-    def checkpoint(self, model, tensors: dict, rename, ties: dict, quantizer, ignore_mismatched: bool) -> None:
+    def checkpoint(
+        self,
+        model: torch.nn.Module,
+        tensors: dict,
+        rename: Renamer,
+        ties: dict,
+        quantizer: object | None,
+        ignore_mismatched: bool,
+    ) -> None:
         missing, wrong = compare(model, tensors, rename, ties)
         missing = [key for key in missing if not model.starts_anew(key)]
         if quantizer is not None:  # it packs tensors, and turns some round before

@@ -3,10 +3,12 @@
 import math
 import re
 
+import torch
+
 from manticore_hf.modeling.weights_manticore import Renamer
 
 
-def compare(model, tensors: dict, rename: Renamer, ties: dict | None = None) -> tuple[list, dict]:
+def compare(model: torch.nn.Module, tensors: dict, rename: Renamer, ties: dict | None = None) -> tuple[list, dict]:
     """Compares a checkpoint with a model by names and shapes; nothing is read but headers.
 
     Args:

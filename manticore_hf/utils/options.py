@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     stderr and exit status 2.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
@@ -39,7 +39,9 @@ class Parser(argparse.ArgumentParser):
             self.error(f"there is no option {name}{hint}" if name.startswith("-") else f"{name!r} is one too many")
         return found
 
-    def parse_known_args(self, args, namespace=None):
+    def parse_known_args(
+        self, args: Sequence[str], namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """As in argparse."""
         return super().parse_known_args(self._hyphened(args), namespace)
 
@@ -83,7 +85,7 @@ class Renamed(argparse.Action):
         new: The option's name now.
     """
 
-    def __init__(self, option_strings, dest, new, **kwargs):
+    def __init__(self, option_strings: Sequence[str], dest: str, new: str, **kwargs: Any):
         super().__init__(option_strings, dest, **{**kwargs, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS})
         self.new = new
 
