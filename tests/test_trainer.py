@@ -104,7 +104,7 @@ def small_shards(monkeypatch):
     real = PreTrainedModel.save_pretrained
 
     def save(self, *args, **kwargs):
-        return real(self, *args, **{**kwargs, "max_shard_size": "24KB"})
+        return real(self, *args, **{**kwargs, "max_shard_size": "12KB"})
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
 
