@@ -20,7 +20,7 @@ def cache_sizes(model: ManticoreForCausalLM, tokens: int, batch: int = 1) -> dic
     """Bytes of cache of every component.
 
     Args:
-        model: A whole hybrid on the meta device; its dtype is the cache's.
+        model: An unshortened hybrid on the meta device; its dtype is the cache's.
         tokens: Length of the sequences.
         batch: Sequences.
 

@@ -55,7 +55,7 @@ class Weights:
 
 
 def weigh(model: nn.Module, hybrid: ManticoreForCausalLM, quantised: Iterable[nn.Parameter] = ()) -> Weights:
-    """The Weights of a model that is whole, on the meta device.
+    """The Weights of an unshortened model on the meta device.
 
     Args:
         model: The model that is trained, with `requires_grad` as in its stage.
