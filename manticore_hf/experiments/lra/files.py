@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Sequence, Value, load_dataset
 
-from manticore_hf.experiments.lra.settings import LraTask
+from manticore_hf.experiments.mad.tasks import Task
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def dataset(task: LraTask, split: str) -> Dataset:
+def dataset(task: Task, split: str) -> Dataset:
     """One split of a task as a `datasets.Dataset` with `input_ids` and `label`.
 
     Args:
@@ -48,7 +48,7 @@ def dataset(task: LraTask, split: str) -> Dataset:
     return encode(rows, task, {name: i for i, name in enumerate(names)})
 
 
-def encode(rows: Dataset, task: LraTask, numbers: Mapping[str | int, int]) -> Dataset:
+def encode(rows: Dataset, task: Task, numbers: Mapping[str | int, int]) -> Dataset:
     """Rows with a text or image and a label as rows of `input_ids` and `label`.
 
     Args:
