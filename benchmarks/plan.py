@@ -177,7 +177,7 @@ def estimate(case, device, processes=1):
         return planner.lora(case["batch"], fsdp=sharded)
     if sharded:
         return planner.fsdp(case["batch"], task.checkpointing)
-    return planner.whole(case["batch"], task.checkpointing, ddp=processes > 1)
+    return planner.unsharded(case["batch"], task.checkpointing, ddp=processes > 1)
 
 
 def make_trainer(case, folder, device):

@@ -1,4 +1,4 @@
-"""The table of families: shipped data and page agree, and still hold; what is refused is refused when composing."""
+"""The table of families: shipped data and page agree, and still hold; composing what is unsupported raises."""
 
 import json
 import os
@@ -36,8 +36,8 @@ def test_the_page_is_the_shipped_data():
 def test_every_type_of_the_installed_transformers_is_in_it():
     assert SHIPPED["versions"]["transformers"] == table.versions()["transformers"], "run `manticore-hf families --run`"
     assert set(VERDICTS) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - {"manticore"}
-    # Whatever breaks the contract must be refused, whatever passes has been through all of it; nothing is left open
-    assert set(VERDICTS.values()) == {"passes", "refused"}
+    # Whatever breaks the contract must be unsupported, whatever passes has been through all of it; nothing is left open
+    assert set(VERDICTS.values()) == {"passes", "unsupported"}
     for one in SHIPPED["types"]:
         assert bool(one["reason"]) == (one["verdict"] != "passes")
         if one["verdict"] == "passes":
@@ -52,7 +52,7 @@ def test_a_sample_still_has_its_verdict(name):
     assert found["class"] == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
 
 
-def test_a_refused_type_says_so_when_it_is_composed():
+def test_an_unsupported_type_says_so_when_it_is_composed():
     for name, reason in (
         ("zamba", "starts from an empty state"),
         ("zamba2", "read the embeddings again.*give num_blocks=1"),
@@ -68,7 +68,7 @@ def test_a_refused_type_says_so_when_it_is_composed():
 
 
 @torch.no_grad()
-def test_what_is_refused_by_name_is_still_wrong_in_transformers():
+def test_what_is_unsupported_by_name_is_still_wrong_in_transformers():
     """If this fails, Transformers has fixed it, and the type can leave `UNSUITED`."""
     ids = tokens()
     zamba = tiny_model(tiny_config("zamba"))
@@ -255,6 +255,10 @@ def test_a_sweep_survives_types_that_hang_or_die_and_goes_on(tmp_path, monkeypat
     file.write_text(json.dumps({**found[0], "versions": {}}))
     with pytest.raises(pytest.fail.Exception):
         sweep.sweep(tmp_path, ["gpt2"], quiet=True)
+    # A verdict under the name that it had in version 0.1
+    file.write_text(json.dumps({**found[0], "verdict": "refused"}))
+    assert sweep.sweep(tmp_path, ["gpt2"], quiet=True) == [{**found[0], "verdict": "unsupported"}]
+    file.write_text(json.dumps(found[0]))
     # All types: data and page are written
     monkeypatch.setattr(sweep, "run_one", lambda context, name, limit: {**found[0], "type": name})
     sweep.sweep(tmp_path, quiet=True)
@@ -266,9 +270,13 @@ def test_a_sweep_survives_types_that_hang_or_die_and_goes_on(tmp_path, monkeypat
 def test_the_command_prints_what_is_shipped(capsys):
     assert main(["families", "--type", "llama", "bart"]) == 0
     out = capsys.readouterr().out
-    assert "LlamaForCausalLM" in out and "encoder-decoder" in out and "1 passes, 1 refused" in out
-    assert main(["families", "--verdict", "refused"]) == 0
-    assert "LlamaForCausalLM" not in capsys.readouterr().out
+    assert "LlamaForCausalLM" in out and "encoder-decoder" in out and "1 passes, 1 unsupported" in out
+    assert main(["families", "--verdict", "unsupported"]) == 0
+    out = capsys.readouterr().out
+    assert "LlamaForCausalLM" not in out and "BartForCausalLM" in out
+    with pytest.warns(FutureWarning, match="--verdict refused is now unsupported"):
+        assert main(["families", "--verdict", "refused"]) == 0
+    assert capsys.readouterr().out == out
     for wrong, text in (
         (["--type", "lama"], "did you mean llama"),
         (["--run"], "--run needs --output-dir"),

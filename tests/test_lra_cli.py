@@ -20,7 +20,7 @@ def results(folder):
     return {data["model"]: data for data in (json.loads(file.read_text()) for file in folder.glob("*.json"))}
 
 
-def test_a_hybrid_is_printed_beside_its_rivals(tmp_path, capsys, monkeypatch):
+def test_a_hybrid_is_printed_beside_its_baselines(tmp_path, capsys, monkeypatch):
     trained, train = [], baselines.Trainer.train
 
     def spy(self):

@@ -66,9 +66,21 @@ def test_a_hybrid_is_printed_beside_its_components_and_their_ensemble(name, tmp_
     assert found["llama"]["parameters"] == models[0].num_parameters() if task.shifted else True
 
 
-def test_rivals_can_be_left_out(tmp_path):
-    assert mad(tmp_path, "memorization", "--hybrid", "llama,mamba", "--no-rivals", "--num-blocks", "1") == 0
+def test_baselines_can_be_left_out(tmp_path):
+    assert mad(tmp_path, "memorization", "--hybrid", "llama,mamba", "--no-baselines", "--num-blocks", "1") == 0
     assert list(results(tmp_path)) == ["hybrid llama+mamba"]
+
+
+def test_the_old_names_of_baselines_are_taken_with_a_warning(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(baselines.Benchmark, "run", lambda self, families, wanted, *rest: seen.append(wanted) or [{}])
+    monkeypatch.setattr("manticore_hf.experiments.mad.train._print_table", lambda task, found: None)
+    for option, new, wanted in (("--rivals", "--baselines", True), ("--no-rivals", "--no-baselines", False)):
+        with pytest.warns(FutureWarning, match=f"manticore-hf mad: {option} is now {new}"):
+            assert mad(tmp_path, "recall", "--hybrid", "llama,mamba", option) == 0
+        with pytest.warns(FutureWarning, match="run_mad: rivals is now baselines"):
+            run_mad(mad_task("recall"), ["llama", "mamba"], tmp_path, rivals=wanted, quiet=True)
+    assert seen == [True, True, False, False]
 
 
 def test_what_is_finished_is_not_run_again_and_what_was_killed_is(tmp_path, capsys, monkeypatch):
@@ -98,7 +110,7 @@ def test_what_is_finished_is_not_run_again_and_what_was_killed_is(tmp_path, caps
     assert go("--learning-rate", "1e-3")[0] == everything
 
 
-def test_rivals_start_alike_and_see_the_same_sequences_in_the_same_order(tmp_path, monkeypatch):
+def test_baselines_start_alike_and_see_the_same_sequences_in_the_same_order(tmp_path, monkeypatch):
     seen, step = {}, baselines.Trainer.training_step
     starts, train = [], baselines.Trainer.train
 

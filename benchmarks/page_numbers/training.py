@@ -58,7 +58,8 @@ def calibration_rows(lines: list[dict], fixed: bool) -> Rows:
     for pair in dict.fromkeys(line["pair"] for line in lines):
         short = " + ".join(STORIES.get(name, name) for name in pair.split(" + "))
         runs = {start: curves(lines, pair, start) for start in STARTS}
-        baselines = runs["paper"][0]["rivals"]
+        first = runs["paper"][0]
+        baselines = first.get("baselines", first.get("rivals"))  # under either name: measured before and after 0.2
         means = {}
         for start, mine in runs.items():
             reached = [[run["curve"][str(n)] for run in mine if str(n) in run["curve"]] for n in budgets]

@@ -1,4 +1,4 @@
-"""A hybrid against every rival a user has, on the same tokens, with the same grid: `manticore-hf compare`."""
+"""A hybrid against every baseline a user has, on the same tokens, with the same grid: `manticore-hf compare`."""
 
 import importlib
 from typing import Any

@@ -54,7 +54,9 @@ class CompareArguments:
     from_tuned: bool = field(
         default=False, metadata={"help": "Also start every hybrid from the components that were tuned alone."}
     )
-    harden: bool = field(default=False, metadata={"help": "Also harden every hybrid, and heal it on the same text."})
+    harden: bool = field(
+        default=False, metadata={"help": "Also harden every hybrid, with recovery distillation on the text."}
+    )
     singles: tuple[str, ...] = field(
         default=(), metadata={"help": "Other models with the same tokenizer, tuned likewise."}
     )

@@ -73,7 +73,7 @@ class Comparison:
         self.chosen, self.seen, self.by_name = {}, {}, {}
 
     def _identify(self):
-        """What every run depends on; refuses a directory of something else."""
+        """What every run depends on; raises if the directory holds another comparison."""
         recipe = dataclasses.asdict(self.recipe)
         what = {key: recipe[key] for key in ("components", "hybrid", "program", "data", "stages") if recipe[key]}
         file = self.output / "recipe.json"

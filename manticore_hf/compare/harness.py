@@ -3,7 +3,7 @@
     manticore-hf evaluate --model org/hybrid --tasks arc_easy,hellaswag
 
 The harness alone runs on a hybrid, too: `lm_eval --model hf --model_args pretrained=org/hybrid,trust_remote_code=True`.
-This adds the rivals, without which a hybrid's number says little.
+This adds the baselines, without which a hybrid's number says little.
 """
 
 import json
@@ -44,7 +44,7 @@ def run_tasks(
         seed: Of the few-shot examples.
 
     Returns:
-        {model: {task: {metric: [value, standard error or None]}}}. A hardened hybrid has no rivals left.
+        {model: {task: {metric: [value, standard error or None]}}}. A hardened hybrid has none of its baselines left.
 
     Raises:
         ManticoreError: The harness is not installed, or does not know a task.
@@ -91,7 +91,7 @@ def run_tasks(
 
 
 def _models(model):
-    """(label, causal LM) of the hybrid and its rivals, one after the other."""
+    """(label, causal LM) of the hybrid and its baselines, one after the other."""
     yield "hybrid", model
     if model.config.route:
         return

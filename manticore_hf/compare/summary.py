@@ -127,7 +127,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         "95 % interval",
         *kinds,
         "accuracy",
-        "rival - hybrid",
+        "baseline - hybrid",
         "95 % interval",
         "p",
         "seeds won",
@@ -172,14 +172,15 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """One sentence: the hybrid against the best rival that needs nothing more than the components and the text."""
+    """One sentence: the hybrid against the best baseline that needs nothing more than the components and the text."""
     own = next(row for row in result["rows"] if row["name"] == result["hybrid"])
-    rivals = [row for row in result["rows"] if row["kind"] not in ("hybrid", "hardened", "oracle") and not row["needs"]]
-    best = min(rivals, key=lambda row: row["loss"])
+    others = ("hybrid", "hardened", "oracle")
+    baselines = [row for row in result["rows"] if row["kind"] not in others and not row["needs"]]
+    best = min(baselines, key=lambda row: row["loss"])
     low, high = best["difference_interval"]
     sure = "better" if low > 0 else "worse" if high < 0 else "no different"
     return (
-        f"{own['name']} ({own['loss']:.4f}) is {sure}{' than' if sure != 'no different' else ' from'} the best rival, "
-        f"{best['name']} ({best['loss']:.4f}): {best['difference']:+.4f} nats per token, 95 % interval "
+        f"{own['name']} ({own['loss']:.4f}) is {sure}{' than' if sure != 'no different' else ' from'} the best "
+        f"baseline, {best['name']} ({best['loss']:.4f}): {best['difference']:+.4f} nats per token, 95 % interval "
         f"{low:+.4f} to {high:+.4f}, in {best['seeds_won']} of {len(best['losses'])} seeds."
     )

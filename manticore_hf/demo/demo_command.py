@@ -14,8 +14,8 @@ def add_options(parser: Parser) -> None:
     parser.description = (
         "Joins the two tiny components shipped with the package (a GPT-NeoX that knows prose, a Mamba that "
         "knows code), trains projectors and mixture, then everything, on text of Python's standard library, prints "
-        "the losses beside those of every rival on the same tokens, and publishes the hybrid to a Hub on this machine. "
-        "Needs no network; a few minutes on two cores."
+        "the losses beside those of every baseline on the same tokens, and publishes the hybrid to a Hub on this "
+        "machine. Needs no network; a few minutes on two cores."
     )
     parser.add_argument("--output-dir", help="keep the hybrids here (default: a temporary directory, removed)")
     parser.add_argument("--tokens", type=int, default=80_000, help="training tokens of every model")

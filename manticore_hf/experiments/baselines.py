@@ -1,4 +1,4 @@
-"""Trains models of one task from scratch, a hybrid beside its rivals, and keeps what each run gave.
+"""Trains models of one task from scratch, a hybrid beside its baselines, and keeps what each run gave.
 
 Every model is trained by the standard Trainer on the same sequences in the same order: AdamW, cosine to 1e-6, no
 clipping, float32. What a task is, how it reads a model and how it is scored is said by subclasses of `Benchmark`.
@@ -9,9 +9,11 @@ again. A component's trained weights lie beside its file, because the ensemble n
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +118,7 @@ class Benchmark:
     def run(
         self,
         families: Sequence[str],
-        rivals: bool = True,
+        baselines: bool = True,
         hybrid: Mapping[str, Any] | None = None,
         designed: bool = False,
     ) -> list[dict[str, Any]]:
@@ -124,7 +126,7 @@ class Benchmark:
 
         Args:
             families: Model types. One: that model. Several: the hybrid of them.
-            rivals: For a hybrid also each component alone, and the plain ensemble of those.
+            baselines: For a hybrid also each component alone, and the plain ensemble of those.
             hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...).
             designed: Also a hybrid that was designed by hand: `models.DESIGNED`.
 
@@ -142,7 +144,7 @@ class Benchmark:
             results = [self.single(families[0], 0)]
         else:
             results = [self.hybrid(families, dict(hybrid or {}))]
-            if rivals:
+            if baselines:
                 results += [self.single(family, i) for i, family in enumerate(families)]
                 results.append(self.ensemble(families))
         return results + [self.single(family, 0) for family in others]
@@ -285,6 +287,20 @@ class Benchmark:
     def _say(self, text):
         if not self.quiet:
             print(text, flush=True)
+
+
+def takes_rivals(function: Callable[..., list]) -> Callable[..., list]:
+    """Lets a function take `baselines` under the name that it had in version 0.1, too, with a FutureWarning."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        if "rivals" in kwargs:
+            text = f"{function.__name__}: rivals is now baselines; the old name goes with version 0.3."
+            warnings.warn(text, FutureWarning, stacklevel=2)
+            kwargs["baselines"] = kwargs.pop("rivals")
+        return function(*args, **kwargs)
+
+    return run
 
 
 @torch.no_grad()

@@ -2,7 +2,14 @@
 
 import argparse
 
-from manticore_hf.utils.options import Parser
+from manticore_hf.utils.options import Parser, Renamed
+
+
+class _RenamedSwitch(Renamed):
+    """An option under its old name that takes no value and stands for its `const`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        super().__call__(parser, namespace, self.const, option_string)
 
 
 def add_models(parser: Parser, layers: int) -> None:
@@ -16,11 +23,13 @@ def add_models(parser: Parser, layers: int) -> None:
     parser.add_argument("--num-blocks", type=int, default=1, help="blocks of the hybrid")
     parser.add_argument("--preset", default="default", help="settings of the hybrid: default or paper")
     parser.add_argument(
-        "--rivals",
+        "--baselines",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="also train each of the hybrid's components alone",
     )
+    for old, new, value in (("--rivals", "--baselines", True), ("--no-rivals", "--no-baselines", False)):
+        parser.add_argument(old, dest="baselines", action=_RenamedSwitch, new=new, nargs=0, const=value)
     parser.add_argument(
         "--designed",
         action="store_true",

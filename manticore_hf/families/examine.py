@@ -24,7 +24,7 @@ from manticore_hf.modeling.references_manticore import WEIGHT_FILES
 LARGEST = 1_000_000
 """Parameters of a tiny model; one that has more is not tiny, but has settings that `tiny.py` does not know."""
 
-PASSES, REFUSED, WRONG, UNKNOWN = "passes", "refused", "wrong", "unknown"
+PASSES, UNSUPPORTED, WRONG, UNKNOWN = "passes", "unsupported", "wrong", "unknown"
 """Does what the contract says; from_components raises; joined but breaks the contract; no tiny model could be made."""
 
 
@@ -143,9 +143,9 @@ def examine(model_type: str, device: torch.device | str = "cpu", **settings: Any
 
 def _judge(model_type, checks, **given):
     try:
-        refuse_by_configuration(model_type)
+        check_configuration(model_type)
     except ManticoreError as err:
-        return REFUSED, sentence(err)
+        return UNSUPPORTED, sentence(err)
     try:
         examined = Examined(model_type, **given)
         with torch.device("meta"):
@@ -162,7 +162,7 @@ def _judge(model_type, checks, **given):
         for blocks in (1, 2, 3):
             examined.hybrid(beside=False, num_blocks=blocks)
     except ManticoreError as err:
-        return REFUSED, sentence(err)
+        return UNSUPPORTED, sentence(err)
     except Exception as err:
         return WRONG, f"from_components fails with {type(err).__name__}: {first_line(err)}"
     for name, check in CHECKS.items():
@@ -190,8 +190,8 @@ def _what_breaks(check, examined):
         return f"{type(err).__name__}: {first_line(err)}"
 
 
-def refuse_by_configuration(model_type: str) -> None:
-    """Raises ManticoreError if a repository with this type's usual config.json would be refused."""
+def check_configuration(model_type: str) -> None:
+    """Raises ManticoreError if a repository with this type's usual config.json is unsupported."""
     try:
         config = CONFIG_MAPPING[model_type]()
         values = json.loads(config.to_json_string(use_diff=False))

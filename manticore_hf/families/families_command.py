@@ -1,6 +1,7 @@
 """`manticore-hf families`: its options."""
 
 import argparse
+import warnings
 
 from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.utils.options import Parser
@@ -14,7 +15,8 @@ def add_options(parser: Parser) -> None:
         "killed run goes on."
     )
     parser.add_argument("--type", nargs="+", metavar="NAME", help="only these model types: llama mamba")
-    parser.add_argument("--verdict", choices=("passes", "refused", "wrong", "unknown"), help="print only these")
+    verdicts = ("passes", "unsupported", "wrong", "unknown")
+    parser.add_argument("--verdict", type=_verdict, choices=verdicts, help="print only these")
     parser.add_argument(
         "--run", action="store_true", dest="run_contract", help="run the contract with the installed Transformers"
     )
@@ -24,6 +26,17 @@ def add_options(parser: Parser) -> None:
         "there, also families.json and FAMILIES.md",
     )
     parser.add_argument("--time-limit", type=int, default=300, help="--run: seconds for each type")
+
+
+def _verdict(text):
+    if text == "refused":
+        warnings.warn(
+            "manticore-hf families: --verdict refused is now unsupported; the old name goes with version 0.3.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return "unsupported"
+    return text
 
 
 def main(args: argparse.Namespace) -> None:

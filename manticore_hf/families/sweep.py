@@ -10,7 +10,7 @@ import os
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
-from manticore_hf.families.table import ORDER, versions, write_table
+from manticore_hf.families.table import OLD_VERDICTS, ORDER, versions, write_table
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.files import write_json
 
@@ -99,7 +99,10 @@ def _read(file, made_with):
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if found.get("versions") == made_with and found.get("verdict") in ORDER else None
+    if found.get("versions") != made_with:
+        return None
+    found["verdict"] = OLD_VERDICTS.get(found.get("verdict"), found.get("verdict"))
+    return found if found["verdict"] in ORDER else None
 
 
 def _context():

@@ -19,7 +19,7 @@ def cache_sizes(model: PreTrainedModel, tokens: int, batch: int = 1) -> dict[str
     """Bytes of cache of every component.
 
     Args:
-        model: A whole hybrid on the meta device; its dtype is the cache's.
+        model: An unshortened hybrid on the meta device; its dtype is the cache's.
         tokens: Length of the sequences.
         batch: Sequences.
 

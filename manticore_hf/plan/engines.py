@@ -134,9 +134,9 @@ class StagePlanner:
         """Every Option at the stage's batch, in the order in which they are preferred."""
         batch, given = self.task.batch, self.task.checkpointing
         many = self.machine.devices > 1
-        out = [self.whole(batch, given)] + ([self.whole(batch, given, ddp=True)] if many else [])
+        out = [self.unsharded(batch, given)] + ([self.unsharded(batch, given, ddp=True)] if many else [])
         if not given:
-            out.append(self.whole(batch, True, ddp=many))
+            out.append(self.unsharded(batch, True, ddp=many))
         if self.machine.device == "cuda":
             if many:
                 out += [self.fsdp(batch, given)] + ([] if given else [self.fsdp(batch, True)])
@@ -160,7 +160,7 @@ class StagePlanner:
         smaller = [2**n for n in range(self.task.batch.bit_length() - 1, -1, -1) if 2**n < self.task.batch]
         for batch in smaller:
             sharded = many and self.machine.device == "cuda"
-            one = self.fsdp(batch, True) if sharded else self.whole(batch, True, ddp=many)
+            one = self.fsdp(batch, True) if sharded else self.unsharded(batch, True, ddp=many)
             if one.fits:
                 return one
         for one in offloaded:
@@ -179,7 +179,7 @@ class StagePlanner:
                         return one
         return None
 
-    def whole(self, batch: int, checkpointing: bool, ddp: bool = False) -> Option:
+    def unsharded(self, batch: int, checkpointing: bool, ddp: bool = False) -> Option:
         """The option that keeps everything on every device.
 
         Args:

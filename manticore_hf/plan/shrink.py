@@ -1,4 +1,4 @@
-"""A model with fewer layers that stands for the whole one: of layers that repeat, three periods are kept.
+"""A model with fewer layers that stands for the original: of layers that repeat, three periods are kept.
 
 The first and the last are as they are, with what is before and after them; the one in between stands for all others.
 """

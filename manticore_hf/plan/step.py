@@ -64,13 +64,13 @@ class Rehearsal:
         stage: "projectors", "search" or "finetune", as `set_stage` takes them.
         dtype: Of the weights.
         device: "cpu" or "cuda": whose kernels are assumed.
-        teacher: Configuration of a hybrid to learn from (healing), or None.
-        prepare: Function of the whole meta model that returns what is trained (LoRA), or None.
-        whole: Keep every layer.
+        teacher: Configuration of a hybrid to learn from (recovery distillation), or None.
+        prepare: Function of the unshortened meta model that returns what is trained (LoRA), or None.
+        every_layer: Keep every layer, also of those that repeat.
         share: How many bytes FSDP2 keeps on each device of a byte of a layer's gradient.
 
     Attributes:
-        weights: The whole model's Weights.
+        weights: The Weights of the unshortened model.
         teacher_bytes: Bytes of the teacher's weights.
     """
 
@@ -82,7 +82,7 @@ class Rehearsal:
         device: str = "cuda",
         teacher: ManticoreConfig | None = None,
         prepare: Callable[[ManticoreForCausalLM], tuple[nn.Module, Iterable[nn.Parameter]]] | None = None,
-        whole: bool = False,
+        every_layer: bool = False,
         share: float = 1.0,
     ):
         self.ledger, self.device, self.config, self.teacher = Ledger(), device, config, None
@@ -90,12 +90,12 @@ class Rehearsal:
         set_stage(hybrid, stage)
         self.model, quantised = (hybrid, ()) if prepare is None else prepare(hybrid)
         self.weights, self.teacher_bytes = weigh(self.model, hybrid, quantised), 0
-        if not whole:
+        if not every_layer:
             shrink(hybrid, self.ledger)
         if teacher is not None:
             self.teacher = meta_hybrid(teacher, dtype).requires_grad_(False)
             self.teacher_bytes = sum(one.nbytes for one in self.teacher.parameters())
-            if not whole:
+            if not every_layer:
                 shrink(self.teacher, self.ledger, "teacher")
         for one in filter(None, (self.model, self.teacher)):
             with self.ledger:

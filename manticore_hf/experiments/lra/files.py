@@ -6,11 +6,12 @@ whatever `datasets` reads that has a column of texts or images, and one of label
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Sequence, Value, load_dataset
 
+from manticore_hf.experiments.mad.tasks import Task
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def dataset(task: Any, split: str) -> Dataset:
+def dataset(task: Task, split: str) -> Dataset:
     """One split of a task as a `datasets.Dataset` with `input_ids` and `label`.
 
     Args:
@@ -47,7 +48,7 @@ def dataset(task: Any, split: str) -> Dataset:
     return encode(rows, task, {name: i for i, name in enumerate(names)})
 
 
-def encode(rows: Dataset, task: Any, numbers: Mapping[str | int, int]) -> Dataset:
+def encode(rows: Dataset, task: Task, numbers: Mapping[str | int, int]) -> Dataset:
     """Rows with a text or image and a label as rows of `input_ids` and `label`.
 
     Args:

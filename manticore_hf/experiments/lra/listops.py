@@ -13,14 +13,13 @@ sequence from the first level down.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from manticore_hf.experiments.mad.tasks import stream
+from manticore_hf.experiments.mad.tasks import Task, stream
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 TOKENS = ("<pad>", *"0123456789", "[MAX", "[MIN", "[MED", "[SM", "]")
@@ -30,7 +29,7 @@ _PLACES = 1 << 17  # about so many places of trees are drawn at once
 _PATIENCE = 200  # rounds without a new sequence after which there are none
 
 
-def generate(task: Any, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def generate(task: Task, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws one split; the same in every process.
 
     Args:
@@ -69,7 +68,7 @@ def generate(task: Any, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return np.concatenate(sequences), ends, np.array(labels, dtype=np.int64)
 
 
-def dataset(task: Any, split: str) -> Dataset:
+def dataset(task: Task, split: str) -> Dataset:
     """One split as a `datasets.Dataset` with `input_ids` and `label`."""
     ids, ends, labels = generate(task, split)
     starts = pa.array(np.concatenate([[0], ends]).astype(np.int64))

@@ -53,4 +53,4 @@ def main(args: argparse.Namespace) -> None:
     task = lra_task(args.task, seed=args.seed, **{name: getattr(args, name) for name in names if hasattr(args, name)})
     training, families = training_of(args), families_of(args)
     hybrid = {"num_blocks": args.num_blocks, "preset": args.preset}
-    run_lra(task, families, args.output_dir, training, args.rivals, hybrid, designed=args.designed)
+    run_lra(task, families, args.output_dir, training, args.baselines, hybrid, designed=args.designed)

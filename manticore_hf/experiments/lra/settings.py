@@ -1,4 +1,4 @@
-"""The tasks of the Long Range Arena (Tay et al., arXiv 2011.04006) that are built in: defaults, and what is refused.
+"""The tasks of the Long Range Arena (Tay et al., arXiv 2011.04006): defaults, and which settings raise.
 
 ListOps and Pathfinder are generated; texts (bytes) and images (grey pixels) come from files or data sets of the user's.
 ListOps is the benchmark's own rule; Pathfinder is made anew here (see `pathfinder`), so its numbers compare with

@@ -1,4 +1,4 @@
-"""Trains a classifier, or a hybrid beside its rivals, from scratch on a task of the Long Range Arena and scores it.
+"""Trains a classifier, or a hybrid beside its baselines, from scratch on a task of the Long Range Arena and scores it.
 
     manticore-hf lra listops --hybrid llama,mamba --designed --min-len 10 --max-len 40 --num-train 6400 --output-dir lra
 
@@ -14,18 +14,19 @@ from pathlib import Path
 import torch
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM, ManticoreForSequenceClassification
-from manticore_hf.experiments.baselines import Benchmark, Training
+from manticore_hf.experiments.baselines import Benchmark, Training, takes_rivals
 from manticore_hf.experiments.lra.settings import LraTask
 
 DEFAULTS = Training(layers=4, epochs=10, learning_rate=1e-3, weight_decay=0.01, batch_size=32)
 
 
+@takes_rivals
 def run_lra(
     task: LraTask,
     families: list[str],
     output_dir: str | Path,
     training: Training | None = None,
-    rivals: bool = True,
+    baselines: bool = True,
     hybrid: dict | None = None,
     quiet: bool = False,
     designed: bool = False,
@@ -37,7 +38,7 @@ def run_lra(
         families: Model types. One: that model. Several: the hybrid of them.
         output_dir: Where each run's JSON goes; runs that are finished there are read instead.
         training: Training; default: DEFAULTS.
-        rivals: For a hybrid also each component alone, and the plain ensemble of those.
+        baselines: For a hybrid also each component alone, and the plain ensemble of those.
         hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...).
         quiet: No progress bars and no table.
         designed: Also a hybrid that was designed by hand (see `models.DESIGNED`).
@@ -49,7 +50,7 @@ def run_lra(
     Raises:
         ManticoreError: Something in the settings or the data cannot be used.
     """
-    results = _LraComparison(task, output_dir, training or DEFAULTS, quiet).run(families, rivals, hybrid, designed)
+    results = _LraBenchmark(task, output_dir, training or DEFAULTS, quiet).run(families, baselines, hybrid, designed)
     if not quiet:
         print(f"\n{task.name}: at most {task.positions:,} tokens, test accuracy (chance {results[0]['chance']:.3f})")
         for row in results:
@@ -69,7 +70,7 @@ def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class _LraComparison(Benchmark):
+class _LraBenchmark(Benchmark):
     collate = staticmethod(pad)
 
     @property

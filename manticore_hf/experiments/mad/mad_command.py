@@ -47,4 +47,4 @@ def main(args: argparse.Namespace) -> None:
     task = mad_task(args.task, seed=args.seed, **given)
     training, families = training_of(args), families_of(args)
     hybrid = {"num_blocks": args.num_blocks, "preset": args.preset}
-    run_mad(task, families, args.output_dir, training, args.rivals, hybrid, designed=args.designed)
+    run_mad(task, families, args.output_dir, training, args.baselines, hybrid, designed=args.designed)

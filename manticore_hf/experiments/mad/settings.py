@@ -1,4 +1,4 @@
-"""The settings of the six MAD tasks: defaults, difficulty changes, and what is refused.
+"""The settings of the six MAD tasks: defaults, difficulty changes, and which settings raise.
 
 Source: Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures" (arXiv 2403.17844), as its code runs it
 (github.com/athms/mad-lab): defaults and changes from `configs/tasks/*.yml`, vocabularies from `mad/data/instances.py`,

@@ -1,4 +1,4 @@
-"""Trains a model, or a hybrid beside its rivals, from scratch on a MAD task and scores it.
+"""Trains a model, or a hybrid beside its baselines, from scratch on a MAD task and scores it.
 
     manticore-hf mad in-context-recall --hybrid llama,mamba --epochs 20 --output-dir mad
 
@@ -12,19 +12,20 @@ from pathlib import Path
 import torch
 
 from manticore_hf.evaluation.metrics import load_metric
-from manticore_hf.experiments.baselines import Benchmark, Training
+from manticore_hf.experiments.baselines import Benchmark, Training, takes_rivals
 from manticore_hf.experiments.mad.compression import CompressionModel
 from manticore_hf.experiments.mad.settings import MadTask
 from manticore_hf.experiments.mad.tasks import IGNORE
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 
+@takes_rivals
 def run_mad(
     task: MadTask,
     families: list[str],
     output_dir: str | Path,
     training: Training | None = None,
-    rivals: bool = True,
+    baselines: bool = True,
     hybrid: dict | None = None,
     quiet: bool = False,
     designed: bool = False,
@@ -36,7 +37,7 @@ def run_mad(
         families: Model types. One: that model. Several: the hybrid of them.
         output_dir: Where each run's JSON goes; runs that are finished there are read instead.
         training: Training; default: the benchmark's settings.
-        rivals: For a hybrid also each component alone, and the plain ensemble of those.
+        baselines: For a hybrid also each component alone, and the plain ensemble of those.
         hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...).
         quiet: No progress bars and no table.
         designed: Also a hybrid that was designed by hand (see `models.DESIGNED`).
@@ -47,13 +48,13 @@ def run_mad(
     Raises:
         ManticoreError: Something in the settings cannot be used.
     """
-    results = _MadComparison(task, output_dir, training or Training(), quiet).run(families, rivals, hybrid, designed)
+    results = _MadBenchmark(task, output_dir, training or Training(), quiet).run(families, baselines, hybrid, designed)
     if not quiet:
         _print_table(task, results)
     return results
 
 
-class _MadComparison(Benchmark):
+class _MadBenchmark(Benchmark):
     def __init__(self, task, output, training, quiet):
         try:
             self.metric = load_metric("mad_accuracy", keep_in_memory=True)
