@@ -21,6 +21,7 @@ from manticore_hf.compose.hybrid import (
     ManticoreForTokenClassification,
     ManticoreModel,
 )
+from manticore_hf.kernels import register as register_kernels
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.training import programs
 from manticore_hf.utils import renamed
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 renamed.install(__name__)
+register_kernels()
 programs.register("mad", "manticore_hf.experiments.mad.program")
 
 AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
