@@ -93,11 +93,13 @@ def register() -> None:
     """Registers the classes with Transformers' Auto classes; importing the package does it."""
     import transformers
 
+    from manticore_hf import kernels
     from manticore_hf.compose import hybrid
     from manticore_hf.modeling.configuration_manticore import ManticoreConfig
     from manticore_hf.utils import defence
 
     defence.install()
+    kernels.register()
     transformers.AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
     for auto, cls in (
         (transformers.AutoModel, hybrid.ManticoreModel),

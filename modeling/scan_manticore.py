@@ -5,11 +5,11 @@ Spaces" (arXiv:2312.00752), with the zero-order hold simplified as in the refere
 
     h[t] = exp(dt[t] * A) * h[t - 1] + dt[t] * B[t] * u[t]        y[t] = <C[t], h[t]>
 
-Transformers' torch path runs it as several autograd nodes per token; `mixers_manticore` puts this in
-its place.
+Transformers' torch path runs it as several autograd nodes per token; `mixers_manticore` puts this in its place. What is
+faster still (numba, Triton) is registered by the package, see `register_scan`; results are the same without.
 
 The file is Hub-portable: several copies of it may be imported in one process (the package and any number of remote-code
-modules). What they must agree on (operators, the state handed to the scan, the lock) is therefore kept process-wide.
+modules). What they must agree on (operators, registered scans, the lock) is therefore kept process-wide.
 """
 
 import sys
@@ -17,9 +17,6 @@ import threading
 import types
 
 import torch
-
-from .scan_kernel_manticore import find_kernel, run_kernel, thread_count
-from .scan_triton_manticore import block_count, find_triton, run_triton
 
 CHUNK = 16
 # Part of the operator names: raise it when a schema or its meaning changes, so that an older copy of this file in the
@@ -30,11 +27,28 @@ _OP_VERSION = 1
 def _process_wide() -> types.ModuleType:
     """Returns the object that all copies of this file share; `dict.setdefault` makes the creation atomic."""
     shared = types.ModuleType(f"_manticore_scan_v{_OP_VERSION}")
+    # Copies from before 0.2, which know nothing of scans, keep what they hand on in `local`
     shared.lock, shared.local = threading.RLock(), threading.local()
-    return sys.modules.setdefault(shared.__name__, shared)
+    shared = sys.modules.setdefault(shared.__name__, shared)
+    shared.__dict__.setdefault("scans", {})
+    return shared
 
 
 _shared = _process_wide()
+
+
+def register_scan(device_type: str, find) -> None:
+    """Registers a faster way to run the recurrence, for all copies of this file in the process.
+
+    Args:
+        device_type: Of the tensors that it takes, such as "cpu" or "cuda". What was registered for it is replaced.
+        find: Called with u [batch, d, time], the number of states n and the dtype in which to compute; gives None where
+            it does not apply, else (run, slices). `run(tensors, dB, dC, chunk, backward)` is called with (u, dt, A, B,
+            C, starts, y, carry, du, ddt, dA), sequences first (u [batch, time, d]), otherwise as `_scan` and
+            `_scan_backward` have them, and writes into them; y holds its gradient in the backward. dB and dC have
+            `slices` slices, which are summed afterwards.
+    """
+    _shared.scans[device_type] = find
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,11 +123,9 @@ def _swapped(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _find_run(u, n, dtype):
-    """(function that runs a compiled kernel, the kernel or None, slices in which it sums the gradients of B and C)."""
-    if u.is_cuda:
-        kernel = find_triton(u, dtype)
-        return run_triton, kernel, 1 if kernel is None else block_count(u.shape[1])
-    return run_kernel, find_kernel(u, n, dtype), thread_count(u)
+    """(registered function that runs the recurrence, slices for the gradients of B and C), or (None, 1)."""
+    find = _shared.scans.get("cuda" if u.is_cuda else u.device.type)
+    return (None if find is None else find(u, n, dtype)) or (None, 1)
 
 
 def _forward_op(
@@ -126,21 +138,21 @@ def _forward_op(
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = _compute_dtype(u, dt, A, B, C, initial_state)
-    run, kernel, shares = _find_run(u, A.shape[1], dtype)
+    run, shares = _find_run(u, A.shape[1], dtype)
     chunks = -(-u.shape[2] // chunk)
-    order = (2, 0, 1) if kernel is None else (0, 2, 1)
+    order = (2, 0, 1) if run is None else (0, 2, 1)
     u, dt, B, C = (x.detach().permute(order).to(dtype).contiguous() for x in (u, dt, B, C))
     A, state, y = _swapped(A, dtype), _swapped(initial_state, dtype), torch.empty_like(u)
     starts = u.new_empty(chunks + 1, *state.shape)
     starts[0] = state
     # Autocast is still active below the dispatcher and would run the matmuls in half precision
     with torch.autocast(u.device.type, enabled=False):
-        if kernel is None:
+        if run is None:
             _scan(u, dt, A, B, C, starts, y, chunk)
         else:
             none, unused = u.new_empty(0, 0, 0), u.new_empty(shares, 0, 0, 0)
-            run(kernel, (u, dt, A, B, C, starts, y, *[none] * 4), unused, unused, chunk, False)
-    return _channels_first(y, kernel is not None, dtype), _swapped(starts[-1], dtype), starts
+            run((u, dt, A, B, C, starts, y, *[none] * 4), unused, unused, chunk, False)
+    return _channels_first(y, run is not None, dtype), _swapped(starts[-1], dtype), starts
 
 
 def _backward_op(
@@ -155,18 +167,18 @@ def _backward_op(
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype, types_ = starts.dtype, [x.dtype for x in (u, dt, B, C, A)]
-    run, kernel, shares = _find_run(u, A.shape[1], dtype)
-    order = (2, 0, 1) if kernel is None else (0, 2, 1)
+    run, shares = _find_run(u, A.shape[1], dtype)
+    order = (2, 0, 1) if run is None else (0, 2, 1)
     u, dt, B, C, dy = (x.detach().permute(order).to(dtype).contiguous() for x in (u, dt, B, C, grad_y))
     A, carry, du, ddt = _swapped(A, dtype), _swapped(grad_last, dtype), torch.zeros_like(u), torch.zeros_like(u)
     dA, dB, dC = (x.new_zeros(t, *x.shape) for x, t in ((carry[0], len(carry)), (B, shares), (C, shares)))
     with torch.autocast(u.device.type, enabled=False):
-        if kernel is None:
+        if run is None:
             _scan_backward(u, dt, A, B, C, starts, carry, dy, du, ddt, dA, dB[0], dC[0], chunk)
         else:
-            run(kernel, (u, dt, A, B, C, starts, dy, carry, du, ddt, dA), dB, dC, chunk, True)
+            run((u, dt, A, B, C, starts, dy, carry, du, ddt, dA), dB, dC, chunk, True)
     grads = zip((du, ddt, dB.sum(0), dC.sum(0)), types_)
-    du, ddt, dB, dC = (_channels_first(x, kernel is not None, t) for x, t in grads)
+    du, ddt, dB, dC = (_channels_first(x, run is not None, t) for x, t in grads)
     return du, ddt, _swapped(dA.sum(0), types_[4]), dB, dC, _swapped(carry, dtype)
 
 

@@ -13,7 +13,6 @@ from datasets import Dataset
 from manticore_hf.modeling import mixers_manticore as mixers
 from manticore_hf.modeling import scan_manticore as scan
 from manticore_hf.modeling.anatomy_manticore import cache_argument
-from manticore_hf.modeling.scan_triton_manticore import run_triton
 from scans import make_inputs
 from test_qlora import four_bits, twin
 from transformers import DynamicCache, TrainingArguments
@@ -23,6 +22,7 @@ from manticore_hf.families.contract import PADDING, left_padded
 from manticore_hf.families.examine import Examined, examine
 from manticore_hf.families.precision import doubled
 from manticore_hf.families.tiny import tokens
+from manticore_hf.kernels import triton_scan
 from manticore_hf.training.trained_stages import HybridTrainer
 
 pytestmark = pytest.mark.gpu
@@ -217,7 +217,8 @@ def test_qlora(family, tmp_path):
 def test_the_scan_in_triton_is_the_scan_in_torch(batch, d, n, time, monkeypatch):
     arguments = [x.detach().float().cuda() for x in make_inputs(batch, d, n, time)]
     found, calls = [], []
-    monkeypatch.setattr(scan, "run_triton", lambda *args: calls.append(1) or run_triton(*args))
+    run_triton = triton_scan.run_triton
+    monkeypatch.setattr(triton_scan, "run_triton", lambda *args: calls.append(1) or run_triton(*args))
     for given, dtype in ((1, torch.float32), (0, torch.float64)):
         monkeypatch.setenv("MANTICORE_TRITON", str(given))
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in arguments]

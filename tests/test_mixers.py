@@ -46,6 +46,8 @@ FAMILIES = (
     "zamba2",
 )
 
+VOCABULARY = 61  # of the smallest models here
+
 
 @torch.no_grad()
 def read(model, sizes=(4, 3, 1, 1)):
@@ -53,7 +55,7 @@ def read(model, sizes=(4, 3, 1, 1)):
     name, parts, start = cache_argument(model.forward), [], 0
     make = getattr(model, "make_cache", lambda: DynamicCache(config=model.config))
     given = {name: make(), "use_cache": True} if len(sizes) > 1 else {"use_cache": False}
-    for part in tokens().split(list(sizes), 1):
+    for part in (tokens() % VOCABULARY).split(list(sizes), 1):
         if model.config.model_type == "bamba":  # it counts from 0 in every call
             given["position_ids"] = torch.arange(start, start + part.shape[1])[None]
         parts.append(model(input_ids=part, **given).logits)
@@ -83,7 +85,7 @@ def test_a_plain_model_beside_a_hybrid_is_untouched(family, monkeypatch):
     own = mixers(hybrid)
     assert own and all(type(mixer).forward is before[f"{type(mixer).__name__}.forward"] for mixer in own)
     found = read(hybrid, [5, 2, 1, 1])
-    torch.testing.assert_close(found, torch.log_softmax(wanted[0], -1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.log_softmax(-1), wanted[0].log_softmax(-1), rtol=1e-4, atol=1e-4)
 
     after = identities(plain)
     assert after.keys() == before.keys() and all(after[key] is value for key, value in before.items())
@@ -144,7 +146,6 @@ def test_what_older_copies_of_the_code_replaced_is_not_used(monkeypatch):
         raise AssertionError("called")
 
     for name in ("mamba_selective_scan", "causal_conv1d_fn"):
-        old = functools.partial(dispatcher)
         old = types.FunctionType(dispatcher.__code__, dispatcher.__globals__)
         old._manticore_upstream = getattr(module, name)
         monkeypatch.setattr(module, name, old)
@@ -197,19 +198,15 @@ def test_a_fresh_process_restores_the_forwards(tmp_path):
     assert done.stdout.strip() == "same", done.stderr
 
 
-def _worker(model, queue):
-    queue.put((len(mixers(model)), read(model).numpy()))
+def _in_another_process(model):
+    return len(mixers(model)), read(model).numpy()
 
 
 def test_spawned_processes():
     model = build("mamba")
     mm.repair_mixers(model)
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=_worker, args=(model, queue))
-    process.start()
-    count, logits = queue.get()
-    process.join()
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        count, logits = pool.apply(_in_another_process, (model,))
     assert count == 2
     torch.testing.assert_close(torch.from_numpy(logits), read(model))
 
@@ -463,7 +460,7 @@ def test_the_graph_is_as_whole_as_it_was(family):
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(lambda x: forward(x, use_cache=False).logits, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(tokens()), expected)
+        torch.testing.assert_close(compiled(tokens() % VOCABULARY), expected)
 
 
 # ---- with the package `kernels` --------------------------------------------------------------------------------------
@@ -513,7 +510,7 @@ def test_hybrids_compose_with_the_package_kernels(family, with_kernels):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         hybrid = ManticoreForCausalLM.from_components([ComponentSpec(component, name="a")], num_blocks=1)
-    torch.testing.assert_close(read(hybrid), torch.log_softmax(wanted, -1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(read(hybrid).log_softmax(-1), wanted.log_softmax(-1), rtol=1e-4, atol=1e-4)
     assert len(mixers(hybrid)) == sum(hasattr(m, "A_log") for m in plain.modules())
     assert torch.equal(read(plain, [9]), wanted)
     assert all(getattr(modeling(family), name) is function for name, function in wrapped.items())

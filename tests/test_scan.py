@@ -1,15 +1,18 @@
 """The selective scan against a float64 loop."""
 
 import importlib.util
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import scans
 import torch
-from manticore_hf.modeling import scan_kernel_manticore as sk
 from manticore_hf.modeling import scan_manticore as sm
 from scans import BATCH, D, make_inputs, naive_scan
 from torch.utils.checkpoint import checkpoint
+
+from manticore_hf.kernels import numba_scan as sk
 
 NAMES = ("y", "last_state", "u", "dt", "A", "B", "C", "initial_state")
 NEEDS_NUMBA = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is optional")
@@ -220,3 +223,49 @@ def test_importing_needs_no_numba(monkeypatch):
     monkeypatch.setattr(sk, "_found", [])
     monkeypatch.setattr(sk, "MIN_STATES", 0)
     assert sk.find_kernel(torch.zeros(1), 1, torch.float32) is None
+
+
+# ---- faster scans are registered by the package ----------------------------------------------------------------------
+
+
+@NEEDS_NUMBA
+@pytest.mark.parametrize("batch, d, n, time", [(2, 5, 3, 37), (1, 70, 16, 33)])
+def test_results_are_the_same_without_the_package(monkeypatch, batch, d, n, time):
+    calls, find = [], sm._shared.scans["cpu"]
+    monkeypatch.setattr(sk, "MIN_STATES", 0)
+    monkeypatch.setitem(sm._shared.scans, "cpu", lambda *args: calls.append(1) or find(*args))
+    found = outputs_and_gradients(sm.selective_scan, make_inputs(batch, d, n, time, torch.float32))
+    assert len(calls) == 2 and find(torch.zeros(1, d, time), n, torch.float32) is not None
+    monkeypatch.setattr(sm._shared, "scans", {})
+    alone = outputs_and_gradients(sm.selective_scan, make_inputs(batch, d, n, time, torch.float32))
+    assert_close(found, alone, 3e-6)
+
+
+REMOTE_FIRST = """
+import importlib.util, sys, torch
+from pathlib import Path
+folder = Path(sys.argv[1])
+spec = importlib.util.spec_from_file_location("remote", folder / "__init__.py", submodule_search_locations=[str(folder)])
+sys.modules["remote"] = importlib.util.module_from_spec(spec)
+import remote.scan_manticore as scan
+torch.manual_seed(0)
+inputs = [torch.rand(1, 128, 64), torch.rand(1, 128, 64), -torch.rand(128, 64), torch.rand(1, 64, 64), torch.rand(1, 64, 64)]
+alone = scan.selective_scan(*inputs)
+assert "manticore_hf" not in sys.modules
+import manticore_hf
+assert "manticore_hf.kernels.numba_scan" not in sys.modules and "numba" not in sys.modules
+found = scan.selective_scan(*inputs)
+assert "manticore_hf.kernels.numba_scan" in sys.modules
+for a, b in zip(found, alone):
+    torch.testing.assert_close(a, b)
+from manticore_hf.kernels import numba_scan
+print(numba_scan._found != [])
+"""
+
+
+def test_remote_code_finds_what_the_package_registers():
+    """A hybrid that runs its repo's code, before the package is imported: nothing is missing, and nothing is stale."""
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE_FIRST, Path(sm.__file__).parent], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "True", done.stderr

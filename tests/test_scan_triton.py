@@ -1,5 +1,6 @@
 """The scan in Triton, run by Triton's interpreter on the CPU where it is installed; `test_gpu.py` runs it compiled."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -11,7 +12,8 @@ from unittest import mock
 import pytest
 import torch
 from manticore_hf.modeling import scan_manticore as scan
-from manticore_hf.modeling import scan_triton_manticore as kernels
+
+from manticore_hf.kernels import triton_scan as kernels
 
 SHAPES = [(2, 5, 3, 37), (1, 40, 16, 16), (3, 70, 8, 5)]
 
@@ -22,7 +24,7 @@ def check(batch, d, n, time):
 
     inputs = make_inputs(batch, d, n, time, torch.float32)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    found, run = [], (kernels.run_triton, kernels.build(), kernels.block_count(d))
+    found, run = [], (functools.partial(kernels.run_triton, kernels.build()), kernels.block_count(d))
     with mock.patch.object(scan, "_find_run", lambda *_: run):
         for results, given in ((scan.selective_scan(*inputs), inputs), (naive_scan(*exact), exact)):
             weights = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape) for x in results]
@@ -43,7 +45,7 @@ def test_forward_and_backward_are_the_naive_ones():
 def test_it_is_not_taken_on_the_cpu():
     u = torch.zeros(1, 2, 3)
     assert kernels.find_triton(u, torch.float32) is None
-    assert scan._find_run(u, 4, torch.float32)[0] is scan.run_kernel
+    assert scan._find_run(u, 4, torch.float32) == (None, 1)  # and so small a scan is not worth compiling
 
 
 def test_where_triton_does_not_run_torch_does(monkeypatch):
@@ -61,7 +63,7 @@ def test_where_triton_does_not_run_torch_does(monkeypatch):
         assert kernels.find_triton(u, torch.float32) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
-        assert scan._find_run(u, 4, torch.float32)[1:] == (None, 1)
+        assert scan._find_run(u, 4, torch.float32) == (None, 1)
     monkeypatch.setattr(kernels, "_found", ["found"])
     assert kernels.find_triton(u, torch.float32) == "found"
     assert kernels.find_triton(u, torch.float64) is None

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from transformers import masking_utils
 from transformers.integrations import moe
 
+from manticore_hf.kernels.numba_scan import find_kernel
+from manticore_hf.kernels.triton_scan import CHANNELS, block_count
 from manticore_hf.modeling import mixers_manticore
-from manticore_hf.modeling.scan_kernel_manticore import find_kernel
 from manticore_hf.modeling.scan_manticore import CHUNK, _shared
-from manticore_hf.modeling.scan_triton_manticore import CHANNELS, block_count
 
 NOTES = {
     "cuda": "attention by scaled_dot_product_attention's flash kernels; Mamba's layers by the scan in Triton "

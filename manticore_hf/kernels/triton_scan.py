@@ -12,6 +12,7 @@ every run.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
@@ -150,6 +151,12 @@ def find_triton(u: torch.Tensor, dtype: torch.dtype):
         return _found[0]
 
 
+def find_scan(u: torch.Tensor, n: int, dtype: torch.dtype):
+    """What `register_scan` asks for."""
+    found = find_triton(u, dtype)
+    return None if found is None else (functools.partial(run_triton, found), block_count(u.shape[1]))
+
+
 def build():
     """The kernels, not compiled yet: once for a number of states, and not again for sizes that are multiples of 16."""
     return tuple(triton.jit(do_not_specialize=_SIZES)(kernel) for kernel in (_forward, _backward))
@@ -173,7 +180,7 @@ def block_count(d: int) -> int:
 
 
 def run_triton(kernels, tensors, dB, dC, chunk, backward):
-    """Runs a kernel on tensors as `scan_kernel_manticore` has them; dB and dC have a slice per block of channels."""
+    """Runs a kernel on tensors as `register_scan` says; dB and dC have a slice per block of channels."""
     u, A = tensors[0], tensors[2]
     (batch, time, d), n = u.shape, len(A)
     grid, states = (batch, block_count(d)), triton.next_power_of_2(n)

@@ -5,6 +5,7 @@ come first here, u [batch, time, d] and so on. Loops are short and split on purp
 gives up vectorising.
 """
 
+import functools
 import importlib.util
 import os
 import threading
@@ -118,6 +119,12 @@ def find_kernel(u: torch.Tensor, n: int, dtype: torch.dtype):
                     message = f"numba could not compile the selective scan ({error!r}): torch is used instead."
                     warnings.warn(message, stacklevel=2)
         return _found[0]
+
+
+def find_scan(u: torch.Tensor, n: int, dtype: torch.dtype):
+    """What `register_scan` asks for."""
+    kernel = find_kernel(u, n, dtype)
+    return None if kernel is None else (functools.partial(run_kernel, kernel), thread_count(u))
 
 
 def thread_count(u: torch.Tensor) -> int:
