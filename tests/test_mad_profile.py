@@ -4,6 +4,7 @@ import json
 
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.figure import Figure
 from tiny_hybrid import pair, save
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
@@ -94,7 +95,10 @@ def test_what_cannot_be_profiled_is_refused_before_anything_is_trained(options, 
 
 def test_the_radar_starts_at_chance_and_ends_at_one(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self) or save(self, *args, **kwargs)
+    )
     chance = {"recall": 0.2, "copying": 0.0, "compression": 0.5}
     scores = {
         "guesser": {**chance},
