@@ -51,7 +51,7 @@ COMMANDS: dict[str, Command] = {
     **{name: Command("manticore_hf.training.stage_command", stage.help) for name, stage in STAGES.items()},
     "compare": Command(
         "manticore_hf.compare.compare_command",
-        "train and test a recipe's hybrid and every rival at equal budget, over seeds",
+        "train and test a recipe's hybrid and every baseline at equal budget, over seeds",
     ),
     "report": Command(
         "manticore_hf.report.report_command",

@@ -188,7 +188,7 @@ def test_new_embeddings_are_trained_with_the_projectors(parts):
     assert not any(p.requires_grad for p in set_stage(model, "projectors").mamba.backbone.layers.parameters())
 
 
-def test_evaluate_prints_the_rivals(start, tmp_path, capsys):  # noqa: F811
+def test_evaluate_prints_the_baselines(start, tmp_path, capsys):  # noqa: F811
     command = ["evaluate", "--model", str(start / "hybrid"), "--data", str(start / "text.txt"), "--block-size", "16"]
     assert main([*command, "--max-tokens", "800", "--output-dir", str(tmp_path)]) == 0
     out, losses = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())["losses"]

@@ -203,22 +203,22 @@ def test_gains_are_sorted_and_sum_to_the_difference():
     names = model.config.component_names
     where = where_it_differs(losses, rows, tokenizer, gate, names, top_tokens=1000, top_documents=1000)
     assert sum(any(token == 0 for token in ids[:-1]) for ids in rows["input_ids"]) > 1, "rows of several documents"
-    for rival in (*names, "ensemble"):
-        gain = losses[rival] - losses["hybrid"]
+    for baseline in (*names, "ensemble"):
+        gain = losses[baseline] - losses["hybrid"]
         for found in (document_gains(gain, documents), kind_gains(gain, targets)):
             sums = [one[1] for one in found]
             assert sums == sorted(sums, reverse=True)
             assert sum(sums) == pytest.approx(gain.sum().item(), abs=1e-9)
             assert sum(one[2] for one in found) == len(gain)
-        assert where[rival]["gain"] == pytest.approx(gain.mean().item())
+        assert where[baseline]["gain"] == pytest.approx(gain.mean().item())
         for what in ("tokens", "kinds", "documents"):
-            gains, loses = ([one["gain"] for one in where[rival][what][way]] for way in ("gains", "loses"))
+            gains, loses = ([one["gain"] for one in where[baseline][what][way]] for way in ("gains", "loses"))
             assert gains == sorted(gains, reverse=True) and loses == sorted(loses)
             assert sum(gains) + sum(loses) == pytest.approx(gain.sum().item(), abs=1e-6)
         best = int(gain.argmax())
         row, position = divmod(best, 11)
         ids = rows[row]["input_ids"]
-        shown = where[rival]["tokens"]["gains"][0]
+        shown = where[baseline]["tokens"]["gains"][0]
         assert shown["token"] == tokenizer.decode([ids[position + 1]])
         assert shown["before"] == tokenizer.decode(ids[: position + 1])
         assert shown["gate"] == pytest.approx(dict(zip(names, gate[best].tolist())))

@@ -143,12 +143,12 @@ def test_the_logs_hold_every_part(model, text, tmp_path):
     trainer = HybridTrainer(model=set_stage(model, "search"), args=args, train_dataset=text, eval_dataset=text)
     trainer.train()
     first, last = trainer.state.log_history[0], next(r for r in trainer.state.log_history if "eval_loss" in r)
-    rivals = compare_losses(model, text)
+    baselines = compare_losses(model, text)
     for name, key in (("gpt_neox", "gpt_neox"), ("mamba", "mamba"), ("ensemble", "ensemble"), ("hybrid", "mixture")):
         # In 2 blocks a component's own head reads the hybrid's states: from outside only the mixture is comparable.
         assert last[f"eval_loss/{key}"] > 0 and first[f"loss/{key}"] > 0
         if name == "hybrid":
-            assert last["eval_loss/mixture"] == pytest.approx(rivals["hybrid"], abs=1e-4)
+            assert last["eval_loss/mixture"] == pytest.approx(baselines["hybrid"], abs=1e-4)
             assert first["loss/mixture"] == pytest.approx(first["loss"], abs=1e-4)
     assert first["alpha/0/mamba"] == 0.5 and first["gate/mamba"] == pytest.approx(0.5)
 
@@ -156,9 +156,9 @@ def test_the_logs_hold_every_part(model, text, tmp_path):
 def test_in_one_block_the_logged_parts_are_the_components_alone(model, text, tmp_path):
     one = ManticoreForCausalLM.from_components([model.component(n) for n in ("gpt_neox", "mamba")])
     trainer = HybridTrainer(model=one, args=_arguments(tmp_path), eval_dataset=text)
-    metrics, rivals = trainer.evaluate(), compare_losses(one, text)
+    metrics, baselines = trainer.evaluate(), compare_losses(one, text)
     for name in ("gpt_neox", "mamba", "ensemble"):
-        assert metrics[f"eval_loss/{name}"] == pytest.approx(rivals[name], abs=1e-4)
+        assert metrics[f"eval_loss/{name}"] == pytest.approx(baselines[name], abs=1e-4)
 
 
 def _traces(model):

@@ -256,7 +256,7 @@ class Comparison:
             run = {"contender": contender.name, "kind": contender.kind, "seed": seed, "options": options, **cost}
             run["seconds"] = round(time.time() - start, 2)
             model = contender.load({**run, "folder": folder})
-            losses = compare_losses(model, self.shop.validation_rows, desc="Validating", rivals=False)
+            losses = compare_losses(model, self.shop.validation_rows, desc="Validating", baselines=False)
             run["validation"] = losses["hybrid"]
             run["parameters"] = sum(p.numel() for p in model.parameters())
             run["flops_per_token"] = forward_flops(model)

@@ -185,7 +185,7 @@ def _evaluate(model, test, label, baselines=True):
     """{row: {kind of text: loss, and "both": their mean, since there is as much of each}}."""
     found, rows = {}, {}
     for kind, text in test.items():
-        found[kind] = compare_losses(model, text, desc=f"Testing {label}, {kind}", rivals=baselines)
+        found[kind] = compare_losses(model, text, desc=f"Testing {label}, {kind}", baselines=baselines)
     for name in next(iter(found.values())):
         rows[name] = {kind: found[kind][name] for kind in test}
         rows[name]["both"] = sum(rows[name].values()) / len(test)

@@ -9,11 +9,9 @@ again. A component's trained weights lie beside its file, because the ensemble n
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,20 +285,6 @@ class Benchmark:
     def _say(self, text):
         if not self.quiet:
             print(text, flush=True)
-
-
-def takes_rivals(function: Callable[..., list]) -> Callable[..., list]:
-    """Lets a function take `baselines` under the name that it had in version 0.1, too, with a FutureWarning."""
-
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        if "rivals" in kwargs:
-            text = f"{function.__name__}: rivals is now baselines; the old name goes with version 0.3."
-            warnings.warn(text, FutureWarning, stacklevel=2)
-            kwargs["baselines"] = kwargs.pop("rivals")
-        return function(*args, **kwargs)
-
-    return run
 
 
 @torch.no_grad()

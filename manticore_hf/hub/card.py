@@ -31,7 +31,7 @@ _SHOWN_LABELS = 100
 
 @dataclass
 class Result:
-    """Losses of a hybrid and its rivals on one text.
+    """Losses of a hybrid and its baselines on one text.
 
     Args:
         data: The text.
@@ -100,7 +100,7 @@ def make_card(
         elif set(result.losses) - {result.own} and result.own in result.losses:
             results.append(result)
         else:
-            notices.append(f"The loss on {result.data!r} is not shown: no rival's was measured beside it.")
+            notices.append(f"The loss on {result.data!r} is not shown: no baseline's was measured beside it.")
     combined = facts.combined or combine(facts.licenses)
     alpha = _alpha(config, found)
     context = {
@@ -294,10 +294,10 @@ def _licenses(facts, combined):
 
 
 def _show(result):
-    """A Result as the template prints it: best first, with the distance to the best rival."""
-    own, rivals = result.losses[result.own], {k: v for k, v in result.losses.items() if k != result.own}
-    best = min(rivals, key=rivals.get)
-    gain = rivals[best] - own
+    """A Result as the template prints it: best first, with the distance to the best baseline."""
+    own, baselines = result.losses[result.own], {k: v for k, v in result.losses.items() if k != result.own}
+    best = min(baselines, key=baselines.get)
+    gain = baselines[best] - own
     rows = [
         {
             "label": Safe(f"**{escape(label)} (this model)**") if label == result.own else label,
@@ -312,7 +312,7 @@ def _show(result):
     return {
         "title": f"On {result.data}{size}.{note}",
         "rows": rows,
-        "verdict": f"It is {abs(gain):.4f} nats per token {word} than the best rival listed ({best}).",
+        "verdict": f"It is {abs(gain):.4f} nats per token {word} than the best baseline listed ({best}).",
     }
 
 

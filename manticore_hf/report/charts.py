@@ -103,7 +103,7 @@ def forest(
         parts.append(
             Markup('<circle cx="{}" cy="{}" r="3" class="dot {}"/>').format(_short(at(difference)), _short(y), sure)
         )
-    parts.append(_text(at(0) - 6, bottom + 32, "← rival better", "end", "tick"))
+    parts.append(_text(at(0) - 6, bottom + 32, "← baseline better", "end", "tick"))
     parts.append(_text(at(0) + 6, bottom + 32, "hybrid better, nats per token →", "start", "tick"))
     return _svg(_WIDTH, height, parts, label)
 

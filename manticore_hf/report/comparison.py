@@ -1,4 +1,4 @@
-"""Reading what `manticore-hf compare` leaves: losses over several seeds of a hybrid and of rivals tuned like it."""
+"""Reading what `manticore-hf compare` leaves: losses over several seeds of a hybrid and of baselines tuned like it."""
 
 import json
 import math

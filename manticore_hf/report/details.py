@@ -118,7 +118,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
         "chart": chart,
         "mixtures": mixtures,
         "similarity": similarity,
-        "rivals": [
+        "baselines": [
             {"name": name, "loss": f"{loss:.3f}"}
             for name, loss in measured["losses"]["losses"].items()
             if name != "hybrid"
@@ -127,11 +127,11 @@ def why(facts: Facts) -> dict[str, Any] | None:
 
 
 def where(facts: Facts) -> list[dict[str, Any]]:
-    """Tokens and documents where the hybrid gains or loses most against each rival, texts made visible."""
+    """Tokens and documents where the hybrid gains or loses most against each baseline, texts made visible."""
     if not facts.measured:
         return []
     out = []
-    for rival, found in facts.measured["losses"]["where"].items():
+    for baseline, found in facts.measured["losses"]["where"].items():
 
         def token(one):
             return {
@@ -161,10 +161,9 @@ def where(facts: Facts) -> list[dict[str, Any]]:
         }
         word = "better" if found["gain"] >= 0 else "worse"
         size = f"{abs(found['gain']):.3f} nats per token {word}"
-        sentence = (
-            f"On this text the hybrid is {size} than {rival}, and predicts {found['better']:.0%} of the tokens better."
-        )
-        out.append({"rival": rival, "sentence": sentence, **ways})
+        share = f"{found['better']:.0%}"
+        sentence = f"On this text the hybrid is {size} than {baseline}, and predicts {share} of the tokens better."
+        out.append({"baseline": baseline, "sentence": sentence, **ways})
     return out
 
 
@@ -211,7 +210,7 @@ def comparison(facts: Facts) -> dict[str, Any] | None:
     rows = sorted(facts.comparison["rows"], key=lambda row: row["loss"])
     kinds = sorted({kind for row in rows for kind in row["by_kind"]})
     own = facts.comparison["hybrid"]
-    rivals = [
+    baselines = [
         (row["name"], row["difference"], row["difference_interval"])
         for row in rows
         if row["name"] != own and row["difference"] is not None
@@ -220,7 +219,7 @@ def comparison(facts: Facts) -> dict[str, Any] | None:
         "file": facts.comparison_path.name,
         "machine": facts.comparison["machine"],
         "kinds": kinds,
-        "chart": charts.forest(rivals, gain_needed(facts.comparison)) if rivals else None,
+        "chart": charts.forest(baselines, gain_needed(facts.comparison)) if baselines else None,
         "rows": [
             {
                 "name": row["name"],

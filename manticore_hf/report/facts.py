@@ -1,4 +1,4 @@
-"""What is on disk about a hybrid: its stages, their curves and costs, its licences, its comparison with rivals."""
+"""What is on disk about a hybrid: its stages, their curves and costs, its licences, its comparison with baselines."""
 
 import json
 import os
@@ -187,7 +187,7 @@ def _name(directory, folder):
 
 
 def one_run(facts: Facts) -> tuple[dict[str, float], str, str] | None:
-    """(losses by name, the hybrid's name, a note) of one run, or None where no rival was measured beside the hybrid.
+    """(losses by name, the hybrid's name, a note) of one run, or None where no baseline was measured beside the hybrid.
 
     What `evaluation.json` or `stage.json` says; several texts with the same rows as one, weighted by their tokens. Else
     what was measured for this report.

@@ -69,7 +69,7 @@ def token_losses(
 
     Returns:
         ({name: [n] nats, float64}, the token gate's weights [n, K] or None); a hardened hybrid has "hybrid" only, its
-        rivals are no longer inside.
+        baselines are no longer inside.
     """
     names = [] if model.config.route else model.config.component_names
     out = {name: [] for name in [*names, *(["ensemble"] if names else []), "hybrid"]}

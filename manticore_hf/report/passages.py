@@ -1,4 +1,4 @@
-"""Where a hybrid gains or loses most against a rival: tokens with their context, kinds of token, documents."""
+"""Where a hybrid gains or loses most against a baseline: tokens with their context, kinds of token, documents."""
 
 import bisect
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ def document_gains(gain: torch.Tensor, documents: torch.Tensor) -> list[tuple[in
     """Sums per-token gains over documents.
 
     Args:
-        gain: [n] loss of the rival minus loss of the hybrid, nats.
+        gain: [n] loss of the baseline minus loss of the hybrid, nats.
         documents: [n] document of each token.
 
     Returns:
@@ -82,7 +82,7 @@ def where_it_differs(
     top_tokens: int = 6,
     top_documents: int = 3,
 ) -> dict[str, Any]:
-    """Where the hybrid gains or loses most against each rival.
+    """Where the hybrid gains or loses most against each baseline.
 
     Args:
         losses: As `token_losses` gives them.
@@ -93,7 +93,7 @@ def where_it_differs(
         top_tokens, top_documents: How many to show each way.
 
     Returns:
-        {rival: {"gain": mean, nats per token, "better": share of tokens the hybrid predicts better, "tokens": ...,
+        {baseline: {"gain": mean, nats per token, "better": share of tokens the hybrid predicts better, "tokens": ...,
         "kinds": ..., "documents": {"gains": [...], "loses": [...]}}}; the sums of all documents' gains make the mean.
     """
     row, position = scored_positions(rows)
@@ -128,12 +128,12 @@ def where_it_differs(
         return {"gains": [make(*x) for x in gains], "loses": [make(*x) for x in loses]}
 
     out = {}
-    for rival in losses:
-        if rival == "hybrid":
+    for baseline in losses:
+        if baseline == "hybrid":
             continue
-        gain = losses[rival] - losses["hybrid"]
+        gain = losses[baseline] - losses["hybrid"]
         order = gain.argsort(descending=True, stable=True).tolist()
-        out[rival] = {
+        out[baseline] = {
             "gain": gain.mean().item(), "better": (gain > 0).double().mean().item(),
             "tokens": both_ends([(i, gain[i].item()) for i in order], top_tokens, lambda i, _, g=gain: token(i, g)),
             "kinds": both_ends(kind_gains(gain, targets), top_tokens, lambda kind, total, count: {

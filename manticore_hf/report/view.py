@@ -49,7 +49,7 @@ def _version(package):
 
 
 def _standing(facts):
-    """The hybrid among its rivals, best first: of the comparison, else of what one run measured."""
+    """The hybrid among its baselines, best first: of the comparison, else of what one run measured."""
     if facts.comparison is not None:
         rows, own = facts.comparison["rows"], facts.comparison["hybrid"]
         seeds, data = _plural(len(facts.comparison["seeds"]), "seed"), facts.comparison["data"]
@@ -58,7 +58,7 @@ def _standing(facts):
         found = [(row["name"], row["loss"], row) for row in rows]
     else:
         if (run := one_run(facts)) is None:
-            note = "No loss of this hybrid is shown, because no rival's was measured beside it."
+            note = "No loss of this hybrid is shown, because no baseline's was measured beside it."
             return {"note": note, "rows": [], "all": []}
         losses, own, note = run
         found = [(name, loss, {}) for name, loss in losses.items()]
@@ -129,7 +129,7 @@ def _running(facts):
 
 
 def _making(facts):
-    """What it cost to make: stage by stage, and beside the rivals where a comparison says."""
+    """What it cost to make: stage by stage, and beside the baselines where a comparison says."""
     rows, seconds, flops = [], 0.0, 0.0
     for stage in facts.stages:
         tokens = stage.result.get("tokens") if stage.result.get("stage") == "calibrate" else None

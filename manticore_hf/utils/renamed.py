@@ -1,11 +1,12 @@
-"""Modules under the names that they had in version 0.1: they still import, with a warning, until version 0.3."""
+"""Modules and arguments under the names that they had in version 0.1: they work, with a warning, until version 0.3."""
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 _ROOMS = {
@@ -102,3 +103,20 @@ def install(package: str) -> None:
     """
     if not any(isinstance(finder, OldNames) and finder.package == package for finder in sys.meta_path):
         sys.meta_path.insert(0, OldNames(package))  # before the folders: `tasks.mad` is now a folder's name too
+
+
+def takes_old_name(old: str, new: str) -> Callable[[Callable], Callable]:
+    """A decorator: a function also takes its argument `new` under the name of version 0.1, `old`, with a warning."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            if old in kwargs:
+                text = f"{function.__name__}: {old} is now {new}; the old name goes with version 0.3."
+                warnings.warn(text, FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return run
+
+    return decorate

@@ -4,7 +4,7 @@
     scores = token_logprobs(model, tokenizer, texts)
     load_metric("token_loss").compute(predictions=scores, references=texts)
 
-`manticore-hf evaluate` packs texts into blocks and compares a hybrid with its rivals on them; here every text stands
+`manticore-hf evaluate` packs texts into blocks and compares a hybrid with its baselines on them; here every text stands
 alone, every one of its tokens is predicted, and models of different tokenizers compare in bits per byte.
 """
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM, ManticoreForSequenceClassification
-from manticore_hf.experiments.baselines import Benchmark, Training, takes_rivals
+from manticore_hf.experiments.baselines import Benchmark, Training
 from manticore_hf.experiments.lra.settings import LraTask
+from manticore_hf.utils.renamed import takes_old_name
 
 DEFAULTS = Training(layers=4, epochs=10, learning_rate=1e-3, weight_decay=0.01, batch_size=32)
 
 
-@takes_rivals
+@takes_old_name("rivals", "baselines")
 def run_lra(
     task: LraTask,
     families: list[str],

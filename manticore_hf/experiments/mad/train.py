@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 
 from manticore_hf.evaluation.metrics import load_metric
-from manticore_hf.experiments.baselines import Benchmark, Training, takes_rivals
+from manticore_hf.experiments.baselines import Benchmark, Training
 from manticore_hf.experiments.mad.compression import CompressionModel
 from manticore_hf.experiments.mad.settings import MadTask
 from manticore_hf.experiments.mad.tasks import IGNORE
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.renamed import takes_old_name
 
 
-@takes_rivals
+@takes_old_name("rivals", "baselines")
 def run_mad(
     task: MadTask,
     families: list[str],
