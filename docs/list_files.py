@@ -17,8 +17,9 @@ A line for every file, made by `python docs/list_files.py` from the files' own d
 # In the order in which rooms build on each other; `modeling/` is installed as `manticore_hf.modeling`.
 ROOMS = (
     "modeling", "manticore_hf", "manticore_hf/kernels", "manticore_hf/utils", "manticore_hf/evaluation",
-    "manticore_hf/hub", "manticore_hf/compose", "manticore_hf/training", "manticore_hf/families", "manticore_hf/experiments",
-    "manticore_hf/compare", "manticore_hf/report", "manticore_hf/plan", "manticore_hf/testing", "manticore_hf/demo",
+    "manticore_hf/hub", "manticore_hf/compose", "manticore_hf/training", "manticore_hf/families",
+    "manticore_hf/experiments", "manticore_hf/compare", "manticore_hf/report", "manticore_hf/plan",
+    "manticore_hf/testing", "manticore_hf/demo",
 )  # fmt: skip
 
 
