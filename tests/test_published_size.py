@@ -4,7 +4,8 @@ from hub_models import tiny
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 
-MOST_FILES, MOST_LINES = 28, 6170
+# The aim is 28 files and 5,500 lines
+MOST_FILES, MOST_LINES = 24, 5850
 
 
 def test_a_published_hybrid_carries_little_code(tmp_path, capsys):
