@@ -15,6 +15,7 @@ from .decoding_manticore import CachedDecoding
 from .devices_manticore import Placed, onloaded, place
 from .dtypes_manticore import MixedDtypes
 from .heads_manticore import ScoresSequences, ScoresTokens
+from .mixers_manticore import follow_kernels
 from .mixing_manticore import HybridMixer, resize, whole
 from .mixture_manticore import SPACES, is_active, sum_to_one, weighted_sum, widen
 from .outputs_manticore import Embeds, HybridEmbedding, ManticoreCausalLMOutput, ManticoreModelOutput
@@ -96,6 +97,11 @@ class ManticoreModel(Embeds, CachedDecoding, RunsRoute, PerComponentAttention, P
         self.__dict__["input_embedding"] = HybridEmbedding(self)
         self.post_init()
         self._follow()
+
+    def set_use_kernels(self, use_kernels, *args, **kwargs):
+        super().set_use_kernels(use_kernels, *args, **kwargs)
+        if use_kernels:
+            follow_kernels(self)
 
     # ---- the parts -------------------------------------------------------------------------------------------------
 
