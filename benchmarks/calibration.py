@@ -62,7 +62,7 @@ class Curve(TrainerCallback):
 
 
 def run(pair, variant, texts, tokens, seed, rate, test, fixed):
-    """One training run. Returns its curve, the rivals' losses, and what the mixture has become."""
+    """One training run. Returns its curve, the baselines' losses, and what the mixture has become."""
     from manticore_hf import ManticoreForCausalLM, set_stage
     from manticore_hf.evaluation.losses import compare_losses
     from manticore_hf.training.calibrate import calibrate_projectors
@@ -81,8 +81,8 @@ def run(pair, variant, texts, tokens, seed, rate, test, fixed):
     if variant == "calibrated":
         calibrate_projectors(model, rows, tokens=CALIBRATION_TOKENS, reference=reference)
     set_stage(model, "projectors")
-    rivals = compare_losses(model, texts[test], batch_size=32)
-    rivals.pop("hybrid")
+    baselines = compare_losses(model, texts[test], batch_size=32)
+    baselines.pop("hybrid")
     curve = Curve(model, texts[test])
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -100,7 +100,7 @@ def run(pair, variant, texts, tokens, seed, rate, test, fixed):
             disable_tqdm=True,
         )
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[curve]).train()
-    return {"curve": curve.losses, "rivals": rivals, "mixture_weights": model.mixture_weights().tolist()}
+    return {"curve": curve.losses, "baselines": baselines, "mixture_weights": model.mixture_weights().tolist()}
 
 
 def _jobs(pairs, seeds):
@@ -182,8 +182,8 @@ def summarise(lines, picture):
     pairs = list(dict.fromkeys(r["pair"] for r in curves))
     figure, axes = plt.subplots(1, len(pairs), figsize=(5.2 * len(pairs), 4.2), squeeze=False)
     for axis, pair in zip(axes[0], pairs):
-        rivals = next(r["rivals"] for r in curves if r["pair"] == pair)
-        print(f"\n{pair}; untrained: " + ", ".join(f"{name} {loss:.3f}" for name, loss in rivals.items()))
+        baselines = next(r.get("baselines", r.get("rivals")) for r in curves if r["pair"] == pair)
+        print(f"\n{pair}; untrained: " + ", ".join(f"{name} {loss:.3f}" for name, loss in baselines.items()))
         print("\n| start | rate | " + " | ".join(f"{n:,}" for n in budgets) + " | alpha in block 1 |")
         print("|---" * (len(budgets) + 3) + "|")
         for variant in VARIANTS:
@@ -202,7 +202,7 @@ def summarise(lines, picture):
             alpha = " / ".join(f"{statistics.mean(r['mixture_weights'][0][k] for r in runs):.2f}" for k in range(2))
             print(f"| {variant} | {runs[0]['rate']:g} | " + " | ".join(cells) + f" | {alpha} |")
             axis.plot([max(n, 3_000) for n in points], means, marker="o", label=variant)
-        axis.axhline(rivals["ensemble"], color="grey", linestyle="--", label="plain ensemble, untrained")
+        axis.axhline(baselines["ensemble"], color="grey", linestyle="--", label="plain ensemble, untrained")
         axis.set(
             xscale="log",
             title=pair,

@@ -2,7 +2,7 @@
 
     python benchmarks/demo_rates.py --output benchmarks/results/demo_rates.jsonl
 
-The rate of the fine-tuning is chosen for the *components* alone, so that the hybrid's rivals have the best one; the
+The rate of the fine-tuning is chosen for the *components* alone, so that the hybrid's baselines have the best one; the
 rates of gate and projectors with the components frozen. Same text, tokens and settings as the demo. Every run is one
 line of the output; a killed benchmark goes on where it stopped.
 """

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import torch
-from manticore_hf.modeling.versions_manticore import CACHE, cache_argument
+from manticore_hf.modeling.anatomy_manticore import cache_argument
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, set_seed
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -125,7 +125,7 @@ def speculate(model, name, prompt, new, length):
     draft = model.component(name)
     key = cache_argument(draft.forward)
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    cache, drafted = getattr(out, CACHE), getattr(draft(input_ids=prompt, use_cache=True), key)
+    cache, drafted = out.cache, getattr(draft(input_ids=prompt, use_cache=True), key)
     pending, text, passes = [out.logits[0, -1].argmax().item()], [], 1
     text += pending
     while len(text) < new:

@@ -3,9 +3,9 @@
     python benchmarks/hardening.py --output benchmarks/results/hardening.jsonl
 
 With the demo's components and text: a one-block hybrid is trained (gate, then everything), hardened to each component
-and healed by distillation; the rival is that component fine-tuned with the same settings on the same rows for as many
-steps as hybrid and healing together let the component see (one pass for the hybrid's tuning, one for the healing). Also
-hard routes across components, from a two-block hybrid. Every model is one line of the output.
+and trained by recovery distillation; the baseline is that component fine-tuned with the same settings on the same rows
+for as many steps as hybrid and distillation together let the component see (one pass for the hybrid's tuning, one for
+the distillation). Also hard routes across components, from a two-block hybrid. Every model is one line of the output.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A hybrid and its rivals on short ListOps and small Pathfinder images, small enough for a CPU.
+"""A hybrid and its baselines on short ListOps and small Pathfinder images, small enough for a CPU.
 
     python benchmarks/lra_small.py DIR --output benchmarks/results/lra_small.jsonl
 

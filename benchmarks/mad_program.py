@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from manticore_hf.experiments import TASKS, EasySettings, ProgramSettings, mad_profile, program_alpha
-from manticore_hf.training.programs import print_program
+from manticore_hf.training.programs import program_lines
 
 
 def main():
@@ -31,7 +31,7 @@ def main():
     logging.set_verbosity_error()
     settings = ProgramSettings(seeds=args.seeds)
     found = program_alpha(args.pair, list(TASKS), 1, args.directory / "program", settings)
-    print_program(args.pair, found.alpha.tolist(), found.record())
+    print("\n".join(program_lines(args.pair, found.alpha.tolist(), found.record())))
     results = {"families": args.pair, "alpha": found.alpha.tolist(), "tasks": found.record(), "runs": found.runs}
     results = {"programmed": results}
     if args.output:

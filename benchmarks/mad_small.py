@@ -1,4 +1,4 @@
-"""A hybrid and its rivals on easy versions of the six MAD tasks, small enough for a CPU.
+"""A hybrid and its baselines on easy versions of the six MAD tasks, small enough for a CPU.
 
     python benchmarks/mad_small.py DIR --output benchmarks/results/mad_small.jsonl    # about half an hour on one core
 

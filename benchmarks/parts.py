@@ -42,7 +42,7 @@ def mixture(tokens, vocabulary, repeats):
 
     def ours():
         for one in logits:
-            sureness(one.detach())
+            sureness(one)
         return weighted_sum(weights, logits)
 
     def spelled_out():
@@ -91,9 +91,10 @@ def shares(repeats):
         setattr(owner, method, timed)
 
     watch(segments_manticore.Segment, "__call__", lambda args: "segments")
+    watch(segments_manticore.Whole, "__call__", lambda args: "segments")
     watch(segments_manticore.Head, "__call__", lambda args: "heads")
-    watch(modeling_manticore.ManticoreForCausalLM, "_mix", lambda args: "output mixture")
-    watch(mixing_manticore.HybridMixer, "forward", lambda args: f"mixer: {args[0]}")
+    watch(modeling_manticore.ManticoreForCausalLM, "mix", lambda args: "output mixture")
+    watch(mixing_manticore.HybridMixer, "forward", lambda args: f"mixer: {args[0].__name__}")
     found = defaultdict(list)
     with torch.no_grad():
         for _ in range(repeats):

@@ -177,7 +177,7 @@ def estimate(case, device, processes=1):
         return planner.lora(case["batch"], fsdp=sharded)
     if sharded:
         return planner.fsdp(case["batch"], task.checkpointing)
-    return planner.whole(case["batch"], task.checkpointing, ddp=processes > 1)
+    return planner.unsharded(case["batch"], task.checkpointing, ddp=processes > 1)
 
 
 def make_trainer(case, folder, device):
@@ -189,7 +189,8 @@ def make_trainer(case, folder, device):
     from manticore_hf import ManticoreForCausalLM, SearchArguments, SearchTrainer, harden, lora_config, set_stage
     from manticore_hf.training.distill import HealTrainer
     from manticore_hf.training.freezing import fix_alpha
-    from manticore_hf.training.trained_stages import STAGES, HybridTrainer
+    from manticore_hf.training.stages import STAGES
+    from manticore_hf.training.trained_stages import HybridTrainer
 
     config, stage = configuration(case), case["stage"]
     model = ManticoreForCausalLM(config)
@@ -213,7 +214,7 @@ def make_trainer(case, folder, device):
         model = get_peft_model(model, lora_config(model, r=16))
         settings |= {"gradient_checkpointing": True, "bf16": True}
     else:
-        set_stage(model, STAGES.get(stage, "finetune"))
+        set_stage(model, STAGES[stage].trains if stage in STAGES else "finetune")
     if case.get("engine") == "fsdp2":
         settings |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
     elif case.get("engine") == "ddp":

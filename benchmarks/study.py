@@ -1,4 +1,4 @@
-"""The study: where does a hybrid pay? Real text, tiny specialists, every rival, seeds and intervals.
+"""The study: where does a hybrid pay? Real text, tiny specialists, every baseline, seeds and intervals.
 
     python benchmarks/study.py --shared SHARED --work WORK                # all settings, hours on two cores
     python benchmarks/study.py --shared SHARED --work WORK --only two-60k # one of them
@@ -214,25 +214,25 @@ def _best(rows, kind=None):
 
 
 def overview(results):
-    """One row per setting: test losses of the best of each kind, and the hybrid against the best rival.
+    """One row per setting: test losses of the best of each kind, and the hybrid against the best baseline.
 
     Args:
         results: {setting: comparison}.
     """
-    head = ["setting", *SHOWN, "best rival - hybrid", "95 % interval", "p", "seeds"]
+    head = ["setting", *SHOWN, "best baseline - hybrid", "95 % interval", "p", "seeds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, result in results.items():
         rows = [row for row in result["rows"] if not row["needs"] or row["kind"] == "oracle"]
         own = next(row for row in rows if row["name"] == "hybrid, 1 block")
         best = {label: _best(rows, kind) if kind else own for label, kind in SHOWN.items()}
-        rival = _best([row for row in rows if row["kind"] not in ("hybrid", "hardened", "oracle")])
+        baseline = _best([row for row in rows if row["kind"] not in ("hybrid", "hardened", "oracle")])
         cells = [name, *(f"{row['loss']:.3f}" for row in best.values())]
         if result["hybrid"] == own["name"]:
-            low, high = rival["difference_interval"]
-            cells += [f"{rival['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{rival['p']:.4f}"]
-            cells += [f"{rival['seeds_won']} of {len(rival['losses'])}"]
+            low, high = baseline["difference_interval"]
+            cells += [f"{baseline['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{baseline['p']:.4f}"]
+            cells += [f"{baseline['seeds_won']} of {len(baseline['losses'])}"]
         else:
-            cells += [f"{rival['loss'] - own['loss']:+.3f}", "", "", ""]
+            cells += [f"{baseline['loss'] - own['loss']:+.3f}", "", "", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

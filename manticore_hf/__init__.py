@@ -5,30 +5,42 @@ Importing the package registers the classes with Transformers' Auto classes, so 
 """
 
 import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
-
-from manticore_hf.compose.components import ComponentSpec
-from manticore_hf.compose.hybrid import (
-    ManticoreForCausalLM,
-    ManticoreForSequenceClassification,
-    ManticoreForTokenClassification,
-    ManticoreModel,
-)
-from manticore_hf.kernels import register as register_kernels
-from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf._version import __version__
 from manticore_hf.training import programs
 from manticore_hf.utils import renamed
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # the same as `_PUBLIC`, for editors
+    from manticore_hf.compose.components import ComponentSpec
+    from manticore_hf.compose.convert.convert import convert
+    from manticore_hf.compose.hybrid import (
+        ManticoreForCausalLM,
+        ManticoreForSequenceClassification,
+        ManticoreForTokenClassification,
+        ManticoreModel,
+    )
+    from manticore_hf.compose.transplant import compose_transplanted
+    from manticore_hf.hub.publish import publish
+    from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+    from manticore_hf.modeling.settings_manticore import ManticoreError
+    from manticore_hf.training.calibrate import calibrate_projectors
+    from manticore_hf.training.freezing import set_stage
+    from manticore_hf.training.lora import lora_config, quantization_skips
+    from manticore_hf.training.objective import choose_objective
+    from manticore_hf.training.prune import harden, pick_route
+    from manticore_hf.training.search import SearchArguments, SearchTrainer
 
-_LATER = {
+
+_PUBLIC = {
+    "ComponentSpec": "compose.components",
+    "ManticoreConfig": "modeling.configuration_manticore",
+    "ManticoreError": "modeling.settings_manticore",
+    "ManticoreForCausalLM": "compose.hybrid",
+    "ManticoreForSequenceClassification": "compose.hybrid",
+    "ManticoreForTokenClassification": "compose.hybrid",
+    "ManticoreModel": "compose.hybrid",
     "SearchArguments": "training.search",
     "SearchTrainer": "training.search",
     "calibrate_projectors": "training.calibrate",
@@ -51,25 +63,54 @@ __all__ = [
     "ManticoreForSequenceClassification",
     "ManticoreForTokenClassification",
     "ManticoreModel",
-    *_LATER,
+    "__version__",
+    "SearchArguments",
+    "SearchTrainer",
+    "calibrate_projectors",
+    "choose_objective",
+    "compose_transplanted",
+    "convert",
+    "harden",
+    "lora_config",
+    "pick_route",
+    "publish",
+    "quantization_skips",
+    "set_stage",
 ]
 
-renamed.install(__name__)
-register_kernels()
-programs.register("mad", "manticore_hf.experiments.mad.program")
 
-AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
-AutoModel.register(ManticoreConfig, ManticoreModel, exist_ok=True)
-AutoModelForCausalLM.register(ManticoreConfig, ManticoreForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(ManticoreConfig, ManticoreForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(ManticoreConfig, ManticoreForTokenClassification, exist_ok=True)
-
-
-def __getattr__(name):
-    if name not in _LATER:
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
-def __dir__():
-    return sorted({*globals(), *_LATER})
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+def register() -> None:
+    """Registers the classes with Transformers' Auto classes; importing the package does it."""
+    import transformers
+
+    from manticore_hf import kernels
+    from manticore_hf.compose import hybrid
+    from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+    from manticore_hf.utils import defence
+
+    defence.install()
+    kernels.register()
+    transformers.AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
+    for auto, cls in (
+        (transformers.AutoModel, hybrid.ManticoreModel),
+        (transformers.AutoModelForCausalLM, hybrid.ManticoreForCausalLM),
+        (transformers.AutoModelForSequenceClassification, hybrid.ManticoreForSequenceClassification),
+        (transformers.AutoModelForTokenClassification, hybrid.ManticoreForTokenClassification),
+    ):
+        auto.register(ManticoreConfig, cls, exist_ok=True)
+
+
+renamed.install(__name__)
+programs.register("mad", "manticore_hf.experiments.mad.program")
+if not getattr(sys.modules.get("manticore_hf_cli"), "reading", False):  # see there: only the command waits with it
+    register()

@@ -4,6 +4,7 @@
 another configuration.
 """
 
+import contextlib
 import copy
 import inspect
 import json
@@ -12,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_manticore import ManticoreError, component_depth
-from .versions_manticore import cache_argument
 
 # Put there by accelerate when it dispatches a model: bound to the original module, they would run all of its layers.
 _NEVER_COPIED = ("forward", "_old_forward", "_hf_hook")
@@ -158,6 +159,12 @@ def _dissect(component):
     return anatomy
 
 
+def cache_argument(forward):
+    """The name under which a model's forward takes its cache, which remote code may call as of old; None: in no way."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
+
+
 def _attends(config):
     try:
         return hasattr(config, "num_attention_heads")
@@ -282,12 +289,32 @@ def _watch_children(component, stack, anatomy):
 
 
 class _FindsNothing(TorchDispatchMode):
-    """Lets a search for values find none where there are no values: which expert gets which token, for one."""
+    """Lets a search for values find none where there are no values: which expert gets which token, for one.
+
+    On the meta device, where nothing else does, it knows what follows from the mask and the positions alone.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.known = {}  # {id of a tensor without storage: (it, one on the CPU with its values)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((0, args[0].ndim), dtype=torch.long)
-        return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self.known:
+            return self.known[id(args[0])][1].item()
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor) and out.is_meta and not out.is_floating_point():
+            with contextlib.suppress(KeyError):
+                args, kwargs = tree_map(self._value, (args, kwargs))
+                self.known[id(out)] = out, func(*args, **kwargs)
+        return out
+
+    def _value(self, one):
+        if isinstance(one, torch.device):
+            return torch.device("cpu")
+        return self.known[id(one)][1] if isinstance(one, torch.Tensor) else one
 
 
 def _run_on_nothing(component, stack, modules, kept, entering=False):
@@ -302,7 +329,18 @@ def _run_on_nothing(component, stack, modules, kept, entering=False):
     Returns:
         The state that it was given, and the one that it returned.
     """
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+    if next(stack.parameters()).is_meta:
+        # As it is loaded. The meta device is ten times as fast as fake tensors; what asks for values fails there.
+        with contextlib.suppress(ManticoreError):
+            return _run_shell(component, stack, modules, kept, entering, _FindsNothing())
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _run_shell(component, stack, modules, kept, entering, _FindsNothing())
+
+
+def _run_shell(component, stack, modules, kept, entering, mode):
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
     training, width = stack.training, component.get_input_embeddings().weight.shape[1]
     if entering:
@@ -316,7 +354,7 @@ def _run_on_nothing(component, stack, modules, kept, entering=False):
         shell.follow()
         # The only way of running experts whose shapes do not depend on the values, of which there are none.
         stack.config._experts_implementation_internal = "batched_mm"
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _FindsNothing():
+        with torch.no_grad(), mode:
             hidden = torch.zeros(1, 3, width, device=parameter.device, dtype=parameter.dtype)
             # A mask keeps Transformers from looking at the values of the positions (it could not, nothing is computed).
             ones = torch.ones(1, 3, dtype=torch.long, device=parameter.device)

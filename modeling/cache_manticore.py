@@ -1,14 +1,18 @@
-"""One cache for a whole hybrid.
+"""One cache for a whole hybrid, made and checked by hand or by `generate`.
 
-Transformers' models keep one cache object whose length is that of its first attention layer. A hybrid runs a component
-in segments, and after the first segment has been run that length already counts the new tokens: later segments would
-get wrong positions. So every segment sees its own view, made of the layers it owns, and the hybrid counts tokens
-itself.
+Transformers' models keep one cache object whose length is that of its first attention layer. A component that is run
+whole has its own. Of one that runs in segments, after the first has been run that length already counts the new tokens,
+and later ones would get wrong positions: each sees its own view, made of the layers it owns, and the hybrid counts
+tokens itself.
 """
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+
+from .configuration_manticore import ManticoreError
 
 
 class _Hole(DummyLayer):
@@ -24,17 +28,14 @@ class SegmentCache(Cache):
     """What the segment [start, stop) of a component sees: its own layers at their own indices, and the true length."""
 
     def __init__(self, owner, layers, start):
-        hole = _Hole()
-        super().__init__(layers=[hole] * start + list(layers))
+        super().__init__(layers=[_Hole()] * start + list(layers))
         self.owner = owner
-        self.max_cache_len = owner.max_cache_len
-        self.is_recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
-        self._attention = next((i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)), None)
+        self._attention = next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), None)
 
     def _attention_layer(self, layer_idx):
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], CacheLayerMixin):
             return self.layers[layer_idx]
-        return None if self._attention is None else self.layers[self._attention]
+        return self._attention
 
     def get_seq_length(self, layer_idx=0):
         """Tokens already seen; a view without attention layers asks the hybrid's counter."""
@@ -48,13 +49,13 @@ class SegmentCache(Cache):
 
 
 class ManticoreCache(Cache):
-    """The layers of all components in one flat list, in the order of `segments`.
+    """The layers of all components in one flat list.
 
     Reordering (beams), selecting, resetting and moving act on all layers at once, as Transformers does it.
 
     Args:
         configs: `{component name: configuration}`.
-        segments: `{component name: [(block, start, stop), ...]}`, the layers it runs in each block; a layer that is in
+        ranges: `{(component name, block): (start, stop)}`, the layers it runs from each block on; a layer that is in
             none is left out.
         max_cache_len: None for caches that grow, else the length of static ones.
     """
@@ -62,35 +63,71 @@ class ManticoreCache(Cache):
     # The token counter is a Python integer, so a compiled decoding step would be traced anew for each token.
     is_compileable = False
 
-    def __init__(self, configs, segments, max_cache_len=None):
+    def __init__(self, configs, ranges, max_cache_len=None):
         layers, self._views = [], {}
-        self.max_cache_len = max_cache_len
+        self.max_cache_len, self.seen = max_cache_len, 0
         for name, config in configs.items():
             if max_cache_len is None:
                 part = DynamicCache(config=config)
             else:
                 part = StaticCache(config=config, max_cache_len=max_cache_len)
-            for block, start, stop in segments[name]:
-                self._views[name, block] = SegmentCache(self, part.layers[start:stop], start)
-                layers += part.layers[start:stop]
+            for block, (start, stop) in ((block, pair) for (other, block), pair in ranges.items() if other == name):
+                mine, whole = part.layers[start:stop], (start, stop) == (0, len(part.layers))
+                self._views[name, block] = part if whole else SegmentCache(self, mine, start)
+                layers += mine
         super().__init__(layers=layers)
-        self.seen = 0
 
     @property
     def is_linear(self):
-        """Of no layer: Transformers' `generate` (5.24) feeds a cache of recurrent layers alone all tokens again.
+        """Of no layer: Transformers' `generate` feeds a cache of recurrent layers alone all tokens again.
 
         It takes such a cache's length for unknown; a hybrid counts.
         """
         return [False] * len(self.layers)
 
     def view(self, name, block):
-        """The cache of component `name` in block `block` (0-based); it shares its layers with this cache."""
+        """The cache of component `name` in block `block` (0-based), on layers of this one.
+
+        Of a component that is run whole it is that component's own cache, as its class makes it.
+        """
         return self._views[name, block]
 
-    def advance(self, tokens):
-        """Counts `tokens` new positions; called once at the end of each forward of the hybrid."""
+    def attends(self, name):
+        """Whether a component has layers with keys and values."""
+        views = [view for (other, _), view in self._views.items() if other == name]
+        return any(isinstance(layer, CacheLayerMixin) for view in views for layer in view.layers)
+
+    def stretch(self, mask, name, block, batch, time, device):
+        """The mask [batch, past + time] of a segment; to the end of a static cache, since not every model does that.
+
+        (Bloom's position biases are as long as the mask.)
+        """
+        layers = self.view(name, block).layers
+        if self.max_cache_len is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+            return mask
+        mask = torch.ones(batch, self.seen + time, dtype=torch.long, device=device) if mask is None else mask
+        return F.pad(mask, (0, self.max_cache_len - mask.shape[1]))
+
+    def advance(self, tokens, mask=None):
+        """Counts `tokens` new positions; called once at the end of each forward of the hybrid.
+
+        Empties the recurrent states of rows that consist of left padding so far: Transformers takes a call's only token
+        for a generated one, never padding, so it reaches the states of some models (Mamba2, Jamba); with several tokens
+        they are masked.
+
+        Args:
+            tokens: Their number.
+            mask: [batch, past + tokens], 1 for real tokens, or None.
+        """
         self.seen += tokens
+        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        if tokens != 1 or mask is None or not layers or (begun := mask.any(-1)).all():
+            return
+        for layer in layers:
+            for states in (layer.conv_states, layer.recurrent_states):
+                for state in states.values():
+                    if state is not None:
+                        state[~begun.to(state.device)] = 0
 
     def get_seq_length(self, layer_idx=0):
         """Tokens already seen."""
@@ -110,47 +147,70 @@ class ManticoreCache(Cache):
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)
 
-    def forget_padding(self, begun):
-        """Empties the recurrent states of rows that consist of left padding so far.
-
-        Transformers takes a call's only token for a generated one, never padding, so it reaches the states of some
-        models (Mamba2, Jamba); with several tokens they are masked.
-
-        Args:
-            begun: [batch], whether a row has had a real token.
-        """
-        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-        if not layers or begun.all():
-            return
-        for layer in layers:
-            for states in (layer.conv_states, layer.recurrent_states):
-                for state in states.values():
-                    if state is not None:
-                        state[~begun.to(state.device)] = 0
-
     def batch_repeat_interleave(self, repeats):
-        """Repeats each row `repeats` times. Recurrent layers lack this method in Transformers 5.23."""
-
-        def repeated(rows, device):
-            return torch.arange(rows, device=device).repeat_interleave(repeats)
-
+        """Repeats each row `repeats` times."""
+        self._pick_rows(lambda rows, device: torch.arange(rows, device=device).repeat_interleave(repeats))
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                self._pick_rows(layer, repeated)
             if isinstance(layer, CacheLayerMixin):
                 layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices):
         """Keeps the rows `indices`."""
+        self._pick_rows(lambda rows, device: indices.to(device))
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                self._pick_rows(layer, lambda rows, device: indices.to(device))
             if isinstance(layer, CacheLayerMixin):
                 layer.batch_select_indices(indices)
 
-    @staticmethod
-    def _pick_rows(layer, chosen):
-        for states in (layer.conv_states, layer.recurrent_states):
-            for key, state in states.items():
-                if state is not None:
-                    states[key] = state.index_select(0, chosen(state.shape[0], state.device))
+    def _pick_rows(self, chosen):
+        # Recurrent layers cannot do it themselves in Transformers 5.24
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for states in (layer.conv_states, layer.recurrent_states):
+                    for key, state in states.items():
+                        if state is not None:
+                            states[key] = state.index_select(0, chosen(state.shape[0], state.device))
+
+
+def cache_for(model, cache, use_cache):
+    """The cache of a call: the one that was given, a new one, or None.
+
+    Raises:
+        ManticoreError: It is no cache of a hybrid.
+    """
+    if cache is not None and not isinstance(cache, ManticoreCache) and type(cache).__name__ != "ManticoreCache":
+        raise ManticoreError(
+            f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
+        )
+    use_cache = (not model.training) if use_cache is None else use_cache
+    if model.training and model.is_activation_checkpointing:
+        use_cache = False
+    if not use_cache:
+        return None
+    return model.make_cache() if cache is None else cache
+
+
+def cache_for_generation(model, settings, given, max_cache_length):
+    """The cache that `generate` begins with, or None.
+
+    Args:
+        model: The hybrid.
+        settings: The GenerationConfig.
+        given: The caller's own, or None.
+        max_cache_length: What is read and generated at most.
+
+    Raises:
+        ManticoreError: Settings that contradict each other, or a kind of cache that hybrids do not have.
+    """
+    kind = settings.cache_implementation
+    if given is not None:
+        if kind is not None:
+            raise ManticoreError("Give either cache_implementation or cache, not both.")
+        given._is_user_defined = True
+        return given
+    if settings.use_cache is False:
+        return None
+    if kind in (None, "dynamic"):
+        return model.make_cache()
+    if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS and "offloaded" not in kind:
+        return model.make_cache(max(max_cache_length, settings.max_cache_len or 0))
+    raise ManticoreError(f"cache_implementation={kind!r} is not supported; use 'dynamic' or 'static'.")

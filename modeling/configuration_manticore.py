@@ -8,25 +8,21 @@ import copy
 
 # First, because it says what is wrong where Transformers is too old for what follows
 from .bounds_manticore import (
-    MAX_COMPONENTS,
-    MAX_LAYERS,
-    MAX_WIDTH,
     ManticoreError,
     build_config,
     check_component,
     check_component_name,
-    check_hybrid,
-    check_plain,
+    check_dtype,
     check_reference,
-    check_transplant,
-    clean,
+    guard,
     show,
 )
 
 # isort: split
 from transformers import PreTrainedConfig
 
-from .remote_manticore import require, run_trusted
+from .references_manticore import require, run_trusted
+from .settings_manticore import CHOICES, FILLED, PRESETS
 
 FORMAT_VERSION = 1
 """Version of the repository layout. Raised when an older package could no longer read a newer repository."""
@@ -41,44 +37,6 @@ AUTO_MAP = {
     "AutoModelForDecision": "modeling_manticore.ManticoreForCausalLM",
 }
 
-CHOICES = {
-    "projector": ("linear", "mlp", "none"),
-    "projector_init": ("default", "identity", "calibrated"),
-    "gate": ("none", "alpha"),
-    "mixture": ("static", "token"),
-    "mixture_space": ("logprob", "prob"),
-    "embeddings": ("native", "mixed", "fresh"),
-    "head_mixture": ("last", "first"),
-}
-
-PRESETS = {
-    # Roberts et al., section 3 and their released code (linear projectors of the framework's default initialisation,
-    # gates equal to alpha, embeddings and heads mixed with the first block's alpha, loss of the mixture only).
-    "paper": {
-        "projector": "linear",
-        "projector_init": "default",
-        "gate": "alpha",
-        "mixture": "static",
-        "mixture_space": "logprob",
-        "embeddings": "mixed",
-        "head_mixture": "first",
-        "mix_loss_weight": 1.0,
-        "component_loss_weight": 0.0,
-    },
-    # What measured best so far (BENCHMARKS.md says on what).
-    "default": {
-        "projector": "linear",
-        "projector_init": "calibrated",
-        "gate": "none",
-        "mixture": "token",
-        "mixture_space": "prob",
-        "embeddings": "native",
-        "head_mixture": "last",
-        "mix_loss_weight": 1.0,
-        "component_loss_weight": 0.0,
-    },
-}
-
 
 class ManticoreConfig(PreTrainedConfig):
     """Configuration of a hybrid of K components in S blocks.
@@ -89,34 +47,14 @@ class ManticoreConfig(PreTrainedConfig):
             ("reference": read from that repo; "embedded": kept in the hybrid's own file), `files` (of a reference:
             `{safetensors file: its SHA-256}`), `license` (as the component's card states it), `transplant` (how its
             embedding and head were made for another tokenizer, which are then the hybrid's own; else None).
-        num_blocks: S, the number of blocks; at most the depth of the shallowest component.
-        block_layers: Layers per block of each component, `{name: [n_1, ..., n_S]}`. Default: cuts as even as possible,
-            the first blocks taking the remainder.
-        projector: "linear" (paper, section 3.1), "mlp" (two layers, GELU, residual) or "none" (pad and truncate).
-        projector_init: "default" (the framework's), "identity" or "calibrated" (closed form; the identity until
-            `calibration` says that it was done. Only linear projectors have one: others start as the identity).
         calibration: What the projectors were solved from (tokens and reference component), or None.
-        gate: "alpha" (paper: projector and raw feature mixed by the block's alpha) or "none" (projector only).
-        reference_component: With gate="none", the component whose states are the shared space; its own projectors are
-            the identity and have no parameters. Default: the first.
-        mixture: "static" (paper: one weight per block and component) or "token" (last block: a gate of the token).
-        mixture_space: "logprob" (geometric mean of the components' distributions) or "prob" (arithmetic mean).
-        embeddings: "native" (each component reads its own embeddings and its own last state), "mixed" (paper: through
-            the shared space) or "fresh" (as mixed, with new embeddings and heads drawn from N(0, 0.02)).
-        head_mixture: "last" or "first": the block whose alpha mixes the heads (the paper's code uses the first).
-        mix_loss_weight: Weight of the cross-entropy of the mixture.
-        component_loss_weight: Weight of the sum of the cross-entropies of the components' own heads.
         objective: What of mixture_space and the loss weights is not given, but for the first training stage of a
             one-block hybrid to choose, by whether the components' strengths differ: {"open": [...]}; then what it
             measured, {"chosen": [...], "gain": ...}. None: all is as given.
-        mixture_weights: Exact mixture weights [S][K], or None while they are learned; a row may be None, too: that
-            block's are learned (in the last block of a token mixture: the gate's). A zero is a zero: that component is
-            not run in that block.
-        vocab_size: Size of the common vocabulary. Rows that a component has beyond it are padding and never get
-            probability.
-        tokenizer_component: The component whose tokenizer is the hybrid's. Default: the first.
         route: One component name per block once hardened; None for a soft hybrid.
-        preset: "paper" or "default": fills every key of these that is not given.
+        manticore_version: Version of the repository layout.
+        num_blocks, and all that follows it: The fields of `HybridSettings` (settings_manticore.py), where each has its
+            meaning, choices and default; S is the number of blocks, K that of the components.
 
     Raises:
         ManticoreError: A key has an impossible value; the message names the key, the value and the choices.
@@ -152,8 +90,11 @@ class ManticoreConfig(PreTrainedConfig):
         manticore_version=FORMAT_VERSION,
         **kwargs,
     ):
-        check_plain("The hybrid's configuration", {key: value for key, value in locals().items() if key != "self"})
-        check_hybrid(kwargs)
+        given, what = {key: value for key, value in locals().items() if key != "self"}, "The hybrid's configuration"
+        guard().plain(what, given)
+        for key in ("dtype", "torch_dtype"):
+            check_dtype(what, kwargs.get(key))
+        guard().general(what, kwargs)
         if type(manticore_version) is not int or not 1 <= manticore_version <= FORMAT_VERSION:
             raise ManticoreError(
                 f"This hybrid has format version {show(manticore_version)}; the installed code reads up to "
@@ -162,22 +103,18 @@ class ManticoreConfig(PreTrainedConfig):
         self.manticore_version = manticore_version
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ManticoreError(f"preset={show(preset)} is unknown; choose one of {sorted(PRESETS)}.")
-        given = {
-            "projector": projector, "projector_init": projector_init, "gate": gate, "mixture": mixture,
-            "mixture_space": mixture_space, "embeddings": embeddings, "head_mixture": head_mixture,
-            "mix_loss_weight": mix_loss_weight, "component_loss_weight": component_loss_weight,
-        }  # fmt: skip
-        for key, default in PRESETS[preset].items():
-            value = default if given[key] is None else given[key]
+        given = locals()
+        for key in FILLED:
+            value = PRESETS[preset][key] if given[key] is None else given[key]
             if key in CHOICES and value not in CHOICES[key]:
                 raise ManticoreError(f"{key}={show(value)} is unknown; choose one of {list(CHOICES[key])}.")
             if key not in CHOICES:
                 value = _nonnegative(key, value)
             setattr(self, key, value)
-        unsaid = {"mixture_space": mixture_space is None}
-        unsaid["loss_weights"] = mix_loss_weight is None and component_loss_weight is None
-        left = [key for key, value in unsaid.items() if value and preset == "default"]
-        self.objective = _check_objective({"open": left} if left else objective)
+        left = ["mixture_space"] if mixture_space is None else []
+        left += ["loss_weights"] if mix_loss_weight is None and component_loss_weight is None else []
+        left = left if preset == "default" else []
+        self.objective = {"open": left} if left else objective
         if self.projector != "linear" and projector_init in (None, "calibrated"):
             self.projector_init = "identity"
         self.calibration = calibration
@@ -202,8 +139,6 @@ class ManticoreConfig(PreTrainedConfig):
         self.mixture_weights = self._check_mixture_weights(mixture_weights)
 
         subs = [getattr(self, name) for name in self._component_names]
-        if sum(component_depth(sub) for sub in subs) > MAX_LAYERS:
-            raise ManticoreError(f"The components have more than {MAX_LAYERS} layers in all; join fewer, or smaller.")
         sizes = {name: getattr(self, name).vocab_size for name in self._component_names}
         if vocab_size is None and len(set(sizes.values())) == 1:
             vocab_size = min(sizes.values())
@@ -222,10 +157,7 @@ class ManticoreConfig(PreTrainedConfig):
             kwargs.pop(derived, None)
         # A hardened hybrid keeps the width its projectors were made for, whoever brought it.
         self.hidden_size = width if route and type(width) is int and width >= widest else widest
-        if subs and self.hidden_size > MAX_WIDTH:
-            raise ManticoreError(
-                f"The hybrid's hidden_size={self.hidden_size} is more than any model has; give at most {MAX_WIDTH}."
-            )
+        guard().hybrid(self)
         self.num_hidden_layers = self.num_blocks
         limits = [getattr(sub, "max_position_embeddings", None) for sub in subs]
         limits = [n for n in limits if type(n) is int and n > 0]  # -1: there is none
@@ -263,12 +195,9 @@ class ManticoreConfig(PreTrainedConfig):
         weights = entry.setdefault("weights", "reference" if entry.get("repo_id") else "embedded")
         if weights not in ("reference", "embedded"):
             raise ManticoreError(f"Component {name!r}: weights={show(weights)}; choose 'reference' or 'embedded'.")
-        said = entry.get("license")
-        if said is not None and not (isinstance(said, str) and len(said) < 200 and said.isprintable()):
-            raise ManticoreError(f"Component {name!r}: license={show(said)} must be the short name of one, or null.")
+        guard().entry(name, entry)
         if weights == "reference" or entry.get("repo_id") is not None:
             check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
-        check_transplant(name, entry.get("transplant"))
         entry = {key: entry.get(key) for key in _ENTRY_KEYS}
         setattr(self, name, sub)
         self.components.append(entry)
@@ -344,16 +273,16 @@ class ManticoreConfig(PreTrainedConfig):
         return None if all(row is None for row in weights) else weights
 
     @property
-    def component_names(self):
+    def component_names(self) -> list[str]:
         """Names of the components, in order."""
         return list(self._component_names)
 
     @property
-    def sub_configs(self):
+    def sub_configs(self) -> dict[str, type]:
         """Class of each component's configuration by component name (Transformers walks these)."""
         return {name: type(getattr(self, name)) for name in self.__dict__.get("_component_names", [])}
 
-    def bounds(self, name):
+    def bounds(self, name: str) -> list[int]:
         """Cumulative layer bounds [0, ..., depth] of a component's S segments."""
         out = [0]
         for n in self.block_layers[name]:
@@ -361,7 +290,7 @@ class ManticoreConfig(PreTrainedConfig):
         return out
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs):
         """As in Transformers, for what a file says: instructions to load code or files are not taken from it.
 
         Args:
@@ -372,32 +301,25 @@ class ManticoreConfig(PreTrainedConfig):
             ManticoreError: It is no configuration of a hybrid.
         """
         what = "The hybrid's config.json"
-        check_plain(what, config_dict)
+        guard().plain(what, config_dict)
         if not isinstance(config_dict, dict):
             raise ManticoreError(f"{what} is no JSON object but {show(config_dict)}; it is damaged or no hybrid's.")
         run_trusted(kwargs.pop("trust_component_code", None) or (), config_dict)
         # For its classes the caller decides (trust_remote_code).
         classes = {"auto_map": config_dict["auto_map"]} if isinstance(config_dict.get("auto_map"), dict) else {}
-        return super().from_dict({**clean(what, config_dict, cls), **classes}, **kwargs)
+        return super().from_dict({**guard().settings(what, config_dict, cls), **classes}, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in Transformers, which reads files that hold anything but a JSON object with odd errors."""
-        try:
+        """As in Transformers."""
+        with guard().reading(pretrained_model_name_or_path):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except (OSError, TypeError, AttributeError, KeyError, RecursionError) as err:
-            if isinstance(err, OSError) and not isinstance(err.__context__, ValueError):
-                raise  # there is no such file, or no connection
-            raise ManticoreError(
-                f"{str(pretrained_model_name_or_path)!r}: its config.json is no JSON object of settings "
-                f"({type(err).__name__}); it is damaged or no hybrid's."
-            ) from err
 
     def get_text_config(self, *args, **kwargs):
         """A hybrid is a text model: the configuration itself."""
         return self
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """Plain dict; each component's configuration sits inside its entry of `components`."""
         out = super().to_dict()
         out.pop("_component_names", None)
@@ -411,7 +333,7 @@ class ManticoreConfig(PreTrainedConfig):
         return out
 
 
-def component_depth(config):
+def component_depth(config: PreTrainedConfig) -> int:
     """Number of layers of a component."""
     return config.get_text_config().num_hidden_layers
 
@@ -423,24 +345,13 @@ def _list_of_dicts(components):
     components = [] if components is None else components
     if not isinstance(components, (list, tuple)) or not all(isinstance(entry, dict) for entry in components):
         raise ManticoreError(f"components={show(components)} must be a list of dicts with a name and a config.")
-    if len(components) > MAX_COMPONENTS:
-        raise ManticoreError(f"{len(components)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
+    guard().entries(components)
     return components
 
 
 def _positive_int(key, value):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ManticoreError(f"{key}={show(value)} must be a positive integer.")
-    return value
-
-
-def _check_objective(value):
-    known = {"mixture_space", "loss_weights"}
-    if value is not None:
-        keys = value.get("open", value.get("chosen")) if isinstance(value, dict) else None
-        measured = isinstance(value, dict) and ("open" in value or isinstance(value.get("gain"), float))
-        if not measured or not isinstance(keys, list) or not all(isinstance(k, str) and k in known for k in keys):
-            raise ManticoreError(f"objective={show(value)} must be None, or what is left open or was measured.")
     return value
 
 

@@ -1,27 +1,47 @@
-"""Which tensor of a hybrid has which dtype.
+"""Which tensor of a hybrid has which dtype, and which may be quantised.
 
 A hybrid has one dtype, `config.dtype`: its components' and its projectors'. Three things differ from it, and each for
 its own reason: what a component's class keeps in float32 (Transformers' `_keep_in_fp32_modules`, of this component
 only), buffers that no checkpoint holds (rotary angles), which are as in the component loaded alone, and the mixture
 weights and the token gate, which are float32 always: a step of training is smaller than what a half precision number
 resolves.
+
+In eight or four bits, Mamba's `x_proj`, `dt_proj` and `out_proj` are read raw or inside fused kernels, heads and the
+mixer decide about probabilities, a router about whole experts: these stay in floating point whatever a quantisation
+configuration says. Every quantiser of Transformers leaves out what a model lists in `_keep_in_fp32_modules`, beside
+what its configuration lists; hybrids use it for that.
 """
 
-import contextlib
+import copy
 import functools
 import re
+from collections.abc import Callable
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .anatomy_manticore import find_layers
+from .bounds_manticore import ManticoreError, show
+from .configuration_manticore import component_depth
 
 ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.")
 """Beginnings of the names, within the mixer, of what is made in float32 there."""
+
+RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")
+"""Projections of state-space mixers that are no plain matrix product everywhere."""
+
+MIXER, SCORE = "hybrid_mixer", "score"
+
+# What torchao's settings in a hybrid's file may name.
+_TORCHAO = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "PerRow", "PerTensor", "MappingType")
 
 
 class MixedDtypes:
     """Mixin of the hybrid classes, before PreTrainedModel."""
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """The widest dtype of the parts; what `save_pretrained` states, and a later load takes."""
         found = [dtype for name, part in self.named_children() if (dtype := _dtype_of(name, part)) is not None]
         return functools.reduce(torch.promote_types, found)
@@ -35,11 +55,12 @@ class MixedDtypes:
                 plan[f"^{name}\\..{{0,}}(?:{pattern})"] = kept
         return plan
 
-    def loaded_dtypes(self):
-        """Function from the name of a tensor to the dtype that it has when what is saved now is loaded again."""
-        dtype = self.dtype
-        plan = dtype_plan(self._get_dtype_plan(dtype))
-        return lambda name: plan(name, dtype)
+
+def loaded_dtypes(model) -> Callable:
+    """Function from the name of a tensor to the dtype that it has when what is saved now is loaded again."""
+    dtype = model.dtype
+    plan = dtype_plan(model._get_dtype_plan(dtype))
+    return lambda name: plan(name, dtype)
 
 
 def _dtype_of(name, part):
@@ -50,31 +71,19 @@ def _dtype_of(name, part):
     return None
 
 
-@contextlib.contextmanager
-def default_dtype(dtype):
-    """Context in which new tensors have a dtype unless they say another."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def convert_unpacked(model, tensors, own, rename, plan):
+def convert_unpacked(tensors: dict, own: set, rename: Callable, plan: dict) -> None:
     """Converts, in place, what is not packed of a quantised hybrid's tensors.
 
     Transformers takes it as it is in the file, which is right where all was quantised at once. References have the
     dtype of their own repositories.
 
     Args:
-        model: The hybrid, on the meta device or not.
         tensors: {checkpoint key: tensor or lazy slice}.
         own: Keys that are the hybrid's own, among which are packed ones.
         rename: The model's `Renamer`.
         plan: What `_get_dtype_plan` gave.
     """
-    wanted, plan = model.state_dict(), dtype_plan(plan)
+    wanted, plan = rename.known, dtype_plan(plan)
     for key, tensor in tensors.items():
         name, converted = rename(key)
         if name not in wanted or not wanted[name].is_floating_point():
@@ -84,7 +93,164 @@ def convert_unpacked(model, tensors, own, rename, plan):
             tensors[key] = tensor[...].to(plan(name, wanted[name].dtype))
 
 
-def dtype_plan(plan):
+def dtype_plan(plan: dict) -> Callable:
     """Function from a tensor's name to the dtype that a plan of Transformers' has for it, or else to a default."""
     plan = [(re.compile(key.replace("*", ".*")), kept) for key, kept in plan.items()]
     return lambda name, default: next((kept for pattern, kept in plan if pattern.search(name)), default)
+
+
+# ---- quantisation ----------------------------------------------------------------------------------------------------
+
+
+def is_state_space(module) -> bool:
+    """Whether a module is the mixer of a state-space model."""
+    return hasattr(module, "A_log")
+
+
+def plain_linear_maps(model, components: list | None = None) -> list[str]:
+    """Names of the linear maps inside the components' layers that are plain matrix products on every machine.
+
+    Args:
+        model: A hybrid.
+        components: Names of components; default: all.
+
+    Returns:
+        Sorted module names: attention, MLP and input projections; no heads, no embeddings, no expert routers, none of
+        Mamba's raw or fused projections.
+    """
+    inside = []
+    for name in model.config.component_names if components is None else components:
+        # Not `dissect`, which runs the component without computing: quantised maps cannot do that.
+        layers = find_layers(model.component(name), component_depth(model.component(name).config))
+        inside.append(".".join([name, *layers, ""]))
+    modules, out = dict(model.named_modules()), []
+    for key, module in modules.items():
+        if isinstance(module, (nn.Linear, Conv1D)) and key.startswith(tuple(inside)):
+            parent, _, leaf = key.rpartition(".")
+            raw = is_state_space(modules[parent]) and leaf in RAW
+            if not raw and leaf != "router" and not (leaf == "gate" and hasattr(modules[parent], "experts")):
+                out.append(key)
+    return sorted(out)
+
+
+def kept_maps(model) -> list[str]:
+    """Sorted patterns of module names of the linear maps that stay in floating point.
+
+    A pattern holds for all layers of its component. They are regular expressions, as Transformers' quantisers take
+    them.
+    """
+    kept = {key for key in _kept(model) if not key.startswith((f"{MIXER}.", f"{SCORE}."))}
+    return sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in kept} | {MIXER, SCORE})
+
+
+class Quantizable:
+    """Mixin of the hybrid classes, before PreTrainedModel."""
+
+    def post_init(self):
+        super().post_init()
+        self._keep_in_fp32_modules = set(kept_maps(self))
+        self.__dict__["_transposed"] = [key for key, one in self.named_modules() if type(one) is Conv1D]
+
+    def dequantize(self, dtype: torch.dtype | None = None):
+        """As in Transformers, which gives GPT-2's transposed maps back as others; no checkpoint has those."""
+        super().dequantize(dtype)
+        for key in self._transposed:
+            path, _, leaf = key.rpartition(".")
+            plain = self.get_submodule(key)
+            if isinstance(plain, nn.Linear):
+                with torch.device("meta"):
+                    module = Conv1D(*plain.weight.shape)
+                module.weight, module.bias = nn.Parameter(plain.weight.data.T.contiguous()), plain.bias
+                setattr(self.get_submodule(path), leaf, module)
+        return self
+
+    def push_to_hub(self, *args, **kwargs):
+        """As in Transformers; what cannot be saved is refused before a repository is made for it."""
+        refuse_unsaved(self)
+        return super().push_to_hub(*args, **kwargs)
+
+
+def note_kept(quantizer: object, model) -> None:
+    """Writes into a quantiser's settings what it left out, so that the saved `config.json` says it."""
+    settings = quantizer.quantization_config = copy.deepcopy(quantizer.quantization_config)
+    for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(settings, key):
+            setattr(settings, key, sorted({*(getattr(settings, key) or ()), *model._keep_in_fp32_modules}))
+            return
+
+
+def refuse_unsaved(model) -> None:
+    """Raises ManticoreError if a hybrid was quantised in a way that its saved files could not be loaded from."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is None:
+        return
+    reason = unsaved_quantization(settings if isinstance(settings, dict) else settings.to_dict())
+    if reason is not None:
+        raise ManticoreError(
+            f"This hybrid cannot be saved: {reason}. Nothing was written. Save it before it is quantised and give "
+            "quantization_config=... when you load it, or train and save an adapter (lora_config)."
+        )
+
+
+def refuse_packed(model, tensors: dict) -> None:
+    """Raises ManticoreError if a checkpoint has packed numbers for a map that is computed in floating point.
+
+    Eight-bit integers have the shape of what they stand for, and would be taken for the numbers themselves.
+
+    Args:
+        model: The hybrid, its maps replaced by the quantiser's where it does that.
+        tensors: {checkpoint key: tensor or lazy slice} of its own file.
+    """
+    kept = _kept(model)
+    for key, tensor in tensors.items():
+        path, _, leaf = key.rpartition(".")
+        if path in kept:
+            name = tensor.get_dtype() if hasattr(tensor, "get_dtype") else str(tensor.dtype)
+            if leaf.startswith("_weight_") or (leaf == "weight" and "F" not in name and "float" not in name):
+                _refuse(path)
+
+
+def refuse_quantized(model) -> None:
+    """Raises ManticoreError if a weight of a hybrid that is read raw, or one of its own, was quantised."""
+    for key in sorted(_kept(model)):
+        weight = model.get_submodule(key).weight
+        # By name: bitsandbytes may keep 4 bits in a tensor of floating point.
+        names = {type(weight).__name__, type(weight.data).__name__}
+        if not weight.is_floating_point() or not names <= {"Tensor", "Parameter", "DTensor"}:
+            _refuse(key)
+
+
+def _refuse(key):
+    raise ManticoreError(
+        f"{key!r} was quantised, but has to stay in floating point. Quantise the hybrid by loading it with "
+        "quantization_config=..., which leaves out what must be."
+    )
+
+
+def _kept(model):
+    """Names of the linear maps that stay in floating point."""
+    linear = {key for key, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return linear - set(plain_linear_maps(model))
+
+
+def unsaved_quantization(values: dict) -> str | None:
+    """Why a hybrid's config.json cannot state that its weights are quantised so; None if it can.
+
+    Args:
+        values: The quantisation's settings, as a dict.
+    """
+    method = values.get("quant_method")
+    method = getattr(method, "value", method)
+    if method == "bitsandbytes":
+        return None
+    if method != "torchao":  # others fetch kernels from the Hub, or store tensors under names that no hybrid has
+        return f"weights quantised by quant_method={show(method)} are not read from a hybrid's files"
+    todo = [values.get("quant_type")]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, (dict, list)):
+            todo += value.values() if isinstance(value, dict) else value
+        # torchao looks the name up among all that its modules have, and calls it.
+        if isinstance(value, dict) and value.get("_type", "PerRow") not in _TORCHAO:
+            return f"torchao's {show(value['_type'])} is not read from a hybrid's files, only {', '.join(_TORCHAO)}"
+    return None

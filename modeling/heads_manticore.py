@@ -7,16 +7,18 @@ of the gate that does not depend on the token, softmax(b). With the other embedd
 shared state. Score heads are as in Transformers: without bias for sequences, with bias and dropout for tokens.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
-from .configuration_manticore import ManticoreError
+from .base_manticore import ManticoreModel, takes_old_cache
+from .bounds_manticore import ManticoreError, construct
 from .devices_manticore import device_of, place
+from .mixing_manticore import HybridMixer
 from .mixture_manticore import weighted_sum
-from .segments_manticore import Cuts
-from .sizes_manticore import construct
-from .versions_manticore import CACHE, takes_cache
+from .running_manticore import read_inputs, run
 
 DROPOUT = 0.1
 """Of token classification, where the configuration has no `classifier_dropout`; the library's default."""
@@ -81,8 +83,8 @@ def _shallow(module):
     return out
 
 
-class Scores:
-    """Mixin of the classifiers, before ManticoreModel: score heads instead of heads over the vocabulary."""
+class ManticoreClassifier(ManticoreModel):
+    """What both classifiers are: score heads instead of heads over the vocabulary."""
 
     _no_split_modules = ["HybridMixer", "ScoreHead"]
 
@@ -102,7 +104,6 @@ class Scores:
             self._modules[name], path = without_head(self.component(name))
             gone += [] if path is None else [f"{name}.{path}."]
         self.__dict__["_gone"] = tuple(gone)
-        self.__dict__["_cuts"] = Cuts()  # the old ones would keep the heads in memory
         self.score = construct("The score heads", lambda: self.make_score(widths), list(self.children()))
         super().post_init()
 
@@ -118,36 +119,7 @@ class Scores:
         """Whether a tensor belongs to a language-model head."""
         return key.startswith(self._gone)
 
-    def _score(self, ids, mask, positions, cache, embeds, use_cache, output_hidden_states):
-        """(scores of the mixture [batch, time, labels], of each state alone, the run)."""
-        use_cache = cache is not None if use_cache is None else use_cache  # of no use to most who classify
-        config, keep = self.config, self._flag(output_hidden_states, "output_hidden_states")
-        native = config.embeddings == "native"
-        run = self._run(ids, mask, positions, cache, embeds, use_cache, keep, shared=not native)
-        there = device_of(self.score)
-        if not native:
-            return *self.score(place({"shared": run["shared"]}, there), [1.0]), run
-        row = run["alpha"][-1]
-        if config.mixture == "token" and not isinstance(row[0], float):
-            row = self.hybrid_mixer("gate_rest").unbind()
-        weights = [w for name, w in zip(config.component_names, row) if name in run["states"]]
-        states = {f"{name}-{config.num_blocks - 1}": state for name, state in run["states"].items()}
-        return *self.score(*place((states, weights), there)), run
-
-    def _loss(self, loss_of, logits, own):
-        """mix_loss_weight * loss(mixture) + component_loss_weight * sum_k loss(score k); of one score, its loss."""
-        if len(own) == 1:
-            return loss_of(logits)
-        loss = self.config.mix_loss_weight * loss_of(logits)
-        if self.config.component_loss_weight > 0:
-            loss = loss + self.config.component_loss_weight * sum(map(loss_of, own))
-        return loss
-
-
-class ScoresSequences(Scores):
-    """Mixin of ManticoreForSequenceClassification."""
-
-    @takes_cache
+    @takes_old_cache
     def forward(
         self,
         input_ids=None,
@@ -161,58 +133,83 @@ class ScoresSequences(Scores):
         return_dict=None,
         **kwargs,
     ):
-        """Scores of the labels [batch, labels], and the loss.
+        """Scores of the labels, and the loss; of what, and from which labels, the class says.
 
         Args:
-            labels: [batch] class numbers; or for regression numbers [batch] or [batch, labels]; or for several labels
-                at once floats 0 or 1 [batch, labels].
-            attention_mask: [batch, past + time], 1 for real tokens, which may stand left or right. Without it the last
-                token that is not `pad_token_id` is scored; padding on the left is then read as text, as in any model
-                of Transformers.
-            use_cache: Whether to return a cache; default: if one is given.
-            input_ids, position_ids, cache, inputs_embeds, output_hidden_states, return_dict: As in
+            labels: Class numbers or other targets.
+            use_cache: Whether to go on from, and make, a cache; default: if one is given.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, output_hidden_states, return_dict: As in
                 ManticoreModel.
             **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
-
-        Raises:
-            ManticoreError: Several rows, and nothing says where they end.
         """
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        # A hybrid of components without one has no such setting
-        pad = getattr(self.config, "pad_token_id", None) if input_ids is not None else None
-        if attention_mask is None and pad is None and given is not None and len(given) > 1:
-            raise ManticoreError(
-                f"Where {len(given)} rows end is unknown: there is neither an attention_mask nor "
-                f"{'a config.pad_token_id' if inputs_embeds is None else 'input_ids'}. Give an attention_mask."
-            )
-        scores, own, run = self._score(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, output_hidden_states
-        )
-        rows, time = torch.arange(len(scores), device=scores.device), scores.shape[1]
-        if attention_mask is not None:
-            real = attention_mask[:, -time:] != 0
+        use_cache, keep = use_cache or cache is not None, self._flag("output_hidden_states", output_hidden_states)
+        given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
+        config, native, there = self.config, self.config.embeddings == "native", device_of(self.score)
+        inputs = read_inputs(self, *given)
+        at = self._where_to_score(inputs)
+        found = run(self, inputs, shared=not native)
+        if native:
+            row = found.weights[-1]
+            if config.mixture == "token" and not isinstance(row[0], float):
+                row = self.hybrid_mixer(HybridMixer.gate_rest).unbind()
+            weights = [w for name, w in zip(config.component_names, row) if name in found.states]
+            states = {f"{name}-{config.num_blocks - 1}": state for name, state in found.states.items()}
         else:
-            real = torch.ones_like(scores[..., 0], dtype=torch.bool) if pad is None else input_ids != pad
-        last = (torch.arange(time, device=scores.device) * real.to(scores.device)).argmax(-1)
-        logits, own = scores[rows, last], [one[rows, last] for one in own]
-
-        def loss_of(values):
-            loss = self.loss_function(logits=values, pooled_logits=values, labels=labels, config=self.config)
-            items = kwargs.get("num_items_in_batch")
-            # Transformers' losses of other problem types than one label ignore it, and a step's batches would add up.
-            return loss if items is None else loss * place((labels != -100).sum(), loss.device) / items
-
-        out = SequenceClassifierOutputWithPast(
-            loss=None if labels is None else self._loss(loss_of, logits, own),
-            logits=logits,
-            **{CACHE: run["cache"]},
-            hidden_states=run["hidden_states"],
-        )
-        return out if self._flag(return_dict, "return_dict") else out.to_tuple()
+            weights, states = [1.0], {"shared": found.shared}
+        logits, own = self.score(*place((states, weights), there))
+        if at is not None:
+            rows = torch.arange(len(logits), device=logits.device), at.to(logits.device)
+            logits, own = logits[rows], [one[rows] for one in own]
+        loss = None
+        if labels is not None:
+            loss_of = partial(self._loss_of, labels=labels, items=kwargs.get("num_items_in_batch"))
+            loss = loss_of(logits) if len(own) == 1 else config.mix_loss_weight * loss_of(logits)
+            if len(own) > 1 and config.component_loss_weight > 0:
+                loss = loss + config.component_loss_weight * sum(map(loss_of, own))
+        out = self._output(loss=loss, logits=logits, hidden_states=found.hidden_states, cache=found.cache)
+        return out if self._flag("return_dict", return_dict) else out.to_tuple()
 
 
-class ScoresTokens(Scores):
-    """Mixin of ManticoreForTokenClassification."""
+class ManticoreForSequenceClassification(ManticoreClassifier):
+    """A hybrid that scores whole sequences, at their last token that is no padding: [batch, labels].
+
+    `model.component(name)` is the component without language-model head, unless that is tied to its embeddings.
+
+    Labels are [batch] class numbers; or for regression numbers [batch] or [batch, labels]; or for several labels at
+    once floats 0 or 1 [batch, labels]. Padding of an `attention_mask` may stand left or right. Without it the last
+    token that is not `pad_token_id` is scored; padding on the left is then read as text, as in any model of
+    Transformers.
+    """
+
+    _output = SequenceClassifierOutputWithPast
+
+    def _where_to_score(self, inputs):
+        """[batch], the index of the last real token of each row."""
+        (batch, time), ids = inputs.shape, inputs.ids
+        # A hybrid of components without one has no such setting
+        pad = getattr(self.config, "pad_token_id", None) if ids is not None else None
+        if inputs.mask is None and pad is None and batch > 1:
+            raise ManticoreError(
+                f"Where {batch} rows end is unknown: there is neither an attention_mask nor "
+                f"{'input_ids' if ids is None else 'a config.pad_token_id'}. Give an attention_mask."
+            )
+        if inputs.mask is None and pad is None:
+            return torch.full((batch,), time - 1)
+        real = ids != pad if inputs.mask is None else inputs.mask[:, -time:] != 0
+        return (torch.arange(time, device=real.device) * real).argmax(-1)
+
+    def _loss_of(self, values, labels, items):
+        loss = self.loss_function(logits=values, pooled_logits=values, labels=labels, config=self.config)
+        # Transformers' losses of other problem types than one label ignore it, and a step's batches would add up.
+        return loss if items is None else loss * place((labels != -100).sum(), loss.device) / items
+
+
+class ManticoreForTokenClassification(ManticoreClassifier):
+    """A hybrid that scores every token, from what stands before it and itself: [batch, time, labels].
+
+    Its components are as for sequences. Labels are [batch, time] class numbers, -100 is ignored; they are not shifted.
+    A cache goes on in place, and is not among the outputs.
+    """
 
     def make_score(self, widths):
         """New score heads; `widths` as in ScoreHead."""
@@ -220,40 +217,12 @@ class ScoresTokens(Scores):
         dropout = DROPOUT if dropout is None else dropout
         return ScoreHead(widths, self.config.num_labels, bias=True, dropout=dropout)
 
-    @takes_cache
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_hidden_states=None,
-        return_dict=None,
-        **kwargs,
-    ):
-        """Scores of the labels [batch, time, labels], and the loss.
+    @staticmethod
+    def _output(cache=None, **fields):
+        return TokenClassifierOutput(**fields)
 
-        Args:
-            labels: [batch, time] class numbers; -100 is ignored. Not shifted.
-            cache: As in ManticoreModel; it goes on in place, and is not among the outputs.
-            input_ids, attention_mask, position_ids, inputs_embeds, use_cache, output_hidden_states, return_dict: As in
-                ManticoreModel.
-            **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
-        """
-        logits, own, run = self._score(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, output_hidden_states
-        )
-        items = {"num_items_in_batch": kwargs.get("num_items_in_batch")}
+    def _where_to_score(self, inputs):
+        return None
 
-        def loss_of(values):
-            return self.loss_function(logits=values, labels=labels, config=self.config, **items)
-
-        out = TokenClassifierOutput(
-            loss=None if labels is None else self._loss(loss_of, logits, own),
-            logits=logits,
-            hidden_states=run["hidden_states"],
-        )
-        return out if self._flag(return_dict, "return_dict") else out.to_tuple()
+    def _loss_of(self, values, labels, items):
+        return self.loss_function(logits=values, labels=labels, config=self.config, num_items_in_batch=items)

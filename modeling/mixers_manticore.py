@@ -410,7 +410,7 @@ class OwnForward:
         return (self.stepwise if padded else self.whole)(mixer, *args, **kwargs)
 
     def _look_at_cache(self, args, kwargs):
-        names = ("cache", "cache_params")  # of Transformers 5.24 and later, of 5.23
+        names = ("cache", "cache_params")  # the old name, which mixers still take
         cache = next((kwargs[name] for name in names if name in kwargs), args[1] if len(args) > 1 else None)
         if cache is None:
             return args, kwargs

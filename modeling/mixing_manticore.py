@@ -17,7 +17,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .devices_manticore import device_of, onloaded, place
-from .mixture_manticore import sureness, widen
+from .mixture_manticore import widen
 
 
 def resize(states, width):
@@ -117,22 +117,22 @@ class TokenGate(nn.Module):
         init.zeros_(self.linear.weight)
         init.zeros_(self.linear.bias)
 
-    def forward(self, states, logits):
-        """states: K x [batch, time, d_k]; logits: K x [batch, time, vocabulary] -> [batch, time, K], summing to 1."""
+    def forward(self, states, sureness):
+        """states: K x [batch, time, d_k]; sureness: K x [batch, time, 2] -> [batch, time, K], summing to 1."""
         features, kind = [], states[0].device.type
         without = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if without else contextlib.nullcontext():
-            for state, one in zip(states, logits):
+            for state, one in zip(states, sureness):
                 state = widen(state)
-                features.append(state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6))
-                features.append(sureness(one))
+                features += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), one]
             return self.linear(torch.cat(features, -1)).softmax(-1)
 
 
 class HybridMixer(nn.Module):
     """All projectors, the mixture weights and the gate, in one module with a forward.
 
-    One module, so that PEFT's `modules_to_save=["hybrid_mixer"]` and FSDP see them; `forward` names the step.
+    One module, so that PEFT's `modules_to_save=["hybrid_mixer"]` and FSDP see them. Its steps are run through `forward`
+    for the same reason: shards are gathered, and offloaded weights brought, by hooks on a module's call.
 
     Args:
         config: A ManticoreConfig.
@@ -184,8 +184,8 @@ class HybridMixer(nn.Module):
                 kept[f"{name}-{block}"] = (Resize if reference else PROJECTORS[config.projector])(*sizes)
 
     def forward(self, step, *args):
-        """Runs one step: the name of one of the methods below."""
-        return getattr(self, step)(*place(args, device_of(self)))
+        """Runs one step: one of the methods below, as `mixer(HybridMixer.enter, block, name, shared, alpha)`."""
+        return step(self, *place(args, device_of(self)))
 
     def weights(self):
         """alpha = softmax(a): [S, K], in float32; a search may add noise and a temperature while training."""
@@ -210,9 +210,9 @@ class HybridMixer(nn.Module):
         """A hardened hybrid's state [batch, time, d_j] -> what the component of `block` reads [batch, time, d_k]."""
         return self._gated(self.across[str(block)], state, 0.0)
 
-    def gate_tokens(self, states, logits):
-        """The token gate's weights [batch, time, K]."""
-        return self.token_gate(states, logits)
+    def gate_tokens(self, states, sureness):
+        """The token gate's weights [batch, time, K]; see `TokenGate`."""
+        return self.token_gate(states, sureness)
 
     def gate_rest(self):
         """The part of the token gate that does not depend on the token, softmax(b): [K], in float32."""

@@ -87,32 +87,33 @@ def _rows_of_a_piece(rows, size):
 
 
 class _LogMean(torch.autograd.Function):
-    """log sum_k w_k softmax(x_k) of (w_1, ..., w_K, x_1, ..., x_K): w_k [rows, 1], x_k [rows, vocabulary]."""
+    """log sum_k w_k softmax(x_k) of (w_1, ..., x_1, ..., n_1, ...): w_k [rows, 1], x_k [rows, vocabulary].
+
+    n_k [rows, 1] is what normalises x_k, its logarithm of a sum of exponentials: no variable of its own.
+    """
 
     @staticmethod
     def forward(*tensors):
-        weights, logits = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        total, norms = torch.empty_like(logits[0]), [one.logsumexp(-1, keepdim=True) for one in logits]
+        weights, logits, norms = (tensors[i * len(tensors) // 3 : (i + 1) * len(tensors) // 3] for i in range(3))
+        total = torch.empty_like(logits[0])
         size = _rows_of_a_piece(*total.shape)
-        parts = [list(zip(*(x.split(size) for x in group))) for group in (weights, logits, norms)]
-        for out, *piece in zip(total.split(size), *parts):
-            for k, (weight, one, norm) in enumerate(zip(*piece)):
-                term = one + (weight.log() - norm)
-                out.copy_(term) if k == 0 else torch.logaddexp(out, term, out=out)
-        return total, *norms
+        shifts = [weight.log() - norm for weight, norm in zip(weights, norms)]
+        for out, *piece in zip(*(x.split(size) for x in (total, *logits, *shifts))):
+            for k, (one, shift) in enumerate(zip(piece[: len(logits)], piece[len(logits) :])):
+                torch.add(one, shift, out=out) if k == 0 else torch.logaddexp(out, one + shift, out=out)
+        return total
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, *output)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        count, needed = (len(ctx.saved_tensors) - 1) // 3, ctx.needs_input_grad
-        weights, logits = ctx.saved_tensors[:count], ctx.saved_tensors[count : 2 * count]
-        total, norms = ctx.saved_tensors[2 * count], ctx.saved_tensors[2 * count + 1 :]
-        size, out = _rows_of_a_piece(*total.shape), [None] * (2 * count)
+    def backward(ctx, grad):
+        *inputs, total = ctx.saved_tensors
+        count, needed = len(inputs) // 3, ctx.needs_input_grad
+        weights, logits, norms = inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
+        size, out = _rows_of_a_piece(*total.shape), [None] * (3 * count)
         for k, (weight, one, norm) in enumerate(zip(weights, logits, norms)):
             dots, found = [], torch.empty_like(one) if needed[count + k] else None
             for start in range(0, len(total), size):
@@ -128,12 +129,23 @@ class _LogMean(torch.autograd.Function):
         return tuple(out)
 
 
-def mix_prob(weights, logits):
-    """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong. See `weighted_sum`."""
+def mix_logprob(weights, logits, norms=None):
+    """sum_k w_k log p_k up to a constant per token: the geometric mean. See `weighted_sum`; norms are not needed."""
+    return weighted_sum(weights, logits)
+
+
+def mix_prob(weights, logits, norms=None):
+    """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong.
+
+    Args:
+        weights, logits: As in `weighted_sum`.
+        norms: What normalises each of the logits [batch, time, 1], where it is known (`sureness`).
+    """
     per_token = all(not isinstance(w, float) and w.dim() == x.dim() for w, x in zip(weights, logits))
     if per_token and len({x.dtype for x in (*weights, *logits)}) == 1 and not torch.compiler.is_compiling():
-        flat = [x.flatten(0, -2) for x in (*weights, *logits)]
-        return _LogMean.apply(*flat)[0].view(logits[0].shape)
+        norms = norms or [one.detach().logsumexp(-1, keepdim=True) for one in logits]
+        flat = [x.flatten(0, -2) for x in (*weights, *logits, *(norm.to(x.dtype) for norm, x in zip(norms, logits)))]
+        return _LogMean.apply(*flat).view(logits[0].shape)
     terms = []
     for weight, one in zip(weights, logits):
         scale = math.log(weight) if isinstance(weight, float) else weight.log()
@@ -141,21 +153,34 @@ def mix_prob(weights, logits):
     return torch.stack(terms).logsumexp(0)
 
 
-SPACES = {"logprob": weighted_sum, "prob": mix_prob}
+SPACES = {"logprob": mix_logprob, "prob": mix_prob}
 
 
 @torch.no_grad()
 def sureness(logits):
-    """Entropy (nats) and largest log-probability of each prediction: [batch, time, vocabulary] -> [batch, time, 2]."""
+    """What a gate may know of predictions [batch, time, vocabulary], and what normalises them.
+
+    Returns:
+        ([batch, time, 2]: entropy in nats and largest log-probability; [batch, time, 1]: the logarithm of the sum of
+        the exponentials), in float32 or wider.
+    """
     rows = logits.flatten(0, -2)
-    size = len(rows)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = _rows_of_a_piece(*rows.shape)
+    # Numbers are looked at where that costs no waiting and they are there: on the CPU, of plain tensors.
+    at_hand = logits.device.type == "cpu" and not torch.compiler.is_compiling() and type(rows) is torch.Tensor
+    size = _rows_of_a_piece(*rows.shape) if at_hand else len(rows)
     out = []
     for piece in rows.split(max(size, 1)):
-        piece = widen(piece).clamp(min=torch.finfo(torch.float32).min)  # 0 times minus infinity is no number
-        probs = piece.softmax(-1)  # the only exponential: with log p = x - c, the largest p gives c
-        largest = probs.amax(-1).log()
-        entropy = piece.amax(-1) - largest - torch.linalg.vecdot(probs, piece)
-        out.append(torch.stack([entropy, largest], -1))
-    return torch.cat(out).view(*logits.shape[:-1], 2)
+        piece = widen(piece)
+        found = _sureness(piece) if at_hand else None
+        if found is None or not found.isfinite().all():  # 0 times minus infinity is no number
+            found = _sureness(piece.clamp(min=torch.finfo(torch.float32).min))
+        out.append(found)
+    out = torch.cat(out).view(*logits.shape[:-1], 3)
+    return out[..., :2], out[..., 2:]
+
+
+def _sureness(rows):
+    probs = rows.softmax(-1)  # the only exponential: with log p = x - c, the largest p gives c
+    largest = probs.amax(-1).log()
+    norm = rows.amax(-1) - largest
+    return torch.stack([norm - torch.linalg.vecdot(probs, rows), largest, norm], -1)

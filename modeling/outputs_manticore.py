@@ -1,15 +1,16 @@
-"""What the hybrid's forward returns, its input embeddings, and the module that stands for them."""
+"""What the hybrid's forward returns, to whoever calls it and to TRL's trainers.
+
+TRL (>= 1.0) replaces the forward of the model it trains by one that runs `base_model` and multiplies its last state by
+one output matrix in tiles. A hybrid has no such matrix: its logits are a mixture of several heads. So a hybrid keeps
+its own forward and, when it is called with `fused_lm_head=True`, gives the same fields itself.
+"""
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 
-from .configuration_manticore import ManticoreError
-from .devices_manticore import device_of, place
-from .mixing_manticore import resize
-from .mixture_manticore import is_active, weighted_sum
+from .mixture_manticore import widen
 
 
 @dataclass
@@ -18,7 +19,7 @@ class ManticoreModelOutput(BaseModelOutputWithPast):
 
     Attributes:
         last_hidden_state: [batch, time, d], the shared state after the last block.
-        cache: A ManticoreCache, if caching; `past_key_values` in Transformers 5.23.
+        cache: A ManticoreCache, if caching.
         hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
         states: Each component's own last state [batch, time, d_k] (None where it was not run).
     """
@@ -33,7 +34,7 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
     Attributes:
         loss: mix_loss_weight * mixture_loss + component_loss_weight * sum(component_losses), with `labels`.
         logits: [batch, time, vocabulary] of the mixture; like any model's, up to a constant per token.
-        cache: A ManticoreCache, if caching; `past_key_values` in Transformers 5.23.
+        cache: A ManticoreCache, if caching.
         hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
         mixture_loss: Cross-entropy of the mixture, nats per token.
         component_losses: [K], cross-entropy of each component's own head, NaN where it was not run (if
@@ -48,88 +49,62 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
     weights: torch.Tensor | None = None
 
 
-class HybridEmbedding(nn.Module):
-    """What `get_input_embeddings` gives: token ids -> `inputs_embeds`.
+@dataclass
+class FusedOutput(ModelOutput):
+    """Per-token fields [batch, time - 1] ([batch, time] with `shift_labels`), zero where the label is -100.
 
-    [batch, time] -> [batch, time, sum of embedding widths] for embeddings="native" (each component's own, side by
-    side), else [batch, time, d]. Holds no parameters: they are the components'.
+    Attributes:
+        loss: Sum of -log_probs over the labelled tokens, divided by `num_items_in_batch` or their number.
+        log_probs: The objective per token: with component losses, mix_loss_weight * log p + component_loss_weight *
+            sum_k log p_k, so that a trainer that only knows log-probabilities trains the hybrid's own loss.
+        entropy: Of the mixture, nats.
+        is_top1: Whether the label is the mixture's most likely token.
+        label_mask: Whether the token is labelled.
     """
 
-    def __init__(self, model):
-        super().__init__()
-        self._owner = (model,)  # in a tuple: not a child, or the model would contain itself
-
-    @property
-    def weight(self):
-        """Embedding matrix of the tokenizer's component [vocabulary, width]."""
-        model = self._owner[0]
-        return model.component(model.config.tokenizer_component).get_input_embeddings().weight
-
-    @property
-    def num_embeddings(self):
-        return self.weight.shape[0]
-
-    @property
-    def embedding_dim(self):
-        model = self._owner[0]
-        if model.config.embeddings != "native":
-            return model.config.hidden_size
-        return sum(model.component(n).get_input_embeddings().weight.shape[1] for n in model.config.component_names)
-
-    def forward(self, input_ids):
-        model = self._owner[0]
-        if model.config.embeddings == "native":
-            own = [model.embed(name, input_ids) for name in model.config.component_names]
-            return torch.cat(place(own, input_ids.device), -1)
-        return model.mix_embeddings(input_ids)
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
 
 
-class Embeds:
-    """Mixin of ManticoreModel: what the first blocks read, and vocabularies of another size."""
+def fused_output(config, logits, own, labels=None, shift_labels=None, num_items_in_batch=None):
+    """The fields TRL reads.
 
-    def get_input_embeddings(self):
-        return self.input_embedding
+    Args:
+        config: The hybrid's configuration (loss weights).
+        logits: [batch, time, vocabulary] of the mixture.
+        own: Logits of each component's own head.
+        labels: [batch, time], shifted here; or `shift_labels` [batch, time], shifted already.
+        num_items_in_batch: Labelled tokens of the whole batch, over all micro-batches and processes.
+    """
+    if shift_labels is None:
+        labels = labels[:, 1:]
+        logits, own = logits[:, :-1], [one[:, :-1] for one in own]
+    else:
+        labels = shift_labels
+    mask = labels != -100
+    index = labels.clamp(min=0)[..., None]
 
-    def set_input_embeddings(self, value):
-        raise ManticoreError("Each component has its own embeddings: use model.component(name).set_input_embeddings().")
+    def pick(values):
+        values = widen(values).log_softmax(-1)
+        return values, values.gather(-1, index)[..., 0]
 
-    def get_output_embeddings(self):
-        return None
-
-    def set_output_embeddings(self, value):
-        raise ManticoreError("Each component has its own head: use model.component(name).set_output_embeddings().")
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """Resizes the vocabulary of every component; returns `get_input_embeddings()`."""
-        if self.config.route is not None and len(self.config.component_names) > 1:
-            raise ManticoreError("A hardened hybrid cannot be resized: resize the soft one, then harden it.")
-        for name in self.config.component_names:
-            component = self.component(name)
-            component.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-            self.config.vocab_size = component.config.vocab_size
-        self._follow()
-        return self.get_input_embeddings()
-
-    def embed(self, name, input_ids):
-        """A component's own embeddings of the tokens [batch, time, width]."""
-        embedding = self._modules[name].get_input_embeddings()
-        return embedding(place(input_ids, device_of(embedding)))
-
-    def mix_embeddings(self, input_ids):
-        """h_0 = sum_k alpha_1k * pad(E_k[x], d): [batch, time, d]."""
-        active = [(w, name) for w, name in zip(self._alpha()[0], self.config.component_names) if is_active(w)]
-        return weighted_sum(
-            [w for w, _ in active],
-            [resize(self._together(self.embed(name, input_ids)), self.config.hidden_size) for _, name in active],
-        )
-
-    def _split_embeds(self, inputs_embeds):
-        names = self.config.route[:1] if self.config.route else self.config.component_names
-        widths = [self._modules[name].get_input_embeddings().weight.shape[1] for name in names]
-        if inputs_embeds.shape[-1] != sum(widths):
-            raise ManticoreError(
-                f"inputs_embeds has width {inputs_embeds.shape[-1]}; with embeddings='native' it must hold every "
-                f"component's embeddings side by side ({dict(zip(names, widths))}, in all {sum(widths)}): use "
-                "model.get_input_embeddings()(input_ids)."
-            )
-        return dict(zip(names, inputs_embeds.split(widths, -1)))
+    logprobs, objective = pick(logits)
+    if config.mix_loss_weight != 1.0:
+        objective = config.mix_loss_weight * objective
+    if config.component_loss_weight > 0:
+        objective = objective + config.component_loss_weight * sum(pick(one)[1] for one in own)
+    objective = objective.masked_fill(~mask, 0.0)
+    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return FusedOutput(
+        loss=-objective.sum() / count,
+        log_probs=objective,
+        entropy=-(logprobs.exp() * logprobs).sum(-1).detach().masked_fill(~mask, 0.0),
+        is_top1=(logprobs.argmax(-1) == labels) & mask,
+        label_mask=mask,
+    )

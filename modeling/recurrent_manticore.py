@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 
-from .versions_manticore import takes_cache
-
 _MASK = "padding_mask"
 
 
@@ -19,7 +17,6 @@ class CachedRecurrentBlock(RecurrentGemmaRecurrentBlock):
 
     # With weights on the meta device torch 2.13's convolution does not fail: it returns memory as it finds it
     @force_accelerate_hooks("conv_1d")
-    @takes_cache
     def forward(self, input_states, position_ids, attention_mask, use_cache=True, cache=None, padding_mask=None, **_):
         """Runs the block.
 

@@ -1,8 +1,9 @@
-"""The files that a hybrid references: fetched at their pinned commit, and what was fetched is what was meant.
+"""What a hybrid takes from its components' repositories: files, and code; at a pinned commit, and what was meant.
 
 A component's entry in the configuration records the SHA-256 of each of its weight files (the Hub's LFS id). What the
 client says of a file is compared with that at every load; the bytes themselves are hashed where they have just come
-over the network, or where the client knows no such id.
+over the network, or where the client knows no such id. Code of a component whose architecture is not Transformers' own
+is run only if the caller names the component; its classes are then registered with the Auto classes of this process.
 """
 
 import hashlib
@@ -15,24 +16,30 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from .bounds_manticore import ManticoreError, is_commit
-from .components_manticore import WEIGHT_FILES
+from .bounds_manticore import ManticoreError, check_component_name, check_reference, is_commit, reason, show
 
 logger = logging.get_logger(__name__)
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
 _HUB_KEYS = ("cache_dir", "token", "local_files_only", "force_download")
 _BUSY = (500, 502, 503, 504)
 _WAITS = (1.0, 4.0)
+_registered = {}  # of this process, as the Auto classes' registers are: {model_type: (repo_id, commit, classes)}
 
 
-def where(entry):
+def where(entry: dict) -> str:
     """What a message calls a referenced component."""
     return f"Component {entry['name']!r} ({entry['repo_id']}@{entry['revision'][:12]})"
 
 
-def component_files(entry, hub):
+def component_files(entry: dict, hub: dict) -> list[str]:
     """Paths of a referenced component's safetensors files at its pinned commit, downloaded if need be.
 
     A branch or tag in the entry is replaced by the commit it stands for.
@@ -52,11 +59,10 @@ def component_files(entry, hub):
             return [_fetch(entry, file, hub) for file in sorted(entry["files"]) if file.endswith(".safetensors")]
         try:
             return [_fetch(entry, WEIGHT_FILES[0], hub)]
-        except LocalEntryNotFoundError:
+        except (LocalEntryNotFoundError, EntryNotFoundError):
             index = _fetch(entry, WEIGHT_FILES[1], hub)
-        except EntryNotFoundError:
-            index = _fetch(entry, WEIGHT_FILES[1], hub)
-        return [_fetch(entry, shard, hub) for shard in _shards(index, entry)]
+        said = f"{where(entry)}: {WEIGHT_FILES[1]}", "use another commit of the component."
+        return [_fetch(entry, shard, hub) for shard in shards(index, said)]
     except LocalEntryNotFoundError as err:
         raise ManticoreError(
             f"{where(entry)}: its weights are not in the local cache and the Hub cannot be reached; go online once, or "
@@ -71,15 +77,7 @@ def component_files(entry, hub):
         ) from err
 
 
-def record(files):
-    """{file: SHA-256} of a component's fetched safetensors files (and their index), for its entry."""
-    index = Path(files[0]).with_name(WEIGHT_FILES[1])
-    if Path(files[0]).name != WEIGHT_FILES[0] and index.is_file():
-        files = [*files, index]
-    return {os.path.basename(file): _lfs_id(file) or _sha256(file) for file in files}
-
-
-def open_files(files, stack, owner, prefix=""):
+def open_files(files: list, stack, owner: str, prefix: str = "") -> dict:
     """{prefix + key: lazy slice} of safetensors files, kept open by `stack`; `owner` names them in an error."""
     out = {}
     for file in files:
@@ -108,18 +106,21 @@ def _pin(entry, hub):
     )
 
 
-def _shards(index, entry):
+def shards(index: str | os.PathLike, what: tuple) -> list[str]:
+    """Names of the safetensors files beside an index that it names.
+
+    Args:
+        index: Path of the index.
+        what: How a message begins that says that it is none, and with which remedy it ends.
+    """
     try:
-        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard) for shard in shards)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        found = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", one) for one in found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         plain = False
     if not plain:  # it comes from someone else's repository: no paths, no pickles
-        raise ManticoreError(
-            f"{where(entry)}: {WEIGHT_FILES[1]} is no index of safetensors files beside it; use another commit of "
-            "the component."
-        )
-    return shards
+        raise ManticoreError("{} is no index of safetensors files beside it; {}".format(*what))
+    return found
 
 
 def _fetch(entry, file, hub):
@@ -130,14 +131,14 @@ def _fetch(entry, file, hub):
     )
     fresh = not isinstance(known, str) or hub.get("force_download", False)
     path = _download(entry, file, hub)
-    recorded, stated = (entry.get("files") or {}).get(file), _lfs_id(path)
+    recorded, stated = (entry.get("files") or {}).get(file), lfs_id(path)
     if recorded and stated and recorded != stated:
         raise ManticoreError(
             f"{where(entry)}: {file} is not the file this hybrid was made with (SHA-256 {stated[:16]}..., recorded "
             f"{recorded[:16]}...). Do not use it: ask whoever published the hybrid for the right commit."
         )
     expected = recorded or stated
-    if expected and (fresh or not stated) and _sha256(path) != expected:
+    if expected and (fresh or not stated) and sha256(path) != expected:
         _forget(path)
         raise ManticoreError(
             f"{where(entry)}: {file} is damaged: its SHA-256 is not {expected[:16]}... as recorded. It was removed "
@@ -160,13 +161,13 @@ def _download(entry, file, hub):
             time.sleep(wait)
 
 
-def _lfs_id(path):
+def lfs_id(path: str) -> str | None:
     """The SHA-256 that the Hub states for a cached file, None where it states none (a plain git file, no links)."""
     name = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
     return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
 
 
-def _sha256(path):
+def sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -175,3 +176,115 @@ def _forget(path):
     """Removes a damaged file from the cache, blob and link."""
     for one in {os.path.realpath(path), os.fspath(path)}:
         Path(one).unlink(missing_ok=True)
+
+
+# ---- code ----------------------------------------------------------------------------------------------------
+
+
+def code_of(what: str, auto_map: dict | None) -> dict:
+    """The classes that a repository's `auto_map` names, as an entry records them.
+
+    Args:
+        what: How a message calls the component.
+        auto_map: What its config.json says, or what an entry recorded.
+
+    Raises:
+        ManticoreError: It names no such classes, or code of another repository, which no commit would pin.
+    """
+    code = {key: auto_map.get(key) for key in CLASSES} if isinstance(auto_map, dict) else {}
+    for key in CLASSES:
+        if not isinstance(code.get(key), str) or not re.fullmatch(r"\w+\.\w+", code[key]):
+            raise ManticoreError(
+                f"{what}: its code names {show(code.get(key))} as {key}; it must be a class in a file of its own "
+                "repository ('modeling_x.XForCausalLM')."
+            )
+    return code
+
+
+def trust(what: str, entry: dict, model_type: str, token: str | bool | None = None) -> None:
+    """Runs a component's code and registers its classes.
+
+    Args:
+        what: How a message calls the component.
+        entry: Its entry, with `repo_id`, `revision` (a commit) and `code`.
+        model_type: What its configuration says.
+        token: Of the Hub.
+
+    Raises:
+        ManticoreError: The code cannot be fetched or run, or another repository's code runs under the same model type.
+    """
+    source = (entry["repo_id"], entry["revision"], tuple(sorted(code_of(what, entry.get("code")).items())))
+    if _registered.get(model_type) == source:
+        return
+    if model_type in _registered or model_type in CONFIG_MAPPING:
+        raise ManticoreError(
+            f"{what}: model_type {model_type!r} is taken in this process by other code "
+            f"({'@'.join(_registered[model_type][:2]) if model_type in _registered else 'Transformers itself'}); load "
+            "them in processes of their own."
+        )
+    if entry.get("subfolder"):
+        raise ManticoreError(f"{what}: code in a subfolder ({entry['subfolder']!r}) is not supported.")
+    try:
+        pinned = {"revision": entry["revision"], "code_revision": entry["revision"], "token": token}
+        classes = [get_class_from_dynamic_module(entry["code"][key], entry["repo_id"], **pinned) for key in CLASSES]
+        AutoConfig.register(model_type, classes[0])
+        AutoModelForCausalLM.register(*classes)
+    except Exception as err:  # it is a stranger's code
+        raise ManticoreError(f"{what}: its code cannot be run: {reason(err)}") from err
+    _registered[model_type] = source
+
+
+def run_trusted(names: str | list, values: dict) -> None:
+    """Runs the code of the components that a caller trusts.
+
+    Args:
+        names: Their names, or one.
+        values: What a hybrid's config.json says.
+
+    Raises:
+        ManticoreError: A name is no component with code of its own, or its code is not pinned or cannot be run.
+    """
+    entries = values.get("components") if isinstance(values.get("components"), list) else []
+    entries = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+    found = {entry["name"]: entry for entry in entries if entry.get("code") is not None}
+    for name in [names] if isinstance(names, str) else names:
+        if name not in found:
+            raise ManticoreError(f"trust_component_code: {show(name)} is no component that needs code of its own.")
+        entry = found[name]
+        address = [entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")]
+        check_component_name(name)
+        check_reference(name, *address)
+        if not is_commit(entry.get("revision")):
+            raise ManticoreError(
+                f"Component {name!r}: its code must be pinned by a commit, not {entry.get('revision')!r}."
+            )
+        sub = entry.get("config") or values.get(name)
+        trust(f"Component {name!r}", entry, sub.get("model_type") if isinstance(sub, dict) else None)
+
+
+def registered() -> set[str]:
+    """The model types that code of components was registered for in this process."""
+    return set(_registered)
+
+
+def require(name: str, entry: dict, values: dict) -> None:
+    """Raises ManticoreError if a component needs code that was not asked for.
+
+    Args:
+        name: The component.
+        entry: Its entry.
+        values: Its configuration as a dict.
+    """
+    kind, what = values.get("model_type"), f"Component {name!r}"
+    if entry.get("code") is None:
+        if isinstance(kind, str) and kind in _registered:
+            raise ManticoreError(f"{what} has model_type={kind!r}: here that is another component's own code.")
+        return
+    code = code_of(what, entry["code"])
+    source = (entry.get("repo_id"), entry.get("revision"), tuple(sorted(code.items())))
+    if not isinstance(kind, str) or _registered.get(kind) != source:
+        files = ", ".join(sorted({value.split(".")[0] + ".py" for value in code.values()}))
+        raise ManticoreError(
+            f"{what} needs code of its own repository, which runs only if you ask for it: read {files} in {source[0]} "
+            f"at commit {source[1]}, then load with trust_component_code=[{name!r}]."
+        )

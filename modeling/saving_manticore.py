@@ -11,48 +11,19 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock
 
 _WEIGHT_FILE = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 
 
-def copy_code(directory):
+def copy_code(directory: str | os.PathLike) -> None:
     """Copies the code files of this folder, so that the saved hybrid loads where the package is not installed."""
     for file in Path(__file__).parent.glob("*_manticore.py"):
         shutil.copyfile(file, Path(directory) / file.name)
 
 
-def source_card(model):
-    """Path of the model card of the repository or directory that a hybrid was loaded from, or None.
-
-    A saved hybrid keeps it: what people wrote there is about the hybrid, also after it was trained further.
-    """
-    folder = getattr(model, "_loaded_from", None)
-    if folder is None:
-        return None
-    if os.path.isfile(card := os.path.join(folder, "README.md")):
-        return card
-    found = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})$", folder)
-    if found is None:
-        return None
-    repo_id, cache_dir = found[1].replace("--", "/", 1), Path(folder).parents[2]
-    if try_to_load_from_cache(repo_id, "README.md", cache_dir=cache_dir, revision=found[2]) is not None:
-        return None  # known not to be there
-    try:
-        return hf_hub_download(repo_id, "README.md", cache_dir=cache_dir, revision=found[2])
-    except Exception:  # offline, or no longer allowed to read it: no reason not to save
-        return None
-
-
-def carry_card(model, directory, target):
-    """Copies the card of where a hybrid was loaded from to `directory`, unless `target` has one of its own."""
-    if not os.path.exists(os.path.join(target, "README.md")) and (card := source_card(model)) is not None:
-        shutil.copyfile(card, os.path.join(directory, "README.md"))
-
-
 @contextlib.contextmanager
-def whole_directory(target, active):
+def whole_directory(target: str | os.PathLike, active: bool):
     """Gives a scratch directory whose files are moved into `target` when the block ends well.
 
     A new target appears by one rename. In an existing one each file is replaced whole, config.json last; its other

@@ -1,123 +1,285 @@
-"""Segments: a component's layers [start, stop), run by the component's own class.
+"""`model.segments`: a hybrid's cut components, their heads, and which layers run where.
 
-A component stays whole and registered once. A segment is a *shell*: a shallow copy of the module that owns the layer
-list (`LlamaModel`, `OPTDecoder`, ...), with the list and the configuration sliced and with the children that run before
-the first layer or after the last one neutralised where they do not belong. What a class does there outside of its
-children (Granite scales the embeddings) is passed over: its state goes to the first layer, and is taken from the last.
-Masks, positions, rotary embeddings, sliding windows, attention backends and gradient checkpointing are then
-Transformers' own code. The layers are the very same objects and keep their own `layer_idx`; `SegmentCache` leaves holes
-for the layers of other segments.
+A component stays whole and registered once. One that runs all its layers in one go is `Whole`: called as it is. Of
+others a `Segment` runs the layers [start, stop) by a *shell*: a shallow copy of the module that owns the layer list
+(`LlamaModel`, `OPTDecoder`, ...), with the list and the configuration sliced and with the children that run before the
+first layer or after the last one neutralised where they do not belong. What a class does there outside of its children
+(Granite scales the embeddings) is passed over: its state goes to the first layer, and is taken from the last. Masks,
+positions, rotary embeddings, sliding windows, attention backends and gradient checkpointing are Transformers' own code.
+The layers are the very same objects and keep their own `layer_idx`; `SegmentCache` leaves holes for those of others.
+
+A hardened hybrid has one component per block. Consecutive blocks on the same component run as one segment; layers,
+embeddings and heads that the path does not need are replaced by modules without parameters, so that what stays keeps
+its name in the component's own checkpoint.
 """
 
 from dataclasses import dataclass
+from operator import is_not
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import ModelOutput
 
 from .anatomy_manticore import Entry, Exit, NoPosition, PassThrough, Shell, backbone_name, dissect, slice_config
+from .configuration_manticore import ManticoreError
 from .devices_manticore import device_of, onloaded, place
-from .positions_manticore import find_tables
+from .mixture_manticore import is_active
 
 
-class Segment:
-    """The layers [start, stop) of a component as a callable on hidden states.
+class Segments:
+    """The cut components of a hybrid, made on first use; neither copied nor pickled with it.
+
+    Args:
+        model: The hybrid; None: of a copy that has not asked for its own yet.
+    """
+
+    def __init__(self, model=None):
+        self.model = model
+        self._ranges, self._anatomies, self._runs, self._heads = None, {}, {}, {}
+
+    def __deepcopy__(self, memo):
+        return type(self)()
+
+    def __reduce__(self):
+        return type(self), ()
+
+    @property
+    def ranges(self):
+        """{(component, block its segment begins in): (start, stop)}; of a hardened hybrid in the order they run in."""
+        if self._ranges is None:
+            config = self.model.config
+            if config.route is not None:
+                self._ranges = {(one.name, one.first): (one.start, one.stop) for one in stretches(config)}
+            else:
+                cuts = {name: config.bounds(name) for name in config.component_names}
+                pairs = {name: enumerate(zip(bounds, bounds[1:])) for name, bounds in cuts.items()}
+                self._ranges = {(name, block): pair for name in pairs for block, pair in pairs[name]}
+        return self._ranges
+
+    def blocks(self, name):
+        """The blocks in which a component's segments begin."""
+        return [block for other, block in self.ranges if other == name]
+
+    def running(self, weights):
+        """[(component, block)] of the segments that run under S rows of K mixture weights."""
+        if self.model.config.route is not None:
+            return list(self.ranges)
+        names = self.model.config.component_names
+        return [(name, block) for block, row in enumerate(weights) for name, w in zip(names, row) if is_active(w)]
+
+    def anatomy(self, name):
+        """A component's `Anatomy`, found once."""
+        component = self.model.component(name)
+        if "_anatomy" in component.__dict__:  # of a component that is no longer whole
+            return component._anatomy
+        if name not in self._anatomies or self._anatomies[name][0] is not component:
+            self._anatomies[name] = (component, dissect(component))
+        return self._anatomies[name][1]
+
+    def segment(self, name, block):
+        """The `Segment` (or `Whole`) of a component that begins in a block."""
+        return self.stretch(name, *self.ranges[name, block])
+
+    def stretch(self, name, start, stop):
+        """A component's layers [start, stop), whatever the cut."""
+        found, component = self._runs.get((name, start, stop)), self.model._modules[name]
+        if found is None or found.component is not component:
+            found = self._runs[name, start, stop] = cut(component, self.anatomy(name), start, stop)
+        return found
+
+    def head(self, name):
+        """A component's `Head`."""
+        found, component = self._heads.get(name), self.model._modules[name]
+        if found is None or found.component is not component:
+            found = self._heads[name] = Head(component, self.anatomy(name))
+        return found
+
+    def logits(self, name, states):
+        """A component's own logits [batch, time, vocabulary], without those of rows that only pad its vocabulary."""
+        logits, size = self.model.together(self.head(name)(states)), self.model.config.vocab_size
+        return logits if logits.shape[-1] == size else logits[..., :size]
+
+    def follow(self):
+        """Makes all segments and heads, or lets them follow changes in the components (adapters, dtypes, devices)."""
+        if torch.compiler.is_compiling():
+            return
+        for name, block in self.ranges:
+            self.segment(name, block)
+        for name in self.model.config.component_names:
+            self.head(name)
+        for one in (*self._runs.values(), *self._heads.values()):
+            one.refresh()
+
+    def recut(self, ranges):
+        """Takes over the ranges of components whose lists of layers were shortened by hand."""
+        self._ranges = dict(ranges)
+        self._runs.clear()
+
+    def prune(self):
+        """Drops what the path of a hardened hybrid does not use, once."""
+        config = self.model.config
+        writer = config.route[-1 if config.head_mixture == "last" or config.embeddings == "native" else 0]
+        for name in config.component_names:
+            component = self.model.component(name)
+            if "_anatomy" not in component.__dict__:
+                component.__dict__["_anatomy"] = self.anatomy(name)
+                mine = [pair for (other, _), pair in self.ranges.items() if other == name]
+                drop_unused(component, component._anatomy, mine, name == config.route[0], name == writer)
+
+
+# ---- running layers --------------------------------------------------------------------------------------------------
+
+
+def cut(component, anatomy, start, stop):
+    """The layers [start, stop) of a causal LM as a callable on hidden states: a `Segment`, or all of it as `Whole`."""
+    depth = len(getattr(component.get_submodule(anatomy.path), anatomy.layers))
+    return (Whole if (start, stop) == (0, depth) else Segment)(component, anatomy, start, stop)
+
+
+class Whole:
+    """All layers of a component, run by its own class as they are; it reads token ids as well as embeddings.
 
     Args:
         component: The causal LM.
         anatomy: Its `dissect`.
-        start, stop: The range of layers; the first segment has start 0, the last one ends at the component's depth.
+        start, stop: The range of layers: all of them.
     """
 
+    is_whole = True
+
     def __init__(self, component, anatomy, start, stop):
-        self.anatomy, self.start, self.stop = anatomy, start, stop
+        self.component, self.anatomy, self.start, self.stop = component, anatomy, start, stop
         self.stack = component.get_submodule(anatomy.path)
-        self.shell = Shell(self.stack)
-        self.is_first, self.is_last = start == 0, stop == len(getattr(self.stack, anatomy.layers))
-        self.config = slice_config(self.stack.config, start, stop)
+        self.config, self.children, self.stand_ins = self.stack.config, None, {}
         self.takes_float32 = bool(getattr(self.config, "residual_in_fp32", False))
-        self.stand_ins = {}
-        if not self.is_first:
-            self.stand_ins.update({name: cls() for name, cls in anatomy.before.items()})
-        if not self.is_last:
-            self.stand_ins.update({name: PassThrough() for name in anatomy.after})
-        self.entry = self.exit = None
-        self.children = None
+        self.prepare()
         self.refresh()
+
+    def prepare(self):
+        """Makes what does not change with the component."""
+
+    @property
+    def layers(self):
+        """The layers, as the component has them."""
+        return getattr(self.stack, self.anatomy.layers)[self.start : self.stop]
 
     def refresh(self):
         """Follows the component; cheap when nothing changed. Not for use inside a compiled graph."""
         modules = self.stack._modules
         layers = modules[self.anatomy.layers]
         children = [*modules.values(), *layers._modules.values()]
-        if (
-            self.children is None
-            or len(children) != len(self.children)
-            or any(a is not b for a, b in zip(children, self.children))
-        ):
+        if self.children is None or len(children) != len(self.children) or any(map(is_not, children, self.children)):
             self.children = children
-            positions = [modules[n] for n, cls in self.anatomy.before.items() if self.is_first and cls is NoPosition]
-            mine = list(layers)[self.start : self.stop]
-            runs = [x for name, x in modules.items() if x not in (None, layers) and name not in self.stand_ins]
-            beside = [*self.stack.buffers(recurse=False), *(buffer for x in runs for buffer in x.buffers())]
-            self.tables = find_tables(self.stack.config, positions, mine, beside)
-            if self.anatomy.enters and not self.is_first:
-                mine[0] = self.entry = Entry(mine[0])
-            if self.anatomy.leaves and not self.is_last:
-                mine[-1] = self.exit = Exit(mine[-1])
-            own = {**modules, self.anatomy.layers: nn.ModuleList(mine), **self.stand_ins}
-            self.shell.own = {"_modules": own, "config": self.config}
-        attention = self.stack.config._attn_implementation_internal
-        if self.config._attn_implementation_internal != attention:
-            self.config._attn_implementation_internal = attention
+            self.rebuild(modules, layers, list(layers)[self.start : self.stop])
         self.device = device_of(layers[self.start])
-        self.shell.follow()
+
+    def rebuild(self, modules, layers, mine):
+        """Takes over replaced children of the owner of the layers."""
+        first = [modules[name] for name, cls in self.anatomy.before.items() if self.start == 0 and cls is NoPosition]
+        runs = [x for name, x in modules.items() if x not in (None, layers) and name not in self.stand_ins]
+        beside = [*self.stack.buffers(recurse=False), *(buffer for x in runs for buffer in x.buffers())]
+        self.tables = find_tables(self.stack.config, first, mine, beside)
 
     def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None):
         """Runs the layers.
 
         Args:
-            hidden: [batch, time, width].
+            hidden: [batch, time, width]; or token ids [batch, time], where the component is whole.
             attention_mask: [batch, past + time], 1 for real tokens, or None.
             position_ids: [batch or 1, time].
-            cache: The segment's `SegmentCache`, or None.
+            cache: The view of a ManticoreCache that belongs to these layers, or None.
 
         Returns:
-            [batch, time, width]; after the component's final norm if this is its last segment.
+            [batch, time, width]; after the component's final norm if the last layer is among these.
         """
+        return self.run(self.stack, self.arguments(hidden, attention_mask, position_ids, cache))
+
+    def run(self, stack, arguments):
+        """Calls the owner of the layers, or its shell; some classes overwrite what they are given (CTRL)."""
+        if self.anatomy.overwrites and "inputs_embeds" in arguments:
+            arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
+        return stack(**arguments)[0]
+
+    def arguments(self, hidden, attention_mask, position_ids, cache):
+        """What the owner of the layers is called with."""
         hidden, attention_mask, position_ids = place((hidden, attention_mask, position_ids), self.device)
-        # Other components' states may come in float32; only a model that keeps its own so takes them as they are.
-        if not (hidden.dtype == torch.float32 and self.takes_float32):
-            hidden = hidden.to(next((p.dtype for p in self.stack.parameters() if p.is_floating_point()), hidden.dtype))
-        given = hidden.clone() if self.anatomy.overwrites else hidden
-        arguments = {"inputs_embeds": given, "use_cache": cache is not None}
+        arguments = {"use_cache": cache is not None}
+        if not hidden.is_floating_point():
+            arguments["input_ids"] = hidden
+        else:
+            # Other components' states may come in float32; only a model that keeps its own so takes them as they are.
+            if not (hidden.dtype == torch.float32 and self.takes_float32):
+                kept = (p.dtype for p in self.stack.parameters() if p.is_floating_point())
+                hidden = hidden.to(next(kept, hidden.dtype))
+            arguments["inputs_embeds"] = hidden
         if self.anatomy.positions:
             arguments["position_ids"] = position_ids
         if not self.anatomy.attends and attention_mask is not None:
             attention_mask = attention_mask[:, -hidden.shape[1] :]
-        if cache is not None and cache.max_cache_len is not None and not cache.is_recurrent:
-            # Not every model stretches a mask to the length of a static cache (Bloom's position biases).
-            if attention_mask is None:
-                attention_mask = hidden.new_ones(len(hidden), cache.owner.seen + hidden.shape[1], dtype=torch.long)
-            attention_mask = F.pad(attention_mask, (0, cache.max_cache_len - attention_mask.shape[1]))
         arguments["attention_mask"] = attention_mask
         if cache is not None and self.anatomy.cache_argument is not None:
             arguments[self.anatomy.cache_argument] = cache
+        return arguments
+
+
+class Segment(Whole):
+    """The layers [start, stop) of a component, run by a shell; the last segment ends at the component's depth.
+
+    Args: As in `Whole`.
+    """
+
+    is_whole = False
+
+    def prepare(self):
+        """Makes the shell, and what stands for children that other segments run."""
+        self.shell, self.entry, self.exit = Shell(self.stack), None, None
+        self.config = slice_config(self.stack.config, self.start, self.stop)
+        self.is_last = self.stop == len(getattr(self.stack, self.anatomy.layers))
+        if self.start != 0:
+            self.stand_ins.update({name: cls() for name, cls in self.anatomy.before.items()})
+        if not self.is_last:
+            self.stand_ins.update({name: PassThrough() for name in self.anatomy.after})
+
+    def refresh(self):
+        """Follows the component; cheap when nothing changed. Not for use inside a compiled graph."""
+        super().refresh()
+        attention = self.stack.config._attn_implementation_internal
+        if self.config._attn_implementation_internal != attention:
+            self.config._attn_implementation_internal = attention
+        self.shell.follow()
+
+    def rebuild(self, modules, layers, mine):
+        """Takes over replaced children of the owner of the layers."""
+        super().rebuild(modules, layers, mine)
+        if self.anatomy.enters and self.start != 0:
+            mine[0] = self.entry = Entry(mine[0])
+        if self.anatomy.leaves and not self.is_last:
+            mine[-1] = self.exit = Exit(mine[-1])
+        own = {**modules, self.anatomy.layers: nn.ModuleList(mine), **self.stand_ins}
+        self.shell.own = {"_modules": own, "config": self.config}
+
+    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None):
+        """Runs the layers; see `Whole`."""
+        arguments = self.arguments(hidden, attention_mask, position_ids, cache)
         if self.entry is not None:
-            self.entry.state = hidden
+            self.entry.state = arguments["inputs_embeds"]
         with onloaded(self.stack):
-            out = self.shell.module(**arguments)[0]
+            out = self.run(self.shell.module, arguments)
         if self.exit is not None:
             out, self.exit.found = self.exit.found, None
         return out
 
 
-@dataclass
-class _BackboneOutput(ModelOutput):
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+
+class _BackboneOutput:
     """A backbone's output with nothing but the last state; whatever else a class asks for is None."""
 
-    last_hidden_state: torch.Tensor | None = None
+    def __init__(self, state):
+        self.last_hidden_state = state
+
+    def __getitem__(self, index):
+        return (self.last_hidden_state,)[index]
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -146,13 +308,15 @@ class _Backbone(nn.Module):
             return getattr(self.source, name)
 
     def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
-        return _BackboneOutput(last_hidden_state=inputs_embeds)
+        return _BackboneOutput(inputs_embeds)
 
 
 class Head:
     """A component's own head on given last states: its class's forward with the backbone taken out.
 
-    Whatever the class does to its logits (Gemma's soft cap, Granite's scale, Mamba's float32) is thereby done.
+    The output matrix alone would not do: what a class does to its logits (Gemma's soft cap, Granite's and FalconH1's
+    scales, Mamba's float32) stands in that forward, and nowhere else. A whole component's forward would not do either:
+    the gate and the classifiers read the last states, which many classes do not give beside the logits.
 
     Args:
         component: The causal LM.
@@ -183,43 +347,159 @@ class Head:
         return self.shell.module.forward(inputs_embeds=states, use_cache=False).logits
 
 
-class Cuts:
-    """All segments and heads of a hybrid's components, made on first use and never copied or pickled with it."""
+# ---- how far components can read -------------------------------------------------------------------------------------
+#
+# `config.max_position_embeddings` is the smallest that a component's configuration states, as users of Transformers
+# expect of a limit that they may cut texts to. Rotary and recurrent components compute beyond theirs, better or worse;
+# a table (learned positions, GPT-J's angles) has an end.
 
-    def __init__(self):
-        self._segments, self._heads, self._anatomies = {}, {}, {}
-        self.plan = {}  # see RunsRoute._plan
 
-    def __deepcopy__(self, memo):
-        return type(self)()
+@dataclass(frozen=True)
+class Tables:
+    """Where the tables of a segment end.
 
-    def __reduce__(self):
-        return type(self), ()
+    Attributes:
+        positions: Positions that it has rows for, None without a table.
+        length: Tokens, padding and cached ones included, that its masks are made for (GPT-Neo); None: any number.
+    """
 
-    def anatomy(self, component):
-        """The component's `Anatomy`, found once."""
-        if "_anatomy" in component.__dict__:  # of a component that is no longer whole
-            return component._anatomy
-        key = id(component)
-        if key not in self._anatomies:
-            self._anatomies[key] = (component, dissect(component))
-        return self._anatomies[key][1]
+    positions: int | None = None
+    length: int | None = None
 
-    def segment(self, component, start, stop):
-        """The component's layers [start, stop)."""
-        key = (id(component), start, stop)
-        if key not in self._segments:
-            self._segments[key] = Segment(component, self.anatomy(component), start, stop)
-        return self._segments[key]
 
-    def head(self, component):
-        """The component's head."""
-        key = id(component)
-        if key not in self._heads:
-            self._heads[key] = Head(component, self.anatomy(component))
-        return self._heads[key]
+def find_tables(config, embeddings, layers, beside):
+    """The Tables of some layers of a component.
 
-    def refresh(self):
-        """Lets every shell follow its component."""
-        for shell in (*self._segments.values(), *self._heads.values()):
-            shell.refresh()
+    Args:
+        config: The component's configuration.
+        embeddings: Modules that add positions before the first of the layers.
+        layers: The layers.
+        beside: Buffers of the model outside of its layers (angles of GPT-J and CTRL).
+    """
+    stated = getattr(config, "max_position_embeddings", None)
+    # OPT and its kin leave the first rows to padding.
+    rows = [one.num_embeddings - getattr(one, "offset", 0) for one in embeddings if isinstance(one, nn.Embedding)]
+    lengths = []
+    for buffer in {id(one): one for layer in layers for one in layer.buffers()}.values():
+        if buffer.ndim >= 2 and stated in buffer.shape:
+            (lengths if list(buffer.shape).count(stated) > 1 else rows).append(stated)
+    rows += [stated for one in beside if one.ndim == 2 and one.shape[0] == stated != one.shape[1]]
+    return Tables(min(rows, default=None), min(lengths, default=None))
+
+
+def check_positions(segments, positions, length, explicit):
+    """Refuses input beyond a table, before an index error inside of a component.
+
+    A component whose mixture weight is exactly 0 is not run, and limits nothing.
+
+    Args:
+        segments: (component's name, its Segment) of all that are run.
+        positions: [batch or 1, time] positions of the new tokens.
+        length: Cached and new tokens, padding included, or the length of a static cache.
+        explicit: Whether the caller gave the positions; else none of them is `length` or more.
+
+    Raises:
+        ManticoreError: Names the component, its limit, and what was given.
+    """
+    if torch.compiler.is_compiling():  # looking at values would break the graph
+        return
+    found = [(name, segment.tables) for name, segment in segments if segment.tables != Tables()]
+    if not found or positions.numel() == 0:
+        return
+    last = None
+    for name, tables in found:
+        if tables.length is not None and length > tables.length:
+            _refuse(name, tables.length, f"{length} tokens, padding and cached ones included")
+        if tables.positions is not None and (explicit or length > tables.positions):
+            last = int(positions.max()) if last is None else last
+            if last >= tables.positions:
+                _refuse(name, tables.positions, f"position {last}, that is {last + 1} tokens with those cached")
+
+
+def _refuse(name, limit, given):
+    raise ManticoreError(
+        f"Component {name!r} has a table of {limit} positions; {given}, is beyond its end. Give shorter input, "
+        "generate fewer tokens, or take the component out of the mixture (set_mixture_weights with weight 0 for "
+        f"{name!r} in every block: it is not run then)."
+    )
+
+
+# ---- hardened hybrids ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What runs in one go: layers [start, stop) of component `name`, in blocks `first` to `last`."""
+
+    name: str
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+def stretches(config):
+    """The Stretches of a configuration with a route, in order."""
+    out = []
+    for block, name in enumerate(config.route):
+        bounds = config.bounds(name)
+        if out and out[-1].name == name:
+            one = out.pop()
+            out.append(Stretch(name, one.first, block, one.start, bounds[block + 1]))
+        else:
+            out.append(Stretch(name, block, block, bounds[block], bounds[block + 1]))
+    return out
+
+
+class Dropped(nn.Module):
+    """Stands where a module was that the path of a hardened hybrid does not use."""
+
+    def forward(self, *args, **kwargs):
+        raise ManticoreError(
+            "This part of a component was dropped when the hybrid was hardened: it cannot be run alone, and only the "
+            "route's layers are left."
+        )
+
+
+def width_of(module):
+    """Width of an embedding or head; 0 where a hardened hybrid dropped it."""
+    return 0 if isinstance(module, Dropped) else module.weight.shape[1]
+
+
+def drop_unused(component, anatomy, mine, reads, writes):
+    """Replaces what a path does not use of a component, in place.
+
+    Args:
+        component: The causal LM.
+        anatomy: Its `dissect`, made while it was whole.
+        mine: (start, stop) of its layers that are run.
+        reads: Whether the path enters through its embeddings.
+        writes: Whether the path leaves through its head.
+    """
+    stack = component.get_submodule(anatomy.path)
+    layers = getattr(stack, anatomy.layers)
+    used = {i for start, stop in mine for i in range(start, stop)}
+    for i in set(range(len(layers))) - used:
+        layers[i] = Dropped()
+    tied = bool(component.all_tied_weights_keys)  # on the meta device they are not one tensor yet
+    # Both ends of a tie are one tensor: keeping the other costs nothing.
+    if not (reads or (writes and tied)):
+        _replace(component, component.get_input_embeddings())
+    if not (writes or (reads and tied)):
+        _replace(component, component.get_output_embeddings())
+    if tied and not (reads or writes):
+        component._tied_weights_keys, component.all_tied_weights_keys = None, {}
+        component.config.tie_word_embeddings = False
+    embedding = component.get_input_embeddings() if reads or (writes and tied) else None
+    gone = [name for name in anatomy.before if 0 not in used and getattr(stack, name) is not embedding]
+    gone += anatomy.after if len(layers) - 1 not in used else []
+    gone += anatomy.shared if not used & {0, len(layers) - 1} else []
+    for name in gone:
+        setattr(stack, name, Dropped())
+
+
+def _replace(component, module):
+    for parent in component.modules():
+        for name, child in list(parent.named_children()):
+            if child is module:
+                setattr(parent, name, Dropped())

@@ -8,34 +8,81 @@ import contextlib
 import copy
 import os
 import re
-import shutil
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 from transformers.utils.hub import create_and_tag_model_card
 
-from .bounds_manticore import ManticoreError, is_commit
+from .bounds_manticore import ManticoreError, guard, is_commit
 from .devices_manticore import present
-from .dtypes_manticore import convert_unpacked
-from .quantization_manticore import note_kept, refuse_packed, refuse_quantized, refuse_unsaved
+from .dtypes_manticore import (
+    convert_unpacked,
+    loaded_dtypes,
+    note_kept,
+    refuse_packed,
+    refuse_quantized,
+    refuse_unsaved,
+)
 from .references_manticore import component_files, open_files, where
-from .saving_manticore import carry_card, copy_code, source_card, whole_directory
-from .sizes_manticore import Renamer, check_tensors, refuse, tie_groups
-from .vocabulary_manticore import check_rows, own_vocabulary
+from .saving_manticore import copy_code, whole_directory
 
 logger = logging.get_logger(__name__)
 
 # Always the hybrid's own, always saved: a state dict that has it is a whole checkpoint or the shard that ends one.
 _MARKER = "hybrid_mixer.alpha_logits"
 
-_WEIGHT_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+
+class Renamer:
+    """Checkpoint keys -> keys of the model, as Transformers renames them when it loads (embed_out -> lm_head, ...).
+
+    Args:
+        model: The model, on any device.
+        prefixed: Whether a base model's prefix is added or removed where the model needs that (a component's own
+            checkpoint may have been saved without its head).
+        packed: Transformers' quantiser of a checkpoint that is quantised: it has names of its own for what it packs.
+    """
+
+    def __init__(self, model, prefixed=False, packed=None):
+        self.transforms = _sorted(get_model_conversion_mapping(model))
+        self.packed = None if packed is None else _sorted(get_model_conversion_mapping(model, None, packed))
+        self.known = model.state_dict(keep_vars=True)
+        self.prefix = (model.base_model_prefix, self.known) if prefixed else (None, None)
+
+    def __call__(self, key):
+        """(key in the model, whether the tensor itself is converted too: fused, split or transposed)."""
+        name, pattern = rename_source_key(key, *self.transforms, *self.prefix)
+        if name not in self.known and key in self.known:  # as Transformers does
+            return key, False
+        if name not in self.known and self.packed is not None:
+            name, pattern = rename_source_key(key, *self.packed, *self.prefix)
+        return name, pattern is not None
 
 
-def overlay(model, own, hub, stack, rename, ties):
+def _sorted(transforms):
+    """Transformers' (renamings, converters)."""
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    return renamings, [one for one in transforms if not isinstance(one, WeightRenaming)]
+
+
+def tie_groups(model: PreTrainedModel) -> dict[str, set]:
+    """Key -> the keys of its tie group (itself included)."""
+    groups = {}
+    for target, source in (model.all_tied_weights_keys or {}).items():
+        group = groups.setdefault(source, {source})
+        group.add(target)
+        groups[target] = group
+    return groups
+
+
+def overlay(
+    model: PreTrainedModel, own: dict, hub: dict, stack: contextlib.ExitStack, rename: Callable, ties: dict
+) -> dict:
     """The hybrid's own tensors over its components' referenced ones, as one lazily read state dict.
 
     Args:
@@ -51,8 +98,7 @@ def overlay(model, own, hub, stack, rename, ties):
         name, _ = rename(key)
         # A component's repo may store both ends of a tie; a tuned embedding must not meet its stale twin.
         covered |= ties.get(name, {name})
-    merged = {}
-    wanted = set(model.state_dict())
+    merged, wanted = {}, set(rename.known)
     for entry in model.config.components:
         prefix = entry["name"] + "."
         if entry["weights"] != "reference" or not any(k.startswith(prefix) for k in wanted - covered):
@@ -76,7 +122,7 @@ class ReferencedWeights:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        # Private hook of Transformers (pinned >=5.23,<6; a test checks its signature): the one place where tensors
+        # Private hook of Transformers (pinned >=5.24,<6; a test checks its signature): the one place where tensors
         # from several repositories can be merged before dtype, device map and quantisation are applied.
         hub = dict(load_config.download_kwargs or {})
         model._component_cache_dir = hub.get("cache_dir")
@@ -91,18 +137,18 @@ class ReferencedWeights:
                 state_dict = open_files(files, stack, "The hybrid's own weights")
             quantizer = load_config.hf_quantizer
             packed = quantizer if quantizer is not None and quantizer.pre_quantized else None
-            rename, ties, owner = Renamer(model, packed=packed), tie_groups(model), partial(_owner, model)
+            rename, ties = Renamer(model, packed=packed), tie_groups(model)
             if packed is not None:
                 refuse_packed(model, state_dict)
             own, state_dict = set(state_dict), overlay(model, state_dict, hub, stack, rename, ties)
             if packed is not None:
-                convert_unpacked(model, state_dict, own, rename, load_config.dtype_plan)
+                convert_unpacked(state_dict, own, rename, load_config.dtype_plan)
             ignored = load_config.ignore_mismatched_sizes
-            check_tensors(model, state_dict, rename, ties, owner, quantizer, ignored)
+            guard().checkpoint(model, state_dict, rename, ties, quantizer, ignored)
             info, offloaded = PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
-        _refuse_incomplete(model, info, ties, owner, ignored)
+        _refuse_incomplete(model, info, ties, ignored)
         if quantizer is not None:
             refuse_quantized(model)
             note_kept(quantizer, model)
@@ -159,7 +205,7 @@ class ReferencedWeights:
             with whole_directory(target, writes) as directory:
                 if writes:
                     copy_code(directory)
-                    carry_card(self, directory, target)
+                    self._save_beside(directory, target)
                 super().save_pretrained(directory, is_main_process, state_dict=state_dict, **kwargs)
         finally:
             self._keys_to_ignore_on_save = before
@@ -176,60 +222,49 @@ class ReferencedWeights:
             directory, name, timestamps, commit_message=commit_message, token=token, create_pr=bool(create_pr)
         )
 
-    def _upload_modified_files(
-        self,
-        working_dir,
-        repo_id,
-        files_timestamps,
-        commit_message=None,
-        token=None,
-        create_pr=False,
-        revision=None,
-        commit_description=None,
-    ):
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, revision=None, **commit):
         """As in Transformers, in one commit that also removes the weight files of an earlier push.
 
         A single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
         """
-        directory, fresh = Path(working_dir), []
-        for file in (file.relative_to(directory) for file in directory.rglob("*") if file.is_file()):
-            if (directory / file.parts[0]).stat().st_mtime > files_timestamps.get(file.parts[0], -1):
-                fresh.append(file.as_posix())
-        api = HfApi(token=token)
-        if (card := source_card(self)) is not None and not api.file_exists(repo_id, "README.md"):
-            # Transformers has put an empty one there.
-            shutil.copyfile(card, directory / "README.md")
+        directory, api = Path(working_dir), HfApi(token=token)
+        files = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
+        changed = {
+            name.name for name in directory.iterdir() if name.stat().st_mtime > files_timestamps.get(name.name, -1)
+        }
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
+        commit["commit_message"] = commit.get("commit_message") or "Upload hybrid"
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,
-            allow_patterns=fresh,
-            delete_patterns=list(_WEIGHT_PATTERNS),
-            commit_message=commit_message or "Upload hybrid",
-            commit_description=commit_description,
-            create_pr=create_pr,
+            allow_patterns=[file.as_posix() for file in files if file.parts[0] in changed],
+            delete_patterns=["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"],
             revision=revision,
+            **commit,
         )
 
-    def starts_anew(self, key):
+    def _save_beside(self, directory, target):
+        """Writes into `directory` what else belongs to a hybrid saved in `target`; the package's classes do."""
+
+    def starts_anew(self, key: str) -> bool:
         """Whether a checkpoint need not have a tensor of the model, which then gets an initial value."""
         return False
 
-    def is_gone(self, key):
+    def is_gone(self, key: str) -> bool:
         """Whether a tensor of a component's repository belongs to a part that this model leaves out."""
         return False
 
     @classmethod
-    def is_remote_code(cls):
+    def is_remote_code(cls) -> bool:
         """False: `copy_code` writes the files, Transformers need not (it would copy torch's after FSDP2's wrapping)."""
         return False
 
     @torch.no_grad()
-    def unchanged_keys(self, state_dict=None):
+    def unchanged_keys(self, state_dict: dict | None = None) -> set[str]:
         """Keys of the tensors that are bit-equal to the referenced ones and therefore need not be saved."""
         state_dict = self.state_dict() if state_dict is None else state_dict
-        ties, loaded, out = tie_groups(self), self.loaded_dtypes(), set()
+        ties, loaded, out = tie_groups(self), loaded_dtypes(self), set()
         with contextlib.ExitStack() as stack:
             for entry in self.config.components:
                 if entry["weights"] != "reference":
@@ -287,12 +322,18 @@ class ReferencedWeights:
             out.pop(key, None)
         return out
 
-    def state_dict(self, *args, **kwargs):
-        """As in torch. Transformers asks for it right before it loads the shards of a checkpoint one by one."""
-        self.__dict__.pop("_earlier_shards", None)
-        return super().state_dict(*args, **kwargs)
+    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False) -> dict:
+        """As in torch, but of a model that was sharded on the meta device only what is sharded.
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):
+        Transformers asks for it right before it loads the shards of a checkpoint one by one.
+        """
+        self.__dict__.pop("_earlier_shards", None)
+        out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for key in self._aside():
+            out.pop(prefix + key, None)
+        return out
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """As in torch, for checkpoints of a hybrid: tensors that were not saved come from the references.
 
         The Trainer resumes through this. A sharded checkpoint arrives in several calls; the references fill in what no
@@ -300,12 +341,12 @@ class ReferencedWeights:
         """
         given = dict(state_dict)
         earlier = self.__dict__.setdefault("_earlier_shards", set())
-        own = super().state_dict()
+        own = set(super().state_dict()) - set(self._aside())
         ties = tie_groups(self)
         for key in list(given):
             for twin in ties.get(key, ()):
                 given.setdefault(twin, given[key])
-        missing = set(own) - set(given) - earlier if _MARKER in given else set()
+        missing = own - set(given) - earlier if _MARKER in given else set()
         # Shards come in any order. Those after this one overwrite what it took from the references.
         earlier |= set(given)
         with contextlib.ExitStack() as stack:
@@ -320,8 +361,43 @@ class ReferencedWeights:
                         given[key] = known[...]
             return super().load_state_dict(given, strict=strict, assign=assign)
 
+    # accelerate (1.15), when it shards with FSDP2 and `cpu_ram_efficient_loading`, sends the model to the meta device,
+    # cuts it there, and hands the weights out again by its state dict. Buffers that belong to the state dict are not
+    # cut, which it does not expect: a hardened hybrid's record of alpha, Gemma 4's scales, the correction biases of
+    # DeepSeek's and NemotronH's experts. Every process has read them, so they need no handing out: they are kept aside
+    # on the way to the meta device and put back when the weights arrive, inside wrappers (PEFT's) as well.
 
-def keep_loaded_embeddings(component):
+    def _apply(self, fn, recurse=True):
+        """Keeps saved buffers that are about to go to the meta device; torch's way for whatever moves a module."""
+        before = {key: buffer for key, buffer in self._saved_buffers() if buffer.device.type != "meta"}
+        super()._apply(fn, recurse)
+        gone = {key for key, buffer in self._saved_buffers() if buffer.device.type == "meta"}
+        self.__dict__["_kept_buffers"] = {key: buffer for key, buffer in before.items() if key in gone}
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        for key, buffer in self._aside().items():
+            mesh = next(self.parameters()).device_mesh  # where shards compute, also if they wait elsewhere
+            state_dict.setdefault(prefix + key, buffer.to(mesh.device_type))
+        self.__dict__.pop("_kept_buffers", None)
+        return super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _aside(self):
+        """{name: buffer} of what was kept and is needed: all weights are shards on the meta device."""
+        kept = self.__dict__.get("_kept_buffers")
+        if not kept or any(type(one).__name__ != "DTensor" or one.device.type != "meta" for one in self.parameters()):
+            return {}
+        return kept
+
+    def _saved_buffers(self):
+        """(name, buffer) of all that belong to the state dict."""
+        for path, module in self.named_modules(remove_duplicate=False):
+            for name, buffer in module._buffers.items():
+                if isinstance(buffer, torch.Tensor) and name not in module._non_persistent_buffers_set:
+                    yield f"{path}.{name}" if path else name, buffer
+
+
+def keep_loaded_embeddings(component: PreTrainedModel) -> None:
     """Marks embeddings whose rows were loaded, so that `initialize_weights` leaves them as they are.
 
     Youtu's class sets the row of padding to zero, whatever was loaded. Modules with buffers still fill those.
@@ -363,22 +439,82 @@ def _bytes(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _refuse_incomplete(model, info, ties, owner, ignore_mismatched):
-    """Once more after loading: headers do not show what a conversion makes, nor what a quantised file lacks."""
+def _refuse_incomplete(model, info, ties, ignore_mismatched):
+    """Raises ManticoreError if tensors are missing or of another shape: what a conversion makes is known only now."""
     patterns = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
-    missing = {
+    missing = [
         key
         for key in info.missing_keys
         if not any(p.search(key) for p in patterns)
         and ties.get(key, {key}) <= set(info.missing_keys)
         and not model.starts_anew(key)
-    }
-    refuse(missing, {} if ignore_mismatched else {key: shapes for key, *shapes in info.mismatched_keys}, owner)
+    ]
+    refuse(model, missing, {} if ignore_mismatched else {key: shapes for key, *shapes in info.mismatched_keys})
 
 
-def _owner(model, key):
-    """What a message calls the part that a tensor belongs to."""
+def refuse(model: PreTrainedModel, missing: list, wrong: dict) -> None:
+    """Raises ManticoreError if a checkpoint lacks tensors or has them in other shapes.
+
+    Args:
+        model: The hybrid.
+        missing: Keys of the model.
+        wrong: {key: (shape in the file, shape in the model)}.
+    """
+    if missing:
+        key = min(missing)
+        raise ManticoreError(
+            f"{part_of(model, key)}: {len(missing)} tensors are neither in the hybrid's file nor in its components' "
+            f"repositories, for example {key}. The repository is incomplete: save or upload the hybrid again from "
+            "where it is whole."
+        )
+    if wrong:
+        key = min(wrong)
+        raise ManticoreError(
+            f"{part_of(model, key)}: {len(wrong)} tensors have another shape than config.json says, for example {key}: "
+            f"{tuple(wrong[key][0])} in the file, {tuple(wrong[key][1])} in the model. Use the config.json that was "
+            "saved with these weights."
+        )
+
+
+def part_of(model: PreTrainedModel, key: str) -> str:
+    """What a message calls the part of a hybrid that a tensor belongs to."""
     entry = next((entry for entry in model.config.components if key.startswith(entry["name"] + ".")), None)
     if entry is None:
         return "The hybrid's own weights"
     return where(entry) if entry["weights"] == "reference" else f"Component {entry['name']!r} (embedded)"
+
+
+def end_names(component: PreTrainedModel) -> set[str]:
+    """Names of a causal LM's embedding and head tensors."""
+    ends = {id(component.get_input_embeddings()), id(component.get_output_embeddings())}
+    return {
+        f"{path}.{name}"
+        for path, module in component.named_modules()
+        if id(module) in ends
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def own_vocabulary(model: PreTrainedModel, entry: dict, ties: dict) -> set[str]:
+    """Names of a transplanted component's embedding and head tensors in the hybrid; empty for other components.
+
+    Args:
+        model: The hybrid.
+        entry: The component's entry in the configuration.
+        ties: The model's `tie_groups`.
+    """
+    if entry["transplant"] is None:
+        return set()
+    names = {f"{entry['name']}.{name}" for name in end_names(model.component(entry["name"]))}
+    return names.union(*(ties.get(name, ()) for name in names))
+
+
+def check_rows(entry: dict, key: str, tensor: torch.Tensor, owner: str) -> None:
+    """Raises ManticoreError unless a referenced embedding or head has the rows that the transplant was made from."""
+    rows, recorded = tensor.get_shape()[0], entry["transplant"]["vocab_size"]
+    if rows != recorded:
+        raise ManticoreError(
+            f"{owner}: {key} has {rows} rows; its vocabulary was transplanted from one of {recorded}. The "
+            "configuration belongs to another commit of the component: use the config.json that was saved with these "
+            "weights."
+        )

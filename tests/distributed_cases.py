@@ -27,7 +27,7 @@ from manticore_hf.training.distill import HealTrainer
 from manticore_hf.training.freezing import ComponentClipping, fix_alpha
 from manticore_hf.training.search import SearchArguments, SearchTrainer, alpha_history
 from manticore_hf.training.trained_stages import HybridTrainer
-from manticore_hf.utils.distributed import gathered, total, world
+from manticore_hf.utils.distributed import all_reduce, gathered, world
 
 GLOBAL_BATCH = 4
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
@@ -89,7 +89,7 @@ def check_sharded(model):
     local = torch.tensor(sum(parameter.to_local().numel() for parameter in parameters))
     whole = sum(parameter.numel() for parameter in parameters)
     assert local < 0.6 * whole, f"this rank holds {local} of {whole} numbers"
-    assert total(local.clone()) == whole
+    assert all_reduce(local.clone()) == whole
 
 
 def finish(trainer, folder, name, **found):

@@ -4,6 +4,7 @@ Sliding windows and chunks are a few tokens long so that short sequences cross t
 widths and depths.
 """
 
+from built_once import built_once
 from transformers import AutoConfig
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
@@ -119,6 +120,7 @@ def tiny_config(family, **settings):
     return config
 
 
+@built_once
 def tiny(family, seed=0, **settings):
     """A tiny causal LM in evaluation mode: matrices multiplied, biases and norms perturbed."""
     config = tiny_config(family, **settings)
@@ -132,6 +134,7 @@ def components(name):
     return {family: tiny(family, seed=i, **sizes.get(family, {})) for i, family in enumerate(families)}
 
 
+@built_once
 def hybrid(name, num_blocks=2, **settings):
     """A hybrid of one family ("llama") or of a pair ("gpt_neox+mamba"), in evaluation mode.
 

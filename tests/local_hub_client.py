@@ -4,10 +4,9 @@ A test file takes the fixtures by name: `hub, api, repo = local_hub_client.hub, 
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import clean_process
 import huggingface_hub
 import pytest
 from huggingface_hub import HfApi
@@ -57,7 +56,6 @@ def read_folder(root: str | Path) -> dict[str, bytes]:
 
 def run_python(hub: LocalHub, home: Path, code: str) -> str:
     environment = {**os.environ, **hub.environment(home), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = clean_process.run(["-c", code], env=environment, timeout=120, modules=clean_process.TORCH)
     assert done.returncode == 0, done.stderr
     return done.stdout

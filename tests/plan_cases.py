@@ -37,7 +37,7 @@ def real(config, stage, autocast=None, checkpointing=False):
     model = set_stage(ManticoreForCausalLM(config), stage)
     if stage == "finetune":
         fix_alpha(model)
-    PartSums(model)
+    PartSums(model).__enter__()
     if checkpointing:
         model.activation_checkpointing_enable()
     if autocast is not None:

@@ -2,42 +2,59 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
+import socket
+import tempfile
+import time
 from pathlib import Path
 
+import clean_process
 import pytest
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def launch(arguments, processes=2, launcher=(), timeout=300):
-    """Runs `python -m torch.distributed.run ... arguments`; kills the whole group on a timeout.
+    """Runs `python arguments` in several processes; kills them all on a timeout, and the others when one fails.
 
     Args:
         arguments: Script (or "-m", module) and its arguments.
         processes: How many.
-        launcher: Command that starts the processes, instead of torchrun.
+        launcher: Arguments of python that start the processes: `TORCHRUN`, or accelerate's own. Default: they are
+            forked here, with what torchrun puts into their environment.
         timeout: Seconds.
 
     Returns:
         What they printed.
     """
-    command = list(launcher) or ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *command, *map(str, arguments)]
     folder = str(Path(__file__).parent)
     paths = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        printed, _ = process.communicate(timeout=timeout)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        printed, _ = process.communicate()
-        print(printed[-5000:])
-        raise
-    assert process.returncode == 0, printed[-8000:]
+    commands = [([*launcher, *arguments], environment)] if launcher else []
+    if not launcher:
+        with socket.socket() as one:
+            one.bind(("localhost", 0))
+            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(one.getsockname()[1])}
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            commands.append((arguments, {**environment, **address, **place}))
+    with tempfile.TemporaryFile("w+") as out:
+        running = [clean_process.start(command, env=env, stdout=out, stderr=out) for command, env in commands]
+        try:
+            deadline = time.monotonic() + timeout
+            while any(process.poll() is None for process in running):
+                if any(process.returncode for process in running):
+                    break
+                assert time.monotonic() < deadline, f"not finished after {timeout} s"
+                time.sleep(0.02)
+        finally:
+            for process in running:
+                process.kill()
+            status = [process.wait(60) for process in running]
+            out.seek(0)
+            printed = out.read()
+            if any(status):
+                print(printed[-8000:])
+    assert not any(status), printed[-8000:]
     return printed
 
 

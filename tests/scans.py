@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from manticore_hf.modeling.anatomy_manticore import cache_argument
 from manticore_hf.modeling.mixers_manticore import OwnForward
-from manticore_hf.modeling.versions_manticore import cache_argument
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 BATCH, D, N, TIME = 2, 5, 3, 37

@@ -3,14 +3,13 @@
 import contextlib
 import copy
 import json
-import subprocess
-import sys
 
+import clean_process
 import pytest
 import torch
 from hub_models import assert_same_model, folder_of, publish, read_json, tiny
-from manticore_hf.modeling import sizes_manticore
-from manticore_hf.modeling.bounds_manticore import build_config, check_component
+from manticore_hf.modeling import bounds_manticore
+from manticore_hf.modeling.bounds_manticore import build_config, check_component, construct
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -18,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM, inspection
 from manticore_hf.cli import main
 from manticore_hf.hub.inspection import inspect_hybrid
+from manticore_hf.utils import defence
 
 # Of these, the default configuration of Transformers 5.23 cannot be made, does not survive its own dict, or has its
 # sizes one level below, where a hybrid would not find them.
@@ -128,9 +128,9 @@ def test_a_refusal_takes_no_memory(saved):
 import resource, sys, torch
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.hub.inspection import inspect_hybrid
-from manticore_hf.modeling import sizes_manticore
+from manticore_hf.utils import defence
 
-sizes_manticore.memory_of = lambda device: 2**36
+defence.memory_of = lambda device: 2**36
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -148,7 +148,7 @@ for run in (ManticoreForCausalLM.from_pretrained, lambda _: ManticoreForCausalLM
         sys.exit("it was not refused")
 assert peak() - before < 2000, (peak(), before)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, timeout=300)
+    done = clean_process.run(["-c", code, saved])
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = done.stdout.strip().splitlines()
     assert "tensors have another shape than config.json says" in first or "neither in the hybrid's file" in first
@@ -158,7 +158,7 @@ assert peak() - before < 2000, (peak(), before)
 def test_components_share_the_machines_memory(saved, monkeypatch):
     config = ManticoreConfig.from_pretrained(saved)
     one = sum(p.nbytes for p in tiny("gpt_neox").state_dict().values())
-    monkeypatch.setattr(sizes_manticore, "memory_of", lambda device: 1.3 * one)
+    monkeypatch.setattr(defence, "memory_of", lambda device: 1.3 * one)
     with pytest.raises(ManticoreError, match=r"'mamba' \(mamba\) with what is built before it asks for"):
         ManticoreForCausalLM(config)
     with torch.device("meta"):
@@ -167,11 +167,11 @@ def test_components_share_the_machines_memory(saved, monkeypatch):
 
 def test_a_model_of_endlessly_many_parts_is_refused(monkeypatch):
     with pytest.raises(ManticoreError, match="X is endless: it takes more than 3 operations"):
-        with torch.device("meta"), sizes_manticore.trying("X", steps=3):
+        with torch.device("meta"), defence.Meter("X", steps=3):
             torch.nn.Linear(2, 2)
-    monkeypatch.setattr(sizes_manticore, "_MAX_TENSORS", 3)
+    monkeypatch.setattr(defence, "_MAX_TENSORS", 3)
     with pytest.raises(ManticoreError, match="X has 4 tensors; at most 3"):
-        sizes_manticore.construct("X", lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
+        construct("X", lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------
@@ -405,3 +405,17 @@ def test_names_do_not_command_the_terminal(saved, capsys):
     assert "\x1b" not in printed and "x\\x1b[2J.py" in printed
     change(saved, lambda values: values["components"][0].update(license="mit\x1b[2J"))
     refused_everywhere(saved, "must be the short name of one", capsys)
+
+
+# ---- whose defence it is ---------------------------------------------------------------------------------------------
+
+
+def test_the_defence_is_the_packages_and_not_in_a_repository(saved, monkeypatch):
+    assert type(bounds_manticore.guard()) is defence.Defence
+    code = "".join(file.read_text() for file in saved.glob("*.py"))
+    assert "class Guard" in code and "more than any model has" not in code
+    change(saved, in_component(num_labels=10**5))
+    with pytest.raises(ManticoreError, match="num_labels=100000 is more than any model has"):
+        ManticoreConfig.from_pretrained(saved)
+    monkeypatch.setattr(bounds_manticore, "_guards", [bounds_manticore.Guard()])  # as in a published repository
+    assert ManticoreConfig.from_pretrained(saved).gpt_neox.num_labels == 10**5

@@ -14,6 +14,7 @@ from manticore_hf import ComponentSpec, ManticoreForCausalLM, harden
 from manticore_hf.hub.card import Facts, make_card, read_results
 from manticore_hf.hub.card_merge import merge
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 LOSSES = {"a": 2.0, "b": 2.5, "ensemble": 1.9, "hybrid": 1.8}
 
 
@@ -74,7 +75,7 @@ def test_the_cost_is_the_models(saved):
         ({"soft hybrid": 2.0, "healed": 1.9}, "healed", True),
     ],
 )
-def test_no_number_without_its_rivals(saved, losses, own, shown):
+def test_no_number_without_its_baselines(saved, losses, own, shown):
     result = {"losses": losses, "data": "org/text", "tokens": 4096, **({"own": own} if own else {})}
     (saved[1] / "evaluation.json").write_text(json.dumps(result))
     card, _, _, notices = made(saved[1])
@@ -89,10 +90,10 @@ def test_no_number_without_its_rivals(saved, losses, own, shown):
         assert [float(row[1]) for row in rows] == sorted(losses.values()) and "4,096 tokens" in card.sections["results"]
 
 
-def test_the_distance_to_the_best_rival_has_its_sign(saved):
+def test_the_distance_to_the_best_baseline_has_its_sign(saved):
     for mine, word in ((1.8, "0.1000 nats per token better"), (2.0, "0.1000 nats per token worse")):
         (saved[1] / "evaluation.json").write_text(json.dumps({"losses": {**LOSSES, "hybrid": mine}}))
-        assert f"It is {word} than the best rival listed (ensemble)" in made(saved[1])[0].sections["results"]
+        assert f"It is {word} than the best baseline listed (ensemble)" in made(saved[1])[0].sections["results"]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """A card that is generated again keeps what people wrote, and only that."""
 
 import random
+import re
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from manticore_hf import ManticoreError
-from manticore_hf.hub.card_merge import Card, choose, merge, split
+from manticore_hf.hub.card_merge import Card, _sections, choose, merge, split
 
 DATA = {"license": "mit", "tags": ["manticore", "merge"], "base_model": ["a/x", "b/y"], "library_name": "transformers"}
 SECTIONS = {"title": "# Hybrid", "results": "Loss 1.5\n\n| a | b |\n|---|---|", "limits": "- none"}
@@ -85,6 +86,46 @@ def test_new_sections_come_after_the_one_before_them():
     new = Card(DATA, {"title": "# Hybrid", "cost": "Much", "limits": "- none"})
     text = merge(new, old)[0]
     assert text.index("# Hybrid") < text.index("Much") < text.index("- none")
+
+
+def test_of_two_sections_of_one_name_a_changed_one_stays():
+    start, stop = FRESH.index("<!-- manticore-hf:limits"), FRESH.index("\n<!-- manticore-hf:card")
+    section = FRESH[start:stop]
+    changed = section.replace("- none", "- many")
+    for both in (changed + "\n" + section, section + "\n" + changed):
+        text, notices = merge(card(limits="- few"), FRESH.replace(section, both))
+        assert text.count("- many") == text.count("- few") == 1 and "- none" not in text
+        assert notices == ["README.md keeps its section 'limits', which a person changed."]
+
+
+def naive_sections(body):
+    """Sections as one pattern says them, which looks for the end of every opened one in the whole rest of the text."""
+    pattern = r"<!-- manticore-hf:([a-z_]+) ([0-9a-f]{12}) -->\n(.*?)<!-- /manticore-hf:\1 -->"
+    return [(found[1], found.start(), found.end()) for found in re.finditer(pattern, body, re.DOTALL)]
+
+
+def test_sections_are_those_of_the_plain_pattern():
+    rng, found = random.Random(0), 0
+    opened = [f"<!-- manticore-hf:{name} 0123456789ab -->\n" for name in ("a", "b")]
+    closed = [f"<!-- /manticore-hf:{name} -->" for name in ("a", "b", "c")]
+    pieces = [*opened, *closed, "text\n", opened[0].strip(), opened[1][:-6], "\n"]
+    for _ in range(3000):
+        body = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
+        wanted = naive_sections(body)
+        assert [(one.name, one.start, one.stop) for one in _sections(body)] == wanted, body
+        found += len(wanted)
+    assert found > 500
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<!-- manticore-hf:a 0123456789ab -->\n" * 20_000, "\n" * 740_000 + "mine", f"mine{SECTIONS['title']}\n" * 50_000],
+    ids=["marks", "lines", "words"],
+)
+def test_a_card_of_740_kilobytes_is_merged_like_a_short_one(text):
+    """These texts took 40 seconds and more when the time grew with the square of their length."""
+    body = merge(card(), f"---\nlanguage: en\n---\n{text}")[0].split("\n---\n", 1)[1]
+    assert body.startswith(f"\n{text.strip()}\n") and "# Hybrid" in body
 
 
 def test_white_space_and_line_ends_are_no_changes():

@@ -1,4 +1,4 @@
-"""A comparison: every rival trained likewise, chosen on validation text, tested once, and resumed after a kill."""
+"""A comparison: every baseline trained likewise, chosen on validation text, tested once, and resumed after a kill."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def _runs(output, contender):
     return [run for run in found if run["contender"] == contender]
 
 
-def test_every_rival_is_there(compared):
+def test_every_baseline_is_there(compared):
     names = {row["name"] for row in compared[1]["rows"]}
     assert names == {
         "attention, untuned",
@@ -167,10 +167,10 @@ def test_the_table_says_what_the_numbers_say(compared):
             for row in rows.values()
         ],
     }
-    assert "is better than the best rival" in verdict(better)
+    assert "is better than the best baseline" in verdict(better)
     for row in better["rows"]:
         row["difference_interval"] = [-1.0, 6.0]
-    assert "is no different from the best rival" in verdict(better)
+    assert "is no different from the best baseline" in verdict(better)
 
 
 @pytest.mark.slow

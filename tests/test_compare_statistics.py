@@ -88,7 +88,7 @@ def test_validation_loss_is_the_models_own_on_equal_rows(tmp_path):
     rows, _ = load_rows(_arguments(write_text(tmp_path / "t.txt", 200)), word_tokenizer())
     ids = torch.tensor(rows["input_ids"])
     with torch.no_grad():
-        found = compare_losses(model, rows, 5, rivals=False)["hybrid"]
+        found = compare_losses(model, rows, 5, baselines=False)["hybrid"]
         assert found == pytest.approx(model(ids, labels=ids).loss.item(), abs=1e-5)
     assert model.training
 

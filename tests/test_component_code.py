@@ -1,13 +1,12 @@
 """Code of a component's own repository: run for whom asks for it by name, at the pinned commit, and never else."""
 
 import json
-import subprocess
-import sys
 
+import clean_process
 import pytest
 import torch
 from hub_models import assert_same_model, publish, read_json, tiny
-from manticore_hf.modeling import remote_manticore
+from manticore_hf.modeling import references_manticore
 from transformers import AutoModelForCausalLM
 
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM
@@ -84,7 +83,7 @@ def stranger(monkeypatch, kind):
     def forget():
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        monkeypatch.setattr(remote_manticore, "_registered", {})
+        monkeypatch.setattr(references_manticore, "_registered", {})
         monkeypatch.delitem(CONFIG_MAPPING._extra_content, kind)
 
     return forget
@@ -120,9 +119,7 @@ def test_through_auto_classes_and_as_remote_code(saved, stranger, tmp_path):
         "m = A.from_pretrained(sys.argv[1], trust_remote_code=True, trust_component_code=['a']); "
         "torch.save(m(torch.arange(5)[None]).logits, sys.argv[2])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(saved[1]), str(tmp_path / "logits")], capture_output=True, text=True
-    )
+    done = clean_process.run(["-c", code, saved[1], tmp_path / "logits"], modules=clean_process.TORCH)
     assert done.returncode == 0, done.stderr
     assert torch.allclose(torch.load(tmp_path / "logits"), saved[0](torch.arange(5)[None]).logits, atol=1e-5)
 

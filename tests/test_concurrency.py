@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import clean_process
 import pytest
 import torch
 from hub_models import assert_same_model, publish, tiny
@@ -53,15 +54,14 @@ def saved(hub, owner, tmp_path):
 
 def together(code, *arguments):
     """Runs a program in several processes that go on from the same moment."""
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen([sys.executable, "-c", code, *map(str, one)], **options) for one in arguments]
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": sys.__stderr__}
+    running = [clean_process.start(["-c", code, *one], **options) for one in arguments]
     for process in running:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        assert process.stdout.readline() == "ready\n"
     for process in running:
         process.stdin.write("\n")
         process.stdin.flush()
-    out = [process.communicate(timeout=300) for process in running]
-    assert not any(process.returncode for process in running), out
+    assert [process.wait(300) for process in running] == [0] * len(running)
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families import FAMILIES, PAIRS, components, hybrid, tiny, tokens, uneven
-from manticore_hf.modeling.anatomy_manticore import Entry, Exit, slice_config
-from manticore_hf.modeling.segments_manticore import Cuts
+from manticore_hf.modeling.anatomy_manticore import Entry, Exit, dissect, slice_config
+from manticore_hf.modeling.segments_manticore import cut
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
 from manticore_hf.families import contract
@@ -27,11 +27,10 @@ def bare(layer):
 
 
 def test_a_segment_holds_no_weights_of_its_own(component):
-    cuts = Cuts()
     known = {id(p) for p in component.parameters()} | {id(b) for b in component.buffers()}
     before = set(component.state_dict())
     for start, stop in [(0, 2), (2, 5)]:
-        segment = cuts.segment(component, start, stop)
+        segment = cut(component, dissect(component), start, stop)
         assert all(id(p) in known for p in segment.shell.module.parameters())
         layers = [bare(layer) for layer in getattr(segment.shell.module, segment.anatomy.layers)]
         assert layers == list(getattr(segment.stack, segment.anatomy.layers))[start:stop]
@@ -50,7 +49,16 @@ def test_slice_config_cuts_every_list_of_layers(component):
 @pytest.mark.parametrize("settings", [PAPER, NATIVE], ids=["paper", "native"])
 @pytest.mark.parametrize("hybrid_name", [*FAMILIES, *PAIRS])
 def test_one_hot_is_the_component(hybrid_name, settings):
-    contract.check_one_hot([ComponentSpec(part, name=name) for name, part in components(hybrid_name).items()], settings)
+    parts = [ComponentSpec(part, name=name) for name, part in components(hybrid_name).items()]
+    contract.check_one_hot(parts, settings, blocks=(1, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [PAPER, NATIVE], ids=["paper", "native"])
+@pytest.mark.parametrize("hybrid_name", [*FAMILIES, *PAIRS])
+def test_one_hot_in_two_blocks_is_the_component(hybrid_name, settings):
+    parts = [ComponentSpec(part, name=name) for name, part in components(hybrid_name).items()]
+    contract.check_one_hot(parts, settings, blocks=(2,))
 
 
 @pytest.mark.parametrize("blocks", [2, 3])
@@ -94,7 +102,7 @@ def test_a_component_of_weight_zero_is_not_run(settings):
     calls = {}
     for name in model.config.component_names:
         calls[name] = [0] * model.component(name).config.num_hidden_layers
-        path = model._cuts.anatomy(model.component(name))
+        path = model.segments.anatomy(name)
         layers = getattr(model.component(name).get_submodule(path.path), path.layers)
         for i, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda *_, name=name, i=i: calls[name].__setitem__(i, calls[name][i] + 1))

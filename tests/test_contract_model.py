@@ -42,7 +42,7 @@ def test_checkpointed_gradients_are_the_gradients(model):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         calls = []
         name = model.config.component_names[-1]
-        anatomy = model._cuts.anatomy(model.component(name))
+        anatomy = model.segments.anatomy(name)
         layer = getattr(model.component(name).get_submodule(anatomy.path), anatomy.layers)[1]
         # Of a child: Transformers runs a layer's own hooks once. And before its forward: the second one stops as
         # soon as it has what it needs.
@@ -73,10 +73,10 @@ def test_attention_implementations_agree(model):
         model.set_attn_implementation(implementation)
         for name in set(before) - ONE_ATTENTION:
             assert model.component(name).config._attn_implementation == implementation
-            assert model._segment(name, 1).stack.config._attn_implementation == implementation
+            assert model.segments.segment(name, 1).stack.config._attn_implementation == implementation
         logits[implementation] = model(input_ids=ids, attention_mask=mask).logits
         for name in set(before) - ONE_ATTENTION:
-            assert model._segment(name, 1).config._attn_implementation == implementation
+            assert model.segments.segment(name, 1).config._attn_implementation == implementation
     close(logits["eager"][mask.bool()], logits["sdpa"][mask.bool()])
 
 
@@ -187,7 +187,7 @@ def check_compiled(model, backend, times):
     torch._dynamo.reset()
 
 
-QUICK = ["gpt_neox+mamba", "gemma2+jamba"]
+QUICK = ["gpt_neox+mamba"]
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in QUICK]
 
 
@@ -210,7 +210,7 @@ def test_training_mode_reaches_the_segments(name):
     quiet = model(input_ids=tokens()).logits
     assert torch.equal(model(input_ids=tokens()).logits, quiet)
     model.train()
-    assert all(model._segment(n, b).shell.module.training for n in model.config.component_names for b in (0, 1))
+    assert all(model.segments.segment(n, b).shell.module.training for n in model.config.component_names for b in (0, 1))
     assert not torch.equal(model(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
     model.eval()
     assert torch.equal(model(input_ids=tokens()).logits, quiet)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM, MambaForCausalLM
 
-from manticore_hf import demo_text
+from manticore_hf.demo import text as demo_text
 from manticore_hf.demo.text import KINDS, SPLITS, documents, split_of
 
 COMPONENTS = Path(str(files("manticore_hf"))) / "demo_components"

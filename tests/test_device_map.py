@@ -35,11 +35,11 @@ def results(model):
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     ids[0, :3], mask[0, :3] = 0, 0
     ids, mask = ids.to(model.device), mask.to(model.device)
-    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 4}
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 3}
     with torch.no_grad():
         out = model(ids, attention_mask=mask, use_cache=False, labels=ids)
     assert out.logits.device == ids.device
-    values = out.logits, out.loss, model.generate(ids, **settings), model.generate(ids, num_beams=3, **settings)
+    values = out.logits, out.loss, model.generate(ids, **settings), model.generate(ids, num_beams=2, **settings)
     return tuple(value.cpu() for value in values)
 
 
@@ -71,8 +71,7 @@ def saved(request, tmp_path_factory):
 def layers_of(config, name, places):
     """{module: place} for a component's layers, by turns, and what is around them, in the first place."""
     model = ManticoreForCausalLM(config)
-    component = model.component(name)
-    anatomy = model._cuts.anatomy(component)
+    component, anatomy = model.component(name), model.segments.anatomy(name)
     path = f"{name}.{anatomy.path}.{anatomy.layers}"
     out = {f"{path}.{i}": places[i % len(places)] for i in range(component.config.num_hidden_layers)}
     for key in model.state_dict():
@@ -211,11 +210,11 @@ def test_weights_of_a_distributed_run_say_nothing():
     """FSDP keeps the weights it offloads on the CPU until a layer is called, on the device of its process."""
     model = hybrid("gpt_neox+mamba", num_blocks=2)
     wanted = results(model)
-    assert model._segment("mamba", 1).device == device_of(model) == torch.device("cpu")
+    assert model.segments.segment("mamba", 1).device == device_of(model) == torch.device("cpu")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         agree(results(model), wanted, exact=True)
-        assert device_of(model) is None and model._segment("mamba", 1).device is None
+        assert device_of(model) is None and model.segments.segment("mamba", 1).device is None
         accelerate.cpu_offload(model)
         assert device_of(model) == model.device == torch.device("cpu")
     finally:

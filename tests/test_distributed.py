@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from distributed_cases import CASES, run
 from processes import launch, results, same
+
+from manticore_hf.utils import distributed
 
 QUICK = ["darts_bilevel", "finetune", "lora", "calibrate", "evaluate", "repeated"]
 QUICK_SHARDED = ["gaea", "pretrain", "clipped", "sharded", "buffers"]
@@ -69,3 +73,36 @@ def test_mixed_precision_and_checkpointed_activations(tmp_path, option):
     losses = [[row["loss"] for row in found["log"] if "loss" in row] for found in (alone, ranks[0]["mixed"])]
     assert abs(losses[0][-1] - losses[0][0]) > 0.1
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
+
+
+@pytest.fixture
+def no_state():
+    """accelerate as it is in a process that has not used it."""
+    before = dict(PartialState._shared_state)
+    PartialState._reset_state()
+    yield PartialState._shared_state
+    PartialState._shared_state.update(before)
+
+
+def test_a_single_process_asks_nothing_of_accelerate(no_state, capsys):
+    """It would form a process group, or settle a device, before the user's TrainingArguments say which."""
+    number = torch.tensor([2.0, 3.0])
+    distributed.print_main("printed", flush=True)
+    with distributed.main_first():
+        assert distributed.world() == (0, 1) and distributed.is_main()
+    assert distributed.broadcast_object("x") == "x" and distributed.on_main(max, 2, 3) == 3
+    assert distributed.all_reduce(number) is distributed.broadcast(number) is number
+    assert distributed.all_reduce_dict({"a": 1, "b": torch.tensor(2)}, torch.device("cpu")) == {"a": 1.0, "b": 2.0}
+    assert list(distributed.shares("abc")) == [("a", 1), ("b", 1), ("c", 1)]
+    with pytest.raises(ZeroDivisionError):
+        distributed.on_main(divmod, 1, 0)
+    assert no_state == {} and capsys.readouterr().out == "printed\n"
+
+
+def test_processes_that_accelerate_does_not_count_are_counted(no_state, monkeypatch):
+    """Two processes on a machine without an accelerator, or started by something else than torchrun."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    assert distributed.world() == (1, 2) and not distributed.is_main()
+    assert PartialState().num_processes == 1, "accelerate counts them now: ask it"

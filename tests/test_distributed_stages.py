@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clean_process
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from hub_models import component_keys, publish, tiny, tokenizer
-from processes import launch
+from processes import TORCHRUN, launch
 from safetensors.torch import load_file
 from tiny_hybrid import write_text
 
@@ -104,8 +105,8 @@ def test_sharded(alone, tmp_path):
     for folder in (output / "2-pretrain", output / "2-pretrain" / "checkpoint-2"):
         assert component_keys(folder) == set()
     assert component_keys(output / "4-finetune")
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, output / "4-finetune", tmp_path / "logits.pt"], capture_output=True, text=True
+    done = clean_process.run(
+        ["-c", STRANGER, output / "4-finetune", tmp_path / "logits.pt"], modules=clean_process.TORCH
     )
     assert done.returncode == 0, done.stderr[-3000:]
     model = ManticoreForCausalLM.from_pretrained(output / "4-finetune")
@@ -115,7 +116,7 @@ def test_sharded(alone, tmp_path):
 
 @pytest.mark.slow
 def test_data_parallel(alone, tmp_path):
-    for name, launcher in (("accelerate", accelerated("ddp.yaml")), ("torchrun", ())):
+    for name, launcher in (("accelerate", accelerated("ddp.yaml")), ("torchrun", TORCHRUN)):
         command = ["-m", "manticore_hf.cli", "run", alone / "batch2.yaml", "--output-dir", tmp_path / name]
         launch(command, launcher=launcher)
         same_stages(alone / "one", tmp_path / name)

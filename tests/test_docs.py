@@ -20,16 +20,21 @@ import hub_models
 import published
 import pytest
 import torch
+from manticore_hf.modeling.settings_manticore import CHOICES
 from safetensors.torch import load
 
 from manticore_hf.cli import main
+from manticore_hf.training.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 README, FILES = ROOT / "README.md", ROOT / "docs" / "files.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "FAMILIES.md", *sorted((ROOT / "docs").glob("*.md"))]
-# BENCHMARKS.md says what was run then, with what was there then; only its links are held to the present
-LINKING = [*PAGES, ROOT / "BENCHMARKS.md"]
-FOLDERS = "modeling|manticore_hf|tests|recipes|benchmarks|docs|hub_cards"
+PROMISES = [ROOT / "SECURITY.md", ROOT / "UPSTREAM.md"]  # their statements name the tests that show them
+PAGES = [
+    README, ROOT / "CONTRIBUTING.md", ROOT / "FAMILIES.md", *PROMISES, *sorted((ROOT / "docs").glob("*.md")),
+]  # fmt: skip
+# These say what was there, and was run, at some time; only their links are held to the present
+LINKING = [*PAGES, ROOT / "BENCHMARKS.md", ROOT / "CHANGELOG.md"]
+FOLDERS = "modeling|manticore_hf|tests|recipes|benchmarks|docs|hub_cards|examples"
 OTHERS = {"--continuous-batching"}  # options of other programs that the text names alone: `transformers serve`
 
 parts = published.parts  # a fixture
@@ -131,7 +136,7 @@ def parser_of(*command):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "print_help", lambda self, file=None: seen.append(self))
         with pytest.raises(SystemExit):
-            main([*command, "--help"])
+            main([*command, "--help-all" if set(command) & set(STAGES) - {"compose", "calibrate"} else "--help"])
     return seen[-1]
 
 
@@ -239,6 +244,26 @@ def test_paths_in_code_exist(page):
             assert list(ROOT.glob(path.rstrip("/."))), f"{page.name}: {path} does not exist"
 
 
+@pytest.mark.parametrize("page", PROMISES, ids=lambda page: page.name)
+def test_the_tests_that_show_it_exist(page):
+    found = re.findall(r"`(tests/[\w./]+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8"))
+    assert len(found) > 5
+    for path, name in found:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        pattern = rf"^def {name}\(" if name else r"^def test_"
+        assert re.search(pattern, text, flags=re.MULTILINE), f"{page.name}: {path} has no {name}"
+
+
+def test_every_fault_of_another_library_is_listed():
+    tests = [
+        f"tests/{path.name}::{name}"
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for name in re.findall(r"^def (test_upstream_still_\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    ]
+    page = (ROOT / "UPSTREAM.md").read_text(encoding="utf-8")
+    assert len(tests) > 15 and not [test for test in tests if f"`{test}`" not in page]
+
+
 def test_the_list_of_files_is_up_to_date():
     list_files = runpy.run_path(str(ROOT / "docs" / "list_files.py"))
     assert FILES.read_text(encoding="utf-8") == list_files["page"](), "run `python docs/list_files.py`"
@@ -247,6 +272,13 @@ def test_the_list_of_files_is_up_to_date():
     left_out = [folder for folder in folders if not {folder, *folder.parents} & set(rooms[2:])]
     assert not left_out, "docs/list_files.py does not know these rooms"
     assert all(len(list_files["summary"](path)) > 10 for room in rooms for path in room.rglob("*.py"))
+
+
+def test_the_tables_of_settings_and_stages_are_up_to_date():
+    list_tables = runpy.run_path(str(ROOT / "docs" / "list_tables.py"))
+    assert list_tables["main"](["--check"]) == 0, "run `python docs/list_tables.py`"
+    for name, page in list_tables["PAGES"].items():
+        assert all(f"`{one}`" in page.read_text(encoding="utf-8") for one in (STAGES if name == "stages" else CHOICES))
 
 
 def test_the_readmes_example(parts, hub, owner, tmp_path, monkeypatch):

@@ -73,11 +73,15 @@ def of_component(found, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_one_hot_in_half_precision_is_the_component(family, dtype, tmp_path):
-    """However the component comes: as files, as an instance in float32, as one that `.to()` has rounded."""
+    """However the component comes: as files, as an instance in float32, as one that `.to()` has rounded.
+
+    In bfloat16 the two instances are tried of an attention, a Mamba and one of both kinds only.
+    """
     model = families.tiny(family)
     model.save_pretrained(tmp_path / "component")
     plain, seen = AutoModelForCausalLM.from_pretrained(tmp_path / "component", dtype=dtype), []
-    for source in (tmp_path / "component", copy.deepcopy(model), copy.deepcopy(model).to(dtype)):
+    sources = [tmp_path / "component", copy.deepcopy(model), copy.deepcopy(model).to(dtype)]
+    for source in sources[: 3 if dtype == torch.float16 or family in ("gpt_neox", "mamba", "jamba") else 1]:
         parts = [ComponentSpec(source, name="x"), ComponentSpec(families.tiny("llama", 1), name="y")]
         hybrid = ManticoreForCausalLM.from_components(
             parts, dtype=dtype, num_blocks=2, preset="paper", projector_init="identity", verify=False

@@ -1,4 +1,4 @@
-"""The table of families: shipped data and page agree, and still hold; what is refused is refused when composing."""
+"""The table of families: shipped data and page agree, and still hold; composing what is unsupported raises."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.families import contract, sweep, table
-from manticore_hf.families.examine import CHECKS, Subject, examine
+from manticore_hf.families.examine import CHECKS, Examined, examine
 from manticore_hf.families.precision import Float64
 from manticore_hf.families.tiny import tiny_config, tiny_model, tokens
 
@@ -36,8 +36,8 @@ def test_the_page_is_the_shipped_data():
 def test_every_type_of_the_installed_transformers_is_in_it():
     assert SHIPPED["versions"]["transformers"] == table.versions()["transformers"], "run `manticore-hf families --run`"
     assert set(VERDICTS) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - {"manticore"}
-    # Whatever breaks the contract must be refused, whatever passes has been through all of it; nothing is left open
-    assert set(VERDICTS.values()) == {"passes", "refused"}
+    # Whatever breaks the contract must be unsupported, whatever passes has been through all of it; nothing is left open
+    assert set(VERDICTS.values()) == {"passes", "unsupported"}
     for one in SHIPPED["types"]:
         assert bool(one["reason"]) == (one["verdict"] != "passes")
         if one["verdict"] == "passes":
@@ -52,7 +52,7 @@ def test_a_sample_still_has_its_verdict(name):
     assert found["class"] == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
 
 
-def test_a_refused_type_says_so_when_it_is_composed():
+def test_an_unsupported_type_says_so_when_it_is_composed():
     for name, reason in (
         ("zamba", "starts from an empty state"),
         ("zamba2", "read the embeddings again.*give num_blocks=1"),
@@ -68,7 +68,7 @@ def test_a_refused_type_says_so_when_it_is_composed():
 
 
 @torch.no_grad()
-def test_what_is_refused_by_name_is_still_wrong_in_transformers():
+def test_what_is_unsupported_by_name_is_still_wrong_in_transformers():
     """If this fails, Transformers has fixed it, and the type can leave `UNSUITED`."""
     ids = tokens()
     zamba = tiny_model(tiny_config("zamba"))
@@ -84,7 +84,7 @@ def test_what_is_refused_by_name_is_still_wrong_in_transformers():
 
 def test_a_row_of_padding_that_is_no_zeros_is_loaded(tmp_path):
     """Youtu's class initialises it again although it was loaded."""
-    model = Subject("youtu").hybrid(beside=False)
+    model = Examined("youtu").hybrid(beside=False)
     assert model.component("one").get_input_embeddings().weight[0].abs().sum() > 0
     contract.check_saved(model, tmp_path)
 
@@ -94,7 +94,7 @@ def test_zamba2_is_a_component_of_one_block(layers):
     """Its layers read the embeddings again, and ask by their place which weights they share."""
     kinds = ["hybrid" if letter == "h" else "linear_attention" for letter in layers]
     component = tiny_model(tiny_config("zamba2", layers_block_type=kinds, num_mem_blocks=2, time_step_min=0.5))
-    parts = [ComponentSpec(component, name="one"), ComponentSpec(Subject("llama").component, name="other")]
+    parts = [ComponentSpec(component, name="one"), ComponentSpec(Examined("llama").component, name="other")]
     model = ManticoreForCausalLM.from_components(parts, num_blocks=1)
     contract.randomise(model)
     contract.check_greedy(model)
@@ -136,7 +136,7 @@ class TestContract:
 
     @pytest.fixture(scope="class")
     def subject(self):
-        return Subject("llama")
+        return Examined("llama")
 
     def broken(self, monkeypatch, target, name, change, check, *args):
         original = getattr(target, name)
@@ -192,9 +192,9 @@ class TestContract:
     @pytest.mark.parametrize("name", ["mixtral", "nemotron_h", "qwen3_next"])
     def test_float64_reaches_everything(self, name):
         """The same weights, and nothing that computes in float32 on its way."""
-        plain = Subject(name).component
+        plain = Examined(name).component
         with Float64(), torch.no_grad():
-            model = Subject(name, double=True).component
+            model = Examined(name, double=True).component
             logits = model(input_ids=tokens(), use_cache=False).logits
             backwards = model(input_ids=tokens().flip(0), use_cache=False).logits.flip(0)
         for key, value in plain.state_dict().items():
@@ -255,6 +255,10 @@ def test_a_sweep_survives_types_that_hang_or_die_and_goes_on(tmp_path, monkeypat
     file.write_text(json.dumps({**found[0], "versions": {}}))
     with pytest.raises(pytest.fail.Exception):
         sweep.sweep(tmp_path, ["gpt2"], quiet=True)
+    # A verdict under the name that it had in version 0.1
+    file.write_text(json.dumps({**found[0], "verdict": "refused"}))
+    assert sweep.sweep(tmp_path, ["gpt2"], quiet=True) == [{**found[0], "verdict": "unsupported"}]
+    file.write_text(json.dumps(found[0]))
     # All types: data and page are written
     monkeypatch.setattr(sweep, "run_one", lambda context, name, limit: {**found[0], "type": name})
     sweep.sweep(tmp_path, quiet=True)
@@ -266,9 +270,13 @@ def test_a_sweep_survives_types_that_hang_or_die_and_goes_on(tmp_path, monkeypat
 def test_the_command_prints_what_is_shipped(capsys):
     assert main(["families", "--type", "llama", "bart"]) == 0
     out = capsys.readouterr().out
-    assert "LlamaForCausalLM" in out and "encoder-decoder" in out and "1 passes, 1 refused" in out
-    assert main(["families", "--verdict", "refused"]) == 0
-    assert "LlamaForCausalLM" not in capsys.readouterr().out
+    assert "LlamaForCausalLM" in out and "encoder-decoder" in out and "1 passes, 1 unsupported" in out
+    assert main(["families", "--verdict", "unsupported"]) == 0
+    out = capsys.readouterr().out
+    assert "LlamaForCausalLM" not in out and "BartForCausalLM" in out
+    with pytest.warns(FutureWarning, match="--verdict refused is now unsupported"):
+        assert main(["families", "--verdict", "refused"]) == 0
+    assert capsys.readouterr().out == out
     for wrong, text in (
         (["--type", "lama"], "did you mean llama"),
         (["--run"], "--run needs --output-dir"),

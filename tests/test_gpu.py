@@ -12,14 +12,14 @@ import torch
 from datasets import Dataset
 from manticore_hf.modeling import mixers_manticore as mixers
 from manticore_hf.modeling import scan_manticore as scan
-from manticore_hf.modeling.versions_manticore import cache_argument
+from manticore_hf.modeling.anatomy_manticore import cache_argument
 from scans import make_inputs
 from test_qlora import four_bits, twin
 from transformers import DynamicCache, TrainingArguments
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM, lora_config
 from manticore_hf.families.contract import PADDING, left_padded
-from manticore_hf.families.examine import Subject, examine
+from manticore_hf.families.examine import Examined, examine
 from manticore_hf.families.precision import doubled
 from manticore_hf.families.tiny import tokens
 from manticore_hf.kernels import triton_scan
@@ -46,7 +46,7 @@ SETTINGS = {
 
 
 def subject(model_type):
-    return Subject(model_type, device="cuda", **SETTINGS.get(model_type, {}))
+    return Examined(model_type, device="cuda", **SETTINGS.get(model_type, {}))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness, of a local definition: the harness's own command, and ours with the rivals."""
+"""Tasks of the lm-evaluation-harness, of a local definition: the harness's own command, and ours with the baselines."""
 
 import json
 import os
@@ -83,10 +83,10 @@ def test_scores_are_those_of_one_request_after_the_other(start, questions, tmp_p
     names = model.config.component_names
     parts = {name: (lambda ids, name=name: model.component(name)(input_ids=ids).logits) for name in names}
     ensemble = lambda ids: sum(part(ids).log_softmax(-1) for part in parts.values()) / len(parts)  # noqa: E731
-    rivals = {"hybrid": lambda ids: model(input_ids=ids).logits, **parts, "ensemble": ensemble}
+    baselines = {"hybrid": lambda ids: model(input_ids=ids).logits, **parts, "ensemble": ensemble}
     scores = evaluate(start, tmp_path, "--batch-size", "5")
     assert list(scores) == ["hybrid", "gpt_neox", "mamba", "ensemble"]
-    for label, logits_of in rivals.items():
+    for label, logits_of in baselines.items():
         assert scores[label]["tiny_choice"]["acc"][0] == pytest.approx(accuracy(logits_of, questions, tokenizer)), label
     assert len({row["tiny_choice"]["acc"][0] for row in scores.values()}) > 1
     out = capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_a_killed_evaluation_goes_on(start, tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
-def test_a_hardened_hybrid_has_no_rivals_left(start, tmp_path):
+def test_a_hardened_hybrid_has_no_baselines_left(start, tmp_path):
     save(harden(start[0], ["gpt_neox", "mamba"]), tmp_path / "hard")
     assert list(evaluate((None, tmp_path / "hard", start[2]), tmp_path, "--limit", "4")) == ["hybrid"]
 

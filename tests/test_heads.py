@@ -10,9 +10,9 @@ from transformers import AutoModelForSequenceClassification
 from manticore_hf import (
     ComponentSpec,
     ManticoreError,
-    ManticoreForCausalLM,
     ManticoreForSequenceClassification,
     ManticoreForTokenClassification,
+    ManticoreModel,
 )
 from manticore_hf.training.prune import harden
 
@@ -64,7 +64,7 @@ def test_scores_read_what_the_blocks_end_with(kind, settings):
     causal = hybrid("gpt_neox+mamba", num_blocks=2, mixture="static", **settings)
     model = BOTH[kind].from_causal_lm(causal, num_labels=4)
     with torch.no_grad():
-        base = super(ManticoreForCausalLM, causal).forward(tokens(), attention_mask=MASK)
+        base = ManticoreModel.forward(causal, tokens(), attention_mask=MASK)
     if model.config.embeddings == "native":
         heads, states = [model.score.heads[f"{name}-1"] for name in model.config.component_names], base.states
         weights = causal.mixture_weights()[-1]
@@ -154,7 +154,7 @@ def test_hardened_hybrids_classify(kind, preset, tmp_path):
     model = BOTH[kind].from_causal_lm(small, num_labels=3)
     assert not [key for key in model.state_dict() if "gpt_neox.lm_head" in key or "gpt_neox.embed_out" in key]
     with torch.no_grad():
-        base = super(ManticoreForCausalLM, small).forward(tokens(), attention_mask=MASK)
+        base = ManticoreModel.forward(small, tokens(), attention_mask=MASK)
         (head,) = model.score.heads.values()
         expected = head(base.states[1] if preset == "default" else base.last_hidden_state)
     expected = expected[:, -1] if kind == "sequence" else expected

@@ -11,7 +11,7 @@ SOURCES = {"manticore_hf": ROOT / "manticore_hf", "manticore_hf.modeling": ROOT 
 # From the ground up; a room imports rooms of floors below its own, and itself. `testing` stands apart: it runs before
 # huggingface_hub is imported, and imports nothing of ours.
 FLOORS = [
-    {"modeling"},
+    {"modeling", "_version"},
     {"kernels"},
     {"utils"},
     {"evaluation", "hub"},

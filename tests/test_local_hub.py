@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clean_process
 import httpx2
 import local_hub_client
 import pytest
@@ -232,14 +233,15 @@ print(*sys.modules)
 
 
 def test_main_prints_the_environment_and_serves(tmp_path):
-    command = [sys.executable, "-m", "manticore_hf.testing.local_hub", "--home", str(tmp_path)]
+    command = ["-m", "manticore_hf.testing.local_hub", "--home", tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            endpoint = process.stdout.readline().strip().removeprefix("export HF_ENDPOINT=")
-            assert HfApi(endpoint=endpoint, token=TOKEN).whoami()["name"] == "tester"
-        finally:
-            process.terminate()
+    process = clean_process.start(command, env=environment, stdout=subprocess.PIPE)
+    try:
+        endpoint = process.stdout.readline().strip().removeprefix("export HF_ENDPOINT=")
+        assert HfApi(endpoint=endpoint, token=TOKEN).whoami()["name"] == "tester"
+    finally:
+        process.kill()
+        process.wait(60)
 
 
 def test_environment_carries_a_whole_push(hub, tmp_path):

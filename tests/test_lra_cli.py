@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from manticore_hf import ManticoreError, ManticoreForSequenceClassification
 from manticore_hf.cli import main
-from manticore_hf.experiments import comparison, from_scratch, lra_task
+from manticore_hf.experiments import baselines, from_scratch, lra_task
 from manticore_hf.experiments.lra.train import pad
 from manticore_hf.experiments.models import scratch_config
 
@@ -20,14 +20,14 @@ def results(folder):
     return {data["model"]: data for data in (json.loads(file.read_text()) for file in folder.glob("*.json"))}
 
 
-def test_a_hybrid_is_printed_beside_its_rivals(tmp_path, capsys, monkeypatch):
-    trained, train = [], comparison.Trainer.train
+def test_a_hybrid_is_printed_beside_its_baselines(tmp_path, capsys, monkeypatch):
+    trained, train = [], baselines.Trainer.train
 
     def spy(self):
         trained.append(self.model.config.component_names)
         return train(self)
 
-    monkeypatch.setattr(comparison.Trainer, "train", spy)
+    monkeypatch.setattr(baselines.Trainer, "train", spy)
     command = ["lra", *LISTOPS, *TINY, "--hybrid", "llama,mamba", "--designed", "--output-dir", str(tmp_path)]
     assert main(command) == 0
     found = results(tmp_path)
@@ -104,6 +104,6 @@ def test_the_designed_hybrid_interleaves_and_has_no_experts():
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_trained(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(comparison.Trainer, "train", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr(baselines.Trainer, "train", lambda self: pytest.fail("trained"))
     assert main(["lra", *options, "--output-dir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err

@@ -8,7 +8,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pillow
 
 from manticore_hf import ManticoreError
-from manticore_hf.experiments import lra_listops, lra_pathfinder, lra_task
+from manticore_hf.experiments import lra_task
+from manticore_hf.experiments.lra import listops, pathfinder
 
 LISTOPS = {"num_train": 300, "num_test": 100, "min_len": 8, "max_len": 60, "max_depth": 5, "max_args": 6}
 PATHS = {"num_train": 60, "num_test": 31, "image_size": 24, "path_len": 18, "distractors": 3}
@@ -37,7 +38,7 @@ def parse(words):
 
 
 def sequences(task, split):
-    ids, ends, labels = lra_listops.generate(task, split)
+    ids, ends, labels = listops.generate(task, split)
     return [row.tolist() for row in np.split(ids, ends[:-1])], labels.tolist()
 
 
@@ -49,10 +50,10 @@ def test_listops_has_the_values_that_it_says(settings):
         rows, labels = sequences(task, split)
         assert len(rows) == len(labels) == count
         for row, label in zip(rows, labels):
-            words = lra_listops.as_text(row).split(" ")
+            words = listops.as_text(row).split(" ")
             assert task.min_len <= len(words) == len(row) <= task.max_len and 0 not in row
             value, depth, arguments = parse(words)
-            assert not words and value == label == lra_listops.value(row)
+            assert not words and value == label == listops.value(row)
             facts.append((len(row), depth, arguments))
             seen.add(tuple(row))
     assert len(seen) == len(facts)  # none twice, in train and test together
@@ -67,7 +68,7 @@ def test_listops_trees_are_drawn_by_the_benchmarks_rule():
     task = lra_task("listops", num_train=1, num_test=1, min_len=1, max_len=2000, max_depth=4, max_args=5)
     rng, drawn = np.random.default_rng(0), []
     for _ in range(100):
-        levels, _, given_up = lra_listops._draw(task, rng)
+        levels, _, given_up = listops._draw(task, rng)
         assert not given_up.any()
         drawn.append(levels)
     for depth in range(4):
@@ -85,12 +86,12 @@ def test_listops_trees_are_drawn_by_the_benchmarks_rule():
 
 
 def test_listops_runs_out_and_says_so(monkeypatch):
-    monkeypatch.setattr(lra_listops, "_PLACES", 1 << 10)
+    monkeypatch.setattr(listops, "_PLACES", 1 << 10)
     with pytest.raises(ManticoreError, match=r"only 400 of 500 different sequences of 4 to 4 tokens .* max_depth=2"):
-        lra_listops.generate(lra_task("listops", num_train=1, num_test=500, min_len=4, max_len=4, max_depth=2), "test")
+        listops.generate(lra_task("listops", num_train=1, num_test=500, min_len=4, max_len=4, max_depth=2), "test")
     for ids in ([11, 1, 2], [1, 2], [11, 15], [15], [0]):
         with pytest.raises(ManticoreError, match="is no ListOps expression"):
-            lra_listops.value(ids)
+            listops.value(ids)
 
 
 def fill(lit, start, jump):
@@ -110,7 +111,7 @@ def fill(lit, start, jump):
 
 def dots(image):
     """Centres of the two dots, by what a dot is: nine of the brightest pixels."""
-    bright, size = image == lra_pathfinder.DOT, len(image)
+    bright, size = image == pathfinder.DOT, len(image)
     found = [
         (y, x) for y in range(1, size - 1) for x in range(1, size - 1) if bright[y - 1 : y + 2, x - 1 : x + 2].all()
     ]
@@ -122,8 +123,8 @@ def dots(image):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_pathfinder_labels_say_whether_the_dots_are_connected(settings, split):
     task = lra_task("pathfinder", **{**PATHS, **settings})
-    dashed, labels = lra_pathfinder.generate(task, split)
-    whole, again = lra_pathfinder.generate(task, split, gaps=False)
+    dashed, labels = pathfinder.generate(task, split)
+    whole, again = pathfinder.generate(task, split, gaps=False)
     assert np.array_equal(labels, again) and len(labels) == (60 if split == "train" else 31)
     assert labels.sum() == len(labels) // 2  # balanced
     for image, full, label in zip(dashed, whole, labels):
@@ -131,9 +132,9 @@ def test_pathfinder_labels_say_whether_the_dots_are_connected(settings, split):
         assert dots(full) == [one, two]
         # Without gaps, a flood over touching pixels; with them, over what is not further apart than dashes are
         assert (two in fill(full > 0, one, 1)) == label
-        path, jump = image == lra_pathfinder.PATH, lra_pathfinder.GAP + 1
+        path, jump = image == pathfinder.PATH, pathfinder.GAP + 1
         path[one[0] - 1 : one[0] + 2, one[1] - 1 : one[1] + 2] = True
-        reached = [pixel for pixel in fill(path, one, jump) if image[pixel] == lra_pathfinder.PATH]
+        reached = [pixel for pixel in fill(path, one, jump) if image[pixel] == pathfinder.PATH]
         # From the middle of a dot to what is as near to its rim as dashes are to each other
         assert any(max(abs(y - two[0]), abs(x - two[1])) <= 1 + jump for y, x in reached) == label
         removed = (full > 0) & (image == 0)
@@ -143,18 +144,18 @@ def test_pathfinder_labels_say_whether_the_dots_are_connected(settings, split):
 def test_pathfinder_draws_paths_before_labels():
     """All but the dots is the same whatever the label: two paths of full length, apart from all others."""
     rng = np.random.default_rng(0)
-    numbers, ends = lra_pathfinder._draw_paths(lra_task("pathfinder", **PATHS), rng)
+    numbers, ends = pathfinder._draw_paths(lra_task("pathfinder", **PATHS), rng)
     assert len(ends) > 100
     for image, (first, second) in zip(numbers[:8], ends):
         for path, (start, stop) in ((1, first), (2, second)):
-            mine = image // lra_pathfinder._FAR == path
-            assert sorted(image[mine] % lra_pathfinder._FAR) == list(range(18))
+            mine = image // pathfinder._FAR == path
+            assert sorted(image[mine] % pathfinder._FAR) == list(range(18))
             assert image[tuple(start)] == path * 1024 and image[tuple(stop)] == path * 1024 + 17
             for y, x in np.argwhere(mine):
                 others = np.argwhere((image > 0) & ~mine)
-                assert (np.abs(others - (y, x)).max(1) > lra_pathfinder.CLEAR).all()
+                assert (np.abs(others - (y, x)).max(1) > pathfinder.CLEAR).all()
     with pytest.raises(ManticoreError, match="no image of image_size=8 was found that holds two paths of path_len=16"):
-        lra_pathfinder.generate(lra_task("pathfinder", num_train=1, num_test=1, image_size=8, path_len=16), "test")
+        pathfinder.generate(lra_task("pathfinder", num_train=1, num_test=1, image_size=8, path_len=16), "test")
 
 
 @pytest.mark.parametrize("name,settings", [("listops", LISTOPS), ("pathfinder", PATHS)])
@@ -165,7 +166,7 @@ def test_data_sets_are_the_same_everywhere_and_differ_by_seed_and_split(name, se
     if name == "listops":
         expected = list(zip(*sequences(task, "test")))
     else:
-        images, labels = lra_pathfinder.generate(task, "test")
+        images, labels = pathfinder.generate(task, "test")
         expected = [(image.reshape(-1).tolist(), label) for image, label in zip(images, labels.tolist())]
     assert [(row["input_ids"], row["label"]) for row in rows] == expected
     others = [lra_task(name, **{**settings, "seed": 1}).dataset("test"), task.dataset("train")]

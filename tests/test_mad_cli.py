@@ -8,7 +8,7 @@ from safetensors.torch import load_model
 
 from manticore_hf import ManticoreError
 from manticore_hf.cli import main
-from manticore_hf.experiments import CompressionModel, comparison, from_scratch, mad_task, run_mad
+from manticore_hf.experiments import CompressionModel, baselines, from_scratch, mad_task, run_mad
 from manticore_hf.experiments.baselines import Training
 
 TINY = "--vocab-size 8 --seq-len 8 --num-train 48 --num-test 32 --hidden-size 32 --layers 1 --epochs 1 --batch-size 16"
@@ -66,9 +66,21 @@ def test_a_hybrid_is_printed_beside_its_components_and_their_ensemble(name, tmp_
     assert found["llama"]["parameters"] == models[0].num_parameters() if task.shifted else True
 
 
-def test_rivals_can_be_left_out(tmp_path):
-    assert mad(tmp_path, "memorization", "--hybrid", "llama,mamba", "--no-rivals", "--num-blocks", "1") == 0
+def test_baselines_can_be_left_out(tmp_path):
+    assert mad(tmp_path, "memorization", "--hybrid", "llama,mamba", "--no-baselines", "--num-blocks", "1") == 0
     assert list(results(tmp_path)) == ["hybrid llama+mamba"]
+
+
+def test_the_old_names_of_baselines_are_taken_with_a_warning(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(baselines.Benchmark, "run", lambda self, families, wanted, *rest: seen.append(wanted) or [{}])
+    monkeypatch.setattr("manticore_hf.experiments.mad.train._print_table", lambda task, found: None)
+    for option, new, wanted in (("--rivals", "--baselines", True), ("--no-rivals", "--no-baselines", False)):
+        with pytest.warns(FutureWarning, match=f"manticore-hf mad: {option} is now {new}"):
+            assert mad(tmp_path, "recall", "--hybrid", "llama,mamba", option) == 0
+        with pytest.warns(FutureWarning, match="run_mad: rivals is now baselines"):
+            run_mad(mad_task("recall"), ["llama", "mamba"], tmp_path, rivals=wanted, quiet=True)
+    assert seen == [True, True, False, False]
 
 
 def test_what_is_finished_is_not_run_again_and_what_was_killed_is(tmp_path, capsys, monkeypatch):
@@ -78,9 +90,9 @@ def test_what_is_finished_is_not_run_again_and_what_was_killed_is(tmp_path, caps
         table = capsys.readouterr().out.partition("in-context-recall: vocabulary")[2]
         return [name for name in trained], table
 
-    trained, train = [], comparison.Trainer.train
+    trained, train = [], baselines.Trainer.train
     spy = lambda self: trained.append(type(self.model).__name__) or train(self)  # noqa: E731
-    monkeypatch.setattr(comparison.Trainer, "train", spy)
+    monkeypatch.setattr(baselines.Trainer, "train", spy)
     everything = ["ManticoreForCausalLM", "LlamaForCausalLM", "MambaForCausalLM"]
     first, table = go()
     assert first == everything and table
@@ -98,21 +110,21 @@ def test_what_is_finished_is_not_run_again_and_what_was_killed_is(tmp_path, caps
     assert go("--learning-rate", "1e-3")[0] == everything
 
 
-def test_rivals_start_alike_and_see_the_same_sequences_in_the_same_order(tmp_path, monkeypatch):
-    seen, step = {}, comparison.Trainer.training_step
-    starts, train = [], comparison.Trainer.train
+def test_baselines_start_alike_and_see_the_same_sequences_in_the_same_order(tmp_path, monkeypatch):
+    seen, step = {}, baselines.Trainer.training_step
+    starts, train = [], baselines.Trainer.train
 
     def keep(self):
         starts.append({name: value.clone() for name, value in self.model.state_dict().items()})
         return train(self)
 
-    monkeypatch.setattr(comparison.Trainer, "train", keep)
+    monkeypatch.setattr(baselines.Trainer, "train", keep)
 
     def spy(self, model, inputs, *args, **kwargs):
         seen.setdefault(type(model).__name__, []).append(inputs["input_ids"].tolist())
         return step(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(comparison.Trainer, "training_step", spy)
+    monkeypatch.setattr(baselines.Trainer, "training_step", spy)
     task = mad_task("recall", seq_len=8, num_train=40, num_test=4)
     training = Training(layers=1, hidden_size=32, epochs=2, batch_size=8)
     run_mad(task, ["llama", "mamba"], tmp_path, training, quiet=True)
@@ -128,8 +140,8 @@ def test_rivals_start_alike_and_see_the_same_sequences_in_the_same_order(tmp_pat
 
 def test_the_schedule_is_the_benchmarks(tmp_path, monkeypatch):
     kept = []
-    train = comparison.Trainer.train
-    monkeypatch.setattr(comparison.Trainer, "train", lambda self: kept.append(self) or train(self))
+    train = baselines.Trainer.train
+    monkeypatch.setattr(baselines.Trainer, "train", lambda self: kept.append(self) or train(self))
     task = mad_task("recall", seq_len=8, num_train=40, num_test=4)
     training = Training(layers=1, hidden_size=32, epochs=4, batch_size=8, weight_decay=0.1, learning_rate=1e-3)
     run_mad(task, ["llama"], tmp_path, training, quiet=True)
@@ -154,7 +166,7 @@ def test_the_schedule_is_the_benchmarks(tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_trained(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(comparison.Trainer, "train", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr(baselines.Trainer, "train", lambda self: pytest.fail("trained"))
     assert mad(tmp_path, *options) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*"))
@@ -167,7 +179,7 @@ def test_a_model_or_a_hybrid_must_be_named(tmp_path, capsys):
 
 
 def test_without_evaluate_it_says_so_before_it_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison.Trainer, "train", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr(baselines.Trainer, "train", lambda self: pytest.fail("trained"))
     monkeypatch.setitem(__import__("sys").modules, "evaluate", None)
     with pytest.raises(ManticoreError, match=r"pip install 'manticore-hf\[evaluate\]'"):
         run_mad(mad_task("recall"), ["llama"], tmp_path, quiet=True)

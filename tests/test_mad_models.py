@@ -83,7 +83,7 @@ def test_models_from_scratch_have_the_size_that_was_asked_for(family):
     assert getattr(model.get_input_embeddings(), "padding_idx", None) is None
 
 
-def test_a_hybrid_from_scratch_starts_from_the_weights_of_its_rivals():
+def test_a_hybrid_from_scratch_starts_from_the_weights_of_its_baselines():
     model = hybrid_from_scratch(["llama", "mamba", "llama"], 16, 2, 32, 33, seed=4, num_blocks=2)
     assert model.config.component_names == ["llama_1", "mamba", "llama_2"]
     ids = torch.randint(16, (2, 9))

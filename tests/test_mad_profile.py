@@ -4,12 +4,14 @@ import json
 
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.figure import Figure
 from tiny_hybrid import pair, save
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
-from manticore_hf.experiments import TASKS, EasySettings, comparison, mad_profile, profile, run_mad
+from manticore_hf.experiments import TASKS, EasySettings, baselines, mad_profile, run_mad
 from manticore_hf.experiments.baselines import Training
+from manticore_hf.experiments.mad import profile
 from manticore_hf.experiments.mad.easy import task_names
 from manticore_hf.utils.plots import plot_profile
 
@@ -20,14 +22,14 @@ OPTIONS = "--seq-len 16 --num-train 20 --num-test 8 --hidden-size 32 --layers 1 
 @pytest.fixture
 def trained(monkeypatch):
     """The classes of the models that are trained, as they are, and for how many steps."""
-    names, train = [], comparison.Trainer.train
+    names, train = [], baselines.Trainer.train
 
     def counted(self):
         state = train(self)
         names.append((type(self.model).__name__, state.global_step))
         return state
 
-    monkeypatch.setattr(comparison.Trainer, "train", counted)
+    monkeypatch.setattr(baselines.Trainer, "train", counted)
     return names
 
 
@@ -85,7 +87,7 @@ def test_models_are_profiled_by_their_family(tmp_path, trained):
     ],
 )
 def test_what_cannot_be_profiled_is_refused_before_anything_is_trained(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(comparison.Trainer, "train", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr(baselines.Trainer, "train", lambda self: pytest.fail("trained"))
     assert main(["mad-profile", *options, "--output-dir", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -93,7 +95,10 @@ def test_what_cannot_be_profiled_is_refused_before_anything_is_trained(options, 
 
 def test_the_radar_starts_at_chance_and_ends_at_one(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self) or save(self, *args, **kwargs)
+    )
     chance = {"recall": 0.2, "copying": 0.0, "compression": 0.5}
     scores = {
         "guesser": {**chance},

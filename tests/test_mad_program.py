@@ -9,7 +9,8 @@ from tiny_hybrid import pair, save_pair
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
-from manticore_hf.experiments import TASKS, ProgramSettings, hybrid_from_scratch, mad_profile, program, program_alpha
+from manticore_hf.experiments import TASKS, ProgramSettings, hybrid_from_scratch, mad_profile, program_alpha
+from manticore_hf.experiments.mad import program
 from manticore_hf.experiments.mad.easy import EasySettings
 from manticore_hf.experiments.mad.program import mixture_tasks
 from manticore_hf.training.freezing import fix_alpha
@@ -238,12 +239,12 @@ def test_a_run_ends_with_the_alpha_that_was_programmed(parts, tmp_path, capsys, 
     composed = json.loads((out / "0-compose" / "stage.json").read_text())
     assert composed["mixture_weights"] == expected.tolist() and composed["program"] == found.record()
     assert [one["alpha"] for one in composed["program"].values()] == [one.tolist() for one in found.tasks.values()]
-    row = printed.split("alpha programmed with MAD")[1].split("mean ")[1].split()
+    row = printed.split("programmed mixture weights")[1].split("mean ")[1].split()
     assert row[:3] == ["1", f"{expected[0, 0]:.3f}", f"{expected[0, 1]:.3f}"]
 
     searched.clear()
     assert [result for _, result in run_recipe(recipe, out)] == [result for _, result in results]
-    assert not searched and "alpha programmed with MAD" in capsys.readouterr().out
+    assert not searched and "programmed mixture weights" in capsys.readouterr().out
     # Killed in the last search: the others are read
     (out / "0-compose" / "stage.json").unlink()
     next((out / "0-program").glob(f"{list(found.tasks)[-1]}-*.json")).unlink()

@@ -84,7 +84,9 @@ def test_weights_that_do_not_depend_on_the_token(mix, weights):
 def test_the_arithmetic_mean_and_its_gradients(count):
     logits = [(5 * draw(2, 3, 7, seed=k)).requires_grad_() for k in range(count)]
     raw = draw(2, 3, count, seed=9).requires_grad_()
-    ours = mix_prob(list(raw.softmax(-1).split(1, -1)), logits)
+    weights, norms = list(raw.softmax(-1).split(1, -1)), [sureness(one)[1] for one in logits]
+    ours = mix_prob(weights, logits)
+    torch.testing.assert_close(mix_prob(weights, logits, norms), ours)
     plain = sum(raw.softmax(-1)[..., k, None] * one.softmax(-1) for k, one in enumerate(logits)).log()
     torch.testing.assert_close(ours, plain)
     seed = draw(2, 3, 7, seed=5)
@@ -126,18 +128,22 @@ def test_the_arithmetic_mean_leaves_what_is_frozen_alone(frozen):
 def test_sureness(shape, piece, monkeypatch):
     monkeypatch.setattr(mixture_manticore, "PIECE", piece)
     logits = draw(*shape).float().requires_grad_()
-    found = sureness(logits)
+    found, norm = sureness(logits)
     assert found.shape == (*shape[:-1], 2) and found.dtype == torch.float32 and not found.requires_grad
+    assert norm.shape == (*shape[:-1], 1) and not norm.requires_grad
     if not logits.numel():
         return
     expected = torch.distributions.Categorical(logits=logits.detach())
     torch.testing.assert_close(found[..., 0], expected.entropy(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found[..., 1], logits.detach().log_softmax(-1).amax(-1))
+    torch.testing.assert_close(norm, logits.detach().logsumexp(-1, keepdim=True))
 
 
 def test_sureness_with_impossible_tokens():
     logits = torch.tensor([[[0.0, -torch.inf, 0.0, 0.0]], [[5.0, -torch.inf, -torch.inf, -torch.inf]]])
-    torch.testing.assert_close(sureness(logits)[:, 0, 0], torch.tensor([3.0, 1.0]).log())
+    found, norm = sureness(logits)
+    torch.testing.assert_close(found[:, 0, 0], torch.tensor([3.0, 1.0]).log())
+    torch.testing.assert_close(norm, logits.logsumexp(-1, keepdim=True))
     assert (logits == -torch.inf).sum() == 4  # nothing was changed in place
 
 

@@ -86,7 +86,7 @@ def test_healing_counts_its_teacher():
     ],
 )
 def test_three_periods_stand_for_all_layers(pair, stage, ways):
-    short, whole = (Rehearsal(config_of(pair), stage, whole=whole) for whole in (False, True))
+    short, whole = (Rehearsal(config_of(pair), stage, every_layer=whole) for whole in (False, True))
     assert len(short.ledger.repeats) == 2 and not whole.ledger.repeats
     assert sum(1 for _ in short.model.modules()) < sum(1 for _ in whole.model.modules())
     for way in ways:

@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, randomise, tiny, tokens
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, ManticoreForSequenceClassification, harden
-from manticore_hf.families.examine import Subject
+from manticore_hf.families.examine import Examined
 
 LIMIT = 12
 SIZES = {"mamba": {"hidden_size": 48, "num_hidden_layers": 6}}
@@ -55,7 +55,7 @@ def test_longer_input_is_refused(family, settings):
 @torch.no_grad()
 def test_tables_of_angles_are_found_wherever_they_are(family):
     """CTRL keeps its own beside the layers; CodeGen and GPT-J in them, and from Transformers 5.24 on beside them."""
-    part = Subject(family).component
+    part = Examined(family).component
     limit = part.config.max_position_embeddings
     model = ManticoreForCausalLM.from_components([ComponentSpec(part, name="short")], num_blocks=2).eval()
     ids = torch.randint(0, model.config.vocab_size, (1, limit + 1), generator=torch.Generator().manual_seed(0))

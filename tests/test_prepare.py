@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import clean_process
 import pytest
 import torch
 from datasets import Dataset
@@ -35,11 +34,11 @@ def parts(start, tmp_path_factory):  # noqa: F811
 
 
 def _cli(*arguments):
-    return [sys.executable, "-m", "manticore_hf.cli", *map(str, arguments)]
+    return ["-m", "manticore_hf.cli", *map(str, arguments)]
 
 
 def _kill_after(command, seconds):
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = clean_process.start(command)
     time.sleep(seconds)
     if process.poll() is None:
         os.kill(process.pid, signal.SIGKILL)
@@ -189,7 +188,7 @@ def test_new_embeddings_are_trained_with_the_projectors(parts):
     assert not any(p.requires_grad for p in set_stage(model, "projectors").mamba.backbone.layers.parameters())
 
 
-def test_evaluate_prints_the_rivals(start, tmp_path, capsys):  # noqa: F811
+def test_evaluate_prints_the_baselines(start, tmp_path, capsys):  # noqa: F811
     command = ["evaluate", "--model", str(start / "hybrid"), "--data", str(start / "text.txt"), "--block-size", "16"]
     assert main([*command, "--max-tokens", "800", "--output-dir", str(tmp_path)]) == 0
     out, losses = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())["losses"]

@@ -16,6 +16,7 @@ from manticore_hf.cli import main
 from manticore_hf.training.trained_stages import HybridTrainer
 
 parts, saved = published.parts, published.saved
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 # ---- what is uploaded ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import clean_process
 import published
 import pytest
 from hub_models import assert_same_model, read_json, tiny
@@ -15,6 +16,7 @@ from published import exists
 from manticore_hf import ManticoreError, ManticoreForCausalLM, publish
 
 parts, saved = published.parts, published.saved
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -156,11 +158,8 @@ def test_a_directory_that_cannot_be_written_is_published_all_the_same(saved, hub
 
 def test_the_hub_that_is_not_there(saved, tmp_path):
     assert TOKEN
-    import subprocess
-    import sys
-
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "manticore_hf.cli", "push", str(saved[1]), "me/h", "--dry-run"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = ["-m", "manticore_hf.cli", "push", saved[1], "me/h", "--dry-run"]
+    done = clean_process.run(command, env=environment, modules=clean_process.TORCH)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "manticore-hf push: me/h was not published" in done.stderr.splitlines()[-1]

@@ -7,7 +7,7 @@ import families
 import hub_models
 import pytest
 import torch
-from manticore_hf.modeling import quantization_manticore
+from manticore_hf.modeling import dtypes_manticore
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -271,10 +271,10 @@ def test_a_hybrid_quantised_all_over_is_refused(published, monkeypatch):
     """By whatever takes no notice of what a hybrid keeps."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     with monkeypatch.context() as careless:
-        careless.setattr(quantization_manticore, "kept_maps", lambda model: [])
+        careless.setattr(dtypes_manticore, "kept_maps", lambda model: [])
         with pytest.raises(ManticoreError, match=r"'a\.lm_head' was quantised, but has to stay in floating point"):
             ManticoreForCausalLM.from_pretrained(published[0], quantization_config=settings)
-        careless.setattr(quantization_manticore, "_kept", lambda model: set())
+        careless.setattr(dtypes_manticore, "_kept", lambda model: set())
         model = ManticoreForCausalLM.from_pretrained(published[0], quantization_config=settings)
     assert "b.backbone.layers.0.mixer.x_proj" in quantised(model)
     with pytest.raises(ManticoreError, match=r"' was quantised, but has to stay in floating point"):

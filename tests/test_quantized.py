@@ -8,9 +8,9 @@ import pytest
 import torch
 from hub_models import assert_same_model, component_keys, logits
 from huggingface_hub import HfApi
-from manticore_hf.modeling import quantization_manticore
+from manticore_hf.modeling import dtypes_manticore
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
-from manticore_hf.modeling.quantization_manticore import kept_maps, plain_linear_maps
+from manticore_hf.modeling.dtypes_manticore import kept_maps, plain_linear_maps
 from torch import nn
 from transformers import BitsAndBytesConfig, EetqConfig, QuantoConfig, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +25,8 @@ from manticore_hf import (
     harden,
     publish,
 )
+
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 def torchao(name):
@@ -248,8 +250,8 @@ def test_packed_weights_where_floating_point_is_read(name, saved, tmp_path, monk
     pytest.importorskip("bitsandbytes")
     method = METHODS[name]()
     with monkeypatch.context() as careless:
-        careless.setattr(quantization_manticore, "kept_maps", lambda model: ["hybrid_mixer", ".*lm_head"])
-        careless.setattr(quantization_manticore, "_kept", lambda model: set())
+        careless.setattr(dtypes_manticore, "kept_maps", lambda model: ["hybrid_mixer", ".*lm_head"])
+        careless.setattr(dtypes_manticore, "_kept", lambda model: set())
         model = ManticoreForCausalLM.from_pretrained(saved[0], quantization_config=method)
         assert dense(model.get_submodule("b.backbone.layers.0.mixer.dt_proj")) is not None
         model.save_pretrained(tmp_path / "bad")

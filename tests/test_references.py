@@ -4,9 +4,8 @@ import copy
 import hashlib
 import json
 import os
-import subprocess
-import sys
 
+import clean_process
 import pytest
 import torch
 from hub_models import (
@@ -106,8 +105,8 @@ def test_offline_process(saved, hub, owner, tmp_path, monkeypatch):
     ManticoreForCausalLM.from_pretrained(f"{owner}/hybrid")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub.clear_requests()
-    command = [sys.executable, "-c", OFFLINE, f"{owner}/hybrid", tmp_path / "state.pt", tmp_path / "again"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = ["-c", OFFLINE, f"{owner}/hybrid", tmp_path / "state.pt", tmp_path / "again"]
+    done = clean_process.run(command, modules=clean_process.TORCH)
     assert done.returncode == 0, done.stderr
     assert not hub.requests
     state = torch.load(tmp_path / "state.pt")

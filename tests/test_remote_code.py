@@ -3,16 +3,19 @@
 import ast
 import json
 import os
-import subprocess
+import shutil
 import sys
 import venv
 from pathlib import Path
 
+import clean_process
 import pytest
 import torch
 from hub_models import MODEL, component_keys, nudge, publish, publish_hybrid, read_json, tiny, tokenizer
 from manticore_hf.modeling.configuration_manticore import AUTO_MAP
+from manticore_hf.modeling.saving_manticore import copy_code
 from peft import AutoPeftModelForCausalLM, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -96,9 +99,12 @@ def test_importing_the_package_registers_the_classes():
 # ---- without the package ---------------------------------------------------------------------------------------------
 
 
+STRANGER = (*clean_process.TORCH, "transformers.trainer", "transformers.pipelines", "peft")
+
+
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory):
-    """A Python with the same libraries, but without manticore_hf."""
+def stranger(hub, tmp_path_factory):
+    """Processes of a Python with the same libraries, but without manticore_hf, and with a cache of their own."""
     root = tmp_path_factory.mktemp("stranger")
     libraries = root / "libraries"
     libraries.mkdir()
@@ -110,24 +116,25 @@ def stranger(tmp_path_factory):
     venv.create(root / "venv", with_pip=False, symlinks=os.name != "nt")
     inside = next((root / "venv").rglob("site-packages"))
     (inside / "libraries.pth").write_text(f"{libraries}\n")
-    return next(path for path in (root / "venv").rglob("python*") if path.stem == "python")
+    python = next(path for path in (root / "venv").rglob("python*") if path.stem == "python")
+    # PYTHONPATH and the like would let the package in by the back door
+    base = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment = {**base, **hub.environment(root / "home"), "OMP_NUM_THREADS": "1"}
+    server = clean_process.Server(STRANGER, python, environment)
+    yield server
+    server.stop()
 
 
 @pytest.fixture
-def run(stranger, hub, tmp_path):
-    """Runs a script there, with a cache of its own; returns what it left with `torch.save`."""
+def run(stranger, tmp_path):
+    """Runs a script there; returns what it left with `torch.save`."""
 
     def start(script, *arguments):
         result = tmp_path / "result.pt"
         result.unlink(missing_ok=True)
-        # PYTHONPATH and the like would let the package in by the back door.
-        base = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        environment = {**base, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
         (tmp_path / "script.py").write_text(PREAMBLE + script)
-        command = [stranger, tmp_path / "script.py", result, *arguments]
-        done = subprocess.run(
-            [str(part) for part in command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500
-        )
+        command = [tmp_path / "script.py", result, *arguments]
+        done = stranger.run(command, env=stranger.environment, cwd=tmp_path, timeout=500)
         assert done.returncode == 0, done.stderr[-6000:]
         return torch.load(result)
 
@@ -431,3 +438,106 @@ def test_package_wins_over_remote_code(published):
         loaded = AutoModelForCausalLM.from_pretrained(published[0], trust_remote_code=trust)
         assert type(loaded) is ManticoreForCausalLM
     assert type(AutoConfig.from_pretrained(published[0])) is manticore_hf.ManticoreConfig
+
+
+# ---- published by earlier versions -----------------------------------------------------------------------------------
+
+# Hybrids that the code of version 0.1.0 saved, and the logits that it computed of them.
+EARLIER = Path(__file__).parent / "published_0_1"
+ROWS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [0, 0, 5, 3, 5, 8, 9, 7]])
+ROWS_MASK = torch.tensor([[1] * 8, [0] * 2 + [1] * 6])
+
+READ_EARLIER = """
+from transformers import AutoModelForSequenceClassification
+found = {}
+for name in more:
+    auto = AutoModelForSequenceClassification if name.endswith("classifier") else AutoModelForCausalLM
+    model, info = auto.from_pretrained(name, output_loading_info=True, **trust)
+    assert "transformers_modules" in type(model).__module__ and not any(info.values()), info
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with torch.no_grad():
+        found[name.rsplit("/")[-1]] = model.eval()(input_ids=ids, attention_mask=mask).logits
+torch.save(found, output)
+"""
+
+
+REFUSED = """
+import json, pathlib
+folder, told = pathlib.Path(more[0]), {}
+values = json.loads((folder / "config.json").read_text())
+edits = json.loads(pathlib.Path(more[1]).read_text())
+for name, edit in edits.items():
+    changed = json.loads(json.dumps(values))
+    (changed if edit["component"] is None else changed["components"][edit["component"]]).update(edit["values"])
+    (folder / "config.json").write_text(json.dumps(changed))
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, **trust)
+        told[name] = "loaded"
+    except ValueError as err:
+        told[name] = f"{type(err).__name__}: {err}"
+torch.save(told, output)
+"""
+
+
+def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_still_checked(run, tmp_path):
+    """The defence is the package's; a hybrid's own settings, and addresses that belong to others, are checked here."""
+    torch.save(ROWS, tmp_path / "ids.pt")
+    folder = shutil.copytree(EARLIER / "two_blocks", tmp_path / "published")
+    copy_code(folder)
+    elsewhere = {"weights": "reference", "repo_id": "org/x", "revision": "0" * 40}
+    tampered = {**elsewhere, "files": {"../model.safetensors": "0" * 64}}
+    code = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    wanted = {
+        "num_blocks=9": (None, {"num_blocks": 9}, "num_blocks=9 is more than the 2 layers of component 'gpt_neox'"),
+        "gate": (None, {"gate": "x"}, "gate='x' is unknown; choose one of"),
+        "dtype": (None, {"dtype": "load"}, "dtype='load' is no dtype of torch"),
+        "version": (None, {"manticore_version": 2}, "This hybrid has format version 2"),
+        "name": (1, {"name": "forward"}, "used by the model itself"),
+        "path": (1, {**elsewhere, "repo_id": "../x"}, "is no Hub repository id"),
+        "commit": (1, {**elsewhere, "revision": "abcdef1"}, "is no 40-hex commit"),
+        "files": (1, tampered, "is no plain name of a safetensors file"),
+        "code": (1, {**elsewhere, "code": code}, "needs code of its own repository, which runs only if you ask for it"),
+    }
+    edits = {name: {"component": component, "values": values} for name, (component, values, _) in wanted.items()}
+    (tmp_path / "edits.json").write_text(json.dumps(edits))
+    told = run(REFUSED, "none", folder, tmp_path / "edits.json")
+    for name, (_, _, message) in wanted.items():
+        assert told[name].startswith("ManticoreError: ") and message in told[name], (name, told[name])
+
+
+def earlier():
+    """{name: (directory, logits then)}."""
+    logits = load_file(EARLIER / "logits.safetensors")
+    assert len(logits) == 5
+    return {name: (EARLIER / name, logits[name]) for name in logits}
+
+
+@torch.no_grad()
+def test_the_package_loads_what_version_0_1_published(tmp_path):
+    for name, (folder, logits) in earlier().items():
+        auto = AutoModelForSequenceClassification if name == "classifier" else AutoModelForCausalLM
+        model, info = auto.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), info
+        assert type(model).__module__ == "manticore_hf.compose.hybrid"
+        found = model.eval()(input_ids=ROWS, attention_mask=ROWS_MASK).logits
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-6)
+        assert type(model).from_pretrained(folder).config.to_dict() == model.config.to_dict()
+        model.save_pretrained(tmp_path / name)
+        before, after = (load_file(one / MODEL) for one in (folder, tmp_path / name))
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        written = [read_json(one) for one in (folder, tmp_path / name)]
+        for values in written:
+            values.pop("transformers_version")
+        assert written[0] == written[1]
+
+
+def test_this_code_in_a_repository_loads_what_version_0_1_published(run, tmp_path):
+    torch.save(ROWS, tmp_path / "ids.pt")
+    folders = {}
+    for name, (folder, _) in earlier().items():
+        folders[name] = shutil.copytree(folder, tmp_path / "published" / name)
+        copy_code(folders[name])
+    found = run(READ_EARLIER, "none", *folders.values())
+    for name, (_, logits) in earlier().items():
+        torch.testing.assert_close(found[name], logits, rtol=0, atol=1e-6)

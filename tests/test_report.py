@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def comparison(path, **changes):
-    """A comparison whose rivals' names are a stranger's, too."""
+    """A comparison whose baselines' names are a stranger's, too."""
 
     def row(name, kind, loss, **more):
         return {
@@ -126,9 +126,9 @@ def test_both_files_say_the_same(written, folder):
     numbers += [f"{one['decode']:,.1f}" for one in measured["speed"]["models"].values()]
     assert len(numbers) == 4 + 4 + 1 + 3 + 3
     assert [number for number in numbers if number not in text or number not in plain] == []
-    for rival in measured["losses"]["where"].values():
-        assert f"{abs(rival['gain']):.3f} nats per token" in text
-        assert f"{abs(rival['gain']):.3f} nats per token" in plain
+    for baseline in measured["losses"]["where"].values():
+        assert f"{abs(baseline['gain']):.3f} nats per token" in text
+        assert f"{abs(baseline['gain']):.3f} nats per token" in plain
 
 
 def test_a_killed_report_goes_on_and_another_hybrid_starts_again(folder, tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_without_a_comparison_nothing_is_decided(folder, tmp_path):
     assert verdict.word == "TRY" and not verdict.decided
     text = Page(page.read_text()).text
     assert "Measure it: manticore-hf compare" in text and "nothing of one run can carry a decision" in text
-    assert "Not measured" in text and "no rival" in text
+    assert "Not measured" in text and "no baseline" in text
 
 
 def test_hardened_and_three_components(tmp_path):
@@ -176,7 +176,7 @@ def test_hardened_and_three_components(tmp_path):
         parts = json.loads((tmp_path / name / "report.json").read_text())["parts"]
         assert len(parts["similarity"]) == 3 * count and len(parts["losses"]["losses"]) == (5 if count else 1)
         assert ("hardened to one component per block" in Page(written[1].read_text()).text) == (count == 0)
-        # A hybrid's number is never there without its rivals'
+        # A hybrid's number is never there without its baselines'
         own = f"{parts['losses']['losses']['hybrid']:.3f}"
         assert [own in text.read_text() for text in written[1:]] == [bool(count)] * 2
         assert all((one["loss"] is None) == (count == 0) for key, one in parts.items() if key.startswith("without/"))
@@ -229,10 +229,10 @@ def test_a_run_is_reported_as_a_whole(tmp_path):
     losses = results[-1][1]["losses"]
     for name in ("ensemble", *results[-1][1]["components"]):
         assert f"| {name} | {losses[name]:.3f} |" in plain and f"{losses[name]:.3f}" in text
-    rival = min(("ensemble", *results[-1][1]["components"]), key=losses.get)
+    baseline = min(("ensemble", *results[-1][1]["components"]), key=losses.get)
     assert (
-        f"{abs(losses[rival] - losses['hybrid']):.3f} nats per token" in verdict.reasons[0]
-        and rival in verdict.reasons[0]
+        f"{abs(losses[baseline] - losses['hybrid']):.3f} nats per token" in verdict.reasons[0]
+        and baseline in verdict.reasons[0]
     )
     alone = write_report(tmp_path / "run" / "1-search", output=tmp_path / "alone", measured=False)[2].read_text()
     assert "run/1-search" in alone and "2-finetune" not in alone

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from datasets import Dataset
+from manticore_hf.modeling.mixture_manticore import sureness
 from tiny_hybrid import mixed_hybrid, neox, pair, rows_of, word_tokenizer
 
-from manticore_hf import ManticoreForCausalLM, harden
+from manticore_hf import ManticoreModel, harden
 from manticore_hf.report import measure
 from manticore_hf.report.passages import document_gains, documents_of, kind_gains, where_it_differs
 from manticore_hf.report.speed import measure_speed
@@ -26,10 +27,10 @@ def naive_loss(model, rows, gone=None):
             out = {}
             for name in left:
                 entering = model.embed(name, ids) if block == 0 else mixer.enter(block, name, state, weights[name])
-                out[name] = model._segment(name, block)(entering, None, positions)
+                out[name] = model.segments.segment(name, block)(entering, None, positions)
             if block < config.num_blocks - 1:
                 state = sum(weights[name] * mixer.leave(block, name, out[name], weights[name]) for name in left)
-        logits = {name: model._own_logits(name, out[name]).log_softmax(-1) for name in left}
+        logits = {name: model.segments.logits(name, out[name]).log_softmax(-1) for name in left}
         if config.mixture == "token":
             weights = token_weights(model, ids, out, block, gone)
         mixed = sum(weights[name] * logits[name] for name in left).log_softmax(-1)
@@ -45,9 +46,9 @@ def token_weights(model, ids, out, block, gone):
         full = {name: model.embed(name, ids) for name in names}
         positions = torch.arange(ids.shape[1])[None]
         assert block == 0, "the twin knows one block"
-        out = {name: model._segment(name, 0)(full[name], None, positions) for name in names}
-    every = [model._own_logits(name, out[name]) for name in names]
-    weights = model.hybrid_mixer.gate_tokens([out[name] for name in names], every)
+        out = {name: model.segments.segment(name, 0)(full[name], None, positions) for name in names}
+    every = [model.segments.logits(name, out[name]) for name in names]
+    weights = model.hybrid_mixer.gate_tokens([out[name] for name in names], [sureness(one)[0] for one in every])
     kept = [k for k, name in enumerate(names) if (block, name) != gone]
     total = weights[..., kept].sum(-1, keepdim=True)
     return {names[k]: weights[..., k : k + 1] / total for k in kept}
@@ -182,9 +183,9 @@ def test_similarity_is_that_of_what_enters_the_mixture():
     assert sorted(found) == [0, 1, 2] and [found[i]["translated"] for i in range(3)] == [False, True, False]
     ids, positions = torch.tensor(rows["input_ids"]), torch.arange(12)[None]
     embedded = {name: model.embed(name, ids) for name in (a, b)}
-    states = {name: model._segment(name, 0)(embedded[name], None, positions) for name in (a, b)}
+    states = {name: model.segments.segment(name, 0)(embedded[name], None, positions) for name in (a, b)}
     left = {name: model.hybrid_mixer.leave(0, name, states[name], 0.0) for name in (a, b)}
-    last = dict(zip((a, b), super(ManticoreForCausalLM, model).forward(ids, return_dict=True).states))
+    last = dict(zip((a, b), ManticoreModel.forward(model, ids, return_dict=True).states))
     for boundary, features in enumerate((embedded, left, last)):
         expected = textbook_cka(features[a].flatten(0, 1).detach(), features[b].flatten(0, 1).detach())
         assert found[boundary]["cka"] == pytest.approx(expected, rel=1e-4)
@@ -202,22 +203,22 @@ def test_gains_are_sorted_and_sum_to_the_difference():
     names = model.config.component_names
     where = where_it_differs(losses, rows, tokenizer, gate, names, top_tokens=1000, top_documents=1000)
     assert sum(any(token == 0 for token in ids[:-1]) for ids in rows["input_ids"]) > 1, "rows of several documents"
-    for rival in (*names, "ensemble"):
-        gain = losses[rival] - losses["hybrid"]
+    for baseline in (*names, "ensemble"):
+        gain = losses[baseline] - losses["hybrid"]
         for found in (document_gains(gain, documents), kind_gains(gain, targets)):
             sums = [one[1] for one in found]
             assert sums == sorted(sums, reverse=True)
             assert sum(sums) == pytest.approx(gain.sum().item(), abs=1e-9)
             assert sum(one[2] for one in found) == len(gain)
-        assert where[rival]["gain"] == pytest.approx(gain.mean().item())
+        assert where[baseline]["gain"] == pytest.approx(gain.mean().item())
         for what in ("tokens", "kinds", "documents"):
-            gains, loses = ([one["gain"] for one in where[rival][what][way]] for way in ("gains", "loses"))
+            gains, loses = ([one["gain"] for one in where[baseline][what][way]] for way in ("gains", "loses"))
             assert gains == sorted(gains, reverse=True) and loses == sorted(loses)
             assert sum(gains) + sum(loses) == pytest.approx(gain.sum().item(), abs=1e-6)
         best = int(gain.argmax())
         row, position = divmod(best, 11)
         ids = rows[row]["input_ids"]
-        shown = where[rival]["tokens"]["gains"][0]
+        shown = where[baseline]["tokens"]["gains"][0]
         assert shown["token"] == tokenizer.decode([ids[position + 1]])
         assert shown["before"] == tokenizer.decode(ids[: position + 1])
         assert shown["gate"] == pytest.approx(dict(zip(names, gate[best].tolist())))

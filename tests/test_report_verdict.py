@@ -9,7 +9,7 @@ from manticore_hf.report import charts
 from manticore_hf.report.comparison import find_comparison, read_comparison
 from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say
 
-LOSS = 2.0  # the hybrid's; rivals are said by how much worse they are
+LOSS = 2.0  # the hybrid's; baselines are said by how much worse they are
 
 
 def row(name, kind, gain, half=0.005, **more):
@@ -30,19 +30,19 @@ def row(name, kind, gain, half=0.005, **more):
     }
 
 
-def verdict(*rivals, settings=None):
-    """The verdict on a comparison of these rivals."""
+def verdict(*baselines, settings=None):
+    """The verdict on a comparison of these baselines."""
     hybrid = row("ours", "hybrid", 0.0) | {"difference": None, "difference_interval": None, "seeds_won": None}
-    return decide({"hybrid": "ours", "rows": [hybrid, *rivals], "tokens": 60_000}, settings, "compare this")
+    return decide({"hybrid": "ours", "rows": [hybrid, *baselines], "tokens": 60_000}, settings, "compare this")
 
 
 PARTS = (row("a", "component", 0.3), row("b", "component", 0.4), row("ensemble", "ensemble", 0.1))
 ALL_TEXT = {"needs": "the components' training text"}
 
 
-def test_go_needs_all_rivals_beaten_surely_and_by_enough():
+def test_go_needs_all_baselines_beaten_surely_and_by_enough():
     found = verdict(*PARTS, row("gate", "gate", 0.03))
-    assert found.word == "GO" and found.decided and found.rival["name"] == "gate"
+    assert found.word == "GO" and found.decided and found.baseline["name"] == "gate"
     assert "0.030 nats per token better than gate" in found.reasons[0]
     assert "between 0.025 and 0.035" in found.reasons[0] and "3 of 3 seeds" in found.reasons[0]
     assert "perplexity 7.39 instead of 7.61" in found.reasons[0]
@@ -50,14 +50,14 @@ def test_go_needs_all_rivals_beaten_surely_and_by_enough():
 
 
 @pytest.mark.parametrize("kind", ["component", "ensemble", "gate", "untuned", "designed"])
-def test_no_go_where_a_rival_ties_or_wins(kind):
+def test_no_go_where_a_baseline_ties_or_wins(kind):
     for gain in (-0.03, 0.0, 0.01):  # even the upper end is below 1 % of 2.03
         found = verdict(*PARTS, row("it", kind, gain))
-        assert found.word == "NO GO" and found.rival["name"] == "it" and "Use it" in found.steps[0]
+        assert found.word == "NO GO" and found.baseline["name"] == "it" and "Use it" in found.steps[0]
     assert verdict(*PARTS, row("it", kind, 0.03)).word == "GO"
 
 
-def test_the_border_is_one_per_cent_of_the_best_rivals_loss():
+def test_the_border_is_one_per_cent_of_the_best_baselines_loss():
     gain = 0.01 * LOSS / 0.99  # exactly 1 % of its own loss
     assert verdict(*PARTS, row("it", "gate", gain + 1e-6, half=0.001)).word == "GO"
     assert verdict(*PARTS, row("it", "gate", gain - 1e-6, half=0.001)).word == "TRY"  # sure, but too small
@@ -66,7 +66,7 @@ def test_the_border_is_one_per_cent_of_the_best_rivals_loss():
 
 def test_try_where_the_interval_allows_a_gain_and_no_gain():
     found = verdict(*PARTS, row("gate", "gate", 0.03, half=0.06))
-    assert found.word == "TRY" and found.decided and found.rival["name"] == "gate"
+    assert found.word == "TRY" and found.decided and found.baseline["name"] == "gate"
     assert "between 0.030 worse and 0.090 better, so it may be none" in found.reasons[0]
     assert "about 13 show it (3 now)" in found.steps[0]  # 3 seeds * (0.06 / 0.03)^2 + 1
     assert any("60,000" in step for step in found.steps)
@@ -90,7 +90,7 @@ def test_try_advises_by_what_the_numbers_say():
 def test_retrain_depends_on_whose_text_it_needs():
     good, single = row("gate", "gate", 0.03), row("one model", "single", -0.02)
     found = verdict(*PARTS, good, single | ALL_TEXT)
-    assert found.word == "RETRAIN" and found.rival["name"] == "one model" and found.otherwise.word == "GO"
+    assert found.word == "RETRAIN" and found.baseline["name"] == "one model" and found.otherwise.word == "GO"
     assert "if you have the components' training text; use the hybrid, if not" in found.headline
     tie = row("one model", "single", 0.002) | ALL_TEXT  # it costs half to run
     assert verdict(*PARTS, good, tie).word == "RETRAIN"
@@ -103,7 +103,7 @@ def test_retrain_depends_on_whose_text_it_needs():
     assert verdict(*PARTS, good, unsure).word == "GO", "one seed of it shows nothing"
 
 
-def test_harden_where_little_is_lost_and_the_best_rival_is_still_beaten():
+def test_harden_where_little_is_lost_and_the_best_baseline_is_still_beaten():
     good = row("gate", "gate", 0.05)
     found = verdict(*PARTS, good, row("small", "hardened", 0.015))
     assert found.word == "HARDEN" and "Use small" in found.steps[0]
@@ -112,7 +112,7 @@ def test_harden_where_little_is_lost_and_the_best_rival_is_still_beaten():
     assert verdict(*PARTS, row("gate", "gate", 0.0), row("small", "hardened", 0.01)).word == "NO GO"
 
 
-def test_nothing_is_decided_without_seeds_rivals_or_comparison():
+def test_nothing_is_decided_without_seeds_baselines_or_comparison():
     one_seed = row("gate", "gate", 0.3) | {"difference_interval": None}
     assert verdict(*PARTS, one_seed).word == "TRY"
     alone = verdict(row("other", "hybrid", 0.1))
@@ -122,7 +122,7 @@ def test_nothing_is_decided_without_seeds_rivals_or_comparison():
     assert "0.024 nats per token better than gate (one seed): perplexity 27.5 instead of 28.2" in found.reasons[0]
 
 
-def test_other_hybrids_are_no_rivals_but_are_named():
+def test_other_hybrids_are_no_baselines_but_are_named():
     found = verdict(*PARTS, row("gate", "gate", 0.0), row("two blocks", "hybrid", -0.1))
     assert found.word == "NO GO" and any("two blocks measured better" in step for step in found.steps)
     rows = [row("ours", "hybrid", 0.0), row("x", "single", -1.0, **ALL_TEXT), *PARTS]

@@ -3,9 +3,9 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import clean_process
 import pytest
 import torch
 from hub_models import MODEL, assert_same_model, component_keys, logits, nudge, publish, read_json, saved_keys, tiny
@@ -95,12 +95,11 @@ model.save_pretrained(sys.argv[1], max_shard_size="20KB")
 
 def test_killed_while_saving(model, hub, owner, tmp_path):
     model.save_pretrained(tmp_path / "out")
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "written\n"
-        assert len([path for path in scratch_folders(tmp_path) if path.parent == tmp_path]) == 1
-        process.send_signal(signal.SIGKILL)
+    process = clean_process.start(["-c", KILLED, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "written\n"
+    assert len([path for path in scratch_folders(tmp_path) if path.parent == tmp_path]) == 1
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
     assert_same_model(ManticoreForCausalLM.from_pretrained(tmp_path / "out"), model)
     # Another save in the same place clears up what the dead process left.
     model.save_pretrained(tmp_path / "out")

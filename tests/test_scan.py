@@ -245,13 +245,14 @@ REMOTE_FIRST = """
 import importlib.util, sys, torch
 from pathlib import Path
 folder = Path(sys.argv[1])
-where = {"submodule_search_locations": [str(folder)]}
-spec = importlib.util.spec_from_file_location("remote", folder / "__init__.py", **where)
+spec = importlib.util.spec_from_file_location(
+    "remote", folder / "__init__.py", submodule_search_locations=[str(folder)]
+)
 sys.modules["remote"] = importlib.util.module_from_spec(spec)
 import remote.scan_manticore as scan
 torch.manual_seed(0)
-shapes = (1, 128, 64), (1, 128, 64), (128, 64), (1, 64, 64), (1, 64, 64)
-inputs = [torch.rand(shape) * (-1 if len(shape) == 2 else 1) for shape in shapes]
+inputs = [torch.rand(1, 128, 64), torch.rand(1, 128, 64), -torch.rand(128, 64)]
+inputs += [torch.rand(1, 64, 64), torch.rand(1, 64, 64)]
 alone = scan.selective_scan(*inputs)
 assert "manticore_hf" not in sys.modules
 import manticore_hf

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 import torch
+from manticore_hf.modeling.anatomy_manticore import cache_argument
 from manticore_hf.modeling.mixers_manticore import repair_mixers
-from manticore_hf.modeling.versions_manticore import cache_argument
 from scans import CONFIGS, SCANNING, build, chunked, mixers, padded_inputs
 from transformers import MambaForCausalLM
 

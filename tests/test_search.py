@@ -81,11 +81,13 @@ def test_finds_the_component_that_knows_the_text(trained, tmp_path, strategy):
     assert (tmp_path / "alpha.png").stat().st_size > 5000 and (tmp_path / "mixture.png").stat().st_size > 3000
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
-@pytest.mark.parametrize("bf16", [False, True])
+HALF = [pytest.param(name, True, marks=[] if name == "gaea" else [pytest.mark.slow]) for name in sorted(STRATEGIES)]
+
+
+@pytest.mark.parametrize("strategy, bf16", [*((name, False) for name in sorted(STRATEGIES)), *HALF])
 def test_accumulation_does_not_change_the_result(trained, tmp_path, strategy, bf16):
     results = []
-    for batch, accumulation in ((8, 1), (1, 8)):
+    for batch, accumulation in ((4, 1), (1, 4)):
         model = _hybrid(trained, num_blocks=2, embeddings="mixed")
         args = _arguments(
             tmp_path,

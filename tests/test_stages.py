@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_hybrid import QUIET, WORDS, pair, word_tokenizer
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
 from manticore_hf.evaluation.data import pack
@@ -143,12 +143,12 @@ def test_the_logs_hold_every_part(model, text, tmp_path):
     trainer = HybridTrainer(model=set_stage(model, "search"), args=args, train_dataset=text, eval_dataset=text)
     trainer.train()
     first, last = trainer.state.log_history[0], next(r for r in trainer.state.log_history if "eval_loss" in r)
-    rivals = compare_losses(model, text)
+    baselines = compare_losses(model, text)
     for name, key in (("gpt_neox", "gpt_neox"), ("mamba", "mamba"), ("ensemble", "ensemble"), ("hybrid", "mixture")):
         # In 2 blocks a component's own head reads the hybrid's states: from outside only the mixture is comparable.
         assert last[f"eval_loss/{key}"] > 0 and first[f"loss/{key}"] > 0
         if name == "hybrid":
-            assert last["eval_loss/mixture"] == pytest.approx(rivals["hybrid"], abs=1e-4)
+            assert last["eval_loss/mixture"] == pytest.approx(baselines["hybrid"], abs=1e-4)
             assert first["loss/mixture"] == pytest.approx(first["loss"], abs=1e-4)
     assert first["alpha/0/mamba"] == 0.5 and first["gate/mamba"] == pytest.approx(0.5)
 
@@ -156,9 +156,57 @@ def test_the_logs_hold_every_part(model, text, tmp_path):
 def test_in_one_block_the_logged_parts_are_the_components_alone(model, text, tmp_path):
     one = ManticoreForCausalLM.from_components([model.component(n) for n in ("gpt_neox", "mamba")])
     trainer = HybridTrainer(model=one, args=_arguments(tmp_path), eval_dataset=text)
-    metrics, rivals = trainer.evaluate(), compare_losses(one, text)
+    metrics, baselines = trainer.evaluate(), compare_losses(one, text)
     for name in ("gpt_neox", "mamba", "ensemble"):
-        assert metrics[f"eval_loss/{name}"] == pytest.approx(rivals[name], abs=1e-4)
+        assert metrics[f"eval_loss/{name}"] == pytest.approx(baselines[name], abs=1e-4)
+
+
+def _traces(model):
+    """Hooks of a model and of all in it, and whether it reports of its parts."""
+    hooks = [len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules()]
+    return hooks[0], sum(hooks), model.report_parts
+
+
+class _Fails(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise RuntimeError("in the middle")
+
+    on_prediction_step = on_step_end
+
+
+def test_a_model_is_as_it_was_when_its_trainer_is_done(model, text, tmp_path):
+    before = _traces(model)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
+    trainer = HybridTrainer(
+        model=model, args=_arguments(tmp_path, **settings), train_dataset=text, eval_dataset=text.select(range(8))
+    )
+    seen = []
+    trainer.add_callback(_Sees(seen))
+    trainer.train()
+    assert _traces(model) == before == (0, before[1], False)
+    assert seen == [(1, before[1] + 1, True)] * 3  # evaluations in between leave it reporting
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 3 and all("loss/mixture" in entry and "loss/ensemble" in entry for entry in logged)
+    assert "eval_loss/ensemble" in trainer.evaluate() and _traces(model) == before
+    trainer.predict(text.select(range(4)))
+    assert _traces(model) == before
+    trainer.add_callback(_Fails())
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            run()
+        assert _traces(model) == before
+    model.report_parts = True  # somebody else wants it
+    trainer.remove_callback(_Fails)
+    trainer.evaluate()
+    assert _traces(model) == (0, before[1], True)
+
+
+class _Sees(TrainerCallback):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.seen.append(_traces(model))
 
 
 def test_packing(tokenizer):

@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import clean_process
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -59,11 +58,11 @@ def _arguments(stage, start, output, *more):
 
 
 def _command(*given):
-    return [sys.executable, "-m", "manticore_hf.cli", *_arguments(*given)]
+    return ["-m", "manticore_hf.cli", *_arguments(*given)]
 
 
 def _run(command):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = clean_process.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -79,7 +78,7 @@ def _same(one, two):
 
 def _kill_when(command, condition):
     """Starts the command and kills -9 it as soon as the condition holds; returns whether it was still running."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = clean_process.start(command)
     deadline = time.time() + 200
     while process.poll() is None and time.time() < deadline:
         if condition():

@@ -3,9 +3,8 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 
+import clean_process
 import pytest
 import torch
 from hub_models import MODEL, component_keys, folder_of, publish, read_json, saved_keys
@@ -29,6 +28,7 @@ from manticore_hf.compose.tokenizers import digest
 from manticore_hf.evaluation.data import pack
 from manticore_hf.hub.inspection import run_inspect
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 ENDS = {"b.backbone.embeddings.weight"}  # tied: the head is the same tensor
 
 
@@ -238,13 +238,11 @@ def test_the_whole_way(hub, owner, tmp_path, capsys):
     assert "Embedding and head of b were made for it" in card and "The tokenizer is that of a (310 tokens)" in card
     run_inspect(f"{owner}/hybrid")
     assert "its vocabulary was transplanted" in capsys.readouterr().out
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, f"{owner}/hybrid", str(tmp_path / "out.pt")],
-        capture_output=True,
-        text=True,
-        timeout=300,
+    done = clean_process.run(
+        ["-c", LOAD, f"{owner}/hybrid", tmp_path / "out.pt"],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
         cwd=tmp_path,
+        modules=clean_process.TORCH,
     )
     assert done.returncode == 0, done.stderr
     found, given = torch.load(tmp_path / "out.pt"), tokenizer("The cat sat", return_tensors="pt")

@@ -1,18 +1,15 @@
-"""What a comparison compares, and what may be set in it."""
+"""What may be set in a comparison: contenders and grids; the options of `manticore-hf compare`.
 
-import dataclasses
+Imports neither torch nor Transformers: a command's help is printed before they are.
+"""
+
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import TrainingArguments
+from manticore_hf.modeling.settings_manticore import CHOICES, ManticoreError
 
-from manticore_hf.evaluation.data import DataArguments
-from manticore_hf.modeling.configuration_manticore import CHOICES, ManticoreError
-from manticore_hf.training.recipe import find_beside, load_recipe
-
-VALIDATION = 0.1  # share of the training text that settings are chosen on, where the recipe holds out none
-GATE = {"num_train_epochs": 1, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 5}
-_TRAINING = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+if TYPE_CHECKING:
+    from manticore_hf.training.recipe import Recipe
 
 
 @dataclass
@@ -29,41 +26,45 @@ class CompareArguments:
     )
     test_split: str = field(default="test", metadata={"help": "Split of a Hub data set."})
     max_test_tokens: int | None = field(default=None, metadata={"help": "Test on at most so many tokens."})
-    seeds: tuple = field(default=(0, 1, 2), metadata={"help": "Seeds of order, gates and projectors."})
-    learning_rates: tuple | None = field(default=None, metadata={"help": "Of whatever is fine-tuned."})
-    gate_learning_rates: tuple | None = field(
+    seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "Seeds of order, gates and projectors."})
+    learning_rates: tuple[float, ...] | None = field(default=None, metadata={"help": "Of whatever is fine-tuned."})
+    gate_learning_rates: tuple[float, ...] | None = field(
         default=None, metadata={"help": "Of gates and weights over tuned components, which are trained alone."}
     )
-    epochs: tuple | None = field(default=None, metadata={"help": "Passes over the text in fine-tuning."})
-    blocks: tuple | None = field(default=None, metadata={"help": "Numbers of blocks of the hybrids."})
-    projectors: tuple | None = field(
+    epochs: tuple[float, ...] | None = field(default=None, metadata={"help": "Passes over the text in fine-tuning."})
+    blocks: tuple[int, ...] | None = field(default=None, metadata={"help": "Numbers of blocks of the hybrids."})
+    projectors: tuple[str, ...] | None = field(
         default=None, metadata={"help": "Kinds of projectors of hybrids of several blocks: linear, mlp, none."}
     )
-    spaces: tuple | None = field(
+    spaces: tuple[str, ...] | None = field(
         default=None,
         metadata={
             "help": "Spaces in which predictions are mixed, of gates and hybrids: logprob, prob. "
             "Default: both for gates; of a hybrid, what its recipe says or it chooses."
         },
     )
-    loss_weights: tuple | None = field(
+    loss_weights: tuple[tuple[float, float], ...] | None = field(
         default=None,
         metadata={
             "help": "Pairs mix_loss_weight:component_loss_weight of the hybrids, as 1:0 or 0.3:1. "
-            "Default: what the recipe says, or the hybrid chooses."
+            "Default: what the recipe says, or the hybrid chooses.",
+            "metavar": "MIX:OWN",
         },
     )
     from_tuned: bool = field(
         default=False, metadata={"help": "Also start every hybrid from the components that were tuned alone."}
     )
-    harden: bool = field(default=False, metadata={"help": "Also harden every hybrid, and heal it on the same text."})
-    singles: tuple = field(default=(), metadata={"help": "Other models with the same tokenizer, tuned likewise."})
+    harden: bool = field(
+        default=False, metadata={"help": "Also harden every hybrid, with recovery distillation on the text."}
+    )
+    singles: tuple[str, ...] = field(
+        default=(), metadata={"help": "Other models with the same tokenizer, tuned likewise."}
+    )
     all_text: str | None = field(
         default=None,
         metadata={"help": "The components' own training text: also retrain each component on all of it and the text."},
     )
-
-    retrain: tuple | None = field(
+    retrain: tuple[str, ...] | None = field(
         default=None, metadata={"help": "Names of the components that are retrained on all text. Default: all."}
     )
 
@@ -80,20 +81,20 @@ class CompareArguments:
                 if value not in CHOICES[key]:
                     raise ManticoreError(f"{name}: {value!r} is none of {list(CHOICES[key])}.")
 
-    def grid(self, recipe):
+    def grid(self, recipe: "Recipe") -> list[dict]:
         """Settings of fine-tuning to choose from: the same for every model of the comparison."""
         finetune = stage_settings(recipe, "finetune")
         rates = self.learning_rates or (finetune.get("learning_rate", 5e-5),)
         epochs = self.epochs or (finetune.get("num_train_epochs", 3),)
         return [{"learning_rate": rate, "num_train_epochs": passes} for rate in rates for passes in epochs]
 
-    def gate_grid(self):
+    def gate_grid(self) -> list[dict]:
         """Settings of gates over tuned components to choose from."""
         rates = [{"gate_learning_rate": rate} for rate in self.gate_learning_rates or ()] or [{}]
         spaces = [{"mixture_space": space} for space in self.spaces or CHOICES["mixture_space"]]
         return [{**space, **rate} for space in spaces for rate in rates]
 
-    def hybrid_grid(self, recipe):
+    def hybrid_grid(self, recipe: "Recipe") -> list[dict]:
         """Settings of hybrids to choose from: those of fine-tuning, with every space and pair of loss weights."""
         weights = [{"mix_loss_weight": mix, "component_loss_weight": own} for mix, own in self.loss_weights or ()]
         return [
@@ -107,7 +108,7 @@ class CompareArguments:
         return [{"mixture_space": space} for space in self.spaces or ()] or [{}]
 
 
-def parse_loss_weights(text):
+def parse_loss_weights(text: str) -> tuple[float, float]:
     """ "0.3:1" as (0.3, 1.0)."""
     try:
         mix, own = (float(part) for part in text.split(":"))
@@ -116,46 +117,6 @@ def parse_loss_weights(text):
         raise ManticoreError(f"loss_weights: {text!r} is no pair mix:own of numbers, as 1:0 or 0.3:1.") from None
 
 
-def read_recipe(path):
-    """A recipe that can be compared, with its local paths made absolute and a validation split.
-
-    Raises:
-        ManticoreError: It has no finetune stage, or stages with data of their own.
-    """
-    path = Path(path)
-    recipe = load_recipe(path)
-    stages = [stage for stage, _ in recipe.stages]
-    if "finetune" not in stages:
-        raise ManticoreError(
-            f"{path}: a comparison needs a finetune stage, whose settings all models are tuned with; it has {stages}."
-        )
-    if any("data" in settings for _, settings in recipe.stages):
-        raise ManticoreError(f"{path}: stages with data of their own do not compare at equal tokens; remove them.")
-    recipe.data = dict(recipe.data)
-    recipe.data["data"] = _absolute(recipe.data["data"], path.parent)
-    recipe.components = [_absolute(source, path.parent) for source in recipe.components]
-    if not recipe.data.get("validation_fraction", DataArguments.validation_fraction):
-        recipe.data["validation_fraction"] = VALIDATION
-    return recipe
-
-
-def _absolute(source, beside):
-    path = Path(find_beside(source, beside))
-    return str(path.resolve()) if path.exists() else source
-
-
-def training_settings(recipe, stage, **own):
-    """What a stage of the recipe sets of TrainingArguments, with changes."""
-    settings = stage_settings(recipe, stage)
-    settings = settings if settings is not None else GATE if stage == "pretrain" else {}
-    return only_training({**settings, **own})
-
-
-def only_training(settings):
-    """Those of a stage's settings that are TrainingArguments'."""
-    return {key: value for key, value in settings.items() if key in _TRAINING}
-
-
-def stage_settings(recipe, stage):
+def stage_settings(recipe: "Recipe", stage: str) -> dict | None:
     """The settings of the first stage of that name, or None if the recipe has none."""
     return next((dict(settings) for name, settings in recipe.stages if name == stage), None)

@@ -25,7 +25,8 @@ from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from manticore_hf.compare.arguments import CompareArguments, parse_loss_weights, read_recipe
+from manticore_hf.compare.arguments import CompareArguments
+from manticore_hf.compare.compared_recipe import read_recipe
 from manticore_hf.compare.contenders import Contender, Workshop, read_run
 from manticore_hf.compare.scores import forward_flops, load_documents, score
 from manticore_hf.compare.summary import summarise, write_summary
@@ -35,7 +36,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.files import write_json
 
 
-def run_compare(recipe, arguments, output_dir):
+def run_compare(recipe: str | Path, arguments: CompareArguments, output_dir: str | Path) -> dict:
     """Trains, tests and compares what is not finished yet.
 
     Args:
@@ -55,7 +56,7 @@ def run_compare(recipe, arguments, output_dir):
 class Comparison:
     """One recipe, one test text, one output directory."""
 
-    def __init__(self, recipe, arguments, output_dir):
+    def __init__(self, recipe: str | Path, arguments: CompareArguments, output_dir: str | Path):
         self.arguments, self.output = arguments, Path(output_dir)
         self.recipe = read_recipe(recipe)
         self.output.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ class Comparison:
         self.chosen, self.seen, self.by_name = {}, {}, {}
 
     def _identify(self):
-        """What every run depends on; refuses a directory of something else."""
+        """What every run depends on; raises if the directory holds another comparison."""
         recipe = dataclasses.asdict(self.recipe)
         what = {key: recipe[key] for key in ("components", "hybrid", "program", "data", "stages") if recipe[key]}
         file = self.output / "recipe.json"
@@ -81,7 +82,8 @@ class Comparison:
         write_json(file, what)
         return what
 
-    def run(self):
+    def run(self) -> dict:
+        """Trains, tests and summarises; the comparison, as `comparison.json` has it."""
         contenders = self._contenders()
         seeds = len(self.arguments.seeds)
         self.by_name = {one.name: one for one in contenders}
@@ -254,7 +256,7 @@ class Comparison:
             run = {"contender": contender.name, "kind": contender.kind, "seed": seed, "options": options, **cost}
             run["seconds"] = round(time.time() - start, 2)
             model = contender.load({**run, "folder": folder})
-            losses = compare_losses(model, self.shop.validation_rows, desc="Validating", rivals=False)
+            losses = compare_losses(model, self.shop.validation_rows, desc="Validating", baselines=False)
             run["validation"] = losses["hybrid"]
             run["parameters"] = sum(p.numel() for p in model.parameters())
             run["flops_per_token"] = forward_flops(model)
@@ -313,17 +315,3 @@ def _drop_weights(run):
         file.unlink()
     if not (run["folder"] / "model").is_symlink():
         shutil.rmtree(run["folder"] / "model", ignore_errors=True)
-
-
-def main(args):
-    """`manticore-hf compare`: from parsed arguments to `run_compare`."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    names = [field.name for field in dataclasses.fields(CompareArguments)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    if "loss_weights" in given:
-        given["loss_weights"] = tuple(parse_loss_weights(text) for text in given["loss_weights"])
-    run_compare(args.recipe, CompareArguments(**given), args.output_dir)

@@ -10,25 +10,30 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from manticore_hf.compare.arguments import only_training, stage_settings, training_settings
+from manticore_hf.compare.arguments import stage_settings
+from manticore_hf.compare.compared_recipe import only_training, training_settings
 from manticore_hf.compare.scores import forward_flops
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixers_manticore import repair_mixers
-from manticore_hf.training.distill import HardenArguments, run_harden
+from manticore_hf.training.distill import run_harden
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.recipe import run_recipe
-from manticore_hf.training.trained_stages import last_whole_checkpoint
-from manticore_hf.training.untrained_stages import run_compose, training_defaults
+from manticore_hf.training.runtime import last_whole_checkpoint, training_defaults
+from manticore_hf.training.stage_arguments import HardenArguments
+from manticore_hf.training.stages import STAGES
+from manticore_hf.training.untrained_stages import run_compose
 
 # FLOPs of training a token, in forward passes: all weights trained; through frozen layers to what is before or between
 # them; no gradient through the components at all.
@@ -52,9 +57,9 @@ class Contender:
 
     name: str
     kind: str
-    train: callable
-    load: callable
-    options: list = field(default_factory=lambda: [{}])
+    train: Callable[[dict, int, Path], dict]
+    load: Callable[[dict], PreTrainedModel]
+    options: list[dict] = field(default_factory=lambda: [{}])
     needs: str = ""
     base: list = field(default_factory=list)
     seeded: bool = True
@@ -88,23 +93,27 @@ class Workshop:
         ]
         self.train_rows, self.validation_rows = load_rows(DataArguments(**recipe.data), self.tokenizer)
 
-    def untuned(self):
+    def untuned(self) -> ManticoreForCausalLM:
+        """The hybrid of the components as they were, in one block."""
         return ManticoreForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
 
-    def component(self, name, run=None):
+    def component(self, name: str, run: dict | None = None) -> PreTrainedModel:
         """A component as its own class: as it was, or as a run tuned it."""
         if run is None:
             return self.untuned().component(name)
         return self.load_plain(run)
 
-    def load_plain(self, run):
+    def load_plain(self, run: dict) -> PreTrainedModel:
+        """The single model that a run tuned."""
         model = AutoModelForCausalLM.from_pretrained(run["folder"] / "model", dtype=self.dtype)
         repair_mixers(model)
         return model
 
     # ---- single models -----------------------------------------------------------------------------------------------
 
-    def train_plain(self, model, rows, options, seed, folder, passes=1):
+    def train_plain(
+        self, model: PreTrainedModel, rows: Dataset, options: dict, seed: int, folder: Path, passes: int = 1
+    ) -> dict:
         """Tunes any causal LM, `passes` times as often over the rows as the options say."""
         options = {**options, "num_train_epochs": passes * options["num_train_epochs"]}
         settings = training_settings(self.recipe, "finetune", **options)
@@ -135,13 +144,13 @@ class Workshop:
 
     # ---- mixtures of models that were trained apart ------------------------------------------------------------------
 
-    def mixture(self, runs, mixture, space="logprob"):
+    def mixture(self, runs: list[dict | None], mixture: str, space: str = "logprob") -> ManticoreForCausalLM:
         """The one-block hybrid of tuned components (None: untuned), at its start: their plain ensemble."""
         parts = [ComponentSpec(self.component(name, run), name=name) for name, run in zip(self.names, runs)]
         settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native"}
         return ManticoreForCausalLM.from_components(parts, num_blocks=1, dtype=self.dtype, verify=False, **settings)
 
-    def train_gate(self, runs, mixture, options, seed, folder):
+    def train_gate(self, runs: list[dict], mixture: str, options: dict, seed: int, folder: Path) -> dict:
         """Trains only the mixture weights (one per component, or a gate per token) over frozen components."""
         model = set_stage(self.mixture(runs, mixture, options.get("mixture_space", "logprob")), "projectors")
         rate = {"learning_rate": options["gate_learning_rate"]} if "gate_learning_rate" in options else {}
@@ -152,14 +161,15 @@ class Workshop:
         save_file(state, folder / "model" / "mixer.safetensors")
         return cost
 
-    def load_gate(self, run, runs, mixture):
+    def load_gate(self, run: dict, runs: list[dict], mixture: str) -> ManticoreForCausalLM:
+        """The mixture of tuned components whose weights or gate a run trained."""
         model = self.mixture(runs, mixture, run["options"].get("mixture_space", "logprob"))
         model.hybrid_mixer.load_state_dict(load_file(run["folder"] / "model" / "mixer.safetensors"))
         return model.eval()
 
     # ---- hybrids -----------------------------------------------------------------------------------------------------
 
-    def train_hybrid(self, hybrid, sources, options, seed, folder):
+    def train_hybrid(self, hybrid: dict, sources: list[str], options: dict, seed: int, folder: Path) -> dict:
         """Runs the recipe with other settings of the hybrid and of its finetune stage.
 
         Args:
@@ -197,13 +207,13 @@ class Workshop:
         model = ManticoreForCausalLM.from_pretrained(last, dtype=self.dtype)
         forward = forward_flops(model)
         for (name, settings), (_, result) in zip([next(iter(s.items())) for s in stages], results[1:]):
-            if name == "calibrate":
+            if STAGES[name].trains is None:
                 flops += result["tokens"] * forward
                 continue
             through = THROUGH if model.config.num_blocks > 1 or model.config.embeddings != "native" else NONE
             seen = self._tokens(result["steps"], _arguments(last, **only_training(settings)), self.train_rows)
             tokens += seen
-            flops += (through if name == "pretrain" else ALL) * seen * forward
+            flops += (through if STAGES[name].trains == "projectors" else ALL) * seen * forward
         for stage, _ in results[:-1]:  # the last one is loaded; of the others the results stay
             for weights in stage.glob("*.safetensors"):
                 weights.unlink()
@@ -211,10 +221,11 @@ class Workshop:
         (folder / "model").symlink_to(last.relative_to(folder))
         return {"training_tokens": tokens, "training_flops": flops}
 
-    def load_hybrid(self, run):
+    def load_hybrid(self, run: dict) -> ManticoreForCausalLM:
+        """The hybrid that a run tuned or hardened."""
         return ManticoreForCausalLM.from_pretrained(run["folder"] / "model", dtype=self.dtype).eval()
 
-    def harden(self, soft, options, seed, folder):
+    def harden(self, soft: dict, options: dict, seed: int, folder: Path) -> dict:
         """Hardens a tuned hybrid and heals it with the finetune stage's settings, by distillation."""
         settings = training_settings(self.recipe, "harden") or training_settings(self.recipe, "finetune")
         given = stage_settings(self.recipe, "harden")
@@ -240,7 +251,7 @@ def _named(link, source):
     return str(link.absolute())
 
 
-def read_run(folder):
+def read_run(folder: str | Path) -> dict | None:
     """What a finished run left in its folder, or None."""
     file = Path(folder) / "run.json"
     if not file.is_file():

@@ -3,24 +3,34 @@
     manticore-hf evaluate --model org/hybrid --tasks arc_easy,hellaswag
 
 The harness alone runs on a hybrid, too: `lm_eval --model hf --model_args pretrained=org/hybrid,trust_remote_code=True`.
-This adds the rivals, without which a hybrid's number says little.
+This adds the baselines, without which a hybrid's number says little.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
 from manticore_hf.compose.components import ComponentSpec
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
 from manticore_hf.utils.files import write_json
 
 RESULTS = "tasks.json"
 
 
-def run_tasks(source, tasks, include_path=None, batch_size=8, num_fewshot=None, limit=None, output=None, seed=0):
+def run_tasks(
+    source: str | Path,
+    tasks: Sequence[str],
+    include_path: str | None = None,
+    batch_size: int = 8,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    output: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, list[float | None]]]]:
     """Runs tasks of the harness on a hybrid, on each of its components and on their ensemble, and prints the scores.
 
     Args:
@@ -34,7 +44,7 @@ def run_tasks(source, tasks, include_path=None, batch_size=8, num_fewshot=None, 
         seed: Of the few-shot examples.
 
     Returns:
-        {model: {task: {metric: [value, standard error or None]}}}. A hardened hybrid has no rivals left.
+        {model: {task: {metric: [value, standard error or None]}}}. A hardened hybrid has none of its baselines left.
 
     Raises:
         ManticoreError: The harness is not installed, or does not know a task.
@@ -81,7 +91,7 @@ def run_tasks(source, tasks, include_path=None, batch_size=8, num_fewshot=None, 
 
 
 def _models(model):
-    """(label, causal LM) of the hybrid and its rivals, one after the other."""
+    """(label, causal LM) of the hybrid and its baselines, one after the other."""
     yield "hybrid", model
     if model.config.route:
         return

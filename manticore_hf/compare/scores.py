@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from manticore_hf.evaluation.data import read_records, text_of
+from manticore_hf.evaluation.data import DataArguments, read_records, text_of
 from manticore_hf.evaluation.metrics.scoring import tokens_with_start
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.flops import count_flops
 
 KIND_COLUMN = "kind"  # where records have it, losses are also given for each kind of text
 _UNIT_LIMIT = 20  # fewer documents than this carry no interval: rows are resampled instead
@@ -46,7 +46,7 @@ class Documents:
         return len(self.tokens)
 
 
-def load_documents(arguments, tokenizer):
+def load_documents(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Documents:
     """Reads held-out documents.
 
     Args:
@@ -94,8 +94,14 @@ def load_documents(arguments, tokenizer):
 
 
 @torch.no_grad()
-def score(model, documents, batch_size=16, desc="Testing"):
+def score(model: PreTrainedModel, documents: Documents, batch_size: int = 16, desc: str = "Testing") -> dict[str, list]:
     """Loss and hits of a causal LM on every unit.
+
+    Args:
+        model: Of the vocabulary that the documents are tokenised for, on its device; it is left in the mode it was in.
+        documents: Documents.
+        batch_size: Rows per forward pass.
+        desc: Label of the progress bar.
 
     Returns:
         {"nll": [units] sums of the negative log-probabilities in nats, "correct": [units] tokens whose most probable
@@ -120,12 +126,12 @@ def score(model, documents, batch_size=16, desc="Testing"):
     return {"nll": nll.tolist(), "correct": correct.tolist()}
 
 
-@torch.no_grad()
-def forward_flops(model, tokens=128):
-    """FLOPs per token of a forward pass without a past, as torch counts them (matrix products, convolutions, attention;
-    elementwise operations, recurrent scans among them, are not counted)."""
+def forward_flops(model: PreTrainedModel, tokens: int = 128) -> float:
+    """FLOPs per token of a forward pass without a past, as `count_flops` counts them.
+
+    Args:
+        model: A causal LM, which is run once on its device.
+        tokens: Length of the pass.
+    """
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    # Of the kernels of attention only this one is made of what the counter knows.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, use_cache=False)
-    return counter.get_total_flops() / tokens
+    return count_flops(lambda: model(input_ids=ids, use_cache=False)) / tokens

@@ -6,17 +6,18 @@ Both work on units (documents) and seeds. Losses are sums over a unit's tokens, 
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 DRAWS = 4000
 LEVEL = 0.95
 
 
-def mean_loss(nll, tokens):
+def mean_loss(nll: ArrayLike, tokens: ArrayLike) -> np.ndarray:
     """Loss per token: sums over units [..., units] divided by the tokens [units] of all."""
     return np.asarray(nll, dtype=float).sum(-1) / np.sum(tokens)
 
 
-def bootstrap(nll, tokens, draws=DRAWS, seed=0):
+def bootstrap(nll: ArrayLike, tokens: ArrayLike, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """Interval of the loss per token, over units and over seeds (Efron's percentile interval, both resampled).
 
     Args:
@@ -35,7 +36,7 @@ def bootstrap(nll, tokens, draws=DRAWS, seed=0):
     return float(low), float(high)
 
 
-def paired_p(difference, draws=10_000, seed=0):
+def paired_p(difference: ArrayLike, draws: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value of "the two models are exchangeable on every unit" (Fisher's randomisation test).
 
     Args:

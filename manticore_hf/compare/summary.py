@@ -2,11 +2,14 @@
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from manticore_hf.compare.scores import Documents
 from manticore_hf.compare.statistics import bootstrap, mean_loss, paired_p
 from manticore_hf.utils.files import replace_text, write_json
 from manticore_hf.utils.plots import plot_differences
@@ -15,7 +18,7 @@ VERSION = 1
 ORACLE = "oracle: the best tuned component for each document"
 
 
-def summarise(rows, documents, facts):
+def summarise(rows: Sequence[Mapping[str, Any]], documents: Documents, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The comparison as plain values.
 
     Args:
@@ -104,7 +107,7 @@ def _oracle(tuned, documents, own, rows):
     return row
 
 
-def write_summary(result, output):
+def write_summary(result: Mapping[str, Any], output: str | os.PathLike) -> None:
     """Writes the three files, each by rename, and prints the table."""
     output = Path(output)
     table = as_markdown(result)
@@ -114,7 +117,7 @@ def write_summary(result, output):
     print(table)
 
 
-def as_markdown(result):
+def as_markdown(result: Mapping[str, Any]) -> str:
     """The table, best loss first, with what it says in one sentence."""
     seeds, units = len(result["seeds"]), f"{result['test_units']} {result['units']}s"
     kinds = sorted({kind for row in result["rows"] for kind in row.get("by_kind", ())})
@@ -124,7 +127,7 @@ def as_markdown(result):
         "95 % interval",
         *kinds,
         "accuracy",
-        "rival - hybrid",
+        "baseline - hybrid",
         "95 % interval",
         "p",
         "seeds won",
@@ -168,15 +171,16 @@ def as_markdown(result):
     return "\n".join([*lines, "", verdict(result), ""])
 
 
-def verdict(result):
-    """One sentence: the hybrid against the best rival that needs nothing more than the components and the text."""
+def verdict(result: Mapping[str, Any]) -> str:
+    """One sentence: the hybrid against the best baseline that needs nothing more than the components and the text."""
     own = next(row for row in result["rows"] if row["name"] == result["hybrid"])
-    rivals = [row for row in result["rows"] if row["kind"] not in ("hybrid", "hardened", "oracle") and not row["needs"]]
-    best = min(rivals, key=lambda row: row["loss"])
+    others = ("hybrid", "hardened", "oracle")
+    baselines = [row for row in result["rows"] if row["kind"] not in others and not row["needs"]]
+    best = min(baselines, key=lambda row: row["loss"])
     low, high = best["difference_interval"]
     sure = "better" if low > 0 else "worse" if high < 0 else "no different"
     return (
-        f"{own['name']} ({own['loss']:.4f}) is {sure}{' than' if sure != 'no different' else ' from'} the best rival, "
-        f"{best['name']} ({best['loss']:.4f}): {best['difference']:+.4f} nats per token, 95 % interval "
+        f"{own['name']} ({own['loss']:.4f}) is {sure}{' than' if sure != 'no different' else ' from'} the best "
+        f"baseline, {best['name']} ({best['loss']:.4f}): {best['difference']:+.4f} nats per token, 95 % interval "
         f"{low:+.4f} to {high:+.4f}, in {best['seeds_won']} of {len(best['losses'])} seeds."
     )

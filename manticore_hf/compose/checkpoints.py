@@ -2,19 +2,20 @@
 
 import contextlib
 import copy
-import json
 import os
-import re
+from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from transformers import PreTrainedConfig
 
+from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.sizes_manticore import Renamer, build_component, compare
-from manticore_hf.modeling.weights_manticore import tie_groups
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES, lfs_id, open_files, sha256, shards
+from manticore_hf.modeling.weights_manticore import Renamer, tie_groups
+from manticore_hf.utils.headers import compare
 
 
-def check_checkpoint(address, config, files):
+def check_checkpoint(address: str, config: PreTrainedConfig, files: list) -> None:
     """Refuses a component whose configuration and weight files differ, before anything is allocated for it.
 
     Args:
@@ -29,13 +30,7 @@ def check_checkpoint(address, config, files):
     with torch.device("meta"):
         model = build_component(what, copy.deepcopy(config))
     with contextlib.ExitStack() as stack:
-        tensors = {}
-        for file in files:
-            try:
-                handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                tensors.update({key: handle.get_slice(key) for key in handle.keys()})
-            except Exception as err:
-                raise ManticoreError(f"{what}: {file} is no readable safetensors file ({err}).") from err
+        tensors = open_files(files, stack, what)
         missing, wrong = compare(model, tensors, Renamer(model, prefixed=True), tie_groups(model))
     bad = missing + [f"{key} ({got}, not {need})" for key, (got, need) in sorted(wrong.items())]
     if bad:
@@ -45,21 +40,25 @@ def check_checkpoint(address, config, files):
         )
 
 
-def checkpoint_files(folder):
+def checkpoint_files(folder: str | os.PathLike) -> list[str]:
     """Paths of the safetensors files of a component's directory: one, or those that its index names.
 
     Raises:
         ManticoreError: The index names other files than safetensors files beside it.
     """
-    whole, index = (os.path.join(folder, "model.safetensors" + end) for end in ("", ".index.json"))
+    whole, index = (os.path.join(folder, file) for file in WEIGHT_FILES)
     if os.path.isfile(whole):
         return [whole]
-    try:
-        with open(index, encoding="utf-8") as file:
-            shards = sorted(set(json.load(file)["weight_map"].values()))
-        plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard) for shard in shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        plain = False
-    if not plain:
-        raise ManticoreError(f"{index} is no index of safetensors files beside it; save the component again.")
-    return [os.path.join(folder, shard) for shard in shards]
+    return [os.path.join(folder, shard) for shard in shards(index, (index, "save the component again."))]
+
+
+def record(files: list) -> dict[str, str]:
+    """{file: SHA-256} of a component's fetched safetensors files (and their index), for its entry.
+
+    Args:
+        files: Paths of them, in the Hub's cache.
+    """
+    index = Path(files[0]).with_name(WEIGHT_FILES[1])
+    if Path(files[0]).name != WEIGHT_FILES[0] and index.is_file():
+        files = [*files, index]
+    return {os.path.basename(file): lfs_id(file) or sha256(file) for file in files}

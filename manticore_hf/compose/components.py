@@ -26,12 +26,11 @@ from manticore_hf.modeling.bounds_manticore import (
     ManticoreError,
     build_config,
     check_component_name,
-    check_values,
+    guard,
     is_causal_lm,
     show,
 )
-from manticore_hf.modeling.components_manticore import WEIGHT_FILES
-from manticore_hf.modeling.remote_manticore import code_of, registered, trust
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES, code_of, registered, trust
 
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -50,7 +49,8 @@ class ComponentSpec:
             Transformers' own. Whoever loads the hybrid has to ask for that again (`trust_component_code=[name]`).
         model: An instance made from the weights at `source`, to take instead of them: what it shares with them stays a
             reference, only what differs is the hybrid's own.
-        transplant: How the model got its vocabulary, if that is not the one at `source` (see `check_transplant`).
+        transplant: How the model got its vocabulary, if that is not the one at `source` (see
+            `manticore_hf.utils.defence.check_transplant`).
     """
 
     source: object
@@ -63,7 +63,7 @@ class ComponentSpec:
     transplant: dict | None = None
 
     @classmethod
-    def of(cls, item):
+    def of(cls, item: object) -> "ComponentSpec":
         """An item of `from_components([...])` as a spec."""
         spec = item if type(item).__name__ == cls.__name__ else cls(item)  # by name: it may be of another copy
         if not isinstance(spec.source, (str, os.PathLike, PreTrainedModel)):
@@ -90,7 +90,7 @@ class Resolved:
     code: dict | None = None
     transplant: dict | None = None
 
-    def entry(self):
+    def entry(self) -> dict:
         """The component's entry in ManticoreConfig(components=...)."""
         reference = self.repo_id is not None and not self.embed
         return {
@@ -106,12 +106,12 @@ class Resolved:
         }
 
     @property
-    def address(self):
+    def address(self) -> str:
         """What a message calls it."""
         return f"{self.name!r} ({self.repo_id or self.directory or type(self.model).__name__})"
 
 
-def resolve(spec, hub, weights=True):
+def resolve(spec: ComponentSpec, hub: dict, weights: bool = True) -> Resolved:
     """Finds a component's configuration and refuses what cannot be joined.
 
     Args:
@@ -268,7 +268,7 @@ def _read_config(found, folder, trusted=False, token=None):
             f"Component {found.address}: its config.json is no JSON object but {show(values)}; repair it or choose "
             "another."
         )
-    check_values(f"Component {found.address}", values)
+    guard().file(f"Component {found.address}", values)
     kind, auto_map = values.get("model_type"), values.get("auto_map")
     if kind is not None and not isinstance(kind, str):
         raise ManticoreError(f"Component {found.address}: model_type={show(kind)} in its config.json is no name.")
@@ -336,7 +336,7 @@ def _check_weight_files(found, exists):
     raise ManticoreError(f"Component {found.address} has no {WEIGHT_FILES[0]} and no {WEIGHT_FILES[1]}.")
 
 
-def load(found, dtype, hub):
+def load(found: Resolved, dtype: torch.dtype, hub: dict) -> PreTrainedModel:
     """The component's causal LM, weights read from safetensors only.
 
     Raises:

@@ -6,14 +6,15 @@ import functools
 import torch
 from safetensors import safe_open
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import local_torch_dtype
 
-from manticore_hf.modeling.dtypes_manticore import default_dtype, dtype_plan
-from manticore_hf.modeling.sizes_manticore import build_component
+from manticore_hf.modeling.bounds_manticore import build_component
+from manticore_hf.modeling.dtypes_manticore import dtype_plan
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def stored_dtype(component, files):
+def stored_dtype(component: object, files: list | None) -> torch.dtype:
     """The dtype that a component comes in, as Transformers' "auto" has it.
 
     Args:
@@ -40,7 +41,7 @@ def _first_dtype(files):
     return torch.float32
 
 
-def cast(what, component, dtype):
+def cast(what: str, component: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Gives an instantiated component, in place, the dtypes that it would have if it were loaded in `dtype`.
 
     `component.to(dtype)` would round what stays in float32, rotary angles for example. Those that were rounded by such
@@ -74,7 +75,7 @@ def cast(what, component, dtype):
 
 def _loaded_dtypes(what, component, dtype):
     """{name of a parameter or buffer: (its dtype in a component that is loaded in `dtype`, whether it is in files)}."""
-    with torch.device("meta"), default_dtype(dtype):
+    with torch.device("meta"), local_torch_dtype(dtype):
         twin = build_component(what, copy.deepcopy(component.config))
     plan, stored = dtype_plan(twin._get_dtype_plan(dtype)), set(twin.state_dict())
     tensors = (*twin.named_parameters(), *twin.named_buffers())

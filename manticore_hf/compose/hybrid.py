@@ -12,17 +12,20 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_utils import local_torch_dtype
 
-from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files
+from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.tokenizers import check_tokenizers
+from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import modeling_manticore
-from manticore_hf.modeling.attention_manticore import settle_attention
+from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
-from manticore_hf.modeling.dtypes_manticore import default_dtype
-from manticore_hf.modeling.references_manticore import component_files, record
+from manticore_hf.modeling.references_manticore import component_files
+from manticore_hf.utils.task_types import CAUSAL
+from manticore_hf.utils.unwrap import is_hybrid
 
 _NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 
@@ -36,18 +39,26 @@ _WAYS = (
 )
 
 
-class ManticoreModel(modeling_manticore.ManticoreModel):
+class ManticoreModel(KeepsCard, modeling_manticore.ManticoreModel):
     """A hybrid without output head; see `manticore_hf.modeling.modeling_manticore`."""
 
 
-class ManticoreForCausalLM(modeling_manticore.ManticoreForCausalLM):
+class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
     """A hybrid as a causal LM, which `from_components` composes; see `manticore_hf.modeling.modeling_manticore`."""
 
     @classmethod
     @whole_weights()
     def from_components(
-        cls, components, *, dtype=None, token=None, cache_dir=None, local_files_only=False, verify=True, **settings
-    ):
+        cls,
+        components: list,
+        *,
+        dtype: torch.dtype | str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        verify: bool = True,
+        **settings,
+    ) -> "ManticoreForCausalLM":
         """Composes a hybrid from pretrained causal LMs.
 
         Args:
@@ -108,7 +119,7 @@ class ManticoreForCausalLM(modeling_manticore.ManticoreForCausalLM):
                 cast(f"Component {one.address}", part, dtype)
         config.dtype = dtype
         first = parts[config.tokenizer_component]
-        with default_dtype(dtype):
+        with local_torch_dtype(dtype):
             model = cls(config, components=parts)
         if first.device.type != "meta":  # as where weights wait on a disk
             model.hybrid_mixer.to(first.device)
@@ -168,12 +179,13 @@ class ManticoreForCausalLM(modeling_manticore.ManticoreForCausalLM):
         cache, logits, start = self.make_cache() if len(sizes) > 1 else None, [], 0
         for size in sizes:
             stop = start + size
-            state = self.embed(name, ids[:, start:stop])
+            reads_ids = self.config.embeddings == "native" and self.segments.segment(name, 0).is_whole
+            state = ids[:, start:stop] if reads_ids else self.embed(name, ids[:, start:stop])
             for block in range(self.config.num_blocks):
                 view = None if cache is None else cache.view(name, block)
                 given = mask[:, :stop] if padding else None
-                state = self._segment(name, block)(state, given, positions[:, start:stop], view)
-            logits.append(self._cuts.head(self.component(name))(state))
+                state = self.segments.segment(name, block)(state, given, positions[:, start:stop], view)
+            logits.append(self.segments.head(name)(state))
             if cache is not None:
                 cache.advance(size)
             start = stop
@@ -188,7 +200,7 @@ class ManticoreForCausalLM(modeling_manticore.ManticoreForCausalLM):
             return "fails (" + " ".join(f"{type(err).__name__}: {err}".split())[:200] + ")"
 
     @torch.no_grad()
-    def renew_embeddings(self):
+    def renew_embeddings(self) -> None:
         """New embeddings and heads of N(0, 0.02) for every component (embeddings="fresh", the paper's code)."""
         for name in self.config.component_names:
             component = self.component(name)
@@ -214,7 +226,14 @@ class _Classifies:
 
     @classmethod
     def from_components(
-        cls, components, *, num_labels=None, id2label=None, label2id=None, problem_type=None, **settings
+        cls,
+        components: list,
+        *,
+        num_labels: int | None = None,
+        id2label: dict | None = None,
+        label2id: dict | None = None,
+        problem_type: str | None = None,
+        **settings,
     ):
         """Composes a hybrid that classifies, from pretrained causal LMs.
 
@@ -236,7 +255,14 @@ class _Classifies:
         return cls.from_causal_lm(model, num_labels, id2label, label2id, problem_type)
 
     @classmethod
-    def from_causal_lm(cls, model, num_labels=None, id2label=None, label2id=None, problem_type=None):
+    def from_causal_lm(
+        cls,
+        model,
+        num_labels: int | None = None,
+        id2label: dict | None = None,
+        label2id: dict | None = None,
+        problem_type: str | None = None,
+    ):
         """A classifier of a causal hybrid in memory; they share components and mixer, so training one changes both.
 
         Args:
@@ -246,7 +272,7 @@ class _Classifies:
         Raises:
             ManticoreError: It is no causal hybrid, or a quantised one, or the labels contradict each other.
         """
-        if "ManticoreForCausalLM" not in {base.__name__ for base in type(model).__mro__}:  # or of another copy
+        if not is_hybrid(model) or model._auto_class != CAUSAL.auto:  # not by its class, which may be of another copy
             raise ManticoreError(f"{type(model).__name__} is no causal hybrid; give a ManticoreForCausalLM.")
         if getattr(model.config, "quantization_config", None) is not None:
             raise ManticoreError(
@@ -256,7 +282,7 @@ class _Classifies:
         config = copy.deepcopy(model.config)
         config.architectures = None
         _label(config, num_labels, id2label, label2id, problem_type)
-        with default_dtype(model.dtype):
+        with local_torch_dtype(model.dtype):
             out = cls(config, {name: model.component(name) for name in config.component_names})
         out.hybrid_mixer = model.hybrid_mixer
         for key in ("_component_cache_dir", "_own_commit"):  # where it came from, for saving and for adapters
@@ -266,11 +292,11 @@ class _Classifies:
         return out.eval()
 
 
-class ManticoreForSequenceClassification(_Classifies, modeling_manticore.ManticoreForSequenceClassification):
+class ManticoreForSequenceClassification(_Classifies, KeepsCard, modeling_manticore.ManticoreForSequenceClassification):
     """A hybrid that scores whole sequences; see `manticore_hf.modeling.modeling_manticore`."""
 
 
-class ManticoreForTokenClassification(_Classifies, modeling_manticore.ManticoreForTokenClassification):
+class ManticoreForTokenClassification(_Classifies, KeepsCard, modeling_manticore.ManticoreForTokenClassification):
     """A hybrid that scores every token; see `manticore_hf.modeling.modeling_manticore`."""
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -23,7 +23,7 @@ _QUIETLY = {
 logger = logging.get_logger(__name__)
 
 
-def find_tokenizer(found, hub):
+def find_tokenizer(found, hub: dict) -> PreTrainedTokenizerBase | None:
     """The tokenizer that a component comes with, or None.
 
     Args:
@@ -48,7 +48,7 @@ def find_tokenizer(found, hub):
         return None
 
 
-def check_tokenizers(components, hub):
+def check_tokenizers(components: list, hub: dict) -> int | None:
     """Raises ManticoreError if two components that come with tokenizers map tokens to ids differently.
 
     Returns:
@@ -81,6 +81,6 @@ def check_tokenizers(components, hub):
     return smallest if len(known) == len(components) and largest < smallest else None
 
 
-def digest(vocabulary):
+def digest(vocabulary: dict) -> str:
     """SHA-256 of a vocabulary {token: id}, by which two of them compare."""
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()

@@ -3,6 +3,7 @@
 What can be found by running a few tokens is found by `verify_segments`; here is the rest.
 """
 
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError
@@ -23,7 +24,7 @@ UNSUITED = {
 }
 
 
-def refuse_type(what, model_type):
+def refuse_type(what: str, model_type: str) -> None:
     """Raises ManticoreError if no model of a type can be a component.
 
     Args:
@@ -34,7 +35,7 @@ def refuse_type(what, model_type):
         raise ManticoreError(f"{what}: model type {model_type!r} is not supported: {UNSUITED[model_type]}.")
 
 
-def refuse_kind(what, config):
+def refuse_kind(what: str, config: PreTrainedConfig) -> None:
     """Raises ManticoreError if a configuration is of a kind of model that cannot be a component.
 
     Args:

@@ -1,11 +1,11 @@
-"""The whole way of a hybrid, on real input: recipes run, rivals trained, compared, published, loaded back.
+"""A hybrid from components to the Hub, on real input: recipes run, baselines trained, compared, published, loaded back.
 
     manticore-hf demo
 
 Runs against the Hub that the environment names; `manticore-hf demo` starts one on loopback for it. The components are
 the two shipped with the package, the text is that of the running Python's standard library (modules the components
 have not seen). Both are published to that Hub, and the recipes `demo.yaml` (two blocks) and `demo_one_block.yaml` are
-run as `manticore-hf run` runs them. The numbers are what they are: rivals are printed beside the hybrids.
+run as `manticore-hf run` runs them. The numbers are what they are: baselines are printed beside the hybrids.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.recipe import load_recipe, run_recipe
 from manticore_hf.utils.plots import plot_losses
 
-COMPONENTS = Path(__file__).parent / "demo_components"
+COMPONENTS = Path(__file__).parent.parent / "demo_components"
 ORGANISATION = "manticore-demo"
 TUNED = "everything tuned"
 KINDS = {"neox-prose": "prose", "mamba-code": "code"}
@@ -37,7 +37,7 @@ RECIPES = {1: files("manticore_hf.recipes") / "demo_one_block.yaml", 2: files("m
 PROMPTS = {"prose": "Return the name of the", "code": "def close(self):\n    self."}
 
 
-def run(output_dir, tokens, seed):
+def run(output_dir: Path, tokens: int, seed: int) -> int:
     """Runs the demo.
 
     Args:
@@ -111,7 +111,7 @@ def _publish_text(api, repo_id, tokenizer, tokens, seed, folder):
 def _publish(folder, label, test, rows):
     """Publishes a stage's directory and loads it back: the hybrid, and whether its logits are equal to the last bit.
 
-    The card gets the losses of this hybrid and of its rivals on the test text.
+    The card gets the losses of this hybrid and of its baselines on the test text.
     """
     own = next(row for row in rows if row.startswith("hybrid, 1 block"))
     shown = {row: losses for row, losses in rows.items() if row == own or not row.startswith("hybrid")}
@@ -132,8 +132,8 @@ def _publish(folder, label, test, rows):
     out = publish(folder, f"{ORGANISATION}/hybrid-{label.replace(' ', '-')}")
     repo_id = out.repo_id
     model, loaded = (AutoModelForCausalLM.from_pretrained(where, dtype="float32") for where in (folder, repo_id))
-    weights, whole = (folder / "model.safetensors").stat().st_size, sum(p.numel() for p in model.parameters()) * 4
-    _say(f"Published {repo_id}@{out.commit[:7]}: {weights:,} bytes of weights, of {whole:,} ({label}).")
+    weights, total = (folder / "model.safetensors").stat().st_size, sum(p.numel() for p in model.parameters()) * 4
+    _say(f"Published {repo_id}@{out.commit[:7]}: {weights:,} bytes of weights, of {total:,} ({label}).")
     ids = torch.tensor(test["code"][:2]["input_ids"])
     with torch.no_grad():
         equal = torch.equal(loaded(ids).logits, model(ids).logits)
@@ -142,7 +142,7 @@ def _publish(folder, label, test, rows):
 
 
 def _rows_before_tuning(stages, test):
-    """Hybrids whose components are as they were published, and their rivals: {row: losses by kind of text}."""
+    """Hybrids whose components are as they were published, and their baselines: {row: losses by kind of text}."""
     rows = {}
     for label, folder in (
         ("hybrid, 1 block, gate trained", stages[1]["pretrain"]),
@@ -150,23 +150,23 @@ def _rows_before_tuning(stages, test):
         ("hybrid, 2 blocks, projectors and gate trained", stages[2]["pretrain"]),
     ):
         # The components are the same in all three: their rows come from the first.
-        found = _evaluate(ManticoreForCausalLM.from_pretrained(folder), test, label, rivals=not rows)
+        found = _evaluate(ManticoreForCausalLM.from_pretrained(folder), test, label, baselines=not rows)
         rows[label] = found.pop("hybrid")
         rows = {**found, **rows}
     return rows
 
 
 def _rows_after_tuning(recipe, stages, test, output_dir, seed):
-    """The hybrids trained end to end, and their rivals trained with the same settings on the same rows."""
+    """The hybrids trained end to end, and their baselines trained with the same settings on the same rows."""
     tokenizer = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose")
     train, _ = load_rows(DataArguments(**recipe.data), tokenizer)
     settings, rows, parts = dict(recipe.stages), {}, []
     for repo_id in recipe.components:
         part = AutoModelForCausalLM.from_pretrained(repo_id, dtype="float32")
-        _train(part, train, output_dir / "rivals", seed, settings["finetune"])
+        _train(part, train, output_dir / "baselines", seed, settings["finetune"])
         parts.append(ComponentSpec(part, name=repo_id.split("/")[-1].replace("-", "_")))
     apart = ManticoreForCausalLM.from_components(parts)
-    _train(set_stage(apart, "projectors"), train, output_dir / "rivals", seed, settings["pretrain"])
+    _train(set_stage(apart, "projectors"), train, output_dir / "baselines", seed, settings["pretrain"])
     losses = _evaluate(apart, test, "tuned components")
     for name in apart.config.component_names:
         rows[f"{name}, tuned alone"] = losses[name]
@@ -177,15 +177,15 @@ def _rows_after_tuning(recipe, stages, test, output_dir, seed):
         ("hybrid, 2 blocks, searched and tuned", stages[2]["finetune"]),
     ):
         model = ManticoreForCausalLM.from_pretrained(folder)
-        rows[label] = _evaluate(model, test, label, rivals=False)["hybrid"]
+        rows[label] = _evaluate(model, test, label, baselines=False)["hybrid"]
     return rows
 
 
-def _evaluate(model, test, label, rivals=True):
+def _evaluate(model, test, label, baselines=True):
     """{row: {kind of text: loss, and "both": their mean, since there is as much of each}}."""
     found, rows = {}, {}
     for kind, text in test.items():
-        found[kind] = compare_losses(model, text, desc=f"Testing {label}, {kind}", rivals=rivals)
+        found[kind] = compare_losses(model, text, desc=f"Testing {label}, {kind}", baselines=baselines)
     for name in next(iter(found.values())):
         rows[name] = {kind: found[kind][name] for kind in test}
         rows[name]["both"] = sum(rows[name].values()) / len(test)
@@ -193,8 +193,8 @@ def _evaluate(model, test, label, rivals=True):
 
 
 def _train(model, dataset, output_dir, seed, settings):
-    """Trains a rival with a stage's settings."""
-    _say(f"Training a rival: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters.")
+    """Trains a baseline with a stage's settings."""
+    _say(f"Training a baseline: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters.")
     defaults = {"seed": seed, "report_to": "none", "use_cpu": not torch.accelerator.is_available()}
     set_seed(seed)
     arguments = TrainingArguments(output_dir=str(output_dir), **defaults, **settings)
@@ -205,11 +205,11 @@ def _train(model, dataset, output_dir, seed, settings):
 def _verdict(rows):
     """Says how the best hybrid does against the best of everything a user has without one."""
     hybrids = {label: row["both"] for label, row in rows.items() if label.startswith("hybrid")}
-    rivals = {label: row["both"] for label, row in rows.items() if label not in hybrids}
-    one, other = min(hybrids, key=hybrids.get), min(rivals, key=rivals.get)
-    gain = rivals[other] - hybrids[one]
+    baselines = {label: row["both"] for label, row in rows.items() if label not in hybrids}
+    one, other = min(hybrids, key=hybrids.get), min(baselines, key=baselines.get)
+    gain = baselines[other] - hybrids[one]
     word = "better" if gain > 0 else "worse"
-    _say(f"The best hybrid ({one}) is {abs(gain):.3f} nats per token {word} than the best rival ({other}).\n")
+    _say(f"The best hybrid ({one}) is {abs(gain):.3f} nats per token {word} than the best baseline ({other}).\n")
 
 
 def _print_table(title, rows):
@@ -236,7 +236,7 @@ def _say(text):
     print(f"[demo] {text}", flush=True)
 
 
-def main():
+def main() -> None:
     """`python -m manticore_hf.demo.demo`, against the Hub of the environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True)

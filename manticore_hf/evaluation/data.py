@@ -6,11 +6,16 @@ Texts are joined by the end-of-text token and by nothing else (the paper's code 
 with spaces; numbers made that way compare with nothing).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, load_dataset, load_dataset_builder
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset, load_dataset_builder
+from datasets.iterable_dataset import ExamplesIterable
+from transformers import PreTrainedTokenizerBase
 
+from manticore_hf.evaluation.data_arguments import DataArguments as DataArguments
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.distributed import bar
 
@@ -18,37 +23,10 @@ _FORMATS = {
     ".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
     ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
+_BATCH = 64  # documents tokenised at once: enough for a tokenizer's threads, and few to read beyond a limit
 
 
-@dataclass
-class DataArguments:
-    """Where the text comes from and how it is cut."""
-
-    data: str = field(metadata={"help": "Text, jsonl, csv or parquet file, a folder of them, or a Hub data set id."})
-    data_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    data_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
-    data_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
-    streaming: bool = field(default=False, metadata={"help": "Read a Hub data set only as far as it is needed."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds plain text."})
-    prompt_column: str | None = field(
-        default=None, metadata={"help": "Column of the prompt: instruction data, the prompt gets no loss."}
-    )
-    completion_column: str = field(default="completion", metadata={"help": "Column of the answer."})
-    block_size: int = field(default=512, metadata={"help": "Tokens per row."})
-    max_tokens: int | None = field(default=None, metadata={"help": "Use at most so many tokens, validation included."})
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share of the rows kept for validation; 0 for none."}
-    )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the validation split."})
-
-    def __post_init__(self):
-        if self.block_size < 2:
-            raise ManticoreError(f"block_size={self.block_size} must be at least 2 tokens.")
-        if not 0 <= self.validation_fraction < 1:
-            raise ManticoreError(f"validation_fraction={self.validation_fraction} must be in [0, 1).")
-
-
-def load_rows(arguments, tokenizer):
+def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
     """Reads, tokenises and splits the text of a stage.
 
     Args:
@@ -82,7 +60,7 @@ def load_rows(arguments, tokenizer):
     return parts["train"], parts["test"]
 
 
-def read_texts(arguments, size):
+def read_texts(arguments: DataArguments, size: int) -> list[str]:
     """The first documents of a source, as they are; the last one cut.
 
     Args:
@@ -108,7 +86,18 @@ def read_texts(arguments, size):
     return texts
 
 
-def read_records(arguments):
+def read_records(arguments: DataArguments) -> Iterable[dict[str, Any]]:
+    """The records of a source: files, a folder of them, or a data set of the Hub.
+
+    Args:
+        arguments: DataArguments.
+
+    Returns:
+        Dictionaries with the columns of the source; a text file is one record. What is streamed can be read once.
+
+    Raises:
+        ManticoreError: The source cannot be read (of a stream: when it is read); names it.
+    """
     path = Path(arguments.data)
     if not path.exists():
         return _hub_records(arguments)
@@ -165,7 +154,17 @@ def _unreadable(arguments, err):
     )
 
 
-def text_of(record, name, arguments):
+def text_of(record: Mapping[str, Any], name: str, arguments: DataArguments) -> str:
+    """The text in a column of a record.
+
+    Args:
+        record: A record of `read_records`.
+        name: The column.
+        arguments: DataArguments, for the message.
+
+    Raises:
+        ManticoreError: There is no such column, or no text in it.
+    """
     if name not in record:
         raise ManticoreError(f"{arguments.data!r} has no column {name!r}; it has {sorted(record)}.")
     if not isinstance(record[name], str):
@@ -173,13 +172,20 @@ def text_of(record, name, arguments):
     return record[name]
 
 
-def pack(documents, tokenizer, block_size, limit=None, desc="Tokenising"):
+def pack(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    limit: int | None = None,
+    desc: str = "Tokenising",
+) -> Dataset:
     """Documents end to end, each closed by the end-of-text token, cut into blocks of equal length.
 
-    A tokenizer that begins every text with a token of its own (Llama's, Gemma's) does so here, too.
+    A tokenizer that begins every text with a token of its own (Llama's, Gemma's) does so here, too. The rows are kept
+    in memory, and nothing is written into the cache of `datasets`.
 
     Args:
-        documents: Texts.
+        documents: Texts; they are read 64 at a time.
         tokenizer: A Transformers tokenizer with an `eos_token_id`.
         block_size: Tokens per block; what is left at the end is dropped.
         limit: Largest number of blocks, or None for all.
@@ -193,28 +199,76 @@ def pack(documents, tokenizer, block_size, limit=None, desc="Tokenising"):
     """
     if tokenizer.eos_token_id is None:
         raise ManticoreError("The tokenizer has no eos_token: documents cannot be told apart once they are packed.")
-    tokens, blocks, end = [], [], tokenizer.eos_token_id
-    for document in bar(documents, desc=desc, unit="doc", leave=False):
-        ids = tokenizer(document, verbose=False)["input_ids"]
-        if ids[:1] == [end]:  # one token for beginning and end: once between two documents
-            ids = ids[1:]
-        tokens += ids if ids[-1:] == [end] else [*ids, end]
-        whole = len(tokens) // block_size * block_size
-        blocks += [tokens[start : start + block_size] for start in range(0, whole, block_size)]
-        tokens = tokens[whole:]
-        if limit is not None and len(blocks) >= limit:
-            blocks = blocks[:limit]
-            break
-    if not blocks:
+    left, end = [], tokenizer.eos_token_id  # what no block is full of yet
+
+    def blocks(batch):
+        for ids in tokenizer(batch["text"], verbose=False)["input_ids"]:
+            if ids[:1] == [end]:  # one token for beginning and end: once between two documents
+                ids = ids[1:]
+            left.extend(ids if ids[-1:] == [end] else [*ids, end])
+        whole = len(left) // block_size * block_size
+        out = [left[start : start + block_size] for start in range(0, whole, block_size)]
+        del left[:whole]
+        return {"input_ids": out, "labels": out}
+
+    texts = ({"text": document} for document in bar(documents, desc=desc, unit="doc", leave=False))
+    rows = _collect(texts, blocks, limit)
+    if rows is None:
         raise ManticoreError(
-            f"The text has {len(tokens)} tokens, fewer than one block of {block_size}: give more text or smaller "
-            "blocks."
+            f"The text has {len(left)} tokens, fewer than one block of {block_size}: give more text or smaller blocks."
         )
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+    return rows
 
 
-def repack(rows, tokens):
-    """Rows of different lengths as blocks of one length (that of the longest row), about `tokens` in all."""
+def _collect(
+    records: Iterable[dict[str, Any]], function: Callable[[dict[str, list]], dict[str, list]], limit: int | None
+) -> Dataset | None:
+    """Maps records batch by batch, and keeps the rows that come out in memory, as Arrow's buffers.
+
+    As a stream, which reads no further than the limit and of which one batch at a time exists as Python objects. A
+    `Dataset` that is mapped, or made by `from_generator`, would be written into the user's cache.
+
+    Args:
+        records: Of the same keys; read once, `_BATCH` at a time.
+        function: From lists, one for each key, to lists of rows; as many rows as it likes.
+        limit: Largest number of rows, or None for all.
+
+    Returns:
+        The Dataset, None if there is no row.
+
+    Raises:
+        Whatever reading the records raises, if the rows before it are too few.
+    """
+    records, failure = iter(records), []
+    first = next(records, None)
+    if first is None:
+        return None
+
+    def up_to_failure():
+        try:
+            yield from enumerate(chain([first], records))
+        except Exception as err:
+            failure.append(err)
+
+    stream = IterableDataset(ExamplesIterable(up_to_failure, {}))
+    stream = stream.map(function, batched=True, batch_size=_BATCH, remove_columns=list(first))
+    stream = stream if limit is None else stream.take(limit)
+    parts = [Dataset.from_dict(rows) for rows in stream.iter(batch_size=_BATCH)]
+    if failure and (limit is None or sum(map(len, parts)) < limit):
+        raise failure[0]  # more was read than is needed, so it counts only where what comes before does not suffice
+    return concatenate_datasets(parts) if parts else None
+
+
+def repack(rows: Dataset, tokens: int) -> Dataset:
+    """Rows of different lengths as blocks of one length.
+
+    Args:
+        rows: A Dataset with `input_ids`.
+        tokens: About how many tokens are kept.
+
+    Returns:
+        A Dataset with `input_ids`, each as long as the longest row was; what is left at the end is dropped.
+    """
     block_size, joined = max(map(len, rows["input_ids"])), []
     for ids in rows["input_ids"]:
         joined += ids
@@ -224,8 +278,19 @@ def repack(rows, tokens):
     return Dataset.from_dict({"input_ids": [joined[start : start + block_size] for start in starts]})
 
 
-def mask_prompts(records, tokenizer, arguments, limit=None):
+def mask_prompts(
+    records: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: DataArguments,
+    limit: int | None = None,
+) -> Dataset:
     """Instruction records as rows whose loss is on the completion only.
+
+    Args:
+        records: With the columns `prompt_column` and `completion_column`; they are read 64 at a time.
+        tokenizer: A Transformers tokenizer with an `eos_token_id`, which ends every answer.
+        arguments: DataArguments.
+        limit: Largest number of rows, or None for all.
 
     Returns:
         A Dataset with `input_ids`, `attention_mask` and `labels` (-100 on the prompt), at most block_size long; records
@@ -234,22 +299,28 @@ def mask_prompts(records, tokenizer, arguments, limit=None):
     Raises:
         ManticoreError: A column is missing, or no record has room for its answer.
     """
-    rows = {"input_ids": [], "attention_mask": [], "labels": []}
-    for record in bar(records, desc="Tokenising", unit="record", leave=False):
-        texts = [text_of(record, name, arguments) for name in (arguments.prompt_column, arguments.completion_column)]
-        prompt = tokenizer(texts[0], verbose=False)["input_ids"]
-        prompt = prompt[:-1] if prompt[-1:] == [tokenizer.eos_token_id] else prompt
-        answer = tokenizer(texts[1], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = (prompt + answer + [tokenizer.eos_token_id])[: arguments.block_size]
-        if len(prompt) >= len(ids):
-            continue
-        rows["input_ids"].append(ids)
-        rows["attention_mask"].append([1] * len(ids))
-        rows["labels"].append([-100] * len(prompt) + ids[len(prompt) :])
-        if limit is not None and len(rows["labels"]) >= limit:
-            break
-    if not rows["labels"]:
+    end, columns = tokenizer.eos_token_id, {"prompt": arguments.prompt_column, "answer": arguments.completion_column}
+
+    def mask(batch):
+        rows = {"input_ids": [], "attention_mask": [], "labels": []}
+        prompts = tokenizer(batch["prompt"], verbose=False)["input_ids"]
+        answers = tokenizer(batch["answer"], add_special_tokens=False, verbose=False)["input_ids"]
+        for prompt, answer in zip(prompts, answers):
+            prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
+            ids = (prompt + answer + [end])[: arguments.block_size]
+            if len(prompt) < len(ids):
+                rows["input_ids"].append(ids)
+                rows["attention_mask"].append([1] * len(ids))
+                rows["labels"].append([-100] * len(prompt) + ids[len(prompt) :])
+        return rows
+
+    texts = (
+        {key: text_of(record, name, arguments) for key, name in columns.items()}
+        for record in bar(records, desc="Tokenising", unit="record", leave=False)
+    )
+    rows = _collect(texts, mask, limit)
+    if rows is None:
         raise ManticoreError(
             f"{arguments.data!r} has no record whose prompt leaves room for an answer in {arguments.block_size} tokens."
         )
-    return Dataset.from_dict(rows)
+    return rows

@@ -1,37 +1,44 @@
-"""Losses on held-out text: a hybrid's number is never given without its rivals'."""
+"""Losses on held-out text: a hybrid's number is never given without its baselines'."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
-from manticore_hf.evaluation.data import load_rows
+from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
-from manticore_hf.utils.distributed import bar, component_runner, shares, totals
+from manticore_hf.utils.distributed import all_reduce_dict, bar, component_runner, shares
+from manticore_hf.utils.renamed import takes_old_name
 
 
+@takes_old_name("rivals", "baselines")
 @torch.no_grad()
-def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True):
+def compare_losses(
+    model: PreTrainedModel, dataset: Dataset, batch_size: int = 16, desc: str = "Evaluating", baselines: bool = True
+) -> dict[str, float]:
     """Mean next-token loss of a hybrid, of each component alone, and of their plain ensemble, in one pass.
 
     Several processes each run a share of the rows; all of them must call this.
 
     Args:
-        model: A hybrid; without rivals any causal LM, which counts as "hybrid".
+        model: A hybrid; without baselines any causal LM, which counts as "hybrid".
         dataset: Blocks of `input_ids`, as `pack` makes them.
         batch_size: Blocks per forward pass.
         desc: Label of the progress bar.
-        rivals: Also run the components; False where their losses on this text are known already.
+        baselines: Also run the components; False where their losses on this text are known already.
 
     Returns:
         {component name: loss, ..., "ensemble": loss, "hybrid": loss} in nats per token; the ensemble is the normalised
         geometric mean of the components' distributions with equal weights. A hardened hybrid has lost parts of its
-        components, so only "hybrid" is there: its rivals come from the soft one.
+        components, so only "hybrid" is there: its baselines come from the soft one.
     """
-    was_training, names = model.training, model.config.component_names if rivals and not model.config.route else []
+    was_training, names = model.training, model.config.component_names if baselines and not model.config.route else []
     model.eval()
     sums, count = dict.fromkeys([*names, "ensemble", "hybrid"] if names else ["hybrid"], 0.0), 0
     runners = {name: component_runner(model, name) for name in names}
@@ -56,11 +63,11 @@ def compare_losses(model, dataset, batch_size=16, desc="Evaluating", rivals=True
         sums["hybrid"] += loss(model(input_ids=ids, use_cache=False).logits)
         count += share * target.numel()
     model.train(was_training)
-    *sums, count = totals({**sums, "": count}, model.device).items()
+    *sums, count = all_reduce_dict({**sums, "": count}, model.device).items()
     return {name: loss / count[1] for name, loss in sums}
 
 
-def measured_on(data, rows):
+def measured_on(data: DataArguments, rows: Dataset) -> dict[str, Any]:
     """What a result says of the text it was measured on: {"data": its name, "tokens": predicted ones, "note": how}.
 
     Args:
@@ -74,8 +81,10 @@ def measured_on(data, rows):
     return {"data": local.name if local.exists() else data.data, "tokens": tokens, "note": note}
 
 
-def run_evaluate(source, data, batch_size=8, output=None):
-    """Prints (and writes) the losses of a saved hybrid and its rivals on a text.
+def run_evaluate(
+    source: str | os.PathLike, data: DataArguments, batch_size: int = 8, output: str | os.PathLike | None = None
+) -> dict[str, float]:
+    """Prints (and writes) the losses of a saved hybrid and its baselines on a text.
 
     Args:
         source: Hybrid: directory or Hub repo.

@@ -1,24 +1,29 @@
-"""Trains models of one task from scratch, a hybrid beside its rivals, and keeps what each run gave.
+"""Trains models of one task from scratch, a hybrid beside its baselines, and keeps what each run gave.
 
 Every model is trained by the standard Trainer on the same sequences in the same order: AdamW, cosine to 1e-6, no
-clipping, float32. What a task is, how it reads a model and how it is scored is said by subclasses of `Comparison`.
+clipping, float32. What a task is, how it reads a model and how it is scored is said by subclasses of `Benchmark`.
 
 Every run writes one JSON file, whose name carries a digest of all its settings, when it is finished; it is not run
 again. A component's trained weights lie beside its file, because the ensemble needs them.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_model
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 
 from manticore_hf.experiments.models import DESIGNED, from_scratch, hybrid_from_scratch, scratch_config
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -49,7 +54,7 @@ class Training:
             )
 
 
-class Comparison:
+class Benchmark:
     """Models of one task and training setting; the data are made when first needed.
 
     Args:
@@ -62,7 +67,7 @@ class Comparison:
     forward_arguments = {"use_cache": False}
     collate = staticmethod(default_data_collator)
 
-    def __init__(self, task, output, training, quiet):
+    def __init__(self, task: Any, output: str | Path, training: Training, quiet: bool):
         self.task, self.output, self.training, self.quiet = task, Path(output), training, quiet
         self.output.mkdir(parents=True, exist_ok=True)
         self.splits = {}
@@ -70,43 +75,56 @@ class Comparison:
     # ---- what a task says --------------------------------------------------------------------------------------------
 
     @property
-    def positions(self):
+    def positions(self) -> int:
         """Longest sequence that the models read."""
         raise NotImplementedError
 
-    def wrap(self, lm):
+    def wrap(self, lm: PreTrainedModel) -> nn.Module:
         """The model that is trained, of a causal LM or hybrid from scratch."""
         raise NotImplementedError
 
-    def pick(self, scores, batch):
-        """Predicted and wanted labels of a batch, each a list.
+    def pick(self, scores: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> tuple[list, list]:
+        (
+            """Predicted and wanted labels of a batch, each a list.
 
         Args:
             scores: [batch, ..., labels], of one model or of the ensemble.
             batch: What the model read, and its labels.
+
+        Returns:
+            (predicted, wanted): lists of as many entries.
         """
+            ""
+        )
         raise NotImplementedError
 
-    def measure(self, guesses, wanted):
-        """The measures of all predicted and wanted labels, as a dict."""
+    def measure(self, guesses: list, wanted: list) -> dict[str, float]:
+        """The measures of all predicted and wanted labels: {"accuracy": share in [0, 1], ...}."""
         raise NotImplementedError
 
-    def facts(self):
+    def facts(self) -> dict[str, Any]:
         """What a result must be filed under beside the task's and the training's own settings."""
         return {}
 
     # ---- the models --------------------------------------------------------------------------------------------------
 
     @property
-    def sizes(self):
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Vocabulary, layers, width and longest sequence, as `scratch_config` takes them."""
         return self.task.vocab_size, self.training.layers, self.training.hidden_size, self.positions
 
-    def run(self, families, rivals=True, hybrid=None, designed=False):
+    def run(
+        self,
+        families: Sequence[str],
+        baselines: bool = True,
+        hybrid: Mapping[str, Any] | None = None,
+        designed: bool = False,
+    ) -> list[dict[str, Any]]:
         """Trains and scores what is not finished yet.
 
         Args:
             families: Model types. One: that model. Several: the hybrid of them.
-            rivals: For a hybrid also each component alone, and the plain ensemble of those.
+            baselines: For a hybrid also each component alone, and the plain ensemble of those.
             hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...).
             designed: Also a hybrid that was designed by hand: `models.DESIGNED`.
 
@@ -124,17 +142,36 @@ class Comparison:
             results = [self.single(families[0], 0)]
         else:
             results = [self.hybrid(families, dict(hybrid or {}))]
-            if rivals:
+            if baselines:
                 results += [self.single(family, i) for i, family in enumerate(families)]
                 results.append(self.ensemble(families))
         return results + [self.single(family, 0) for family in others]
 
-    def single(self, family, index):
-        """One component alone; `index` says which start it has, that of the hybrid's component."""
+    def single(self, family: str, index: int) -> dict[str, Any]:
+        (
+            """Trains and scores one component alone.
+
+        Args:
+            family: Model type.
+            index: Which start it has: that of the hybrid's component with this number.
+
+        Returns:
+            The result, as its JSON file has it.
+        """
+            ""
+        )
         return self._run(family, {"model": family, "start": index}, lambda: self._build(family, index), keep=True)
 
-    def hybrid(self, families, settings):
-        """The hybrid of some families."""
+    def hybrid(self, families: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Trains and scores the hybrid of some families.
+
+        Args:
+            families: Model types, at least two.
+            settings: Keys of ManticoreConfig.
+
+        Returns:
+            The result, as its JSON file has it.
+        """
 
         def build():
             lm = hybrid_from_scratch(families, *self.sizes, seed=self.training.seed, **settings)
@@ -143,8 +180,15 @@ class Comparison:
         name = f"hybrid {'+'.join(families)}"
         return self._run(name, {"hybrid": families, "settings": settings}, build)
 
-    def ensemble(self, families):
-        """The plain ensemble of the components trained alone (geometric mean of their predictions)."""
+    def ensemble(self, families: Sequence[str]) -> dict[str, Any]:
+        """Scores the plain ensemble of the components trained alone (geometric mean of their predictions).
+
+        Args:
+            families: Model types, each trained by `single` before.
+
+        Returns:
+            The result, as its JSON file has it.
+        """
         file, settings = self._file(f"ensemble {'+'.join(families)}", {"ensemble": families})
         if (result := self._finished(file)) is not None:
             return result
@@ -164,8 +208,8 @@ class Comparison:
         torch.manual_seed(self.training.seed)  # of what is put on top, the same for all
         return self.wrap(lm)
 
-    def data(self, split):
-        """The split "train" or "test"."""
+    def data(self, split: str) -> Dataset:
+        """The split "train" or "test", made when it is first asked for."""
         if split not in self.splits:
             self.splits[split] = self.task.dataset(split)
         return self.splits[split]
@@ -244,14 +288,22 @@ class Comparison:
 
 
 @torch.no_grad()
-def answers(models, rows, pick, batch_size, collate=default_data_collator, arguments=None, quiet=False):
+def answers(
+    models: Sequence[nn.Module],
+    rows: Dataset,
+    pick: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], Sequence[list]],
+    batch_size: int,
+    collate: Callable[[list], Mapping[str, torch.Tensor]] = default_data_collator,
+    arguments: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> tuple[list, list]:
     """What models say on a data set, and what they should.
 
     Args:
         models: Models of one task; of several, the mean of their log-probabilities counts. They are put into evaluation
             mode.
         rows: The data set.
-        pick: As `Comparison.pick`.
+        pick: As `Benchmark.pick`.
         batch_size: Rows per forward pass.
         collate: Makes batches of rows.
         arguments: Further arguments of the models' forward.
@@ -276,7 +328,7 @@ def answers(models, rows, pick, batch_size, collate=default_data_collator, argum
     return guesses, wanted
 
 
-def families_of(args):
+def families_of(args: argparse.Namespace) -> list[str]:
     """The model types that a command line names.
 
     Args:
@@ -291,7 +343,7 @@ def families_of(args):
     return families
 
 
-def training_of(args):
+def training_of(args: argparse.Namespace) -> Training:
     """The Training that a command line says."""
     return Training(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Training)})
 

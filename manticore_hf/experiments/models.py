@@ -1,7 +1,10 @@
 """Small models from scratch, of any family by its Transformers name, and hybrids of them."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -17,7 +20,7 @@ DESIGNED = "jamba"
 MambaFormer, Park et al., arXiv 2402.04248, interleaves them, here with MLPs), no positions but what Mamba knows."""
 
 
-def scratch_config(family, vocab_size, layers, width, positions):
+def scratch_config(family: str, vocab_size: int, layers: int, width: int, positions: int) -> PretrainedConfig:
     """A family's configuration at a small size.
 
     What a family calls its sizes is asked of its configuration. Attention has heads of 32 (one head where the width is
@@ -30,6 +33,9 @@ def scratch_config(family, vocab_size, layers, width, positions):
         vocab_size: Token ids.
         layers, width: Number of layers, width of the hidden states.
         positions: Longest sequence.
+
+    Returns:
+        The configuration.
 
     Raises:
         ManticoreError: There is no such family of causal LMs, or it cannot be made of that size.
@@ -70,10 +76,22 @@ def scratch_config(family, vocab_size, layers, width, positions):
         raise ManticoreError(f"{family} cannot be made with {own}: {err}") from err
 
 
-def from_scratch(family, vocab_size, layers, width, positions, seed=0):
-    """A causal LM with initial weights, in float32; arguments as `scratch_config`, and the seed of the weights.
+def from_scratch(
+    family: str, vocab_size: int, layers: int, width: int, positions: int, seed: int = 0
+) -> PreTrainedModel:
+    """A causal LM with initial weights, in float32.
 
     Mamba and Mamba-2 get this package's scan here, too, so that a hybrid and its components run the same.
+
+    Args:
+        family, vocab_size, layers, width, positions: As `scratch_config`.
+        seed: Seed of the weights.
+
+    Returns:
+        The model, in training mode as Transformers builds it.
+
+    Raises:
+        ManticoreError: There is no such family, or it cannot be built at that size.
     """
     config = scratch_config(family, vocab_size, layers, width, positions)
     torch.manual_seed(seed)
@@ -85,7 +103,9 @@ def from_scratch(family, vocab_size, layers, width, positions, seed=0):
     return model
 
 
-def hybrid_from_scratch(families, vocab_size, layers, width, positions, seed=0, **settings):
+def hybrid_from_scratch(
+    families: Sequence[str], vocab_size: int, layers: int, width: int, positions: int, seed: int = 0, **settings: Any
+) -> ManticoreForCausalLM:
     """A hybrid whose components have initial weights.
 
     Args:
@@ -94,6 +114,12 @@ def hybrid_from_scratch(families, vocab_size, layers, width, positions, seed=0, 
         seed: Seed of the weights.
         **settings: Keys of ManticoreConfig. Projectors that would be calibrated start as the identity: states of
             untrained components hold nothing to calibrate on.
+
+    Returns:
+        The hybrid, in float32.
+
+    Raises:
+        ManticoreError: Fewer than two families, or one that cannot be built at that size.
     """
     if len(families) < 2:
         raise ManticoreError(f"hybrid={','.join(families)!r} has {len(families)} component(s); give at least two.")

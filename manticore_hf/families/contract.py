@@ -6,14 +6,19 @@ loaded. Models are tiny, random and strong (`tiny.py`), so that a difference sho
 
 import copy
 import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.generation.utils import GenerateOutput
 
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.families.tiny import tokens
-from manticore_hf.modeling.segments_manticore import Cuts
-from manticore_hf.modeling.versions_manticore import CACHE
+from manticore_hf.modeling.anatomy_manticore import dissect
+from manticore_hf.modeling.segments_manticore import Head, cut
 
 PADDING = 3
 """Tokens of left padding of the first of two rows."""
@@ -34,13 +39,13 @@ class Broken(AssertionError):
     """Two ways to one result differ; the message says which, and by how much."""
 
 
-def same(got, wanted, what):
+def same(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
     """Raises Broken unless two tensors are equal to the last bit."""
     if not torch.equal(got, wanted):
         _differ(got, wanted, what)
 
 
-def close(got, wanted, what="results", atol=None):
+def close(got: torch.Tensor, wanted: torch.Tensor, what: str = "results", atol: float | None = None) -> None:
     """Raises Broken unless two tensors are equal up to the rounding of sums taken in another order.
 
     Args:
@@ -67,7 +72,7 @@ def _differ(got, wanted, what):
     raise Broken(f"{what} differ (by {by:.2g} where the largest is {size:.2g})")
 
 
-def left_padded(time=9, device="cpu"):
+def left_padded(time: int = 9, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two rows, the first with left padding: ids, mask, positions, each [2, time]."""
     ids, mask = tokens(2, time, device=device), torch.ones(2, time, dtype=torch.long, device=device)
     ids[0, :PADDING], mask[0, :PADDING] = 0, 0
@@ -79,15 +84,14 @@ def left_padded(time=9, device="cpu"):
 
 
 @torch.no_grad()
-def check_segments(component, bounds):
+def check_segments(component: PreTrainedModel, bounds: Sequence[int]) -> None:
     """Segments in sequence are the uncut component, to the last bit, with left padding and without; so is its head.
 
     Args:
         component: A causal LM in evaluation mode.
         bounds: Where it is cut: (0, 2, depth).
     """
-    cuts = Cuts()
-    anatomy = cuts.anatomy(component)
+    anatomy = dissect(component)
     stack = component.get_submodule(anatomy.path)
     ids, mask, positions = left_padded(device=component.device)
     what = f"the model in {len(bounds) - 1} segments and the uncut model"
@@ -97,15 +101,15 @@ def check_segments(component, bounds):
         wanted = stack(input_ids=ids, attention_mask=given, use_cache=False, **kwargs)[0]
         state = component.get_input_embeddings()(ids)
         for start, stop in zip(bounds, bounds[1:]):
-            state = cuts.segment(component, start, stop)(state, given, where)
+            state = cut(component, anatomy, start, stop)(state, given, where)
         same(state, wanted, what)
     kwargs = {"position_ids": positions} if "position_ids" in inspect.signature(component.forward).parameters else {}
     wanted = component(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits
-    same(cuts.head(component)(state), wanted, "the logits of a component's last state and its own logits")
+    same(Head(component, anatomy)(state), wanted, "the logits of a component's last state and its own logits")
 
 
 @torch.no_grad()
-def check_one_hot(parts, settings, blocks=(1, 2, 3)):
+def check_one_hot(parts: Sequence[ComponentSpec], settings: dict[str, Any], blocks: Sequence[int] = (1, 2, 3)) -> None:
     """A hybrid whose mixture is one component is that component: logits and loss, to the last bit.
 
     Args:
@@ -145,7 +149,7 @@ def check_one_hot(parts, settings, blocks=(1, 2, 3)):
                 same(got.loss, wanted[given is None].loss, f"losses {what}")
 
 
-def check_gradients(component, blocks=2):
+def check_gradients(component: PreTrainedModel, blocks: int = 2) -> None:
     """Training a component cut into blocks gives every parameter the gradient that training it uncut gives.
 
     Args:
@@ -176,7 +180,7 @@ def check_gradients(component, blocks=2):
 # Of a hybrid.
 
 
-def randomise(model, seed=7, scale=0.1):
+def randomise(model: ManticoreForCausalLM, seed: int = 7, scale: float = 0.1) -> None:
     """Perturbs everything the hybrid adds to its components (projectors, alpha, token gate)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -186,7 +190,9 @@ def randomise(model, seed=7, scale=0.1):
 
 
 @torch.no_grad()
-def naive_greedy(model, ids, mask, steps):
+def naive_greedy(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy decoding that runs the whole sequence each time. Returns (tokens, logits [batch, steps, vocabulary])."""
     logits = []
     for _ in range(steps):
@@ -196,7 +202,9 @@ def naive_greedy(model, ids, mask, steps):
     return ids, torch.stack(logits, 1)
 
 
-def generate(model, ids, mask=None, steps=6, **kwargs):
+def generate(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None, steps: int = 6, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor, GenerateOutput]:
     """Returns (tokens, logits [batch, steps, vocabulary], output)."""
     kwargs = {"do_sample": False, "max_new_tokens": steps, "use_cache": True, **kwargs}  # MPT's default is not to
     out = model.generate(
@@ -209,18 +217,18 @@ def generate(model, ids, mask=None, steps=6, **kwargs):
     return out.sequences, torch.stack(out.logits, 1), out
 
 
-def check_greedy(model, steps=6):
+def check_greedy(model: ManticoreForCausalLM, steps: int = 6) -> None:
     """`generate` with a cache gives the tokens and logits of running everything again, of a padded batch."""
     ids, mask, _ = left_padded(8, model.device)
     wanted, wanted_logits = naive_greedy(model, ids, mask, steps)
     got, logits, out = generate(model, ids, mask, steps)
     close(logits, wanted_logits, "logits with a cache and without")
     same(got, wanted, "tokens generated with a cache and without")
-    if getattr(out, CACHE).get_seq_length() != ids.shape[1] + steps - 1:
+    if out.cache.get_seq_length() != ids.shape[1] + steps - 1:
         raise Broken("the cache has another length than what it was given")
 
 
-def check_padding(model, steps=6):
+def check_padding(model: ManticoreForCausalLM, steps: int = 6) -> None:
     """A row with left padding generates what it does alone, in a batch and by itself."""
     ids, mask, _ = left_padded(8, model.device)
     alone, alone_logits = naive_greedy(model, ids[:1, PADDING:], mask[:1, PADDING:], steps)
@@ -230,7 +238,7 @@ def check_padding(model, steps=6):
         same(got[:1, PADDING:], alone, "tokens of a padded row and of the row alone")
 
 
-def check_beams(model):
+def check_beams(model: ManticoreForCausalLM) -> None:
     """Beam search with a cache, whose rows are reordered at every step, is that without one."""
     ids, mask, _ = left_padded(8, model.device)
     kwargs = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
@@ -243,7 +251,7 @@ def check_beams(model):
 
 
 @torch.no_grad()
-def check_chunks(model, sizes):
+def check_chunks(model: ManticoreForCausalLM, sizes: Sequence[int]) -> None:
     """A padded batch read in chunks of these sizes, in turns, gives the logits of reading it at once."""
     ids = tokens(2, 11, device=model.device)
     mask = torch.ones_like(ids)
@@ -252,46 +260,46 @@ def check_chunks(model, sizes):
     cache, start, parts, i = model.make_cache(), 0, [], 0
     while start < 11:
         stop = min(start + sizes[i % len(sizes)], 11)
-        out = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], **{CACHE: cache})
+        out = model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache)
         parts.append(out.logits)
         start, i = stop, i + 1
     real = mask.bool()
     close(torch.cat(parts, 1)[real], whole[real], f"logits of a text in chunks of {sizes} and of the whole")
-    if getattr(out, CACHE) is not cache or cache.get_seq_length() != 11:
+    if out.cache is not cache or cache.get_seq_length() != 11:
         raise Broken("the cache has another length than what it was given")
 
 
 @torch.no_grad()
-def check_turns(model):
+def check_turns(model: ManticoreForCausalLM) -> None:
     """Two sequences decoded by turns, each with its cache: nothing of one lives outside of it."""
     one, two = tokens(1, 6, 3, model.device), tokens(1, 6, 4, model.device)
     whole = [model(input_ids=x, use_cache=False).logits for x in (one, two)]
     caches, parts = [model.make_cache(), model.make_cache()], [[], []]
     for start, stop in [(0, 4), (4, 5), (5, 6)]:
         for i, ids in enumerate((one, two)):
-            parts[i].append(model(input_ids=ids[:, start:stop], **{CACHE: caches[i]}).logits)
+            parts[i].append(model(input_ids=ids[:, start:stop], cache=caches[i]).logits)
     for part, wanted in zip(parts, whole):
         close(torch.cat(part, 1), wanted, "logits of two sequences by turns and of each at once")
 
 
-def check_static_cache(model):
+def check_static_cache(model: ManticoreForCausalLM) -> None:
     """A static cache gives what no cache gives: by `generate`, and in chunks with room to spare."""
     ids, mask, _ = left_padded(8, model.device)
     wanted, wanted_logits = naive_greedy(model, ids, mask, 6)
     got, logits, out = generate(model, ids, mask, cache_implementation="static")
     close(logits, wanted_logits, "logits with a static cache and without")
     same(got, wanted, "tokens generated with a static cache and without")
-    if getattr(out, CACHE).max_cache_len < got.shape[1] - 1:
+    if out.cache.max_cache_len < got.shape[1] - 1:
         raise Broken("the static cache is shorter than what was generated")
     ids, cache = tokens(1, 10, device=model.device), model.make_cache(16)
     with torch.no_grad():
-        parts = [model(input_ids=ids[:, a:b], **{CACHE: cache}).logits for a, b in [(0, 6), (6, 7), (7, 10)]]
+        parts = [model(input_ids=ids[:, a:b], cache=cache).logits for a, b in [(0, 6), (6, 7), (7, 10)]]
         whole = model(input_ids=ids, use_cache=False).logits
     close(torch.cat(parts, 1), whole, "logits in chunks with a static cache and at once")
 
 
 @torch.no_grad()
-def check_saved(model, folder):
+def check_saved(model: ManticoreForCausalLM, folder: str | Path) -> None:
     """A hybrid that was saved and loaded has the same tensors and gives the same logits.
 
     Args:

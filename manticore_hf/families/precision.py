@@ -6,9 +6,11 @@ and all that follows differs). In float64 rounding is nine orders smaller, and a
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 
 class Float64(TorchFunctionMode):
@@ -28,7 +30,7 @@ class Float64(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def as_asked():
+def as_asked() -> Iterator[None]:
     """Within `Float64`: float32 where that is asked for. Random numbers of float64 are others than those of float32."""
     before, Float64.paused = Float64.paused, True
     try:
@@ -41,7 +43,7 @@ def _wider(value):
     return torch.float64 if value is torch.float32 else value
 
 
-def doubled(model):
+def doubled(model: PreTrainedModel) -> PreTrainedModel:
     """A model of Transformers in float64. Its experts run one after another: torch multiplies no groups in float64."""
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")

@@ -7,9 +7,10 @@ finished type is a JSON file; a sweep that is run again goes on with those that 
 import json
 import multiprocessing
 import os
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
-from manticore_hf.families.table import ORDER, load_shipped, print_table, versions, write_table
+from manticore_hf.families.table import OLD_VERDICTS, ORDER, versions, write_table
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.files import write_json
 
@@ -17,21 +18,12 @@ SECONDS = 300
 MEMORY = 6 * 2**30
 
 
-def main(args):
-    """Runs the command."""
-    if args.run_contract:
-        if args.output_dir is None:
-            raise ManticoreError("--run needs --output-dir: the directory of its results, one JSON file per type.")
-        print_table(sweep(args.output_dir, args.type, args.time_limit), versions(), args.verdict)
-        return 0
-    if args.output_dir is not None:
-        raise ManticoreError("--output-dir is where --run writes its results; give --run, too.")
-    shipped = load_shipped()
-    print_table(_chosen(shipped["types"], args.type), shipped["versions"], args.verdict)
-    return 0
+def chosen(results: list[dict], names: list[str] | None) -> list[dict]:
+    """Those of some results that are of these model types; of None, all.
 
-
-def _chosen(results, names):
+    Raises:
+        ManticoreError: A name is no model type with a causal LM.
+    """
     if not names:
         return results
     _check_names(names)
@@ -52,14 +44,16 @@ def _check_names(names):
             )
 
 
-def all_types():
+def all_types() -> list[str]:
     """The model types with a causal LM, in alphabetical order; a hybrid's own is none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
     return sorted(name for name in KNOWN if name != "manticore")
 
 
-def sweep(output_dir, names=None, time_limit=SECONDS, quiet=False):
+def sweep(
+    output_dir: str | Path, names: list[str] | None = None, time_limit: float = SECONDS, quiet: bool = False
+) -> list[dict]:
     """Puts types through the contract, one process at a time.
 
     Args:
@@ -105,7 +99,10 @@ def _read(file, made_with):
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if found.get("versions") == made_with and found.get("verdict") in ORDER else None
+    if found.get("versions") != made_with:
+        return None
+    found["verdict"] = OLD_VERDICTS.get(found.get("verdict"), found.get("verdict"))
+    return found if found["verdict"] in ORDER else None
 
 
 def _context():
@@ -117,7 +114,7 @@ def _context():
     return context
 
 
-def run_one(context, name, time_limit=SECONDS):
+def run_one(context: BaseContext, name: str, time_limit: float = SECONDS) -> dict:
     """One type in a process of its own; one that dies or takes too long is a result, too."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 

@@ -7,9 +7,10 @@ wants two sizes to agree that nothing of it says, is in `OWN`.
 
 import dataclasses
 import re
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 99
@@ -116,7 +117,7 @@ OWN = {
 }  # fmt: skip
 
 
-def tiny_config(model_type, **settings):
+def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
     """The configuration of a tiny model of a type.
 
     Args:
@@ -139,7 +140,7 @@ def tiny_config(model_type, **settings):
     return AutoConfig.for_model(model_type, **values)
 
 
-def known_settings(cls):
+def known_settings(cls: type[PretrainedConfig]) -> dict[str, Any]:
     """What a configuration class takes, and its defaults; without what all classes share."""
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
     return {key: value for key, value in fields.items() if not key.startswith("_")}
@@ -151,7 +152,7 @@ def _tiny(key, default):
     return next((size for pattern, size in _RULES if re.search(pattern, key)), None)
 
 
-def tiny_model(config, seed=0):
+def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A causal LM with random weights so strong that differences show: matrices multiplied, biases and norms perturbed.
 
     It does not stop at an end-of-text token, which a random model would emit after some random number of tokens.
@@ -173,6 +174,6 @@ def tiny_model(config, seed=0):
     return model
 
 
-def tokens(batch=2, time=9, seed=1, device="cpu"):
+def tokens(batch: int = 2, time: int = 9, seed: int = 1, device: torch.device | str = "cpu") -> torch.Tensor:
     """Random token ids [batch, time] without special tokens, the same on every device."""
     return torch.randint(3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed)).to(device)

@@ -6,6 +6,7 @@ written by strangers (names, licences, recipes) is escaped: it is shown, and for
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -30,7 +31,7 @@ _SHOWN_LABELS = 100
 
 @dataclass
 class Result:
-    """Losses of a hybrid and its rivals on one text.
+    """Losses of a hybrid and its baselines on one text.
 
     Args:
         data: The text.
@@ -74,7 +75,9 @@ class Facts:
     combined: Combined | None = None
 
 
-def make_card(directory, facts):
+def make_card(
+    directory: str | os.PathLike, facts: Facts
+) -> tuple[Card, str | None, list[list[float]] | None, list[str]]:
     """Makes the card of a saved hybrid.
 
     Args:
@@ -97,7 +100,7 @@ def make_card(directory, facts):
         elif set(result.losses) - {result.own} and result.own in result.losses:
             results.append(result)
         else:
-            notices.append(f"The loss on {result.data!r} is not shown: no rival's was measured beside it.")
+            notices.append(f"The loss on {result.data!r} is not shown: no baseline's was measured beside it.")
     combined = facts.combined or combine(facts.licenses)
     alpha = _alpha(config, found)
     context = {
@@ -121,10 +124,16 @@ def make_card(directory, facts):
     return card, license_text, alpha, notices
 
 
-def read_results(directory):
-    """[Result] of what was measured in a directory: `evaluation.json`, and the `stage.json` of the stage that made it.
+def read_results(directory: str | os.PathLike) -> list[Result]:
+    """What was measured in a directory: `evaluation.json`, and the `stage.json` of the stage that made it.
 
     Files of another form are passed over: they are optional, and may be anyone's.
+
+    Args:
+        directory: Of a saved hybrid.
+
+    Returns:
+        [Result], one for each text; losses in nats per token.
     """
     out = []
     for name in ("evaluation.json", "stage.json"):
@@ -285,10 +294,10 @@ def _licenses(facts, combined):
 
 
 def _show(result):
-    """A Result as the template prints it: best first, with the distance to the best rival."""
-    own, rivals = result.losses[result.own], {k: v for k, v in result.losses.items() if k != result.own}
-    best = min(rivals, key=rivals.get)
-    gain = rivals[best] - own
+    """A Result as the template prints it: best first, with the distance to the best baseline."""
+    own, baselines = result.losses[result.own], {k: v for k, v in result.losses.items() if k != result.own}
+    best = min(baselines, key=baselines.get)
+    gain = baselines[best] - own
     rows = [
         {
             "label": Safe(f"**{escape(label)} (this model)**") if label == result.own else label,
@@ -303,7 +312,7 @@ def _show(result):
     return {
         "title": f"On {result.data}{size}.{note}",
         "rows": rows,
-        "verdict": f"It is {abs(gain):.4f} nats per token {word} than the best rival listed ({best}).",
+        "verdict": f"It is {abs(gain):.4f} nats per token {word} than the best baseline listed ({best}).",
     }
 
 

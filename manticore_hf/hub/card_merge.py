@@ -3,20 +3,30 @@
 A generated card consists of sections between comments that carry a hash of what is inside, and ends in a comment (the
 stamp) that says what was generated. With these, a new card is merged into the present one by three ways: what is as it
 was generated is replaced, what a person changed, added or removed stays so.
+
+`huggingface_hub` writes the metadata. Its `metadata_update` cannot merge them: it knows two sides, so a value that a
+person set and one that was generated last time look the same to it. The present card may be anyone's: its parts are
+found in one pass over the text, so that time grows with its length and not with the square of it (which is also why the
+block of metadata is not found by `huggingface_hub`'s own pattern).
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 from huggingface_hub import CardData, ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
-_SECTION = re.compile(r"<!-- manticore-hf:([a-z_]+) ([0-9a-f]{12}) -->\n(.*?)<!-- /manticore-hf:\1 -->", re.DOTALL)
+# The metadata: between a line of three dashes before any text, and the next such line.
+_BLOCK_START = re.compile(r"\s*---([\r\n]+)")
+_BLOCK_END = re.compile(r"[\r\n]---(?:\n|\Z)")
+# The comment before a section (name, hash of what is inside), or the one after it (name).
+_MARK = re.compile(r"<!-- (?:manticore-hf:([a-z_]+) ([0-9a-f]{12}) -->\n|/manticore-hf:([a-z_]+) -->)")
 _STAMP = re.compile(r"<!-- manticore-hf:card (?:([^\n<>]*) -->\s*|[^\n]*$)", re.MULTILINE)  # whole, or cut off
 # What Transformers writes where a repository has no card yet: headings, and "[More Information Needed]".
 _UNWRITTEN = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
@@ -31,11 +41,27 @@ class Card:
         sections: {name: Markdown}, in order.
     """
 
-    metadata: dict
-    sections: dict
+    metadata: dict[str, Any]
+    sections: dict[str, str]
 
 
-def merge(card, present=None):
+@dataclass(frozen=True)
+class _Section:
+    """A section of a present card.
+
+    Attributes:
+        name: Its name.
+        start, stop: Where it is in the body, its comments included.
+        changed: Whether a person changed it: its text has not the hash that its comment says.
+    """
+
+    name: str
+    start: int
+    stop: int
+    changed: bool
+
+
+def merge(card: Card, present: str | None = None) -> tuple[str, list[str]]:
     """The card's text, with what people wrote in the present one.
 
     Args:
@@ -60,29 +86,36 @@ def merge(card, present=None):
     return text + _stamp(card, text), notices
 
 
-def split(text):
+def split(text: str) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
     """(metadata, body without the stamp, stamp or None) of a card's text.
 
     Raises:
         ManticoreError: The metadata cannot be read.
     """
     text = text.replace("\r\n", "\n")
-    block = REGEX_YAML_BLOCK.search(text)
+    block, body = _cut_block(text)
     try:
-        metadata = yaml.safe_load(block[2]) if block else {}
+        metadata = yaml.safe_load(block)
     except (yaml.YAMLError, RecursionError) as err:
         reason = " ".join(str(err).split())[:300]
         raise ManticoreError(f"The metadata of the present README.md are no YAML ({reason}); repair them.") from err
     if not isinstance(metadata or {}, dict):
         raise ManticoreError("The metadata of the present README.md are no mapping of keys to values; repair them.")
-    body = text[block.end() :] if block else text
     found = None
     for match in _STAMP.finditer(body):
         found = _read_stamp(match[1] or "")
     return metadata or {}, _STAMP.sub("", body), found
 
 
-def choose(local, remote, which="merge"):
+def _cut_block(text: str) -> tuple[str, str]:
+    """(YAML of the metadata, the text after them); an empty block where there is none."""
+    start = _BLOCK_START.match(text)
+    # The line that ends the block may be the next one, if an empty line is before it.
+    end = start and _BLOCK_END.search(text, start.end() - (len(start[1]) > 1))
+    return (text[start.end() : end.start()], text[end.end() :]) if end else ("", text)
+
+
+def choose(local: str | None, remote: str | None, which: str = "merge") -> str | None:
     """The card that a new one updates, of the one beside the weights and the one on the Hub.
 
     A stamp's hash tells whether a card was edited since it was generated, and from which text an edited one started.
@@ -90,6 +123,9 @@ def choose(local, remote, which="merge"):
     Args:
         local, remote: Texts, or None.
         which: "merge" (whichever has all edits), "local" or "hub".
+
+    Returns:
+        One of the two texts, None where there is none.
 
     Raises:
         ManticoreError: Both were edited and neither has the other's edits.
@@ -119,8 +155,10 @@ def _merge_metadata(new, present, generated, notices):
             if key == "model-index":
                 value = _merge_index(mine, theirs, before)
             else:
-                value = [one for one in mine if one in theirs or one not in before]
-                value += [one for one in theirs if one not in before and one not in value]
+                present_ones, generated_ones = _Among(theirs), _Among(before)
+                value = [one for one in mine if one in present_ones or one not in generated_ones]
+                taken = _Among(value)
+                value += [one for one in theirs if one not in generated_ones and one not in taken]
         elif theirs == before or theirs is None and before is None:
             value = mine
         else:
@@ -133,6 +171,17 @@ def _merge_metadata(new, present, generated, notices):
             out[key] = value
     # The keys of one thing stand together, first those that every reader looks for.
     return {key: out[key] for key in (*(k for k in new if k in out), *(k for k in out if k not in new))}
+
+
+class _Among:
+    """Whether a value is one of many: texts, of which a list may have thousands, are looked up, not searched for."""
+
+    def __init__(self, values: Sequence):
+        self.texts = {one for one in values if isinstance(one, str)}
+        self.others = [one for one in values if not isinstance(one, str)]
+
+    def __contains__(self, one: Any) -> bool:
+        return one in (self.texts if isinstance(one, str) else self.others)
 
 
 def _merge_index(new, present, generated):
@@ -155,22 +204,17 @@ def _index(models):
 
 def _merge_sections(new, body, generated, notices):
     """The body with each section in its place; those that are new come after the one that precedes them."""
-    here = {match[1]: match for match in _SECTION.finditer(body)}
-    pieces, end = [], 0
-    for match in _SECTION.finditer(body):
-        pieces.append((None, body[end : match.start()]))
-        pieces.append((match[1], match[0]))
-        end = match.end()
-    pieces.append((None, body[end:]))
-    out = []
-    for name, text in pieces:
-        if name is None:
-            out.append((None, text))
-        elif _hash(here[name][3]) != here[name][2]:
-            out.append((name, text))
-            notices.append(f"README.md keeps its section {name!r}, which a person changed.")
-        elif name in new:
-            out.append((name, _section(name, new[name])))
+    out, here, end = [], set(), 0
+    for section in _sections(body):
+        out.append((None, body[end : section.start]))
+        here.add(section.name)
+        end = section.stop
+        if section.changed:
+            out.append((section.name, body[section.start : section.stop]))
+            notices.append(f"README.md keeps its section {section.name!r}, which a person changed.")
+        elif section.name in new:
+            out.append((section.name, _section(section.name, new[section.name])))
+    out.append((None, body[end:]))
     previous = None
     for name, text in new.items():
         if name not in here:
@@ -182,7 +226,23 @@ def _merge_sections(new, body, generated, notices):
             at = (len(out) if not here else 0) if at is None else at
             out.insert(at, (name, f"\n\n{_section(name, text)}\n\n"))
         previous = name
-    return re.sub(r"\n{3,}(?=<!-- manticore-hf:)", "\n\n", "".join(text for _, text in out))
+    text = "".join(text for _, text in out)
+    return re.sub(r"\n{3,}(<!-- manticore-hf:)?", lambda found: f"\n\n{found[1]}" if found[1] else found[0], text)
+
+
+def _sections(body: str) -> Iterator[_Section]:
+    """The sections of a body, in order: each from its comment to the next one that closes a section of its name."""
+    marks = list(_MARK.finditer(body))
+    closing, following = {}, []  # for every mark the first one behind it that closes its name; from the end
+    for mark in reversed(marks):
+        following.append(closing.get(mark[1]))
+        if mark[3] is not None:
+            closing[mark[3]] = mark
+    end = 0
+    for mark, last in zip(marks, reversed(following)):
+        if mark[1] is not None and last is not None and mark.start() >= end:
+            end = last.end()
+            yield _Section(mark[1], mark.start(), end, _hash(body[mark.end() : last.start()]) != mark[2])
 
 
 def _section(name, text):

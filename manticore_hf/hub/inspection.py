@@ -10,14 +10,16 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.hub.licenses import combine, describe
 from manticore_hf.hub.provenance import (
@@ -29,7 +31,7 @@ from manticore_hf.hub.provenance import (
     repository,
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.dtypes_manticore import default_dtype
+from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.objective import say_objective
 from manticore_hf.utils.task_types import KINDS, kind_of, labels_of, quantization_of
 
@@ -38,7 +40,7 @@ _LARGEST_INDEX = 50_000_000
 _SHOWN_LABELS = 20
 
 
-def inspect_hybrid(source, tokens=128, revision=None):
+def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str | None = None) -> dict[str, Any]:
     """Describes a hybrid, without its weights.
 
     Args:
@@ -59,14 +61,14 @@ def inspect_hybrid(source, tokens=128, revision=None):
         # The one way of running experts whose shapes do not depend on values.
         getattr(config, name)._experts_implementation_internal = "batched_mm"
     kind = kind_of(config)
-    with torch.device("meta"), default_dtype(config.dtype or torch.float32):
+    with torch.device("meta"), local_torch_dtype(config.dtype or torch.float32):
         model = kind.model_class(config).eval()
     tokens = min(tokens, config.max_position_embeddings or tokens)
     alpha = _alpha(model, source, revision)
     blocks = []
     for block in range(config.num_blocks):
         for k, name in enumerate(config.component_names):
-            if block in model._blocks_of(name):
+            if block in model.segments.blocks(name):
                 row = {"block": block + 1, "component": name, **_segment(model, name, block, tokens)}
                 blocks.append({**row, "alpha": None if alpha is None or alpha[block] is None else alpha[block][k]})
     parts = [] if config.route else [_component(model, name, blocks, tokens) for name in config.component_names]
@@ -88,8 +90,7 @@ def inspect_hybrid(source, tokens=128, revision=None):
 
 
 def _segment(model, name, block, tokens):
-    segment = model._segment(name, block)
-    layers = getattr(segment.stack, segment.anatomy.layers)[segment.start : segment.stop]
+    segment = model.segments.segment(name, block)
     width = getattr(model.config, name).hidden_size
     if segment.start == 0:
         width = model.component(name).get_input_embeddings().weight.shape[1]
@@ -101,7 +102,7 @@ def _segment(model, name, block, tokens):
 
     return {
         "layers": f"{segment.start}-{segment.stop - 1}",
-        "parameters": sum(p.numel() for p in layers.parameters()),
+        "parameters": sum(p.numel() for p in segment.layers.parameters()),
         "flops_per_token": _count(run, tokens),
         **_memory(view.layers, tokens),
     }
@@ -118,7 +119,7 @@ def _component(model, name, blocks, tokens):
     def head(mask):
         if own is None:
             width = component.get_output_embeddings().weight.shape[1]
-            model._own_logits(name, torch.zeros(1, tokens, width, device="meta", dtype=model.dtype))
+            model.segments.logits(name, torch.zeros(1, tokens, width, device="meta", dtype=model.dtype))
         elif isinstance(own, nn.Linear):
             own(torch.zeros(1, tokens, own.in_features, device="meta", dtype=own.weight.dtype))
 
@@ -145,12 +146,10 @@ def _sum_memory(rows):
     return {key: sum(row[key] for row in rows) for key in ("cache_bytes_per_token", "state_bytes")}
 
 
-@torch.no_grad()
 def _count(run, tokens):
     """FLOPs per token. A mask, and tensors that are known to be fake, keep Transformers from looking at values."""
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        run(torch.ones(1, tokens, dtype=torch.long, device="meta"))
-    return counter.get_total_flops() / tokens
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return count_flops(lambda: run(torch.ones(1, tokens, dtype=torch.long, device="meta"))) / tokens
 
 
 def _memory(layers, tokens):
@@ -206,8 +205,14 @@ def _read_tensor(source, name, revision):
         return torch.frombuffer(bytearray(file.read(stop - start)), dtype=dtype).reshape(entry["shape"])
 
 
-def print_inspection(source, found):
-    """Prints what `inspect_hybrid`, `repository` and `component_state` found as tables."""
+def print_inspection(source: str, found: dict[str, Any]) -> None:
+    """Prints what was found out about a hybrid as tables.
+
+    Args:
+        source: What it is called.
+        found: What `inspect_hybrid` returned; with what `repository` did as "repository", and what `component_state`
+            did as "state" of a component, if these were asked for.
+    """
     task = found["task"]
     print(f"{source}: {KINDS[task['architecture']].noun} ({task['architecture']}, {task['name']})")
     if found["quantization"] is not None:
@@ -244,8 +249,17 @@ def _numbers(row):
     return "".join(f"{row[key]:>15,.0f}" for key in keys)
 
 
-def run_inspect(source, revision=None, as_json=False):
-    """`manticore-hf inspect`."""
+def run_inspect(source: str, revision: str | None = None, as_json: bool = False) -> None:
+    """`manticore-hf inspect`: prints what a hybrid is and costs, where its repository is, and how its components are.
+
+    Args:
+        source: Directory or Hub repo.
+        revision: Revision of a Hub repo.
+        as_json: Print plain values instead of tables.
+
+    Raises:
+        ManticoreError: There is no hybrid that can be read.
+    """
     try:
         found = inspect_hybrid(source, revision=revision)
         found["repository"] = repository(source, revision)

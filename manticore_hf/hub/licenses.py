@@ -6,6 +6,7 @@ unknown, never guessed.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from huggingface_hub import metadata_load
@@ -129,7 +130,7 @@ class Combined:
     duties: frozenset
 
 
-def combine(licenses, commercial=False):
+def combine(licenses: Mapping[str, str | None], commercial: bool = False) -> Combined:
     """Finds the one licence that satisfies all components', and what stands against it.
 
     Args:
@@ -184,13 +185,18 @@ def _exclude(one, two):
     return None
 
 
-def check(licenses, commercial=False, override=False, chosen=None):
+def check(
+    licenses: Mapping[str, str | None], commercial: bool = False, override: bool = False, chosen: str | None = None
+) -> Combined:
     """`combine`, refusing conflicts.
 
     Args:
         licenses, commercial: As for `combine`.
         override: Return the conflicts instead of raising.
         chosen: The licence that the publisher wants for the hybrid, None for the one that follows.
+
+    Returns:
+        A Combined; its conflicts also say which licences `chosen` does not satisfy.
 
     Raises:
         ManticoreError: There is a conflict and it was not overridden.
@@ -218,8 +224,8 @@ def _uncovered(licenses, chosen):
     ]
 
 
-def describe(found):
-    """A Combined in a sentence or a few."""
+def describe(found: Combined) -> str:
+    """A Combined in a sentence or a few, with its conflicts, and that it is no legal advice."""
     duties = "; ".join(DUTIES[key] for key in sorted(found.duties)) or "nothing"
     if found.license == "other":
         said = "no single licence of the components satisfies all"
@@ -231,8 +237,16 @@ def describe(found):
     return f"{said}. The known licences ask to: {duties}.{conflicts} (Not legal advice.)"
 
 
-def read_license(card):
-    """The licence that a model card's metadata state, or None. "other" is replaced by the name it goes with."""
+def read_license(card: str | os.PathLike | None) -> str | None:
+    """The licence that a model card's metadata state.
+
+    Args:
+        card: Path of the card, or None.
+
+    Returns:
+        The Hub's identifier, "other" being replaced by the name that it goes with; None where there is no card, no
+        metadata that can be read, or no licence in them.
+    """
     if card is None or not os.path.isfile(card):
         return None
     try:

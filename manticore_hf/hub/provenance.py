@@ -19,7 +19,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LARGEST_HEADER = 50_000_000
 
 
-def repository(source, revision=None):
+def repository(source: str, revision: str | None = None) -> dict:
     """What is in a hybrid's directory or repository.
 
     Args:
@@ -57,7 +57,7 @@ def repository(source, revision=None):
     }
 
 
-def component_state(entry):
+def component_state(entry: dict) -> dict:
     """What the Hub says of a referenced component.
 
     Args:
@@ -92,7 +92,7 @@ def component_state(entry):
     }
 
 
-def read_header(opened):
+def read_header(opened) -> tuple[dict, int]:
     """The header of an opened safetensors file, and the offset at which its data begin.
 
     Raises:
@@ -108,7 +108,7 @@ def read_header(opened):
     return header, 8 + length
 
 
-def open_weights(source, name, revision=None):
+def open_weights(source: str, name: str, revision: str | None = None):
     """Opens a file of a hybrid for reading by byte ranges, without fetching the rest of it."""
     if Path(source).is_dir():
         return open(Path(source) / name, "rb")
@@ -136,7 +136,7 @@ def _git_hash(data):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def print_repository(source, found):
+def print_repository(source: str, found: dict) -> None:
     """Prints what `repository` found."""
     access = "" if found["commit"] is None else ", private" if found["private"] else ", gated" if found["gated"] else ""
     at = "" if found["commit"] is None else f"@{found['commit']}"
@@ -154,7 +154,7 @@ def print_repository(source, found):
         print(f"  PICKLES (never read): {', '.join(found['pickles'])}")
 
 
-def print_state(state):
+def print_state(state: dict) -> str:
     """What `component_state` found, as the end of a line."""
     size = "" if state["bytes"] is None else f", {state['bytes']:,} bytes"
     changed = f", NOT the recorded files: {', '.join(state['changed'])}" if state["changed"] else ""

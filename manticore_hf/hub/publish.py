@@ -7,6 +7,7 @@ optimizer state, no logs. Nothing is committed over a commit that has come in be
 """
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -60,23 +61,23 @@ class Published:
 
 
 def publish(
-    model,
-    repo_id,
+    model: PreTrainedModel | str | os.PathLike,
+    repo_id: str,
     *,
-    tokenizer=None,
-    recipe=None,
-    private=None,
-    revision=None,
-    create_pr=False,
-    dry_run=False,
-    token=None,
-    commit_message=None,
-    license=None,
-    commercial=False,
-    override_licenses=False,
-    card="merge",
-    datasets=(),
-    tags=(),
+    tokenizer: object = None,
+    recipe: str | os.PathLike | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    license: str | None = None,
+    commercial: bool = False,
+    override_licenses: bool = False,
+    card: str = "merge",
+    datasets: list | tuple = (),
+    tags: list | tuple = (),
 ):
     """Publishes a hybrid on the Hub.
 
@@ -135,7 +136,15 @@ def publish(
     return out
 
 
-def update_card(directory, repo_id, *, token=None, license=None, tags=(), datasets=()):
+def update_card(
+    directory: str | os.PathLike,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    license: str | None = None,
+    tags: list | tuple = (),
+    datasets: list | tuple = (),
+) -> None:
     """Writes the card of a saved hybrid into its directory, updating the one that is there or on the Hub.
 
     Args:
@@ -157,7 +166,7 @@ def update_card(directory, repo_id, *, token=None, license=None, tags=(), datase
         logger.warning(notice)
 
 
-def look_at_components(config, api):
+def look_at_components(config, api: HfApi) -> tuple[dict, dict, list[str]]:
     """What a publisher has to know of the components' repositories.
 
     Args:
@@ -201,7 +210,7 @@ def look_at_components(config, api):
     return licenses, sizes, access
 
 
-def write_card(directory, made, facts, present):
+def write_card(directory: Path, made: Path, facts: Facts, present: str | None) -> list[str]:
     """Writes README.md, the heat map and, where no single licence covers all, the licence file to `made`.
 
     Args:
@@ -360,7 +369,7 @@ def _read(path):
         raise ManticoreError(f"{path} is no UTF-8 text ({err}); repair it.") from err
 
 
-def print_published(out):
+def print_published(out) -> None:
     """Prints what was published, or would be."""
     width = max(map(len, out.files))
     for name, size in out.files.items():

@@ -1,10 +1,12 @@
 """Which files of a hybrid's directory are published, and what must not be in them."""
 
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 
-from huggingface_hub import get_token
+from huggingface_hub import HfApi, get_token, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
@@ -38,7 +40,13 @@ _ITEM_BITS = {
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 
 
-def collect(directory, made, config, tokenizer=None, token=None):
+def collect(
+    directory: str | os.PathLike,
+    made: str | os.PathLike,
+    config,
+    tokenizer: object = None,
+    token: str | bool | None = None,
+) -> tuple[dict, list[str]]:
     """Finds the files of a saved hybrid that belong in its repository, and makes those that are missing.
 
     Args:
@@ -110,7 +118,7 @@ def _add_tokenizer(directory, made, config, tokenizer, token):
     return ["No tokenizer is published: none was found that can be read. Give one (tokenizer=..., --tokenizer)."]
 
 
-def own_weights(paths, names):
+def own_weights(paths: list, names: list) -> dict[str, int]:
     """Bytes of the tensors in a hybrid's own safetensors files.
 
     Args:
@@ -137,7 +145,7 @@ def own_weights(paths, names):
     return out
 
 
-def load_tokenizer(source):
+def load_tokenizer(source: str | os.PathLike) -> object:
     """A tokenizer from a directory or repository.
 
     Raises:
@@ -149,7 +157,7 @@ def load_tokenizer(source):
         raise ManticoreError(f"The tokenizer {source!r} cannot be read: {' '.join(str(err).split())[:500]}") from err
 
 
-def refuse_tokens(files, token=None):
+def refuse_tokens(files: dict, token: str | bool | None = None) -> None:
     """Raises ManticoreError if a text file holds an access token.
 
     Args:
@@ -162,3 +170,38 @@ def refuse_tokens(files, token=None):
             data = path.read_bytes()
             if _TOKEN.search(data) or any(one in data for one in own):
                 raise ManticoreError(f"{name} holds an access token of the Hub; remove it there, and revoke the token.")
+
+
+def source_card(model) -> str | None:
+    """Path of the model card of the repository or directory that a hybrid was loaded from, or None.
+
+    A saved hybrid keeps it: what people wrote there is about the hybrid, also after it was trained further.
+    """
+    folder = getattr(model, "_loaded_from", None)
+    if folder is None:
+        return None
+    if os.path.isfile(card := os.path.join(folder, "README.md")):
+        return card
+    found = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})$", folder)
+    if found is None:
+        return None
+    repo_id, cache_dir = found[1].replace("--", "/", 1), Path(folder).parents[2]
+    if try_to_load_from_cache(repo_id, "README.md", cache_dir=cache_dir, revision=found[2]) is not None:
+        return None  # known not to be there
+    try:
+        return hf_hub_download(repo_id, "README.md", cache_dir=cache_dir, revision=found[2])
+    except Exception:  # offline, or no longer allowed to read it: no reason not to save
+        return None
+
+
+class KeepsCard:
+    """Mixin of the package's hybrid classes: a hybrid that is saved or pushed keeps the card that it came with."""
+
+    def _save_beside(self, directory, target):
+        if not os.path.exists(os.path.join(target, "README.md")) and (card := source_card(self)) is not None:
+            shutil.copyfile(card, os.path.join(directory, "README.md"))
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, **kwargs):
+        if (card := source_card(self)) is not None and not HfApi(token=token).file_exists(repo_id, "README.md"):
+            shutil.copyfile(card, os.path.join(working_dir, "README.md"))  # Transformers has put an empty one there
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, token=token, **kwargs)

@@ -1,4 +1,4 @@
-"""Bytes, operations and hours: read from what people type, written as they read."""
+"""Bytes and counts, read from what people type; `utils.formatting` writes them."""
 
 import re
 
@@ -8,8 +8,12 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "pi": 2**50}
 
 
-def parse_bytes(text, name="memory"):
+def parse_bytes(text: str | int | float, name: str = "memory") -> int:
     """ "80GB" (10**9), "24GiB" (2**30), "80G" or a plain number of bytes -> bytes.
+
+    Args:
+        text: What was typed.
+        name: The option, for the message.
 
     Raises:
         ManticoreError: It is no positive amount.
@@ -21,8 +25,12 @@ def parse_bytes(text, name="memory"):
     return int(value)
 
 
-def parse_count(text, name):
+def parse_count(text: str | int | float, name: str) -> int:
     """ "5e8", "500M", "1.2B" or a plain number -> integer.
+
+    Args:
+        text: What was typed.
+        name: The option, for the message.
 
     Raises:
         ManticoreError: It is no positive number.
@@ -32,20 +40,3 @@ def parse_count(text, name):
     if not 1 <= value < 10**18:
         raise ManticoreError(f"{name}={show(text)} is no number of tokens; give for example 500M or 5e8.")
     return int(value)
-
-
-def short_memory(size):
-    """Bytes as GB (10**9), or MB where it is less than one."""
-    if size is None:
-        return "-"
-    unit, name = next(((n, u) for n, u in ((1e9, "GB"), (1e6, "MB")) if size >= n / 10), (1e3, "kB"))
-    return f"{size / unit:,.1f} {name}"
-
-
-def short_time(hours):
-    """Hours, or minutes, or days."""
-    if hours is None:
-        return "?"
-    if hours < 1:
-        return f"{max(hours * 60, 0.1):.1f} min"
-    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:.1f} days"

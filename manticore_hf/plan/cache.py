@@ -6,7 +6,7 @@ One layer of each kind is run once with a cache, without storage; the others hol
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from manticore_hf.hub.inspection import _memory
 from manticore_hf.modeling.anatomy_manticore import Shell, layer_kind, one_of_each, pick_config
@@ -15,11 +15,11 @@ from manticore_hf.plan import kernels
 _SHORT = 8  # tokens that no window is shorter than
 
 
-def cache_sizes(model, tokens, batch=1):
+def cache_sizes(model: PreTrainedModel, tokens: int, batch: int = 1) -> dict[str, dict[str, float]]:
     """Bytes of cache of every component.
 
     Args:
-        model: A whole hybrid on the meta device; its dtype is the cache's.
+        model: An unshortened hybrid on the meta device; its dtype is the cache's.
         tokens: Length of the sequences.
         batch: Sequences.
 
@@ -41,7 +41,7 @@ def cache_sizes(model, tokens, batch=1):
 def _run(model, name, tokens, batch):
     """[(layers of a kind, what one of them holds)]."""
     component = model.component(name)
-    anatomy = model._cuts.anatomy(component)
+    anatomy = model.segments.anatomy(name)
     stack = component.get_submodule(anatomy.path)
     layers = list(getattr(stack, anatomy.layers))
     first = one_of_each(layers)

@@ -7,10 +7,12 @@ checkpointing, with parameters offloaded to the CPU, and LoRA or QLoRA instead o
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from manticore_hf.plan.memory import optimizer_bytes
+from manticore_hf.plan.schedule import Task
 from manticore_hf.plan.step import Rehearsal
 from manticore_hf.training.lora import lora_config, lora_targets
 
@@ -35,7 +37,8 @@ class Machine:
     device: str
 
     @property
-    def usable(self):
+    def usable(self) -> int:
+        """Bytes of each device that training may take."""
         return int(self.memory * (1 - self.reserve))
 
 
@@ -62,11 +65,12 @@ class Option:
     fits: bool = field(default=False)
 
     @property
-    def peak(self):
+    def peak(self) -> int:
+        """Bytes on one device at the highest."""
         return sum(self.parts.values())
 
-    def record(self):
-        """Plain values."""
+    def record(self) -> dict[str, Any]:
+        """The fields and `peak` as plain values, for a JSON file."""
         return {**asdict(self), "peak": self.peak}
 
 
@@ -78,7 +82,7 @@ class StagePlanner:
         machine: A Machine.
     """
 
-    def __init__(self, task, machine):
+    def __init__(self, task: Task, machine: Machine):
         self.task, self.machine, self._costs, self._optimizers = task, machine, {}, {}
 
     # ---- rehearsals, made when they are needed -----------------------------------------------------------------------
@@ -97,18 +101,18 @@ class StagePlanner:
         )
 
     @cached_property
-    def plain(self):
-        """As the stage loads its weights."""
+    def plain(self) -> Rehearsal:
+        """A rehearsal with the weights as the stage loads them."""
         return self._rehearse(self.task.dtype)
 
     @cached_property
-    def sharded(self):
-        """As FSDP gathers them: in the type that it computes in."""
+    def sharded(self) -> Rehearsal:
+        """A rehearsal with the weights as FSDP gathers them: in the dtype that it computes in."""
         return self.plain if self.task.compute == self.task.dtype else self._rehearse(self.task.compute)
 
     @cached_property
-    def adapted(self):
-        """With LoRA, frozen weights in bfloat16."""
+    def adapted(self) -> Rehearsal:
+        """A rehearsal with LoRA, frozen weights in bfloat16."""
         return self._rehearse(torch.bfloat16, _with_lora)
 
     def _cost(self, name, batch, checkpointing):
@@ -126,13 +130,13 @@ class StagePlanner:
 
     # ---- options -----------------------------------------------------------------------------------------------------
 
-    def options(self):
+    def options(self) -> list[Option]:
         """Every Option at the stage's batch, in the order in which they are preferred."""
         batch, given = self.task.batch, self.task.checkpointing
         many = self.machine.devices > 1
-        out = [self.whole(batch, given)] + ([self.whole(batch, given, ddp=True)] if many else [])
+        out = [self.unsharded(batch, given)] + ([self.unsharded(batch, given, ddp=True)] if many else [])
         if not given:
-            out.append(self.whole(batch, True, ddp=many))
+            out.append(self.unsharded(batch, True, ddp=many))
         if self.machine.device == "cuda":
             if many:
                 out += [self.fsdp(batch, given)] + ([] if given else [self.fsdp(batch, True)])
@@ -144,7 +148,7 @@ class StagePlanner:
                 out.append(self.lora(batch, four_bits=True))
         return out
 
-    def choose(self, options):
+    def choose(self, options: list[Option]) -> Option | None:
         """The option to take, or None: of those that train the same with the stage's batch, then with a smaller one."""
         many = self.machine.devices > 1
         same = [one for one in options if "LoRA" not in one.engine and not (many and one.engine.startswith("one "))]
@@ -156,7 +160,7 @@ class StagePlanner:
         smaller = [2**n for n in range(self.task.batch.bit_length() - 1, -1, -1) if 2**n < self.task.batch]
         for batch in smaller:
             sharded = many and self.machine.device == "cuda"
-            one = self.fsdp(batch, True) if sharded else self.whole(batch, True, ddp=many)
+            one = self.fsdp(batch, True) if sharded else self.unsharded(batch, True, ddp=many)
             if one.fits:
                 return one
         for one in offloaded:
@@ -175,8 +179,14 @@ class StagePlanner:
                         return one
         return None
 
-    def whole(self, batch, checkpointing, ddp=False):
-        """Everything on every device."""
+    def unsharded(self, batch: int, checkpointing: bool, ddp: bool = False) -> Option:
+        """The option that keeps everything on every device.
+
+        Args:
+            batch: Rows per device and micro-batch.
+            checkpointing: Recompute activations in the backward pass.
+            ddp: On all devices (DDP); else on one.
+        """
         made, left = self._step("plain", batch, checkpointing)
         weights = self.plain.weights
         kept, step = self._optimizer(weights)
@@ -187,13 +197,20 @@ class StagePlanner:
         self._after(parts, weights.gradient_bytes, step)
         return self._finish("DDP" if ddp else "one device", checkpointing, batch, parts, "plain")
 
-    def fsdp(self, batch, checkpointing, offload=False, name="sharded"):
-        """Weights, gradients and optimizer divided over the devices; whole layers only while they are needed."""
+    def fsdp(self, batch: int, checkpointing: bool, offload: bool = False, name: str = "sharded") -> Option:
+        """The option that divides weights, gradients and optimizer (FSDP2) and gathers layers while they are needed.
+
+        Args:
+            batch: Rows per device and micro-batch.
+            checkpointing: Recompute activations in the backward pass.
+            offload: Keep parameters, and so the optimizer, in the node's memory.
+            name: The rehearsal that it is made of: "sharded", or "adapted" with LoRA.
+        """
         weights, cost = self._divided(name), self._cost(name, batch, checkpointing)
         count, size = self.machine.devices, self.task.compute.itemsize if name == "sharded" else 2
         kept, step = (amount // count for amount in self._optimizer(weights))
         shards = {"weights": weights.bytes // count, "gradients": weights.gradient_bytes // count, "optimizer": kept}
-        # Two layers are whole at a time, the next one being fetched; so are their gradients, one divided, one coming.
+        # Two layers are gathered at a time, the next being fetched; so are their gradients, one divided, one coming.
         gathered = size * (weights.root + 2 * weights.layer)
         arriving = size * weights.layer_trainable
         peak = cost.with_undivided if offload else cost.with_divided
@@ -219,8 +236,14 @@ class StagePlanner:
             return weights
         return weights.widened()
 
-    def lora(self, batch, fsdp=False, four_bits=False):
-        """Adapters of rank 16 on the linear maps, the mixer in full, activations recomputed."""
+    def lora(self, batch: int, fsdp: bool = False, four_bits: bool = False) -> Option:
+        """The option with adapters of rank 16 on the linear maps, the mixer in full, activations recomputed.
+
+        Args:
+            batch: Rows per device and micro-batch.
+            fsdp: Divide over the devices (FSDP2).
+            four_bits: Keep the maps in 4 bits (QLoRA; Dettmers et al., arXiv 2305.14314).
+        """
         if fsdp:
             return self.fsdp(batch, True, name="adapted")
         made, left = self._step("adapted", batch, True)

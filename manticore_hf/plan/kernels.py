@@ -7,7 +7,6 @@ is stored: a quarter of the peak in the one run that was measured (BENCHMARKS).
 """
 
 import contextlib
-import math
 from unittest import mock
 
 import torch
@@ -122,28 +121,3 @@ def _triton_scratch(u, A, B):
     """A chunk's states of every program, and its share of the gradients of B and C."""
     blocks, padded = block_count(u.shape[1]), 1 << (A.shape[1] - 1).bit_length()
     return 4 * blocks * (CHUNK * padded * CHANNELS * u.shape[0] + 2 * B.numel())
-
-
-# ---- operations ------------------------------------------------------------------------------------------------------
-
-
-def _attention(query, key, *args, out_val=None, **kwargs):
-    return 4 * math.prod(query.shape) * key.shape[-2]
-
-
-def _attention_backward(grad, query, key, *args, out_val=None, **kwargs):
-    return 10 * math.prod(query.shape) * key.shape[-2]
-
-
-def _convolution_backward(grad, given, weight, *args, out_val=None, **kwargs):
-    wanted = args[-1]  # gradients of input, weight, bias
-    return 2 * math.prod(grad.shape) * math.prod(weight.shape[1:]) * sum(wanted[:2])
-
-
-FLOPS = {
-    torch.ops.aten.convolution_backward: _convolution_backward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-"""FLOPs of what torch.utils.flop_counter lacks (two products in attention, five in its backward, as it has them for
-CUDA's), and of what it gets wrong (it takes the backward of a convolution in groups for one without)."""

@@ -7,13 +7,15 @@ is not seen; `kernels` adds it where it is known to matter.
 
 import contextlib
 import weakref
+from collections.abc import Hashable, Iterator
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from manticore_hf.plan import kernels
+from manticore_hf.utils.flops import flop_formula
 
 
 class Ledger(FakeTensorMode):
@@ -45,7 +47,7 @@ class Ledger(FakeTensorMode):
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def step(self, *models):
+    def step(self, *models: nn.Module) -> Iterator[None]:
         """Context of one micro-batch of models that are fake and have no gradients."""
         tensors = [one for model in models for one in (*model.parameters(), *model.buffers())]
         self._begin(tensors)
@@ -64,7 +66,7 @@ class Ledger(FakeTensorMode):
             for handle in handles:
                 handle.remove()
 
-    def mark(self, key, state):
+    def mark(self, key: Hashable | None, state: torch.Tensor | None) -> None:
         """Ends the present section and begins one with `key` (None: of what happens once).
 
         Args:
@@ -121,7 +123,7 @@ class Ledger(FakeTensorMode):
         packet = func._overloadpacket
         scratch = kernels.scratch(packet, args, kwargs)
         self.highest = tuple(max(high, level + scratch) for high, level in zip(self.highest, self._level()))
-        count = kernels.FLOPS.get(packet) or flop_registry.get(packet)
+        count = flop_formula(packet)
         if count is not None:
             self.operations += self.repeats.get(self.key, 1) * count(*args, **kwargs, out_val=out)
         return out

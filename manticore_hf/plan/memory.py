@@ -1,11 +1,14 @@
 """Bytes that do not depend on the batch: weights, gradients, and what the optimizer keeps of its own."""
 
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 
@@ -43,14 +46,14 @@ class Weights:
     largest_quantised: int
     shapes: tuple
 
-    def widened(self):
+    def widened(self) -> "Weights":
         """The same with what is trained in float32."""
         more = sum((4 - t.itemsize) * torch.Size(shape).numel() for shape, t in self.shapes if t.itemsize < 4)
         shapes = tuple((shape, torch.float32 if t.itemsize < 4 else t) for shape, t in self.shapes)
         return replace(self, bytes=self.bytes + more, gradient_bytes=self.gradient_bytes + more, shapes=shapes)
 
 
-def weigh(model, hybrid, quantised=()):
+def weigh(model: nn.Module, hybrid: PreTrainedModel, quantised: Sequence[torch.Tensor] = ()) -> Weights:
     """The Weights of a model that is whole, on the meta device.
 
     Args:
@@ -82,11 +85,11 @@ def weigh(model, hybrid, quantised=()):
     )
 
 
-def layers_of(hybrid):
+def layers_of(hybrid: PreTrainedModel) -> Iterator[nn.Module]:
     """The layers of all components, one after the other."""
     for name in hybrid.config.component_names:
         component = hybrid.component(name)
-        anatomy = hybrid._cuts.anatomy(component)
+        anatomy = hybrid.segments.anatomy(name)
         yield from getattr(component.get_submodule(anatomy.path), anatomy.layers)
 
 
@@ -94,7 +97,9 @@ def _count(parameters, trained=False):
     return sum(one.numel() for one in parameters if one.requires_grad or not trained)
 
 
-def optimizer_bytes(shapes, settings, device):
+def optimizer_bytes(
+    shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], settings: Mapping[str, Any], device: str
+) -> tuple[int, int]:
     """What the optimizer of a stage keeps, and what one of its steps takes beside that.
 
     The real optimizer makes one step on fake tensors.

@@ -6,6 +6,7 @@ manticore-hf plan recipes/poc.yaml --devices 8 --memory 80GB
 import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,32 +15,31 @@ from transformers.utils import logging
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.plan import kernels
-from manticore_hf.plan.amounts import parse_bytes, parse_count, short_time
+from manticore_hf.plan.amounts import parse_bytes, parse_count
 from manticore_hf.plan.cache import cache_sizes
 from manticore_hf.plan.engines import Machine, Option, StagePlanner
 from manticore_hf.plan.schedule import make_task
 from manticore_hf.plan.step import Rehearsal, meta_hybrid
 from manticore_hf.plan.subject import load_subject
-from manticore_hf.plan.tables import print_plan
-from manticore_hf.utils.files import write_json
+from manticore_hf.utils.formatting import short_bytes, short_duration
 
 RESULT = "plan.json"
 
 
 def make_plan(
-    source,
-    devices=1,
-    memory="80GB",
+    source: str | Path,
+    devices: int = 1,
+    memory: str | int = "80GB",
     *,
-    device="cuda",
-    flops=989e12,
-    utilization=0.35,
-    reserve=0.08,
-    tokens=None,
-    sequence_length=None,
-    batch_size=None,
-    configs=None,
-):
+    device: str = "cuda",
+    flops: float = 989e12,
+    utilization: float = 0.35,
+    reserve: float = 0.08,
+    tokens: str | float | None = None,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+    configs: str | Path | None = None,
+) -> dict:
     """Plans the stages of a recipe, or the fine-tuning of a saved hybrid. Weights are not downloaded.
 
     Args:
@@ -178,13 +178,13 @@ def _advise(task, choice, options, machine, parameters):
     if choice.eval_batch is not None:
         out.append(f"per_device_eval_batch_size: {choice.eval_batch}")
     if task.converts and machine.devices > 1:
-        held = machine.devices * task.dtype.itemsize * parameters / 1e9
+        held = machine.devices * task.dtype.itemsize * parameters
         out.append(
             f"while weights are read, each of {machine.devices} processes has all of them in {_name(task.dtype)}, "
-            f"{held:,.1f} GB of the machine's memory (in {_name(task.converts)}, as stored, all share one copy)"
+            f"{short_bytes(held)} of the machine's memory (in {_name(task.converts)}, as stored, all share one copy)"
         )
     if choice.host:
-        out.append(f"the node needs {choice.host / 1e9:,.0f} GB of memory for what is offloaded")
+        out.append(f"the node needs {short_bytes(choice.host)} of memory for what is offloaded")
     return out or ["as it is"]
 
 
@@ -215,11 +215,11 @@ def _overall(plan):
     hours = [one["hours"] for one in plan["stages"]]
     if None in hours:
         return f"Fits: {ways}. How long is not known without the number of tokens (--tokens)."
-    return f"Fits: {ways}; {short_time(sum(hours))} in all, at the stated utilisation."
+    return f"Fits: {ways}; {short_duration(3600 * sum(hours))} in all, at the stated utilisation."
 
 
 @contextlib.contextmanager
-def _quietly():
+def quietly() -> Iterator[None]:
     """Without Transformers' remarks on kernels that are not installed: a plan runs none."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -229,16 +229,3 @@ def _quietly():
             yield
     finally:
         logging.set_verbosity(before)
-
-
-def main(args):
-    """`manticore-hf plan`."""
-    keys = ("device", "flops", "utilization", "reserve", "tokens", "sequence_length", "batch_size", "configs")
-    with _quietly():
-        plan = make_plan(args.recipe, args.devices, args.memory, **{key: getattr(args, key) for key in keys})
-    print_plan(plan)
-    if args.output_dir is not None:
-        output = Path(args.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / RESULT, plan)
-        print(f"\n{output / RESULT} has every number.")

@@ -8,17 +8,15 @@ import torch
 from transformers import AutoTokenizer
 
 from manticore_hf.evaluation.data import load_rows, read_texts
+from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plan.memory import weigh
 from manticore_hf.plan.step import meta_hybrid
-from manticore_hf.training.distill import HardenArguments
+from manticore_hf.plan.subject import Subject
 from manticore_hf.training.recipe import stage_data
-from manticore_hf.training.search import SearchArguments
-from manticore_hf.training.trained_stages import StageArguments
-from manticore_hf.training.untrained_stages import CalibrateArguments
+from manticore_hf.training.stages import STAGES
 
-TRAINS = {"pretrain": "projectors", "search": "search", "finetune": "finetune", "harden": "finetune"}
 _COUNTED = 20_000_000  # bytes of text that are tokenised to count tokens; of more, a sample is
 _SAMPLE = 2_000_000
 _GUESS = 4.0  # bytes per token, without a tokenizer
@@ -59,17 +57,19 @@ class Task:
     converts: torch.dtype | None = None
 
     @property
-    def compute(self):
+    def compute(self) -> torch.dtype:
         """dtype that matrices are multiplied in."""
         return self.autocast or self.dtype
 
     @property
-    def adaptable(self):
+    def adaptable(self) -> bool:
         """Whether LoRA could take its place."""
         return self.stage == "finetune" and importlib.util.find_spec("peft") is not None
 
 
-def make_task(subject, stage, settings, length=None, tokens=None, devices=1):
+def make_task(
+    subject: Subject, stage: str, settings: dict, length: int | None = None, tokens: int | None = None, devices: int = 1
+) -> Task:
     """The Task of a stage.
 
     Args:
@@ -82,8 +82,8 @@ def make_task(subject, stage, settings, length=None, tokens=None, devices=1):
     Raises:
         ManticoreError: A setting that cannot be planned.
     """
-    defaults = {**_defaults(SearchArguments), **_defaults(StageArguments), **_defaults(CalibrateArguments)}
-    given = {**defaults, **settings}
+    known = STAGES[stage]
+    given = {**_defaults(known.training_class), **_defaults(known.arguments), **settings}
     data = None
     if subject.recipe is not None and ("data" in subject.recipe.data or "data" in settings.get("data", {})):
         data = stage_data(subject.recipe, settings.get("data", {}))
@@ -97,7 +97,7 @@ def make_task(subject, stage, settings, length=None, tokens=None, devices=1):
     if stage in ("finetune", "harden"):
         config = _fixed(config)
     if stage == "harden" and config.route is None:
-        config, teacher = _hardened(config, {**_defaults(HardenArguments), **settings}, subject)
+        config, teacher = _hardened(config, given, subject)
     dtype = given["calibration_dtype" if stage == "calibrate" else "train_dtype"]
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ManticoreError(f"{stage}: {dtype!r} is no dtype of torch; give for example 'bfloat16'.")
@@ -106,7 +106,7 @@ def make_task(subject, stage, settings, length=None, tokens=None, devices=1):
         stage,
         settings,
         config,
-        TRAINS.get(stage),
+        known.trains,
         teacher,
         getattr(torch, dtype),
         autocast,
@@ -132,6 +132,7 @@ def make_task(subject, stage, settings, length=None, tokens=None, devices=1):
 
 
 def _defaults(cls):
+    """{field: default} of a dataclass, where there is one."""
     return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
 
 
@@ -172,7 +173,7 @@ def _hardened(config, settings, subject):
     return hard, config if settings["distil_weight"] > 0 else None
 
 
-def count_tokens(data, subject):
+def count_tokens(data: DataArguments | None, subject: Subject) -> tuple[int | None, str]:
     """Tokens of a stage's training text.
 
     Returns:

@@ -1,12 +1,17 @@
-"""A model with fewer layers that stands for the whole one: of layers that repeat, three periods are kept.
+"""A model with fewer layers that stands for the original: of layers that repeat, three periods are kept.
 
 The first and the last are as they are, with what is before and after them; the one in between stands for all others.
 """
 
+from collections.abc import Hashable, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.anatomy_manticore import layer_kind, pick_config
+from manticore_hf.plan.ledger import Ledger
 
 
 class Marked(nn.Module):
@@ -18,7 +23,7 @@ class Marked(nn.Module):
         before, after: Keys of the sections before and after the state that enters it.
     """
 
-    def __init__(self, layer, ledger, before, after):
+    def __init__(self, layer: nn.Module, ledger: Ledger, before: Hashable, after: Hashable):
         super().__init__()
         self.layer, self.ledger, self.before, self.after = layer, ledger, before, after
 
@@ -28,7 +33,8 @@ class Marked(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, after the ledger was told of the state that enters it."""
         tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
         state = next(tensors)
         if state.requires_grad:  # its gradient is complete when the backward pass has left this layer
@@ -38,7 +44,7 @@ class Marked(nn.Module):
         return self.layer(*args, **kwargs)
 
 
-def shrink(model, ledger, label=None):
+def shrink(model: ManticoreForCausalLM, ledger: Ledger, label: str | None = None) -> None:
     """Shortens a hybrid in place.
 
     Args:
@@ -46,15 +52,15 @@ def shrink(model, ledger, label=None):
         ledger: The Ledger that will watch it, and is told what its sections stand for.
         label: First part of its keys, if the ledger watches another model, too.
     """
-    plan = dict(model._plan())
+    ranges, shorter = model.segments.ranges, {}
     for name in model.config.component_names:
         component = model.component(name)
-        anatomy = model._cuts.anatomy(component)
+        anatomy = model.segments.anatomy(name)
         component.__dict__["_anatomy"] = anatomy  # its layers are no longer all there
         stack = component.get_submodule(anatomy.path)
         layers = list(getattr(stack, anatomy.layers))
         dropped, marks = set(), {}
-        for (other, block), (start, stop) in plan.items():
+        for (other, block), (start, stop) in ranges.items():
             found = None if other != name else find_period([layer_kind(layer) for layer in layers[start:stop]])
             if found is None:
                 continue
@@ -64,21 +70,17 @@ def shrink(model, ledger, label=None):
             dropped |= set(range(middle + length, start + first + (count - 1) * length))
             marks[middle], marks[start + first + (count - 1) * length] = (None, key), (key, None)
         kept = [i for i in range(len(layers)) if i not in dropped]
-        model._cuts.plan.update(
-            {
-                (other, block): (kept.index(start), kept.index(stop - 1) + 1)
-                for (other, block), (start, stop) in plan.items()
-                if other == name
-            }
-        )
+        for (other, block), (start, stop) in ranges.items():
+            if other == name:
+                shorter[other, block] = (kept.index(start), kept.index(stop - 1) + 1)
         if dropped:
             left = [Marked(layers[i], ledger, *marks[i]) if i in marks else layers[i] for i in kept]
             setattr(stack, anatomy.layers, nn.ModuleList(left))
             stack.config = pick_config(stack.config, kept)
-    model._cuts._segments.clear()
+    model.segments.recut({key: shorter[key] for key in ranges})
 
 
-def find_period(kinds):
+def find_period(kinds: Sequence[Hashable]) -> tuple[int, int, int] | None:
     """The stretch of a list that repeats and whose repetition saves most.
 
     Args:

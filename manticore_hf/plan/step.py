@@ -3,13 +3,16 @@
 import contextlib
 import copy
 import io
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plan import kernels
 from manticore_hf.plan.ledger import Ledger
 from manticore_hf.plan.memory import layers_of, weigh
@@ -39,8 +42,13 @@ class StepCost:
     operations: int
 
 
-def meta_hybrid(config, dtype=torch.float32):
-    """The hybrid of a configuration, on the meta device."""
+def meta_hybrid(config: ManticoreConfig, dtype: torch.dtype = torch.float32) -> ManticoreForCausalLM:
+    """The hybrid of a configuration, on the meta device.
+
+    Args:
+        config: The hybrid's ManticoreConfig; it is copied.
+        dtype: Of all weights.
+    """
     config = copy.deepcopy(config)
     with torch.device("meta"):
         model = ManticoreForCausalLM(config).to(dtype)
@@ -56,30 +64,38 @@ class Rehearsal:
         stage: "projectors", "search" or "finetune", as `set_stage` takes them.
         dtype: Of the weights.
         device: "cpu" or "cuda": whose kernels are assumed.
-        teacher: Configuration of a hybrid to learn from (healing), or None.
-        prepare: Function of the whole meta model that returns what is trained (LoRA), or None.
-        whole: Keep every layer.
+        teacher: Configuration of a hybrid to learn from (recovery distillation), or None.
+        prepare: Function of the unshortened meta model that returns what is trained (LoRA), or None.
+        every_layer: Keep every layer, also of those that repeat.
         share: How many bytes FSDP2 keeps on each device of a byte of a layer's gradient.
 
     Attributes:
-        weights: The whole model's Weights.
+        weights: The Weights of the unshortened model.
         teacher_bytes: Bytes of the teacher's weights.
     """
 
     def __init__(
-        self, config, stage, dtype=torch.float32, device="cuda", teacher=None, prepare=None, whole=False, share=1.0
+        self,
+        config: ManticoreConfig,
+        stage: str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cuda",
+        teacher: ManticoreConfig | None = None,
+        prepare: Callable[[ManticoreForCausalLM], tuple[nn.Module, Iterable[nn.Parameter]]] | None = None,
+        every_layer: bool = False,
+        share: float = 1.0,
     ):
         self.ledger, self.device, self.config, self.teacher = Ledger(), device, config, None
         self.hybrid = hybrid = meta_hybrid(config, dtype)
         set_stage(hybrid, stage)
         self.model, quantised = (hybrid, ()) if prepare is None else prepare(hybrid)
         self.weights, self.teacher_bytes = weigh(self.model, hybrid, quantised), 0
-        if not whole:
+        if not every_layer:
             shrink(hybrid, self.ledger)
         if teacher is not None:
             self.teacher = meta_hybrid(teacher, dtype).requires_grad_(False)
             self.teacher_bytes = sum(one.nbytes for one in self.teacher.parameters())
-            if not whole:
+            if not every_layer:
                 shrink(self.teacher, self.ledger, "teacher")
         for one in filter(None, (self.model, self.teacher)):
             with self.ledger:
@@ -87,13 +103,15 @@ class Rehearsal:
         hybrid.tie_weights()
         self.ledger.shares = {id(one): share for layer in layers_of(hybrid) for one in layer.parameters()}
         if teacher is None:
-            PartSums(hybrid)  # the Trainer's logs have the parts' losses
+            PartSums(hybrid).__enter__()  # the Trainer's logs have the parts' losses
         else:
             self.teacher.tie_weights()
             self.teacher.eval()
         self.model.train()
 
-    def micro_batch(self, batch, length, autocast=None, checkpointing=False):
+    def micro_batch(
+        self, batch: int, length: int, autocast: torch.dtype | None = None, checkpointing: bool = False
+    ) -> StepCost:
         """Runs one micro-batch, forward and backward.
 
         Args:
@@ -124,8 +142,11 @@ class Rehearsal:
             own = logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
             return F.kl_div(own, target, log_target=True, reduction="sum")
 
-    def calibration(self, batch, length):
+    def calibration(self, batch: int, length: int) -> tuple[StepCost, int]:
         """Runs one batch of a calibration, without its solving.
+
+        Args:
+            batch, length: Rows, tokens of each.
 
         Returns:
             (a StepCost, bytes that solving for the largest map takes).
@@ -147,8 +168,16 @@ class Rehearsal:
         # The covariance, its vectors, the rotated sums, and a weight, in float64, and what the solver works in
         return cost, 6 * 8 * self.config.hidden_size**2
 
-    def evaluation(self, batch, length, autocast=None):
-        """Runs one batch of the losses that end a stage (`compare_losses`): of components, ensemble and hybrid."""
+    def evaluation(self, batch: int, length: int, autocast: torch.dtype | None = None) -> StepCost:
+        """Runs one batch of the losses that end a stage (`compare_losses`): of components, ensemble and hybrid.
+
+        Args:
+            batch, length: Rows, tokens of each.
+            autocast: dtype of mixed precision, or None.
+
+        Returns:
+            A StepCost, without gradients.
+        """
         route = self.config.route
         names = [] if route else self.config.component_names
 

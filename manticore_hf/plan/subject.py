@@ -40,12 +40,15 @@ class Subject:
     notes: list = field(default_factory=list)
 
 
-def load_subject(source, configs=None):
+def load_subject(source: str | Path, configs: str | Path | None = None) -> Subject:
     """Reads a recipe, or a saved hybrid, without weights.
 
     Args:
         source: A recipe (.yaml), a directory of a saved hybrid or its Hub repo. Hybrids are planned to be fine-tuned.
         configs: Directory with `org/name/config.json` of components, read instead of the Hub where they are there.
+
+    Returns:
+        The Subject.
 
     Raises:
         ManticoreError: Something cannot be read or joined.

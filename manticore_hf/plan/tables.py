@@ -1,33 +1,34 @@
 """A plan as text."""
 
-from manticore_hf.plan.amounts import short_memory, short_time
-from manticore_hf.utils.formatting import short_count
+from typing import Any
+
+from manticore_hf.utils.formatting import short_bytes, short_count, short_duration
 
 
-def print_plan(plan):
+def print_plan(plan: dict[str, Any]) -> None:
     """Prints what `make_plan` returns."""
     given = plan["assumptions"]
     print(
-        f"{plan['name']}: {short_count(plan['parameters'])} parameters, {short_memory(plan['bytes'])} in "
-        f"{plan['dtype']}; on {given['devices']} x {short_memory(given['memory'])} ({given['device']})"
+        f"{plan['name']}: {short_count(plan['parameters'])} parameters, {short_bytes(plan['bytes'])} in "
+        f"{plan['dtype']}; on {given['devices']} x {short_bytes(given['memory'])} ({given['device']})"
     )
     width = max([len(one["name"]) for one in plan["components"]] + [len("mixer and projectors")])
     heads = ("parameters", "weights", "cache/token", "state", f"cache at {plan['cache_tokens']}")
     print(f"\n{'part':{width}}" + "".join(f"{head:>16}" for head in heads))
     for one in plan["components"]:
         cache = plan["cache"][one["name"]]
-        sizes = [short_memory(cache[key]) if cache[key] else "-" for key in ("per_token", "constant", "total")]
-        cells = [f"{one['parameters']:,}", short_memory(one["bytes"]), *sizes]
+        sizes = [short_bytes(cache[key]) if cache[key] else "-" for key in ("per_token", "constant", "total")]
+        cells = [f"{one['parameters']:,}", short_bytes(one["bytes"]), *sizes]
         print(f"{one['name']:{width}}" + "".join(f"{cell:>16}" for cell in cells))
     totals = [sum(one[key] for one in plan["cache"].values()) for key in ("per_token", "constant", "total")]
     print(f"{'mixer and projectors':{width}}{plan['own_parameters']:>16,}")
-    cells = [f"{plan['parameters']:,}", short_memory(plan["bytes"])] + [short_memory(x) if x else "-" for x in totals]
+    cells = [f"{plan['parameters']:,}", short_bytes(plan["bytes"])] + [short_bytes(x) if x else "-" for x in totals]
     print(f"{'hybrid':{width}}" + "".join(f"{cell:>16}" for cell in cells))
     for stage in plan["stages"]:
         _print_stage(stage, given)
     print(f"\n{plan['verdict']}")
     print(
-        f"\nAssumed: {given['usable'] / 1e9:.1f} GB of every device usable ({given['reserve']:.0%} left free); "
+        f"\nAssumed: {short_bytes(given['usable'])} of every device usable ({given['reserve']:.0%} left free); "
         f"{given['flops']:.3g} FLOP/s at {given['utilization']:.0%}; {given['kernels']}."
     )
     for note in plan["notes"]:
@@ -49,19 +50,19 @@ def _print_stage(stage, given):
         evaluated = " (evaluation)" * ("evaluation" in parts)  # what comes last is more than the training
         parts.setdefault("activations", parts.pop("evaluation", 0))
         shown = [parts.pop(key, None) for key in heads[:4]]
-        cells = [
-            *map(short_memory, shown),
-            short_memory(sum(parts.values())) if parts else "-",
-            short_memory(one["peak"]),
-        ]
+        cells = [*map(short_bytes, shown), short_bytes(sum(parts.values())) if parts else "-", short_bytes(one["peak"])]
         fits = f"  {'fits' if one['fits'] else 'too much'}{evaluated}"
         print(f"  {one['engine']:{width}}" + "".join(f"{cell:>13}" for cell in cells) + fits)
     choice, tokens = stage["choice"], stage["tokens"]
-    way = "does not fit" if choice is None else f"{choice['engine']}, {short_memory(choice['peak'])} per device"
+    way = "does not fit" if choice is None else f"{choice['engine']}, {short_bytes(choice['peak'])} per device"
     print(f"  -> {way}: {'; '.join(stage['advice'])}")
     time = (
-        f"{short_time(stage['hours'])} for {short_count(tokens)} tokens ({stage['counted']})"
+        f"{_time(stage['hours'])} for {short_count(tokens)} tokens ({stage['counted']})"
         if tokens
-        else (f"{short_time(stage['hours_per_billion_tokens'])} for every 1 G tokens ({stage['counted']})")
+        else (f"{_time(stage['hours_per_billion_tokens'])} for every 1 G tokens ({stage['counted']})")
     )
     print(f"  {short_count(stage['flops_per_token'])}FLOP per token, {time}")
+
+
+def _time(hours):
+    return short_duration(None if hours is None else 3600 * hours, "?")

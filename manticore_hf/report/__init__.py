@@ -1,5 +1,12 @@
 """The report on a hybrid: is it worth it, for whom, why, and what next."""
 
-from manticore_hf.report.write import write_report
+import importlib
+from typing import Any
 
-__all__ = ["write_report"]
+__all__ = ["write_report"]  # noqa: F822 (below)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.write"), name)

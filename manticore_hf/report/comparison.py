@@ -1,8 +1,10 @@
-"""Reading what `manticore-hf compare` leaves: losses over several seeds of a hybrid and of rivals tuned like it."""
+"""Reading what `manticore-hf compare` leaves: losses over several seeds of a hybrid and of baselines tuned like it."""
 
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
@@ -22,7 +24,7 @@ _NUMBERS = (
 )
 
 
-def find_comparison(directory, given=None):
+def find_comparison(directory: str | os.PathLike, given: str | os.PathLike | None = None) -> Path | None:
     """Path of the comparison that belongs to a directory, or None.
 
     Args:
@@ -44,7 +46,7 @@ def find_comparison(directory, given=None):
     return next((path for path in paths if path.is_file()), None)
 
 
-def read_comparison(path):
+def read_comparison(path: str | os.PathLike) -> dict[str, Any]:
     """Reads and checks a comparison.
 
     Returns:

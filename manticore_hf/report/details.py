@@ -1,6 +1,9 @@
 """What the reports say to engineers, as texts and charts: the mixture, why it is so, where it pays, its training."""
 
+from typing import Any
+
 from manticore_hf.report import charts
+from manticore_hf.report.facts import Facts
 from manticore_hf.report.verdict import gain_needed, say_difference
 from manticore_hf.utils.formatting import short_count
 
@@ -13,7 +16,7 @@ _KINDS = {
 _MOST_CHARTS = 8
 
 
-def mixture(facts):
+def mixture(facts: Facts) -> dict[str, Any]:
     """Alpha as a heat map, its trajectories, and those of the gate's mean weights."""
     names = list(dict.fromkeys(row["component"] for row in facts.found["blocks"]))
     blocks, route = facts.found["settings"]["num_blocks"], facts.found["settings"]["route"]
@@ -60,7 +63,7 @@ def mixture(facts):
     }
 
 
-def why(facts):
+def why(facts: Facts) -> dict[str, Any] | None:
     """Losses without each part, with untrained mixtures, and how alike features are."""
     measured = facts.measured
     if not measured:
@@ -115,7 +118,7 @@ def why(facts):
         "chart": chart,
         "mixtures": mixtures,
         "similarity": similarity,
-        "rivals": [
+        "baselines": [
             {"name": name, "loss": f"{loss:.3f}"}
             for name, loss in measured["losses"]["losses"].items()
             if name != "hybrid"
@@ -123,12 +126,12 @@ def why(facts):
     }
 
 
-def where(facts):
-    """Tokens and documents where the hybrid gains or loses most against each rival, texts made visible."""
+def where(facts: Facts) -> list[dict[str, Any]]:
+    """Tokens and documents where the hybrid gains or loses most against each baseline, texts made visible."""
     if not facts.measured:
         return []
     out = []
-    for rival, found in facts.measured["losses"]["where"].items():
+    for baseline, found in facts.measured["losses"]["where"].items():
 
         def token(one):
             return {
@@ -158,10 +161,9 @@ def where(facts):
         }
         word = "better" if found["gain"] >= 0 else "worse"
         size = f"{abs(found['gain']):.3f} nats per token {word}"
-        sentence = (
-            f"On this text the hybrid is {size} than {rival}, and predicts {found['better']:.0%} of the tokens better."
-        )
-        out.append({"rival": rival, "sentence": sentence, **ways})
+        share = f"{found['better']:.0%}"
+        sentence = f"On this text the hybrid is {size} than {baseline}, and predicts {share} of the tokens better."
+        out.append({"baseline": baseline, "sentence": sentence, **ways})
     return out
 
 
@@ -169,14 +171,14 @@ def _gate(one):
     return ", ".join(f"{name} {weight:.2f}" for name, weight in one["gate"].items()) if one.get("gate") else ""
 
 
-def visible(text, alone=False):
+def visible(text: str, alone: bool = False) -> str:
     """Text in one line whose line breaks and tabs are seen, and that commands nothing; `alone`: spaces, too."""
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥")
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text.replace(" ", "␣") if alone and not text.strip() else text
 
 
-def curves(facts):
+def curves(facts: Facts) -> list[dict[str, Any]]:
     """Losses over the steps of each stage."""
     out = []
     for stage in facts.stages:
@@ -201,14 +203,14 @@ def _curve_name(key):
     return f"{'hybrid' if part in ('', 'mixture') else part}, {side}"
 
 
-def comparison(facts):
+def comparison(facts: Facts) -> dict[str, Any] | None:
     """All rows of the comparison, by kind of text too, with the forest plot."""
     if facts.comparison is None:
         return None
     rows = sorted(facts.comparison["rows"], key=lambda row: row["loss"])
     kinds = sorted({kind for row in rows for kind in row["by_kind"]})
     own = facts.comparison["hybrid"]
-    rivals = [
+    baselines = [
         (row["name"], row["difference"], row["difference_interval"])
         for row in rows
         if row["name"] != own and row["difference"] is not None
@@ -217,7 +219,7 @@ def comparison(facts):
         "file": facts.comparison_path.name,
         "machine": facts.comparison["machine"],
         "kinds": kinds,
-        "chart": charts.forest(rivals, gain_needed(facts.comparison)) if rivals else None,
+        "chart": charts.forest(baselines, gain_needed(facts.comparison)) if baselines else None,
         "rows": [
             {
                 "name": row["name"],

@@ -1,6 +1,7 @@
-"""What is on disk about a hybrid: its stages, their curves and costs, its licences, its comparison with rivals."""
+"""What is on disk about a hybrid: its stages, their curves and costs, its licences, its comparison with baselines."""
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,11 +38,11 @@ class Stage:
     flops: float | None = None
 
     @property
-    def seconds(self):
+    def seconds(self) -> float | None:
         """Seconds of training, or None where no log says."""
         return next((row["train_runtime"] for row in reversed(self.log) if "train_runtime" in row), None)
 
-    def series(self, key):
+    def series(self, key: str) -> dict[str, tuple[list[int], list[float]]]:
         """What was logged under a key, or below it ("loss" takes "loss/mixture", too).
 
         Returns:
@@ -57,7 +58,7 @@ class Stage:
                     values.append(value)
         return out
 
-    def alpha(self):
+    def alpha(self) -> tuple[list[int], dict[str, list[float]]]:
         """(steps, {"alpha/BLOCK/COMPONENT": values}); where nothing was logged, ([], {})."""
         return alpha_history(self.log)
 
@@ -92,7 +93,7 @@ class Facts:
     measured: dict = field(default_factory=dict)
 
 
-def gather(directory, comparison=None):
+def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = None) -> Facts:
     """Reads what is known about a saved hybrid, or about the last hybrid of a run.
 
     Args:
@@ -185,8 +186,8 @@ def _name(directory, folder):
     return f"{path.parent.name}/{path.name}" if _STAGE.fullmatch(path.name) else path.name
 
 
-def one_run(facts):
-    """(losses by name, the hybrid's name, a note) of one run, or None where no rival was measured beside the hybrid.
+def one_run(facts: Facts) -> tuple[dict[str, float], str, str] | None:
+    """(losses by name, the hybrid's name, a note) of one run, or None where no baseline was measured beside the hybrid.
 
     What `evaluation.json` or `stage.json` says; several texts with the same rows as one, weighted by their tokens. Else
     what was measured for this report.
@@ -212,7 +213,9 @@ def one_run(facts):
     return None
 
 
-def held_out(facts, data=None, block_size=None):
+def held_out(
+    facts: Facts, data: str | os.PathLike | None = None, block_size: int | None = None
+) -> tuple[DataArguments, bool]:
     """Where held-out text comes from: (DataArguments, whether its validation split is meant).
 
     Args:

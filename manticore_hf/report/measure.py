@@ -5,15 +5,21 @@ on the right, which a causal model does not see.
 """
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from manticore_hf.compose.hybrid import ManticoreModel
 
 
-def batches(rows, batch_size, device="cpu"):
+def batches(
+    rows: Dataset, batch_size: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (input_ids [batch, time], labels [batch, time]) of rows; padding has the label -100.
 
     Args:
@@ -30,8 +36,15 @@ def batches(rows, batch_size, device="cpu"):
         yield pad(ids, True, 0).to(device), pad(labels, True, -100).to(device)
 
 
-def scored_positions(rows):
-    """(row [n], position [n]) of the tokens that are predicted and scored, in the order of `token_losses`."""
+def scored_positions(rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the tokens are that are predicted and scored, in the order of `token_losses`.
+
+    Args:
+        rows: Held-out rows.
+
+    Returns:
+        (row [n], position [n] in the row), integers.
+    """
     found = [(labels[:, 1:] != -100).nonzero() for _, labels in batches(rows, 1)]
     row = torch.cat([torch.full((len(one),), number) for number, one in enumerate(found)])
     return row, torch.cat([one[:, 1] for one in found]) + 1
@@ -44,7 +57,9 @@ def _losses_of(logits, labels):
 
 
 @torch.no_grad()
-def token_losses(model, rows, batch_size=8):
+def token_losses(
+    model: PreTrainedModel, rows: Dataset, batch_size: int = 8
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Loss of every token under the hybrid, each component (its own head, inside this hybrid) and their plain ensemble.
 
     Args:
@@ -54,7 +69,7 @@ def token_losses(model, rows, batch_size=8):
 
     Returns:
         ({name: [n] nats, float64}, the token gate's weights [n, K] or None); a hardened hybrid has "hybrid" only, its
-        rivals are no longer inside.
+        baselines are no longer inside.
     """
     names = [] if model.config.route else model.config.component_names
     out = {name: [] for name in [*names, *(["ensemble"] if names else []), "hybrid"]}
@@ -76,8 +91,18 @@ def token_losses(model, rows, batch_size=8):
 
 
 @torch.no_grad()
-def hybrid_loss(model, rows, batch_size=8, desc="Loss"):
-    """Mean loss of the hybrid alone, nats per token."""
+def hybrid_loss(model: PreTrainedModel, rows: Dataset, batch_size: int = 8, desc: str = "Loss") -> float:
+    """Mean loss of the hybrid alone.
+
+    Args:
+        model: A hybrid in evaluation mode.
+        rows: Held-out rows.
+        batch_size: Rows per forward pass.
+        desc: Label of the progress bar.
+
+    Returns:
+        Nats per token.
+    """
     found = list(batches(rows, batch_size, model.device))
     losses = [
         _losses_of(model(input_ids=ids, use_cache=False).logits, labels)
@@ -89,15 +114,24 @@ def hybrid_loss(model, rows, batch_size=8, desc="Loss"):
 # ---- without one component, or with another mixture ------------------------------------------------------------------
 
 
-def gated_block(model):
+def gated_block(model: PreTrainedModel) -> int | None:
     """The block whose mixture is the token gate's, or None where no gate is in use."""
     config = model.config
     fixed = config.mixture_weights is not None and config.mixture_weights[-1] is not None
     return config.num_blocks - 1 if config.mixture == "token" and not fixed else None
 
 
-def cannot_remove(model, name, block):
-    """Why a component cannot be removed from a block, or None if it can."""
+def cannot_remove(model: PreTrainedModel, name: str, block: int) -> str | None:
+    """Why a component cannot be removed from a block.
+
+    Args:
+        model: A hybrid.
+        name: The component.
+        block: Index of the block.
+
+    Returns:
+        The reason, as a part of a sentence; None if it can be removed.
+    """
     if model.config.route is not None:
         return "hardened: each block has one component only"
     k, row = model.config.component_names.index(name), model.mixture_weights()[block].tolist()
@@ -107,7 +141,7 @@ def cannot_remove(model, name, block):
 
 
 @contextlib.contextmanager
-def removed(model, name, block):
+def removed(model: PreTrainedModel, name: str, block: int) -> Iterator[None]:
     """The hybrid with a component's mixture weight set to 0 in one block and the others of that block renormalised.
 
     The block's row is fixed by `set_mixture_weights`, so that the component is not run there; where the token gate
@@ -133,7 +167,7 @@ def removed(model, name, block):
 
 
 @contextlib.contextmanager
-def mixture(model, rows):
+def mixture(model: PreTrainedModel, rows: torch.Tensor) -> Iterator[None]:
     """The hybrid with the weights of some blocks fixed; `rows` is {block: [K] weights}."""
     before = model.config.mixture_weights
     weights = list(before or [None] * model.config.num_blocks)
@@ -168,7 +202,7 @@ def _alpha_logit(model, block, k):
         alpha[block, k] = before
 
 
-def other_mixtures(model):
+def other_mixtures(model: PreTrainedModel) -> list[tuple[str, contextlib.AbstractContextManager]]:
     """[(what it is, context manager)]: mixtures that were not trained, to see what the trained one is worth."""
     config = model.config
     count, gated = len(config.component_names), gated_block(model)
@@ -196,14 +230,14 @@ class LinearCKA:
     def __init__(self):
         self.count, self.sums = 0, None
 
-    def add(self, x, y):
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds rows x [n, width_x] and y [n, width_y] of the same tokens."""
         x, y = x.double(), y.double()
         new = [x.sum(0), y.sum(0), x.T @ x, y.T @ y, y.T @ x]
         self.sums = new if self.sums is None else [a + b for a, b in zip(self.sums, new)]
         self.count += len(x)
 
-    def value(self):
+    def value(self) -> float:
         """The similarity; NaN if one of the two does not vary."""
         x, y, xx, yy, yx = self.sums
         own_x, own_y = (xx - torch.outer(x, x) / self.count).norm(), (yy - torch.outer(y, y) / self.count).norm()
@@ -211,7 +245,7 @@ class LinearCKA:
 
 
 @torch.no_grad()
-def feature_similarity(model, rows, batch_size=8):
+def feature_similarity(model: PreTrainedModel, rows: Dataset, batch_size: int = 8) -> list[dict[str, Any]]:
     """Linear CKA between what two components contribute at each block boundary, in the hybrid's own run.
 
     After an inner block that is their translated features (out-projector applied, as they enter the mixture); where the
@@ -229,7 +263,7 @@ def feature_similarity(model, rows, batch_size=8):
     names, last, seen, pairs = model.config.component_names, model.config.num_blocks, {}, {}
 
     def watch(mixer, args, out):
-        if args[0] == "leave":
+        if args[0].__name__ == "leave":
             seen[args[1] + 1, args[2]] = (out, True)
 
     handle = model.hybrid_mixer.register_forward_hook(watch)

@@ -1,15 +1,19 @@
-"""Where a hybrid gains or loses most against a rival: tokens with their context, kinds of token, documents."""
+"""Where a hybrid gains or loses most against a baseline: tokens with their context, kinds of token, documents."""
 
 import bisect
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.report.measure import scored_positions
 
 _BEFORE, _AFTER, _SHOWN = 24, 8, 320
 
 
-def documents_of(rows, end):
+def documents_of(rows: Dataset, end: int) -> tuple[torch.Tensor, dict[int, list[int]]]:
     """Document of each scored token: [n] numbers from 0, in order, and {number: its token ids}.
 
     Packed rows are cut at the end-of-text token; a document that is longer than a row counts once for each row it
@@ -36,11 +40,11 @@ def _starts(ids, end):
     return [0] + [i + 1 for i, token in enumerate(ids[:-1]) if token == end]
 
 
-def document_gains(gain, documents):
+def document_gains(gain: torch.Tensor, documents: torch.Tensor) -> list[tuple[int, float, int]]:
     """Sums per-token gains over documents.
 
     Args:
-        gain: [n] loss of the rival minus loss of the hybrid, nats.
+        gain: [n] loss of the baseline minus loss of the hybrid, nats.
         documents: [n] document of each token.
 
     Returns:
@@ -53,16 +57,32 @@ def document_gains(gain, documents):
     return [(number, sums[number].item(), int(tokens[number])) for number in order]
 
 
-def kind_gains(gain, targets):
-    """[(token id, sum of gains in nats, occurrences)] over all occurrences of a token, the largest gain first."""
+def kind_gains(gain: torch.Tensor, targets: torch.Tensor) -> list[tuple[int, float, int]]:
+    """Sums per-token gains over all occurrences of a token.
+
+    Args:
+        gain: [n] loss of the baseline minus loss of the hybrid, nats.
+        targets: [n] ids of the tokens.
+
+    Returns:
+        [(token id, sum of gains in nats, occurrences)], the largest gain first.
+    """
     kinds, index, counts = targets.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(kinds), dtype=torch.float64).index_add_(0, index, gain.double())
     order = sums.argsort(descending=True, stable=True).tolist()
     return [(int(kinds[i]), sums[i].item(), int(counts[i])) for i in order]
 
 
-def where_it_differs(losses, rows, tokenizer, gate=None, names=(), top_tokens=6, top_documents=3):
-    """Where the hybrid gains or loses most against each rival.
+def where_it_differs(
+    losses: Mapping[str, torch.Tensor],
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    gate: torch.Tensor | None = None,
+    names: Sequence[str] = (),
+    top_tokens: int = 6,
+    top_documents: int = 3,
+) -> dict[str, Any]:
+    """Where the hybrid gains or loses most against each baseline.
 
     Args:
         losses: As `token_losses` gives them.
@@ -73,7 +93,7 @@ def where_it_differs(losses, rows, tokenizer, gate=None, names=(), top_tokens=6,
         top_tokens, top_documents: How many to show each way.
 
     Returns:
-        {rival: {"gain": mean, nats per token, "better": share of tokens the hybrid predicts better, "tokens": ...,
+        {baseline: {"gain": mean, nats per token, "better": share of tokens the hybrid predicts better, "tokens": ...,
         "kinds": ..., "documents": {"gains": [...], "loses": [...]}}}; the sums of all documents' gains make the mean.
     """
     row, position = scored_positions(rows)
@@ -108,12 +128,12 @@ def where_it_differs(losses, rows, tokenizer, gate=None, names=(), top_tokens=6,
         return {"gains": [make(*x) for x in gains], "loses": [make(*x) for x in loses]}
 
     out = {}
-    for rival in losses:
-        if rival == "hybrid":
+    for baseline in losses:
+        if baseline == "hybrid":
             continue
-        gain = losses[rival] - losses["hybrid"]
+        gain = losses[baseline] - losses["hybrid"]
         order = gain.argsort(descending=True, stable=True).tolist()
-        out[rival] = {
+        out[baseline] = {
             "gain": gain.mean().item(), "better": (gain > 0).double().mean().item(),
             "tokens": both_ends([(i, gain[i].item()) for i in order], top_tokens, lambda i, _, g=gain: token(i, g)),
             "kinds": both_ends(kind_gains(gain, targets), top_tokens, lambda kind, total, count: {

@@ -8,11 +8,13 @@ from importlib.resources import files
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from manticore_hf.report.facts import Facts
+from manticore_hf.report.verdict import Verdict
 from manticore_hf.report.view import make_view
 from manticore_hf.utils.formatting import markdown_environment
 
 
-def render(facts, verdict):
+def render(facts: Facts, verdict: Verdict) -> tuple[str, str]:
     """(HTML, Markdown) of a report; `facts` as `gather` gives them, `verdict` as `decide` does."""
     view = make_view(facts, verdict)
     folder = files("manticore_hf.hub_cards")

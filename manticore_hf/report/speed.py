@@ -3,14 +3,19 @@
 import ctypes
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def measure_speed(model, prompt, new_tokens=32, repeats=5):
+def measure_speed(
+    model: PreTrainedModel, prompt: Sequence[int], new_tokens: int = 32, repeats: int = 5
+) -> dict[str, Any]:
     """Median times to read a prompt and to write tokens after it, greedily, one sequence at a time.
 
     Args:

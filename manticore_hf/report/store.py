@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from manticore_hf.utils.files import replace_text
 
@@ -15,7 +18,7 @@ class Store:
         key: What the measurements depend on: plain values.
     """
 
-    def __init__(self, path, key):
+    def __init__(self, path: str | os.PathLike, key: Any):
         self.path = Path(path)
         self.digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         try:
@@ -24,7 +27,7 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             self.parts = {}
 
-    def get(self, name, make):
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The measurement of that name; made and written if it is not there."""
         if name not in self.parts:
             value = make()
@@ -33,7 +36,7 @@ class Store:
         return self.parts[name]
 
 
-def stamp(directory):
+def stamp(directory: str | os.PathLike) -> list[tuple[str, int, int]]:
     """[(name, bytes, time of change in ns)] of the files that make a saved hybrid what it is."""
     files = [*Path(directory).glob("*.safetensors"), Path(directory) / "config.json"]
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files) if file.is_file()]

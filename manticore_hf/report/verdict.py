@@ -1,32 +1,34 @@
 """The verdict: is the hybrid worth it? Stated rules, applied to stated numbers; the report prints both.
 
-Differences are a rival's loss minus the hybrid's, in nats per token: positive means that the hybrid is better.
+Differences are a baseline's loss minus the hybrid's, in nats per token: positive means that the hybrid is better.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 WORTH = 0.01
-"""Smallest gain that is worth a second model, as a share of the best rival's loss."""
+"""Smallest gain that is worth a second model, as a share of the best baseline's loss."""
 HARDEN_WITHIN = 0.01
 """A hardened hybrid is as good as the soft one if it loses at most this share of its loss."""
 
 RULES = [
-    "A rival counts if you could use it today: it needs no text but what the hybrid was trained on. It is the "
+    "A baseline counts if you could use it today: it needs no text but what the hybrid was trained on. It is the "
     "components as they are and tuned, their ensemble, a gate over them, and one model trained on the same text.",
-    f"The gain must be worth having: at least {WORTH:.0%} of the best rival's loss, in nats per token, against every "
-    "rival.",
-    "GO: against every rival the gain is that large and its 95 % confidence interval excludes 0. As all rivals have to "
-    "be beaten, no correction for many comparisons is needed.",
-    "NO GO: against some rival even the upper end of the interval is below that gain: it is a tie at best, and the "
-    "rival costs no more. If that rival is one model trained on the same text: RETRAIN.",
+    f"The gain must be worth having: at least {WORTH:.0%} of the best baseline's loss, in nats per token, against "
+    "every baseline.",
+    "GO: against every baseline the gain is that large and its 95 % confidence interval excludes 0. As all baselines "
+    "have to be beaten, no correction for many comparisons is needed.",
+    "NO GO: against some baseline even the upper end of the interval is below that gain: it is a tie at best, and the "
+    "baseline costs no more. If that baseline is one model trained on the same text: RETRAIN.",
     "TRY: anything else. The data allow a gain and do not show it.",
     "RETRAIN: one model trained on everything, the components' training text included, is not beaten (the interval of "
     "the difference includes 0 or lies below it). It costs less to run. Who does not have that text goes by the other "
     "rules, and the report gives both answers.",
     "HARDEN: the answer is GO, and a hardened hybrid (one component per block, the cost of about one model) loses at "
-    f"most {HARDEN_WITHIN:.0%} of the soft one's loss and still beats the best rival.",
-    "Without a comparison over several seeds, rivals tuned by themselves included, there is no verdict, only TRY.",
+    f"most {HARDEN_WITHIN:.0%} of the soft one's loss and still beats the best baseline.",
+    "Without a comparison over several seeds, baselines tuned by themselves included, there is no verdict, only TRY.",
 ]
 
 _EXPLAINED = {
@@ -44,7 +46,7 @@ class Verdict:
 
     Args:
         word: "GO", "HARDEN", "NO GO", "RETRAIN" or "TRY".
-        rival: The row that decided: the closest rival, or the one that won; None without a comparison.
+        baseline: The row that decided: the closest baseline, or the one that won; None without a comparison.
         reasons: Sentences with the numbers that decided.
         steps: What to do next, most useful first.
         otherwise: With a RETRAIN that needs the components' training text: the Verdict for who does not have it.
@@ -52,14 +54,14 @@ class Verdict:
     """
 
     word: str
-    rival: dict | None
+    baseline: dict | None
     reasons: list = field(default_factory=list)
     steps: list = field(default_factory=list)
     otherwise: "Verdict | None" = None
     decided: bool = True
 
     @property
-    def headline(self):
+    def headline(self) -> str:
         """The verdict in words."""
         if self.otherwise is not None:
             rest = _EXPLAINED[self.otherwise.word]
@@ -68,7 +70,12 @@ class Verdict:
         return _EXPLAINED[self.word]
 
 
-def decide(comparison, settings=None, command=None, one_run=None):
+def decide(
+    comparison: Mapping[str, Any] | None,
+    settings: Mapping[str, Any] | None = None,
+    command: str | None = None,
+    one_run: Sequence | None = None,
+) -> Verdict:
     """Applies the rules.
 
     Args:
@@ -86,11 +93,11 @@ def decide(comparison, settings=None, command=None, one_run=None):
         return Verdict("TRY", None, reasons, [f"Measure it: {command}"] if command else [], decided=False)
     rows = {row["name"]: row for row in comparison["rows"]}
     hybrid = rows[comparison["hybrid"]]
-    others = _rivals(comparison)
+    others = _baselines(comparison)
     free = [row for row in others if not row["needs"]]
     if not free:
-        reason = "The comparison has no rival that could be used today: no component, ensemble or gate."
-        return Verdict("TRY", None, [reason], [f"Measure the rivals: {command}"] if command else [], decided=False)
+        reason = "The comparison has no baseline that could be used today: no component, ensemble or gate."
+        return Verdict("TRY", None, [reason], [f"Measure the baselines: {command}"] if command else [], decided=False)
     retrained = [row for row in others if row["needs"] and row["kind"] == "single" and _not_beaten(row)]
     verdict = _against(hybrid, free, comparison, settings or {})
     if retrained:
@@ -104,32 +111,34 @@ def decide(comparison, settings=None, command=None, one_run=None):
     return verdict
 
 
-def _against(hybrid, rivals, comparison, settings):
-    """The verdict on a hybrid and the rivals that need nothing else."""
-    best = min(rivals, key=lambda row: row["loss"])
+def _against(hybrid, baselines, comparison, settings):
+    """The verdict on a hybrid and the baselines that need nothing else."""
+    best = min(baselines, key=lambda row: row["loss"])
     needed = WORTH * best["loss"]
-    unsure = [row for row in rivals if row["difference_interval"] is None or row["difference"] is None]
+    unsure = [row for row in baselines if row["difference_interval"] is None or row["difference"] is None]
     if unsure:
         reason = f"There is no interval for {unsure[0]['name']}: one seed cannot show how sure a difference is."
         step = f"Compare again with 3 seeds or more ({_seeds(hybrid)} now)."
         return Verdict("TRY", best, [say(best, hybrid), reason], [step])
-    lost = [row for row in rivals if row["difference_interval"][1] < needed]
+    lost = [row for row in baselines if row["difference_interval"][1] < needed]
     if lost:
-        rival = min(lost, key=lambda row: row["loss"])
-        word = "RETRAIN" if rival["kind"] == "single" else "NO GO"
+        baseline = min(lost, key=lambda row: row["loss"])
+        word = "RETRAIN" if baseline["kind"] == "single" else "NO GO"
         reasons = [
-            say(rival, hybrid),
+            say(baseline, hybrid),
             f"Even at best that is less than the {needed:.3f} nats ({WORTH:.0%}) it takes to be worth it.",
         ]
-        steps = [f"Use {rival['name']}: the hybrid adds too little to it, if anything."]
-        return Verdict(word, rival, reasons, steps + _other_hybrid(hybrid, rival, comparison) + _alike(comparison))
-    short = [row for row in rivals if row["difference_interval"][0] <= 0 or row["difference"] < needed]
+        steps = [f"Use {baseline['name']}: the hybrid adds too little to it, if anything."]
+        steps += _other_hybrid(hybrid, baseline, comparison) + _alike(comparison)
+        return Verdict(word, baseline, reasons, steps)
+    short = [row for row in baselines if row["difference_interval"][0] <= 0 or row["difference"] < needed]
     if short:
-        rival = min(short, key=lambda row: row["difference"])
+        baseline = min(short, key=lambda row: row["difference"])
         why = f"It takes {needed:.3f} nats ({WORTH:.0%}) and an interval that excludes 0."
-        return Verdict("TRY", rival, [say(rival, hybrid), why], _attempts(hybrid, rival, comparison, settings, needed))
+        attempts = _attempts(hybrid, baseline, comparison, settings, needed)
+        return Verdict("TRY", baseline, [say(baseline, hybrid), why], attempts)
     share = best["difference"] / best["loss"]
-    reasons = [f"{say(best, hybrid)} That is {share:.1%} of its loss; it is the best rival."]
+    reasons = [f"{say(best, hybrid)} That is {share:.1%} of its loss; it is the best baseline."]
     hard = [row for row in comparison["rows"] if row["kind"] == "hardened" and not row["needs"]]
     hard = [row for row in hard if row["loss"] <= (1 + HARDEN_WITHIN) * hybrid["loss"] and row["loss"] < best["loss"]]
     if hard:
@@ -144,7 +153,7 @@ def _against(hybrid, rivals, comparison, settings):
     return Verdict("GO", best, reasons, steps + _other_hybrid(hybrid, hybrid, comparison))
 
 
-def _rivals(comparison):
+def _baselines(comparison):
     """The rows that are no hybrids."""
     return [
         row
@@ -153,14 +162,14 @@ def _rivals(comparison):
     ]
 
 
-def gain_needed(comparison):
-    """Nats per token that the hybrid has to be better by, or None where no rival can be used today."""
-    losses = [row["loss"] for row in _rivals(comparison) if not row["needs"]]
+def gain_needed(comparison: Mapping[str, Any]) -> float | None:
+    """Nats per token that the hybrid has to be better by, or None where no baseline can be used today."""
+    losses = [row["loss"] for row in _baselines(comparison) if not row["needs"]]
     return WORTH * min(losses) if losses else None
 
 
 def _in_one_run(losses, own):
-    """The best rival of one run, in a sentence."""
+    """The best baseline of one run, in a sentence."""
     best = min((name for name in losses if name != own), key=losses.get)
     row = {
         "name": best,
@@ -173,8 +182,13 @@ def _in_one_run(losses, own):
     return say(row, {"loss": losses[own]})
 
 
-def say(row, hybrid):
-    """A rival's difference to the hybrid in a sentence that says what it means."""
+def say(row: Mapping[str, Any], hybrid: Mapping[str, Any]) -> str:
+    """A baseline's difference to the hybrid in a sentence that says what it means.
+
+    Args:
+        row: The baseline's row, as `read_comparison` gives it; losses and differences in nats per token.
+        hybrid: The hybrid's row, of which the loss counts.
+    """
     difference, pair = row["difference"], row["difference_interval"]
     if difference is None:
         return f"{row['name']}: {row['loss']:.3f} nats per token, the hybrid {hybrid['loss']:.3f}."
@@ -194,15 +208,15 @@ def say(row, hybrid):
     )
 
 
-def say_difference(row):
-    """How much better the hybrid is than a row's model, with the interval, as text."""
+def say_difference(row: Mapping[str, Any]) -> str:
+    """How much better the hybrid is than a row's model, in nats per token with the interval, as text."""
     value, pair = row["difference"], row.get("difference_interval")
     if value is None:
         return "not known"
     return f"{value:+.3f} ({pair[0]:+.3f} to {pair[1]:+.3f})" if pair else f"{value:+.3f} (one seed)"
 
 
-def perplexity(loss):
+def perplexity(loss: float) -> str:
     """exp(loss) as text; what the loss means: the model is as unsure as between that many equally likely tokens."""
     value = math.exp(min(loss, 700.0))
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
@@ -217,10 +231,10 @@ def _seeds(row):
     return f"{len(row['seeds'])} seed{'s' if len(row['seeds']) != 1 else ''}"
 
 
-def _other_hybrid(hybrid, rival, comparison):
-    """Another hybrid of the comparison that measured better than this one and its rival."""
+def _other_hybrid(hybrid, baseline, comparison):
+    """Another hybrid of the comparison that measured better than this one and its baseline."""
     rows = [row for row in comparison["rows"] if row["kind"] == "hybrid" and row is not hybrid]
-    rows = [row for row in rows if row["loss"] < min(hybrid["loss"], rival["loss"])]
+    rows = [row for row in rows if row["loss"] < min(hybrid["loss"], baseline["loss"])]
     best = min(rows, key=lambda row: row["loss"], default=None)
     return (
         [f"{best['name']} measured better ({best['loss']:.3f} nats per token): report on it instead."] if best else []
@@ -247,10 +261,10 @@ def _alike(comparison):
     return []
 
 
-def _attempts(hybrid, rival, comparison, settings, needed):
+def _attempts(hybrid, baseline, comparison, settings, needed):
     """What may turn a TRY into an answer, most useful first."""
-    out, (low, high) = [], rival["difference_interval"]
-    half, seeds, goal = (high - low) / 2, max(len(rival["seeds"]), len(hybrid["seeds"])), rival["difference"]
+    out, (low, high) = [], baseline["difference_interval"]
+    half, seeds, goal = (high - low) / 2, max(len(baseline["seeds"]), len(hybrid["seeds"])), baseline["difference"]
     if goal >= needed and seeds >= 2:
         more = math.ceil(seeds * (half / goal) ** 2) + 1
         out.append(f"Compare with more seeds: if the gain is real, about {max(more, seeds + 1)} show it ({seeds} now).")
@@ -264,5 +278,5 @@ def _attempts(hybrid, rival, comparison, settings, needed):
     if (settings.get("num_blocks") or 1) > 1:
         out.append("Try num_blocks: 1: merging in several blocks has measured worse than one so far.")
     if comparison["tokens"]:
-        out.append(f"Train on more text, the rivals too ({comparison['tokens']:,} tokens now).")
+        out.append(f"Train on more text, the baselines too ({comparison['tokens']:,} tokens now).")
     return out + _other_hybrid(hybrid, hybrid, comparison) + _alike(comparison)

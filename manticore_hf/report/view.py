@@ -1,17 +1,18 @@
 """What both reports say to who decides, as texts: HTML and Markdown print the same strings."""
 
 from importlib import metadata
+from typing import Any
 
 from manticore_hf.hub.licenses import DUTIES, LICENSES
 from manticore_hf.report import details
-from manticore_hf.report.facts import one_run
-from manticore_hf.report.verdict import RULES, perplexity, say_difference
-from manticore_hf.utils.formatting import listed, short_bytes, short_count
+from manticore_hf.report.facts import Facts, one_run
+from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_difference
+from manticore_hf.utils.formatting import listed, short_bytes, short_count, short_duration
 
 _ON_TOP = 6
 
 
-def make_view(facts, verdict):
+def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
     """Facts and Verdict as the templates print them."""
     settings = facts.found["settings"]
     kinds = {entry["name"]: entry["model_type"] for entry in facts.found["components"]}
@@ -48,7 +49,7 @@ def _version(package):
 
 
 def _standing(facts):
-    """The hybrid among its rivals, best first: of the comparison, else of what one run measured."""
+    """The hybrid among its baselines, best first: of the comparison, else of what one run measured."""
     if facts.comparison is not None:
         rows, own = facts.comparison["rows"], facts.comparison["hybrid"]
         seeds, data = _plural(len(facts.comparison["seeds"]), "seed"), facts.comparison["data"]
@@ -57,7 +58,7 @@ def _standing(facts):
         found = [(row["name"], row["loss"], row) for row in rows]
     else:
         if (run := one_run(facts)) is None:
-            note = "No loss of this hybrid is shown, because no rival's was measured beside it."
+            note = "No loss of this hybrid is shown, because no baseline's was measured beside it."
             return {"note": note, "rows": [], "all": []}
         losses, own, note = run
         found = [(name, loss, {}) for name, loss in losses.items()]
@@ -128,7 +129,7 @@ def _running(facts):
 
 
 def _making(facts):
-    """What it cost to make: stage by stage, and beside the rivals where a comparison says."""
+    """What it cost to make: stage by stage, and beside the baselines where a comparison says."""
     rows, seconds, flops = [], 0.0, 0.0
     for stage in facts.stages:
         tokens = stage.result.get("tokens") if stage.result.get("stage") == "calibrate" else None
@@ -138,7 +139,7 @@ def _making(facts):
             {
                 "name": stage.name,
                 "what": ", ".join(said) or "no training",
-                "time": _duration(stage.seconds),
+                "time": short_duration(stage.seconds),
                 "flops": short_count(stage.flops) if stage.flops else "not recorded",
             }
         )
@@ -147,7 +148,7 @@ def _making(facts):
     sentences = []
     if trained:
         sentences.append(
-            f"{_duration(seconds)} of training in {_plural(len(trained), 'stage')}"
+            f"{short_duration(seconds)} of training in {_plural(len(trained), 'stage')}"
             + (f", about {short_count(flops)}FLOPs by the Trainer's estimate." if flops else ".")
         )
     row = None
@@ -156,7 +157,7 @@ def _making(facts):
     if row and (row["training_tokens"] or row["seconds"]):
         said = [
             f"{row['training_tokens']:,.0f} training tokens" if row["training_tokens"] else None,
-            _duration(row["seconds"]) if row["seconds"] else None,
+            short_duration(row["seconds"]) if row["seconds"] else None,
             f"{short_count(row['training_flops'])}FLOPs" if row["training_flops"] else None,
         ]
         sentences.append(f"Per seed in the comparison: {listed([one for one in said if one])}.")
@@ -206,11 +207,3 @@ def _licences(facts):
 
 def _tokens(count):
     return "tokens not recorded" if count is None else f"{count:,} tokens"
-
-
-def _duration(seconds):
-    if seconds is None:
-        return "not recorded"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

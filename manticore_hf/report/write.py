@@ -6,6 +6,7 @@ manticore-hf run recipes/poc.yaml --output-dir poc && manticore-hf report poc
 import functools
 import hashlib
 import json
+import os
 import platform
 import shlex
 from importlib import metadata
@@ -20,12 +21,12 @@ from manticore_hf.evaluation.data import load_rows
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.report import measure
 from manticore_hf.report.comparison import FOLDER
-from manticore_hf.report.facts import gather, held_out, one_run
+from manticore_hf.report.facts import Facts, gather, held_out, one_run
 from manticore_hf.report.passages import where_it_differs
 from manticore_hf.report.render import render
 from manticore_hf.report.speed import measure_speed
 from manticore_hf.report.store import Store, stamp
-from manticore_hf.report.verdict import decide
+from manticore_hf.report.verdict import Verdict, decide
 from manticore_hf.utils.files import replace_text
 from manticore_hf.utils.task_types import refuse_classifier
 
@@ -34,8 +35,15 @@ _PROMPT, _NEW_TOKENS, _REPEATS = 256, 32, 5
 
 
 def write_report(
-    directory, data=None, comparison=None, output=None, max_tokens=20_000, block_size=None, batch_size=8, measured=True
-):
+    directory: str | os.PathLike,
+    data: str | os.PathLike | None = None,
+    comparison: str | os.PathLike | None = None,
+    output: str | os.PathLike | None = None,
+    max_tokens: int = 20_000,
+    block_size: int | None = None,
+    batch_size: int = 8,
+    measured: bool = True,
+) -> tuple[Verdict, Path, Path]:
     """Writes the report of a hybrid: one HTML file that needs nothing else, and its Markdown twin.
 
     Args:
@@ -70,7 +78,7 @@ def write_report(
     return verdict, output / NAMES[0], output / NAMES[1]
 
 
-def compare_command(facts):
+def compare_command(facts: Facts) -> str:
     """The command that makes the comparison this report lacks, where the report will find it."""
     run = facts.folder.parent if (facts.folder.parent / "recipe.yaml").is_file() else facts.folder
     recipe = facts.recipe or "RECIPE.yaml"
@@ -165,21 +173,3 @@ def _spread(rows, max_tokens):
 def _digest(rows):
     values = [[list(map(int, one)) for one in rows[key]] for key in ("input_ids", "labels") if key in rows.column_names]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def main(args):
-    """`manticore-hf report`."""
-    verdict, html, markdown = write_report(
-        args.directory,
-        args.data,
-        args.comparison,
-        args.output,
-        args.max_tokens,
-        args.block_size,
-        args.batch_size,
-        args.measure,
-    )
-    print(f"\n{verdict.word}: {verdict.headline}.")
-    for sentence in (*verdict.reasons, *(f"Next: {step}" for step in verdict.steps)):
-        print(f"  {sentence}")
-    print(f"Written: {html} and {markdown}")

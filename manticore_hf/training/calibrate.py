@@ -9,13 +9,14 @@ a share of the batches, and add their sums.
 from dataclasses import dataclass
 
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.evaluation.data import repack
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.dtypes_manticore import default_dtype
 from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
-from manticore_hf.utils.distributed import bar, same_everywhere, total, totals, world
+from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, world
 from manticore_hf.utils.task_types import refuse_classifier
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -36,7 +37,7 @@ class Moments:
         self.x, self.y = zeros(width_x), zeros(width_y)
         self.xx, self.xy, self.yy = zeros(width_x, width_x), zeros(width_x, width_y), zeros(width_y)
 
-    def add(self, x, y):
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds rows x [n, width_x] and y [n, width_y]."""
         x, y = x.double(), y.double()
         self.count += len(x)
@@ -48,9 +49,9 @@ class Moments:
 
     def join(self):
         """Adds what the other processes have seen; on every rank."""
-        self.count = int(total(torch.tensor(self.count, device=self.x.device)))
+        self.count = int(all_reduce(torch.tensor(self.count, device=self.x.device)))
         for one in (self.x, self.y, self.xx, self.xy, self.yy):
-            total(one)
+            all_reduce(one)
 
 
 def solve_ridge(fit, held_out, ridges=RIDGES):
@@ -107,7 +108,14 @@ class Calibration:
 
 
 @torch.no_grad()
-def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=None, held_out=0.2):
+def calibrate_projectors(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    tokens: int = 40_000,
+    batch_size: int = 8,
+    reference: str | None = None,
+    held_out: float = 0.2,
+) -> Calibration:
     """Sets a hybrid's linear projectors in closed form, in place; where there are several processes, all must call it.
 
     Args:
@@ -151,8 +159,8 @@ def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=
         projector.bias.zero_()
         projector.weight[: weight.shape[0], : weight.shape[1]] = weight.to(projector.weight)
         projector.bias[: len(bias)] = bias.to(projector.bias)
-        same_everywhere(projector.weight)  # solvers may differ in the last bits from one processor to the next
-        same_everywhere(projector.bias)
+        broadcast(projector.weight)  # solvers may differ in the last bits from one processor to the next
+        broadcast(projector.bias)
         r2[f"{side}:{name}-{block}"], ridges[f"{side}:{name}-{block}"] = score, ridge
     tokens = sum(batch.numel() for batch in batches)
     config.projector_init = "calibrated"
@@ -160,7 +168,7 @@ def calibrate_projectors(model, dataset, tokens=40_000, batch_size=8, reference=
     return Calibration(reference, losses, r2, ridges, tokens)
 
 
-def awaits_calibration(model):
+def awaits_calibration(model: torch.nn.Module) -> bool:
     """Whether a hybrid was composed with projector_init="calibrated" and has projectors that nobody calibrated yet."""
     config, mixer = model.config, model.hybrid_mixer
     if config.projector_init != "calibrated" or config.calibration is not None:
@@ -194,7 +202,7 @@ def _losses(model, batches):
     for ids in bar(some[rank::size], desc="Choosing the reference", unit="batch", leave=False):
         for name in names:
             sums[name] += model.component(name)(input_ids=ids, labels=ids, use_cache=False).loss.item()
-    return {name: loss / len(some) for name, loss in totals(sums, model.device).items()}
+    return {name: loss / len(some) for name, loss in all_reduce_dict(sums, model.device).items()}
 
 
 def _change_reference(model, reference):
@@ -203,7 +211,7 @@ def _change_reference(model, reference):
     if model.config.gate != "none":
         return
     old = model.hybrid_mixer
-    with default_dtype(model.dtype):
+    with local_torch_dtype(model.dtype):
         new = model.new_mixer().to(old.alpha_logits.device)
     new.reset()
     new.alpha_logits.data.copy_(old.alpha_logits)
@@ -247,5 +255,5 @@ def _boundary_states(model, name, ids):
     out = [model.embed(name, ids)]
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     for block in range(model.config.num_blocks):
-        out.append(model._segment(name, block)(out[-1], None, positions))
+        out.append(model.segments.segment(name, block)(out[-1], None, positions))
     return out

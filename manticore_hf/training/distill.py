@@ -1,57 +1,25 @@
 """Hardening as a stage: choose a route, drop the rest, heal by distillation from the soft hybrid.
 
-    manticore-hf harden --model tuned --data text.txt --output_dir hard --route loss --max_steps 200
-    manticore-hf harden --model tuned --data text.txt --output_dir hard --route llama --distil_weight 0   # plain tuning
+    manticore-hf harden --model tuned --data text.txt --output-dir hard --route loss --max-steps 200
+    manticore-hf harden --model tuned --data text.txt --output-dir hard --route llama --distil-weight 0   # plain tuning
 
 Takes every option of TrainingArguments for the healing. A stage that was killed goes on from its last whole checkpoint.
 """
 
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments
 
-from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.evaluation.data import DataArguments, load_rows
+from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.evaluation.losses import compare_losses, measured_on
-from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.prune import harden, pick_route
-from manticore_hf.training.trained_stages import collator, last_whole_checkpoint
-from manticore_hf.training.untrained_stages import finished, record, training_defaults
-from manticore_hf.utils.deepspeed import Unrounded, take_precision
-from manticore_hf.utils.distributed import agree, gathered, main_first, on_main, ready_for_shards, say
-
-
-@dataclass
-class HardenArguments:
-    """What is hardened, and how its route is chosen."""
-
-    model: str = field(metadata={"help": "The soft hybrid: directory or Hub repo."})
-    route: str = field(
-        default="alpha",
-        metadata={
-            "help": "alpha (by the mixture weights), loss (measured on the validation text), a component's name, "
-            "or one name per block with commas between."
-        },
-    )
-    budget: float | None = field(
-        default=None, metadata={"help": "Largest cost of the route, as a share of the soft hybrid's."}
-    )
-    cost: str = field(default="parameters", metadata={"help": "What the budget counts: parameters, flops or latency."})
-    beam: int = field(default=4, metadata={"help": "Routes kept where there are too many to measure all."})
-    distil_weight: float = field(
-        default=0.5,
-        metadata={"help": "Weight of the soft hybrid's distribution in the healing's loss; the text has the rest."},
-    )
-    train_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
-
-    def __post_init__(self):
-        if not 0 <= self.distil_weight <= 1:
-            raise ManticoreError(f"distil_weight={self.distil_weight} must be in [0, 1].")
+from manticore_hf.training.runtime import StageRun
+from manticore_hf.training.stage_arguments import HardenArguments
+from manticore_hf.utils.distributed import on_main, ready_for_shards
 
 
 class HealTrainer(Trainer):
@@ -88,7 +56,7 @@ class HealTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def run_harden(start, data, arguments):
+def run_harden(start: HardenArguments, data: DataArguments, arguments: TrainingArguments) -> dict:
     """Hardens a saved hybrid, heals it on text, and saves it.
 
     Args:
@@ -100,82 +68,45 @@ def run_harden(start, data, arguments):
         The stage's result, as written to `stage.json`: the route, its share of the soft hybrid's parameters, losses on
         the validation text of the soft hybrid, its components, their ensemble, and the hardened hybrid before and
         after healing.
+
+    Raises:
+        ManticoreError: Something in the arguments cannot be used.
     """
-    output = Path(arguments.output_dir)
-    result = finished(output)
-    if result is None:
-        result = _run(start, data, arguments, output)
-    say(f"\nharden: {' > '.join(result['route'])}, {result['share']:.1%} of the soft hybrid's parameters")
-    for name, loss in result["losses"].items():
-        say(f"{name:>32}  {loss:.4f} nats per token on the validation text")
-    return result
+    return StageRun("harden", arguments, data).perform(partial(_harden, start), _summary)
 
 
-def _run(start, data, arguments, output):
-    take_precision(arguments)
-    set_seed(arguments.seed)
-    soft = ManticoreForCausalLM.from_pretrained(start.model, dtype=start.train_dtype)
-    with main_first():
-        tokenizer = AutoTokenizer.from_pretrained(start.model)
-        train, validation = load_rows(data, tokenizer)
-    soft.to(arguments.device)
-    measured = {}
+def _harden(start: HardenArguments, run: StageRun) -> dict:
+    arguments, measured = run.arguments, {}
+    soft = run.load_to_train(start.model, start.train_dtype).to(arguments.device)
     if start.route in ("alpha", "loss"):
         options = {"budget": start.budget, "cost": start.cost, "beam": start.beam}
-        choice = on_main(pick_route, soft, start.route, validation, **options)
+        choice = on_main(pick_route, soft, start.route, run.validation, **options)
         route, measured = choice.route, choice.losses
     else:
         route = start.route.split(",") if "," in start.route else start.route
     hard = harden(soft, route)
     batch = arguments.per_device_eval_batch_size
-    result = {"stage": "harden", "route": hard.config.route, "components": hard.config.component_names}
+    result = {"route": hard.config.route, "components": hard.config.component_names}
     result["share"] = hard.num_parameters() / soft.num_parameters()
     losses = {}
-    if validation is not None:
-        found = compare_losses(soft, validation, batch)
+    if run.validation is not None:
+        found = compare_losses(soft, run.validation, batch)
         losses = {("soft hybrid" if name == "hybrid" else name): loss for name, loss in found.items()}
-        losses["hardened, before healing"] = compare_losses(hard, validation, batch)["hybrid"]
-    state = None
-    if arguments.ddp_find_unused_parameters is None:
-        arguments.ddp_find_unused_parameters = True
+        losses["hardened, before healing"] = compare_losses(hard, run.validation, batch)["hybrid"]
+    trained = None
     if arguments.max_steps != 0 and arguments.num_train_epochs > 0:
-        trainer = HealTrainer(
-            model=set_stage(hard, "finetune"),
-            args=arguments,
-            train_dataset=train,
-            processing_class=tokenizer,
-            data_collator=collator(data, tokenizer),
-            teacher=soft if start.distil_weight else None,
-            distil_weight=start.distil_weight,
-        )
-        resume = arguments.resume_from_checkpoint or agree(last_whole_checkpoint(output))
-        if resume:
-            say(f"{output}: going on from {resume}.")
-        kept = Unrounded(trainer)
-        trainer.train(resume_from_checkpoint=resume)
+        teacher = {"teacher": soft if start.distil_weight else None, "distil_weight": start.distil_weight}
+        trainer = run.trainer(HealTrainer, set_stage(hard, "finetune"), **teacher)
+        trained = trainer, run.fit(trainer)
         result["steps"] = trainer.state.global_step
-        if validation is not None:
-            losses["hardened, healed"] = compare_losses(hard, validation, batch)["hybrid"]
-        state = gathered(trainer, hard, kept)
+        if run.validation is not None:
+            losses["hardened, healed"] = compare_losses(hard, run.validation, batch)["hybrid"]
     if losses:
-        result.update(measured_on(data, validation), own=list(losses)[-1])
-    return on_main(_write, hard, state, tokenizer, output, {**result, "losses": losses, "measured_routes": measured})
+        result.update(measured_on(run.data, run.validation), own=list(losses)[-1])
+    return run.save(hard, {**result, "losses": losses, "measured_routes": measured}, trained)
 
 
-def _write(hard, state, tokenizer, output, result):
-    hard.save_pretrained(output, state_dict=state)
-    tokenizer.save_pretrained(output)
-    return record(output, result)
-
-
-def main(stage, argv):
-    """`manticore-hf harden ...`; returns the exit status."""
-    kinds = (HardenArguments, DataArguments, TrainingArguments)
-    parser = HfArgumentParser(kinds, prog=f"manticore-hf {stage}", description=__doc__)
-    parser.set_defaults(**training_defaults())
-    try:
-        run_harden(*parser.parse_args_into_dataclasses(argv))
-    except ManticoreError as err:
-        print(f"manticore-hf {stage}: {err}", file=sys.stderr)
-        return 2
-    return 0
+def _summary(result: dict) -> Iterator[str]:
+    yield f"\nharden: {' > '.join(result['route'])}, {result['share']:.1%} of the soft hybrid's parameters"
+    for name, loss in result["losses"].items():
+        yield f"{name:>32}  {loss:.4f} nats per token on the validation text"

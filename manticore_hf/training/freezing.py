@@ -8,9 +8,10 @@ from manticore_hf.utils.deepspeed import uses_deepspeed
 from manticore_hf.utils.unwrap import hybrid_of
 
 STAGES = ("projectors", "search", "finetune")
+_COMMANDS = {"pretrain": "projectors"}  # where the command has another name
 
 
-def set_stage(model, stage):
+def set_stage(model: torch.nn.Module, stage: str) -> torch.nn.Module:
     """Sets `requires_grad` for a stage; the standard Trainer then trains just that.
 
     Args:
@@ -19,7 +20,7 @@ def set_stage(model, stage):
         stage: "projectors" (projectors, mixture weights, gate and score heads, and embeddings and heads that are new,
             with embeddings="fresh" or by a transplanted vocabulary; the rest of the components frozen), "search"
             (everything) or "finetune" (everything but the static mixture weights, which keep their present values
-            exactly).
+            exactly). The command's name is taken, too: "pretrain" is "projectors".
 
     Returns:
         The model.
@@ -27,6 +28,7 @@ def set_stage(model, stage):
     Raises:
         ManticoreError: An unknown stage.
     """
+    stage = _COMMANDS.get(stage, stage)
     if stage not in STAGES:
         raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(STAGES)}.")
     model.requires_grad_(stage != "projectors")
@@ -45,7 +47,7 @@ def set_stage(model, stage):
     return model
 
 
-def fix_alpha(model, weights=None):
+def fix_alpha(model: torch.nn.Module, weights: torch.Tensor | None = None) -> torch.nn.Module:
     """Fixes the static mixture weights exactly; a token mixture keeps its gate, which is trained like any weight.
 
     Args:

@@ -13,7 +13,7 @@ from torch import nn
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.quantization_manticore import (
+from manticore_hf.modeling.dtypes_manticore import (
     MIXER,
     RAW,
     SCORE,
@@ -24,9 +24,9 @@ from manticore_hf.modeling.quantization_manticore import (
 )
 
 TASK_TYPES = {
-    "ManticoreForSequenceClassification": "SEQ_CLS",
-    "ManticoreForTokenClassification": "TOKEN_CLS",
-    "ManticoreForCausalLM": "CAUSAL_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+    "AutoModelForCausalLM": "CAUSAL_LM",
 }
 
 
@@ -79,8 +79,8 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
         targets = lora_targets(model, components)
     if not targets:
         raise ManticoreError(f"No linear maps to adapt in {components}.")
-    # By name: loaded as remote code, its class is of another copy of the files.
-    task_type = next((TASK_TYPES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in TASK_TYPES), None)
+    # By the Auto class that it is registered for: loaded as remote code, its class is of another copy of the files.
+    task_type = TASK_TYPES.get(model._auto_class)
     saved = [MIXER] * train_mixer + [name for name, _ in model.named_children() if name == SCORE]
     config = LoraConfig(
         r=r,

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.trainer import hybrid_of
-from manticore_hf.utils.distributed import agree, bar, component_runner, is_main, say
+from manticore_hf.utils.distributed import bar, broadcast_object, component_runner, is_main, print_main
 from manticore_hf.utils.files import write_json
 from manticore_hf.utils.objective import ALIKE, DIFFERENT, OBJECTIVE, SPECIALISTS, say_objective
 
@@ -44,18 +45,18 @@ class Strengths:
     tokens: int
     window: int
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
 
-def awaits_objective(model):
+def awaits_objective(model: torch.nn.Module) -> bool:
     """Whether a hybrid's objective is still to be chosen, and can be: one block, own embeddings, two components."""
     config = model.config
     alone = config.num_blocks == 1 and config.embeddings == "native" and len(config.component_names) > 1
     return "open" in (config.objective or {}) and alone and config.route is None
 
 
-def choose_objective(model, rows, **measuring):
+def choose_objective(model: torch.nn.Module, rows: Dataset, **measuring) -> Strengths:
     """Sets what a hybrid is trained on by whether its components' strengths differ on a text, before training on it.
 
     Args:
@@ -99,7 +100,7 @@ class ObjectiveWhenSharded(TrainerCallback):
         if not awaits_objective(hybrid):
             return
         config = hybrid.config
-        known = agree(json.loads(self.file.read_text()) if is_main() and self.file.is_file() else None)
+        known = broadcast_object(json.loads(self.file.read_text()) if is_main() and self.file.is_file() else None)
         if known is None:
             choose_objective(hybrid, self.rows, batch_size=self.batch_size)
             if is_main():
@@ -107,11 +108,13 @@ class ObjectiveWhenSharded(TrainerCallback):
         else:
             for key in OBJECTIVE:
                 setattr(config, key, known[key])
-        say(f"Objective: {say_objective(config)}.")
+        print_main(f"Objective: {say_objective(config)}.")
 
 
 @torch.no_grad()
-def difference_of_strengths(model, rows, tokens=16_384, window=WINDOW, batch_size=8):
+def difference_of_strengths(
+    model: torch.nn.Module, rows: Dataset, tokens: int = 16_384, window: int = WINDOW, batch_size: int = 8
+) -> Strengths:
     """Measures by how much the components' strengths differ on a text.
 
     Every window's even tokens choose a component and its odd tokens count, and the other way round, so that chance

@@ -10,6 +10,7 @@ of them. The module that is registered has
 """
 
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -27,18 +28,18 @@ def program_of(mixture: Any) -> ModuleType | None:
     return importlib.import_module(_MODULES[prefix]) if prefix in _MODULES else None
 
 
-def print_program(names, alpha, record):
-    """Prints the mixture weights that each task gives, and their mean.
+def program_lines(names: list[str], alpha: list[list[float]], record: dict) -> Iterator[str]:
+    """What is printed of a programmed mixture: the weights that each task gives, and their mean.
 
     Args:
         names: Of the K components.
         alpha: [S, K] nested lists, the mean.
         record: {task: {"alpha", and where known "accuracy" and "chance"}}, as `record()` gives it.
     """
-    print(f"\n{'programmed mixture weights':28}{'block':>6}" + "".join(f"{name:>24}" for name in names))
+    yield f"\n{'programmed mixture weights':28}{'block':>6}" + "".join(f"{name:>24}" for name in names)
     for task, one in {**record, "mean": {"alpha": alpha}}.items():
         for block, row in enumerate(one["alpha"], 1):
             score = ""
             if block == 1 and "accuracy" in one:
                 score = f"   accuracy {one['accuracy']:.3f} (chance {one['chance']:.3f})"
-            print(f"{task if block == 1 else '':28}{block:6}" + "".join(f"{weight:24.3f}" for weight in row) + score)
+            yield f"{task if block == 1 else '':28}{block:6}" + "".join(f"{weight:24.3f}" for weight in row) + score

@@ -19,14 +19,15 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.dtypes_manticore import default_dtype
-from manticore_hf.modeling.mixing_manticore import Chain, LinearProjector, resize
-from manticore_hf.modeling.route_manticore import stretches
+from manticore_hf.modeling.mixing_manticore import Chain, HybridMixer, LinearProjector, resize
+from manticore_hf.modeling.segments_manticore import stretches
+from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.task_types import quantization_of, refuse_classifier
 
 EXHAUSTIVE = 64  # routes: up to so many are all measured
@@ -48,7 +49,7 @@ class Choice:
     losses: dict
 
 
-def segment_costs(model, cost="parameters", tokens=128):
+def segment_costs(model: torch.nn.Module, cost: str = "parameters", tokens: int = 128) -> list[list[float]]:
     """What each segment costs: [S][K] numbers.
 
     Args:
@@ -67,19 +68,16 @@ def segment_costs(model, cost="parameters", tokens=128):
 
 @torch.no_grad()
 def _cost(model, name, block, cost, tokens):
-    segment = model._segment(name, block)
+    segment = model.segments.segment(name, block)
     if cost == "parameters":
-        layers = getattr(segment.stack, segment.anatomy.layers)[segment.start : segment.stop]
-        return float(sum(p.numel() for p in layers.parameters()))
+        return float(sum(p.numel() for p in segment.layers.parameters()))
     width = getattr(model.config, name).hidden_size
     if block == 0:
         width = model.component(name).get_input_embeddings().weight.shape[1]
     hidden = torch.zeros(1, tokens, width, device=model.device, dtype=model.dtype)
     positions = torch.arange(tokens, device=model.device)[None]
     if cost == "flops":
-        with FlopCounterMode(display=False) as counter:
-            segment(hidden, None, positions)
-        return counter.get_total_flops() / tokens
+        return count_flops(lambda: segment(hidden, None, positions)) / tokens
     times = []
     for _ in range(6):
         start = time.perf_counter()
@@ -90,7 +88,15 @@ def _cost(model, name, block, cost, tokens):
     return sorted(times[1:])[2]
 
 
-def pick_route(model, by="alpha", dataset=None, budget=None, cost="parameters", beam=4, batch_size=8):
+def pick_route(
+    model: torch.nn.Module,
+    by: str = "alpha",
+    dataset: Dataset | None = None,
+    budget: float | None = None,
+    cost: str = "parameters",
+    beam: int = 4,
+    batch_size: int = 8,
+) -> Choice:
     """Chooses one component per block.
 
     Args:
@@ -213,30 +219,31 @@ def _is_native(config, route):
     return config.embeddings == "native" or config.head_mixture == "last" or route[0] == route[-1]
 
 
-def route_logits(model, route, ids):
+def route_logits(model: torch.nn.Module, route: list[str], ids: torch.Tensor) -> torch.Tensor:
     """What a soft hybrid would give for tokens [batch, time] once hardened to a route, without hardening it."""
     config, mixer, before, state = model.config, model.hybrid_mixer, None, None
     native = _is_native(config, route)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     for one in stretches(SimpleNamespace(route=route, bounds=config.bounds)):
-        component = model.component(one.name)
         if before is not None:
-            shared = mixer("leave", before.last, before.name, state, 1.0)
-            state = mixer("enter", one.first, one.name, shared, 1.0)
+            shared = mixer(HybridMixer.leave, before.last, before.name, state, 1.0)
+            state = mixer(HybridMixer.enter, one.first, one.name, shared, 1.0)
         elif native:
             state = model.embed(one.name, ids)
         else:
-            state = mixer("enter", 0, one.name, resize(model.embed(one.name, ids), config.hidden_size), 1.0)
-        state, before = model._cuts.segment(component, one.start, one.stop)(state, None, positions), one
+            state = mixer(HybridMixer.enter, 0, one.name, resize(model.embed(one.name, ids), config.hidden_size), 1.0)
+        state, before = model.segments.stretch(one.name, one.start, one.stop)(state, None, positions), one
     if native:
-        return model._own_logits(before.name, state)
-    shared = mixer("leave", before.last, before.name, state, 1.0)
+        return model.segments.logits(before.name, state)
+    shared = mixer(HybridMixer.leave, before.last, before.name, state, 1.0)
     head = model.component(route[0]).get_output_embeddings()
-    return model._own_logits(route[0], resize(shared, head.weight.shape[1]))
+    return model.segments.logits(route[0], resize(shared, head.weight.shape[1]))
 
 
 @torch.no_grad()
-def harden(model, route="alpha", dataset=None, **options):
+def harden(
+    model: torch.nn.Module, route: str | list[str] = "alpha", dataset: Dataset | None = None, **options
+) -> torch.nn.Module:
     """A hardened copy of a hybrid: one component per block, everything else dropped.
 
     Args:
@@ -276,7 +283,7 @@ def harden(model, route="alpha", dataset=None, **options):
     if values["tokenizer_component"] not in route:
         values["tokenizer_component"] = route[0]
     config = ManticoreConfig.from_dict(values)
-    with default_dtype(model.dtype):
+    with local_torch_dtype(model.dtype):
         hard = type(model)(config, {name: copy.deepcopy(model.component(name)) for name in config.component_names})
     hard = hard.to(device=model.device)
     old, new = model.hybrid_mixer, hard.hybrid_mixer

@@ -8,11 +8,11 @@ YAML's safe loader, within bounds that no experiment needs and that keep a hosti
 """
 
 import dataclasses
-import inspect
 import re
 import shutil
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.resources import files
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -21,13 +21,12 @@ from transformers import TrainingArguments
 
 from manticore_hf.evaluation.data import DataArguments
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
-from manticore_hf.modeling.configuration_manticore import ManticoreConfig
-from manticore_hf.training.distill import HardenArguments, run_harden
 from manticore_hf.training.programs import program_of
-from manticore_hf.training.search import STRATEGIES, SearchArguments
-from manticore_hf.training.trained_stages import StageArguments, run_stage
-from manticore_hf.training.untrained_stages import CalibrateArguments, run_calibrate, run_compose, training_defaults
-from manticore_hf.utils.distributed import on_main, say
+from manticore_hf.training.runtime import training_defaults
+from manticore_hf.training.search import STRATEGIES
+from manticore_hf.training.stage_arguments import HybridArguments
+from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
+from manticore_hf.utils.distributed import on_main, print_main
 from manticore_hf.utils.files import replace_text
 
 TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
@@ -62,13 +61,36 @@ class Recipe:
     stages: list
 
 
-def load_recipe(path):
+def find_recipe(path: str | Path) -> Path:
+    """A recipe's file: the one of that path, or else the one of that name that comes with the package.
+
+    Args:
+        path: A path, or a name alone ("poc.yaml").
+
+    Raises:
+        ManticoreError: There is neither.
+    """
+    path = Path(path)
+    if path.is_file() or path.name != str(path):
+        return path
+    shipped = {one.name: one for one in files("manticore_hf.recipes").iterdir() if one.name.endswith(".yaml")}
+    if path.name not in shipped:
+        raise ManticoreError(
+            f"Recipe {str(path)!r} is no file, and none of those shipped: {', '.join(sorted(shipped))}."
+        )
+    return Path(str(shipped[path.name]))
+
+
+def load_recipe(path: str | Path) -> Recipe:
     """Reads and validates a recipe.
+
+    Args:
+        path: Its file, or the name of a shipped one (see `find_recipe`).
 
     Raises:
         ManticoreError: Names file, line, key and value of what is wrong.
     """
-    path = Path(path)
+    path = find_recipe(path)
     text = _read(path)
     try:
         loader = _BoundedLoader(text)
@@ -108,7 +130,7 @@ def load_recipe(path):
     if not isinstance(name, str):
         wrong(("name",), f"is {show(name)}, must be text.")
     hybrid, data = values.get("hybrid") or {}, values.get("data") or {}
-    hybrid = _check_values(hybrid, _config_types(), ("hybrid",), wrong)
+    hybrid = _check_values(hybrid, _hybrid_types(), ("hybrid",), wrong)
     data = _check_values(data, _types(DataArguments), ("data",), wrong)
     stages = [_stage(entry, i, wrong) for i, entry in enumerate(values.get("stages") or [])]
     if any("data" not in {**data, **settings.get("data", {})} for _, settings in stages):
@@ -226,9 +248,9 @@ def _check_program(hybrid, program, stages, wrong):
 def _stage_keys():
     """{stage: {setting: its type}}."""
     out = {}
-    for stage, (starts, kind, _) in _STAGES.items():
-        types = {**_types(kind), **_types(starts)}
-        out[stage] = {key: types[key] for key in types if key not in _SET_BY_THE_RUN}
+    for name, stage in AFTER_COMPOSE.items():
+        types = {**_types(stage.training_class), **_types(stage.arguments)}
+        out[name] = {key: types[key] for key in types if key not in _SET_BY_THE_RUN}
     return out
 
 
@@ -238,11 +260,10 @@ def _types(cls):
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def _config_types():
-    known = set(inspect.signature(ManticoreConfig.__init__).parameters)
-    left = {"self", "kwargs", "components", "manticore_version", "calibration", "objective", "route"}
-    ours = {"dtype": str, "transplant": str, "transplant_data": str}
-    return {key: object for key in known - left} | ours  # ManticoreConfig checks the other values itself
+def _hybrid_types():
+    """Keys under `hybrid:`; ManticoreConfig checks the values of most itself."""
+    checked = ("dtype", "transplant", "transplant_data")
+    return {f.name: str if f.name in checked else object for f in dataclasses.fields(HybridArguments)}
 
 
 def _check_values(values, known, where, wrong):
@@ -281,7 +302,7 @@ def _lines(node, path=()):
     return out
 
 
-def run_recipe(path, output_dir, seed=None):
+def run_recipe(path: str | Path, output_dir: str | Path, seed: int | None = None) -> list[tuple[Path, dict]]:
     """Runs all stages of a recipe, skipping those that are finished.
 
     Args:
@@ -318,19 +339,20 @@ def run_recipe(path, output_dir, seed=None):
     if "transplant" in hybrid and "data" in recipe.data:
         given = hybrid.get("transplant_data")
         hybrid["transplant_data"] = stage_data(recipe, {} if given is None else {"data": given})
-    results = [(folder, run_compose(recipe.components, arguments, program=program, **hybrid))]
+    results = [(folder, STAGES["compose"].run(recipe.components, arguments, program=program, **hybrid))]
     before_search, searched = folder, None
     for number, (stage, settings) in enumerate(recipe.stages, 1):
         folder, start = output / f"{number}-{stage}", results[-1][0]
-        say(f"[{recipe.name}] {stage} -> {folder}", flush=True)
-        starts, kind, run = _STAGES[stage]
-        own = {key: settings[key] for key in settings if key in _types(starts)}
+        print_main(f"[{recipe.name}] {stage} -> {folder}", flush=True)
+        known = STAGES[stage]
+        own = {key: settings[key] for key in settings if key in _types(known.arguments)}
         training = {key: settings[key] for key in settings if key not in own and key != "data"}
         if stage == "finetune" and searched is not None:
             # The paper's order: components and projectors start again, the mixture is the one found.
             start, own["mixture_from"] = before_search, str(searched)
-        arguments = kind(output_dir=str(folder), **{**defaults, **training})
-        result = run(starts(model=str(start), **own), stage_data(recipe, settings.get("data", {})), arguments)
+        arguments = known.training_class(output_dir=str(folder), **{**defaults, **training})
+        data = stage_data(recipe, settings.get("data", {}))
+        result = known.run(known.arguments(model=str(start), **own), data, arguments)
         if stage == "search":
             searched = folder
         elif searched is None:
@@ -340,23 +362,14 @@ def run_recipe(path, output_dir, seed=None):
     return results
 
 
-_STAGES = {
-    "calibrate": (CalibrateArguments, TrainingArguments, run_calibrate),
-    "pretrain": (StageArguments, TrainingArguments, partial(run_stage, "pretrain")),
-    "search": (StageArguments, SearchArguments, partial(run_stage, "search")),
-    "finetune": (StageArguments, TrainingArguments, partial(run_stage, "finetune")),
-    "harden": (HardenArguments, TrainingArguments, run_harden),
-}
-
-
-def stage_data(recipe, other):
+def stage_data(recipe: Recipe, other: dict) -> DataArguments:
     """DataArguments of a stage; a relative path counts from the working directory or from the recipe's folder."""
     values = dict(other) if "data" in other else {**recipe.data, **other}
     values["data"] = find_beside(values["data"], recipe.path.parent)
     return DataArguments(**values)
 
 
-def find_beside(source, folder):
+def find_beside(source: str, folder: str | Path) -> str:
     """A source as it is, unless it is only a path in that folder: then that path."""
     beside = Path(folder) / source
     return str(beside) if not Path(source).exists() and beside.exists() else source

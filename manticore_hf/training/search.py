@@ -9,23 +9,27 @@ A strategy is a small class registered by name; it decides how alpha moves. All 
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.mixing_manticore import HybridMixer
 from manticore_hf.training.freezing import set_stage
+from manticore_hf.training.stage_arguments import AlphaArguments
 from manticore_hf.training.trainer import HybridLogging
 from manticore_hf.utils.deepspeed import uses_deepspeed
-from manticore_hf.utils.distributed import is_sharded, total, world
+from manticore_hf.utils.distributed import all_reduce, is_sharded, world
 from manticore_hf.utils.unwrap import hybrid_of
 
 STRATEGIES = {}
 
 
-def strategy(name):
+def strategy(name: str) -> Callable[[type], type]:
     """Registers a Strategy class under a name."""
 
     def register(cls):
@@ -36,23 +40,9 @@ def strategy(name):
 
 
 @dataclass
-class SearchArguments(TrainingArguments):
+class SearchArguments(AlphaArguments, TrainingArguments):
     """TrainingArguments of a search, with the learning rate and decay of alpha apart from the weights'."""
 
-    strategy: str = field(default="darts", metadata={"help": "How alpha moves: darts, darts_bilevel, gaea or dash."})
-    alpha_learning_rate: float = field(
-        default=0.01, metadata={"help": "Learning rate of alpha (paper: 0.005 to 0.05)."}
-    )
-    alpha_weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay of alpha's logits."})
-    alpha_lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of alpha's learning rate."})
-    entropy_penalty: float = field(
-        default=0.0, metadata={"help": "Weight of alpha's entropy (nats, mean over blocks): larger is more one-hot."}
-    )
-    cost_penalty: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the expected cost: sum of alpha times the layers' parameters, as a share of all."},
-    )
-    temperature: float = field(default=2.0, metadata={"help": "dash: first Gumbel-softmax temperature (falls to 0.5)."})
     logging_steps: float = field(default=1, metadata={"help": "Log (alpha, too) every so many steps."})
 
     def __post_init__(self):
@@ -73,17 +63,17 @@ class Strategy:
     def __init__(self, trainer):
         self.trainer = trainer
 
-    def split(self, dataset):
+    def split(self, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
         """(text for the weights, text for alpha or None)."""
         return dataset, None
 
-    def before_step(self):
+    def before_step(self) -> None:
         """Called at the start of each optimizer step, before its batches."""
 
-    def before_update(self):
+    def before_update(self) -> None:
         """Called when the gradients of a step are complete, before the optimizer moves the parameters."""
 
-    def finish(self):
+    def finish(self) -> None:
         """Called when training ends."""
 
 
@@ -96,11 +86,11 @@ class Darts(Strategy):
 class DartsBilevel(Strategy):
     """Alpha moves on held-out batches, then the weights on training batches; first order."""
 
-    def split(self, dataset):
+    def split(self, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
         halves = dataset.train_test_split(test_size=0.5, seed=self.trainer.args.seed)
         return halves["train"], halves["test"]
 
-    def before_step(self):
+    def before_step(self) -> None:
         trainer = self.trainer
         alpha, model = trainer.alpha, trainer.model
         others = [p for p in model.parameters() if p.requires_grad and p is not alpha]
@@ -112,7 +102,7 @@ class DartsBilevel(Strategy):
         model.train()
         count = sum((batch["labels"][:, 1:] != -100).sum() for batch in trainer.held_out_batches())
         if trainer.args.average_tokens_across_devices:
-            total(count)
+            all_reduce(count)
         for batch in trainer.held_out_batches():
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(trainer.model_wrapped, batch, num_items_in_batch=count)
@@ -126,7 +116,7 @@ class DartsBilevel(Strategy):
             parameter.requires_grad_(True)
         mixer.holds_alpha = True
 
-    def finish(self):
+    def finish(self) -> None:
         hybrid_of(self.trainer.model).hybrid_mixer.holds_alpha = False
 
 
@@ -134,7 +124,7 @@ class DartsBilevel(Strategy):
 class Gaea(Strategy):
     """alpha <- alpha * exp(-eta * dL/dalpha), normalised: mirror descent on the simplex."""
 
-    def before_update(self):
+    def before_update(self) -> None:
         alpha = self.trainer.alpha
         if alpha.grad is None:
             return
@@ -152,7 +142,7 @@ class Gaea(Strategy):
 class Dash(Strategy):
     """Each step samples alpha: softmax((a + Gumbel noise) / temperature), the temperature falling to 0.5."""
 
-    def before_step(self):
+    def before_step(self) -> None:
         trainer = self.trainer
         mixer = hybrid_of(trainer.model).hybrid_mixer
         progress = trainer.state.global_step / max(1, trainer.state.max_steps)
@@ -163,7 +153,7 @@ class Dash(Strategy):
         mixer.temperature = first * (0.5 / first) ** progress
         mixer.noise = -(-uniform.log()).log().to(mixer.alpha_logits.device)
 
-    def finish(self):
+    def finish(self) -> None:
         mixer = hybrid_of(self.trainer.model).hybrid_mixer
         mixer.noise, mixer.temperature = None, 1.0
 
@@ -230,7 +220,7 @@ class SearchTrainer(HybridLogging, Trainer):
         self.add_callback(_Hooks(self.strategy))
 
     @property
-    def alpha(self):
+    def alpha(self) -> torch.nn.Parameter:
         """The parameter [S, K]; FSDP2 puts another in its place."""
         return hybrid_of(self.model).hybrid_mixer.alpha_logits
 
@@ -264,7 +254,7 @@ class SearchTrainer(HybridLogging, Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def alpha_rate(self):
+    def alpha_rate(self) -> float:
         """Alpha's present learning rate."""
         return self.optimizer.param_groups[-1]["lr"]
 
@@ -281,12 +271,12 @@ class SearchTrainer(HybridLogging, Trainer):
     def _penalty(self):
         if not self.args.entropy_penalty and not self.args.cost_penalty:
             return 0.0
-        weights = hybrid_of(self.model).hybrid_mixer("weights_without_noise")  # called: FSDP2 gathers it around calls
+        weights = hybrid_of(self.model).hybrid_mixer(HybridMixer.weights_without_noise)  # FSDP2 gathers it for a call
         entropy = -(weights * weights.clamp(min=1e-12).log()).sum(-1).mean()
         cost = (weights * self._costs.to(weights.device)).sum()
         return self.args.entropy_penalty * entropy + self.args.cost_penalty * cost
 
-    def held_out_batches(self):
+    def held_out_batches(self) -> Iterator[dict]:
         """This process's held-out batches of the present step.
 
         They are a function of seed and step, so that a resumed run sees the same.
@@ -311,15 +301,14 @@ def _relative_costs(hybrid):
     for block in range(hybrid.config.num_blocks):
         row = []
         for name in hybrid.config.component_names:
-            segment = hybrid._segment(name, block)
-            layers = getattr(segment.stack, segment.anatomy.layers)[segment.start : segment.stop]
+            layers = hybrid.segments.segment(name, block).layers
             row.append(float(sum(p.numel() for p in layers.parameters())))
         rows.append(row)
     costs = torch.tensor(rows)
     return costs / costs.sum()
 
 
-def alpha_history(log_history):
+def alpha_history(log_history: list[dict]) -> tuple[list[int], dict]:
     """(steps [n], {"alpha/BLOCK/COMPONENT": values [n]}) from a Trainer's `state.log_history`."""
     rows = [row for row in log_history if any(key.startswith("alpha/") for key in row)]
     keys = [key for key in (rows[0] if rows else {}) if key.startswith("alpha/")]

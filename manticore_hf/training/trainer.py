@@ -4,10 +4,11 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from manticore_hf.utils.deepspeed import present
-from manticore_hf.utils.distributed import ready_for_shards, totals
+from manticore_hf.utils.distributed import all_reduce_dict, ready_for_shards
 from manticore_hf.utils.unwrap import hybrid_of
 
 MIXTURE = ("alpha_logits", "token_gate.linear.bias")  # of the mixer: what its weights are computed from
@@ -26,23 +27,27 @@ class HybridLogging:
 
     _watch = None
 
-    def _parts(self):
-        if self._watch is None:
+    def _parts(self) -> "PartSums":
+        # Looked for once per training: an engine may wrap the model while it runs.
+        if self._watch is None or not self._watch.entered and self._watch.model is not hybrid_of(self.model):
             self._watch = PartSums(hybrid_of(self.model))
         return self._watch
 
     def train(self, *args, **kwargs):
+        """As in Trainer; the model reports of its parts until it returns, and no longer."""
         ready_for_shards(self)
-        self._parts().clear()
-        return super().train(*args, **kwargs)
+        with self._parts() as parts:
+            parts.clear()
+            return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
-        parts = self._parts()
-        parts.clear()
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{key}": value for key, value in parts.means().items()})
-        parts.clear()
+        """As in Trainer, with the parts' means in the metrics."""
+        with self._parts() as parts:
+            parts.clear()
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update({f"{prefix}_{key}": value for key, value in parts.means().items()})
+            parts.clear()
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -62,7 +67,13 @@ class HybridLogging:
             Path(self._get_output_dir(trial=trial), folder).mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial)
 
-    def create_model_card(self, license=None, tags=None, dataset=None, **kwargs):
+    def create_model_card(
+        self,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        **kwargs,
+    ) -> None:
         """Writes the hybrid's card to the output directory; arguments as in Transformers, others are not used."""
         if self.is_world_process_zero():
             from manticore_hf.hub.publish import update_card  # brings much that training does not need
@@ -78,7 +89,7 @@ class HybridLogging:
             )
 
 
-def without_repeats(inputs, accelerator):
+def without_repeats(inputs: dict, accelerator: Accelerator) -> dict:
     """A batch of this process, without the labels of rows that accelerate repeats to make the last batches even.
 
     The Trainer drops what it gathers of them; what a forward pass reports of its parts is summed before.
@@ -96,7 +107,7 @@ def without_repeats(inputs, accelerator):
     return {**inputs, "labels": labels}
 
 
-def alpha_logs(model):
+def alpha_logs(model: torch.nn.Module) -> dict[str, float]:
     """{"alpha/BLOCK/COMPONENT": weight}; on every rank."""
     with present(one for name, one in model.hybrid_mixer.named_parameters() if name in MIXTURE):
         rows = model.mixture_weights().tolist()
@@ -105,15 +116,35 @@ def alpha_logs(model):
 
 
 class PartSums:
-    """Means over tokens of what each forward with labels reports about its parts."""
+    """Means over tokens of what each forward with labels reports about its parts, within `with`.
 
-    def __init__(self, model):
-        self.names = model.config.component_names
+    Outside of it the model is as it was: no hook, and `report_parts` as before. An evaluation within a training enters
+    it again.
+
+    Args:
+        model: A hybrid.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.names = model, model.config.component_names
+        self.entered, self._hook, self._before = 0, None, False
         self.clear()
-        model.report_parts = True
-        model.register_forward_hook(self._add, with_kwargs=True)
 
-    def clear(self):
+    def __enter__(self) -> "PartSums":
+        if self.entered == 0:
+            self._before, self.model.report_parts = self.model.report_parts, True
+            self._hook = self.model.register_forward_hook(self._add, with_kwargs=True)
+        self.entered += 1
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.entered -= 1
+        if self.entered == 0:
+            self._hook.remove()
+            self.model.report_parts = self._before
+
+    def clear(self) -> None:
+        """Forgets what was summed."""
         self.sums, self.counts = {}, {}
 
     @torch.no_grad()
@@ -140,9 +171,9 @@ class PartSums:
         self.sums[key] = self.sums.get(key, 0.0) + found
         self.counts[key] = self.counts.get(key, 0) + tokens
 
-    def means(self):
+    def means(self) -> dict[str, float]:
         """{key: mean over all processes' tokens since the last `clear`}; components that were not run are left out."""
         device = next((total.device for total in self.sums.values()), None)
-        sums, counts = totals(self.sums, device), totals(self.counts, device)
+        sums, counts = all_reduce_dict(self.sums, device), all_reduce_dict(self.counts, device)
         means = {key: sums[key] / counts[key] for key in sums}
         return {key: value for key, value in means.items() if not math.isnan(value)}

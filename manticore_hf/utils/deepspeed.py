@@ -7,19 +7,22 @@ ones.
 """
 
 import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import TrainerCallback
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-def uses_deepspeed(arguments):
+def uses_deepspeed(arguments: TrainingArguments) -> bool:
     """Whether DeepSpeed trains, by TrainingArguments or as `accelerate launch` was told."""
     return getattr(arguments, "deepspeed_plugin", None) is not None
 
 
-def take_precision(arguments):
+def take_precision(arguments: TrainingArguments) -> TrainingArguments:
     """Sets bf16 or fp16 in TrainingArguments where DeepSpeed trains and only `accelerate launch` was told so.
 
     Transformers refuses to train where DeepSpeed's configuration, which accelerate makes, says something else.
@@ -30,7 +33,7 @@ def take_precision(arguments):
 
 
 @contextlib.contextmanager
-def present(parameters):
+def present(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Parameters are whole in the block, to be read, also where ZeRO-3 has split them up; on every rank."""
     split = [one for one in parameters if hasattr(one, "ds_id") and one.numel() < one.ds_numel]
     if not split:
@@ -53,7 +56,7 @@ class Unrounded(TrainerCallback):
         trainer: The Trainer, which gets this as a callback.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Trainer):
         self.dtypes, self.fixed, self.trained = {}, {}, {}
         if not trainer.is_deepspeed_enabled or trainer.accelerator.mixed_precision == "no":
             return
@@ -65,7 +68,15 @@ class Unrounded(TrainerCallback):
                 self.fixed[name] = one.data.to("cpu")
         trainer.add_callback(self)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Sets what is trained as it was before DeepSpeed rounded it, at the first step of a run."""
         if state.global_step == 0:  # a checkpoint has the weights in float32
             for name, one in model.named_parameters():
                 if name in self.trained:
@@ -85,7 +96,7 @@ def _set_float32(parameter, value):
 
 
 @torch.no_grad()
-def whole_weights(model, kept=None):
+def whole_weights(model: nn.Module, kept: Unrounded | None = None) -> dict[str, torch.Tensor] | None:
     """The state dict of a model that DeepSpeed has trained, on rank 0, whose parameters become these; else None.
 
     On every rank: parameters are gathered one by one, on the CPU.

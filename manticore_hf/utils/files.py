@@ -3,10 +3,11 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 
-def replace_text(path, text):
-    """Writes a text file, by rename."""
+def replace_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file as UTF-8, by rename: whoever reads it finds the old one or the new one."""
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -16,6 +17,6 @@ def replace_text(path, text):
         scratch.unlink(missing_ok=True)
 
 
-def write_json(path, values):
+def write_json(path: str | os.PathLike, values: Any) -> None:
     """Writes plain values as a JSON file, by rename."""
     replace_text(path, json.dumps(values, indent=1) + "\n")

@@ -1,5 +1,7 @@
 """What a hybrid is trained on, as its configuration says it."""
 
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+
 OBJECTIVE = ("mixture_space", "mix_loss_weight", "component_loss_weight", "objective")
 """Keys of a configuration that say what a hybrid is trained on, and why."""
 DIFFERENT = 0.05
@@ -9,8 +11,8 @@ ALIKE = {"mixture_space": "logprob", "loss_weights": (0.3, 1.0)}
 """What is chosen; loss weights are those of the mixture and of the components' own (FINDINGS 12, 13; BENCHMARKS.md)."""
 
 
-def say_objective(config):
-    """What a hybrid is trained on and why, in one line; None where all of it was given."""
+def say_objective(config: ManticoreConfig) -> str | None:
+    """What a hybrid is trained on and why, in one line; None where all of it was given by the user."""
     objective = config.objective
     if objective is None:
         return None

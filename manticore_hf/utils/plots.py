@@ -1,15 +1,19 @@
-"""Pictures: alpha over a search, the mixture that came out, losses, and what models are good at."""
+"""Pictures: alpha over a search, the mixture that came out, losses, and what models are good at.
+
+Drawn on `Figure` objects, without pyplot: pyplot holds one state per process, its backend and its open figures, and
+that state is the user's. A notebook keeps the backend that it had.
+"""
 
 import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import torch
+from matplotlib.figure import Figure
 
 
-def plot_alpha(steps, history, path):
+def plot_alpha(steps: Sequence[int], history: Mapping[str, Sequence[float]], path: str | os.PathLike) -> None:
     """Draws alpha over the steps of a search, one panel per block.
 
     Args:
@@ -18,7 +22,8 @@ def plot_alpha(steps, history, path):
         path: PNG to write.
     """
     blocks = sorted({int(key.split("/")[1]) for key in history})
-    figure, axes = plt.subplots(len(blocks), 1, figsize=(7, 1.2 + 1.8 * len(blocks)), sharex=True, squeeze=False)
+    figure = Figure(figsize=(7, 1.2 + 1.8 * len(blocks)))
+    axes = figure.subplots(len(blocks), 1, sharex=True, squeeze=False)
     for block, axis in zip(blocks, axes[:, 0]):
         for key, values in history.items():
             _, b, name = key.split("/")
@@ -33,7 +38,9 @@ def plot_alpha(steps, history, path):
     _save(figure, path)
 
 
-def plot_mixture(weights, names, path):
+def plot_mixture(
+    weights: torch.Tensor | Sequence[Sequence[float]], names: Sequence[str], path: str | os.PathLike
+) -> None:
     """Draws the mixture weights as a heat map, blocks by components.
 
     Args:
@@ -42,7 +49,8 @@ def plot_mixture(weights, names, path):
         path: PNG to write.
     """
     rows = [[float(w) for w in row] for row in weights]
-    figure, axis = plt.subplots(figsize=(1.8 + 1.4 * len(names), 1.4 + 0.6 * len(rows)))
+    figure = Figure(figsize=(1.8 + 1.4 * len(names), 1.4 + 0.6 * len(rows)))
+    axis = figure.subplots()
     image = axis.imshow(rows, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for s, row in enumerate(rows):
         for k, weight in enumerate(row):
@@ -53,8 +61,8 @@ def plot_mixture(weights, names, path):
     _save(figure, path)
 
 
-def plot_losses(losses, path):
-    """Draws losses as bars, hybrids apart from their rivals by colour.
+def plot_losses(losses: Mapping[str, float], path: str | os.PathLike) -> None:
+    """Draws losses as bars, hybrids apart from their baselines by colour.
 
     Args:
         losses: {label: nats per token}; labels of hybrids begin with "hybrid".
@@ -62,7 +70,8 @@ def plot_losses(losses, path):
     """
     labels = sorted(losses, key=losses.get, reverse=True)
     values = [losses[label] for label in labels]
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.32 * len(labels)))
+    figure = Figure(figsize=(8, 1 + 0.32 * len(labels)))
+    axis = figure.subplots()
     colours = ["tab:orange" if label.startswith("hybrid") else "tab:gray" for label in labels]
     axis.barh(labels, values, color=colours)
     for row, value in enumerate(values):
@@ -73,16 +82,17 @@ def plot_losses(losses, path):
     _save(figure, path)
 
 
-def plot_differences(rows, hybrid, path):
-    """Draws how much each rival loses against a hybrid, with its interval.
+def plot_differences(rows: Sequence[Mapping], hybrid: str, path: str | os.PathLike) -> None:
+    """Draws how much each baseline loses against a hybrid, with its interval.
 
     Args:
-        rows: Rows of a comparison: name, kind, difference, difference_interval.
+        rows: Rows of a comparison: name, kind, difference (nats per token), difference_interval (its low and high end).
         hybrid: Name of the hybrid that all are compared with.
         path: PNG to write.
     """
     shown = sorted((row for row in rows if "difference" in row), key=lambda row: row["difference"], reverse=True)
-    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * len(shown)))
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(shown)))
+    axis = figure.subplots()
     colours = {"hybrid": "tab:orange", "hardened": "tab:orange", "oracle": "tab:green", "single": "tab:purple"}
     for place, row in enumerate(shown):
         low, high = row["difference_interval"]
@@ -97,7 +107,9 @@ def plot_differences(rows, hybrid, path):
     _save(figure, path)
 
 
-def plot_profile(scores, chance, path):
+def plot_profile(
+    scores: Mapping[str, Mapping[str, float]], chance: Mapping[str, float], path: str | os.PathLike
+) -> None:
     """Draws accuracies as a radar plot, one axis per task, from chance in the centre to 1 at the rim.
 
     Args:
@@ -106,7 +118,8 @@ def plot_profile(scores, chance, path):
         path: PNG to write.
     """
     angles = [2 * math.pi * i / len(chance) for i in range(len(chance))]
-    figure, axis = plt.subplots(figsize=(8.5, 6), subplot_kw={"projection": "polar"})
+    figure = Figure(figsize=(8.5, 6))
+    axis = figure.subplots(subplot_kw={"projection": "polar"})
     axis.set_theta_offset(math.pi / 2)
     axis.set_theta_direction(-1)
     markers = "osD^vP*X"
@@ -128,8 +141,7 @@ def plot_profile(scores, chance, path):
     _save(figure, path)
 
 
-def _save(figure, path):
+def _save(figure: Figure, path: str | os.PathLike) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.savefig(path, dpi=120)  # the ending of the path chooses what draws it, not the backend

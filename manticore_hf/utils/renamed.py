@@ -1,10 +1,13 @@
-"""Modules under the names that they had in version 0.1: they still import, with a warning, until version 0.3."""
+"""Modules and arguments under the names that they had in version 0.1: they work, with a warning, until version 0.3."""
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 _ROOMS = {
     "adapters": "training.lora",
@@ -75,7 +78,10 @@ class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, package: str):
         self.package = package
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """A spec for a module by its old name, with a warning; None for any other."""
         old = fullname.removeprefix(f"{self.package}.")
         if fullname == old or old not in _ROOMS:
             return None
@@ -83,7 +89,8 @@ class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         warnings.warn(f"{fullname} is now {new}; the old name goes with version 0.3.", FutureWarning, stacklevel=2)
         return importlib.machinery.ModuleSpec(fullname, self)
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
+        """Imports the module under its new name, in the place of the old one."""
         new = _ROOMS[module.__name__.removeprefix(f"{self.package}.")]
         sys.modules[module.__name__] = importlib.import_module(f"{self.package}.{new}")
 
@@ -96,3 +103,20 @@ def install(package: str) -> None:
     """
     if not any(isinstance(finder, OldNames) and finder.package == package for finder in sys.meta_path):
         sys.meta_path.insert(0, OldNames(package))  # before the folders: `tasks.mad` is now a folder's name too
+
+
+def takes_old_name(old: str, new: str) -> Callable[[Callable], Callable]:
+    """A decorator: a function also takes its argument `new` under the name of version 0.1, `old`, with a warning."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            if old in kwargs:
+                text = f"{function.__name__}: {old} is now {new}; the old name goes with version 0.3."
+                warnings.warn(text, FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return run
+
+    return decorate

@@ -1,9 +1,14 @@
 """What a hybrid is made for: generating text, or classifying texts or tokens. Cards and `inspect` ask here."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
 
 from manticore_hf.modeling import modeling_manticore
-from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.utils.unwrap import hybrid_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Kind:
     labels: bool = True
 
     @property
-    def model_class(self):
+    def model_class(self) -> type[PreTrainedModel]:
         """The hybrid class."""
         return getattr(modeling_manticore, self.architecture)
 
@@ -57,14 +62,29 @@ _PROBLEMS = {
 }
 
 
-def kind_of(config):
-    """The Kind that a configuration says was saved; a causal language model where it says nothing else."""
-    names = config.architectures if isinstance(config.architectures, list) else ()
-    return next((KINDS[name] for name in names if name in KINDS), CAUSAL)
+def kind_of(model_or_config: PreTrainedModel | ManticoreConfig) -> Kind:
+    """What a hybrid is made for; a causal language model where nothing else is said.
+
+    Args:
+        model_or_config: A hybrid, whose class says it, also one of remote code or a user's subclass (by the Auto class
+            that it is registered for); or the configuration of a saved one (by the architecture that was saved).
+    """
+    if isinstance(model_or_config, nn.Module):
+        auto = getattr(model_or_config, "_auto_class", None)
+        return next((kind for kind in KINDS.values() if kind.auto == auto), CAUSAL)
+    names = getattr(model_or_config, "architectures", None)
+    return next((KINDS[name] for name in names if name in KINDS), CAUSAL) if isinstance(names, list) else CAUSAL
 
 
-def labels_of(config):
-    """{"labels": names in order, "problem": what is predicted, for a sentence} of a classifier's configuration."""
+def labels_of(config: ManticoreConfig) -> dict[str, Any]:
+    """What a classifier gives.
+
+    Args:
+        config: Its configuration.
+
+    Returns:
+        {"labels": their names in order, "problem": what is predicted, for a sentence}.
+    """
     if kind_of(config).task == "token-classification":
         problem = "one label for each token"
     elif config.problem_type is None and config.num_labels == 1:  # as Transformers decides where it is not said
@@ -74,7 +94,7 @@ def labels_of(config):
     return {"labels": [str(config.id2label[number]) for number in sorted(config.id2label)], "problem": problem}
 
 
-def quantization_of(config):
+def quantization_of(config: ManticoreConfig) -> str | None:
     """How a saved hybrid's linear maps are packed, for a sentence: "8 bits (bitsandbytes)"; None if they are not."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -84,17 +104,18 @@ def quantization_of(config):
     return f"{4 if settings.get('load_in_4bit') else 8} bits ({getattr(method, 'value', method)})"
 
 
-def refuse_classifier(model, doing):
-    """Raises ManticoreError if a hybrid, or the one that a configuration is of, classifies.
+def refuse_classifier(model: nn.Module | ManticoreConfig, doing: str) -> None:
+    """Raises an error for a hybrid that classifies.
 
     Args:
-        model: A hybrid, or the configuration of a saved one.
+        model: A hybrid, also a wrapped one, or the configuration of a saved one.
         doing: What needs a language model, as a sentence begins: "Calibrating".
+
+    Raises:
+        ManticoreError: The hybrid, or the one that the configuration is of, classifies.
     """
-    names = [cls.__name__ for cls in type(model).__mro__]  # by name: loaded as remote code, it is of another copy
-    kind = next((KINDS[name] for name in names if name in KINDS), None)
-    kind = kind_of(model) if kind is None and hasattr(model, "architectures") else kind
-    if kind is not None and kind.labels:
+    kind = kind_of(hybrid_of(model) or model) if isinstance(model, nn.Module) else kind_of(model)
+    if kind.labels:
         raise ManticoreError(
             f"{doing} needs a hybrid that predicts text, and this one is a {kind.noun}: do that with the language "
             f"model first, and make the classifier of it ({kind.architecture}.from_causal_lm, or from_pretrained of "

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Four nodes of eight GPUs under SLURM: sbatch recipes/accelerate/slurm.sh finetune --model ... --output_dir ...
+# Four nodes of eight GPUs under SLURM: sbatch recipes/accelerate/slurm.sh finetune --model ... --output-dir ...
 # Output and model directories must be on a file system that all nodes see.
 #SBATCH --job-name=manticore
 #SBATCH --nodes=4

@@ -22,9 +22,9 @@ from manticore_hf.compose.convert.mamba_ssm import TOKENIZER, is_mamba_ssm, mamb
 from manticore_hf.compose.convert.sources import find_source, read_tensors
 from manticore_hf.compose.tokenizers import TOKENIZER_FILES
 from manticore_hf.hub.licenses import read_license
-from manticore_hf.modeling.bounds_manticore import build_config, check_plain
-from manticore_hf.modeling.components_manticore import WEIGHT_FILES
+from manticore_hf.modeling.bounds_manticore import build_config, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES
 from manticore_hf.modeling.saving_manticore import whole_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +41,14 @@ Converted by manticore-hf from {source} ({how}). The weights are the source's{ro
 """
 
 
-def convert(source, output_dir, tokenizer=None, dtype=None, gguf_file=None, revision=None):
+def convert(
+    source: str | Path,
+    output_dir: str | Path,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+) -> dict:
     """Converts a checkpoint to a directory with config.json, model.safetensors and tokenizer.
 
     Args:
@@ -108,7 +115,7 @@ def _read_config(source):
         raise ManticoreError(f"{source.what}: its config.json is no JSON object ({err}).") from err
     if not isinstance(values, dict):
         raise ManticoreError(f"{source.what}: its config.json is no JSON object.")
-    check_plain(source.what, values)
+    guard().plain(source.what, values)
     if not is_mamba_ssm(values) and any(source.file(name) for name in WEIGHT_FILES):
         raise ManticoreError(f"{source.what} has safetensors already: name it as a component as it is.")
     return values
@@ -222,15 +229,3 @@ def _card(result, title, rounded):
         rounded=rounded,
     )
     return "\n".join([*lines, "---", "", body])
-
-
-def main(args):
-    """`manticore-hf convert`."""
-    result = convert(args.source, args.output_dir, args.tokenizer, args.dtype, args.gguf_file, args.revision)
-    at = f" at commit {result['revision']}" if result["revision"] else ""
-    print(f"\nconvert: {result['source']}{at} ({result['how']})")
-    print(
-        f"{result['model_type']}, {result['parameters']:,} parameters in {result['dtype']}, licence "
-        f"{result['license'] or 'not stated'}, tokenizer {result['tokenizer']}"
-    )
-    print(f"written to {args.output_dir}; read back, it gives the same logits")

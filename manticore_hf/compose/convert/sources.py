@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file
 
 from manticore_hf.compose.components import PICKLE_FILES
-from manticore_hf.modeling.components_manticore import WEIGHT_FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES
 
 
 @dataclass

@@ -9,14 +9,14 @@ model.save_pretrained("transplanted")        # a plain model of its family
 import copy
 
 import torch
+from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.compose.transplant.build import ATOMS, METHODS, check_method, match, new_rows
 from manticore_hf.compose.transplant.coverage import TransplantReport, bits_per_byte, text_coverage
 from manticore_hf.compose.transplant.surface import Surfaces
+from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.dtypes_manticore import default_dtype
-from manticore_hf.modeling.sizes_manticore import build_component
-from manticore_hf.modeling.vocabulary_manticore import end_names
+from manticore_hf.modeling.weights_manticore import end_names
 
 _LISTS = ("bad_words_ids", "force_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -121,7 +121,7 @@ def _graft(model, ends, plan, name, donor, atoms, tokenizer, progress):
     tied = ends["head"].weight is ends["input"].weight
     config.tie_word_embeddings = tied
     _set_ids(config, tokenizer)
-    with default_dtype(model.dtype):
+    with local_torch_dtype(model.dtype):
         out = build_component(f"The transplanted model ({config.model_type})", config).to(model.device)
     known, own = model.state_dict(), end_names(model)
     if type(out) is not type(model) or own != end_names(out):

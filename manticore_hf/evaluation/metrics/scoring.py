@@ -4,22 +4,25 @@
     scores = token_logprobs(model, tokenizer, texts)
     load_metric("token_loss").compute(predictions=scores, references=texts)
 
-`manticore-hf evaluate` packs texts into blocks and compares a hybrid with its rivals on them; here every text stands
+`manticore-hf evaluate` packs texts into blocks and compares a hybrid with its baselines on them; here every text stands
 alone, every one of its tokens is predicted, and models of different tokenizers compare in bits per byte.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 METRICS = ("mad_accuracy", "token_loss")
 
 
-def load_metric(name, **options):
+def load_metric(name: str, **options: Any) -> Any:
     """Loads a metric of this package; reads the script that is installed with it, and no network.
 
     Args:
@@ -56,8 +59,16 @@ class _Window:
 
 
 def token_logprobs(
-    model, tokenizer, texts, *, batch_size=8, max_length=None, stride=None, start_token_id=None, progress=True
-):
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    stride: int | None = None,
+    start_token_id: int | None = None,
+    progress: bool = True,
+) -> list[list[float]]:
     """Log-probabilities of every token of every text, by any causal LM of Transformers.
 
     Every token of a text is predicted, the first one from a start token, so that the bytes of a text are all paid for
@@ -134,7 +145,9 @@ def _check_sizes(batch_size, max_length, stride):
         )
 
 
-def tokens_with_start(tokenizer, texts, start_token_id):
+def tokens_with_start(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], start_token_id: int | None
+) -> list[tuple[list[int], list[int]]]:
     """[(start tokens, tokens of the text)] of every text."""
     if not texts:
         return []

@@ -4,17 +4,23 @@ As the Long Range Arena reads IMDb (bytes, cut to a length) and CIFAR-10 (grey p
 whatever `datasets` reads that has a column of texts or images, and one of labels (numbers or names).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import DatasetDict, Features, Sequence, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Sequence, Value, load_dataset
 
+from manticore_hf.experiments.mad.tasks import Task
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def dataset(task, split):
+def dataset(task: Task, split: str) -> Dataset:
     """One split of a task as a `datasets.Dataset` with `input_ids` and `label`.
 
     Args:
@@ -42,7 +48,7 @@ def dataset(task, split):
     return encode(rows, task, {name: i for i, name in enumerate(names)})
 
 
-def encode(rows, task, numbers):
+def encode(rows: Dataset, task: Task, numbers: Mapping[str | int, int]) -> Dataset:
     """Rows with a text or image and a label as rows of `input_ids` and `label`.
 
     Args:
@@ -65,12 +71,12 @@ def encode(rows, task, numbers):
     )
 
 
-def text_tokens(text, longest):
+def text_tokens(text: str | None, longest: int) -> list[int]:
     """The bytes of a text (UTF-8) plus 1, as 0 pads; cut to `longest`. An empty text is a line feed."""
     return [byte + 1 for byte in (text or "\n").encode("utf-8")[:longest]]
 
 
-def image_tokens(image, size):
+def image_tokens(image: "Image", size: int) -> list[int]:
     """The grey levels 0 to 255 of a PIL image, row by row."""
     if image.size != (size, size):
         width, height = image.size

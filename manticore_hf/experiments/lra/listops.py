@@ -12,12 +12,14 @@ Trees are drawn a level at a time, thousands at once; lengths and values come fr
 sequence from the first level down.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from manticore_hf.experiments.mad.tasks import stream
+from manticore_hf.experiments.mad.tasks import Task, stream
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 TOKENS = ("<pad>", *"0123456789", "[MAX", "[MIN", "[MED", "[SM", "]")
@@ -27,7 +29,7 @@ _PLACES = 1 << 17  # about so many places of trees are drawn at once
 _PATIENCE = 200  # rounds without a new sequence after which there are none
 
 
-def generate(task, split):
+def generate(task: Task, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws one split; the same in every process.
 
     Args:
@@ -66,7 +68,7 @@ def generate(task, split):
     return np.concatenate(sequences), ends, np.array(labels, dtype=np.int64)
 
 
-def dataset(task, split):
+def dataset(task: Task, split: str) -> Dataset:
     """One split as a `datasets.Dataset` with `input_ids` and `label`."""
     ids, ends, labels = generate(task, split)
     starts = pa.array(np.concatenate([[0], ends]).astype(np.int64))
@@ -74,12 +76,12 @@ def dataset(task, split):
     return Dataset(pa.table({"input_ids": rows, "label": pa.array(labels)}))
 
 
-def as_text(ids):
+def as_text(ids: Iterable[int]) -> str:
     """Token ids as the benchmark writes them: "[MAX 4 [MIN 2 3 ] 1 ]"."""
     return " ".join(TOKENS[i] for i in ids)
 
 
-def value(ids):
+def value(ids: Iterable[int]) -> int:
     """The value of one sequence of token ids.
 
     Raises:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from manticore_hf.experiments.mad.tasks import stream
+from manticore_hf.experiments.mad.tasks import Task, stream
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 DASH, GAP, CLEAR = 3, 1, 3
@@ -30,7 +30,7 @@ _PATIENCE = 50  # batches without an image after which there are none
 _FAR = 1 << 10  # pixels of a path are numbered from a multiple of this
 
 
-def generate(task, split, gaps=True):
+def generate(task: Task, split: str, gaps: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Draws one split; the same in every process.
 
     Args:
@@ -63,7 +63,7 @@ def generate(task, split, gaps=True):
     return np.concatenate(images), labels
 
 
-def dataset(task, split):
+def dataset(task: Task, split: str) -> Dataset:
     """One split as a `datasets.Dataset` with `input_ids` (pixels, row by row) and `label`."""
     images, labels = generate(task, split)
     starts = pa.array(np.arange(0, images.size + 1, task.positions, dtype=np.int64))

@@ -1,15 +1,19 @@
-"""The tasks of the Long Range Arena (Tay et al., arXiv 2011.04006) that are built in: defaults, and what is refused.
+"""The tasks of the Long Range Arena (Tay et al., arXiv 2011.04006): defaults, and which settings raise.
 
 ListOps and Pathfinder are generated; texts (bytes) and images (grey pixels) come from files or data sets of the user's.
-ListOps is the benchmark's own rule; Pathfinder is made anew here (see `lra_pathfinder`), so its numbers compare with
+ListOps is the benchmark's own rule; Pathfinder is made anew here (see `pathfinder`), so its numbers compare with
 each other only. Every row has `input_ids` and a `label` for the whole sequence.
 """
 
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # What a task can be told, with its defaults: the benchmark's, without its validation sets
 TASKS = {
@@ -68,21 +72,21 @@ class LraTask:
             )
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         """Token ids; 0 pads texts and ListOps."""
         return VOCABULARIES[self.name]
 
     @property
-    def positions(self):
+    def positions(self) -> int:
         """Longest sequence in tokens."""
         return self.max_len if self.image_size is None else self.image_size**2
 
     @property
-    def generated(self):
+    def generated(self) -> bool:
         """Whether the task needs no data."""
         return self.data is None
 
-    def dataset(self, split):
+    def dataset(self, split: str) -> "Dataset":
         """The split "train" or "test" as a `datasets.Dataset` of `input_ids` and `label`.
 
         Raises:
@@ -99,7 +103,7 @@ class LraTask:
         return dataset(self, split)
 
 
-def lra_task(name, **settings):
+def lra_task(name: str, **settings: Any) -> LraTask:
     """A task with its defaults, but for what is given.
 
     Args:

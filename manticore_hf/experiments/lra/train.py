@@ -1,4 +1,4 @@
-"""Trains a classifier, or a hybrid beside its rivals, from scratch on a task of the Long Range Arena and scores it.
+"""Trains a classifier, or a hybrid beside its baselines, from scratch on a task of the Long Range Arena and scores it.
 
     manticore-hf lra listops --hybrid llama,mamba --designed --min-len 10 --max-len 40 --num-train 6400 --output-dir lra
 
@@ -9,16 +9,29 @@ Numbers compare with each other; the benchmark's own models read in both directi
 
 import functools
 import hashlib
+from pathlib import Path
 
 import torch
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM, ManticoreForSequenceClassification
-from manticore_hf.experiments.baselines import Comparison, Training, families_of, training_of
+from manticore_hf.experiments.baselines import Benchmark, Training
+from manticore_hf.experiments.lra.settings import LraTask
+from manticore_hf.utils.renamed import takes_old_name
 
 DEFAULTS = Training(layers=4, epochs=10, learning_rate=1e-3, weight_decay=0.01, batch_size=32)
 
 
-def run_lra(task, families, output_dir, training=None, rivals=True, hybrid=None, quiet=False, designed=False):
+@takes_old_name("rivals", "baselines")
+def run_lra(
+    task: LraTask,
+    families: list[str],
+    output_dir: str | Path,
+    training: Training | None = None,
+    baselines: bool = True,
+    hybrid: dict | None = None,
+    quiet: bool = False,
+    designed: bool = False,
+) -> list[dict]:
     """Trains and scores what is not finished yet, and prints all of it.
 
     Args:
@@ -26,7 +39,7 @@ def run_lra(task, families, output_dir, training=None, rivals=True, hybrid=None,
         families: Model types. One: that model. Several: the hybrid of them.
         output_dir: Where each run's JSON goes; runs that are finished there are read instead.
         training: Training; default: DEFAULTS.
-        rivals: For a hybrid also each component alone, and the plain ensemble of those.
+        baselines: For a hybrid also each component alone, and the plain ensemble of those.
         hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...).
         quiet: No progress bars and no table.
         designed: Also a hybrid that was designed by hand (see `models.DESIGNED`).
@@ -38,7 +51,7 @@ def run_lra(task, families, output_dir, training=None, rivals=True, hybrid=None,
     Raises:
         ManticoreError: Something in the settings or the data cannot be used.
     """
-    results = _LraComparison(task, output_dir, training or DEFAULTS, quiet).run(families, rivals, hybrid, designed)
+    results = _LraBenchmark(task, output_dir, training or DEFAULTS, quiet).run(families, baselines, hybrid, designed)
     if not quiet:
         print(f"\n{task.name}: at most {task.positions:,} tokens, test accuracy (chance {results[0]['chance']:.3f})")
         for row in results:
@@ -46,7 +59,7 @@ def run_lra(task, families, output_dir, training=None, rivals=True, hybrid=None,
     return results
 
 
-def pad(rows):
+def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
     """A batch of rows of different lengths: padded with 0 on the right, `attention_mask` says how far."""
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -58,7 +71,7 @@ def pad(rows):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class _LraComparison(Comparison):
+class _LraBenchmark(Benchmark):
     collate = staticmethod(pad)
 
     @property
@@ -96,17 +109,3 @@ class _LraComparison(Comparison):
             for batch in self.data(split).with_format("arrow").iter(1000):
                 digest.update(str(batch.to_pydict()).encode())
         return digest.hexdigest()[:16]
-
-
-def main(args):
-    """`manticore-hf lra`: from parsed arguments to `run_lra`."""
-    from transformers.utils import logging
-
-    from manticore_hf.experiments.lra.settings import TASKS, lra_task
-
-    logging.set_verbosity_error()
-    names = {name for settings in TASKS.values() for name in settings}
-    task = lra_task(args.task, seed=args.seed, **{name: getattr(args, name) for name in names if hasattr(args, name)})
-    training, families = training_of(args), families_of(args)
-    hybrid = {"num_blocks": args.num_blocks, "preset": args.preset}
-    run_lra(task, families, args.output_dir, training, args.rivals, hybrid, designed=args.designed)

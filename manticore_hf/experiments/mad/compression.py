@@ -12,6 +12,7 @@ The causal LM's own head is not used: no loss reaches it.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 class CompressionModel(nn.Module):
@@ -24,7 +25,7 @@ class CompressionModel(nn.Module):
         vocab_size: Tokens that the decoder tells apart.
     """
 
-    def __init__(self, model, seq_len, vocab_size):
+    def __init__(self, model: PreTrainedModel, seq_len: int, vocab_size: int):
         super().__init__()
         self.model = model
         width = model.config.get_text_config().hidden_size
@@ -39,15 +40,16 @@ class CompressionModel(nn.Module):
                 nn.init.zeros_(module.bias)
 
     @property
-    def config(self):
+    def config(self) -> PretrainedConfig:
+        """The causal LM's configuration, where the Trainer looks for it."""
         return self.model.config
 
-    def encode(self, input_ids):
+    def encode(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The model's state at the last token: [batch, width]."""
         out = self.model(input_ids=input_ids, output_hidden_states=True, use_cache=False)
         return out.hidden_states[-1][:, -1]
 
-    def forward(self, input_ids, labels=None):
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Reconstructs the tokens.
 
         Args:
@@ -63,7 +65,7 @@ class CompressionModel(nn.Module):
         return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), "logits": logits}
 
 
-def sincos(length, width):
+def sincos(length: int, width: int) -> torch.Tensor:
     """Sine and cosine embeddings of positions 0, 1, ...: [length, width], wavelengths from 2 pi to 20000 pi."""
     half = -(-width // 2)
     angles = torch.arange(length)[:, None] * 10_000.0 ** -(torch.arange(half) / max(1, half - 1))

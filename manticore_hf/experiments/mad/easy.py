@@ -5,9 +5,10 @@ sizes compare architectures trained alike; they are no scores of the MAD paper.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from manticore_hf.experiments.mad.settings import ALIASES, TASKS, mad_task
+from manticore_hf.experiments.mad.settings import ALIASES, TASKS, MadTask, mad_task
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 
 
@@ -38,7 +39,7 @@ class EasySettings:
         if not 1e-6 < self.learning_rate < float("inf"):
             raise ManticoreError(f"learning_rate={self.learning_rate!r} must be a finite number above 1e-06.")
 
-    def task(self, name, seed):
+    def task(self, name: str, seed: int) -> MadTask:
         """The task of that name (or short name) at these sizes."""
         name = ALIASES.get(name, name)
         sizes = {"seq_len": self.seq_len, "num_train": self.num_train, "num_test": self.num_test}
@@ -50,12 +51,12 @@ class EasySettings:
             sizes["num_train"] = min(self.num_train, TASKS[name][0]["num_train"])
         return mad_task(name, seed=seed, **sizes)
 
-    def runs(self):
+    def runs(self) -> range:
         """The seeds of the runs."""
         return range(self.seed, self.seed + self.seeds)
 
 
-def task_names(names):
+def task_names(names: Iterable[str]) -> list[str]:
     """Full names of MAD tasks, from full or short ones.
 
     Raises:

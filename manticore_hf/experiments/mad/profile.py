@@ -13,7 +13,6 @@ from pathlib import Path
 
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from manticore_hf.experiments.baselines import Training
 from manticore_hf.experiments.mad.easy import EasySettings, task_names
@@ -26,7 +25,13 @@ from manticore_hf.utils.files import write_json
 from manticore_hf.utils.plots import plot_profile
 
 
-def mad_profile(models, output_dir, tasks=None, settings=None, quiet=False):
+def mad_profile(
+    models: list[str],
+    output_dir: str | Path,
+    tasks: list[str] | None = None,
+    settings: EasySettings | None = None,
+    quiet: bool = False,
+) -> dict:
     """Trains every model's family on every task from scratch, and scores it.
 
     Args:
@@ -117,12 +122,3 @@ def _print_profile(profile, settings):
         print(f"{task:28}{low:8.3f}" + "".join(f"{cell:>26}" for cell in cells))
     if len(names) > 1:
         print("* the best of each task; a difference between seeds can be as large (give --seeds)")
-
-
-def main(args):
-    """`manticore-hf mad-profile`: from parsed arguments to `mad_profile`."""
-    logging.set_verbosity_error()
-    settings = EasySettings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EasySettings)})
-    models = [name for name in (one.strip() for one in args.models.split(",")) if name]
-    tasks = None if args.tasks is None else [name.strip() for name in args.tasks.split(",")]
-    mad_profile(models, args.output_dir, tasks, settings)

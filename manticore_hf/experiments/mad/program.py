@@ -22,9 +22,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, default_data_collator
@@ -73,7 +75,7 @@ class ProgramSettings(EasySettings):
         if not 0 < self.alpha_learning_rate < float("inf"):
             raise ManticoreError(f"alpha_learning_rate={self.alpha_learning_rate!r} must be positive and finite.")
 
-    def depth(self, num_blocks):
+    def depth(self, num_blocks: int) -> int:
         """Layers of each component in a hybrid of so many blocks.
 
         Raises:
@@ -101,7 +103,7 @@ class ProgrammedAlpha:
     tasks: dict
     runs: list
 
-    def record(self):
+    def record(self) -> dict[str, dict[str, Any]]:
         """The same as plain values, for a JSON file: {task: {alpha, accuracy (mean over seeds), chance, runs}}."""
         out = {}
         for name, alpha in self.tasks.items():
@@ -111,7 +113,7 @@ class ProgrammedAlpha:
         return out
 
 
-def mixture_tasks(mixture):
+def mixture_tasks(mixture: Any) -> list[str] | None:
     """The tasks of a mixture "mad:TASK+TASK", by their full names; None of a mixture that is no such text.
 
     Raises:
@@ -122,7 +124,14 @@ def mixture_tasks(mixture):
     return task_names([name.strip() for name in mixture[len(PREFIX) :].split("+") if name.strip()])
 
 
-def program_alpha(families, tasks, num_blocks, output_dir, settings=None, quiet=False):
+def program_alpha(
+    families: Sequence[str],
+    tasks: Iterable[str],
+    num_blocks: int,
+    output_dir: str | Path,
+    settings: ProgramSettings | None = None,
+    quiet: bool = False,
+) -> ProgrammedAlpha:
     """Searches alpha on small hybrids from scratch, on each task, and averages what is found.
 
     Args:
@@ -166,7 +175,7 @@ def _search_apart(families, tasks, num_blocks, output, settings, quiet):
         visible = [one for one in alone.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
         alone["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
     request = [families, tasks, num_blocks, str(output), dataclasses.asdict(settings), quiet]
-    code = "import json, sys; from manticore_hf.experiments import program; program.search(*json.load(sys.stdin))"
+    code = "import json, sys; from manticore_hf.experiments.mad import program; program.search(*json.load(sys.stdin))"
     done = subprocess.run([sys.executable, "-c", code], input=json.dumps(request), text=True, env=alone)
     if done.returncode:
         raise ManticoreError(
@@ -175,7 +184,14 @@ def _search_apart(families, tasks, num_blocks, output, settings, quiet):
         )
 
 
-def search(families, tasks, num_blocks, output_dir, settings, quiet):
+def search(
+    families: Sequence[str],
+    tasks: Iterable[str],
+    num_blocks: int,
+    output_dir: str | Path,
+    settings: Mapping[str, Any],
+    quiet: bool,
+) -> None:
     """`program_alpha` of plain values, for a process that is started for it."""
     program_alpha(families, tasks, num_blocks, output_dir, ProgramSettings(**settings), quiet)
 

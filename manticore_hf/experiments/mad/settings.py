@@ -1,4 +1,4 @@
-"""The settings of the six MAD tasks: defaults, difficulty changes, and what is refused.
+"""The settings of the six MAD tasks: defaults, difficulty changes, and which settings raise.
 
 Source: Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures" (arXiv 2403.17844), as its code runs it
 (github.com/athms/mad-lab): defaults and changes from `configs/tasks/*.yml`, vocabularies from `mad/data/instances.py`,
@@ -9,8 +9,12 @@ the best of the six counts; 200 epochs of batches of 128, cosine to 1e-6; width 
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _NOISY = ("noisy-in-context-recall", "compression", "memorization")
 
@@ -112,26 +116,26 @@ class MadTask:
     # ---- vocabulary: keys, then values, then noise, then special tokens ----------------------------------------------
 
     @property
-    def special_tokens(self):
+    def special_tokens(self) -> int:
         """How many of the last token ids have a role of their own (pad, blank, copy, insert, compress)."""
         return {"fuzzy-in-context-recall": 1, "selective-copying": 2, "compression": 1, "memorization": 1}.get(
             self.name, 0
         )
 
     @property
-    def keys(self):
+    def keys(self) -> range:
         """Token ids of keys; none where the task has no keys."""
         if self.name in ("selective-copying", "compression"):
             return range(0)
         return range(self._plain // 2)
 
     @property
-    def answers(self):
+    def answers(self) -> range:
         """Token ids that are asked for (the compression token apart, which compression asks for once, too)."""
         return range(len(self.keys), self._plain)
 
     @property
-    def noise(self):
+    def noise(self) -> range:
         """Token ids of noise."""
         return range(self._plain, self._plain + self.noise_vocab_size)
 
@@ -140,7 +144,7 @@ class MadTask:
         return max(0, self.vocab_size - self.special_tokens - self.noise_vocab_size)
 
     @property
-    def chance(self):
+    def chance(self) -> float:
         """Accuracy (micro) of drawing uniformly from `answers`; compression's last token needs no drawing."""
         if self.name == "compression":
             drawn = (self.seq_len - 1) * (1 - self.frac_noise)
@@ -148,18 +152,18 @@ class MadTask:
         return 1 / len(self.answers)
 
     @property
-    def shifted(self):
+    def shifted(self) -> bool:
         """Whether `labels` are shifted by the model, as those of a causal LM; compression's belong where they are."""
         return self.name != "compression"
 
-    def dataset(self, split):
+    def dataset(self, split: str) -> "Dataset":
         """The split "train" or "test" as a `datasets.Dataset` of `input_ids` and `labels`; see `mad.generate`."""
         from manticore_hf.experiments.mad.tasks import dataset
 
         return dataset(self, split)
 
 
-def mad_task(name, **settings):
+def mad_task(name: str, **settings: Any) -> MadTask:
     """A MAD task with the benchmark's defaults, but for what is given.
 
     Args:
@@ -181,7 +185,7 @@ def mad_task(name, **settings):
     return MadTask(name, **{**TASKS[name][0], **settings})
 
 
-def benchmark_settings(name, seed=0):
+def benchmark_settings(name: str, seed: int = 0) -> list[MadTask]:
     """All difficulties of a task in the benchmark: its defaults, then every change, one setting at a time.
 
     A model's MAD score in a task is the mean of its accuracies over these, each the best of the training settings.

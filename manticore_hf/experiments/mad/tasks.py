@@ -32,6 +32,7 @@ noise drew values from the noise tokens.
 """
 
 import zlib
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +46,17 @@ SPLITS = ("train", "test")
 _PART = 1 << 18
 
 
-def generate(task, split):
+class Task(Protocol):
+    """What every task has, a MadTask or an LraTask; their modules import those that generate, so not the other way."""
+
+    name: str
+    vocab_size: int
+    num_train: int
+    num_test: int
+    seed: int
+
+
+def generate(task: Task, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Generates one split of a task; the same arrays in every process, whatever global random state there is.
 
     Args:
@@ -68,7 +79,7 @@ def generate(task, split):
     return tuple(np.concatenate(arrays) for arrays in zip(*parts))
 
 
-def dataset(task, split):
+def dataset(task: Task, split: str) -> Dataset:
     """One split of a task as a `datasets.Dataset` with `input_ids` and `labels`."""
     columns = {}
     for name, values in zip(("input_ids", "labels"), generate(task, split)):
@@ -77,20 +88,20 @@ def dataset(task, split):
     return Dataset(pa.table(columns))
 
 
-def memorized(task):
+def memorized(task: Task) -> np.ndarray:
     """Memorization's fixed map: [number of keys], the value token of each key."""
     values = stream(task, "map").permutation(np.array(task.answers))
     return values[: len(task.keys)]
 
 
-def stream(task, use):
+def stream(task: Task, use: str) -> np.random.Generator:
     """A random generator of a task's seed and name, and of what it is for; the same in every process."""
     # crc32, not hash(): that differs between processes
     words = [task.seed & 0xFFFFFFFF, task.seed >> 32, zlib.crc32(task.name.encode()), zlib.crc32(use.encode())]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
-def first_occurrence(codes):
+def first_occurrence(codes: np.ndarray) -> np.ndarray:
     """For every entry of [rows, slots], the first slot of its row with the same code."""
     if codes.size and codes.max() < 2**15:
         codes = codes.astype(np.int16)  # which numpy sorts by radix

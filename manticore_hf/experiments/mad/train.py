@@ -1,4 +1,4 @@
-"""Trains a model, or a hybrid beside its rivals, from scratch on a MAD task and scores it.
+"""Trains a model, or a hybrid beside its baselines, from scratch on a MAD task and scores it.
 
     manticore-hf mad in-context-recall --hybrid llama,mamba --epochs 20 --output-dir mad
 
@@ -7,14 +7,30 @@ batch here), and without its stop at 99.9 % on the test set. Families are Transf
 numbers compare with each other and not with those of the MAD paper.
 """
 
+from pathlib import Path
+
+import torch
+
 from manticore_hf.evaluation.metrics import load_metric
-from manticore_hf.experiments.baselines import Comparison, Training, families_of, training_of
+from manticore_hf.experiments.baselines import Benchmark, Training
 from manticore_hf.experiments.mad.compression import CompressionModel
+from manticore_hf.experiments.mad.settings import MadTask
 from manticore_hf.experiments.mad.tasks import IGNORE
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.renamed import takes_old_name
 
 
-def run_mad(task, families, output_dir, training=None, rivals=True, hybrid=None, quiet=False, designed=False):
+@takes_old_name("rivals", "baselines")
+def run_mad(
+    task: MadTask,
+    families: list[str],
+    output_dir: str | Path,
+    training: Training | None = None,
+    baselines: bool = True,
+    hybrid: dict | None = None,
+    quiet: bool = False,
+    designed: bool = False,
+) -> list[dict]:
     """Trains and scores what is not finished yet, and prints all of it.
 
     Args:
@@ -22,7 +38,7 @@ def run_mad(task, families, output_dir, training=None, rivals=True, hybrid=None,
         families: Model types. One: that model. Several: the hybrid of them.
         output_dir: Where each run's JSON goes; runs that are finished there are read instead.
         training: Training; default: the benchmark's settings.
-        rivals: For a hybrid also each component alone, and the plain ensemble of those.
+        baselines: For a hybrid also each component alone, and the plain ensemble of those.
         hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...).
         quiet: No progress bars and no table.
         designed: Also a hybrid that was designed by hand (see `models.DESIGNED`).
@@ -33,13 +49,13 @@ def run_mad(task, families, output_dir, training=None, rivals=True, hybrid=None,
     Raises:
         ManticoreError: Something in the settings cannot be used.
     """
-    results = _MadComparison(task, output_dir, training or Training(), quiet).run(families, rivals, hybrid, designed)
+    results = _MadBenchmark(task, output_dir, training or Training(), quiet).run(families, baselines, hybrid, designed)
     if not quiet:
         _print_table(task, results)
     return results
 
 
-class _MadComparison(Comparison):
+class _MadBenchmark(Benchmark):
     def __init__(self, task, output, training, quiet):
         try:
             self.metric = load_metric("mad_accuracy", keep_in_memory=True)
@@ -62,17 +78,17 @@ class _MadComparison(Comparison):
         return {**self.metric.compute(predictions=guesses, references=wanted), "chance": self.task.chance}
 
 
-def for_task(lm, task):
+def for_task(lm: torch.nn.Module, task: MadTask) -> torch.nn.Module:
     """A causal LM as the task trains it: itself, or inside compression's autoencoder, its decoder newly drawn."""
     return lm if task.shifted else CompressionModel(lm, task.seq_len, task.vocab_size)
 
 
-def forward_arguments(task):
+def forward_arguments(task: MadTask) -> dict:
     """What a model of the task is called with beside its input."""
     return {"use_cache": False} if task.shifted else {}
 
 
-def pick(task, scores, batch):
+def pick(task: MadTask, scores: torch.Tensor, batch: dict) -> list[list]:
     """Predicted and wanted labels of a batch: of every sequence, those at its labelled positions."""
     guess, labels = scores.argmax(-1), batch["labels"]
     if task.shifted:
@@ -89,18 +105,3 @@ def _print_table(task, results):
     print(f"{'':32}{'parameters':>12}{'micro':>9}{'macro':>9}   (accuracy; chance {task.chance:.3f})")
     for row in results:
         print(f"{row['model']:32}{row['parameters']:12,}{row['accuracy']:9.4f}{row['macro_accuracy']:9.4f}")
-
-
-def main(args):
-    """`manticore-hf mad`: from parsed arguments to `run_mad`."""
-    from transformers.utils import logging
-
-    from manticore_hf.experiments.mad.settings import mad_task
-
-    logging.set_verbosity_error()
-    names = ("vocab_size", "seq_len", "num_train", "num_test", "frac_noise", "noise_vocab_size", "tokens_to_copy")
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    task = mad_task(args.task, seed=args.seed, **given)
-    training, families = training_of(args), families_of(args)
-    hybrid = {"num_blocks": args.num_blocks, "preset": args.preset}
-    run_mad(task, families, args.output_dir, training, args.rivals, hybrid, designed=args.designed)

@@ -25,13 +25,16 @@ class Call:
 
     @property
     def repo_key(self) -> str:
+        """The repo's key in `Storage.repos`: "owner/name", "datasets/owner/name"."""
         kind = self.args.get("kind") or "models"
         return self.args["name"] if kind == "models" else f"{kind}/{self.args['name']}"
 
     def json(self) -> dict[str, Any]:
+        """The body as JSON; an empty one as {}."""
         return json.loads(self.body or b"{}")
 
     def flag(self, name: str) -> bool:
+        """Whether the query has this name with the value 1 or true."""
         return self.query.get(name, [""])[0].lower() in ("1", "true")
 
 
@@ -46,10 +49,12 @@ class Response:
 
 
 def json_response(data: Any, status: int = 200) -> Response:
+    """A response whose body is `data` as JSON."""
     return Response(json.dumps(data).encode(), status, {"Content-Type": "application/json; charset=utf-8"})
 
 
 def error_response(error: HubError) -> Response:
+    """The response that makes the client raise what the Hub's would: status, error code and message."""
     response = json_response({"error": str(error)}, error.status)
     # Header values are latin-1 on the wire, and the client puts this one into its exceptions.
     response.headers["X-Error-Message"] = str(error).encode("ascii", "replace").decode().replace("\n", " ")

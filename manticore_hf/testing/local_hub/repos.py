@@ -37,6 +37,7 @@ class Entry:
 
     @property
     def pointer_size(self) -> int:
+        """Bytes of the LFS pointer that stands for the file in git."""
         return len(_lfs_pointer(self.sha256 or "", self.size))
 
 

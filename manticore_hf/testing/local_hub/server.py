@@ -31,6 +31,7 @@ class Server(ThreadingHTTPServer):
                 pass
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        """As in socketserver, but silent where a client hangs up."""
         if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that hangs up is no error of ours
             super().handle_error(request, client_address)
 

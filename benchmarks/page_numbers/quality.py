@@ -1,0 +1,152 @@
+"""Is a hybrid better: the study (benchmarks/study.py), and a real pretrained model (benchmarks/smollm2.py)."""
+
+from .registry import Load, Rows, Values, best_bold, bold, span, table, values, versions
+
+SETTINGS = ("two-60k", "other-60k", "three-60k", "alike-60k", "demo-40k")
+OWN = "hybrid, 1 block"
+NOT_BASELINES = ("hybrid", "hardened", "oracle")
+
+
+def named(rows: list[dict], name: str) -> dict:
+    """The row of a name."""
+    return next(row for row in rows if row["name"] == name)
+
+
+def best(rows: list[dict], kind: str | None = None) -> dict:
+    """The row of lowest loss among those that need nothing but components and text, of a kind or of all baselines.
+
+    The per-document oracle needs the answer and is found by its kind alone.
+    """
+    if kind == "oracle":
+        return min((row for row in rows if row["kind"] == kind), key=lambda row: row["loss"])
+    able = [row for row in rows if not row["needs"] and row["kind"] not in NOT_BASELINES]
+    return min((row for row in able if kind in (None, row["kind"])), key=lambda row: row["loss"])
+
+
+def against(row: dict) -> list[str]:
+    """How far a contender is behind the hybrid: difference, interval, p, seeds that the hybrid won."""
+    cells = [f"{row['difference']:+.3f}", span(row["difference_interval"]), f"{row['p']:.4f}"]
+    return [*cells, f"{row['seeds_won']} of {len(row['losses'])}"]
+
+
+WON = "seeds the hybrid won"
+AGAINST = ["best baseline - hybrid", "95 % interval", "p", WON]
+
+
+@table("study")
+def study(load: Load) -> Rows:
+    shown = {"best component, tuned": "component", "the same, K times as long": "single"}
+    shown |= {"ensemble": "ensemble", "token gate": "gate", OWN: None}
+    rows = [["setting", *shown, "per-document oracle", *AGAINST]]
+    for name in SETTINGS:
+        result = load(f"study/{name}")["rows"]
+        losses = [(best(result, kind) if kind else named(result, OWN))["loss"] for kind in shown.values()]
+        cells = [*best_bold(losses, ".3f"), f"{best(result, 'oracle')['loss']:.3f}"]  # which nobody has
+        rows.append([name, *cells, *against(best(result))])
+    return rows
+
+
+@table("study-short")
+def study_short(load: Load) -> Rows:
+    rows = [["setting", "components", "hybrid", "best baseline", "its loss", *AGAINST[:2], WON]]
+    for name in SETTINGS:
+        result = load(f"study/{name}")
+        baseline, own = best(result["rows"]), named(result["rows"], OWN)
+        losses = best_bold([own["loss"], baseline["loss"]], ".3f")
+        difference, interval, _, seeds = against(baseline)
+        parts = ", ".join(part.replace("_", " ") for part in result["components"])
+        rows.append([name, parts, losses[0], baseline["name"], losses[1], difference, interval, seeds])
+    return rows
+
+
+@table("retrain")
+def retrain(load: Load) -> Rows:
+    rows = load("study/all-text-60k")["rows"]
+    kinds = [next(row for row in rows if row["needs"] == "the components' training text"), named(rows, OWN)]
+    kinds += [best(rows, kind) for kind in ("gate", "ensemble", "single", "component")]
+    out = [["model", "loss", "training FLOPs", "FLOPs per token", "its loss - the hybrid's", "95 % interval", WON]]
+    for row in kinds:
+        difference, interval, _, seeds = against(row) if row["name"] != OWN else [""] * 4
+        name = row["name"] + (f" (needs {row['needs']})" if row["needs"] else "")
+        loss = bold(f"{row['loss']:.3f}", row is min(kinds, key=lambda one: one["loss"]))
+        flops = [f"{row['training_flops']:.1e}", f"{row['flops_per_token']:.1e}"]
+        out.append([name, loss, *flops, difference, interval, seeds])
+    return out
+
+
+@table("blocks")
+def blocks(load: Load) -> Rows:
+    result = load("study/blocks-40k")["rows"]
+    head = ["model", "loss", "from components tuned first", "its loss - that of 1 block", "95 % interval"]
+    rows = [[*head, "seeds that 1 block won"]]
+    hybrids = [row for row in result if row["kind"] == "hybrid" and "from tuned" not in row["name"]]
+    ensemble = named(result, "ensemble of the tuned components")
+    baselines = [*(best(result, kind) for kind in ("gate", "ensemble")), ensemble, best(result, "single")]
+    lowest = min(row["loss"] for row in hybrids + baselines)
+    for row in [*hybrids, *baselines, best(result, "oracle")]:
+        tuned = f"{named(result, row['name'] + ', from tuned components')['loss']:.3f}" if row in hybrids else ""
+        difference, interval, _, seeds = against(row) if row["name"] != OWN else [""] * 4
+        name = row["name"] if row in hybrids else f"baseline: {row['name']}"
+        name = "per-document oracle (needs the answer)" if row["kind"] == "oracle" else name
+        rows.append([name, bold(f"{row['loss']:.3f}", row["loss"] == lowest), tuned, difference, interval, seeds])
+    return rows
+
+
+@table("smollm2")
+def smollm2(load: Load) -> Rows:
+    result = load("smollm2")
+    composed, calibrated = result["composed"]["losses"], result["calibrated"]["losses"]
+    losses = {
+        "SmolLM2 alone": composed["smollm2"],
+        "Mamba alone": composed["mamba"],
+        "plain ensemble, untrained": composed["ensemble"],
+        "hybrid, composed (projectors at the identity)": composed["hybrid"],
+        "hybrid, projectors by ridge regression, mixture weights 1/2": calibrated["hybrid"],
+    }
+    return [["model", "loss"], *([name, cell] for name, cell in zip(losses, best_bold([*losses.values()], ".3f")))]
+
+
+@values
+def quality_values(load: Load) -> Values:
+    for name in (*SETTINGS, "blocks-40k", "all-text-60k"):
+        result = load(f"study/{name}")
+        rows = result["rows"]
+        baseline, own = best(rows), named(rows, OWN)
+        yield f"{name}.tokens", f"{result['tokens']:,}"
+        yield f"{name}.seeds", str(len(result["seeds"]))
+        yield f"{name}.versions", versions(result)
+        yield f"{name}.flops", f"{own['flops_per_token'] / best(rows, 'component')['flops_per_token']:.1f}"
+        yield f"{name}.hybrid", f"{own['loss']:.3f}"
+        yield f"{name}.baseline", f"{baseline['loss']:.3f}"
+        for kind in ("component", "single", "ensemble", "gate", "oracle"):
+            yield f"{name}.{kind}", f"{best(rows, kind)['loss']:.3f}"
+        cells = dict(zip(("gain", "interval", "p", "won"), against(baseline)))
+        yield from ((f"{name}.{key}", cell) for key, cell in cells.items())
+        yield f"{name}.behind", f"{-baseline['difference']:.3f}"  # of a hybrid that loses
+    rows = load("study/all-text-60k")["rows"]
+    own, whole = named(rows, OWN), next(row for row in rows if row["needs"] == "the components' training text")
+    yield "retrain.loss", f"{whole['loss']:.3f}"
+    yield "retrain.ahead", f"{-whole['difference']:.3f}"
+    yield "retrain.training", f"{whole['training_flops'] / own['training_flops']:.1f}"
+    yield "retrain.running", f"{whole['flops_per_token'] / own['flops_per_token']:.2f}"
+    rows = load("study/two-60k")["rows"]
+    yield "two-60k.pruned", f"{named(rows, OWN + ', hardened')['loss']:.3f}"
+    rows = load("study/blocks-40k")["rows"]
+    for many in (2, 4):
+        difference, interval, *_ = against(named(rows, f"hybrid, {many} blocks"))
+        yield f"blocks.{many}", difference
+        yield f"blocks.{many}.interval", interval
+        worth = (
+            named(rows, f"hybrid, {many} blocks, no projectors")["loss"] - named(rows, f"hybrid, {many} blocks")["loss"]
+        )
+        yield f"blocks.{many}.projectors", f"{worth:.2f}"
+    result = load("smollm2")
+    yield "smollm2.tokens", f"{result['training_tokens']:,}"
+    yield "smollm2.parameters", f"{result['parameters']['smollm2']:,}"
+    yield "smollm2.mamba", f"{result['parameters']['mamba']:,}"
+    losses = result["calibrated"]["losses"]
+    yield "smollm2.alone", f"{losses['smollm2']:.3f}"
+    yield "smollm2.ensemble", f"{losses['ensemble']:.3f}"
+    yield "smollm2.hybrid", f"{losses['hybrid']:.3f}"
+    yield "smollm2.r2", f"{result['calibration']['r2']['out_of:mamba-0']:.3f}"
+    yield "smollm2.predicted", f"{result['calibrated']['tokens']:,}"

@@ -1,0 +1,95 @@
+"""What works: the sweep of model types, transplants (transplant.py), servers (serving.py, vllm_engine.py)."""
+
+import re
+from collections import Counter
+
+from .registry import Load, Rows, Values, bold, table, values, versions
+
+REASONS = {
+    "an encoder-decoder, or saved as another task type": r"encoder-decoder|not as a causal LM",
+    "a model of several parts, or one that reads more than text": r"several parts|more than text",
+    "its layers cannot be found, or do not run on embeddings alone": r"cannot be cut|run in \d+ segments",
+    "wrong with a cache or with padding in Transformers itself": r"a cache|padding on the left|window|empty state",
+    "a part of another model, or bytes in patches": r"drafts for another model|in patches",
+}
+
+
+@table("families")
+def families(load: Load) -> Rows:
+    types = load("families")["types"]
+    rows = [["model types", "number"], ["pass the contract", str(sum(one["verdict"] == "passes" for one in types))]]
+    found = Counter(
+        next((label for label, pattern in REASONS.items() if re.search(pattern, one["reason"])), "another reason")
+        for one in types
+        if one["verdict"] != "passes"
+    )
+    return [*rows, *([f"unsupported: {label}", str(number)] for label, number in found.most_common())]
+
+
+@table("transplant")
+def transplant(load: Load) -> Rows:
+    labels = {"copied": "the mean of all rows", "random": "all rows random"}
+    rows = [["head", "rows that are not copied", "its own tokenizer (baseline)", "after", "tuned"]]
+    for line in load("transplant"):
+        cells = [f"{line[when]:.3f}" for when in ("before", "after", "tuned")]
+        rows.append([line["head"], labels.get(line["rows"], f"`{line['rows']}`"), *cells])
+    return rows
+
+
+@values
+def family_values(load: Load) -> Values:
+    sweep = load("families")
+    passed = sum(one["verdict"] == "passes" for one in sweep["types"])
+    yield "families.passed", str(passed)
+    yield "families.all", str(len(sweep["types"]))
+    yield "families.unsupported", str(len(sweep["types"]) - passed)
+    yield "families.versions", versions(sweep)
+    lines = load("transplant")
+    after = min(line["after"] for line in lines)
+    yield "transplant.before", f"{lines[0]['before']:.3f}"
+    yield "transplant.after", f"{after:.3f}"
+    yield "transplant.loss", f"{after - lines[0]['before']:.2f}"
+    yield "transplant.tuned", f"{min(line['tuned'] for line in lines):.3f}"
+
+
+@table("serving")
+def serving(load: Load) -> Rows:
+    result = load("serving")
+    rows = [["clients", "answers", "wrong", "tokens/s", "median latency, s", "95 %, s"]]
+    for one in result["served"]:
+        latencies = [f"{one['median_latency']:.1f}", f"{one['p95_latency']:.1f}"]
+        answers = [str(one["requests"]), bold(str(one["wrong"]))]
+        rows.append([f"{one['clients']}", *answers, f"{one['tokens_per_second']:.1f}", *latencies])
+    for one, when in zip(result["offline_before_and_after"], ("before", "after")):
+        rows.append(
+            [f"baseline: offline, one prompt at a time, {when}", "", "", f"{one['tokens_per_second']:.1f}", "", ""]
+        )
+    for one in result["offline_batched"]:
+        name = f"baseline: offline, padded batches of {one['batch']}"
+        rows.append([name, "", bold(str(one["wrong"])), f"{one['tokens_per_second']:.1f}", "", ""])
+    return rows
+
+
+@table("vllm")
+def vllm(load: Load) -> Rows:
+    result = load("vllm_engine")
+    rows = [["what is loaded", "implementation", "result"]]
+    for name, one in result["hybrid"].items():
+        rows.append(["hybrid", name, f"an error of {one['lines_printed']} lines that says why"])
+    for name, one in result["component"].items():
+        found = (
+            f"{one['different']} of {one['answers']} answers of {one['tokens_each']} tokens differ from `generate`'s"
+        )
+        rows.append(["the component of a pruned hybrid, saved by itself", name, found])
+    return rows
+
+
+@values
+def serving_values(load: Load) -> Values:
+    served = load("serving")["served"]
+    yield "serving.answers", str(sum(one["requests"] for one in served))
+    yield "serving.wrong", str(sum(one["wrong"] for one in served))
+    yield "serving.slowest", f"{served[0]['tokens_per_second']:.1f}"
+    yield "serving.fastest", f"{served[-1]['tokens_per_second']:.1f}"
+    yield "serving.batched", f"{load('serving')['offline_batched'][-1]['tokens_per_second']:.1f}"
+    yield "vllm.version", load("vllm_engine")["vllm"]

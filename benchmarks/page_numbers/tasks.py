@@ -1,0 +1,101 @@
+"""Models trained from scratch on tasks: benchmarks/mad_small.py, lra_small.py, mad_program.py, mad_generation.py."""
+
+from .registry import Load, Rows, Values, best_bold, table, values
+
+TASKS = (
+    "in-context-recall",
+    "noisy-in-context-recall",
+    "fuzzy-in-context-recall",
+    "selective-copying",
+    "compression",
+    "memorization",
+)
+
+
+def task_name(task: str) -> str:
+    return task.replace("in-context-recall", "in-context recall").replace("-", " ").replace("in context", "in-context")
+
+
+def scored(lines: list[dict], task: str) -> dict[str, dict]:
+    """{llama, mamba, ensemble, hybrid, ...: its line} of a task trained from scratch."""
+    mine = [line for line in lines if line["task"]["name"] == task]
+    return {"ensemble" if "ensemble" in line["model"] else line["model"].partition(" ")[0]: line for line in mine}
+
+
+@table("mad-small")
+def mad_small(load: Load) -> Rows:
+    shown = {"llama": "llama", "mamba": "mamba", "ensemble": "ensemble of the two", "hybrid": "hybrid"}
+    rows = [["task", "chance", *shown.values()]]
+    for task in TASKS:
+        lines = scored(load("mad_small"), task)
+        cells = best_bold([lines[one]["accuracy"] for one in shown], ".3f", max)
+        if task.startswith("fuzzy"):  # padding makes classes of their own there, so that the mean over classes differs
+            cells = [f"{cell} ({lines[one]['macro_accuracy']:.3f})" for cell, one in zip(cells, shown)]
+        rows.append([task_name(task), f"{lines['llama']['chance']:.3f}", *cells])
+    return rows
+
+
+@table("lra-small")
+def lra_small(load: Load) -> Rows:
+    lines = scored(load("lra_small"), "listops")
+    order = ("llama", "mamba", "ensemble", "hybrid", "jamba")
+    head = ["task", "chance", "llama", "mamba", "ensemble of the two", "hybrid", "Jamba (designed by hand)"]
+    cells = best_bold([lines[one]["accuracy"] for one in order], ".3f", max)
+    return [head, ["short ListOps", f"{lines['llama']['chance']:.3f}", *cells]]
+
+
+@table("mad-profile")
+def mad_profile(load: Load) -> Rows:
+    profile = load("mad_program")["profile"]
+    rows = [["task", "chance", *profile["models"]]]
+    for task in TASKS:
+        cells = best_bold([profile["accuracy"][model][task] for model in profile["models"]], ".3f", max)
+        rows.append([task_name(task), f"{profile['chance'][task]:.3f}", *cells])
+    return rows
+
+
+@table("mad-program")
+def mad_program(load: Load) -> Rows:
+    result = load("mad_program")
+    families = result["programmed"]["families"]
+    last = families[-1]
+    head = ["task", "chance", f"mixture weight of {last} (each seed)", "the small hybrid (each seed)"]
+    rows = [[*head, *(f"{family} alone" for family in families)]]
+    for task in TASKS:
+        runs = [run for run in result["programmed"]["runs"] if run["task"]["name"] == task]
+        weights, accuracies = ([run["alpha"][0][-1] for run in runs], [run["accuracy"] for run in runs])
+        cells = [", ".join(f"{one:.3f}" for one in many) for many in (weights, accuracies)]
+        alone = [result["profile"]["accuracy"][family][task] for family in families]
+        rows.append([task_name(task), f"{runs[0]['chance']:.3f}", *cells, *(f"{one:.3f}" for one in alone)])
+    mean = result["programmed"]["alpha"][0][-1]
+    return [*rows, ["mean of the six", "", f"{mean:.3f}", "", *[""] * len(families)]]
+
+
+@table("mad-generation")
+def mad_generation(load: Load) -> Rows:
+    rows = [["task", "loop, s", "generated, s", "loop / generated", "loop / data set"]]
+    lines = {line["task"]: line for line in load("mad_generation")["rows"]}
+    for task in TASKS:
+        line = lines[task]
+        cells = [f"{line['loop']:.2f}", f"{line['generated']:.3f}"]
+        cells += [f"{line['loop / generated']:.1f}", f"{line['loop / dataset']:.1f}"]
+        rows.append([task_name(task), *cells])
+    return rows
+
+
+@values
+def task_values(load: Load) -> Values:
+    training = load("mad_small")[0]["training"]
+    yield "mad.steps", f"{load('mad_small')[0]['steps']}"
+    yield "mad.width", f"{training['hidden_size']}"
+    wins = [
+        (lines["hybrid"]["accuracy"] > lines["ensemble"]["accuracy"], lines["hybrid"]["accuracy"] > alone)
+        for lines in (scored(load("mad_small"), task) for task in TASKS)
+        for alone in [max(lines[one]["accuracy"] for one in ("llama", "mamba"))]
+    ]
+    yield "mad.over-ensemble", f"{sum(one for one, _ in wins)} of {len(wins)}"
+    yield "mad.over-components", f"{sum(one for _, one in wins)} of {len(wins)}"
+    lines = scored(load("lra_small"), "listops")
+    yield from ((f"listops.{name}", f"{line['accuracy']:.3f}") for name, line in lines.items())
+    fuzzy = scored(load("mad_small"), "fuzzy-in-context-recall")
+    yield from ((f"fuzzy.{name}", f"{line['accuracy']:.3f}") for name, line in fuzzy.items())

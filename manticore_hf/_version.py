@@ -1,0 +1,6 @@
+"""The version, in one place: pyproject.toml, the package and the citation all take it from here.
+
+The build reads the line below without running it, so it must stay a plain assignment, and this file imports nothing.
+"""
+
+__version__ = "0.2.0.dev0"

@@ -1,0 +1,47 @@
+"""`manticore-hf mad-profile`: its options."""
+
+import argparse
+
+from manticore_hf.utils.options import Parser
+
+
+def add_options(parser: Parser) -> None:
+    """Adds the command's options."""
+    parser.description = (
+        "Trains each model's family from scratch, at a small size, on easy versions of the MAD tasks, "
+        "prints the accuracies, and writes them as profile.json and profile.png. Of a directory or Hub repo (of a "
+        "hybrid: of each component) only the configuration is read. About a minute per model and task on one core; a "
+        "finished run is not repeated."
+    )
+    parser.add_argument("models", help="model types of Transformers, directories or Hub repos: llama,mamba")
+    parser.add_argument("--output-dir", required=True, help="directory of the profile, and one JSON file per run")
+    parser.add_argument("--tasks", help="tasks of `manticore-hf mad`, or short: recall,copying (default: all six)")
+    for name, default, text in (
+        ("seq-len", 32, "tokens per sequence (compression: half of it; a quarter of them are copied)"),
+        ("num-train", 1600, "training sequences (memorization: 256)"),
+        ("num-test", 320, "test sequences"),
+        ("layers", 2, "layers of every model"),
+        ("hidden-size", 64, "width of every model"),
+        ("steps", 400, "optimizer steps of every run, rounded up to whole passes over the sequences"),
+        ("batch-size", 32, "sequences per step"),
+        ("seeds", 1, "runs of every model and task, averaged"),
+        ("seed", 0, "random seed of the first; the others count on"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW, at the start of a cosine")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Makes the profile."""
+    import dataclasses
+
+    from transformers.utils import logging
+
+    from manticore_hf.experiments.mad import profile
+    from manticore_hf.experiments.mad.easy import EasySettings
+
+    logging.set_verbosity_error()
+    settings = EasySettings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EasySettings)})
+    models = [name for name in (one.strip() for one in args.models.split(",")) if name]
+    tasks = None if args.tasks is None else [name.strip() for name in args.tasks.split(",")]
+    profile.mad_profile(models, args.output_dir, tasks, settings)

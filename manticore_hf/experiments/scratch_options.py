@@ -1,0 +1,47 @@
+"""Options that `manticore-hf mad` and `manticore-hf lra` share: what is trained from scratch, and how."""
+
+import argparse
+
+from manticore_hf.utils.options import Parser, Renamed
+
+
+class _RenamedSwitch(Renamed):
+    """An option under its old name that takes no value and stands for its `const`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        super().__call__(parser, namespace, self.const, option_string)
+
+
+def add_models(parser: Parser, layers: int) -> None:
+    """Adds what is trained from scratch; `layers` is the default of `--layers`."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model type of Transformers: llama, mamba, gpt_neox, ...")
+    what.add_argument("--hybrid", help="model types of a hybrid's components: llama,mamba")
+    parser.add_argument("--output-dir", required=True, help="directory of the results, one JSON file per run")
+    parser.add_argument("--layers", type=int, default=layers, help="layers of every model")
+    parser.add_argument("--hidden-size", type=int, default=128, help="width of every model")
+    parser.add_argument("--num-blocks", type=int, default=1, help="blocks of the hybrid")
+    parser.add_argument("--preset", default="default", help="settings of the hybrid: default or paper")
+    parser.add_argument(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also train each of the hybrid's components alone",
+    )
+    for old, new, value in (("--rivals", "--baselines", True), ("--no-rivals", "--no-baselines", False)):
+        parser.add_argument(old, dest="baselines", action=_RenamedSwitch, new=new, nargs=0, const=value)
+    parser.add_argument(
+        "--designed",
+        action="store_true",
+        help="also train a hybrid that was designed by hand: Mamba "
+        "and attention layers in turn (Jamba without experts)",
+    )
+
+
+def add_training(parser: Parser, epochs: int, learning_rate: float, batch_size: int, weight_decay: float = 0.0) -> None:
+    """Adds how every model is trained, with a task's own defaults."""
+    parser.add_argument("--epochs", type=int, default=epochs, help="passes over the training sequences")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help="of AdamW, at the start")
+    parser.add_argument("--weight-decay", type=float, default=weight_decay, help="of AdamW")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="sequences per step")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of sequences, weights and their order")

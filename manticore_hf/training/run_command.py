@@ -1,0 +1,23 @@
+"""`manticore-hf run`: its options."""
+
+import argparse
+
+from manticore_hf.utils.options import Parser
+
+
+def add_options(parser: Parser) -> None:
+    """Adds the command's options."""
+    parser.description = (
+        "Runs the stages of a YAML recipe, each in a directory of its own; finished stages are skipped, so "
+        "the same command goes on after a kill."
+    )
+    parser.add_argument("recipe", help="the YAML file")
+    parser.add_argument("--output-dir", required=True, help="directory below which every stage writes its own")
+    parser.add_argument("--seed", type=int, help="random seed instead of the recipe's")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the recipe."""
+    from manticore_hf.training.recipe import run_recipe
+
+    run_recipe(args.recipe, args.output_dir, args.seed)

@@ -1,0 +1,215 @@
+"""How every stage runs: what is finished is not done again, what was killed goes on, what is written says so last.
+
+A stage is a function of a StageRun. It loads, trains and saves through it, and so does each of these in the same way:
+start, load model and text, go on from the last whole checkpoint, save, record the result, print it.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.evaluation.data import load_rows
+from manticore_hf.evaluation.data_arguments import DataArguments
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.deepspeed import Unrounded, take_precision
+from manticore_hf.utils.distributed import broadcast_object, gathered, is_main, main_first, on_main, print_main
+from manticore_hf.utils.files import write_json
+
+RESULT = "stage.json"
+
+
+@dataclass
+class StageRun:
+    """One stage in one output directory.
+
+    Attributes:
+        stage: Its name.
+        arguments: TrainingArguments: where it writes, its seed, and how it trains.
+        data: Where its text comes from; None of a stage without text.
+        tokenizer: The hybrid's, once it is loaded; saved with the model.
+        train, validation: Rows of text as `load_rows` gives them, once they are loaded.
+    """
+
+    stage: str
+    arguments: TrainingArguments
+    data: DataArguments | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    train: Dataset | None = None
+    validation: Dataset | None = None
+
+    @property
+    def output(self) -> Path:
+        """The directory that it writes."""
+        return Path(self.arguments.output_dir)
+
+    def perform(self, work: Callable[["StageRun"], dict], summary: Callable[[dict], Iterable[str]]) -> dict:
+        """Does a stage's work unless it is finished, and prints its result; on every rank.
+
+        Args:
+            work: Loads, trains and saves through the run; gives the result as `save` or `write` returns it.
+            summary: The lines that are printed of a result.
+
+        Returns:
+            The result, as `stage.json` has it.
+        """
+        result = finished(self.output)
+        if result is None:
+            set_seed(self.arguments.seed)
+            result = work(self)
+        for line in summary(result):
+            print_main(line)
+        return result
+
+    def load(self, source: str | Path, dtype: str) -> ManticoreForCausalLM:
+        """The hybrid that the stage starts from; its tokenizer and the text are kept here. On every rank.
+
+        Args:
+            source: Directory or Hub repo.
+            dtype: That the weights are loaded in, "float32", "auto", ...
+
+        Raises:
+            ManticoreError: No such dtype, or text that cannot be used.
+            OSError: There is no such hybrid.
+        """
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ManticoreError(f"{dtype!r} is no dtype of torch to load the weights in; give for example 'bfloat16'.")
+        model = ManticoreForCausalLM.from_pretrained(source, dtype=dtype)
+        with main_first():
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.train, self.validation = load_rows(self.data, self.tokenizer)
+        return model
+
+    def load_to_train(self, source: str | Path, dtype: str) -> ManticoreForCausalLM:
+        """As `load`, for a stage with gradients."""
+        take_precision(self.arguments)
+        if self.arguments.ddp_find_unused_parameters is None:
+            # Weights that are fixed, components at 0, heads that nothing reads
+            self.arguments.ddp_find_unused_parameters = True
+        return self.load(source, dtype)
+
+    def trainer(self, cls: type[Trainer], model: torch.nn.Module, **kwargs: Any) -> Trainer:
+        """A Trainer of the stage's text and arguments.
+
+        Raises:
+            ManticoreError: Arguments that do not go together.
+        """
+        if self.data.prompt_column is None:
+            collator = default_data_collator
+        else:
+            if self.tokenizer.pad_token is None:
+                self.tokenizer.pad_token = self.tokenizer.eos_token
+            collator = DataCollatorForSeq2Seq(self.tokenizer, padding=True, label_pad_token_id=-100)
+        given = {"args": self.arguments, "train_dataset": self.train, "processing_class": self.tokenizer, **kwargs}
+        try:
+            return cls(model=model, data_collator=collator, **given)
+        except ManticoreError:
+            raise
+        except ValueError as err:  # so says Transformers
+            raise ManticoreError(" ".join(str(err).split())) from err
+
+    def fit(self, trainer: Trainer) -> Unrounded:
+        """Trains, from the last whole checkpoint if there is one; what it returns is for `save`. On every rank."""
+        resume = self.arguments.resume_from_checkpoint or broadcast_object(last_whole_checkpoint(self.output))
+        if resume:
+            print_main(f"{self.output}: going on from {resume}.")
+        kept = Unrounded(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return kept
+
+    def save(
+        self,
+        model: ManticoreForCausalLM,
+        result: dict,
+        trained: tuple[Trainer, Unrounded] | None = None,
+        facts: Callable[[], dict] | None = None,
+        also: Callable[[dict], dict | None] | None = None,
+    ) -> dict:
+        """Saves the hybrid with its tokenizer, and the result last; on every rank.
+
+        Args:
+            model: The hybrid. After a training with DeepSpeed it is for saving only.
+            result: Of the stage, but for `facts`.
+            trained: The Trainer, and what `fit` returned.
+            facts: More of the result, which is read from the whole model.
+            also: As in `write`.
+
+        Returns:
+            The whole result.
+        """
+        state = None
+        if trained is not None:
+            trainer, kept = trained
+            state = gathered(trainer, model, kept)
+            if is_main() or not trainer.is_deepspeed_enabled:  # which has the model whole on rank 0 only
+                result = {**result, **(facts() if facts is not None else {})}
+        return on_main(self.write, model, result, state, also)  # the next stage reads what rank 0 has written
+
+    def write(
+        self,
+        model: ManticoreForCausalLM,
+        result: dict,
+        state: dict[str, torch.Tensor] | None = None,
+        also: Callable[[dict], dict | None] | None = None,
+    ) -> dict:
+        """What `save` does on rank 0.
+
+        Args:
+            model: The hybrid.
+            result: Of the stage.
+            state: The state dict, where it is not the model's own.
+            also: Called with the result when the model is saved: writes more files, and may return more of the result.
+        """
+        model.save_pretrained(self.output, state_dict=state)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(self.output)
+        more = also(result) if also is not None else None
+        return record(self.output, {"stage": self.stage, **result, **(more or {})})
+
+
+def training_defaults() -> dict[str, Any]:
+    """What the stages set in TrainingArguments where nothing is given: no trackers; the CPU where there is no other."""
+    return {"report_to": "none", "use_cpu": not torch.accelerator.is_available()}
+
+
+def finished(output: str | Path) -> dict | None:
+    """The result of a stage that has ended in this directory, or None; on every rank the same."""
+    file = Path(output) / RESULT
+    result = broadcast_object(json.loads(file.read_text()) if is_main() and file.is_file() else None)
+    if result is not None:
+        print_main(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
+    return result
+
+
+def record(output: str | Path, result: dict) -> dict:
+    """Writes a stage's result; by rename and last, because its presence says that the stage has ended."""
+    write_json(Path(output) / RESULT, result)
+    return result
+
+
+def last_whole_checkpoint(output: str | Path) -> str | None:
+    """The newest checkpoint of a run that was written to its end, or None.
+
+    The Trainer writes `trainer_state.json` last; a checkpoint without it, or with half of it, was cut off by a kill.
+    """
+    found = []
+    for folder in Path(output).glob("checkpoint-*"):
+        try:
+            found.append((json.loads((folder / "trainer_state.json").read_text())["global_step"], folder))
+        except (OSError, ValueError, KeyError):
+            continue
+    return str(max(found)[1]) if found else None

@@ -1,0 +1,126 @@
+"""What each stage starts from and may be told: dataclasses that command line, recipes and plans read.
+
+Imports neither torch nor Transformers: a command's help is printed before they are.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from manticore_hf.modeling.settings_manticore import HybridSettings, ManticoreError
+
+
+@dataclass
+class HybridArguments(HybridSettings):
+    """How components are composed: what is set of the hybrid, and what is done to its components before."""
+
+    transplant: str | None = field(
+        default=None,
+        metadata={
+            "help": "Give components with other tokenizers the vocabulary of the tokenizer "
+            "component: mean, omp or auto. Default: refuse them.",
+            "choices": ("mean", "omp", "auto"),
+        },
+    )
+    transplant_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text to measure transplants on, and to choose the method by: a file, folder "
+            "or Hub data set. Default: none; in a recipe, its data."
+        },
+    )
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights, for example bfloat16."})
+
+    def settings(self) -> dict[str, Any]:
+        """What was given, as keyword arguments of `from_components`.
+
+        Raises:
+            ManticoreError: A mixture that only a recipe can ask for.
+        """
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.mixture is not None and self.mixture.startswith("mad"):
+            raise ManticoreError(
+                f"mixture={self.mixture!r} is programmed by a recipe: write it under `hybrid:` there and give the "
+                "recipe to `manticore-hf run` (or use manticore_hf.experiments.program_alpha and set_mixture_weights)."
+            )
+        return {key: value for key, value in given.items() if value is not None}
+
+
+@dataclass
+class CalibrateArguments:
+    """What calibration starts from."""
+
+    model: str = field(metadata={"help": "The hybrid to start from: directory or Hub repo."})
+    tokens: int = field(default=40_000, metadata={"help": "Tokens to use; a few ten thousand."})
+    reference: str | None = field(
+        default=None, metadata={"help": "Reference component. Default: the one with the lowest loss on this text."}
+    )
+    calibration_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
+
+
+@dataclass
+class StageArguments:
+    """What a training stage starts from."""
+
+    model: str = field(metadata={"help": "The hybrid to start from: directory or Hub repo."})
+    mixture_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "finetune: a searched hybrid whose mixture weights are taken over and fixed, while components and "
+            "projectors start from --model (the paper's order)."
+        },
+    )
+    component_max_norm: float | None = field(
+        default=None, metadata={"help": "Clip the gradient of each component by its own norm (instead of over all)."}
+    )
+    train_dtype: str = field(
+        default="float32", metadata={"help": "dtype the weights are loaded in; bf16/fp16 options autocast over it."}
+    )
+
+
+@dataclass
+class AlphaArguments:
+    """How a search moves alpha; a part of SearchArguments."""
+
+    strategy: str = field(default="darts", metadata={"help": "How alpha moves: darts, darts_bilevel, gaea or dash."})
+    alpha_learning_rate: float = field(
+        default=0.01, metadata={"help": "Learning rate of alpha (paper: 0.005 to 0.05)."}
+    )
+    alpha_weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay of alpha's logits."})
+    alpha_lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of alpha's learning rate."})
+    entropy_penalty: float = field(
+        default=0.0, metadata={"help": "Weight of alpha's entropy (nats, mean over blocks): larger is more one-hot."}
+    )
+    cost_penalty: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the expected cost: sum of alpha times the layers' parameters, as a share of all."},
+    )
+    temperature: float = field(default=2.0, metadata={"help": "dash: first Gumbel-softmax temperature (falls to 0.5)."})
+
+
+@dataclass
+class HardenArguments:
+    """What is hardened, and how its route is chosen."""
+
+    model: str = field(metadata={"help": "The soft hybrid: directory or Hub repo."})
+    route: str = field(
+        default="alpha",
+        metadata={
+            "help": "alpha (by the mixture weights), loss (measured on the validation text), a component's name, "
+            "or one name per block with commas between."
+        },
+    )
+    budget: float | None = field(
+        default=None, metadata={"help": "Largest cost of the route, as a share of the soft hybrid's."}
+    )
+    cost: str = field(default="parameters", metadata={"help": "What the budget counts: parameters, flops or latency."})
+    beam: int = field(default=4, metadata={"help": "Routes kept where there are too many to measure all."})
+    distil_weight: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the soft hybrid's distribution in the healing's loss; the text has the rest."},
+    )
+    train_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
+
+    def __post_init__(self):
+        if not 0 <= self.distil_weight <= 1:
+            raise ManticoreError(f"distil_weight={self.distil_weight} must be in [0, 1].")

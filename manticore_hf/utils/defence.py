@@ -1,0 +1,450 @@
+"""The defence against hostile configurations: a hybrid's `config.json` comes from a stranger.
+
+Transformers believes all of it. It loops over the numbers while it reads them (a list of layer types, a dict of
+labels), so that a number alone can hang a process; it takes methods for settings, and some settings for instructions to
+load code or files. Configurations are checked before anything is made of them. Models are counted on the meta device,
+where tensors have no storage, before they are made: a trillion parameters are refused with numbers instead of ending
+the process. A checkpoint is compared by its headers before it is read. `import manticore_hf` installs this for all that
+the package loads and inspects; in a published repository its author could delete it.
+"""
+
+import contextlib
+import copy
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+from manticore_hf.modeling.bounds_manticore import (
+    Guard,
+    ManticoreError,
+    check_dtype,
+    check_reference,
+    guard,
+    install_guard,
+    is_commit,
+    show,
+)
+from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
+from manticore_hf.modeling.weights_manticore import Renamer, part_of, refuse
+from manticore_hf.utils.headers import compare
+
+MAX_COMPONENTS = 32
+MAX_LAYERS = 1024
+MAX_WIDTH = 2**18
+MAX_ELEMENTS = 10**12
+"""Elements of one component. (Layers: of one, and of all components together; twice the deepest language models'.)"""
+
+_MAX_TENSORS = 2**17
+_MAX_STEPS = 2**16  # operations of a dry run
+_USABLE = 0.9  # of the memory; the rest is the system's and the interpreter's
+
+_MAX_COUNT = 2**16  # heads, experts, groups, labels: each may become a Python object
+_MAX_SIZE = 2**25  # widths, vocabularies, positions
+_MAX_NUMBER = 2**63  # what is only calculated with
+_MAX_BITS = 128  # some files say 10**30 for "no limit"
+_MAX_LIST, _MAX_VALUES, _MAX_DEPTH, _MAX_TEXT = 4096, 100_000, 24, 100_000
+
+# Said by a configuration they load code or files, or replace what Transformers' classes do; none says what a model is.
+_INSTRUCTIONS = {
+    "auto_map", "custom_pipelines", "code_revision", "name_or_path", "transformers_weights", "configuration_files",
+    "fusion_config", "kernel_config", "use_kernels", "allow_all_kernels", "distributed_config", "device_map",
+    "backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone", "gguf_file", "trust_remote_code",
+    "keys_to_ignore_at_inference", "ignore_keys_at_rope_validation", "custom_generate", "output_attentions",
+    *(key for key, kind in PreTrainedConfig.__annotations__.items() if "ClassVar" in str(kind) and key != "model_type"),
+}  # fmt: skip
+
+# Implementations that come with Transformers. "org/repo" names a kernel on the Hub, and so does "flash_attention_2"
+# where flash-attn is not installed: which of them runs is for the caller to say (attn_implementation=...).
+_OWN_IMPLEMENTATIONS = {
+    "attn_implementation": ("eager", "sdpa", "flex_attention"),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+
+logger = logging.get_logger(__name__)
+
+
+def check_transplant(name: str, values: dict | None) -> None:
+    """Raises ManticoreError unless what a component's entry says of its transplanted vocabulary makes sense.
+
+    Args:
+        name: The component's name.
+        values: None, or {"method", "tokenizer": {"repo_id", "revision", "subfolder"} of the one it was made for, or
+            None if that has no address, "vocabulary": SHA-256 of its tokens and ids, "vocab_size": rows of the
+            embedding that the component's own checkpoint has}.
+    """
+    if values is None:
+        return
+    keys = {"method", "tokenizer", "vocabulary", "vocab_size"}
+    if not isinstance(values, dict) or set(values) != keys:
+        raise ManticoreError(f"Component {name!r}: transplant={show(values)} must have the keys {sorted(keys)}.")
+    method, tokenizer, rows = values["method"], values["tokenizer"], values["vocab_size"]
+    if not isinstance(method, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", method):
+        raise ManticoreError(f"Component {name!r}: transplant method={show(method)} is no name of one.")
+    if not isinstance(values["vocabulary"], str) or not re.fullmatch(r"[0-9a-f]{64}", values["vocabulary"]):
+        raise ManticoreError(
+            f"Component {name!r}: transplant vocabulary={show(values['vocabulary'])} is no SHA-256 of 64 hex digits."
+        )
+    if type(rows) is not int or not 0 < rows <= _MAX_SIZE:
+        raise ManticoreError(f"Component {name!r}: transplant vocab_size={show(rows)} must be a number of tokens.")
+    if tokenizer is None:
+        return
+    if not isinstance(tokenizer, dict) or set(tokenizer) != {"repo_id", "revision", "subfolder"}:
+        raise ManticoreError(
+            f"Component {name!r}: transplant tokenizer={show(tokenizer)} must have a repo_id, revision and subfolder."
+        )
+    check_reference(name, tokenizer["repo_id"], tokenizer["revision"], tokenizer["subfolder"])
+    if not is_commit(tokenizer["revision"]):
+        raise ManticoreError(
+            f"Component {name!r}: its transplant's tokenizer is at {show(tokenizer['revision'])}, which is no 40-hex "
+            "commit."
+        )
+
+
+def check_objective(value: dict | None) -> None:
+    """Raises ManticoreError unless it says what is left open, or what was measured."""
+    known = {"mixture_space", "loss_weights"}
+    if value is not None:
+        keys = value.get("open", value.get("chosen")) if isinstance(value, dict) else None
+        measured = isinstance(value, dict) and ("open" in value or isinstance(value.get("gain"), float))
+        if not measured or not isinstance(keys, list) or not all(isinstance(k, str) and k in known for k in keys):
+            raise ManticoreError(f"objective={show(value)} must be None, or what is left open or was measured.")
+
+
+def check_plain(what: str, values: object) -> None:
+    """Raises ManticoreError if values are nested too deep, too many or too large to be looked at at all.
+
+    Args:
+        what: How a message calls them.
+        values: Dicts, lists and what is in them; other objects are not entered.
+    """
+    seen, todo = 0, [("", values, 0)]
+    while todo:  # no recursion: it is the depth that is in question
+        key, value, depth = todo.pop()
+        seen += 1
+        if seen > _MAX_VALUES or depth > _MAX_DEPTH:
+            size = f"more than {_MAX_VALUES} values" if seen > _MAX_VALUES else f"more than {_MAX_DEPTH} levels"
+            raise ManticoreError(f"{what} has {size} (at {show(key)}): no model's configuration needs that many.")
+        if isinstance(value, str) and len(value) > _MAX_TEXT:
+            raise ManticoreError(f"{what}: {show(key)} is a text of {len(value)} characters; give at most {_MAX_TEXT}.")
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            bits = value.bit_length()
+            raise ManticoreError(f"{what}: {show(key)} is an integer of {bits} bits; give at most {_MAX_BITS}.")
+        if isinstance(value, dict):
+            for name in value:
+                if not isinstance(name, (str, int)) or isinstance(name, str) and len(name) > 1000:
+                    raise ManticoreError(f"{what}: {show(key)} has the key {show(name)}, which is no name.")
+            if not isinstance(value.get("dtype"), (str, int, dict, torch.dtype, type(None))):
+                check_dtype(f"{what}: {show(key)}", value["dtype"])  # Transformers could not write it again
+            todo += [(str(name), item, depth + 1) for name, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            todo += [(key, item, depth + 1) for item in value]
+
+
+def check_sizes(what: str, values: dict, layer_keys: tuple | set = ()) -> None:
+    """Raises ManticoreError if an integer or a list is beyond what any model has under such a name.
+
+    Args:
+        what: How a message calls the configuration.
+        values: Its (nested) settings, plain enough for `check_plain`.
+        layer_keys: Names under which this kind of model keeps its number of layers.
+    """
+    todo = list(values.items())
+    while todo:
+        key, value = todo.pop()
+        if isinstance(value, dict):
+            todo += [(name if isinstance(name, str) else key, item) for name, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            if len(value) > _MAX_LIST:
+                raise ManticoreError(f"{what}: {key} is a list of {len(value)} values; give at most {_MAX_LIST}.")
+            todo += [(key, item) for item in value]
+        elif isinstance(value, int) and abs(value) > (most := _most(key, layer_keys)):
+            raise ManticoreError(
+                f"{what}: {key}={value} is more than any model has; it may be at most {most}. Repair or do not use "
+                "this config.json."
+            )
+
+
+def check_values(what: str, values: dict) -> None:
+    """`check_plain` and `check_sizes` of a config.json, which must be done before Transformers reads it.
+
+    Args:
+        what: How a message calls the component.
+        values: What the file says.
+    """
+    check_plain(what, values)
+    kind = values.get("model_type")
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    check_sizes(what, values, _layer_keys(CONFIG_MAPPING[kind]) if known else ())
+
+
+def _most(key, layer_keys):
+    """The largest integer that makes sense under a name."""
+    if key in layer_keys or re.search(r"(^|_)(layers?|blocks|depth|types?)$", key):
+        return MAX_LAYERS
+    if key.endswith("max_length"):
+        return 2**_MAX_BITS
+    if re.search(r"(theta|base|seed|_ids?|_index|_token|scale|factor|window)$", key):
+        return _MAX_NUMBER
+    if key.startswith("num_") or re.search(r"heads?($|_)|experts?$|groups?$|cycles|iters|kernel|conv", key):
+        return _MAX_COUNT
+    return _MAX_SIZE
+
+
+def clean(what: str, values: dict, cls: type) -> dict:
+    """A copy of a configuration's settings without those that are none.
+
+    What says how or with which code to run a model is dropped: that is the caller's to say, not the file's.
+
+    Args:
+        what: How a message calls the configuration.
+        values: Its settings.
+        cls: The configuration class that takes them.
+
+    Raises:
+        ManticoreError: A setting would replace a method of the class.
+    """
+    out = {}
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise ManticoreError(f"{what} has the key {show(key)}, which is no name of a setting.")
+        if key.lstrip("_") in _OWN_IMPLEMENTATIONS:
+            if value is None or isinstance(value, str) and value in _OWN_IMPLEMENTATIONS[key.lstrip("_")]:
+                out[key.lstrip("_")] = value
+            else:
+                logger.warning(f"{what} asks for {key}={show(value)}: this is not taken from a file, pass it yourself.")
+            continue
+        if key.startswith("_") or key in _INSTRUCTIONS:
+            continue
+        known = inspect.getattr_static(cls, key, None)
+        if key == "self" or callable(known) or isinstance(known, (classmethod, staticmethod)):
+            raise ManticoreError(f"{what}: {key}={show(value)} is no setting of a configuration; remove it.")
+        if isinstance(value, dict) and (key.endswith("_config") or "model_type" in value):
+            value = clean(what, value, object)
+        out[key] = value
+    return copy.deepcopy(out)
+
+
+def check_hybrid(what: str, values: dict) -> None:
+    """Raises ManticoreError if one of a hybrid's settings beyond its own (ids, dtype, ...) has an impossible value."""
+    check_sizes(what, values)
+    for key, value in values.items():
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if key.endswith("_token_id") and not all(
+            one is None or isinstance(one, int) and not isinstance(one, bool) and 0 <= one < _MAX_SIZE for one in ids
+        ):
+            raise ManticoreError(f"{what}: {key}={show(value)} must be a token's number (eos_token_id: or a list).")
+    if values.get("is_encoder_decoder"):
+        raise ManticoreError(f"{what}: is_encoder_decoder={show(values['is_encoder_decoder'])}; a hybrid is a decoder.")
+    for key in ("attn_implementation", "experts_implementation"):
+        value = values.get(key)
+        parts = value.values() if isinstance(value, dict) else [value]
+        if not all(one is None or isinstance(one, str) for one in parts):
+            raise ManticoreError(f"{what}: {key}={show(value)} must be a name, or a name for each component.")
+    quantization = values.get("quantization_config")
+    if not (quantization is None or isinstance(quantization, dict) or hasattr(quantization, "to_dict")):
+        raise ManticoreError(f"{what}: quantization_config={show(quantization)} must be a dict of settings.")
+    if isinstance(quantization, dict) and (reason := unsaved_quantization(quantization)) is not None:
+        raise ManticoreError(f"{what}: {reason}. Quantise the hybrid when you load it (quantization_config=...).")
+
+
+def _nested(config):
+    """The settings of a configuration and of those inside it."""
+    todo, seen = [config], []
+    while todo and len(seen) < MAX_COMPONENTS:
+        values = vars(todo.pop())
+        seen.append({key: value for key, value in values.items() if not key.startswith("_")})
+        todo += [value for value in values.values() if isinstance(value, PreTrainedConfig)]
+    return seen
+
+
+def _layer_keys(cls):
+    return {"num_hidden_layers", getattr(cls, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")}
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that a device has, None where that cannot be told."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+_FILLS = {getattr(torch.ops.aten, name).default for name in ("uniform_", "normal_", "zero_")}
+_FILLS |= {torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor}
+
+
+class Meter(TorchDispatchMode):
+    """Refuses tensors beyond any sense while a model is made or run on the meta device.
+
+    Args:
+        what: How a message calls the model.
+        steps: Operations after which it is refused as endless.
+    """
+
+    def __init__(self, what: str, steps: int):
+        super().__init__()
+        self.what, self.steps, self.done, self.elements = what, steps, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.done += 1
+        if self.done > self.steps:
+            raise ManticoreError(f"{self.what} is endless: it takes more than {self.steps} operations. Do not use it.")
+        if func in _FILLS and args[0].is_meta:  # there is nothing to fill, and torch takes its time to find that out
+            return args[0]
+        device = kwargs.get("device")
+        made = not any(isinstance(one, torch.Tensor) for one in args)
+        if made and device is not None and torch.device(device).type != "meta":
+            self.measure(func(*args, **{**kwargs, "device": torch.device("meta")}), made)  # before it is taken
+        out = func(*args, **kwargs)
+        self.measure(out, made)
+        return out
+
+    def measure(self, out: object, made: bool) -> None:
+        """Adds the elements of an operation's results; `made` says that they are new and no view."""
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, torch.Tensor):
+                self.elements += one.numel() if made else 0
+                if max(self.elements, one.numel()) > MAX_ELEMENTS:
+                    raise ManticoreError(
+                        f"{self.what} asks for {max(self.elements, one.numel()):.1e} parameters (a tensor of shape "
+                        f"{tuple(one.shape)} among them); at most {MAX_ELEMENTS:.1e} are allowed. Repair or do not use "
+                        "its configuration."
+                    )
+
+
+def check_memory(what: str, tensors: list, more: str = "", device: str | torch.device = "cpu") -> None:
+    """Raises ManticoreError if tensors, of whatever device, are more than the memory of `device`."""
+    there = memory_of(torch.device(device))
+    asked, count = sum(one.nbytes for one in tensors), sum(one.numel() for one in tensors)
+    if there is not None and asked > _USABLE * there:
+        raise ManticoreError(
+            f"{what}{more} asks for {count:.2e} parameters, {asked / 2**30:,.1f} GiB; this machine has "
+            f"{there / 2**30:,.1f} GiB of memory. Use a larger machine, or repair its configuration if it is wrong."
+        )
+
+
+def _tensors(module):
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+class Defence(Guard):
+    """The package's guard."""
+
+    def plain(self, what: str, values: object) -> None:
+        check_plain(what, values)
+
+    @contextlib.contextmanager
+    def reading(self, source: str | os.PathLike) -> Iterator[None]:
+        """Transformers reads files that hold anything but a JSON object with odd errors."""
+        try:
+            yield
+        except (OSError, TypeError, AttributeError, KeyError, RecursionError) as err:
+            if isinstance(err, OSError) and not isinstance(err.__context__, ValueError):
+                raise  # there is no such file, or no connection
+            raise ManticoreError(
+                f"{str(source)!r}: its config.json is no JSON object of settings ({type(err).__name__}); it is damaged "
+                "or no hybrid's."
+            ) from err
+
+    def file(self, what: str, values: dict) -> None:
+        check_values(what, values)
+
+    def settings(self, what: str, values: dict, cls: type) -> dict:
+        return clean(what, values, cls)
+
+    def entry(self, name: str, entry: dict) -> None:
+        said = entry.get("license")
+        if said is not None and not (isinstance(said, str) and len(said) < 200 and said.isprintable()):
+            raise ManticoreError(f"Component {name!r}: license={show(said)} must be the short name of one, or null.")
+        check_transplant(name, entry.get("transplant"))
+
+    def component(self, what: str, config: PreTrainedConfig) -> None:
+        for values in _nested(config):
+            check_plain(what, values)
+            check_sizes(what, values, _layer_keys(type(config)))
+        for key in ("sliding_window", "attention_chunk_size"):  # of the caches, which no class checks
+            value = getattr(config, key, None)
+            if not (value is None or type(value) is int and value >= 0):
+                raise ManticoreError(f"{what}: {key}={show(value)} must be a number of tokens, or null.")
+
+    def general(self, what: str, values: dict) -> None:
+        check_hybrid(what, values)
+
+    def entries(self, entries: list) -> None:
+        if len(entries) > MAX_COMPONENTS:
+            raise ManticoreError(f"{len(entries)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
+
+    def hybrid(self, config: PreTrainedConfig) -> None:
+        check_objective(config.objective)
+        depths = [getattr(config, name).get_text_config().num_hidden_layers for name in config.component_names]
+        if sum(depths) > MAX_LAYERS:
+            raise ManticoreError(f"The components have more than {MAX_LAYERS} layers in all; join fewer, or smaller.")
+        if depths and config.hidden_size > MAX_WIDTH:
+            raise ManticoreError(
+                f"The hybrid's hidden_size={config.hidden_size} is more than any model has; give at most {MAX_WIDTH}."
+            )
+
+    def construct(self, what: str, make: Callable, beside: tuple | list) -> torch.nn.Module:
+        """Makes a module after its size was counted on the meta device; twice where the default device has storage.
+
+        Raises:
+            ManticoreError: There is not enough memory; the message has the numbers.
+        """
+        device = torch.get_default_device()
+        if device.type != "meta" and is_deepspeed_zero3_enabled():  # it divides every tensor as soon as it is made
+            return make()
+        with contextlib.nullcontext() if device.type == "meta" else torch.device("meta"):
+            with Meter(what, 4 * _MAX_TENSORS):
+                module = make()
+        tensors = list(_tensors(module))
+        if len(tensors) > _MAX_TENSORS:
+            raise ManticoreError(f"{what} has {len(tensors)} tensors; at most {_MAX_TENSORS} are allowed.")
+        if device.type == "meta":
+            # What no checkpoint holds is made at its full size, whatever a checkpoint's headers say.
+            own = {name for part in module.modules() for name in part._non_persistent_buffers_set}
+            check_memory(what, [tensor for name, tensor in module.named_buffers() if name.rpartition(".")[2] in own])
+            return module
+        there = [tensor for one in beside for tensor in _tensors(one)]
+        check_memory(what, tensors + there, " with what is built before it" if there else "", device)
+        return make()  # only tensors with storage get initial values
+
+    def running(self, what: str) -> Meter:
+        return Meter(what, _MAX_STEPS)
+
+    def checkpoint(
+        self,
+        model: torch.nn.Module,
+        tensors: dict,
+        rename: Renamer,
+        ties: dict,
+        quantizer: object | None,
+        ignore_mismatched: bool,
+    ) -> None:
+        missing, wrong = compare(model, tensors, rename, ties)
+        missing = [key for key in missing if not model.starts_anew(key)]
+        if quantizer is not None:  # it packs tensors, and turns some round before
+            packed = quantizer.pre_quantized
+            wrong = {key: two for key, two in wrong.items() if not packed and math.prod(two[0]) != math.prod(two[1])}
+        if wrong and ignore_mismatched:
+            made = [rename.known[key] for key in wrong if key in rename.known]
+            check_memory(f"{part_of(model, min(wrong))}: its tensors of another shape", made)
+        refuse(model, missing, {} if ignore_mismatched else wrong)
+
+
+def install() -> None:
+    """Makes this defence the one of this process, for all that is loaded with the package's own code."""
+    if not isinstance(guard(), Defence):
+        install_guard(Defence())

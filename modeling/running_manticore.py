@@ -1,0 +1,239 @@
+"""One pass of a hybrid: what it reads, the ways to run, and what it gives.
+
+`run` takes one of three functions of one signature: `run_all` (all components in every block, mixed after each),
+`run_path` (a hardened hybrid's one component per block) and `run_straight` (one block that reads native embeddings:
+whole components side by side, nothing cut).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .cache_manticore import ManticoreCache, cache_for
+from .configuration_manticore import ManticoreError
+from .mixing_manticore import HybridMixer, resize
+from .mixture_manticore import is_active, weighted_sum
+from .segments_manticore import check_positions, width_of
+
+
+@dataclass
+class Inputs:
+    """What one pass reads.
+
+    Attributes:
+        ids: [batch, time] token ids, or None.
+        embeds: What `get_input_embeddings` gives for them, or None; one of the two is there.
+        mask: [batch, past + time], 1 for real tokens, or None.
+        positions: [batch or 1, time].
+        explicit: Whether the caller gave the positions.
+        cache: A ManticoreCache, or None.
+        keep: Whether the shared states at the blocks' boundaries are wanted.
+    """
+
+    ids: torch.Tensor | None
+    embeds: torch.Tensor | None
+    mask: torch.Tensor | None
+    positions: torch.Tensor
+    explicit: bool
+    cache: ManticoreCache | None
+    keep: bool
+
+    @property
+    def shape(self):
+        """(batch, time)."""
+        return tuple((self.embeds if self.ids is None else self.ids).shape[:2])
+
+    def around(self, name, block):
+        """(mask, positions, view of the cache) of the segment of component `name` that begins in `block`."""
+        if self.cache is None:
+            return self.mask, self.positions, None
+        mask = self.cache.stretch(self.mask, name, block, *self.shape, self.positions.device)
+        return mask, self.positions, self.cache.view(name, block)
+
+
+@dataclass
+class Pass:
+    """What one pass gives.
+
+    Attributes:
+        states: {component: [batch, time, d_k]}, the last states of those that were run in the last block.
+        weights: S rows of K mixture weights: numbers where they are fixed, else scalar tensors.
+        shared: [batch, time, d], the shared state after the last block; None where nobody asked and no head reads it.
+        hidden_states: The shared states at the blocks' boundaries, if they were wanted.
+        cache: The ManticoreCache, with the new tokens; None without.
+    """
+
+    states: dict
+    weights: list
+    shared: torch.Tensor | None
+    hidden_states: tuple | None
+    cache: ManticoreCache | None = None
+
+
+def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
+    """The Inputs of a call, checked.
+
+    Raises:
+        ManticoreError: Input that does not fit together.
+    """
+    if (ids is None) == (embeds is None):
+        raise ManticoreError("Give exactly one of input_ids and inputs_embeds.")
+    given = embeds if ids is None else ids
+    batch, time = given.shape[:2]
+    if mask is not None and mask.ndim != 2:
+        raise ManticoreError(
+            f"attention_mask has shape {tuple(mask.shape)}; a hybrid takes [batch, past + time], since its recurrent "
+            "components cannot use a 4-D mask."
+        )
+    cache = cache_for(model, cache, use_cache)
+    past = 0 if cache is None else cache.get_seq_length()
+    if mask is not None and mask.shape != (batch, past + time):
+        raise ManticoreError(
+            f"attention_mask has shape {tuple(mask.shape)}; {(batch, past + time)} is needed for {past} cached and "
+            f"{time} new tokens."
+        )
+    explicit = positions is not None
+    if not explicit and mask is None:
+        positions = torch.arange(past, past + time, device=given.device)[None]
+    elif not explicit:
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
+    return Inputs(ids, embeds, mask, positions, explicit, cache, keep)
+
+
+def run(model, inputs, shared=True):
+    """Runs the blocks of a hybrid.
+
+    Args:
+        model: The hybrid.
+        inputs: Its Inputs.
+        shared: Whether the shared state after the last block is wanted even where no head reads it.
+
+    Returns:
+        A Pass.
+
+    Raises:
+        ManticoreError: Input beyond the table of positions of a component that is run.
+    """
+    config, segments, cache = model.config, model.segments, inputs.cache
+    segments.follow()
+    weights, (_, time) = mixture_rows(model), inputs.shape
+    length = time if cache is None else cache.max_cache_len or cache.get_seq_length() + time
+    running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
+    check_positions(running, inputs.positions, length, inputs.explicit)
+    if config.route is not None:
+        found = run_path(model, inputs, weights, shared)
+    elif config.num_blocks == 1 and config.embeddings == "native":
+        found = run_straight(model, inputs, weights, shared)
+    else:
+        found = run_all(model, inputs, weights, shared)
+    if cache is not None:
+        cache.advance(time, inputs.mask)
+        found.cache = cache
+    return found
+
+
+def run_straight(model, inputs, weights, shared):
+    """One block that reads native embeddings: whole components, each by its own forward and with its own cache."""
+    own, segments = native_inputs(model, inputs, weights[0]), model.segments
+    states = {name: segments.segment(name, 0)(entering, *inputs.around(name, 0)) for name, entering in own.items()}
+    state = mix_native(model, weights[0], states) if shared or inputs.keep else None
+    boundaries = (mix_native(model, weights[0], own), state) if inputs.keep else None
+    return Pass(states, weights, state, boundaries)
+
+
+def run_all(model, inputs, weights, shared):
+    """All components in every block, as their mixture weights say; the states are mixed after each block."""
+    config, mixer, segments = model.config, model.hybrid_mixer, model.segments
+    native, last = config.embeddings == "native", config.num_blocks - 1
+    own = native_inputs(model, inputs, weights[0]) if native else None
+    state = None if native else mixed_inputs(model, inputs)
+    boundaries = [state if own is None else mix_native(model, weights[0], own)] if inputs.keep else []
+    for block in range(config.num_blocks):
+        active, states = active_in(model, weights[block]), {}
+        for name, weight in active.items():
+            if native and block == 0:
+                entering = own[name]
+            else:
+                entering = mixer(HybridMixer.enter, block, name, state, weight)
+            states[name] = segments.segment(name, block)(entering, *inputs.around(name, block))
+        if native and block == last:
+            state = mix_native(model, weights[block], states) if shared or inputs.keep else None
+        else:
+            left = [mixer(HybridMixer.leave, block, n, states[n], w) for n, w in active.items()]
+            state = weighted_sum(list(active.values()), left)
+        if inputs.keep:
+            boundaries.append(state)
+    return Pass(states, weights, state, tuple(boundaries) if inputs.keep else None)
+
+
+def run_path(model, inputs, weights, shared):
+    """A hardened hybrid: one component after the other, each state as it is until the next takes over."""
+    config, mixer, segments = model.config, model.hybrid_mixer, model.segments
+    native, width, name = config.embeddings == "native", config.hidden_size, config.route[0]
+    if native:
+        own = native_inputs(model, inputs, weights[0])
+        state, boundaries = own[name], [mix_native(model, weights[0], own)] if inputs.keep else []
+    else:
+        mixed = mixed_inputs(model, inputs)
+        state, boundaries = mixer(HybridMixer.enter, 0, name, mixed, 1.0), [mixed]
+    for name, block in segments.ranges:
+        if block > 0:
+            state = mixer(HybridMixer.cross, block, state)
+        state = segments.segment(name, block)(state, *inputs.around(name, block))
+        if inputs.keep:
+            boundaries.append(resize(state, width))
+    last = config.num_blocks - 1
+    mixed = resize(state, width) if native else mixer(HybridMixer.leave, last, name, state, 1.0)
+    return Pass({name: state}, weights, mixed, tuple(boundaries) if inputs.keep else None)
+
+
+# ---- mixture weights, and what the first block reads -----------------------------------------------------------------
+
+
+def mixture_rows(model):
+    """S rows of K mixture weights: numbers in blocks where they are fixed, else scalar tensors."""
+    fixed = model.config.mixture_weights
+    if fixed is not None and None not in fixed:
+        return fixed
+    learned = [list(row.unbind()) for row in model.hybrid_mixer(HybridMixer.weights)]
+    return [mine if mine is not None else row for mine, row in zip(fixed or [None] * len(learned), learned)]
+
+
+def active_in(model, row):
+    """{component: mixture weight} of those that a row of mixture weights lets run."""
+    return {name: weight for name, weight in zip(model.config.component_names, row) if is_active(weight)}
+
+
+def native_inputs(model, inputs, row):
+    """{component: what its first segment reads}: its own embeddings; the token ids, where it is run whole."""
+    config, segments = model.config, model.segments
+    if inputs.embeds is None:
+        whole = {name: segments.segment(name, 0).is_whole for name in active_in(model, row)}
+        return {name: inputs.ids if whole[name] else model.embed(name, inputs.ids) for name in whole}
+    names = config.route[:1] if config.route else config.component_names
+    widths = [width_of(model.component(name).get_input_embeddings()) for name in names]
+    if inputs.embeds.shape[-1] != sum(widths):
+        raise ManticoreError(
+            f"inputs_embeds has width {inputs.embeds.shape[-1]}; with embeddings='native' it must hold every "
+            f"component's embeddings side by side ({dict(zip(names, widths))}, in all {sum(widths)}): use "
+            "model.get_input_embeddings()(input_ids)."
+        )
+    split = dict(zip(names, inputs.embeds.split(widths, -1)))
+    return {name: split[name] for name in active_in(model, row)}
+
+
+def mixed_inputs(model, inputs):
+    """h_0 [batch, time, d], which all first segments read where embeddings are mixed."""
+    state = model.mix_embeddings(inputs.ids) if inputs.embeds is None else inputs.embeds
+    if state.shape[-1] != model.config.hidden_size:
+        width = model.config.hidden_size
+        raise ManticoreError(f"inputs_embeds has width {state.shape[-1]}; this hybrid's is {width}.")
+    return state
+
+
+def mix_native(model, row, states):
+    """Components' own states (or token ids) as one state of the shared width, for those who ask for hidden states."""
+    active = active_in(model, row)
+    states = {n: x if x.is_floating_point() else model.embed(n, x) for n, x in states.items() if n in active}
+    padded = [resize(model.together(states[name]), model.config.hidden_size) for name in active]
+    return weighted_sum(list(active.values()), padded)

@@ -1,0 +1,102 @@
+"""What may be set of a hybrid: one list, from which configuration, command line, recipes and docs come.
+
+Imports nothing, so that a command's help can be printed without torch and Transformers.
+"""
+
+from dataclasses import dataclass, field, fields
+
+
+class ManticoreError(ValueError):
+    """A hybrid, component, file or setting that cannot be used; the message names it and says what to do."""
+
+
+PRESETS = {
+    # Roberts et al., section 3 and their released code (linear projectors of the framework's default initialisation,
+    # gates equal to alpha, embeddings and heads mixed with the first block's alpha, loss of the mixture only).
+    "paper": {
+        "projector": "linear", "projector_init": "default", "gate": "alpha", "mixture": "static",
+        "mixture_space": "logprob", "embeddings": "mixed", "head_mixture": "first",
+        "mix_loss_weight": 1.0, "component_loss_weight": 0.0,
+    },
+    # What measured best so far (BENCHMARKS.md says on what).
+    "default": {
+        "projector": "linear", "projector_init": "calibrated", "gate": "none", "mixture": "token",
+        "mixture_space": "prob", "embeddings": "native", "head_mixture": "last",
+        "mix_loss_weight": 1.0, "component_loss_weight": 0.0,
+    },
+}  # fmt: skip
+
+
+def _preset(help, *choices):
+    """A setting that a preset fills where it is not given."""
+    return field(default=None, metadata={"help": help, "choices": choices, "preset": True})
+
+
+@dataclass
+class HybridSettings:
+    """How components are joined: keys of ManticoreConfig, options of `compose`, keys under `hybrid:` in a recipe."""
+
+    num_blocks: int = field(
+        default=1, metadata={"help": "Blocks into which every component is cut; at most the depth of the shallowest."}
+    )
+    block_layers: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": 'Layers per block of each component, {"name": [4, 2], ...}. Default: as even as can be.'},
+    )
+    preset: str = field(default="default", metadata={"help": "Fills what is not given.", "choices": tuple(PRESETS)})
+    projector: str | None = _preset(
+        "Maps between feature spaces: linear (paper, section 3.1), mlp (two layers, GELU, residual), or none (pad and "
+        "truncate).",
+        *("linear", "mlp", "none"),
+    )
+    projector_init: str | None = _preset(
+        "Where linear projectors start: calibrated (solved in closed form by the first stage that has text; the "
+        "identity until then), identity, or default (the framework's). Others start as the identity.",
+        *("default", "identity", "calibrated"),
+    )
+    gate: str | None = _preset(
+        "Projector only (none), or projector and raw feature mixed by the block's alpha (alpha, paper).",
+        *("none", "alpha"),
+    )
+    reference_component: str | None = field(
+        default=None,
+        metadata={
+            "help": "With gate none: component whose states are the shared space, so that its projectors are the "
+            "identity. Default: the first; calibration takes the one with the lowest loss."
+        },
+    )
+    mixture: str | None = _preset(
+        "One weight per block and component (static, paper), or a gate of the token in the last block (token).",
+        *("static", "token"),
+    )
+    mixture_space: str | None = _preset(
+        "Mean of the components' distributions: geometric (logprob) or arithmetic (prob).", *("logprob", "prob")
+    )
+    embeddings: str | None = _preset(
+        "Each component's own embeddings and last state (native), all through the shared space (mixed, paper), or so "
+        "with new ones drawn from N(0, 0.02) (fresh).",
+        *("native", "mixed", "fresh"),
+    )
+    head_mixture: str | None = _preset(
+        "Block whose alpha mixes the heads (the paper's code: first).", *("last", "first")
+    )
+    mix_loss_weight: float | None = _preset("Weight of the cross-entropy of the mixture.")
+    component_loss_weight: float | None = _preset("Weight of the sum of the cross-entropies of the components' heads.")
+    mixture_weights: list | None = field(
+        default=None,
+        metadata={
+            "help": "Exact mixture weights [blocks][components]; a row that is null is learned, a component at 0 is "
+            "not run in that block. Default: learned."
+        },
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Size of the common vocabulary; rows beyond it are padding. Default: found out."},
+    )
+    tokenizer_component: str | None = field(
+        default=None, metadata={"help": "Component whose tokenizer is the hybrid's. Default: the first."}
+    )
+
+
+CHOICES = {one.name: one.metadata["choices"] for one in fields(HybridSettings) if one.metadata.get("choices")}
+FILLED = tuple(one.name for one in fields(HybridSettings) if one.metadata.get("preset"))  # by a preset

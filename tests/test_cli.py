@@ -1,0 +1,269 @@
+"""The command line: help at once, one name for one thing, mistakes in a sentence, bugs with their traceback."""
+
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+import warnings
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from manticore_hf.modeling.settings_manticore import FILLED, PRESETS, HybridSettings
+from tiny_hybrid import pair, save, write_text
+from transformers import TrainingArguments
+
+from manticore_hf import ManticoreConfig, ManticoreForCausalLM, SearchArguments
+from manticore_hf.cli import COMMANDS, main, parser_of
+from manticore_hf.compare import CompareArguments
+from manticore_hf.demo import demo
+from manticore_hf.evaluation.data_arguments import DataArguments
+from manticore_hf.training.recipe import find_recipe, load_recipe
+from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
+from manticore_hf.utils.options import Parser, Renamed, from_namespace
+
+ROOT = Path(__file__).parent.parent
+TRAINED = [name for name, stage in STAGES.items() if stage.trains is not None]
+
+
+def shell(code, *more):
+    """What a process of its own prints, which starts where the console script does."""
+    done = subprocess.run([sys.executable, "-c", code, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = """if True:
+        import sys, manticore_hf_cli
+        for command in [[], *([one] for one in sys.argv[1:])]:
+            sys.argv = ["manticore-hf", *command, "--help"]
+            try:
+                manticore_hf_cli.main()
+            except SystemExit as end:
+                assert not end.code, command
+        heavy = {"torch", "transformers", "datasets", "numpy", "huggingface_hub", "matplotlib"} & set(sys.modules)
+        assert not heavy, heavy
+        """
+    printed = shell(code, *COMMANDS)
+    assert printed.count("usage: manticore-hf ") == 1 + len(COMMANDS)
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in printed and command.help in printed
+
+
+def test_a_command_registers_the_classes_before_it_runs():
+    code = """if True:
+        import sys, manticore_hf_cli
+        sys.argv = ["manticore-hf", "families", "--type", "llama"]
+        assert manticore_hf_cli.main() == 0
+        from transformers import AutoConfig
+        import manticore_hf
+        assert type(AutoConfig.for_model("manticore")) is manticore_hf.ManticoreConfig
+        """
+    assert "LlamaForCausalLM" in shell(code)
+
+
+def test_a_plain_import_registers_the_classes():
+    """Also one of a name in it, also beside the command's module, and of whatever comes first."""
+    code = """if True:
+        import manticore_hf_cli
+        from manticore_hf import ManticoreError
+        from transformers import AutoConfig
+        AutoConfig.for_model("manticore")
+        """
+    shell(code)
+
+
+def test_options_have_hyphens_and_take_underscores():
+    for name in COMMANDS:
+        parser = parser_of(name)
+        with_underscore = [one for one in parser._option_string_actions if "_" in one]
+        assert not with_underscore, (name, with_underscore)
+        for one in parser._option_string_actions:
+            if one.startswith("--") and "-" in one[2:]:
+                old = "--" + one[2:].replace("-", "_")
+                assert parser._hyphened([old, f"{old}=a_b", "--", old]) == [one, f"{one}=a_b", "--", old]
+    values = ["--model", "my_hybrid", "--data", "a_b.txt", "--output_dir=out_dir", "--block_size", "16"]
+    args = parser_of("finetune").parse_args([*values, "--learning_rate", "1e-3", "--bf16"])
+    assert (args.model, args.output_dir, args.block_size, args.learning_rate) == ("my_hybrid", "out_dir", 16, 1e-3)
+
+
+def test_one_thing_has_one_name_everywhere():
+    for name in COMMANDS:
+        shown = parser_of(name).format_help()
+        for old in ("--output ", "--output-path", "--out ", "--sequence-length", "--blocksize"):
+            assert old not in shown, (name, old)
+        if name != "inspect" and name != "push":
+            assert "--output-dir" in shown, name
+    for command, old, new, value in (
+        ("report", "--output", "output_dir", "there"),
+        ("plan", "--sequence-length", "block_size", 64),
+    ):
+        with pytest.warns(FutureWarning, match=f"{old} is now --{new.replace('_', '-')}"):
+            args = parser_of(command).parse_args(["x", old, str(value)])
+        assert getattr(args, new) == value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parser_of("report").parse_args(["x", "--output-dir", "there"]).output_dir == "there"
+
+
+def test_compose_and_calibrate_take_what_they_use(capsys):
+    own = {"output_dir", "seed", "use_cpu", "per_device_train_batch_size"}
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name in ("compose", "calibrate"):
+        assert {action.dest for action in parser_of(name)._actions} & known == own, name
+    with pytest.warns(FutureWarning, match="is now --batch-size"):
+        words = "--model m --data d --per_device_train_batch_size 4 --use_cpu true".split()
+        args = parser_of("calibrate").parse_args(words)
+    assert (args.per_device_train_batch_size, args.use_cpu, args.seed) == (4, True, 42)
+    with pytest.raises(SystemExit) as end:
+        main(["calibrate", "--model", "m", "--data", "d", "--learning-rate", "1"])
+    assert end.value.code == 2 and "there is no option --learning-rate" in capsys.readouterr().err
+
+
+def test_stages_show_their_own_options_and_take_all_of_training_arguments(capsys):
+    for name in TRAINED:
+        texts = {}
+        for option in ("--help", "--help-all"):
+            with pytest.raises(SystemExit) as end:
+                main([name, option])
+            assert end.value.code == 0
+            texts[option] = capsys.readouterr().out
+        short, whole = texts.values()
+        assert "--weight-decay" not in short and "TrainingArguments (see Transformers)" not in short
+        heading = whole.index("TrainingArguments (see Transformers)")
+        assert whole.index("\n  --model ") < heading < whole.index("\n  --weight-decay ")
+        for field in dataclasses.fields(STAGES[name].arguments):
+            assert f"--{field.name.replace('_', '-')}" in short
+        dests = {action.dest for action in parser_of(name)._actions}
+        assert {field.name for field in dataclasses.fields(TrainingArguments) if field.init} <= dests
+    assert "--strategy" in texts["--help"] or "--strategy" in parser_of("search", whole=False).format_help()
+    args = parser_of("search").parse_args("--model m --data d --strategy gaea --lr-scheduler-type cosine".split())
+    arguments = from_namespace(SearchArguments, args)
+    assert (arguments.strategy, arguments.logging_steps, arguments.lr_scheduler_type) == ("gaea", 1, "cosine")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    save(ManticoreForCausalLM.from_components(pair(), num_blocks=2, mixture="static"), folder / "hybrid")
+    write_text(folder / "text.txt", 300)
+    return folder
+
+
+def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
+    stage = ["--model", str(place / "hybrid"), "--data", str(place / "text.txt"), "--output-dir", str(tmp_path / "x")]
+    stage += ["--block-size", "16", "--use-cpu"]
+    (tmp_path / "bad.yaml").write_text("components: [a, b]\nstages: [boil]\n")
+    for words, message in (
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["plan", "x", "--devics", "2"], "there is no option --devics (did you mean --devices?)"),
+        (["plan", "x", "--dev", "2"], "there is no option --dev"),  # no abbreviations
+        (["plan", "x", "y"], "'y' is one too many"),
+        (["plan", "x", "--devices", "many"], "invalid int value: 'many'"),
+        (["inspect", str(tmp_path / "none")], "none"),
+        (["run", str(tmp_path / "none.yaml"), "--output-dir", "o"], "none.yaml"),
+        (["run", "none.yaml", "--output-dir", "o"], "none of those shipped: demo.yaml, "),
+        (["run", str(tmp_path / "bad.yaml"), "--output-dir", "o"], "stage 'boil' is unknown"),
+        (["compose", str(tmp_path / "none"), "b", "--output-dir", str(tmp_path / "x")], "none"),
+        (["compose", "a", "b", "--block-layers", "{"], "block_layers='{' is no JSON"),
+        (["calibrate", *stage[:2], "--data", str(tmp_path / "no.txt")], "no.txt"),
+        (["finetune", *stage, "--learning-rate", "fast"], "invalid float value: 'fast'"),
+        (["finetune", *stage, "--lr-scheduler-type", "wavy"], "'wavy'"),
+        (["finetune", *stage, "--logging-steps", "0.5", "--eval-strategy", "sometimes"], "'sometimes'"),
+        (["finetune", *stage, "--load-best-model-at-end", "--eval-strategy", "no"], "eval"),
+        (["finetune", *stage, "--eval-strategy", "epoch", "--validation-fraction", "0"], "eval_dataset"),
+        (["finetune", *stage, "--train-dtype", "float33"], "'float33' is no dtype"),
+        (["finetune", *stage, "--block-size", "1"], "block_size=1 must be"),
+        (["finetune", *stage, "--model", str(tmp_path / "none")], "none"),
+        (["finetune", *stage, "--model", "no such/thing at all"], "no such/thing"),
+        (["search", *stage, "--strategy", "luck"], "strategy='luck'"),
+        (["harden", *stage, "--distil-weight", "2"], "distil_weight=2.0"),
+        (["evaluate", "--model", str(place / "hybrid"), "--data", str(tmp_path / "no.txt")], "no.txt"),
+        (["report", str(tmp_path / "none")], "none"),
+        (["push", str(tmp_path / "none"), "me/x"], "none"),
+        (["convert", str(tmp_path / "none"), "--output-dir", str(tmp_path / "y")], "none"),
+    ):
+        try:
+            status = main(words)
+        except SystemExit as end:
+            status = end.code
+        said = capsys.readouterr().err
+        last = said.strip().splitlines()[-1] if said.strip() else ""
+        assert status == 2, (words, said)
+        assert message in last and last.startswith("manticore-hf"), (words, said)
+        assert "Traceback" not in said, words
+    assert not (tmp_path / "x" / "stage.json").exists()
+
+
+def test_a_bug_shows_its_traceback(monkeypatch):
+    module = importlib.import_module(COMMANDS["inspect"].module)
+    for error in (RuntimeError("a bug"), ValueError("another"), KeyError("x")):
+
+        def broken(args, error=error):
+            raise error
+
+        monkeypatch.setattr(module, "main", broken)
+        with pytest.raises(type(error)):
+            main(["inspect", "x"])
+
+
+def test_shipped_recipes_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for recipe in files("manticore_hf.recipes").iterdir():
+        if recipe.name.endswith(".yaml"):
+            assert find_recipe(recipe.name).read_text() == recipe.read_text()
+            assert load_recipe(recipe.name).name
+    Path("poc.yaml").write_text("components: [x/y]\nname: mine\n")
+    assert load_recipe("poc.yaml").name == "mine"  # a file of that name comes first
+    assert find_recipe("sub/poc.yaml") == Path("sub/poc.yaml")  # a path is a path
+
+
+def test_the_demo_finds_what_is_shipped():
+    for name in demo.KINDS:
+        assert (demo.COMPONENTS / name / "model.safetensors").is_file()
+    assert all(recipe.is_file() for recipe in demo.RECIPES.values())
+
+
+def test_one_list_of_a_hybrids_settings():
+    """Configuration, command line and recipes take the same; each has its help."""
+    names = {field.name for field in dataclasses.fields(HybridSettings)}
+    ours = set(inspect.signature(ManticoreConfig.__init__).parameters) - {"self", "kwargs"}
+    assert ours - names == {"components", "calibration", "objective", "route", "manticore_version"} and names <= ours
+    defaults = {name: one.default for name, one in inspect.signature(ManticoreConfig.__init__).parameters.items()}
+    for field in dataclasses.fields(HybridSettings):
+        assert field.default == defaults[field.name] and field.metadata["help"].endswith(".")
+        assert (field.name in FILLED) == any(field.name in preset for preset in PRESETS.values())
+    options = {action.dest for action in parser_of("compose")._actions}
+    assert names - options == {"mixture_weights", "vocab_size"}
+    for preset in PRESETS.values():
+        assert set(preset) == set(FILLED)
+
+
+def test_one_table_of_stages():
+    assert list(STAGES) == ["compose", "calibrate", "pretrain", "search", "finetune", "harden"]
+    assert list(AFTER_COMPOSE) == list(STAGES)[1:]
+    for name, stage in STAGES.items():
+        assert COMMANDS[name].help == stage.help and callable(stage.run)
+        assert issubclass(stage.training_class, TrainingArguments)
+        assert (stage.own_training is not None) == (stage.training_class is not TrainingArguments)
+
+
+def test_the_dataclasses_become_options():
+    args = parser_of("compare").parse_args(
+        "r.yaml --output-dir o --test t --seeds 1 2 --harden --loss-weights 1:0 --epochs 0.5".split()
+    )
+    args.loss_weights = [(1.0, 0.0)]
+    arguments = from_namespace(CompareArguments, args)
+    assert (arguments.seeds, arguments.harden, arguments.from_tuned) == ((1, 2), True, False)
+    assert (arguments.loss_weights, arguments.epochs, arguments.singles) == (((1.0, 0.0),), (0.5,), ())
+    assert parser_of("compare").parse_args("--harden r.yaml --output-dir o --test t".split()).recipe == "r.yaml"
+    for words, value in (([], False), (["--streaming"], True), (["--streaming", "false"], False)):
+        args = parser_of("calibrate").parse_args(["--model", "m", "--data", "d", *words])
+        assert from_namespace(DataArguments, args).streaming is value
+    parser = Parser(prog="x")
+    parser.add_argument("--new-name", type=int)
+    parser.add_argument("--old-name", type=int, dest="new_name", action=Renamed, new="--new-name")
+    assert parser.parse_args([]).new_name is None and "old-name" not in parser.format_help()

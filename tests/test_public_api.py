@@ -1,0 +1,128 @@
+"""What is public says what it takes and what it gives: docstrings, and type hints that can be resolved."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import typing
+
+import pytest
+
+import manticore_hf
+
+# Rooms and modules that are held to it so far. `main` of a command is described by the command line.
+ROOMS = [
+    "manticore_hf.utils",
+    "manticore_hf.evaluation",
+    "manticore_hf.report",
+    "manticore_hf.hub.card",
+    "manticore_hf.hub.card_merge",
+    "manticore_hf.hub.inspection",
+    "manticore_hf.hub.licenses",
+    "manticore_hf.plan.amounts",
+    "manticore_hf.plan.cache",
+    "manticore_hf.plan.ledger",
+    "manticore_hf.plan.memory",
+    "manticore_hf.plan.tables",
+    "manticore_hf.compare.scores",
+    "manticore_hf.compare.statistics",
+    "manticore_hf.compare.summary",
+]
+
+
+def modules():
+    """The names of all modules of ROOMS."""
+    found = []
+    for name in ROOMS:
+        found.append(name)
+        module = importlib.import_module(name)
+        if hasattr(module, "__path__"):
+            found += [one.name for one in pkgutil.walk_packages(module.__path__, f"{name}.")]
+    return found
+
+
+def held(value):
+    """Whether something is defined in a module of ROOMS."""
+    return any(f"{value.__module__}.".startswith(f"{room}.") for room in ROOMS)
+
+
+def functions_of(name, value):
+    """(name, function) of a function, or of a class's own constructor and public methods and properties."""
+    if inspect.isfunction(value):
+        return [(name, value)]
+    found = []
+    for key, one in vars(value).items():
+        one = {property: lambda p: p.fget, classmethod: lambda m: m.__func__, staticmethod: lambda m: m.__func__}.get(
+            type(one), lambda f: f
+        )(one)
+        made = key == "__init__" and dataclasses.is_dataclass(value)
+        if inspect.isfunction(one) and (not key.startswith("_") or key == "__init__" and not made):
+            found.append((f"{name}.{key}", one))
+    return found
+
+
+def lacking(name, value):
+    """Sentences on what a public function or class does not say."""
+    out = [] if inspect.getdoc(value) else [f"{name} has no docstring"]
+    for label, function in functions_of(name, value):
+        own = label.endswith(".__init__")
+        inherited = inspect.isclass(value) and inspect.getdoc(getattr(value, label.rpartition(".")[2], None))
+        if not own and not (function.__doc__ or inherited or "").strip():
+            out.append(f"{label} has no docstring")
+        hints = typing.get_type_hints(inspect.unwrap(function))
+        for parameter in list(inspect.signature(inspect.unwrap(function)).parameters)[label != name :]:
+            if parameter not in hints:
+                out.append(f"{label} has no type hint for {parameter}")
+        if not own and "return" not in hints:
+            out.append(f"{label} has no type hint for what it returns")
+    return out
+
+
+def public(module):
+    """{name: function or class} that a module defines, but commands."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
+        and not key.startswith("_")
+        and key != "main"
+    }
+
+
+@pytest.mark.parametrize("name", modules())
+def test_what_a_module_offers_is_described(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    found = [text for key, value in public(module).items() for text in lacking(f"{name}.{key}", value)]
+    assert not found, "\n".join(found)
+
+
+def test_what_the_package_offers_is_described():
+    for key in manticore_hf.__all__:
+        value = getattr(manticore_hf, key)
+        if callable(value):
+            assert inspect.getdoc(value), key
+            assert not held(value) or not lacking(key, value)
+
+
+def test_the_checks_see_what_lacks():
+    def bare(a, b: int = 0):
+        return a
+
+    class Bare:
+        def __init__(self, a):
+            self.a = a
+
+        @property
+        def half(self):
+            return self.a / 2
+
+    wanted = ["x has no docstring", "x has no docstring", "x has no type hint for a"]
+    assert lacking("x", bare) == [*wanted, "x has no type hint for what it returns"]
+    assert lacking("x", Bare) == [
+        "x has no docstring",
+        "x.__init__ has no type hint for a",
+        "x.half has no docstring",
+        "x.half has no type hint for what it returns",
+    ]
