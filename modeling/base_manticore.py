@@ -12,6 +12,7 @@ from .components_manticore import ENGINE_REFUSED, NO_PAGES, choose_attention, pr
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import device_of, onloaded, place, whole_weights
 from .dtypes_manticore import MixedDtypes, Quantizable
+from .mixers_manticore import follow_kernels
 from .mixing_manticore import HybridMixer, resize, whole
 from .mixture_manticore import weighted_sum, widen
 from .outputs_manticore import ManticoreModelOutput
@@ -210,6 +211,12 @@ class ManticoreModel(ManticorePreTrainedModel):
                 f"This hybrid was hardened to the route {self.config.route}: it has no other mixture weights."
             )
         self.config.mixture_weights = weights
+
+    def set_use_kernels(self, use_kernels, *args, **kwargs):
+        """As in Transformers, for the mixers' own forwards, too; says what the Hub had no kernel for."""
+        super().set_use_kernels(use_kernels, *args, **kwargs)
+        if use_kernels:
+            follow_kernels(self)
 
     def train(self, mode=True):
         super().train(mode)

@@ -410,7 +410,7 @@ class OwnForward:
         return (self.stepwise if padded else self.whole)(mixer, *args, **kwargs)
 
     def _look_at_cache(self, args, kwargs):
-        names = ("cache", "cache_params")  # of Transformers 5.24 and later, of 5.23
+        names = ("cache", "cache_params")  # the old name, which mixers still take
         cache = next((kwargs[name] for name in names if name in kwargs), args[1] if len(args) > 1 else None)
         if cache is None:
             return args, kwargs
@@ -480,3 +480,22 @@ def repair_mixers(model: torch.nn.Module) -> int:
             setattr(module, place, OwnForward(module))
         count += 1
     return count
+
+
+def follow_kernels(model: torch.nn.Module) -> None:
+    """Lets mixers use the kernels that `use_kernels=True` has brought from the Hub, and names what it has not brought.
+
+    Args:
+        model: A hybrid, after Transformers' `set_use_kernels(True)`.
+    """
+    repair_mixers(model)
+    forwards = {type(module).forward for module in model.modules()}
+    called = {name: kernel for forward in forwards for name, _, kernel in _called(forward)}
+    lacking = sorted(name for name, kernel in called.items() if not kernel)
+    if lacking:
+        device = next(model.parameters()).device.type
+        warnings.warn(
+            f"use_kernels=True: the Hub gave no kernel for {', '.join(lacking)} on this machine (device {device}); "
+            "they run without one.",
+            stacklevel=3,
+        )

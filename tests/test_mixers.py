@@ -29,7 +29,8 @@ from scans import (
     padded_inputs,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import is_kernels_available
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 from manticore_hf.families.tiny import tiny_config, tiny_model, tokens
@@ -538,6 +539,31 @@ def test_kernels_of_the_hub_run_where_they_can(with_kernels):
         u.as_subclass(OnDevice), torch.zeros(BATCH, D, 3), torch.ones(D, 4)
     )
     assert calls == ["mamba_selective_scan", "causal_conv1d_update"]
+
+
+def test_use_kernels_says_what_the_hub_does_not_give(with_kernels, monkeypatch):
+    """Transformers falls back without a word. Here nothing is on a GPU, and then one function has a kernel."""
+    wrapped = with_kernels("mamba")
+    parts = [ComponentSpec(tiny_model(tiny_config(kind)), name=kind) for kind in ("llama", "mamba")]
+    hybrid = ManticoreForCausalLM.from_components(parts, num_blocks=1)
+    if not is_kernels_available():
+        with pytest.raises(ValueError, match="Kernels are not available. Please install"):
+            hybrid.set_use_kernels(True)
+    wanted = read(hybrid)
+    monkeypatch.setattr(PreTrainedModel, "set_use_kernels", lambda self, *args, **kwargs: None)
+    with pytest.warns(UserWarning, match="no kernel for causal_conv1d_fn, .*mamba_selective_scan.*device cpu"):
+        hybrid.set_use_kernels(True)
+    kernelize(wrapped["mamba_selective_scan"], lambda *args, **kwargs: pytest.fail("not on the CPU"))
+    with pytest.warns(UserWarning) as said:
+        hybrid.set_use_kernels(True)
+    assert len(said) == 1 and "mamba_selective_scan" not in str(said[0].message)
+    for name in KERNELS:
+        kernelize(wrapped[name], lambda *args, **kwargs: pytest.fail("not on the CPU"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hybrid.set_use_kernels(True)
+        hybrid.set_use_kernels(False)
+    assert torch.equal(read(hybrid), wanted)
 
 
 def test_compiled_with_the_package_kernels(with_kernels):
