@@ -8,7 +8,6 @@ d = max d_k, block s has mixture weights alpha_s on the simplex.
 with g = alpha_sk for gate="alpha" (the paper) and g = 0 for gate="none".
 """
 
-import contextlib
 import math
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .devices_manticore import device_of, onloaded, place
-from .mixture_manticore import widen
+from .mixture_manticore import widen, without_autocast
 
 
 def resize(states, width):
@@ -119,9 +118,8 @@ class TokenGate(nn.Module):
 
     def forward(self, states, sureness):
         """states: K x [batch, time, d_k]; sureness: K x [batch, time, 2] -> [batch, time, K], summing to 1."""
-        features, kind = [], states[0].device.type
-        without = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if without else contextlib.nullcontext():
+        features = []
+        with without_autocast(states[0].device.type):
             for state, one in zip(states, sureness):
                 state = widen(state)
                 features += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), one]

@@ -5,6 +5,7 @@ the memory itself: sums are accumulated in place, products that are summed at on
 taken in pieces that stay in the processor's cache.
 """
 
+import contextlib
 import math
 
 import torch
@@ -156,6 +157,12 @@ def mix_prob(weights, logits, norms=None):
 SPACES = {"logprob": mix_logprob, "prob": mix_prob}
 
 
+def without_autocast(kind):
+    """Context in which nothing is rounded by autocast on a kind of device ("cpu", "cuda")."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
+
+
 @torch.no_grad()
 def sureness(logits):
     """What a gate may know of predictions [batch, time, vocabulary], and what normalises them.
@@ -169,12 +176,13 @@ def sureness(logits):
     at_hand = logits.device.type == "cpu" and not torch.compiler.is_compiling() and type(rows) is torch.Tensor
     size = _rows_of_a_piece(*rows.shape) if at_hand else len(rows)
     out = []
-    for piece in rows.split(max(size, 1)):
-        piece = widen(piece)
-        found = _sureness(piece) if at_hand else None
-        if found is None or not found.isfinite().all():  # 0 times minus infinity is no number
-            found = _sureness(piece.clamp(min=torch.finfo(torch.float32).min))
-        out.append(found)
+    with without_autocast(logits.device.type):
+        for piece in rows.split(max(size, 1)):
+            piece = widen(piece)
+            found = _sureness(piece) if at_hand else None
+            if found is None or not found.isfinite().all():  # 0 times minus infinity is no number
+                found = _sureness(piece.clamp(min=torch.finfo(torch.float32).min))
+            out.append(found)
     out = torch.cat(out).view(*logits.shape[:-1], 3)
     return out[..., :2], out[..., 2:]
 

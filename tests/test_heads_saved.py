@@ -231,8 +231,8 @@ def test_pipelines(repos, hub, owner, tmp_path, caplog):
 
 def test_heads_that_are_gone_take_no_memory(hub, owner, tmp_path):
     for name, family in (("a", "llama"), ("b", "gpt_neox")):
-        part = published_tiny.__wrapped__(family, vocabulary=77)  # of which no other is kept to be copied
-        publish(hub, f"{owner}/{name}", part, tmp_path / "src")
+        # Of its own, not a copy of one that is kept
+        publish(hub, f"{owner}/{name}", published_tiny.__wrapped__(family, vocabulary=77), tmp_path / "src")
     model = ManticoreForSequenceClassification.from_components([f"{owner}/a", f"{owner}/b"])
     gc.collect()
     heads = [one for one in gc.get_objects() if isinstance(one, torch.nn.Linear) and one.out_features == 77]

@@ -89,7 +89,8 @@ def test_two_caches_are_refused(model):
 def test_a_transformers_that_is_too_old_is_named(version, refused, monkeypatch):
     """A published hybrid is loaded by whatever Transformers its user has."""
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
-    spec = importlib.util.spec_from_file_location("bounds_of_another_copy", bounds_manticore.__file__)
+    # Beside its sibling, as in a repository
+    spec = importlib.util.spec_from_file_location("manticore_hf.modeling.bounds_again", bounds_manticore.__file__)
     module = importlib.util.module_from_spec(spec)
     if not refused:
         return spec.loader.exec_module(module)
