@@ -104,7 +104,7 @@ def _segment(model, name, block, tokens):
         "layers": f"{segment.start}-{segment.stop - 1}",
         "parameters": sum(p.numel() for p in segment.layers.parameters()),
         "flops_per_token": _count(run, tokens),
-        **_memory(view.layers, tokens),
+        **layer_memory(view.layers, tokens),
     }
 
 
@@ -152,7 +152,7 @@ def _count(run, tokens):
         return count_flops(lambda: run(torch.ones(1, tokens, dtype=torch.long, device="meta"))) / tokens
 
 
-def _memory(layers, tokens):
+def layer_memory(layers: list, tokens: int) -> dict[str, float]:
     """Bytes of cache that grow with the tokens, per token, and bytes that do not."""
     growing = constant = 0
     for layer in layers:

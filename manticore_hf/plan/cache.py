@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, PreTrainedModel
 
-from manticore_hf.hub.inspection import _memory
+from manticore_hf.hub.inspection import layer_memory
 from manticore_hf.modeling.anatomy_manticore import Shell, layer_kind, one_of_each, pick_config
 from manticore_hf.plan import kernels
 
@@ -61,4 +61,4 @@ def _run(model, name, tokens, batch):
             shell.module(inputs_embeds=hidden, attention_mask=mask, use_cache=True, **given)
     finally:
         stack.train(was_training)
-    return [(kinds.count(kinds[i]), _memory([cache.layers[i]], tokens)) for i in first]
+    return [(kinds.count(kinds[i]), layer_memory([cache.layers[i]], tokens)) for i in first]
