@@ -78,6 +78,8 @@ class HybridEmbedding(nn.Module):
     def readers(self):
         """Names of the components that read the tokens: all of them, or the first on a hardened hybrid's path."""
         config = self._owner[0].config
+        if config.aligned:
+            return [config.tokenizer_component]
         return config.route[:1] if config.route else config.component_names
 
     @property
@@ -250,6 +252,8 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """Resizes the vocabulary of every component; returns `get_input_embeddings()`."""
+        if self.config.aligned:
+            raise ManticoreError("The components have tokenizers of their own: resize each before it is composed.")
         if self.config.route is not None and len(self.config.component_names) > 1:
             raise ManticoreError("A hardened hybrid cannot be resized: resize the soft one, then harden it.")
         for name in self.config.component_names:
@@ -285,6 +289,11 @@ class ManticoreModel(ManticorePreTrainedModel):
         parts = {name: self.component(name) for name in self.config.component_names}
         configs = {name: part.config for name, part in parts.items()}
         cache = ManticoreCache(configs, self.segments.ranges, max_cache_len)
+        if self.config.aligned and max_cache_len is not None:
+            raise ManticoreError(
+                f"Components {list(self.config.aligned)} read text by tokenizers of their own, which needs a cache "
+                "that grows; leave cache_implementation at its default."
+            )
         for name, part in parts.items() if max_cache_len is not None else ():
             if cache.attends(name) and not part._can_compile_fullgraph:
                 raise ManticoreError(

@@ -65,7 +65,7 @@ class ManticoreCache(Cache):
 
     def __init__(self, configs, ranges, max_cache_len=None):
         layers, self._views = [], {}
-        self.max_cache_len, self.seen = max_cache_len, 0
+        self.max_cache_len, self.seen, self.readers = max_cache_len, 0, {}
         for name, config in configs.items():
             if max_cache_len is None:
                 part = DynamicCache(config=config)
@@ -140,16 +140,30 @@ class ManticoreCache(Cache):
     def reset(self):
         """Forgets everything and keeps the memory."""
         super().reset()
-        self.seen = 0
+        self.seen, self.readers = 0, {}
+
+    def reorder_cache(self, beam_idx):
+        """Puts the rows in another order (beams)."""
+        super().reorder_cache(beam_idx)
+        self._pick_readers(beam_idx.tolist())
+
+    def _pick_readers(self, chosen):
+        """Keeps chosen rows of components that read by tokenizers of their own."""
+        for name, rows in self.readers.items():
+            self.readers[name] = [rows[i].copy() for i in chosen]
 
     def crop(self, tokens_to_remove):
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
+        if self.readers and tokens_to_remove:
+            raise ManticoreError("A component with a tokenizer of its own cannot take back tokens that it has read.")
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats):
         """Repeats each row `repeats` times."""
         self._pick_rows(lambda rows, device: torch.arange(rows, device=device).repeat_interleave(repeats))
+        for rows in self.readers.values():
+            rows[:] = [row.copy() for row in rows for _ in range(repeats)]
         for layer in self.layers:
             if isinstance(layer, CacheLayerMixin):
                 layer.batch_repeat_interleave(repeats)
@@ -157,6 +171,7 @@ class ManticoreCache(Cache):
     def batch_select_indices(self, indices):
         """Keeps the rows `indices`."""
         self._pick_rows(lambda rows, device: indices.to(device))
+        self._pick_readers(indices.tolist())
         for layer in self.layers:
             if isinstance(layer, CacheLayerMixin):
                 layer.batch_select_indices(indices)

@@ -52,8 +52,11 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         keep = self._flag("output_hidden_states", output_hidden_states)
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
         found = run(self, read_inputs(self, *given), shared=False)
-        weights, states = self._what_heads_read(found, logits_to_keep)
-        own = {name: self.segments.logits(name, state) for name, state in states.items()}
+        weights, states = self._what_heads_read(found, kept := _positions(logits_to_keep))
+        if found.own_logits is None:
+            own = {name: self.segments.logits(name, state) for name, state in states.items()}
+        else:
+            own = found.own_logits(kept)
         logits, token_weights = self.mix(weights, list(states.values()), list(own.values()))
         if kwargs.pop("fused_lm_head", False):
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
@@ -72,13 +75,9 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         )
         return out if self._flag("return_dict", return_dict) else out.to_tuple()
 
-    def _what_heads_read(self, found, logits_to_keep=0):
+    def _what_heads_read(self, found, kept=slice(None)):
         """(K' mixture weights, {component: [batch, kept, width]}) of the K' heads that are mixed, from a Pass."""
         config = self.config
-        if not isinstance(logits_to_keep, int):
-            kept = logits_to_keep
-        else:
-            kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         row = found.weights[-1 if config.embeddings == "native" or config.head_mixture == "last" else 0]
         active = active_in(self, row)
         if config.embeddings == "native":
@@ -140,6 +139,13 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         code = getattr(getattr(value, "__func__", None), "__code__", None)
         if name != "forward" or code is None or "fused_lm_head" not in code.co_varnames:
             super().__setattr__(name, value)
+
+
+def _positions(logits_to_keep):
+    """The positions that logits are wanted of, as an index."""
+    if not isinstance(logits_to_keep, int):
+        return logits_to_keep
+    return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
 
 
 ManticoreConfig.register_for_auto_class()

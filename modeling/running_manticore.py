@@ -5,6 +5,7 @@
 whole components side by side, nothing cut).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,7 @@ class Pass:
         shared: [batch, time, d], the shared state after the last block; None where nobody asked and no head reads it.
         hidden_states: The shared states at the blocks' boundaries, if they were wanted.
         cache: The ManticoreCache, with the new tokens; None without.
+        own_logits: Where heads alone would not give them: (positions to keep) -> {component: its logits}.
     """
 
     states: dict
@@ -68,6 +70,11 @@ class Pass:
     shared: torch.Tensor | None
     hidden_states: tuple | None
     cache: ManticoreCache | None = None
+    own_logits: Callable | None = None
+
+
+RUNNERS = {}
+"""Ways to run that other files add: "aligned", for components with tokenizers of their own."""
 
 
 def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
@@ -118,9 +125,11 @@ def run(model, inputs, shared=True):
     segments.follow()
     weights, (_, time) = mixture_rows(model), inputs.shape
     length = time if cache is None else cache.max_cache_len or cache.get_seq_length() + time
-    running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
+    running = [(n, segments.segment(n, block)) for n, block in segments.running(weights) if n not in config.aligned]
     check_positions(running, inputs.positions, length, inputs.explicit)
-    if config.route is not None:
+    if config.aligned:
+        found = RUNNERS["aligned"](model, inputs, weights, shared)
+    elif config.route is not None:
         found = run_path(model, inputs, weights, shared)
     elif config.num_blocks == 1 and config.embeddings == "native":
         found = run_straight(model, inputs, weights, shared)

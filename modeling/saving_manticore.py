@@ -16,10 +16,18 @@ from huggingface_hub.utils import WeakFileLock
 _WEIGHT_FILE = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 
 
-def copy_code(directory: str | os.PathLike) -> None:
+BESIDE = []
+"""What other files write beside a hybrid's weights: functions of (model, directory)."""
+
+CODE = re.compile(r"\w+_manticore\.py|aligned_\w+\.py")
+"""Names of the code files of a hybrid; those that align tokenizers are carried by hybrids that do."""
+
+
+def copy_code(directory: str | os.PathLike, aligned: bool = False) -> None:
     """Copies the code files of this folder, so that the saved hybrid loads where the package is not installed."""
-    for file in Path(__file__).parent.glob("*_manticore.py"):
-        shutil.copyfile(file, Path(directory) / file.name)
+    for file in Path(__file__).parent.glob("*.py"):
+        if CODE.fullmatch(file.name) and (aligned or not file.name.startswith("aligned_")):
+            shutil.copyfile(file, Path(directory) / file.name)
 
 
 @contextlib.contextmanager

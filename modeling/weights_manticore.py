@@ -30,7 +30,7 @@ from .dtypes_manticore import (
     refuse_unsaved,
 )
 from .references_manticore import component_files, open_files, where
-from .saving_manticore import copy_code, whole_directory
+from .saving_manticore import BESIDE, copy_code, whole_directory
 
 logger = logging.get_logger(__name__)
 
@@ -204,8 +204,10 @@ class ReferencedWeights:
         try:
             with whole_directory(target, writes) as directory:
                 if writes:
-                    copy_code(directory)
+                    copy_code(directory, bool(self.config.aligned))
                     self._save_beside(directory, target)
+                    for write in BESIDE:
+                        write(self, directory)
                 super().save_pretrained(directory, is_main_process, state_dict=state_dict, **kwargs)
         finally:
             self._keys_to_ignore_on_save = before
