@@ -10,6 +10,7 @@ import copy
 import keyword
 import re
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 import transformers
@@ -24,25 +25,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-from .settings_manticore import ManticoreError  # noqa: E402
+from .settings_manticore import HybridSettings, ManticoreError  # noqa: E402
 
 # What a component does with its outputs is the hybrid's to say.
 _OF_THE_HYBRID = ("model_type", "return_dict", "use_return_dict", "output_hidden_states", "tie_last_hidden_states")
 
 # Attributes of the hybrid's configuration and of its model: a component becomes an attribute of both.
-_RESERVED = {
-    "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "num_blocks",
-    "block_layers", "reference_component", "route", "vocab_size", "tokenizer_component", "manticore_version",
-    "mixture_weights", "calibration", "mix_loss_weight", "component_loss_weight", "hidden_size", "component", "score",
-    "objective",
-    "num_hidden_layers", "max_position_embeddings", "loss_function", "device", "dtype", "forward", "generate",
-    "framework", "model_tags", "base_model", "name", "loss_type", "warnings_issued", "auto_map", "preset",
-    "tie_word_embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space", "embeddings",
-    "head_mixture", "component_names", "sub_configs", "bounds", "bos_token_id", "eos_token_id", "pad_token_id",
-    "all_tied_weights_keys", "create_masks_for_generate", "kernel_config", "keys_to_ignore_at_inference", "embed",
-    "from_components", "make_cache", "mix_embeddings", "new_mixer", "renew_embeddings", "report_parts",
-    "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm", "is_gone", "make_score",
-    "starts_anew", "composed_as", "segments", "together", "mix",
+_RESERVED = {one.name for one in fields(HybridSettings)} | {
+    "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "route", "score",
+    "manticore_version", "calibration", "hidden_size", "component", "objective", "num_hidden_layers", "segments",
+    "max_position_embeddings", "framework", "name", "loss_type", "warnings_issued", "keys_to_ignore_at_inference",
+    "auto_map", "tie_word_embeddings", "component_names", "bounds", "bos_token_id", "eos_token_id", "pad_token_id",
+    "all_tied_weights_keys", "kernel_config", "embed", "from_components", "make_cache", "mix_embeddings", "new_mixer",
+    "renew_embeddings", "report_parts", "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm",
+    "is_gone", "make_score", "starts_anew", "composed_as", "together", "mix", "create_masks_for_generate",
 }  # fmt: skip
 
 

@@ -11,10 +11,12 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
 from .base_manticore import ManticoreModel, takes_old_cache
 from .bounds_manticore import ManticoreError, construct
+from .cache_manticore import ManticoreCache
 from .devices_manticore import device_of, place
 from .mixing_manticore import HybridMixer
 from .mixture_manticore import weighted_sum
@@ -34,35 +36,24 @@ class ScoreHead(nn.Module):
         dropout: Share of each state that is dropped in training.
     """
 
-    def __init__(self, widths, num_labels, bias, dropout):
+    def __init__(self, widths: dict[str, int], num_labels: int, bias: bool, dropout: float):
         super().__init__()
         self.heads = nn.ModuleDict({key: nn.Linear(width, num_labels, bias) for key, width in widths.items()})
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, states, weights):
-        """Scores of the mixture, and of each state alone.
+    def forward(self, states: dict[str, torch.Tensor], weights: list) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Scores [batch, time, labels] of the mixture, and of each state [batch, time, width] alone.
 
-        Args:
-            states: {key: [batch, time, width]}.
-            weights: A number or scalar tensor for each.
-
-        Returns:
-            ([batch, time, labels], a list of such).
+        The weights are a number or scalar tensor for each state.
         """
         own = [self.heads[key](self.dropout(x.to(self.heads[key].weight.dtype))) for key, x in states.items()]
         return weighted_sum(weights, own), own
 
 
 def without_head(component):
-    """A causal LM without its language-model head, sharing everything else with it.
+    """(A causal LM without its language-model head, sharing everything else with it; the path of that head).
 
-    A head that is tied to the embeddings is the same tensor, and stays.
-
-    Args:
-        component: The causal LM; it is left as it is.
-
-    Returns:
-        (the LM, path of the head that is gone); path None, and the component itself, if nothing is.
+    A head that is tied to the embeddings is the same tensor, and stays: then (the component itself, None).
     """
     head = component.get_output_embeddings()
     path = next((path for path, module in component.named_modules() if module is head), None)
@@ -107,42 +98,41 @@ class ManticoreClassifier(ManticoreModel):
         self.score = construct("The score heads", lambda: self.make_score(widths), list(self.children()))
         super().post_init()
 
-    def make_score(self, widths):
+    def make_score(self, widths: dict[str, int]) -> ScoreHead:
         """New score heads; `widths` as in ScoreHead."""
         return ScoreHead(widths, self.config.num_labels, bias=False, dropout=0.0)
 
-    def starts_anew(self, key):
+    def starts_anew(self, key: str) -> bool:
         """Whether a checkpoint need not have a tensor: score heads, unless it is one of this class."""
         return key.startswith("score.") and type(self).__name__ not in (self.config.architectures or ())
 
-    def is_gone(self, key):
+    def is_gone(self, key: str) -> bool:
         """Whether a tensor belongs to a language-model head."""
         return key.startswith(self._gone)
 
+    @can_return_tuple
     @takes_old_cache
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_hidden_states=None,
-        return_dict=None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: ManticoreCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
-    ):
+    ) -> ModelOutput | tuple:
         """Scores of the labels, and the loss; of what, and from which labels, the class says.
 
         Args:
             labels: Class numbers or other targets.
             use_cache: Whether to go on from, and make, a cache; default: if one is given.
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, output_hidden_states, return_dict: As in
-                ManticoreModel.
-            **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
+            **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects. All others as in ManticoreModel.
         """
-        use_cache, keep = use_cache or cache is not None, self._flag("output_hidden_states", output_hidden_states)
+        use_cache = use_cache or cache is not None
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
         config, native, there = self.config, self.config.embeddings == "native", device_of(self.score)
         inputs = read_inputs(self, *given)
@@ -166,8 +156,7 @@ class ManticoreClassifier(ManticoreModel):
             loss = loss_of(logits) if len(own) == 1 else config.mix_loss_weight * loss_of(logits)
             if len(own) > 1 and config.component_loss_weight > 0:
                 loss = loss + config.component_loss_weight * sum(map(loss_of, own))
-        out = self._output(loss=loss, logits=logits, hidden_states=found.hidden_states, cache=found.cache)
-        return out if self._flag("return_dict", return_dict) else out.to_tuple()
+        return self._output(loss=loss, logits=logits, hidden_states=found.hidden_states, cache=found.cache)
 
 
 class ManticoreForSequenceClassification(ManticoreClassifier):
@@ -211,7 +200,7 @@ class ManticoreForTokenClassification(ManticoreClassifier):
     A cache goes on in place, and is not among the outputs.
     """
 
-    def make_score(self, widths):
+    def make_score(self, widths: dict[str, int]) -> ScoreHead:
         """New score heads; `widths` as in ScoreHead."""
         dropout = getattr(self.config, "classifier_dropout", None)
         dropout = DROPOUT if dropout is None else dropout

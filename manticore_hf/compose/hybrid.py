@@ -6,8 +6,8 @@ Importing `manticore_hf` registers these classes with the Auto classes.
 
 import copy
 import difflib
-import inspect
 import os
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,9 @@ from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.references_manticore import component_files
+from manticore_hf.modeling.settings_manticore import HybridSettings
 from manticore_hf.utils.task_types import CAUSAL
 from manticore_hf.utils.unwrap import is_hybrid
-
-_NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 
 # Ways to read five tokens: what a message calls them, tokens per call (several: with a cache), tokens of left padding.
 # The first is all of them at once.
@@ -80,7 +79,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
         """
         if not isinstance(components, (list, tuple)) or not components:
             raise ManticoreError("from_components takes a list of at least one component.")
-        known = [key for key in inspect.signature(cls.config_class.__init__).parameters if key not in _NO_SETTINGS]
+        known = [*(field.name for field in fields(HybridSettings)), "calibration", "objective", "route"]
         for key in settings:
             if key not in known:
                 close = difflib.get_close_matches(key, known, 1)
