@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .configuration_manticore import ManticoreError, component_depth
+from .bounds_manticore import ManticoreError, reason
+from .configuration_manticore import component_depth
 
 # Put there by accelerate when it dispatches a model: bound to the original module, they would run all of its layers.
 _NEVER_COPIED = ("forward", "_old_forward", "_hf_hook")
@@ -87,13 +88,11 @@ class Anatomy:
         layers: Name of the layer list.
         cache_argument: Name under which the owner takes a cache, or None.
         positions: Whether the owner takes `position_ids`.
-        attends: Whether the model has attention at all: those that do not (Mamba) mask the tokens that they are given,
-            not the ones that they have seen.
+        attends: Whether it has attention: what has not (Mamba) masks the given tokens, not those it has seen.
         before: Child name -> stand-in class, for children that change the state before the first layer.
         after: Names of the children that run after the last layer.
         shared: Names of the children that run both before the first layer and after the last one.
-        enters: Whether the owner changes the state on its way to the first layer beside those children (Granite scales
-            it), or through shared ones.
+        enters: Whether the owner changes the state before the first layer by more than those (Granite scales it).
         leaves: The same after the last layer.
         overwrites: Whether the owner overwrites the embeddings that it is given (CTRL).
         rereads: Whether layers read the embeddings beside the state (Zamba), which only a first segment has.
@@ -113,50 +112,38 @@ class Anatomy:
     rereads: bool = False
 
 
-_FOUND = {}  # _description(component) -> Anatomy
+_FOUND = {}  # {all that an anatomy depends on: Anatomy}
 
 
 def dissect(component):
-    """Finds a component's anatomy by running the owner of its layers twice, without computing anything.
+    """Finds the anatomy of a causal LM, on any device, by running the owner of its layers twice without computing.
 
     Equal components have equal anatomies: it is done once for them all, since it takes longer (0.1 to 0.5 s) than all
     else that joining small models does.
 
-    Args:
-        component: A causal LM of Transformers, on any device ("meta" included).
-
     Raises:
         ManticoreError: No list of `num_hidden_layers` layers was found, or the model takes no `inputs_embeds`.
     """
-    description = _description(component)
+    modules = tuple((name, type(module)) for name, module in component.named_modules())
+    description = json.dumps(component.config.to_dict(), sort_keys=True, default=repr), modules
     if description not in _FOUND:
         _FOUND[description] = _dissect(component)
     return _FOUND[description]
 
 
-def _description(component):
-    """All that an anatomy depends on; hashable."""
-    modules = tuple((name, type(module)) for name, module in component.named_modules())
-    return json.dumps(component.config.to_dict(), sort_keys=True, default=repr), modules
-
-
 def _dissect(component):
-    kind = component.config.model_type
-    depth = component_depth(component.config)
-    path, layers = find_layers(component, depth)
+    path, layers = find_layers(component, component_depth(component.config))
     stack = component.get_submodule(path)
-    parameters = inspect.signature(type(stack).forward).parameters
+    parameters, cache = inspect.signature(type(stack).forward).parameters, cache_argument(type(stack).forward)
     if "inputs_embeds" not in parameters:
-        raise ManticoreError(f"Architecture {kind!r} cannot be cut: {type(stack).__name__} takes no inputs_embeds.")
-    anatomy = Anatomy(
-        path=path,
-        layers=layers,
-        cache_argument=cache_argument(type(stack).forward),
-        positions="position_ids" in parameters,
-        attends=_attends(stack.config),
-    )
+        raise _uncut(component, f"{type(stack).__name__} takes no inputs_embeds.")
+    anatomy = Anatomy(path, layers, cache, "position_ids" in parameters, _attends(stack.config))
     _watch_children(component, stack, anatomy)
     return anatomy
+
+
+def _uncut(component, reason, cut="cut"):
+    return ManticoreError(f"Architecture {component.config.model_type!r} cannot be {cut}: {reason}")
 
 
 def cache_argument(forward):
@@ -175,10 +162,8 @@ def _attends(config):
 def check_cut(component, anatomy, num_blocks):
     """Raises ManticoreError if a component cannot be cut into so many blocks, but into one."""
     if anatomy.rereads and num_blocks > 1:
-        raise ManticoreError(
-            f"Architecture {component.config.model_type!r} cannot be cut into {num_blocks} blocks: its layers read the "
-            "embeddings again, which only the first block has; give num_blocks=1."
-        )
+        why = "its layers read the embeddings again, which only the first block has; give num_blocks=1."
+        raise _uncut(component, why, f"cut into {num_blocks} blocks")
 
 
 def backbone_name(component):
@@ -210,9 +195,7 @@ def find_layers(component, depth):
                     return path, name
             else:
                 todo.append((f"{path}.{name}", child))
-    raise ManticoreError(
-        f"Architecture {component.config.model_type!r} cannot be cut: no list of its {depth} layers was found."
-    )
+    raise _uncut(component, f"no list of its {depth} layers was found.")
 
 
 def _watch_children(component, stack, anatomy):
@@ -260,11 +243,8 @@ def _watch_children(component, stack, anatomy):
             anatomy.before[name] = NoPosition if position else PassThrough
         elif seen:
             anatomy.after.append(name)
-    what = f"Architecture {component.config.model_type!r} cannot be cut"
     if seen != 1:
-        raise ManticoreError(
-            f"{what}: its forward ran the first layer of {anatomy.path}.{anatomy.layers} {seen} times."
-        )
+        raise _uncut(component, f"its forward ran the first layer of {anatomy.path}.{anatomy.layers} {seen} times.")
     anatomy.shared = [name for name in anatomy.after if name in anatomy.before]
     for name in anatomy.shared:
         del anatomy.before[name]
@@ -279,10 +259,8 @@ def _watch_children(component, stack, anatomy):
     given, out = _run_on_nothing(component, stack, modules, kept, entering=True)
     if first.found is None or first.found.shape != given.shape:
         shape = None if first.found is None else list(first.found.shape)
-        raise ManticoreError(
-            f"{what}: what its layers hand on is no [batch, time, width] (of a state of shape {list(given.shape)} they "
-            f"get {shape}), so that there is nothing to translate between components."
-        )
+        why = f"what its layers hand on is no [batch, time, width]: of a state {list(given.shape)} they get {shape}."
+        raise _uncut(component, why)
     anatomy.overwrites = given._version > 0
     anatomy.enters = first.found is not given or anatomy.overwrites
     anatomy.leaves = middle[-1].found is not out
@@ -318,16 +296,10 @@ class _FindsNothing(TorchDispatchMode):
 
 
 def _run_on_nothing(component, stack, modules, kept, entering=False):
-    """Runs a shell of the layers' owner on three tokens without computing anything.
+    """(The state given, the one returned) of a shell of the layers' owner that runs three tokens without computing.
 
-    Args:
-        component, stack: The causal LM and the owner of its layers.
-        modules: Children that take the place of its own.
-        kept: Indices of the layers that are left.
-        entering: Give a state of the width that layers hand on, instead of that of the embeddings.
-
-    Returns:
-        The state that it was given, and the one that it returned.
+    The shell has other children (`modules`), and the layers of the indices `kept`. A state that is `entering` has the
+    width that layers hand on, instead of that of the embeddings.
     """
     if next(stack.parameters()).is_meta:
         # As it is loaded. The meta device is ten times as fast as fake tensors; what asks for values fails there.
@@ -361,16 +333,10 @@ def _run_shell(component, stack, modules, kept, entering, mode):
             out = shell.module(inputs_embeds=hidden, attention_mask=ones, use_cache=False)
         return hidden, out[0]
     except (DataDependentOutputException, DynamicOutputShapeException) as err:
-        raise ManticoreError(
-            f"Architecture {component.config.model_type!r} cannot be cut: what {type(stack).__name__} does depends on "
-            f"values of its states ({err}), so that it cannot be looked at without computing it."
-        ) from err
+        raise _uncut(component, f"what {type(stack).__name__} does depends on values of its states ({err}).") from err
     except Exception as err:
-        reason = " ".join(f"{type(err).__name__}: {err}".split())
-        raise ManticoreError(
-            f"Architecture {component.config.model_type!r} cannot be cut: {type(stack).__name__} does not run on "
-            f"embeddings alone, as the segments of a hybrid do ({reason[:300]})."
-        ) from err
+        why = f"{type(stack).__name__} does not run on embeddings alone, as segments do ({reason(err)[:300]})."
+        raise _uncut(component, why) from err
     finally:
         stack.config._experts_implementation_internal = experts
         stack.train(training)
@@ -388,20 +354,13 @@ def layer_kind(layer):
 
 def one_of_each(layers):
     """Indices of the layers that are the first of their kind."""
-    kinds = {}
-    for i, layer in enumerate(layers):
-        kinds.setdefault(layer_kind(layer), i)
+    kinds = {layer_kind(layer): i for i, layer in reversed([*enumerate(layers)])}
     return sorted(kinds.values())
 
 
 def first_tensor(args, kwargs):
     """The first tensor among a call's arguments, or None."""
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
-
-
-def slice_config(config, start, stop):
-    """A copy of a component's configuration that describes its layers [start, stop)."""
-    return pick_config(config, range(start, stop))
 
 
 def pick_config(config, indices):

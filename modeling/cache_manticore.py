@@ -1,9 +1,8 @@
 """One cache for a whole hybrid, made and checked by hand or by `generate`.
 
-Transformers' models keep one cache object whose length is that of its first attention layer. A component that is run
-whole has its own. Of one that runs in segments, after the first has been run that length already counts the new tokens,
-and later ones would get wrong positions: each sees its own view, made of the layers it owns, and the hybrid counts
-tokens itself.
+Transformers takes the length of a cache's first attention layer for that of all. Once the first segment of a component
+has run, it counts the new tokens already, and later ones would get wrong positions: each sees a view of the layers it
+owns, and the hybrid counts tokens itself. A component that is run whole has its own cache.
 """
 
 import torch
@@ -49,9 +48,7 @@ class SegmentCache(Cache):
 
 
 class ManticoreCache(Cache):
-    """The layers of all components in one flat list.
-
-    Reordering (beams), selecting, resetting and moving act on all layers at once, as Transformers does it.
+    """The layers of all components in one flat list, so that Transformers reorders, resets and moves all at once.
 
     Args:
         configs: `{component name: configuration}`.
@@ -63,14 +60,12 @@ class ManticoreCache(Cache):
     # The token counter is a Python integer, so a compiled decoding step would be traced anew for each token.
     is_compileable = False
 
-    def __init__(self, configs, ranges, max_cache_len=None):
+    def __init__(self, configs: dict, ranges: dict, max_cache_len: int | None = None):
         layers, self._views = [], {}
         self.max_cache_len, self.seen = max_cache_len, 0
         for name, config in configs.items():
-            if max_cache_len is None:
-                part = DynamicCache(config=config)
-            else:
-                part = StaticCache(config=config, max_cache_len=max_cache_len)
+            static = max_cache_len is not None
+            part = StaticCache(config, max_cache_len=max_cache_len) if static else DynamicCache(config=config)
             for block, (start, stop) in ((block, pair) for (other, block), pair in ranges.items() if other == name):
                 mine, whole = part.layers[start:stop], (start, stop) == (0, len(part.layers))
                 self._views[name, block] = part if whole else SegmentCache(self, mine, start)
@@ -78,97 +73,77 @@ class ManticoreCache(Cache):
         super().__init__(layers=layers)
 
     @property
-    def is_linear(self):
-        """Of no layer: Transformers' `generate` feeds a cache of recurrent layers alone all tokens again.
-
-        It takes such a cache's length for unknown; a hybrid counts.
-        """
+    def is_linear(self) -> list[bool]:
+        """Of no layer: else Transformers takes the length of a cache of recurrent layers for unknown."""
         return [False] * len(self.layers)
 
-    def view(self, name, block):
-        """The cache of component `name` in block `block` (0-based), on layers of this one.
-
-        Of a component that is run whole it is that component's own cache, as its class makes it.
-        """
+    def view(self, name: str, block: int) -> Cache:
+        """The cache of component `name` from `block` on, on layers of this one; its class's own where it is whole."""
         return self._views[name, block]
 
-    def attends(self, name):
+    def attends(self, name: str) -> bool:
         """Whether a component has layers with keys and values."""
         views = [view for (other, _), view in self._views.items() if other == name]
         return any(isinstance(layer, CacheLayerMixin) for view in views for layer in view.layers)
 
-    def stretch(self, mask, name, block, batch, time, device):
-        """The mask [batch, past + time] of a segment; to the end of a static cache, since not every model does that.
-
-        (Bloom's position biases are as long as the mask.)
-        """
+    def stretch(self, mask, name: str, block: int, batch: int, time: int, device) -> torch.Tensor | None:
+        """The mask [batch, past + time] of a segment, to the end of a static cache (Bloom's biases are as long)."""
         layers = self.view(name, block).layers
         if self.max_cache_len is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
             return mask
         mask = torch.ones(batch, self.seen + time, dtype=torch.long, device=device) if mask is None else mask
         return F.pad(mask, (0, self.max_cache_len - mask.shape[1]))
 
-    def advance(self, tokens, mask=None):
-        """Counts `tokens` new positions; called once at the end of each forward of the hybrid.
+    def advance(self, tokens: int, mask: torch.Tensor | None = None) -> None:
+        """Counts `tokens` new positions; called once at the end of each forward, with its mask [batch, past + tokens].
 
         Empties the recurrent states of rows that consist of left padding so far: Transformers takes a call's only token
-        for a generated one, never padding, so it reaches the states of some models (Mamba2, Jamba); with several tokens
-        they are masked.
-
-        Args:
-            tokens: Their number.
-            mask: [batch, past + tokens], 1 for real tokens, or None.
+        for a generated one, never padding, so it reaches the states of some models (Mamba2, Jamba).
         """
         self.seen += tokens
-        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-        if tokens != 1 or mask is None or not layers or (begun := mask.any(-1)).all():
+        if tokens != 1 or mask is None or not self._recurrent_states() or (begun := mask.any(-1)).all():
             return
-        for layer in layers:
-            for states in (layer.conv_states, layer.recurrent_states):
-                for state in states.values():
-                    if state is not None:
-                        state[~begun.to(state.device)] = 0
+        for states, key in self._recurrent_states():
+            states[key][~begun.to(states[key].device)] = 0
 
-    def get_seq_length(self, layer_idx=0):
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens already seen."""
         return self.seen
 
-    def get_mask_sizes(self, query_length, layer_idx=0):
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(key length, key offset) of a full mask for `query_length` new tokens."""
         return self.seen + query_length, 0
 
-    def reset(self):
+    def reset(self) -> None:
         """Forgets everything and keeps the memory."""
         super().reset()
         self.seen = 0
 
-    def crop(self, tokens_to_remove):
+    def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)
 
-    def batch_repeat_interleave(self, repeats):
+    def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times."""
-        self._pick_rows(lambda rows, device: torch.arange(rows, device=device).repeat_interleave(repeats))
-        for layer in self.layers:
-            if isinstance(layer, CacheLayerMixin):
-                layer.batch_repeat_interleave(repeats)
+        self._pick_rows("batch_repeat_interleave", repeats, lambda rows: torch.arange(rows).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices):
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices`."""
-        self._pick_rows(lambda rows, device: indices.to(device))
+        self._pick_rows("batch_select_indices", indices, lambda rows: indices)
+
+    def _pick_rows(self, method, argument, chosen):
         for layer in self.layers:
             if isinstance(layer, CacheLayerMixin):
-                layer.batch_select_indices(indices)
+                getattr(layer, method)(argument)
+        for states, key in self._recurrent_states():  # whose layers cannot do it themselves in Transformers 5.24
+            states[key] = states[key].index_select(0, chosen(len(states[key])).to(states[key].device))
 
-    def _pick_rows(self, chosen):
-        # Recurrent layers cannot do it themselves in Transformers 5.24
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                for states in (layer.conv_states, layer.recurrent_states):
-                    for key, state in states.items():
-                        if state is not None:
-                            states[key] = state.index_select(0, chosen(state.shape[0], state.device))
+    def _recurrent_states(self):
+        """[(dict, key)] of all states of recurrent layers."""
+        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        found = [states for layer in layers for states in (layer.conv_states, layer.recurrent_states)]
+        return [(states, key) for states in found for key, state in states.items() if state is not None]
 
 
 def cache_for(model, cache, use_cache):
@@ -190,13 +165,7 @@ def cache_for(model, cache, use_cache):
 
 
 def cache_for_generation(model, settings, given, max_cache_length):
-    """The cache that `generate` begins with, or None.
-
-    Args:
-        model: The hybrid.
-        settings: The GenerationConfig.
-        given: The caller's own, or None.
-        max_cache_length: What is read and generated at most.
+    """The cache that `generate` begins with under a GenerationConfig: the `given` one, a new one, or None.
 
     Raises:
         ManticoreError: Settings that contradict each other, or a kind of cache that hybrids do not have.

@@ -29,9 +29,8 @@ def first_parameter(module):
 def device_of(module):
     """Where a module computes: not where its weights are while they are offloaded. None: nothing to say.
 
-    Of the processes of a distributed run each has one device, and its weights may be elsewhere between calls (where
-    FSDP and ZeRO offload them): only accelerate's hooks are asked there. Nor is there anything to say
-    in a graph that is being compiled.
+    Each process of a distributed run has one device, and its weights may be elsewhere between calls (where FSDP and
+    ZeRO offload them): only accelerate's hooks are asked there.
     """
     if torch.compiler.is_compiling():
         return None
@@ -49,13 +48,11 @@ def place(value, device):
     """A tensor, or the tensors in lists, tuples and dicts, on a device; None: as they are."""
     if device is None or torch.compiler.is_compiling():
         return value
-    if isinstance(value, torch.Tensor):
-        return value if value.device == device else value.to(device)
-    if isinstance(value, (list, tuple)):
-        return type(value)(place(one, device) for one in value)
     if isinstance(value, dict):
         return {key: place(one, device) for key, one in value.items()}
-    return value
+    if isinstance(value, (list, tuple)):
+        return type(value)(place(one, device) for one in value)
+    return value.to(device) if isinstance(value, torch.Tensor) and value.device != device else value
 
 
 def offloading(module):

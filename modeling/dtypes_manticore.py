@@ -1,15 +1,13 @@
 """Which tensor of a hybrid has which dtype, and which may be quantised.
 
-A hybrid has one dtype, `config.dtype`: its components' and its projectors'. Three things differ from it, and each for
-its own reason: what a component's class keeps in float32 (Transformers' `_keep_in_fp32_modules`, of this component
-only), buffers that no checkpoint holds (rotary angles), which are as in the component loaded alone, and the mixture
-weights and the token gate, which are float32 always: a step of training is smaller than what a half precision number
-resolves.
+A hybrid has one dtype, `config.dtype`: its components' and its projectors'. Three things differ from it: what a
+component's class keeps in float32 (`_keep_in_fp32_modules`, of this component only); buffers that no checkpoint holds
+(rotary angles), which are as in the component loaded alone; mixture weights and token gate, which are float32 always: a
+step of training is smaller than what a half precision number resolves.
 
 In eight or four bits, Mamba's `x_proj`, `dt_proj` and `out_proj` are read raw or inside fused kernels, heads and the
-mixer decide about probabilities, a router about whole experts: these stay in floating point whatever a quantisation
-configuration says. Every quantiser of Transformers leaves out what a model lists in `_keep_in_fp32_modules`, beside
-what its configuration lists; hybrids use it for that.
+mixer decide about probabilities, a router about whole experts: these stay in floating point. Every quantiser of
+Transformers leaves out what a model lists in `_keep_in_fp32_modules`; hybrids use it for that.
 """
 
 import copy
@@ -25,14 +23,9 @@ from .anatomy_manticore import find_layers
 from .bounds_manticore import ManticoreError, show
 from .configuration_manticore import component_depth
 
-ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.")
-"""Beginnings of the names, within the mixer, of what is made in float32 there."""
-
-RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")
-"""Projections of state-space mixers that are no plain matrix product everywhere."""
-
+ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.")  # beginnings of names within the mixer
+RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")  # of state-space mixers: no plain matrix product everywhere
 MIXER, SCORE = "hybrid_mixer", "score"
-
 # What torchao's settings in a hybrid's file may name.
 _TORCHAO = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "PerRow", "PerTensor", "MappingType")
 
@@ -43,8 +36,8 @@ class MixedDtypes:
     @property
     def dtype(self) -> torch.dtype:
         """The widest dtype of the parts; what `save_pretrained` states, and a later load takes."""
-        found = [dtype for name, part in self.named_children() if (dtype := _dtype_of(name, part)) is not None]
-        return functools.reduce(torch.promote_types, found)
+        found = [_dtype_of(name, part) for name, part in self.named_children()]
+        return functools.reduce(torch.promote_types, [dtype for dtype in found if dtype is not None])
 
     def _get_dtype_plan(self, dtype):
         # As in Transformers, but a component's patterns speak of that component alone ("norm" is in every family).
@@ -58,30 +51,22 @@ class MixedDtypes:
 
 def loaded_dtypes(model) -> Callable:
     """Function from the name of a tensor to the dtype that it has when what is saved now is loaded again."""
-    dtype = model.dtype
-    plan = dtype_plan(model._get_dtype_plan(dtype))
-    return lambda name: plan(name, dtype)
+    plan = dtype_plan(model._get_dtype_plan(model.dtype))
+    return functools.partial(plan, default=model.dtype)
 
 
 def _dtype_of(name, part):
     """A part's own dtype: that of its first tensor of floating point that is not float32 whatever the rest is."""
-    for key, one in part.named_parameters():
-        if one.is_floating_point() and not (name == "hybrid_mixer" and key.startswith(ALWAYS_FLOAT32)):
-            return one.dtype
-    return None
+    kept = ALWAYS_FLOAT32 if name == MIXER else ()
+    found = (x.dtype for key, x in part.named_parameters() if x.is_floating_point() and not key.startswith(kept))
+    return next(found, None)
 
 
 def convert_unpacked(tensors: dict, own: set, rename: Callable, plan: dict) -> None:
-    """Converts, in place, what is not packed of a quantised hybrid's tensors.
+    """Converts, in place, what is not packed of a quantised hybrid's tensors {checkpoint key: tensor or lazy slice}.
 
     Transformers takes it as it is in the file, which is right where all was quantised at once. References have the
-    dtype of their own repositories.
-
-    Args:
-        tensors: {checkpoint key: tensor or lazy slice}.
-        own: Keys that are the hybrid's own, among which are packed ones.
-        rename: The model's `Renamer`.
-        plan: What `_get_dtype_plan` gave.
+    dtype of their own repositories; packed ones are among the hybrid's `own` keys. `plan` is of `_get_dtype_plan`.
     """
     wanted, plan = rename.known, dtype_plan(plan)
     for key, tensor in tensors.items():
@@ -108,15 +93,9 @@ def is_state_space(module) -> bool:
 
 
 def plain_linear_maps(model, components: list | None = None) -> list[str]:
-    """Names of the linear maps inside the components' layers that are plain matrix products on every machine.
+    """Sorted names of the linear maps inside components' layers that are plain matrix products on every machine.
 
-    Args:
-        model: A hybrid.
-        components: Names of components; default: all.
-
-    Returns:
-        Sorted module names: attention, MLP and input projections; no heads, no embeddings, no expert routers, none of
-        Mamba's raw or fused projections.
+    Attention, MLP and input projections; no heads, embeddings, expert routers, nor Mamba's raw or fused projections.
     """
     inside = []
     for name in model.config.component_names if components is None else components:
@@ -134,10 +113,9 @@ def plain_linear_maps(model, components: list | None = None) -> list[str]:
 
 
 def kept_maps(model) -> list[str]:
-    """Sorted patterns of module names of the linear maps that stay in floating point.
+    """Sorted patterns of the names of linear maps that stay in floating point, as Transformers' quantisers take them.
 
-    A pattern holds for all layers of its component. They are regular expressions, as Transformers' quantisers take
-    them.
+    A pattern, a regular expression, holds for all layers of its component.
     """
     kept = {key for key in _kept(model) if not key.startswith((f"{MIXER}.", f"{SCORE}."))}
     return sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in kept} | {MIXER, SCORE})
@@ -165,8 +143,8 @@ class Quantizable:
         return self
 
     def push_to_hub(self, *args, **kwargs):
-        """As in Transformers; what cannot be saved is refused before a repository is made for it."""
-        refuse_unsaved(self)
+        """As in Transformers; what cannot be saved raises before a repository is made for it."""
+        check_savable(self)
         return super().push_to_hub(*args, **kwargs)
 
 
@@ -179,27 +157,21 @@ def note_kept(quantizer: object, model) -> None:
             return
 
 
-def refuse_unsaved(model) -> None:
+def check_savable(model) -> None:
     """Raises ManticoreError if a hybrid was quantised in a way that its saved files could not be loaded from."""
     settings = getattr(model.config, "quantization_config", None)
-    if settings is None:
-        return
-    reason = unsaved_quantization(settings if isinstance(settings, dict) else settings.to_dict())
-    if reason is not None:
+    values = settings.to_dict() if hasattr(settings, "to_dict") else settings
+    if values is not None and (reason := unsaved_quantization(values)) is not None:
         raise ManticoreError(
             f"This hybrid cannot be saved: {reason}. Nothing was written. Save it before it is quantised and give "
             "quantization_config=... when you load it, or train and save an adapter (lora_config)."
         )
 
 
-def refuse_packed(model, tensors: dict) -> None:
-    """Raises ManticoreError if a checkpoint has packed numbers for a map that is computed in floating point.
+def check_unpacked(model, tensors: dict) -> None:
+    """Raises ManticoreError if a hybrid's own file has packed numbers for a map that is computed in floating point.
 
     Eight-bit integers have the shape of what they stand for, and would be taken for the numbers themselves.
-
-    Args:
-        model: The hybrid, its maps replaced by the quantiser's where it does that.
-        tensors: {checkpoint key: tensor or lazy slice} of its own file.
     """
     kept = _kept(model)
     for key, tensor in tensors.items():
@@ -207,21 +179,21 @@ def refuse_packed(model, tensors: dict) -> None:
         if path in kept:
             name = tensor.get_dtype() if hasattr(tensor, "get_dtype") else str(tensor.dtype)
             if leaf.startswith("_weight_") or (leaf == "weight" and "F" not in name and "float" not in name):
-                _refuse(path)
+                raise _must_stay(path)
 
 
-def refuse_quantized(model) -> None:
+def check_unquantized(model) -> None:
     """Raises ManticoreError if a weight of a hybrid that is read raw, or one of its own, was quantised."""
     for key in sorted(_kept(model)):
         weight = model.get_submodule(key).weight
         # By name: bitsandbytes may keep 4 bits in a tensor of floating point.
         names = {type(weight).__name__, type(weight.data).__name__}
         if not weight.is_floating_point() or not names <= {"Tensor", "Parameter", "DTensor"}:
-            _refuse(key)
+            raise _must_stay(key)
 
 
-def _refuse(key):
-    raise ManticoreError(
+def _must_stay(key):
+    return ManticoreError(
         f"{key!r} was quantised, but has to stay in floating point. Quantise the hybrid by loading it with "
         "quantization_config=..., which leaves out what must be."
     )
@@ -234,13 +206,8 @@ def _kept(model):
 
 
 def unsaved_quantization(values: dict) -> str | None:
-    """Why a hybrid's config.json cannot state that its weights are quantised so; None if it can.
-
-    Args:
-        values: The quantisation's settings, as a dict.
-    """
-    method = values.get("quant_method")
-    method = getattr(method, "value", method)
+    """Why a hybrid's config.json cannot state that its weights are quantised with these settings; None if it can."""
+    method = getattr(values.get("quant_method"), "value", values.get("quant_method"))
     if method == "bitsandbytes":
         return None
     if method != "torchao":  # others fetch kernels from the Hub, or store tensors under names that no hybrid has

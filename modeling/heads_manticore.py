@@ -3,8 +3,8 @@
 With `embeddings="native"` every component's final state has a score head of its own, and the scores are mixed as the
 predictions of a causal hybrid are: score = sum_k w_k Score_k(v_k), w the last block's alpha. A token gate also reads
 how sure each component is of its next token, which nothing tells without a head over the vocabulary: w is then the part
-of the gate that does not depend on the token, softmax(b). With the other embeddings there is one score head, on the
-shared state. Score heads are as in Transformers: without bias for sequences, with bias and dropout for tokens.
+of the gate that does not depend on the token, softmax(b). Other embeddings: one score head, on the shared state. Score
+heads are as in Transformers: without bias for sequences, with bias and dropout for tokens.
 """
 
 from functools import partial
@@ -22,8 +22,7 @@ from .mixing_manticore import HybridMixer
 from .mixture_manticore import weighted_sum
 from .running_manticore import read_inputs, run
 
-DROPOUT = 0.1
-"""Of token classification, where the configuration has no `classifier_dropout`; the library's default."""
+DROPOUT = 0.1  # of token classification, where the configuration has no `classifier_dropout`
 
 
 class ScoreHead(nn.Module):
@@ -90,11 +89,10 @@ class ManticoreClassifier(ManticoreModel):
             widths = {f"{name}-{last}": width for name, width in sizes.items()}
         else:
             widths = {"shared": config.hidden_size}
-        gone = []
+        gone = {}
         for name in config.component_names:
-            self._modules[name], path = without_head(self.component(name))
-            gone += [] if path is None else [f"{name}.{path}."]
-        self.__dict__["_gone"] = tuple(gone)
+            self._modules[name], gone[name] = without_head(self.component(name))
+        self.__dict__["_gone"] = tuple(f"{name}.{path}." for name, path in gone.items() if path is not None)
         self.score = construct("The score heads", lambda: self.make_score(widths), list(self.children()))
         super().post_init()
 
@@ -203,8 +201,7 @@ class ManticoreForTokenClassification(ManticoreClassifier):
     def make_score(self, widths: dict[str, int]) -> ScoreHead:
         """New score heads; `widths` as in ScoreHead."""
         dropout = getattr(self.config, "classifier_dropout", None)
-        dropout = DROPOUT if dropout is None else dropout
-        return ScoreHead(widths, self.config.num_labels, bias=True, dropout=dropout)
+        return ScoreHead(widths, self.config.num_labels, bias=True, dropout=DROPOUT if dropout is None else dropout)
 
     @staticmethod
     def _output(cache=None, **fields):

@@ -56,8 +56,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         own = {name: self.segments.logits(name, state) for name, state in states.items()}
         logits, token_weights = self.mix(weights, list(states.values()), list(own.values()))
         if kwargs.pop("fused_lm_head", False):
-            labelling = labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
-            return fused_output(self.config, logits, list(own.values()), *labelling)
+            labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
+            return fused_output(self.config, logits, list(own.values()), **labelling)
         loss, parts = (None, {}) if labels is None else self._losses(logits, own, labels, kwargs)
         return ManticoreCausalLMOutput(loss, logits, found.cache, found.hidden_states, weights=token_weights, **parts)
 

@@ -27,8 +27,7 @@ def whole_directory(target: str | os.PathLike, active: bool):
     """Gives a scratch directory whose files are moved into `target` when the block ends well.
 
     A new target appears by one rename. In an existing one each file is replaced whole, config.json last; its other
-    files stay, but for weights of an earlier save. Of several processes that save into one directory at once, one after
-    the other moves its files.
+    files stay, but for weights of an earlier save. Of several processes one after the other moves its files.
     """
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +44,9 @@ def whole_directory(target: str | os.PathLike, active: bool):
         yield str(inner)
         if not active:
             return
-        with _one_at_a_time(target):
+        name = hashlib.sha256(f"{getpass.getuser()}:{target}".encode()).hexdigest()[:24]
+        # Among the processes of this machine and user; it leaves no file beside the directory
+        with WeakFileLock(os.path.join(tempfile.gettempdir(), f"manticore-{name}.lock")):
             _move(inner, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -66,12 +67,6 @@ def _move(inner, target):
         match = _WEIGHT_FILE.fullmatch(file.name)
         if match and match[1] in variants and file.name not in fresh:
             file.unlink()
-
-
-def _one_at_a_time(target):
-    """A lock on a directory, among the processes of this machine and user; it leaves no file beside the directory."""
-    name = hashlib.sha256(f"{getpass.getuser()}:{target}".encode()).hexdigest()[:24]
-    return WeakFileLock(os.path.join(tempfile.gettempdir(), f"manticore-{name}.lock"))
 
 
 def _clean_up(place, prefix):

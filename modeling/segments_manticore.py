@@ -4,22 +4,23 @@ A component stays whole and registered once. One that runs all its layers in one
 others a `Segment` runs the layers [start, stop) by a *shell*: a shallow copy of the module that owns the layer list
 (`LlamaModel`, `OPTDecoder`, ...), with the list and the configuration sliced and with the children that run before the
 first layer or after the last one neutralised where they do not belong. What a class does there outside of its children
-(Granite scales the embeddings) is passed over: its state goes to the first layer, and is taken from the last. Masks,
-positions, rotary embeddings, sliding windows, attention backends and gradient checkpointing are Transformers' own code.
-The layers are the very same objects and keep their own `layer_idx`; `SegmentCache` leaves holes for those of others.
+(Granite scales the embeddings) is passed over: its state goes to the first layer, and is taken from the last. All else
+(masks, positions, windows, attention backends, checkpointing) is Transformers' own code. The layers are the very same
+objects and keep their own `layer_idx`; `SegmentCache` leaves holes for those of others.
 
-A hardened hybrid has one component per block. Consecutive blocks on the same component run as one segment; layers,
+A pruned hybrid has one component per block. Consecutive blocks on the same component run as one segment; layers,
 embeddings and heads that the path does not need are replaced by modules without parameters, so that what stays keeps
 its name in the component's own checkpoint.
 """
 
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from operator import is_not
 
 import torch
 from torch import nn
 
-from .anatomy_manticore import Entry, Exit, NoPosition, PassThrough, Shell, backbone_name, dissect, slice_config
+from .anatomy_manticore import Anatomy, Entry, Exit, NoPosition, PassThrough, Shell, backbone_name, dissect, pick_config
 from .configuration_manticore import ManticoreError
 from .devices_manticore import device_of, onloaded, place
 from .mixture_manticore import is_active
@@ -43,30 +44,29 @@ class Segments:
         return type(self), ()
 
     @property
-    def ranges(self):
-        """{(component, block its segment begins in): (start, stop)}; of a hardened hybrid in the order they run in."""
+    def ranges(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """{(component, block its segment begins in): (start, stop)}; of a pruned hybrid in the order they run in."""
         if self._ranges is None:
             config = self.model.config
             if config.route is not None:
                 self._ranges = {(one.name, one.first): (one.start, one.stop) for one in stretches(config)}
             else:
-                cuts = {name: config.bounds(name) for name in config.component_names}
-                pairs = {name: enumerate(zip(bounds, bounds[1:])) for name, bounds in cuts.items()}
+                pairs = {name: enumerate(pairwise(config.bounds(name))) for name in config.component_names}
                 self._ranges = {(name, block): pair for name in pairs for block, pair in pairs[name]}
         return self._ranges
 
-    def blocks(self, name):
+    def blocks(self, name: str) -> list[int]:
         """The blocks in which a component's segments begin."""
         return [block for other, block in self.ranges if other == name]
 
-    def running(self, weights):
+    def running(self, weights: list) -> list[tuple[str, int]]:
         """[(component, block)] of the segments that run under S rows of K mixture weights."""
         if self.model.config.route is not None:
             return list(self.ranges)
         names = self.model.config.component_names
         return [(name, block) for block, row in enumerate(weights) for name, w in zip(names, row) if is_active(w)]
 
-    def anatomy(self, name):
+    def anatomy(self, name: str) -> Anatomy:
         """A component's `Anatomy`, found once."""
         component = self.model.component(name)
         if "_anatomy" in component.__dict__:  # of a component that is no longer whole
@@ -75,30 +75,30 @@ class Segments:
             self._anatomies[name] = (component, dissect(component))
         return self._anatomies[name][1]
 
-    def segment(self, name, block):
+    def segment(self, name: str, block: int) -> "Whole":
         """The `Segment` (or `Whole`) of a component that begins in a block."""
         return self.stretch(name, *self.ranges[name, block])
 
-    def stretch(self, name, start, stop):
+    def stretch(self, name: str, start: int, stop: int) -> "Whole":
         """A component's layers [start, stop), whatever the cut."""
         found, component = self._runs.get((name, start, stop)), self.model._modules[name]
         if found is None or found.component is not component:
             found = self._runs[name, start, stop] = cut(component, self.anatomy(name), start, stop)
         return found
 
-    def head(self, name):
+    def head(self, name: str) -> "Head":
         """A component's `Head`."""
         found, component = self._heads.get(name), self.model._modules[name]
         if found is None or found.component is not component:
             found = self._heads[name] = Head(component, self.anatomy(name))
         return found
 
-    def logits(self, name, states):
+    def logits(self, name: str, states: torch.Tensor) -> torch.Tensor:
         """A component's own logits [batch, time, vocabulary], without those of rows that only pad its vocabulary."""
         logits, size = self.model.together(self.head(name)(states)), self.model.config.vocab_size
         return logits if logits.shape[-1] == size else logits[..., :size]
 
-    def follow(self):
+    def follow(self) -> None:
         """Makes all segments and heads, or lets them follow changes in the components (adapters, dtypes, devices)."""
         if torch.compiler.is_compiling():
             return
@@ -109,13 +109,13 @@ class Segments:
         for one in (*self._runs.values(), *self._heads.values()):
             one.refresh()
 
-    def recut(self, ranges):
+    def recut(self, ranges: dict) -> None:
         """Takes over the ranges of components whose lists of layers were shortened by hand."""
         self._ranges = dict(ranges)
         self._runs.clear()
 
-    def prune(self):
-        """Drops what the path of a hardened hybrid does not use, once."""
+    def prune(self) -> None:
+        """Drops what the path of a pruned hybrid does not use, once."""
         config = self.model.config
         writer = config.route[-1 if config.head_mixture == "last" or config.embeddings == "native" else 0]
         for name in config.component_names:
@@ -129,24 +129,18 @@ class Segments:
 # ---- running layers --------------------------------------------------------------------------------------------------
 
 
-def cut(component, anatomy, start, stop):
+def cut(component: nn.Module, anatomy: Anatomy, start: int, stop: int) -> "Whole":
     """The layers [start, stop) of a causal LM as a callable on hidden states: a `Segment`, or all of it as `Whole`."""
     depth = len(getattr(component.get_submodule(anatomy.path), anatomy.layers))
     return (Whole if (start, stop) == (0, depth) else Segment)(component, anatomy, start, stop)
 
 
 class Whole:
-    """All layers of a component, run by its own class as they are; it reads token ids as well as embeddings.
-
-    Args:
-        component: The causal LM.
-        anatomy: Its `dissect`.
-        start, stop: The range of layers: all of them.
-    """
+    """All layers of a component, run by its own class as they are; it reads token ids as well as embeddings."""
 
     is_whole = True
 
-    def __init__(self, component, anatomy, start, stop):
+    def __init__(self, component: nn.Module, anatomy: Anatomy, start: int, stop: int):
         self.component, self.anatomy, self.start, self.stop = component, anatomy, start, stop
         self.stack = component.get_submodule(anatomy.path)
         self.config, self.children, self.stand_ins = self.stack.config, None, {}
@@ -158,7 +152,7 @@ class Whole:
         """Makes what does not change with the component."""
 
     @property
-    def layers(self):
+    def layers(self) -> nn.ModuleList:
         """The layers, as the component has them."""
         return getattr(self.stack, self.anatomy.layers)[self.start : self.stop]
 
@@ -179,7 +173,7 @@ class Whole:
         beside = [*self.stack.buffers(recurse=False), *(buffer for x in runs for buffer in x.buffers())]
         self.tables = find_tables(self.stack.config, first, mine, beside)
 
-    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None):
+    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
         """Runs the layers.
 
         Args:
@@ -194,7 +188,7 @@ class Whole:
         return self.run(self.stack, self.arguments(hidden, attention_mask, position_ids, cache))
 
     def run(self, stack, arguments):
-        """Calls the owner of the layers, or its shell; some classes overwrite what they are given (CTRL)."""
+        """Calls the owner of the layers, or its shell."""
         if self.anatomy.overwrites and "inputs_embeds" in arguments:
             arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
         return stack(**arguments)[0]
@@ -222,33 +216,25 @@ class Whole:
 
 
 class Segment(Whole):
-    """The layers [start, stop) of a component, run by a shell; the last segment ends at the component's depth.
-
-    Args: As in `Whole`.
-    """
+    """The layers [start, stop) of a component, run by a shell; the last segment ends at the component's depth."""
 
     is_whole = False
 
     def prepare(self):
-        """Makes the shell, and what stands for children that other segments run."""
         self.shell, self.entry, self.exit = Shell(self.stack), None, None
-        self.config = slice_config(self.stack.config, self.start, self.stop)
+        self.config = pick_config(self.stack.config, range(self.start, self.stop))
         self.is_last = self.stop == len(getattr(self.stack, self.anatomy.layers))
         if self.start != 0:
-            self.stand_ins.update({name: cls() for name, cls in self.anatomy.before.items()})
+            self.stand_ins |= {name: cls() for name, cls in self.anatomy.before.items()}
         if not self.is_last:
-            self.stand_ins.update({name: PassThrough() for name in self.anatomy.after})
+            self.stand_ins |= {name: PassThrough() for name in self.anatomy.after}
 
     def refresh(self):
-        """Follows the component; cheap when nothing changed. Not for use inside a compiled graph."""
         super().refresh()
-        attention = self.stack.config._attn_implementation_internal
-        if self.config._attn_implementation_internal != attention:
-            self.config._attn_implementation_internal = attention
+        self.config._attn_implementation_internal = self.stack.config._attn_implementation_internal
         self.shell.follow()
 
     def rebuild(self, modules, layers, mine):
-        """Takes over replaced children of the owner of the layers."""
         super().rebuild(modules, layers, mine)
         if self.anatomy.enters and self.start != 0:
             mine[0] = self.entry = Entry(mine[0])
@@ -257,8 +243,7 @@ class Segment(Whole):
         own = {**modules, self.anatomy.layers: nn.ModuleList(mine), **self.stand_ins}
         self.shell.own = {"_modules": own, "config": self.config}
 
-    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None):
-        """Runs the layers; see `Whole`."""
+    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
         arguments = self.arguments(hidden, attention_mask, position_ids, cache)
         if self.entry is not None:
             self.entry.state = arguments["inputs_embeds"]
@@ -315,15 +300,11 @@ class Head:
     """A component's own head on given last states: its class's forward with the backbone taken out.
 
     The output matrix alone would not do: what a class does to its logits (Gemma's soft cap, Granite's and FalconH1's
-    scales, Mamba's float32) stands in that forward, and nowhere else. A whole component's forward would not do either:
-    the gate and the classifiers read the last states, which many classes do not give beside the logits.
-
-    Args:
-        component: The causal LM.
-        anatomy: Its `dissect`.
+    scales, Mamba's float32) stands in that forward, and nowhere else. Nor would a whole component's forward: gate and
+    classifiers read the last states, which many classes do not give beside the logits.
     """
 
-    def __init__(self, component, anatomy):
+    def __init__(self, component: nn.Module, anatomy: Anatomy):
         self.component, self.path = component, anatomy.path.split(".")[1:]
         self.backbone = None
         self.shell = Shell(component)
@@ -338,7 +319,7 @@ class Head:
         self.shell.own = {"_modules": {**self.component._modules, prefix: self.backbone}}
         self.shell.follow()
 
-    def __call__(self, states):
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """[batch, time, width] -> logits [batch, time, vocabulary]."""
         head = self.component.get_output_embeddings()
         if head.weight.is_floating_point():
@@ -348,15 +329,13 @@ class Head:
 
 
 # ---- how far components can read -------------------------------------------------------------------------------------
-#
-# `config.max_position_embeddings` is the smallest that a component's configuration states, as users of Transformers
-# expect of a limit that they may cut texts to. Rotary and recurrent components compute beyond theirs, better or worse;
-# a table (learned positions, GPT-J's angles) has an end.
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Where the tables of a segment end.
+    """Where the tables of a segment (learned positions, GPT-J's angles) end.
+
+    Rotary and recurrent components compute beyond their `config.max_position_embeddings`, better or worse.
 
     Attributes:
         positions: Positions that it has rows for, None without a table.
@@ -368,13 +347,9 @@ class Tables:
 
 
 def find_tables(config, embeddings, layers, beside):
-    """The Tables of some layers of a component.
+    """The Tables of some layers of a component, and of what runs with them.
 
-    Args:
-        config: The component's configuration.
-        embeddings: Modules that add positions before the first of the layers.
-        layers: The layers.
-        beside: Buffers of the model outside of its layers (angles of GPT-J and CTRL).
+    That are modules that add positions before them (`embeddings`), and buffers `beside` them (GPT-J's angles, CTRL's).
     """
     stated = getattr(config, "max_position_embeddings", None)
     # OPT and its kin leave the first rows to padding.
@@ -388,18 +363,13 @@ def find_tables(config, embeddings, layers, beside):
 
 
 def check_positions(segments, positions, length, explicit):
-    """Refuses input beyond a table, before an index error inside of a component.
-
-    A component whose mixture weight is exactly 0 is not run, and limits nothing.
+    """Raises ManticoreError for input beyond a table, before an index error inside of a component.
 
     Args:
         segments: (component's name, its Segment) of all that are run.
         positions: [batch or 1, time] positions of the new tokens.
         length: Cached and new tokens, padding included, or the length of a static cache.
         explicit: Whether the caller gave the positions; else none of them is `length` or more.
-
-    Raises:
-        ManticoreError: Names the component, its limit, and what was given.
     """
     if torch.compiler.is_compiling():  # looking at values would break the graph
         return
@@ -409,22 +379,23 @@ def check_positions(segments, positions, length, explicit):
     last = None
     for name, tables in found:
         if tables.length is not None and length > tables.length:
-            _refuse(name, tables.length, f"{length} tokens, padding and cached ones included")
+            raise _too_long(name, tables.length, f"{length} tokens, padding and cached ones included")
         if tables.positions is not None and (explicit or length > tables.positions):
             last = int(positions.max()) if last is None else last
             if last >= tables.positions:
-                _refuse(name, tables.positions, f"position {last}, that is {last + 1} tokens with those cached")
+                said = f"position {last}, that is {last + 1} tokens with those cached"
+                raise _too_long(name, tables.positions, said)
 
 
-def _refuse(name, limit, given):
-    raise ManticoreError(
+def _too_long(name, limit, given):
+    return ManticoreError(
         f"Component {name!r} has a table of {limit} positions; {given}, is beyond its end. Give shorter input, "
         "generate fewer tokens, or take the component out of the mixture (set_mixture_weights with weight 0 for "
         f"{name!r} in every block: it is not run then)."
     )
 
 
-# ---- hardened hybrids ------------------------------------------------------------------------------------------------
+# ---- pruned hybrids --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -441,40 +412,29 @@ class Stretch:
 def stretches(config):
     """The Stretches of a configuration with a route, in order."""
     out = []
-    for block, name in enumerate(config.route):
+    for name, blocks in groupby(range(config.num_blocks), key=config.route.__getitem__):
+        first, *_ = blocks = list(blocks)
         bounds = config.bounds(name)
-        if out and out[-1].name == name:
-            one = out.pop()
-            out.append(Stretch(name, one.first, block, one.start, bounds[block + 1]))
-        else:
-            out.append(Stretch(name, block, block, bounds[block], bounds[block + 1]))
+        out.append(Stretch(name, first, blocks[-1], bounds[first], bounds[blocks[-1] + 1]))
     return out
 
 
 class Dropped(nn.Module):
-    """Stands where a module was that the path of a hardened hybrid does not use."""
+    """Stands where a module was that the path of a pruned hybrid does not use."""
 
     def forward(self, *args, **kwargs):
-        raise ManticoreError(
-            "This part of a component was dropped when the hybrid was hardened: it cannot be run alone, and only the "
-            "route's layers are left."
-        )
+        raise ManticoreError("This part of a component was pruned: only the layers of the hybrid's path are left.")
 
 
-def width_of(module):
-    """Width of an embedding or head; 0 where a hardened hybrid dropped it."""
+def width_of(module: nn.Module) -> int:
+    """Width of an embedding or head; 0 where a pruned hybrid dropped it."""
     return 0 if isinstance(module, Dropped) else module.weight.shape[1]
 
 
 def drop_unused(component, anatomy, mine, reads, writes):
     """Replaces what a path does not use of a component, in place.
 
-    Args:
-        component: The causal LM.
-        anatomy: Its `dissect`, made while it was whole.
-        mine: (start, stop) of its layers that are run.
-        reads: Whether the path enters through its embeddings.
-        writes: Whether the path leaves through its head.
+    Of its layers it runs `mine`, [(start, stop)]; it `reads` by its embeddings and `writes` by its head, or not.
     """
     stack = component.get_submodule(anatomy.path)
     layers = getattr(stack, anatomy.layers)
@@ -482,15 +442,16 @@ def drop_unused(component, anatomy, mine, reads, writes):
     for i in set(range(len(layers))) - used:
         layers[i] = Dropped()
     tied = bool(component.all_tied_weights_keys)  # on the meta device they are not one tensor yet
-    # Both ends of a tie are one tensor: keeping the other costs nothing.
-    if not (reads or (writes and tied)):
-        _replace(component, component.get_input_embeddings())
-    if not (writes or (reads and tied)):
-        _replace(component, component.get_output_embeddings())
-    if tied and not (reads or writes):
+    if tied:
+        reads = writes = reads or writes  # both ends are one tensor: keeping the other costs nothing
+    embedding, head = component.get_input_embeddings(), component.get_output_embeddings()
+    for keep, module in ((reads, embedding), (writes, head)):
+        if not keep:
+            _replace(component, module)
+    if tied and not reads:
         component._tied_weights_keys, component.all_tied_weights_keys = None, {}
         component.config.tie_word_embeddings = False
-    embedding = component.get_input_embeddings() if reads or (writes and tied) else None
+    embedding = embedding if reads else None
     gone = [name for name in anatomy.before if 0 not in used and getattr(stack, name) is not embedding]
     gone += anatomy.after if len(layers) - 1 not in used else []
     gone += anatomy.shared if not used & {0, len(layers) - 1} else []

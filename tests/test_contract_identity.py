@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, PAIRS, components, hybrid, tiny, tokens, uneven
-from manticore_hf.modeling.anatomy_manticore import Entry, Exit, dissect, slice_config
+from manticore_hf.modeling.anatomy_manticore import Entry, Exit, dissect, pick_config
 from manticore_hf.modeling.segments_manticore import cut
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
@@ -39,7 +39,7 @@ def test_a_segment_holds_no_weights_of_its_own(component):
 
 def test_slice_config_cuts_every_list_of_layers(component):
     config = component.config
-    sliced = slice_config(config, 1, 3)
+    sliced = pick_config(config, range(1, 3))
     assert (sliced.num_hidden_layers, config.num_hidden_layers) == (2, 5)
     for key in ("layer_types", "layers_block_type", "attention_layers"):
         if isinstance(getattr(config, key, None), (list, tuple)) and len(getattr(config, key)) == 5:

@@ -108,7 +108,7 @@ def test_only_what_the_route_needs_is_left():
     alone = harden(soft, mamba)
     assert alone.config.component_names == [mamba] and not hasattr(alone, neox)
     assert alone.num_parameters() == soft.component(mamba).num_parameters()
-    with pytest.raises(ManticoreError, match="was dropped when the hybrid was hardened"):
+    with pytest.raises(ManticoreError, match="was pruned: only the layers of"):
         hard.component(neox)(input_ids=tokens())
     assert hard.mixture_weights().tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
@@ -243,7 +243,7 @@ def test_impossible_routes_are_refused(text):
     for route in ("alpha", [neox, mamba]):
         with pytest.raises(ManticoreError, match="hardened already"):
             harden(hard, route)
-    with pytest.raises(ManticoreError, match="was hardened to the route"):
+    with pytest.raises(ManticoreError, match="was pruned to the path"):
         hard.set_mixture_weights(neox)
     with pytest.raises(ManticoreError, match="cannot be resized"):
         hard.resize_token_embeddings(120)

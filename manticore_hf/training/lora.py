@@ -17,10 +17,10 @@ from manticore_hf.modeling.dtypes_manticore import (
     MIXER,
     RAW,
     SCORE,
+    check_unquantized,
     is_state_space,
     kept_maps,
     plain_linear_maps,
-    refuse_quantized,
 )
 
 TASK_TYPES = {
@@ -67,7 +67,7 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
     """
     from peft import LoraConfig
 
-    refuse_quantized(model)
+    check_unquantized(model)
     _keep_trainable(model)
     targets = kwargs.pop("target_modules", None)
     if targets == "all-linear":

@@ -34,7 +34,7 @@ from manticore_hf.modeling.bounds_manticore import (
     show,
 )
 from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
-from manticore_hf.modeling.weights_manticore import Renamer, part_of, refuse
+from manticore_hf.modeling.weights_manticore import Renamer, check_complete, part_of
 from manticore_hf.utils.headers import compare
 
 MAX_COMPONENTS = 32
@@ -441,7 +441,7 @@ class Defence(Guard):
         if wrong and ignore_mismatched:
             made = [rename.known[key] for key in wrong if key in rename.known]
             check_memory(f"{part_of(model, min(wrong))}: its tensors of another shape", made)
-        refuse(model, missing, {} if ignore_mismatched else wrong)
+        check_complete(model, missing, {} if ignore_mismatched else wrong)
 
 
 def install() -> None:
