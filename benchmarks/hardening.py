@@ -2,7 +2,7 @@
 
     python benchmarks/hardening.py --output benchmarks/results/hardening.jsonl
 
-With the demo's components and text: a one-block hybrid is trained (gate, then everything), hardened to each component
+With the demo's components and text: a one-block hybrid is trained (gate, then everything), pruned to each component
 and trained by recovery distillation; the baseline is that component fine-tuned with the same settings on the same rows
 for as many steps as hybrid and distillation together let the component see (one pass for the hybrid's tuning, one for
 the distillation). Also hard routes across components, from a two-block hybrid. Every model is one line of the output.
@@ -18,20 +18,20 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
-from manticore_hf import ManticoreForCausalLM, harden, set_stage
+from manticore_hf import ManticoreForCausalLM, prune, set_stage
 from manticore_hf.demo.demo import COMPONENTS, KINDS
 from manticore_hf.demo.text import documents
 from manticore_hf.evaluation.data import pack
 from manticore_hf.evaluation.losses import compare_losses
 from manticore_hf.training.calibrate import calibrate_projectors
-from manticore_hf.training.distill import HealTrainer
+from manticore_hf.training.distill import DistilTrainer
 
 BLOCK, RATE, GATE_RATE = 256, 3e-4, 1e-2
 
 
 def _arguments(seed, rate, epochs=1):
     return TrainingArguments(
-        output_dir=tempfile.mkdtemp(prefix="hardening-"),
+        output_dir=tempfile.mkdtemp(prefix="pruning-"),
         num_train_epochs=epochs,
         per_device_train_batch_size=8,
         learning_rate=rate,
@@ -65,22 +65,22 @@ def _models(train, test, seed):
     for name in soft.config.component_names:
         yield f"{name} inside the soft hybrid", losses[name]
         fresh = ManticoreForCausalLM.from_components([str(COMPONENTS / kind) for kind in KINDS], dtype="float32")
-        plain = set_stage(harden(fresh, name), "finetune")
+        plain = set_stage(prune(fresh, name), "finetune")
         yield f"{name} as published", compare_losses(plain, test)["hybrid"]
-        HealTrainer(model=plain, args=_arguments(seed, RATE, 2), train_dataset=train, distil_weight=0).train()
+        DistilTrainer(model=plain, args=_arguments(seed, RATE, 2), train_dataset=train, distil_weight=0).train()
         yield f"{name}, tuned plainly, 2 passes", compare_losses(plain, test)["hybrid"]
         for start, passes, label in ((soft, 1, "from inside the hybrid, 1 pass"), (fresh, 2, "as published, 2 passes")):
-            hard = set_stage(harden(start, name), "finetune")
+            hard = set_stage(prune(start, name), "finetune")
             arguments = _arguments(seed, RATE, passes)
-            HealTrainer(model=hard, args=arguments, train_dataset=train, teacher=soft).train()
+            DistilTrainer(model=hard, args=arguments, train_dataset=train, teacher=soft).train()
             yield f"{name}, distilled, {label}", compare_losses(hard, test)["hybrid"]
     soft = _soft(2, train, seed)
     yield "soft hybrid, 2 blocks", compare_losses(soft, test)["hybrid"]
     first, second = soft.config.component_names
     for route in ([first, second], [second, first]):
-        hard = set_stage(harden(soft, route), "finetune")
+        hard = set_stage(prune(soft, route), "finetune")
         yield " > ".join(route) + ", before healing", compare_losses(hard, test)["hybrid"]
-        HealTrainer(model=hard, args=_arguments(seed, RATE), train_dataset=train, teacher=soft).train()
+        DistilTrainer(model=hard, args=_arguments(seed, RATE), train_dataset=train, teacher=soft).train()
         yield " > ".join(route) + ", healed, 1 pass", compare_losses(hard, test)["hybrid"]
 
 

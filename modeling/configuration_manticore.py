@@ -53,7 +53,7 @@ class ManticoreConfig(PreTrainedConfig):
         objective: What of mixture_space and the loss weights is not given, but for the first training stage of a
             one-block hybrid to choose, by whether the components' strengths differ: {"open": [...]}; then what it
             measured, {"chosen": [...], "gain": ...}. None: all is as given.
-        route: One component name per block once hardened; None for a soft hybrid.
+        route: One component name per block once pruned; None for a soft hybrid.
         manticore_version: Version of the repository layout.
         **kwargs: The fields of `HybridSettings` (settings_manticore.py), where each has its meaning, choices and
             default (S is `num_blocks`); and what every configuration of Transformers takes.

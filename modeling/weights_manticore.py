@@ -339,7 +339,7 @@ class ReferencedWeights:
 
     # accelerate (1.15), when it shards with FSDP2 and `cpu_ram_efficient_loading`, sends the model to the meta device,
     # cuts it there, and hands the weights out again by its state dict. Buffers that belong to the state dict are not
-    # cut, which it does not expect: a hardened hybrid's record of alpha, Gemma 4's scales, the correction biases of
+    # cut, which it does not expect: a pruned hybrid's record of alpha, Gemma 4's scales, the correction biases of
     # DeepSeek's and NemotronH's experts. Every process has read them, so they need no handing out: they are kept aside
     # on the way to the meta device and put back when the weights arrive, inside wrappers (PEFT's) as well.
 

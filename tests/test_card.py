@@ -10,7 +10,7 @@ from hub_models import publish as put
 from hub_models import tiny, tokenizer
 from huggingface_hub import ModelCard
 
-from manticore_hf import ComponentSpec, ManticoreForCausalLM, harden
+from manticore_hf import ComponentSpec, ManticoreForCausalLM, prune
 from manticore_hf.hub.card import Facts, make_card, read_results
 from manticore_hf.hub.card_merge import merge
 
@@ -72,7 +72,7 @@ def test_the_cost_is_the_models(saved):
         (LOSSES, None, True),
         ({"hybrid": 1.8}, None, False),
         ({"a": 1.0, "b": 2.0}, None, False),
-        ({"soft hybrid": 2.0, "healed": 1.9}, "healed", True),
+        ({"soft hybrid": 2.0, "distilled": 1.9}, "distilled", True),
     ],
 )
 def test_no_number_without_its_baselines(saved, losses, own, shown):
@@ -186,11 +186,11 @@ def test_the_publishers_licence_is_told_from_the_components(saved):
 # ---- other kinds of hybrids ------------------------------------------------------------------------------------------
 
 
-def test_a_hardened_hybrid(saved, tmp_path):
-    harden(saved[0], ["a", "b"]).save_pretrained(tmp_path / "hard")
+def test_a_pruned_hybrid(saved, tmp_path):
+    prune(saved[0], ["a", "b"]).save_pretrained(tmp_path / "hard")
     card, _, alpha, _ = made(tmp_path / "hard")
     assert alpha == [[1.0, 0.0], [0.0, 1.0]]
-    assert "hardened" in card.sections["title"] and "manticore-hf harden" not in card.sections["cost"]
+    assert "pruned" in card.sections["title"] and "manticore-hf prune" not in card.sections["cost"]
 
 
 def test_embedded_components_are_said_to_be_here(tmp_path):

@@ -179,7 +179,7 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
         (["finetune", *stage, "--model", str(tmp_path / "none")], "none"),
         (["finetune", *stage, "--model", "no such/thing at all"], "no such/thing"),
         (["search", *stage, "--strategy", "luck"], "strategy='luck'"),
-        (["harden", *stage, "--distil-weight", "2"], "distil_weight=2.0"),
+        (["prune", *stage, "--distil-weight", "2"], "distil_weight=2.0"),
         (["evaluate", "--model", str(place / "hybrid"), "--data", str(tmp_path / "no.txt")], "no.txt"),
         (["report", str(tmp_path / "none")], "none"),
         (["push", str(tmp_path / "none"), "me/x"], "none"),
@@ -242,7 +242,7 @@ def test_one_list_of_a_hybrids_settings():
 
 
 def test_one_table_of_stages():
-    assert list(STAGES) == ["compose", "calibrate", "pretrain", "search", "finetune", "harden"]
+    assert list(STAGES) == ["compose", "calibrate", "pretrain", "search", "finetune", "prune"]
     assert list(AFTER_COMPOSE) == list(STAGES)[1:]
     for name, stage in STAGES.items():
         assert COMMANDS[name].help == stage.help and callable(stage.run)
@@ -252,13 +252,13 @@ def test_one_table_of_stages():
 
 def test_the_dataclasses_become_options():
     args = parser_of("compare").parse_args(
-        "r.yaml --output-dir o --test t --seeds 1 2 --harden --loss-weights 1:0 --epochs 0.5".split()
+        "r.yaml --output-dir o --test t --seeds 1 2 --prune --loss-weights 1:0 --epochs 0.5".split()
     )
     args.loss_weights = [(1.0, 0.0)]
     arguments = from_namespace(CompareArguments, args)
-    assert (arguments.seeds, arguments.harden, arguments.from_tuned) == ((1, 2), True, False)
+    assert (arguments.seeds, arguments.prune, arguments.from_tuned) == ((1, 2), True, False)
     assert (arguments.loss_weights, arguments.epochs, arguments.singles) == (((1.0, 0.0),), (0.5,), ())
-    assert parser_of("compare").parse_args("--harden r.yaml --output-dir o --test t".split()).recipe == "r.yaml"
+    assert parser_of("compare").parse_args("--prune r.yaml --output-dir o --test t".split()).recipe == "r.yaml"
     for words, value in (([], False), (["--streaming"], True), (["--streaming", "false"], False)):
         args = parser_of("calibrate").parse_args(["--model", "m", "--data", "d", *words])
         assert from_namespace(DataArguments, args).streaming is value

@@ -1,4 +1,4 @@
-"""Contract: segments in sequence are the component, and a hybrid hardened to one component is that component."""
+"""Contract: segments in sequence are the component, and a hybrid pruned to one component is that component."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ from manticore_hf.modeling.devices_manticore import device_of
 from peft import PeftModel, get_peft_model
 
 from manticore_hf import ManticoreForCausalLM, lora_config
-from manticore_hf.training.prune import harden
+from manticore_hf.training.prune import prune
 
 # Attention, Mamba, Mamba-2, Jamba with experts, RecurrentGemma; both ways of embedding
 SAVED = {
@@ -223,7 +223,7 @@ def test_weights_of_a_distributed_run_say_nothing():
 
 def test_a_route_over_two_devices(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    model = harden(hybrid("gpt_neox+mamba", num_blocks=3), ["mamba", "gpt_neox", "mamba"])
+    model = prune(hybrid("gpt_neox+mamba", num_blocks=3), ["mamba", "gpt_neox", "mamba"])
     model.save_pretrained(tmp_path)
     wanted = results(model)
     with fake_devices():

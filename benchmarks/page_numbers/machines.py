@@ -9,7 +9,12 @@ PAIRS = {
     "pythia-160m+mamba-130m": "shape of Pythia-160M + Mamba-130M",
 }
 
-STAGES = {"pretrain": "projector warm-up", "harden": "pruning with recovery distillation", "finetune": "fine-tuning"}
+STAGES = {
+    "pretrain": "projector warm-up",
+    "harden": "pruning with recovery distillation",
+    "prune": "pruning with recovery distillation",
+    "finetune": "fine-tuning",
+}
 
 
 def case_name(case: dict) -> str:

@@ -265,7 +265,7 @@ class _Classifies:
         """A classifier of a causal hybrid in memory; they share components and mixer, so training one changes both.
 
         Args:
-            model: A ManticoreForCausalLM, hardened or not.
+            model: A ManticoreForCausalLM, pruned or not.
             num_labels, id2label, label2id, problem_type: As in `from_components`.
 
         Raises:

@@ -35,7 +35,7 @@ def compare_losses(
 
     Returns:
         {component name: loss, ..., "ensemble": loss, "hybrid": loss} in nats per token; the ensemble is the normalised
-        geometric mean of the components' distributions with equal weights. A hardened hybrid has lost parts of its
+        geometric mean of the components' distributions with equal weights. A pruned hybrid has lost parts of its
         components, so only "hybrid" is there: its baselines come from the soft one.
     """
     was_training, names = model.training, model.config.component_names if baselines and not model.config.route else []

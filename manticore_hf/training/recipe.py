@@ -25,9 +25,10 @@ from manticore_hf.training.programs import program_of
 from manticore_hf.training.runtime import training_defaults
 from manticore_hf.training.search import STRATEGIES
 from manticore_hf.training.stage_arguments import HybridArguments
-from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
+from manticore_hf.training.stages import AFTER_COMPOSE, OLD_NAMES, STAGES
 from manticore_hf.utils.distributed import on_main, print_main
 from manticore_hf.utils.files import replace_text
+from manticore_hf.utils.renamed import warn_renamed
 
 TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
@@ -188,6 +189,9 @@ def _stage(entry, i, wrong):
     if not isinstance(entry, dict) or len(entry) != 1:
         wrong(("stages", i), f"is {show(entry)}, must be one stage with its settings.")
     ((stage, settings),) = entry.items()
+    if isinstance(stage, str) and stage in OLD_NAMES:
+        warn_renamed(f"stages: {stage}", OLD_NAMES[stage])
+        stage = OLD_NAMES[stage]
     if stage not in _stage_keys():
         wrong(("stages", i), f"stage {show(stage)} is unknown; known are {sorted(_stage_keys())}.")
     settings = settings or {}

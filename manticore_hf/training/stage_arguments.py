@@ -99,8 +99,8 @@ class AlphaArguments:
 
 
 @dataclass
-class HardenArguments:
-    """What is hardened, and how its route is chosen."""
+class PruneArguments:
+    """What is pruned, and how its route is chosen."""
 
     model: str = field(metadata={"help": "The soft hybrid: directory or Hub repo."})
     route: str = field(
@@ -117,7 +117,9 @@ class HardenArguments:
     beam: int = field(default=4, metadata={"help": "Routes kept where there are too many to measure all."})
     distil_weight: float = field(
         default=0.5,
-        metadata={"help": "Weight of the soft hybrid's distribution in the healing's loss; the text has the rest."},
+        metadata={
+            "help": "Weight of the soft hybrid's distribution in the distillation's loss; the text has the rest."
+        },
     )
     train_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
 
