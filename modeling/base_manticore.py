@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .anatomy_manticore import check_cut
 from .bounds_manticore import build_component, construct, trying
 from .cache_manticore import ManticoreCache, cache_for_generation
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import device_of, onloaded, place, whole_weights
 from .dtypes_manticore import MixedDtypes, Quantizable
+from .layer_stack_manticore import check_cut
 from .mixers_manticore import follow_kernels
 from .mixing_manticore import HybridMixer, resize, whole
 from .mixture_manticore import weighted_sum, widen
@@ -136,7 +136,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             self.add_module(name, component)
             with trying(what):
                 try:
-                    check_cut(component, self.segments.anatomy(name), config.num_blocks)
+                    check_cut(component, self.segments.layout(name), config.num_blocks)
                 except ManticoreError as err:
                     raise ManticoreError(f"Component {name!r}: {err}") from err
         if config.route is not None:

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .anatomy_manticore import find_layers
 from .bounds_manticore import ManticoreError, show
 from .configuration_manticore import component_depth
+from .layer_stack_manticore import find_layers
 
 ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.")  # beginnings of names within the mixer
 RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")  # of state-space mixers: no plain matrix product everywhere
@@ -99,7 +99,7 @@ def plain_linear_maps(model, components: list | None = None) -> list[str]:
     """
     inside = []
     for name in model.config.component_names if components is None else components:
-        # Not `dissect`, which runs the component without computing: quantised maps cannot do that.
+        # Not `find_layout`, which runs the component without computing: quantised maps cannot do that.
         layers = find_layers(model.component(name), component_depth(model.component(name).config))
         inside.append(".".join([name, *layers, ""]))
     modules, out = dict(model.named_modules()), []

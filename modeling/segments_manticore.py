@@ -20,9 +20,19 @@ from operator import is_not
 import torch
 from torch import nn
 
-from .anatomy_manticore import Anatomy, Entry, Exit, NoPosition, PassThrough, Shell, backbone_name, dissect, pick_config
 from .configuration_manticore import ManticoreError
 from .devices_manticore import device_of, onloaded, place
+from .layer_stack_manticore import (
+    Entry,
+    Exit,
+    NoPosition,
+    PassThrough,
+    Shell,
+    StackLayout,
+    backbone_name,
+    find_layout,
+    pick_config,
+)
 from .mixture_manticore import is_active
 
 
@@ -35,7 +45,7 @@ class Segments:
 
     def __init__(self, model=None):
         self.model = model
-        self._ranges, self._anatomies, self._runs, self._heads = None, {}, {}, {}
+        self._ranges, self._layouts, self._runs, self._heads = None, {}, {}, {}
 
     def __deepcopy__(self, memo):
         return type(self)()
@@ -66,14 +76,14 @@ class Segments:
         names = self.model.config.component_names
         return [(name, block) for block, row in enumerate(weights) for name, w in zip(names, row) if is_active(w)]
 
-    def anatomy(self, name: str) -> Anatomy:
-        """A component's `Anatomy`, found once."""
+    def layout(self, name: str) -> StackLayout:
+        """A component's `StackLayout`, found once."""
         component = self.model.component(name)
-        if "_anatomy" in component.__dict__:  # of a component that is no longer whole
-            return component._anatomy
-        if name not in self._anatomies or self._anatomies[name][0] is not component:
-            self._anatomies[name] = (component, dissect(component))
-        return self._anatomies[name][1]
+        if "_layout" in component.__dict__:  # of a component that is no longer whole
+            return component._layout
+        if name not in self._layouts or self._layouts[name][0] is not component:
+            self._layouts[name] = (component, find_layout(component))
+        return self._layouts[name][1]
 
     def segment(self, name: str, block: int) -> "Whole":
         """The `Segment` (or `Whole`) of a component that begins in a block."""
@@ -83,14 +93,14 @@ class Segments:
         """A component's layers [start, stop), whatever the cut."""
         found, component = self._runs.get((name, start, stop)), self.model._modules[name]
         if found is None or found.component is not component:
-            found = self._runs[name, start, stop] = cut(component, self.anatomy(name), start, stop)
+            found = self._runs[name, start, stop] = cut(component, self.layout(name), start, stop)
         return found
 
     def head(self, name: str) -> "Head":
         """A component's `Head`."""
         found, component = self._heads.get(name), self.model._modules[name]
         if found is None or found.component is not component:
-            found = self._heads[name] = Head(component, self.anatomy(name))
+            found = self._heads[name] = Head(component, self.layout(name))
         return found
 
     def logits(self, name: str, states: torch.Tensor) -> torch.Tensor:
@@ -120,19 +130,19 @@ class Segments:
         writer = config.route[-1 if config.head_mixture == "last" or config.embeddings == "native" else 0]
         for name in config.component_names:
             component = self.model.component(name)
-            if "_anatomy" not in component.__dict__:
-                component.__dict__["_anatomy"] = self.anatomy(name)
+            if "_layout" not in component.__dict__:
+                component.__dict__["_layout"] = self.layout(name)
                 mine = [pair for (other, _), pair in self.ranges.items() if other == name]
-                drop_unused(component, component._anatomy, mine, name == config.route[0], name == writer)
+                drop_unused(component, component._layout, mine, name == config.route[0], name == writer)
 
 
 # ---- running layers --------------------------------------------------------------------------------------------------
 
 
-def cut(component: nn.Module, anatomy: Anatomy, start: int, stop: int) -> "Whole":
+def cut(component: nn.Module, layout: StackLayout, start: int, stop: int) -> "Whole":
     """The layers [start, stop) of a causal LM as a callable on hidden states: a `Segment`, or all of it as `Whole`."""
-    depth = len(getattr(component.get_submodule(anatomy.path), anatomy.layers))
-    return (Whole if (start, stop) == (0, depth) else Segment)(component, anatomy, start, stop)
+    depth = len(getattr(component.get_submodule(layout.path), layout.layers))
+    return (Whole if (start, stop) == (0, depth) else Segment)(component, layout, start, stop)
 
 
 class Whole:
@@ -140,9 +150,9 @@ class Whole:
 
     is_whole = True
 
-    def __init__(self, component: nn.Module, anatomy: Anatomy, start: int, stop: int):
-        self.component, self.anatomy, self.start, self.stop = component, anatomy, start, stop
-        self.stack = component.get_submodule(anatomy.path)
+    def __init__(self, component: nn.Module, layout: StackLayout, start: int, stop: int):
+        self.component, self.layout, self.start, self.stop = component, layout, start, stop
+        self.stack = component.get_submodule(layout.path)
         self.config, self.children, self.stand_ins = self.stack.config, None, {}
         self.takes_float32 = bool(getattr(self.config, "residual_in_fp32", False))
         self.prepare()
@@ -154,12 +164,12 @@ class Whole:
     @property
     def layers(self) -> nn.ModuleList:
         """The layers, as the component has them."""
-        return getattr(self.stack, self.anatomy.layers)[self.start : self.stop]
+        return getattr(self.stack, self.layout.layers)[self.start : self.stop]
 
     def refresh(self):
         """Follows the component; cheap when nothing changed. Not for use inside a compiled graph."""
         modules = self.stack._modules
-        layers = modules[self.anatomy.layers]
+        layers = modules[self.layout.layers]
         children = [*modules.values(), *layers._modules.values()]
         if self.children is None or len(children) != len(self.children) or any(map(is_not, children, self.children)):
             self.children = children
@@ -168,7 +178,7 @@ class Whole:
 
     def rebuild(self, modules, layers, mine):
         """Takes over replaced children of the owner of the layers."""
-        first = [modules[name] for name, cls in self.anatomy.before.items() if self.start == 0 and cls is NoPosition]
+        first = [modules[name] for name, cls in self.layout.before.items() if self.start == 0 and cls is NoPosition]
         runs = [x for name, x in modules.items() if x not in (None, layers) and name not in self.stand_ins]
         beside = [*self.stack.buffers(recurse=False), *(buffer for x in runs for buffer in x.buffers())]
         self.tables = find_tables(self.stack.config, first, mine, beside)
@@ -189,7 +199,7 @@ class Whole:
 
     def run(self, stack, arguments):
         """Calls the owner of the layers, or its shell."""
-        if self.anatomy.overwrites and "inputs_embeds" in arguments:
+        if self.layout.overwrites and "inputs_embeds" in arguments:
             arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
         return stack(**arguments)[0]
 
@@ -205,13 +215,13 @@ class Whole:
                 kept = (p.dtype for p in self.stack.parameters() if p.is_floating_point())
                 hidden = hidden.to(next(kept, hidden.dtype))
             arguments["inputs_embeds"] = hidden
-        if self.anatomy.positions:
+        if self.layout.positions:
             arguments["position_ids"] = position_ids
-        if not self.anatomy.attends and attention_mask is not None:
+        if not self.layout.attends and attention_mask is not None:
             attention_mask = attention_mask[:, -hidden.shape[1] :]
         arguments["attention_mask"] = attention_mask
-        if cache is not None and self.anatomy.cache_argument is not None:
-            arguments[self.anatomy.cache_argument] = cache
+        if cache is not None and self.layout.cache_argument is not None:
+            arguments[self.layout.cache_argument] = cache
         return arguments
 
 
@@ -223,11 +233,11 @@ class Segment(Whole):
     def prepare(self):
         self.shell, self.entry, self.exit = Shell(self.stack), None, None
         self.config = pick_config(self.stack.config, range(self.start, self.stop))
-        self.is_last = self.stop == len(getattr(self.stack, self.anatomy.layers))
+        self.is_last = self.stop == len(getattr(self.stack, self.layout.layers))
         if self.start != 0:
-            self.stand_ins |= {name: cls() for name, cls in self.anatomy.before.items()}
+            self.stand_ins |= {name: cls() for name, cls in self.layout.before.items()}
         if not self.is_last:
-            self.stand_ins |= {name: PassThrough() for name in self.anatomy.after}
+            self.stand_ins |= {name: PassThrough() for name in self.layout.after}
 
     def refresh(self):
         super().refresh()
@@ -236,11 +246,11 @@ class Segment(Whole):
 
     def rebuild(self, modules, layers, mine):
         super().rebuild(modules, layers, mine)
-        if self.anatomy.enters and self.start != 0:
+        if self.layout.enters and self.start != 0:
             mine[0] = self.entry = Entry(mine[0])
-        if self.anatomy.leaves and not self.is_last:
+        if self.layout.leaves and not self.is_last:
             mine[-1] = self.exit = Exit(mine[-1])
-        own = {**modules, self.anatomy.layers: nn.ModuleList(mine), **self.stand_ins}
+        own = {**modules, self.layout.layers: nn.ModuleList(mine), **self.stand_ins}
         self.shell.own = {"_modules": own, "config": self.config}
 
     def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
@@ -304,8 +314,8 @@ class Head:
     classifiers read the last states, which many classes do not give beside the logits.
     """
 
-    def __init__(self, component: nn.Module, anatomy: Anatomy):
-        self.component, self.path = component, anatomy.path.split(".")[1:]
+    def __init__(self, component: nn.Module, layout: StackLayout):
+        self.component, self.path = component, layout.path.split(".")[1:]
         self.backbone = None
         self.shell = Shell(component)
         self.refresh()
@@ -431,13 +441,13 @@ def width_of(module: nn.Module) -> int:
     return 0 if isinstance(module, Dropped) else module.weight.shape[1]
 
 
-def drop_unused(component, anatomy, mine, reads, writes):
+def drop_unused(component, layout, mine, reads, writes):
     """Replaces what a path does not use of a component, in place.
 
     Of its layers it runs `mine`, [(start, stop)]; it `reads` by its embeddings and `writes` by its head, or not.
     """
-    stack = component.get_submodule(anatomy.path)
-    layers = getattr(stack, anatomy.layers)
+    stack = component.get_submodule(layout.path)
+    layers = getattr(stack, layout.layers)
     used = {i for start, stop in mine for i in range(start, stop)}
     for i in set(range(len(layers))) - used:
         layers[i] = Dropped()
@@ -452,9 +462,9 @@ def drop_unused(component, anatomy, mine, reads, writes):
         component._tied_weights_keys, component.all_tied_weights_keys = None, {}
         component.config.tie_word_embeddings = False
     embedding = embedding if reads else None
-    gone = [name for name in anatomy.before if 0 not in used and getattr(stack, name) is not embedding]
-    gone += anatomy.after if len(layers) - 1 not in used else []
-    gone += anatomy.shared if not used & {0, len(layers) - 1} else []
+    gone = [name for name in layout.before if 0 not in used and getattr(stack, name) is not embedding]
+    gone += layout.after if len(layers) - 1 not in used else []
+    gone += layout.shared if not used & {0, len(layers) - 1} else []
     for name in gone:
         setattr(stack, name, Dropped())
 

@@ -71,8 +71,8 @@ def saved(request, tmp_path_factory):
 def layers_of(config, name, places):
     """{module: place} for a component's layers, by turns, and what is around them, in the first place."""
     model = ManticoreForCausalLM(config)
-    component, anatomy = model.component(name), model.segments.anatomy(name)
-    path = f"{name}.{anatomy.path}.{anatomy.layers}"
+    component, layout = model.component(name), model.segments.layout(name)
+    path = f"{name}.{layout.path}.{layout.layers}"
     out = {f"{path}.{i}": places[i % len(places)] for i in range(component.config.num_hidden_layers)}
     for key in model.state_dict():
         if key.startswith(f"{name}.") and not key.startswith(f"{path}."):

@@ -112,12 +112,12 @@ class Resolved:
 
 
 def resolve(spec: ComponentSpec, hub: dict, weights: bool = True) -> Resolved:
-    """Finds a component's configuration and refuses what cannot be joined.
+    """Finds a component's configuration; what cannot be joined raises.
 
     Args:
         spec: A ComponentSpec.
         hub: Keyword arguments for the Hub client: token, cache_dir, local_files_only.
-        weights: Whether to refuse a component without readable weights; only then are they asked for.
+        weights: Whether a component without readable weights raises; only then are they asked for.
 
     Raises:
         ManticoreError: Names the component and the reason.

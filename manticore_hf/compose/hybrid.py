@@ -67,7 +67,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
             dtype: Of the weights; default: what the components are stored in if they agree, else float32. Instances are
                 converted in place.
             token, cache_dir, local_files_only: As in `from_pretrained`.
-            verify: Run a few tokens through each component, cut and uncut, and refuse it if they differ.
+            verify: Run a few tokens through each component, cut and uncut, and raise if they differ.
             **settings: Keys of ManticoreConfig: preset, num_blocks, block_layers, gate, mixture, embeddings, ...
 
         Returns:
@@ -92,7 +92,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         found = [resolve(ComponentSpec.of(item), hub) for item in components]
         padded = len({one.config.vocab_size for one in found}) > 1 and "vocab_size" not in settings
-        if padded:  # or really different: then there is no common size, and the configuration refuses
+        if padded:  # or really different: then there is no common size, and the configuration raises
             settings["vocab_size"] = check_tokenizers(found, hub)
         config = cls.config_class(components=[one.entry() for one in found], **settings)
         settle_attention(config)

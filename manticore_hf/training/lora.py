@@ -54,7 +54,7 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
         train_mixer: Train and save projectors, mixture weights and gate in full beside the adapters. (Score heads of
             a classifier always are.)
         **kwargs: Further fields of LoraConfig (lora_alpha, lora_dropout, ...). `target_modules` replaces the safe
-            targets; unsafe ones among them are refused. `task_type` follows from the model's class.
+            targets; unsafe ones among them raise. `task_type` follows from the model's class.
 
     Returns:
         A `peft.LoraConfig` for `peft.get_peft_model(model, config)`; its revision is the hybrid's own commit if it was

@@ -18,7 +18,7 @@ class HybridArguments(HybridSettings):
         default=None,
         metadata={
             "help": "Give components with other tokenizers the vocabulary of the tokenizer "
-            "component: mean, omp or auto. Default: refuse them.",
+            "component: mean, omp or auto. Default: they are unsupported.",
             "choices": ("mean", "omp", "auto"),
         },
     )

@@ -1,4 +1,4 @@
-"""Models from GGUF files: Transformers dequantises them; what it would leave out is refused."""
+"""Models from GGUF files: Transformers dequantises them; what it would leave out raises."""
 
 from pathlib import Path
 

@@ -2,7 +2,7 @@
 
 mamba_ssm (the code of Gu and Dao, arXiv 2312.00752, and Dao and Gu, arXiv 2405.21060) writes a config.json without a
 model_type, whose `ssm_cfg` holds the arguments of every mixer that differ from its defaults. What Transformers' classes
-cannot compute (attention layers, MLPs, LayerNorm, a skip weight per channel) is refused.
+cannot compute (attention layers, MLPs, LayerNorm, a skip weight per channel) is unsupported.
 """
 
 import math

@@ -80,7 +80,7 @@ class Exit(_Around):
 
 
 @dataclass
-class Anatomy:
+class StackLayout:
     """Where a component keeps its layers, and what its own forward does around them.
 
     Attributes:
@@ -112,13 +112,13 @@ class Anatomy:
     rereads: bool = False
 
 
-_FOUND = {}  # {all that an anatomy depends on: Anatomy}
+_FOUND = {}  # {all that a layout depends on: StackLayout}
 
 
-def dissect(component):
-    """Finds the anatomy of a causal LM, on any device, by running the owner of its layers twice without computing.
+def find_layout(component):
+    """Finds the layout of a causal LM, on any device, by running the owner of its layers twice without computing.
 
-    Equal components have equal anatomies: it is done once for them all, since it takes longer (0.1 to 0.5 s) than all
+    Equal components have equal layouts: it is done once for them all, since it takes longer (0.1 to 0.5 s) than all
     else that joining small models does.
 
     Raises:
@@ -127,19 +127,19 @@ def dissect(component):
     modules = tuple((name, type(module)) for name, module in component.named_modules())
     description = json.dumps(component.config.to_dict(), sort_keys=True, default=repr), modules
     if description not in _FOUND:
-        _FOUND[description] = _dissect(component)
+        _FOUND[description] = _find_layout(component)
     return _FOUND[description]
 
 
-def _dissect(component):
+def _find_layout(component):
     path, layers = find_layers(component, component_depth(component.config))
     stack = component.get_submodule(path)
     parameters, cache = inspect.signature(type(stack).forward).parameters, cache_argument(type(stack).forward)
     if "inputs_embeds" not in parameters:
         raise _uncut(component, f"{type(stack).__name__} takes no inputs_embeds.")
-    anatomy = Anatomy(path, layers, cache, "position_ids" in parameters, _attends(stack.config))
-    _watch_children(component, stack, anatomy)
-    return anatomy
+    layout = StackLayout(path, layers, cache, "position_ids" in parameters, _attends(stack.config))
+    _watch_children(component, stack, layout)
+    return layout
 
 
 def _uncut(component, reason, cut="cut"):
@@ -159,9 +159,9 @@ def _attends(config):
         return True
 
 
-def check_cut(component, anatomy, num_blocks):
+def check_cut(component, layout, num_blocks):
     """Raises ManticoreError if a component cannot be cut into so many blocks, but into one."""
-    if anatomy.rereads and num_blocks > 1:
+    if layout.rereads and num_blocks > 1:
         why = "its layers read the embeddings again, which only the first block has; give num_blocks=1."
         raise _uncut(component, why, f"cut into {num_blocks} blocks")
 
@@ -198,9 +198,9 @@ def find_layers(component, depth):
     raise _uncut(component, f"no list of its {depth} layers was found.")
 
 
-def _watch_children(component, stack, anatomy):
+def _watch_children(component, stack, layout):
     """Fills in what happens around the layers: by running the owner as it is, then as a segment in the middle."""
-    events, layers = [], getattr(stack, anatomy.layers)
+    events, layers = [], getattr(stack, layout.layers)
     # One layer of each kind shows what happens before and after all, and that they run: without computing, each would
     # still cost 20 ms.
     kept = one_of_each(layers)
@@ -208,7 +208,7 @@ def _watch_children(component, stack, anatomy):
     def enter(layer, args, kwargs):
         events.append(("layer", None, None, None))
         states = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-        anatomy.rereads |= sum(x.shape == states[0].shape for x in states) > 1
+        layout.rereads |= sum(x.shape == states[0].shape for x in states) > 1
 
     handles = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
 
@@ -219,9 +219,9 @@ def _watch_children(component, stack, anatomy):
         if child is not layers:
             handles.append(child.register_forward_hook(watch(name), with_kwargs=True))
     try:
-        _run_on_nothing(component, stack, {anatomy.layers: nn.ModuleList([layers[i] for i in kept])}, kept)
+        _run_on_nothing(component, stack, {layout.layers: nn.ModuleList([layers[i] for i in kept])}, kept)
     except ManticoreError:
-        if not anatomy.rereads or len(kept) == len(layers):
+        if not layout.rereads or len(kept) == len(layers):
             raise
         # Zamba2 asks by a layer's place among all of them which weights it shares
         events.clear()
@@ -240,30 +240,30 @@ def _watch_children(component, stack, anatomy):
             # else than states (Llama 4's complex angles) only informs.
             indexed = given is not None and not given.is_floating_point()
             position = indexed or isinstance(stack._modules[name], nn.Embedding)
-            anatomy.before[name] = NoPosition if position else PassThrough
+            layout.before[name] = NoPosition if position else PassThrough
         elif seen:
-            anatomy.after.append(name)
+            layout.after.append(name)
     if seen != 1:
-        raise _uncut(component, f"its forward ran the first layer of {anatomy.path}.{anatomy.layers} {seen} times.")
-    anatomy.shared = [name for name in anatomy.after if name in anatomy.before]
-    for name in anatomy.shared:
-        del anatomy.before[name]
-    anatomy.after = [name for name in anatomy.after if name not in anatomy.shared]
+        raise _uncut(component, f"its forward ran the first layer of {layout.path}.{layout.layers} {seen} times.")
+    layout.shared = [name for name in layout.after if name in layout.before]
+    for name in layout.shared:
+        del layout.before[name]
+    layout.after = [name for name in layout.after if name not in layout.shared]
 
     first, last = Entry(layers[kept[0]]), Exit(layers[kept[-1]])
     middle = [layers[i] for i in kept]
     middle[0] = first
     middle[-1] = last if len(kept) > 1 else Exit(first)
-    modules = {anatomy.layers: nn.ModuleList(middle), **{name: cls() for name, cls in anatomy.before.items()}}
-    modules |= {name: PassThrough() for name in anatomy.after}
+    modules = {layout.layers: nn.ModuleList(middle), **{name: cls() for name, cls in layout.before.items()}}
+    modules |= {name: PassThrough() for name in layout.after}
     given, out = _run_on_nothing(component, stack, modules, kept, entering=True)
     if first.found is None or first.found.shape != given.shape:
         shape = None if first.found is None else list(first.found.shape)
         why = f"what its layers hand on is no [batch, time, width]: of a state {list(given.shape)} they get {shape}."
         raise _uncut(component, why)
-    anatomy.overwrites = given._version > 0
-    anatomy.enters = first.found is not given or anatomy.overwrites
-    anatomy.leaves = middle[-1].found is not out
+    layout.overwrites = given._version > 0
+    layout.enters = first.found is not given or layout.overwrites
+    layout.leaves = middle[-1].found is not out
 
 
 class _FindsNothing(TorchDispatchMode):
