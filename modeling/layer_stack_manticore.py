@@ -38,7 +38,7 @@ class PassThrough(nn.Module):
 
 
 class _Around(nn.Module):
-    """Stands for a layer, and is that layer to whoever asks for its attributes."""
+    """Stands for a layer, and has its attributes."""
 
     def __init__(self, layer):
         super().__init__()
@@ -147,7 +147,7 @@ def _uncut(component, reason, cut="cut"):
 
 
 def cache_argument(forward):
-    """The name under which a model's forward takes its cache, which remote code may call as of old; None: in no way."""
+    """The name under which a model's forward takes its cache, or None; older remote code has older names."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
 
