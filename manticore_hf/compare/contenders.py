@@ -29,7 +29,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixers_manticore import repair_mixers
 from manticore_hf.training.distill import run_prune
 from manticore_hf.training.freezing import set_stage
-from manticore_hf.training.recipe import run_recipe
+from manticore_hf.training.recipe import Recipe, run_recipe
 from manticore_hf.training.runtime import last_whole_checkpoint, training_defaults
 from manticore_hf.training.stage_arguments import PruneArguments
 from manticore_hf.training.stages import STAGES
@@ -74,7 +74,7 @@ class Workshop:
         dtype: Of all weights in training.
     """
 
-    def __init__(self, recipe, folder, dtype="float32"):
+    def __init__(self, recipe: Recipe, folder: str | Path, dtype: str = "float32"):
         self.recipe, self.folder, self.dtype = recipe, Path(folder), dtype
         keys = ("tokenizer_component", "transplant", "transplant_data")
         settings = {key: recipe.hybrid[key] for key in keys if key in recipe.hybrid}

@@ -12,6 +12,7 @@ from dataclasses import fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
@@ -56,7 +57,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
         cache_dir: str | None = None,
         local_files_only: bool = False,
         verify: bool = True,
-        **settings,
+        **settings: object,
     ) -> "ManticoreForCausalLM":
         """Composes a hybrid from pretrained causal LMs.
 
@@ -135,7 +136,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
         return model
 
     @torch.no_grad()
-    def verify_segments(self):
+    def verify_segments(self) -> None:
         """Runs five tokens through every component: cut and uncut, at once and with a cache, alone and padded.
 
         Raises:
@@ -232,8 +233,8 @@ class _Classifies:
         id2label: dict | None = None,
         label2id: dict | None = None,
         problem_type: str | None = None,
-        **settings,
-    ):
+        **settings: object,
+    ) -> PreTrainedModel:
         """Composes a hybrid that classifies, from pretrained causal LMs.
 
         Args:
@@ -256,12 +257,12 @@ class _Classifies:
     @classmethod
     def from_causal_lm(
         cls,
-        model,
+        model: PreTrainedModel,
         num_labels: int | None = None,
         id2label: dict | None = None,
         label2id: dict | None = None,
         problem_type: str | None = None,
-    ):
+    ) -> PreTrainedModel:
         """A classifier of a causal hybrid in memory; they share components and mixer, so training one changes both.
 
         Args:

@@ -9,6 +9,7 @@ import json
 import re
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -92,7 +93,7 @@ def component_state(entry: dict) -> dict:
     }
 
 
-def read_header(opened) -> tuple[dict, int]:
+def read_header(opened: BinaryIO) -> tuple[dict, int]:
     """The header of an opened safetensors file, and the offset at which its data begin.
 
     Raises:
@@ -108,7 +109,7 @@ def read_header(opened) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def open_weights(source: str, name: str, revision: str | None = None):
+def open_weights(source: str, name: str, revision: str | None = None) -> BinaryIO:
     """Opens a file of a hybrid for reading by byte ranges, without fetching the rest of it."""
     if Path(source).is_dir():
         return open(Path(source) / name, "rb")

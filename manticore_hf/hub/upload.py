@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
 from manticore_hf.modeling.references_manticore import where
@@ -43,7 +43,7 @@ _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 def collect(
     directory: str | os.PathLike,
     made: str | os.PathLike,
-    config,
+    config: PreTrainedConfig,
     tokenizer: object = None,
     token: str | bool | None = None,
 ) -> tuple[dict, list[str]]:
@@ -172,7 +172,7 @@ def refuse_tokens(files: dict, token: str | bool | None = None) -> None:
                 raise ManticoreError(f"{name} holds an access token of the Hub; remove it there, and revoke the token.")
 
 
-def source_card(model) -> str | None:
+def source_card(model: PreTrainedModel) -> str | None:
     """Path of the model card of the repository or directory that a hybrid was loaded from, or None.
 
     A saved hybrid keeps it: what people wrote there is about the hybrid, also after it was trained further.

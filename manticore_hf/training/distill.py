@@ -8,9 +8,11 @@ Takes every option of TrainingArguments for the distillation. A killed stage goe
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from manticore_hf.evaluation.data_arguments import DataArguments
@@ -34,13 +36,20 @@ class DistilTrainer(Trainer):
         kwargs: As in Trainer.
     """
 
-    def __init__(self, *args, teacher=None, distil_weight=0.5, **kwargs):
+    def __init__(self, *args: Any, teacher: nn.Module | None = None, distil_weight: float = 0.5, **kwargs: Any):
         super().__init__(*args, **kwargs)
         ready_for_shards(self)
         self.distil_weight = distil_weight
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple:
+        """As in Trainer, with the distance to the teacher while the model is trained."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         if self.distil_weight and model.training:
             labels = inputs["labels"][:, 1:]

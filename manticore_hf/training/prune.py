@@ -16,6 +16,7 @@ import math
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -243,7 +244,7 @@ def route_logits(model: torch.nn.Module, route: list[str], ids: torch.Tensor) ->
 
 @torch.no_grad()
 def prune(
-    model: torch.nn.Module, route: str | list[str] = "alpha", dataset: Dataset | None = None, **options
+    model: torch.nn.Module, route: str | list[str] = "alpha", dataset: Dataset | None = None, **options: Any
 ) -> torch.nn.Module:
     """A pruned copy of a hybrid: one component per block, everything else dropped.
 

@@ -8,6 +8,7 @@ cannot compute (attention layers, MLPs, LayerNorm, a skip weight per channel) is
 import math
 import re
 
+import torch
 from transformers import Mamba2Config, MambaConfig
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -33,12 +34,12 @@ _NO_MATTER = {
 }  # fmt: skip
 
 
-def is_mamba_ssm(values):
+def is_mamba_ssm(values: dict) -> bool:
     """Whether a config.json is in mamba_ssm's layout."""
     return "model_type" not in values and {"d_model", "n_layer", "vocab_size"} <= set(values)
 
 
-def mamba_config(what, values):
+def mamba_config(what: str, values: dict) -> MambaConfig | Mamba2Config:
     """Transformers' configuration of a checkpoint in mamba_ssm's layout.
 
     Args:
@@ -108,7 +109,7 @@ def mamba_config(what, values):
     )
 
 
-def mamba_weights(what, tensors, tied):
+def mamba_weights(what: str, tensors: dict[str, torch.Tensor], tied: bool) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint in mamba_ssm's layout by the names that Transformers gives them.
 
     Args:
