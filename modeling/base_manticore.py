@@ -1,6 +1,7 @@
 """`ManticoreModel`: the components (whole, under their names) and the mixer; and what all hybrid classes share."""
 
 import sys
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
 
     @classmethod
     @whole_weights()
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """As in Transformers, with references to components resolved and checked."""
         return super().from_pretrained(*args, **kwargs)
 
@@ -54,7 +55,7 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         if isinstance(module, HybridMixer):
             module.reset()
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         """Components first, each as its own class does it.
 
         As part of custom code, models without parameters of their own would not fill their layers' buffers (FalconH1).
@@ -210,13 +211,13 @@ class ManticoreModel(ManticorePreTrainedModel):
             raise ManticoreError(f"This hybrid was pruned to the path {self.config.route}: no other weights fit it.")
         self.config.mixture_weights = weights
 
-    def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
+    def set_use_kernels(self, use_kernels: bool, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, for the mixers' own forwards, too; says what the Hub had no kernel for."""
         super().set_use_kernels(use_kernels, *args, **kwargs)
         if use_kernels:
             follow_kernels(self)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "ManticoreModel":
         """As in torch, for the shells of the segments, too."""
         super().train(mode)
         if "hybrid_mixer" in self._modules:
@@ -308,11 +309,11 @@ class ManticoreModel(ManticorePreTrainedModel):
         return attention_mask
 
     @property
-    def init_continuous_batching(self):
+    def init_continuous_batching(self) -> NoReturn:
         """Not there: `transformers serve --continuous-batching` asks whether it is, and then takes `generate`."""
         raise AttributeError("init_continuous_batching")
 
-    def continuous_batching_context_manager(self, *args, **kwargs):
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises EngineError, for `generate_batch` too."""
         raise EngineError("Continuous batching")
 
@@ -324,7 +325,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             raise EngineError(engine)
         return False
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As in Transformers: of every component that has it; the others keep theirs.
 
         Raises:
@@ -347,7 +348,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ManticoreModelOutput | tuple:
         """Runs the blocks.
 

@@ -9,7 +9,8 @@ import contextlib
 import copy
 import keyword
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import partial
 
@@ -54,7 +55,7 @@ class Guard:
     def plain(self, what: str, values: object) -> None:
         """Before any value is looked at."""
 
-    def reading(self, source):
+    def reading(self, source: str) -> AbstractContextManager:
         """Context in which Transformers reads a hybrid's config.json."""
         return contextlib.nullcontext()
 
@@ -84,11 +85,11 @@ class Guard:
         """The module that `make()` makes; `beside`: modules that are there already and stay."""
         return make()
 
-    def running(self, what: str):
+    def running(self, what: str) -> AbstractContextManager:
         """Context in which a model is made or run without storage."""
         return contextlib.nullcontext()
 
-    def checkpoint(self, model, tensors: dict, rename, ties: dict, quantizer, ignore_mismatched: bool) -> None:
+    def checkpoint(self, model, tensors: dict, rename: Callable, ties: dict, quantizer, ignored: bool) -> None:
         """Before a hybrid's tensors {key: tensor or lazy slice} are read; `rename` and `ties` as in `overlay`."""
 
 
@@ -227,7 +228,7 @@ def _packed(what):
 
 
 @contextlib.contextmanager
-def explained(what: str):
+def explained(what: str) -> Iterator[None]:
     """Context in which a model is made of a configuration; whatever fails is a ManticoreError that names `what`."""
     try:
         yield
@@ -240,7 +241,7 @@ def explained(what: str):
 
 
 @contextlib.contextmanager
-def trying(what: str):
+def trying(what: str) -> Iterator[None]:
     """`explained`, watched by the guard: a model is made or run without storage."""
     with explained(what), guard().running(what):
         yield

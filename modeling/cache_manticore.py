@@ -7,7 +7,7 @@ owns, and the hybrid counts tokens itself. A component that is run whole has its
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
@@ -26,7 +26,7 @@ class _Hole(DummyLayer):
 class SegmentCache(Cache):
     """What the segment [start, stop) of a component sees: its own layers at their own indices, and the true length."""
 
-    def __init__(self, owner, layers, start):
+    def __init__(self, owner: "ManticoreCache", layers: list, start: int):
         super().__init__(layers=[_Hole()] * start + list(layers))
         self.owner = owner
         self._attention = next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), None)
@@ -36,12 +36,12 @@ class SegmentCache(Cache):
             return self.layers[layer_idx]
         return self._attention
 
-    def get_seq_length(self, layer_idx=0):
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens already seen; a view without attention layers asks the hybrid's counter."""
         layer = self._attention_layer(layer_idx)
         return self.owner.seen if layer is None else layer.get_seq_length()
 
-    def get_mask_sizes(self, query_length, layer_idx=0):
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(key length, key offset) of the mask for `query_length` new tokens."""
         layer = self._attention_layer(layer_idx)
         return (self.owner.seen + query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
@@ -146,7 +146,7 @@ class ManticoreCache(Cache):
         return [(states, key) for states in found for key, state in states.items() if state is not None]
 
 
-def cache_for(model, cache, use_cache):
+def cache_for(model: PreTrainedModel, cache: Cache | None, use_cache: bool | None) -> ManticoreCache | None:
     """The cache of a call: the one that was given, a new one, or None.
 
     Raises:
@@ -164,7 +164,7 @@ def cache_for(model, cache, use_cache):
     return model.make_cache() if cache is None else cache
 
 
-def cache_for_generation(model, settings, given, max_cache_length):
+def cache_for_generation(model: PreTrainedModel, settings, given, max_cache_length: int) -> ManticoreCache | None:
     """The cache that `generate` begins with under a GenerationConfig: the `given` one, a new one, or None.
 
     Raises:

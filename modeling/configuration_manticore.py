@@ -7,6 +7,7 @@ repository; only the component *weights* are references (repo id + 40-hex commit
 import copy
 from dataclasses import fields
 from itertools import accumulate
+from typing import Any
 
 # First, because it says what is wrong where Transformers is too old for what follows
 from .bounds_manticore import (
@@ -264,7 +265,7 @@ class ManticoreConfig(PreTrainedConfig):
         return [0, *accumulate(self.block_layers[name])]
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> "ManticoreConfig":
         """As in Transformers, for what a file says: instructions to load code or files are not taken from it.
 
         Beside Transformers' arguments it takes `trust_component_code`: names of components whose own code may be run.
@@ -282,12 +283,12 @@ class ManticoreConfig(PreTrainedConfig):
         return super().from_dict({**guard().settings(what, config_dict, cls), **classes}, **kwargs)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> tuple[dict, dict]:
         """As in Transformers."""
         with guard().reading(pretrained_model_name_or_path):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
-    def get_text_config(self, *args, **kwargs):
+    def get_text_config(self, *args: Any, **kwargs: Any) -> "ManticoreConfig":
         """A hybrid is a text model: the configuration itself."""
         return self
 

@@ -14,9 +14,11 @@ import copy
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .bounds_manticore import ManticoreError, show
@@ -49,7 +51,7 @@ class MixedDtypes:
         return plan
 
 
-def loaded_dtypes(model) -> Callable:
+def loaded_dtypes(model: PreTrainedModel) -> Callable:
     """Function from the name of a tensor to the dtype that it has when what is saved now is loaded again."""
     plan = dtype_plan(model._get_dtype_plan(model.dtype))
     return functools.partial(plan, default=model.dtype)
@@ -87,12 +89,12 @@ def dtype_plan(plan: dict) -> Callable:
 # ---- quantisation ----------------------------------------------------------------------------------------------------
 
 
-def is_state_space(module) -> bool:
+def is_state_space(module: nn.Module) -> bool:
     """Whether a module is the mixer of a state-space model."""
     return hasattr(module, "A_log")
 
 
-def plain_linear_maps(model, components: list | None = None) -> list[str]:
+def plain_linear_maps(model: PreTrainedModel, components: list | None = None) -> list[str]:
     """Sorted names of the linear maps inside components' layers that are plain matrix products on every machine.
 
     Attention, MLP and input projections; no heads, embeddings, expert routers, nor Mamba's raw or fused projections.
@@ -112,7 +114,7 @@ def plain_linear_maps(model, components: list | None = None) -> list[str]:
     return sorted(out)
 
 
-def kept_maps(model) -> list[str]:
+def kept_maps(model: PreTrainedModel) -> list[str]:
     """Sorted patterns of the names of linear maps that stay in floating point, as Transformers' quantisers take them.
 
     A pattern, a regular expression, holds for all layers of its component.
@@ -124,12 +126,13 @@ def kept_maps(model) -> list[str]:
 class Quantizable:
     """Mixin of the hybrid classes, before PreTrainedModel."""
 
-    def post_init(self):
+    def post_init(self) -> None:
+        """Notes which maps stay in floating point, and which GPT-2 keeps transposed."""
         super().post_init()
         self._keep_in_fp32_modules = set(kept_maps(self))
         self.__dict__["_transposed"] = [key for key, one in self.named_modules() if type(one) is Conv1D]
 
-    def dequantize(self, dtype: torch.dtype | None = None):
+    def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """As in Transformers, which gives GPT-2's transposed maps back as others; no checkpoint has those."""
         super().dequantize(dtype)
         for key in self._transposed:
@@ -142,13 +145,13 @@ class Quantizable:
                 setattr(self.get_submodule(path), leaf, module)
         return self
 
-    def push_to_hub(self, *args, **kwargs):
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
         """As in Transformers; what cannot be saved raises before a repository is made for it."""
         check_savable(self)
         return super().push_to_hub(*args, **kwargs)
 
 
-def note_kept(quantizer: object, model) -> None:
+def note_kept(quantizer: object, model: PreTrainedModel) -> None:
     """Writes into a quantiser's settings what it left out, so that the saved `config.json` says it."""
     settings = quantizer.quantization_config = copy.deepcopy(quantizer.quantization_config)
     for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
@@ -157,7 +160,7 @@ def note_kept(quantizer: object, model) -> None:
             return
 
 
-def check_savable(model) -> None:
+def check_savable(model: PreTrainedModel) -> None:
     """Raises ManticoreError if a hybrid was quantised in a way that its saved files could not be loaded from."""
     settings = getattr(model.config, "quantization_config", None)
     values = settings.to_dict() if hasattr(settings, "to_dict") else settings
@@ -168,7 +171,7 @@ def check_savable(model) -> None:
         )
 
 
-def check_unpacked(model, tensors: dict) -> None:
+def check_unpacked(model: PreTrainedModel, tensors: dict) -> None:
     """Raises ManticoreError if a hybrid's own file has packed numbers for a map that is computed in floating point.
 
     Eight-bit integers have the shape of what they stand for, and would be taken for the numbers themselves.
@@ -182,7 +185,7 @@ def check_unpacked(model, tensors: dict) -> None:
                 raise _must_stay(path)
 
 
-def check_unquantized(model) -> None:
+def check_unquantized(model: PreTrainedModel) -> None:
     """Raises ManticoreError if a weight of a hybrid that is read raw, or one of its own, was quantised."""
     for key in sorted(_kept(model)):
         weight = model.get_submodule(key).weight

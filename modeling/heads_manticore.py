@@ -8,9 +8,11 @@ heads are as in Transformers: without bias for sequences, with bias and dropout 
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -49,7 +51,7 @@ class ScoreHead(nn.Module):
         return weighted_sum(weights, own), own
 
 
-def without_head(component):
+def without_head(component: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
     """(A causal LM without its language-model head, sharing everything else with it; the path of that head).
 
     A head that is tied to the embeddings is the same tensor, and stays: then (the component itself, None).
@@ -78,8 +80,9 @@ class ManticoreClassifier(ManticoreModel):
 
     _no_split_modules = ["HybridMixer", "ScoreHead"]
 
-    def post_init(self):
-        # Called by ManticoreModel once its parts are there. The mixer's widths are those of the heads that go now.
+    def post_init(self) -> None:
+        """Takes the heads over the vocabulary away once the components are there, and makes score heads."""
+        # The mixer's widths are those of the heads that go now
         config, last = self.config, self.config.num_blocks - 1
         if not config.num_labels:
             raise ManticoreError(f"num_labels={config.num_labels!r} must be at least 1.")
@@ -120,7 +123,7 @@ class ManticoreClassifier(ManticoreModel):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ModelOutput | tuple:
         """Scores of the labels, and the loss; of what, and from which labels, the class says.
 

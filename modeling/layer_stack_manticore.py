@@ -8,6 +8,7 @@ import contextlib
 import copy
 import inspect
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -115,7 +116,7 @@ class StackLayout:
 _FOUND = {}  # {all that a layout depends on: StackLayout}
 
 
-def find_layout(component):
+def find_layout(component: PreTrainedModel) -> StackLayout:
     """Finds the layout of a causal LM, on any device, by running the owner of its layers twice without computing.
 
     Equal components have equal layouts: it is done once for them all, since it takes longer (0.1 to 0.5 s) than all
@@ -146,7 +147,7 @@ def _uncut(component, reason, cut="cut"):
     return ManticoreError(f"Architecture {component.config.model_type!r} cannot be {cut}: {reason}")
 
 
-def cache_argument(forward):
+def cache_argument(forward: Callable) -> str | None:
     """The name under which a model's forward takes its cache, or None; older remote code has older names."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
@@ -159,14 +160,14 @@ def _attends(config):
         return True
 
 
-def check_cut(component, layout, num_blocks):
+def check_cut(component: PreTrainedModel, layout: StackLayout, num_blocks: int) -> None:
     """Raises ManticoreError if a component cannot be cut into so many blocks, but into one."""
     if layout.rereads and num_blocks > 1:
         why = "its layers read the embeddings again, which only the first block has; give num_blocks=1."
         raise _uncut(component, why, f"cut into {num_blocks} blocks")
 
 
-def backbone_name(component):
+def backbone_name(component: PreTrainedModel) -> str:
     """Name of a causal LM's child that is its model without head.
 
     That is what its class says, where it is true (of Llama 4 it is not).
@@ -177,7 +178,7 @@ def backbone_name(component):
     return found[0] if len(found) == 1 else component.base_model_prefix
 
 
-def find_layers(component, depth):
+def find_layers(component: PreTrainedModel, depth: int) -> tuple[str, str]:
     """Where a causal LM keeps its layers: path of the module that has their list, and the list's name there.
 
     Raises:
@@ -342,7 +343,7 @@ def _run_shell(component, stack, modules, kept, entering, mode):
         stack.train(training)
 
 
-def layer_kind(layer):
+def layer_kind(layer: nn.Module) -> tuple:
     """What two layers of the same kind have in common: modules, shapes and settings (windows)."""
     kind = []
     for name, module in layer.named_modules():
@@ -352,18 +353,18 @@ def layer_kind(layer):
     return tuple(kind)
 
 
-def one_of_each(layers):
+def one_of_each(layers: nn.ModuleList) -> list[int]:
     """Indices of the layers that are the first of their kind."""
     kinds = {layer_kind(layer): i for i, layer in reversed([*enumerate(layers)])}
     return sorted(kinds.values())
 
 
-def first_tensor(args, kwargs):
+def first_tensor(args: tuple, kwargs: dict) -> torch.Tensor | None:
     """The first tensor among a call's arguments, or None."""
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
 
 
-def pick_config(config, indices):
+def pick_config(config: PreTrainedConfig, indices: Sequence[int]) -> PreTrainedConfig:
     """A copy of a component's configuration that describes the layers of these indices.
 
     Every per-layer list is cut, whether it is a field or a read-only property (Jamba's `layer_types`).
@@ -396,13 +397,13 @@ def pick_config(config, indices):
 class Shell:
     """A shallow copy of a module that follows the original: same parameters, hooks, mode; other children or config."""
 
-    def __init__(self, source):
+    def __init__(self, source: nn.Module):
         self.source = source
         self.module = source.__class__.__new__(source.__class__)
         self.own = {}
         self.follow()
 
-    def follow(self):
+    def follow(self) -> None:
         """Takes over what changed in the original: training mode, checkpointing, hooks, replaced children."""
         state = self.module.__dict__
         state.update(self.source.__dict__)

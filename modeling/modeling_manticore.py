@@ -5,6 +5,8 @@ pass through the blocks is in running_manticore, the cut components in segments_
 heads_manticore. Weights come by reference: see weights_manticore.
 """
 
+from typing import Any
+
 import torch
 from transformers import GenerationMixin
 from transformers.utils.generic import can_return_tuple
@@ -40,7 +42,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ManticoreCausalLMOutput | FusedOutput | tuple:
         """Next-token logits of the mixture, and the loss.
 

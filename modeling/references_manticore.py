@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -79,7 +80,7 @@ def component_files(entry: dict, hub: dict) -> list[str]:
         ) from err
 
 
-def open_files(files: list, stack, owner: str, prefix: str = "") -> dict:
+def open_files(files: list, stack: ExitStack, owner: str, prefix: str = "") -> dict:
     """{prefix + key: lazy slice} of safetensors files, kept open by `stack`; `owner` names them in an error."""
     out = {}
     for file in files:

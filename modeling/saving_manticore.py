@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub.utils import WeakFileLock
@@ -23,7 +24,7 @@ def copy_code(directory: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def whole_directory(target: str | os.PathLike, active: bool):
+def whole_directory(target: str | os.PathLike, active: bool) -> Iterator[str]:
     """Gives a scratch directory whose files are moved into `target` when the block ends well.
 
     A new target appears by one rename. In an existing one each file is replaced whole, config.json last; its other

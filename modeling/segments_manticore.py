@@ -16,9 +16,11 @@ its name in the component's own checkpoint.
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import is_not
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .configuration_manticore import ManticoreError
 from .devices_manticore import device_of, onloaded, place
@@ -43,7 +45,7 @@ class Segments:
         model: The hybrid; None: of a copy that has not asked for its own yet.
     """
 
-    def __init__(self, model=None):
+    def __init__(self, model: nn.Module | None = None):
         self.model = model
         self._ranges, self._layouts, self._runs, self._heads = None, {}, {}, {}
 
@@ -158,7 +160,7 @@ class Whole:
         self.prepare()
         self.refresh()
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Makes what does not change with the component."""
 
     @property
@@ -166,7 +168,7 @@ class Whole:
         """The layers, as the component has them."""
         return getattr(self.stack, self.layout.layers)[self.start : self.stop]
 
-    def refresh(self):
+    def refresh(self) -> None:
         """Follows the component; cheap when nothing changed. Not for use inside a compiled graph."""
         modules = self.stack._modules
         layers = modules[self.layout.layers]
@@ -176,7 +178,7 @@ class Whole:
             self.rebuild(modules, layers, list(layers)[self.start : self.stop])
         self.device = device_of(layers[self.start])
 
-    def rebuild(self, modules, layers, mine):
+    def rebuild(self, modules: dict, layers: nn.ModuleList, mine: list) -> None:
         """Takes over replaced children of the owner of the layers."""
         first = [modules[name] for name, cls in self.layout.before.items() if self.start == 0 and cls is NoPosition]
         runs = [x for name, x in modules.items() if x not in (None, layers) and name not in self.stand_ins]
@@ -197,13 +199,13 @@ class Whole:
         """
         return self.run(self.stack, self.arguments(hidden, attention_mask, position_ids, cache))
 
-    def run(self, stack, arguments):
+    def run(self, stack: nn.Module, arguments: dict) -> torch.Tensor:
         """Calls the owner of the layers, or its shell."""
         if self.layout.overwrites and "inputs_embeds" in arguments:
             arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
         return stack(**arguments)[0]
 
-    def arguments(self, hidden, attention_mask, position_ids, cache):
+    def arguments(self, hidden: torch.Tensor, attention_mask, position_ids, cache) -> dict[str, Any]:
         """What the owner of the layers is called with."""
         hidden, attention_mask, position_ids = place((hidden, attention_mask, position_ids), self.device)
         arguments = {"use_cache": cache is not None}
@@ -230,7 +232,7 @@ class Segment(Whole):
 
     is_whole = False
 
-    def prepare(self):
+    def prepare(self) -> None:
         self.shell, self.entry, self.exit = Shell(self.stack), None, None
         self.config = pick_config(self.stack.config, range(self.start, self.stop))
         self.is_last = self.stop == len(getattr(self.stack, self.layout.layers))
@@ -239,12 +241,12 @@ class Segment(Whole):
         if not self.is_last:
             self.stand_ins |= {name: PassThrough() for name in self.layout.after}
 
-    def refresh(self):
+    def refresh(self) -> None:
         super().refresh()
         self.config._attn_implementation_internal = self.stack.config._attn_implementation_internal
         self.shell.follow()
 
-    def rebuild(self, modules, layers, mine):
+    def rebuild(self, modules: dict, layers: nn.ModuleList, mine: list) -> None:
         super().rebuild(modules, layers, mine)
         if self.layout.enters and self.start != 0:
             mine[0] = self.entry = Entry(mine[0])
@@ -320,7 +322,7 @@ class Head:
         self.shell = Shell(component)
         self.refresh()
 
-    def refresh(self):
+    def refresh(self) -> None:
         """Follows the component. Not for use inside a compiled graph."""
         prefix = backbone_name(self.component)
         source = self.component._modules[prefix]
@@ -356,7 +358,7 @@ class Tables:
     length: int | None = None
 
 
-def find_tables(config, embeddings, layers, beside):
+def find_tables(config: PreTrainedConfig, embeddings: list, layers: list, beside: list) -> Tables:
     """The Tables of some layers of a component, and of what runs with them.
 
     That are modules that add positions before them (`embeddings`), and buffers `beside` them (GPT-J's angles, CTRL's).
@@ -372,7 +374,7 @@ def find_tables(config, embeddings, layers, beside):
     return Tables(min(rows, default=None), min(lengths, default=None))
 
 
-def check_positions(segments, positions, length, explicit):
+def check_positions(segments: list, positions: torch.Tensor, length: int, explicit: bool) -> None:
     """Raises ManticoreError for input beyond a table, before an index error inside of a component.
 
     Args:
@@ -419,7 +421,7 @@ class Stretch:
     stop: int
 
 
-def stretches(config):
+def stretches(config: PreTrainedConfig) -> list[Stretch]:
     """The Stretches of a configuration with a route, in order."""
     out = []
     for name, blocks in groupby(range(config.num_blocks), key=config.route.__getitem__):
@@ -441,7 +443,7 @@ def width_of(module: nn.Module) -> int:
     return 0 if isinstance(module, Dropped) else module.weight.shape[1]
 
 
-def drop_unused(component, layout, mine, reads, writes):
+def drop_unused(component: nn.Module, layout: StackLayout, mine: list, reads: bool, writes: bool) -> None:
     """Replaces what a path does not use of a component, in place.
 
     Of its layers it runs `mine`, [(start, stop)]; it `reads` by its embeddings and `writes` by its head, or not.

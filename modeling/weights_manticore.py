@@ -9,6 +9,7 @@ import copy
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -158,7 +159,7 @@ class ReferencedWeights:
         is_main_process: bool = True,
         state_dict: dict | None = None,
         push_to_hub: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """As in Transformers: saves what is the hybrid's own, and the code, so that the directory loads anywhere.
 
@@ -303,7 +304,7 @@ class ReferencedWeights:
             out.pop(key, None)
         return out
 
-    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False) -> dict:
+    def state_dict(self, *args, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
         """As in torch, but of a model that was sharded on the meta device only what is sharded."""
         self.__dict__.pop("_earlier_shards", None)  # Transformers asks before it loads the shards of a checkpoint
         out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -311,7 +312,7 @@ class ReferencedWeights:
             out.pop(prefix + key, None)
         return out
 
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> Any:
         """As in torch, for checkpoints of a hybrid: tensors that were not saved come from the references.
 
         The Trainer resumes through this. Of a sharded checkpoint, which arrives in several calls, the references fill
