@@ -57,6 +57,7 @@ class ManticoreCache(Cache):
         max_cache_len: None for caches that grow, else the length of static ones.
     """
 
+    model_type = "manticore"  # by which a cache of another copy of this file is known
     # The token counter is a Python integer, so a compiled decoding step would be traced anew for each token.
     is_compileable = False
 
@@ -152,7 +153,7 @@ def cache_for(model: PreTrainedModel, cache: Cache | None, use_cache: bool | Non
     Raises:
         ManticoreError: It is no cache of a hybrid.
     """
-    if cache is not None and not isinstance(cache, ManticoreCache) and type(cache).__name__ != "ManticoreCache":
+    if cache is not None and getattr(cache, "model_type", None) != ManticoreCache.model_type:
         raise ManticoreError(
             f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
         )

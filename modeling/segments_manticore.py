@@ -424,7 +424,7 @@ class Stretch:
 def stretches(config: PreTrainedConfig) -> list[Stretch]:
     """The Stretches of a configuration with a route, in order."""
     out = []
-    for name, blocks in groupby(range(config.num_blocks), key=config.route.__getitem__):
+    for name, blocks in groupby(range(len(config.route)), key=config.route.__getitem__):
         first, *_ = blocks = list(blocks)
         bounds = config.bounds(name)
         out.append(Stretch(name, first, blocks[-1], bounds[first], bounds[blocks[-1] + 1]))

@@ -58,12 +58,12 @@ def test_the_scan_s_own_memory_is_counted(numba, monkeypatch):
     assert cost.with_gradients == pytest.approx(allocated(run), rel=0.05)
 
 
-def test_healing_counts_its_teacher():
+def test_distillation_counts_its_teacher(tmp_path):
     config = config_of("gpt_neox+mamba")
     torch.manual_seed(0)
     soft = ManticoreForCausalLM(_fixed(config))
     hard = set_stage(prune(soft, "gpt_neox"), "finetune")
-    arguments = TrainingArguments("unused", report_to="none", use_cpu=True)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     trainer = DistilTrainer(model=hard, args=arguments, teacher=soft)
     ids = torch.randint(0, 512, (2, 96))
 

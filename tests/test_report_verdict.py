@@ -169,6 +169,8 @@ def test_a_comparison_is_found_and_read(tmp_path):
     assert find_comparison(stage) == run / "comparison.json" == find_comparison(tmp_path, run)
     found = read_comparison(run / "comparison.json")
     assert found["rows"][1]["difference_interval"] == [0.4, 0.6] and found["rows"][1]["bits_per_byte"] is None
+    (run / "comparison.json").write_text(json.dumps(good()).replace('"component"', '"hardened"'))  # of version 0.1
+    assert {row["kind"] for row in read_comparison(run / "comparison.json")["rows"]} == {"hybrid", "pruned"}
     (stage / "comparison.json").write_text("{}")
     assert find_comparison(stage) == stage / "comparison.json"
 

@@ -84,6 +84,25 @@ def gpu_kernels(load: Load) -> Rows:
     return rows
 
 
+@table("gpu-ratios")
+def gpu_ratios(load: Load) -> Rows:
+    """Of the longest batch in bfloat16 that all three were timed on."""
+    timed = [one for one in load("gpu_kernels")["rows"] if "torch" in one.get("over kernels", ())]
+    timed = {one["what"]: one["over kernels"] for one in timed if one["dtype"] == "torch.bfloat16"}
+    rows = [["", "inference", "training"]]
+    for way, label in (("portable", "Triton"), ("torch", "Transformers' own path")):
+        rows.append(
+            [
+                label,
+                *(
+                    f"{timed[what][way]:.2g}" if timed[what][way] < 10 else f"{timed[what][way]:.0f}"
+                    for what in ("read", "train")
+                ),
+            ]
+        )
+    return rows
+
+
 @table("gpu-errors")
 def gpu_errors(load: Load) -> Rows:
     ways = {"kernels": "mamba-ssm's kernels", "portable": "Triton", "torch": "Transformers' torch path"}

@@ -65,7 +65,7 @@ class ComponentSpec:
     @classmethod
     def of(cls, item: object) -> "ComponentSpec":
         """An item of `from_components([...])` as a spec."""
-        spec = item if type(item).__name__ == cls.__name__ else cls(item)  # by name: it may be of another copy
+        spec = item if isinstance(item, cls) else cls(item)
         if not isinstance(spec.source, (str, os.PathLike, PreTrainedModel)):
             raise ManticoreError(
                 f"Component {spec.source!r} is a {type(spec.source).__name__}; give a repo id, a local directory, a "
