@@ -26,9 +26,10 @@ _COUNT = itertools.count()
 
 
 def pytest_collection_finish():
-    """Half a million objects of imported modules are looked at no more: accelerate collects garbage at every training."""
+    """Half a million objects of modules are looked at no more: accelerate collects garbage at every training."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 50)  # a tenth of the time went into looking for cycles in models
 
 
 @pytest.fixture(scope="session")
