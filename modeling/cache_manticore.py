@@ -9,7 +9,14 @@ tokens itself.
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from .configuration_manticore import ManticoreError
@@ -66,6 +73,8 @@ class ManticoreCache(Cache):
     def __init__(self, configs, ranges, max_cache_len=None):
         layers, self._views = [], {}
         self.max_cache_len, self.seen = max_cache_len, 0
+        self.mask, self.has_padding = None, False  # of what was read (None: all real), and whether any was in between
+        self.is_plain = not any("local" in getattr(config, "attention_layers", ()) for config in configs.values())
         for name, config in configs.items():
             if max_cache_len is None:
                 part = DynamicCache(config=config)
@@ -75,6 +84,7 @@ class ManticoreCache(Cache):
                 mine, whole = part.layers[start:stop], (start, stop) == (0, len(part.layers))
                 self._views[name, block] = part if whole else SegmentCache(self, mine, start)
                 layers += mine
+        self.is_plain &= all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
         super().__init__(layers=layers)
 
     @property
@@ -140,12 +150,32 @@ class ManticoreCache(Cache):
     def reset(self):
         """Forgets everything and keeps the memory."""
         super().reset()
-        self.seen = 0
+        self.seen, self.mask, self.has_padding = 0, None, False
+
+    def restart(self, empty):
+        """Becomes an empty cache, for the sake of whoever holds this one.
+
+        Args:
+            empty: A new ManticoreCache of the same hybrid, which is not used otherwise.
+        """
+        self.__dict__.update(empty.__dict__)
+        for view in self._views.values():
+            if isinstance(view, SegmentCache):
+                view.owner = self
+
+    def reorder_cache(self, beam_idx):
+        """Puts rows in another order."""
+        super().reorder_cache(beam_idx)
+        self._pick_mask(beam_idx)
+
+    def _pick_mask(self, rows):
+        self.mask = None if self.mask is None else self.mask.index_select(0, rows.to(self.mask.device))
 
     def crop(self, tokens_to_remove):
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)
+        self.mask = None if self.mask is None else self.mask[:, : self.seen]
 
     def batch_repeat_interleave(self, repeats):
         """Repeats each row `repeats` times."""
@@ -162,6 +192,8 @@ class ManticoreCache(Cache):
                 layer.batch_select_indices(indices)
 
     def _pick_rows(self, chosen):
+        if self.mask is not None:
+            self._pick_mask(chosen(len(self.mask), self.mask.device))
         # Recurrent layers cannot do it themselves in Transformers 5.24
         for layer in self.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -189,7 +221,7 @@ def cache_for(model, cache, use_cache):
     return model.make_cache() if cache is None else cache
 
 
-def cache_for_generation(model, settings, given, max_cache_length):
+def cache_for_generation(model, settings, given, max_cache_length, mask=None):
     """The cache that `generate` begins with, or None.
 
     Args:
@@ -197,6 +229,8 @@ def cache_for_generation(model, settings, given, max_cache_length):
         settings: The GenerationConfig.
         given: The caller's own, or None.
         max_cache_length: What is read and generated at most.
+        mask: [batch, time] of all that is to be read, or None. Where it leaves out tokens that the caller's cache has
+            read as text (rows that had ended before others, in an earlier turn), all is read again, into that cache.
 
     Raises:
         ManticoreError: Settings that contradict each other, or a kind of cache that hybrids do not have.
@@ -205,6 +239,10 @@ def cache_for_generation(model, settings, given, max_cache_length):
     if given is not None:
         if kind is not None:
             raise ManticoreError("Give either cache_implementation or cache, not both.")
+        if isinstance(given, ManticoreCache) and mask is not None and not given.is_plain:
+            read = mask[:, : given.seen] != 0
+            if not torch.equal(read, torch.ones_like(read) if given.mask is None else given.mask.to(read.device) != 0):
+                given.restart(model.make_cache(given.max_cache_len))
         given._is_user_defined = True
         return given
     if settings.use_cache is False:
