@@ -299,7 +299,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         return cache
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
-        cache = cache_for_generation(self, generation_config, model_kwargs.get("cache"), max_cache_length)
+        given, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        cache = cache_for_generation(self, generation_config, given, max_cache_length, mask)
         if cache is not None:
             model_kwargs["cache"] = cache
 
@@ -366,6 +367,6 @@ class ManticoreModel(ManticorePreTrainedModel):
         """
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
-        found = run(self, read_inputs(self, *given))
+        found = run(self, read_inputs(self, *given, kwargs))
         states = tuple(found.states.get(name) for name in self.config.component_names)
         return ManticoreModelOutput(found.shared, found.cache, found.hidden_states, states=states)

@@ -53,7 +53,12 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         """
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
-        found = run(self, read_inputs(self, *given), shared=False)
+        inputs = read_inputs(self, *given, kwargs)
+        if inputs.documents is not None:
+            labels = None if labels is None else inputs.documents.labels(labels)
+            if kwargs.get("shift_labels") is not None:
+                kwargs["shift_labels"] = inputs.documents.shifted(kwargs["shift_labels"])
+        found = run(self, inputs, shared=False)
         weights, states = self._what_heads_read(found, logits_to_keep)
         own = {name: self.segments.logits(name, state) for name, state in states.items()}
         logits, token_weights = self.mix(weights, list(states.values()), list(own.values()))
