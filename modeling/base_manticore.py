@@ -1,5 +1,7 @@
 """`ManticoreModel`: the components (whole, under their names) and the mixer; and what all hybrid classes share."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -67,7 +69,8 @@ class HybridEmbedding(nn.Module):
 
     [batch, time] -> [batch, time, sum of embedding widths] for embeddings="native" (each component's own, side by
     side; of a hardened hybrid the first one's alone), else [batch, time, d]. Holds no parameters: they are the
-    components'.
+    components'. The model's forward calls it only where a caller watches it: components that are run whole read the
+    tokens themselves.
     """
 
     def __init__(self, model):
@@ -86,6 +89,11 @@ class HybridEmbedding(nn.Module):
         model = self._owner[0]
         name = model.config.tokenizer_component
         return model.component(name if name in self.readers else self.readers[0]).get_input_embeddings().weight
+
+    @property
+    def is_watched(self):
+        """Whether a caller has hooked into it or replaced its forward (NEFTune, gradients of frozen embeddings)."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
 
     @property
     def num_embeddings(self):
@@ -220,6 +228,8 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     def train(self, mode=True):
         super().train(mode)
+        if "input_embedding" in self.__dict__:
+            self.input_embedding.train(mode)
         if "hybrid_mixer" in self._modules:
             self.segments.follow()
         return self
@@ -237,6 +247,9 @@ class ManticoreModel(ManticorePreTrainedModel):
     # ---- embeddings ------------------------------------------------------------------------------------------------
 
     def get_input_embeddings(self):
+        if self.input_embedding._owner[0] is not self:  # a replica on another device: its parts, the same hooks
+            self.__dict__["input_embedding"] = copy.copy(self.input_embedding)
+            self.input_embedding._owner = (self,)
         return self.input_embedding
 
     def set_input_embeddings(self, value):
