@@ -23,7 +23,7 @@ class Inputs:
 
     Attributes:
         ids: [batch, time] token ids, or None.
-        embeds: What `get_input_embeddings` gives for them, or None; one of the two is there.
+        embeds: What `get_input_embeddings` gives for them, or None; one of the two is there. What is here is read.
         mask: [batch, past + time], 1 for real tokens, or None.
         positions: [batch or 1, time].
         explicit: Whether the caller gave the positions.
@@ -86,6 +86,8 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
     """
     if (ids is None) == (embeds is None):
         raise ManticoreError("Give exactly one of input_ids and inputs_embeds.")
+    if embeds is None and model.get_input_embeddings().is_watched:
+        embeds = model.get_input_embeddings()(ids)
     given = embeds if ids is None else ids
     batch, time = given.shape[:2]
     if mask is not None and mask.ndim != 2:

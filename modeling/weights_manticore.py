@@ -115,6 +115,10 @@ class ReferencedWeights:
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # Private hook of Transformers (pinned >=5.24,<6; a test checks its signature): the one place where tensors
         # from several repositories can be merged before dtype, device map and quantisation are applied.
+        if getattr(model, "_hf_peft_config_loaded", False):  # an adapter's own tensors, for a hybrid that is loaded
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
         hub = dict(load_config.download_kwargs or {})
         model._component_cache_dir = hub.get("cache_dir")
         with contextlib.ExitStack() as stack:
