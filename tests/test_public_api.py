@@ -25,7 +25,7 @@ ROOMS = [
     "manticore_hf.plan.memory",
     "manticore_hf.plan.tables",
     "manticore_hf.compare.scores",
-    "manticore_hf.compare.statistics",
+    "manticore_hf.evaluation.statistics",
     "manticore_hf.compare.summary",
 ]
 
