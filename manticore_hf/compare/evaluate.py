@@ -16,7 +16,7 @@ from manticore_hf.compose.untouched import measure_as_they_came
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.evaluation.losses import how_measured, make_passages, measure, name_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.training.recipe import find_beside, load_recipe
+from manticore_hf.training.recipe import recipe_sources
 from manticore_hf.utils.claims import claim
 from manticore_hf.utils.files import write_json
 
@@ -68,28 +68,6 @@ def run_evaluate(
         Path(output).mkdir(parents=True, exist_ok=True)
         write_json(Path(output) / RESULT, result)
     return result
-
-
-def recipe_sources(folder: str | os.PathLike, config: Any) -> list[str] | None:
-    """Where the recipe beside a hybrid has its components from, where the hybrid does not know; else None.
-
-    Args:
-        folder: Directory of the hybrid.
-        config: Its configuration.
-    """
-    file = Path(folder) / "recipe.yaml"
-    if not file.is_file() or all(entry["repo_id"] for entry in config.components):
-        return None
-    try:
-        sources = load_recipe(file).components
-    except ManticoreError:
-        return None
-    if len(sources) != len(config.components):
-        return None
-    found = [find_beside(source, file.parent) for source in sources]
-    return [
-        one if entry["repo_id"] is None and Path(one).is_dir() else None for one, entry in zip(found, config.components)
-    ]
 
 
 def print_result(source: str | os.PathLike, result: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import yaml
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from manticore_hf.evaluation.data import DataArguments
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
@@ -373,3 +373,25 @@ def find_beside(source: str, folder: str | Path) -> str:
     """A source as it is, unless it is only a path in that folder: then that path."""
     beside = Path(folder) / source
     return str(beside) if not Path(source).exists() and beside.exists() else source
+
+
+def recipe_sources(folder: str | Path, config: PreTrainedConfig) -> list[str] | None:
+    """Where the recipe beside a hybrid has its components from, where the hybrid does not know; else None.
+
+    Args:
+        folder: Directory of the hybrid.
+        config: Its configuration.
+    """
+    file = Path(folder) / "recipe.yaml"
+    if not file.is_file() or all(entry["repo_id"] for entry in config.components):
+        return None
+    try:
+        sources = load_recipe(file).components
+    except ManticoreError:
+        return None
+    if len(sources) != len(config.components):
+        return None
+    found = [find_beside(source, file.parent) for source in sources]
+    return [
+        one if entry["repo_id"] is None and Path(one).is_dir() else None for one, entry in zip(found, config.components)
+    ]
