@@ -97,13 +97,32 @@ def test_no_number_without_its_baselines(saved, losses, own, shown):
         values = {m["type"]: m["value"] for m in card.metadata["model-index"][0]["results"][0]["metrics"]}
         assert values == {"loss": mine, "perplexity": round(math.exp(mine), 4)}
         rows = tables(card.sections["results"])[2:]
-        assert [float(row[1]) for row in rows] == sorted(losses.values()) and "4,096 tokens" in card.sections["results"]
+        assert [float(row[2]) for row in rows] == sorted(losses.values()) and "4,096 tokens" in card.sections["results"]
 
 
-def test_the_distance_to_the_best_baseline_has_its_sign(saved):
-    for mine, word in ((1.8, "0.1000 nats per token better"), (2.0, "0.1000 nats per token worse")):
-        (saved[1] / "evaluation.json").write_text(json.dumps({"losses": {**LOSSES, "hybrid": mine}}))
-        assert f"It is {word} than the best baseline listed (ensemble)" in made(saved[1])[0].sections["results"]
+def test_no_more_is_claimed_than_was_measured(saved):
+    """Not on little text, nor without an interval, nor against components as they came that are not there."""
+    bits = {name: loss / 2 for name, loss in LOSSES.items()}
+    given = {"losses": LOSSES, "bits_per_byte": bits, "bytes": 9000}
+    best = min((name for name in LOSSES if name != "hybrid"), key=LOSSES.get)
+
+    def said(**changes):
+        (saved[1] / "evaluation.json").write_text(json.dumps({**given, **changes}))
+        return made(saved[1])[0].sections["results"]
+
+    better = {best: [0.1, 0.02, 0.2]}
+    assert f"It is 0.1000 bits per byte better than the best baseline listed ({best})" in said(differences=better)
+    assert "bits per byte worse than" in said(differences={best: [-0.1, -0.2, -0.02]})
+    assert "shows no difference" in said(differences={best: [0.1, -0.02, 0.2]})
+    for nothing in ({}, {"differences": {best: [0.1, None, None]}}, {"differences": {"b": [0.1, 0.05, 0.2]}}):
+        assert "No claim is made against the best baseline" in said(**nothing)
+    assert "9,000 bytes" in said() and "4,999 bytes of text are too few" in said(bytes=4999, differences=better)
+    rows = {row[0]: row[1] for row in tables(said(differences=better))[2:]}
+    assert rows[best] == f"{bits[best]:.4f}"
+    assert "as they came, with their own tokenizers, were not measured" in said()
+    came = {**LOSSES, f"{best} as it came": 0.1}
+    found = said(losses=came, bits_per_byte={name: loss / 2 for name, loss in came.items()})
+    assert "were not measured" not in found and f"({best} as it came)" in found
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import yaml
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from manticore_hf.evaluation.data import DataArguments
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
@@ -438,3 +438,25 @@ def find_beside(source: str, recipe: Recipe) -> str:
             "path in the recipe, or --allow-outside (allow_outside=True)."
         )
     return str(found)
+
+
+def recipe_sources(folder: str | Path, config: PreTrainedConfig) -> list[str] | None:
+    """Where the recipe beside a hybrid has its components from, where the hybrid does not know; else None.
+
+    Args:
+        folder: Directory of the hybrid.
+        config: Its configuration.
+    """
+    file = Path(folder) / "recipe.yaml"
+    if not file.is_file() or all(entry["repo_id"] for entry in config.components):
+        return None
+    try:
+        recipe = load_recipe(file)
+        found = [find_beside(source, recipe) for source in recipe.components]
+    except ManticoreError:
+        return None
+    if len(found) != len(config.components):
+        return None
+    return [
+        one if entry["repo_id"] is None and Path(one).is_dir() else None for one, entry in zip(found, config.components)
+    ]
