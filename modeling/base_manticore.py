@@ -1,5 +1,6 @@
 """`ManticoreModel`: the components (whole, under their names) and the mixer; and what all hybrid classes share."""
 
+import copy
 import sys
 from typing import Any, NoReturn
 
@@ -70,7 +71,8 @@ class HybridEmbedding(nn.Module):
     """What `get_input_embeddings` gives: token ids [batch, time] -> `inputs_embeds` [batch, time, embedding_dim].
 
     For embeddings="native" each component's own, side by side (of a pruned hybrid the first one's alone), else the
-    shared state. Holds no parameters: they are the components'.
+    shared state. Holds no parameters: they are the components'. The model's forward calls it only where a caller
+    watches it: components that are run whole read the tokens themselves.
     """
 
     def __init__(self, model: "ManticoreModel"):
@@ -89,6 +91,11 @@ class HybridEmbedding(nn.Module):
         model = self._owner[0]
         name = model.config.tokenizer_component
         return model.component(name if name in self.readers else self.readers[0]).get_input_embeddings().weight
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a caller has hooked into it or replaced its forward (NEFTune, gradients of frozen embeddings)."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
 
     @property
     def num_embeddings(self) -> int:
@@ -220,6 +227,8 @@ class ManticoreModel(ManticorePreTrainedModel):
     def train(self, mode: bool = True) -> "ManticoreModel":
         """As in torch, for the shells of the segments, too."""
         super().train(mode)
+        if "input_embedding" in self.__dict__:
+            self.input_embedding.train(mode)
         if "hybrid_mixer" in self._modules:
             self.segments.follow()
         return self
@@ -238,6 +247,9 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     def get_input_embeddings(self) -> HybridEmbedding:
         """One module for the embeddings of all components."""
+        if self.input_embedding._owner[0] is not self:  # a replica on another device: its parts, the same hooks
+            self.__dict__["input_embedding"] = copy.copy(self.input_embedding)
+            self.input_embedding._owner = (self,)
         return self.input_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -299,7 +311,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         return cache
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
-        cache = cache_for_generation(self, generation_config, model_kwargs.get("cache"), max_cache_length)
+        given, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        cache = cache_for_generation(self, generation_config, given, max_cache_length, mask)
         if cache is not None:
             model_kwargs["cache"] = cache
 
@@ -366,6 +379,6 @@ class ManticoreModel(ManticorePreTrainedModel):
         """
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
-        found = run(self, read_inputs(self, *given))
+        found = run(self, read_inputs(self, *given, kwargs))
         states = tuple(found.states.get(name) for name in self.config.component_names)
         return ManticoreModelOutput(found.shared, found.cache, found.hidden_states, states=states)

@@ -8,7 +8,14 @@ owns, and the hybrid counts tokens itself. A component that is run whole has its
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from .configuration_manticore import ManticoreError
@@ -64,6 +71,8 @@ class ManticoreCache(Cache):
     def __init__(self, configs: dict, ranges: dict, max_cache_len: int | None = None):
         layers, self._views = [], {}
         self.max_cache_len, self.seen = max_cache_len, 0
+        self.mask, self.has_padding = None, False  # of what was read (None: all real), and whether any was in between
+        self.is_plain = not any("local" in getattr(config, "attention_layers", ()) for config in configs.values())
         for name, config in configs.items():
             static = max_cache_len is not None
             part = StaticCache(config, max_cache_len=max_cache_len) if static else DynamicCache(config=config)
@@ -71,6 +80,7 @@ class ManticoreCache(Cache):
                 mine, whole = part.layers[start:stop], (start, stop) == (0, len(part.layers))
                 self._views[name, block] = part if whole else SegmentCache(self, mine, start)
                 layers += mine
+        self.is_plain &= all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
         super().__init__(layers=layers)
 
     @property
@@ -118,12 +128,32 @@ class ManticoreCache(Cache):
     def reset(self) -> None:
         """Forgets everything and keeps the memory."""
         super().reset()
-        self.seen = 0
+        self.seen, self.mask, self.has_padding = 0, None, False
+
+    def restart(self, empty):
+        """Becomes an empty cache, for the sake of whoever holds this one.
+
+        Args:
+            empty: A new ManticoreCache of the same hybrid, which is not used otherwise.
+        """
+        self.__dict__.update(empty.__dict__)
+        for view in self._views.values():
+            if isinstance(view, SegmentCache):
+                view.owner = self
+
+    def reorder_cache(self, beam_idx):
+        """Puts rows in another order."""
+        super().reorder_cache(beam_idx)
+        self._pick_mask(beam_idx)
+
+    def _pick_mask(self, rows):
+        self.mask = None if self.mask is None else self.mask.index_select(0, rows.to(self.mask.device))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)
+        self.mask = None if self.mask is None else self.mask[:, : self.seen]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times."""
@@ -134,6 +164,8 @@ class ManticoreCache(Cache):
         self._pick_rows("batch_select_indices", indices, lambda rows: indices)
 
     def _pick_rows(self, method, argument, chosen):
+        if self.mask is not None:
+            self._pick_mask(chosen(len(self.mask)))
         for layer in self.layers:
             if isinstance(layer, CacheLayerMixin):
                 getattr(layer, method)(argument)
@@ -165,8 +197,18 @@ def cache_for(model: PreTrainedModel, cache: Cache | None, use_cache: bool | Non
     return model.make_cache() if cache is None else cache
 
 
-def cache_for_generation(model: PreTrainedModel, settings, given, max_cache_length: int) -> ManticoreCache | None:
-    """The cache that `generate` begins with under a GenerationConfig: the `given` one, a new one, or None.
+def cache_for_generation(
+    model: PreTrainedModel, settings, given, max_cache_length: int, mask: torch.Tensor | None = None
+) -> ManticoreCache | None:
+    """The cache that `generate` begins with, or None.
+
+    Args:
+        model: The hybrid.
+        settings: The GenerationConfig.
+        given: The caller's own, or None.
+        max_cache_length: What is read and generated at most.
+        mask: [batch, time] of all that is to be read, or None. Where it leaves out tokens that the caller's cache has
+            read as text (rows that had ended before others, in an earlier turn), all is read again, into that cache.
 
     Raises:
         ManticoreError: Settings that contradict each other, or a kind of cache that hybrids do not have.
@@ -175,6 +217,10 @@ def cache_for_generation(model: PreTrainedModel, settings, given, max_cache_leng
     if given is not None:
         if kind is not None:
             raise ManticoreError("Give either cache_implementation or cache, not both.")
+        if isinstance(given, ManticoreCache) and mask is not None and not given.is_plain:
+            read = mask[:, : given.seen] != 0
+            if not torch.equal(read, torch.ones_like(read) if given.mask is None else given.mask.to(read.device) != 0):
+                given.restart(model.make_cache(given.max_cache_len))
         given._is_user_defined = True
         return given
     if settings.use_cache is False:

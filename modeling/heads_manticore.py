@@ -136,7 +136,7 @@ class ManticoreClassifier(ManticoreModel):
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
         config, native, there = self.config, self.config.embeddings == "native", device_of(self.score)
-        inputs = read_inputs(self, *given)
+        inputs = read_inputs(self, *given, kwargs)
         at = self._where_to_score(inputs)
         found = run(self, inputs, shared=not native)
         if native:
@@ -176,6 +176,8 @@ class ManticoreForSequenceClassification(ManticoreClassifier):
     def _where_to_score(self, inputs):
         """[batch], the index of the last real token of each row."""
         (batch, time), ids = inputs.shape, inputs.ids
+        if inputs.documents is not None and inputs.documents.are_several:
+            raise ManticoreError("A row of several documents has no one score: give each document a row of its own.")
         # A hybrid of components without one has no such setting
         pad = getattr(self.config, "pad_token_id", None) if ids is not None else None
         if inputs.mask is None and pad is None and batch > 1:

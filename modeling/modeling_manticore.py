@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .base_manticore import ManticoreModel, takes_old_cache
@@ -18,9 +20,11 @@ from .devices_manticore import place
 from .heads_manticore import ManticoreForSequenceClassification, ManticoreForTokenClassification
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
-from .outputs_manticore import FusedOutput, ManticoreCausalLMOutput, fused_output
+from .outputs_manticore import TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_temperature, fused_output
 from .running_manticore import active_in, read_inputs, run
 from .segments_manticore import width_of
+
+logger = logging.get_logger(__name__)
 
 
 class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
@@ -28,6 +32,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
 
     # Set by trainers that log them: compute the losses of the parts and of the plain ensemble in every call.
     report_parts = False
+    # Set by TRL, with the forward that it would give the model.
+    fused_temperature = 1.0
 
     @can_return_tuple
     @takes_old_cache
@@ -52,14 +58,21 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects. All others as in ManticoreModel.
         """
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        fused = kwargs.pop("fused_lm_head", False)
+        use_cache = False if fused else use_cache
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
-        found = run(self, read_inputs(self, *given), shared=False)
+        inputs = read_inputs(self, *given, kwargs)
+        if inputs.documents is not None:
+            labels = None if labels is None else inputs.documents.labels(labels)
+            if kwargs.get("shift_labels") is not None:
+                kwargs["shift_labels"] = inputs.documents.shifted(kwargs["shift_labels"])
+        found = run(self, inputs, shared=False)
         weights, states = self._what_heads_read(found, logits_to_keep)
         own = {name: self.segments.logits(name, state) for name, state in states.items()}
         logits, token_weights = self.mix(weights, list(states.values()), list(own.values()))
-        if kwargs.pop("fused_lm_head", False):
+        if fused:
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
-            return fused_output(self.config, logits, list(own.values()), **labelling)
+            return fused_output(self.config, logits, list(own.values()), self.fused_temperature, **labelling)
         loss, parts = (None, {}) if labels is None else self._losses(logits, own, labels, kwargs)
         return ManticoreCausalLMOutput(loss, logits, found.cache, found.hidden_states, weights=token_weights, **parts)
 
@@ -124,12 +137,22 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
                 parts["ensemble_loss"] = part(cross_entropy(mean))
         return loss, parts
 
+    def _get_name(self):
+        return "ManticoreForCausalLM"  # also as FSDP2 and others rename the class: the Trainer goes by it, see below
+
     def __setattr__(self, name, value):
         # TRL (>= 1.0) would replace the forward by one that assumes a single output matrix: see `FusedOutput`.
-        code = getattr(getattr(value, "__func__", None), "__code__", None)
-        if name != "forward" or code is None or "fused_lm_head" not in code.co_varnames:
-            super().__setattr__(name, value)
+        temperature = asked_temperature(value) if name == "forward" else None
+        if temperature is None:
+            return super().__setattr__(name, value)
+        self.fused_temperature = temperature
+        if (self.config.mix_loss_weight, self.config.component_loss_weight) != (1.0, 0.0):
+            logger.warning_once(TRL_LOSS)
 
+
+# By the names in it the Trainer knows whose labels are to be shifted before they are smoothed, and pipelines what
+# generates text.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ManticoreConfig.model_type] = "ManticoreForCausalLM"
 
 ManticoreConfig.register_for_auto_class()
 ManticoreModel.register_for_auto_class("AutoModel")

@@ -1,11 +1,13 @@
 """What a hybrid takes from its components' repositories: files, and code; at a pinned commit, and what was meant.
 
 A component's entry in the configuration records the SHA-256 of each of its weight files (the Hub's LFS id). What the
-client says of a file is compared with that at every load; the bytes themselves are hashed where they have just come
-over the network, or where the client knows no such id. Code of a component whose architecture is not Transformers' own
-is run only if the caller names the component; its classes are then registered with the Auto classes of this process.
+client says of a file is compared with that at every load; the bytes themselves are hashed once, wherever they came
+from, and again whenever the file is another one by its size, time of change or inode. Code of a component whose
+architecture is not Transformers' own is run only if the caller names the component; its classes are then registered
+with the Auto classes of this process.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,8 +16,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -30,6 +32,14 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
 _HUB_KEYS = ("cache_dir", "token", "local_files_only", "force_download")
+_REMEDIES = {
+    400: "the request was refused; try again later, and look at the proxy if there is one.",
+    401: "it is private or gone; log in with an account that may read it (`hf auth login`), or find a copy.",
+    403: "your account or token may not read it; ask its owner for access.",
+    404: "it is gone, or private (log in with `hf auth login`); without it the hybrid cannot be loaded.",
+    429: "too many requests came from here; try again later, or log in.",
+    500: "the Hub has trouble; try again later.",
+}
 _BUSY = (500, 502, 503, 504)
 _WAITS = (1.0, 4.0)
 _registered = {}  # of this process, as the Auto classes' registers are: {model_type: (repo_id, commit, classes)}
@@ -66,18 +76,28 @@ def component_files(entry: dict, hub: dict) -> list[str]:
             index = _fetch(entry, WEIGHT_FILES[1], hub)
         said = f"{where(entry)}: {WEIGHT_FILES[1]}", "use another commit of the component."
         return [_fetch(entry, shard, hub) for shard in shards(index, said)]
-    except LocalEntryNotFoundError as err:
-        raise ManticoreError(
-            f"{where(entry)}: its weights are not in the local cache and the Hub cannot be reached; go online once, or "
-            "put them in the cache with `hf download`."
-        ) from err
     except ManticoreError:
         raise
     except Exception as err:  # the HTTP library's own errors among them
-        raise ManticoreError(
-            f"{where(entry)}: its weights cannot be read: {err}. If the repository is private or gated, log in with an "
-            "account that may read it; if it is gone, the hybrid cannot be loaded without a copy."
-        ) from err
+        raise ManticoreError(f"{where(entry)}: its weights cannot be read: {refusal(err, entry['repo_id'])}") from err
+
+
+def refusal(err: Exception, repo_id: str) -> str:
+    """What the Hub's client says, as the end of a message: the status, and what to do."""
+    said, chain, status = err, [], None
+    while said is not None and said not in chain:  # the client raises its last error from the one that has the status
+        chain.append(said)
+        status = status or getattr(getattr(said, "response", None), "status_code", None)
+        said = said.__cause__ or said.__context__
+    if any(isinstance(one, GatedRepoError) for one in chain):
+        remedy = f"{repo_id} is gated: ask for access on its page, then log in (`hf auth login`)."
+    elif status is not None:
+        remedy = _REMEDIES.get(status, _REMEDIES[500 if status >= 500 else 400])
+    elif isinstance(err, LocalEntryNotFoundError):
+        return "not in the local cache, and the Hub cannot be reached: go online once, or fetch it with `hf download`."
+    else:
+        return f"{reason(err)}."
+    return f"the Hub answers {status}: {remedy}"
 
 
 def open_files(files: list, stack: ExitStack, owner: str, prefix: str = "") -> dict:
@@ -118,11 +138,6 @@ def shards(index: str | os.PathLike, what: tuple) -> list[str]:
 
 def _fetch(entry, file, hub):
     """Path of one file of a component, checked against what was recorded and what the Hub says it is."""
-    in_repo = f"{entry['subfolder']}/{file}" if entry["subfolder"] else file
-    known = try_to_load_from_cache(
-        entry["repo_id"], in_repo, cache_dir=hub.get("cache_dir"), revision=entry["revision"]
-    )
-    fresh = not isinstance(known, str) or hub.get("force_download", False)
     path = _download(entry, file, hub)
     recorded, stated = (entry.get("files") or {}).get(file), lfs_id(path)
     if recorded and stated and recorded != stated:
@@ -131,14 +146,39 @@ def _fetch(entry, file, hub):
             f"{recorded[:16]}...). Do not use it: ask whoever published the hybrid for the right commit."
         )
     expected = recorded or stated
-    if expected and (fresh or not stated) and sha256(path) != expected:
+    if expected:
+        verify(path, expected, f"{where(entry)}: {file}")
+    return path
+
+
+def verify(path: str, expected: str, what: str, anew: bool = False) -> None:
+    """Raises ManticoreError unless a file has the SHA-256 that is expected; a damaged one is removed from the cache.
+
+    What passed is remembered beside the Hub's cached files, by the file's size, time of change and inode.
+
+    Args:
+        path: The file.
+        expected: 64 hex digits.
+        what: How a message calls it.
+        anew: Whether it is hashed although it has passed before.
+    """
+    stat, home = os.stat(path), re.search(r"^.*[/\\]models--[^/\\]+(?=[/\\]snapshots[/\\])", os.path.abspath(path))
+    note, now = home and Path(home[0], ".verified", expected), f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if note and not anew and note.read_text() == now:
+            return
+    if sha256(path) != expected:
         for one in {os.path.realpath(path), path}:  # blob and link
             Path(one).unlink(missing_ok=True)
         raise ManticoreError(
-            f"{where(entry)}: {file} is damaged: its SHA-256 is not {expected[:16]}... as recorded. It was removed "
-            "from the local cache; load again to fetch it anew."
+            f"{what} is damaged: its SHA-256 is not {expected[:16]}... as recorded. It was removed from the local "
+            "cache; load again to fetch it anew."
         )
-    return path
+    with contextlib.suppress(OSError):  # a cache that cannot be written is verified at every load
+        if note:
+            note.parent.mkdir(exist_ok=True)
+            (scratch := note.with_name(f"{expected}.{os.getpid()}")).write_text(now)
+            os.replace(scratch, note)
 
 
 def _download(entry, file, hub):

@@ -29,8 +29,8 @@ from .dtypes_manticore import (
     loaded_dtypes,
     note_kept,
 )
-from .references_manticore import commit_in, component_files, open_files, where
-from .saving_manticore import copy_code, whole_directory
+from .references_manticore import commit_in, component_files, lfs_id, open_files, verify, where
+from .saving_manticore import check_whole, copy_code, whole_directory
 
 logger = logging.get_logger(__name__)
 
@@ -115,6 +115,10 @@ class ReferencedWeights:
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # Private hook of Transformers (pinned >=5.24,<6; a test checks its signature): the one place where tensors
         # from several repositories can be merged before dtype, device map and quantisation are applied.
+        if getattr(model, "_hf_peft_config_loaded", False):  # an adapter's own tensors, for a hybrid that is loaded
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
         hub = dict(load_config.download_kwargs or {})
         model._component_cache_dir = hub.get("cache_dir")
         with contextlib.ExitStack() as stack:
@@ -123,8 +127,12 @@ class ReferencedWeights:
                 if not files or not all(file.endswith(".safetensors") for file in files):
                     raise ManticoreError(f"A hybrid's own weights must be safetensors files; found {files}.")
                 model._own_commit = commit_in(files[0])  # adapters pin the hybrid they were made for
+                for file in files:
+                    if (stated := lfs_id(file)) is not None:  # in the Hub's cache
+                        verify(file, stated, f"The hybrid's own {os.path.basename(file)}")
                 model._loaded_from = os.path.dirname(os.path.abspath(files[0]))
                 state_dict = open_files(files, stack, "The hybrid's own weights")
+                check_whole(model._loaded_from)
             quantizer = load_config.hf_quantizer
             packed = quantizer if quantizer is not None and quantizer.pre_quantized else None
             rename, ties = Renamer(model, packed=packed), tie_groups(model)
@@ -176,7 +184,6 @@ class ReferencedWeights:
         check_savable(self)
         kwargs["save_original_format"] = False
         upload = {key: kwargs.pop(key, None) for key in ("repo_id", "commit_message", "create_pr", "private")}
-        timestamps = self._get_files_timestamps(target) if target.is_dir() else {}
         writes = self.should_save_on_this_rank(is_main_process)
         before = self._keys_to_ignore_on_save
         self._keys_to_ignore_on_save = set(before or ()) | (self.unchanged_keys(state_dict) if writes else set())
@@ -205,36 +212,39 @@ class ReferencedWeights:
                     copy_code(directory)
                     self._save_beside(directory, target)
                 super().save_pretrained(directory, is_main_process, state_dict=state_dict, **kwargs)
+                written = set(os.listdir(directory))
         finally:
             self._keys_to_ignore_on_save = before
         if push_to_hub and writes:
-            self._upload(target, timestamps, kwargs.get("token"), **upload)
+            self._upload(target, written, kwargs.get("token"), **upload)
 
-    def _upload(self, directory, timestamps, token, repo_id, commit_message, create_pr, private):
+    def _upload(self, directory, written, token, repo_id, commit_message, create_pr, private):
         """What `save_pretrained(push_to_hub=True)` of Transformers does once the files are written."""
         name = repo_id or directory.absolute().name
         name = HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
         if not (directory / "README.md").exists() or HfApi(token=token).file_exists(name, "README.md"):
             create_and_tag_model_card(name, self.model_tags, token=token).save(directory / "README.md")
+            written.add("README.md")
+        others = dict.fromkeys(set(os.listdir(directory)) - written)
         self._upload_modified_files(
-            directory, name, timestamps, commit_message=commit_message, token=token, create_pr=bool(create_pr)
+            directory, name, others, commit_message=commit_message, token=token, create_pr=bool(create_pr)
         )
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, revision=None, **commit):
         """As in Transformers, in one commit that also removes the weight files of an earlier push.
 
-        A single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
+        `files_timestamps` names the files that are not uploaded; no dates are compared, which may lie in the future. A
+        single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
         """
         directory, api = Path(working_dir), HfApi(token=token)
         files = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
-        changed = {one.name for one in directory.iterdir() if one.stat().st_mtime > files_timestamps.get(one.name, -1)}
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
         commit["commit_message"] = commit.get("commit_message") or "Upload hybrid"
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,
-            allow_patterns=[file.as_posix() for file in files if file.parts[0] in changed],
+            allow_patterns=[file.as_posix() for file in files if file.parts[0] not in files_timestamps],
             delete_patterns=["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"],
             revision=revision,
             **commit,

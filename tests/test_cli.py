@@ -8,6 +8,7 @@ import warnings
 from importlib.resources import files
 from pathlib import Path
 
+import clean_process
 import pytest
 from manticore_hf.modeling.settings_manticore import FILLED, PRESETS, HybridSettings
 from tiny_hybrid import pair, save, write_text
@@ -29,6 +30,13 @@ TRAINED = [name for name, stage in STAGES.items() if stage.trains is not None]
 def shell(code, *more):
     """What a process of its own prints, which starts where the console script does."""
     done = subprocess.run([sys.executable, "-c", code, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def forked(code):
+    """The same from a fork that has imported torch, and neither Transformers nor the package."""
+    done = clean_process.run(["-c", code], cwd=ROOT, modules=clean_process.TORCH)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -60,7 +68,7 @@ def test_a_command_registers_the_classes_before_it_runs():
         import manticore_hf
         assert type(AutoConfig.for_model("manticore")) is manticore_hf.ManticoreConfig
         """
-    assert "LlamaForCausalLM" in shell(code)
+    assert "LlamaForCausalLM" in forked(code)
 
 
 def test_a_plain_import_registers_the_classes():
@@ -71,7 +79,7 @@ def test_a_plain_import_registers_the_classes():
         from transformers import AutoConfig
         AutoConfig.for_model("manticore")
         """
-    shell(code)
+    forked(code)
 
 
 def test_options_have_hyphens_and_take_underscores():

@@ -57,6 +57,9 @@ class CompareArguments:
     prune: bool = field(
         default=False, metadata={"help": "Also prune every hybrid, with recovery distillation on the text."}
     )
+    allow_outside: bool = field(
+        default=False, metadata={"help": "Let the recipe's relative paths leave the folder that it is in."}
+    )
     singles: tuple[str, ...] = field(
         default=(), metadata={"help": "Other models with the same tokenizer, tuned likewise."}
     )

@@ -58,7 +58,7 @@ class Comparison:
 
     def __init__(self, recipe: str | Path, arguments: CompareArguments, output_dir: str | Path):
         self.arguments, self.output = arguments, Path(output_dir)
-        self.recipe = read_recipe(recipe)
+        self.recipe = read_recipe(recipe, arguments.allow_outside)
         self.output.mkdir(parents=True, exist_ok=True)
         self.identity = self._identify()
         self.shop = Workshop(self.recipe, self.output / "untuned")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from manticore_hf.compare.scores import Documents
-from manticore_hf.compare.statistics import bootstrap, mean_loss, paired_p
+from manticore_hf.evaluation.statistics import bootstrap, mean_loss, paired_p
 from manticore_hf.utils.files import replace_text, write_json
 from manticore_hf.utils.plots import plot_differences
 

@@ -75,7 +75,8 @@ def read_comparison(path: str | os.PathLike) -> dict[str, Any]:
         wrong("two rows have one name")
     if values.get("hybrid") not in names:
         wrong(f"its hybrid {values.get('hybrid')!r} is none of its rows")
-    tokens = {key: values.get(key) if type(values.get(key)) is int else None for key in ("tokens", "test_tokens")}
+    counts = ("tokens", "test_tokens", "test_bytes")
+    tokens = {key: values.get(key) if type(values.get(key)) is int else None for key in counts}
     texts = {key: str(values.get(key) or "not recorded") for key in ("data", "test", "machine")}
     seeds = values.get("seeds") if isinstance(values.get("seeds"), list) else []
     return {**tokens, **texts, "seeds": seeds, "hybrid": values["hybrid"], "rows": checked}

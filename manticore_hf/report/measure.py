@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from manticore_hf.compose.hybrid import ManticoreModel
+from manticore_hf.evaluation.losses import inner_baselines
 
 
 def batches(
@@ -71,7 +72,7 @@ def token_losses(
         ({name: [n] nats, float64}, the token gate's weights [n, K] or None); a pruned hybrid has "hybrid" only, its
         baselines are no longer inside.
     """
-    names = [] if model.config.route else model.config.component_names
+    names = inner_baselines(model)
     out = {name: [] for name in [*names, *(["ensemble"] if names else []), "hybrid"]}
     gate = []
     for ids, labels in tqdm(list(batches(rows, batch_size, model.device)), desc="Token losses", leave=False):

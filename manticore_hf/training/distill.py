@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from manticore_hf.evaluation.data_arguments import DataArguments
-from manticore_hf.evaluation.losses import compare_losses, measured_on
+from manticore_hf.evaluation.losses import how_measured, measure, name_of
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.prune import pick_route, prune
 from manticore_hf.training.runtime import StageRun
@@ -98,28 +98,32 @@ def _prune(start: PruneArguments, run: StageRun) -> dict:
     batch = arguments.per_device_eval_batch_size
     result = {"route": hard.config.route, "components": hard.config.component_names}
     result["share"] = hard.num_parameters() / soft.num_parameters()
-    losses = {}
-    if run.validation is not None:
-        found = compare_losses(soft, run.validation, batch)
-        losses = {("soft hybrid" if name == "hybrid" else name): loss for name, loss in found.items()}
-        losses["pruned, before distillation"] = compare_losses(hard, run.validation, batch)["hybrid"]
+    found = None
+    if run.passages is not None:
+        found = measure(soft, run.passages, batch)
+        found.nats["soft hybrid"] = found.nats.pop("hybrid")
+        found.nats["pruned, before distillation"] = measure(hard, run.passages, batch).nats["hybrid"]
     trained = None
     if arguments.max_steps != 0 and arguments.num_train_epochs > 0:
         teacher = {"teacher": soft if start.distil_weight else None, "distil_weight": start.distil_weight}
         trainer = run.trainer(DistilTrainer, set_stage(hard, "finetune"), **teacher)
         trained = trainer, run.fit(trainer)
         result["steps"] = trainer.state.global_step
-        if run.validation is not None:
-            losses["pruned, distilled"] = compare_losses(hard, run.validation, batch)["hybrid"]
-    if losses:
-        result.update(measured_on(run.data, run.validation), own=list(losses)[-1])
-    return run.save(hard, {**result, "losses": losses, "measured_routes": measured}, trained)
+        if found is not None:
+            found.nats["pruned, distilled"] = measure(hard, run.passages, batch).nats["hybrid"]
+    result["losses"] = {}
+    if found is not None:
+        own = list(found.nats)[-1]
+        result |= {"data": name_of(run.data), "note": how_measured(run.data), "own": own, **found.to_dict(own)}
+    return run.save(hard, {**result, "measured_routes": measured}, trained)
 
 
 def _summary(result: dict) -> Iterator[str]:
     yield f"\nprune: {' > '.join(result['route'])}, {result['share']:.1%} of the soft hybrid's parameters"
     for name, loss in result["losses"].items():
-        yield f"{name:>32}  {loss:.4f} nats per token on the validation text"
+        bits = result.get("bits_per_byte", {}).get(name)
+        said = "" if bits is None else f"{bits:.4f} bits per byte, "
+        yield f"{name:>32}  {said}{loss:.4f} nats per token on the validation text"
 
 
 __getattr__ = old_names(__name__, {"HealTrainer": "DistilTrainer", "run_harden": "run_prune"})

@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.trainer import hybrid_of
 from manticore_hf.utils.distributed import bar, broadcast_object, component_runner, is_main, print_main
@@ -177,17 +178,13 @@ def _batches(rows, tokens, batch_size):
     """Batches of rows spread evenly over the whole text, padded to one length."""
     wanted = max(1, tokens // max(1, max(map(len, rows[: min(len(rows), 64)]["input_ids"]))))
     step = max(1, len(rows) // wanted)
-    chosen = rows.select(range(0, len(rows), step)).select_columns(["input_ids", "labels"])
+    chosen = separate(rows.select(range(0, len(rows), step)))
     return DataLoader(chosen, batch_size=batch_size, collate_fn=_pad)
 
 
 def _pad(records):
-    longest = max(len(record["input_ids"]) for record in records)
-    fill = {"input_ids": 0, "labels": -100}  # on the right, where causal models do not look back from
-    return {
-        key: torch.tensor([list(r[key]) + [value] * (longest - len(r[key])) for r in records])
-        for key, value in fill.items()
-    }
+    fill = {"input_ids": 0, "labels": NO_LOSS}
+    return {key: pad([record[key] for record in records], value) for key, value in fill.items()}
 
 
 def _token_losses(component, ids, labels, size):

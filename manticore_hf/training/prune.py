@@ -25,6 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_utils import local_torch_dtype
 
+from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.mixing_manticore import Chain, HybridMixer, LinearProjector, resize
 from manticore_hf.modeling.segments_manticore import stretches
@@ -193,7 +194,11 @@ class _Measured:
 
     def __init__(self, model, dataset, batch_size, losses):
         self.model, self.losses = model, losses
-        self.batches = torch.tensor(dataset["input_ids"]).split(batch_size)
+        rows = separate(dataset)
+        self.batches = [
+            (pad(part["input_ids"], 0), pad(part["labels"], NO_LOSS))
+            for part in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+        ]
 
     @torch.no_grad()
     def __call__(self, route):
@@ -203,11 +208,11 @@ class _Measured:
             training = self.model.training
             self.model.eval()
             total = count = 0
-            for ids in self.batches:
-                ids = ids.to(self.model.device)
+            for ids, labels in self.batches:
+                ids, target = ids.to(self.model.device), labels[:, 1:].flatten().to(self.model.device)
                 logits = route_logits(self.model, names, ids)[:, :-1].flatten(0, 1).float()
-                total += F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
-                count += ids[:, 1:].numel()
+                total += F.cross_entropy(logits, target, ignore_index=NO_LOSS, reduction="sum").item()
+                count += int((target != NO_LOSS).sum())
             self.model.train(training)
             self.losses[key] = total / count
         return self.losses[key]

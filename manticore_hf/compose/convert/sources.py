@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from manticore_hf.compose.components import PICKLE_FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.references_manticore import WEIGHT_FILES
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES, refusal
 
 
 @dataclass
@@ -70,15 +70,10 @@ class Source:
             ) from err
         except RevisionNotFoundError as err:
             raise ManticoreError(f"{self.what}: the repository has no revision {self.revision!r}.") from err
-        except LocalEntryNotFoundError as err:
-            raise ManticoreError(
-                f"{self.what}: {name} is not in the local cache and the Hub cannot be reached; go online, or fetch it "
-                "with `hf download`."
-            ) from err
-        except EntryNotFoundError:
-            return None
         except Exception as err:  # the HTTP library's own errors among them
-            raise ManticoreError(f"{self.what}: {name} cannot be fetched: {err}") from err
+            if isinstance(err, EntryNotFoundError) and not isinstance(err, LocalEntryNotFoundError):
+                return None
+            raise ManticoreError(f"{self.what}: {name} cannot be fetched: {refusal(err, self.repo_id)}") from err
         commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
         if commit is None:
             raise ManticoreError(f"{self.what}: revision {self.revision!r} did not resolve to a commit.")

@@ -12,6 +12,8 @@ from manticore_hf.compose.transplant.build import Plan
 from manticore_hf.evaluation.metrics.scoring import token_logprobs
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
+_WINDOW = 1024  # tokens that are read at once
+
 
 @dataclass
 class TransplantReport:
@@ -56,7 +58,9 @@ def bits_per_byte(
     batch_size: int = 8,
     progress: bool = True,
 ) -> float:
-    """Bits per byte of a causal LM on texts; long ones are read in windows that overlap by half.
+    """Bits per byte of a causal LM on texts; long ones are read in windows of 1024 tokens that overlap by half.
+
+    A text file is one text, and the logits of all its tokens fit no memory.
 
     Args:
         model: Any causal LM.
@@ -72,9 +76,9 @@ def bits_per_byte(
     if not size:
         raise ManticoreError("The texts to measure on are empty; give some that the component was not trained on.")
     limit = getattr(model.config, "max_position_embeddings", None)
-    limit = limit if isinstance(limit, int) and limit > 1 else None
+    limit = min(limit, _WINDOW) if isinstance(limit, int) and limit > 1 else _WINDOW
     scores = token_logprobs(
-        model, tokenizer, texts, batch_size=batch_size, max_length=limit, stride=limit and limit // 2, progress=progress
+        model, tokenizer, texts, batch_size=batch_size, max_length=limit, stride=limit // 2, progress=progress
     )
     return -sum(map(sum, scores)) / math.log(2) / size
 
