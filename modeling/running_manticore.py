@@ -1,7 +1,7 @@
 """One pass of a hybrid: what it reads, the ways to run, and what it gives.
 
 `run` takes one of three functions of one signature: `run_all` (all components in every block, mixed after each),
-`run_path` (a hardened hybrid's one component per block) and `run_straight` (one block that reads native embeddings:
+`run_path` (a pruned hybrid's one component per block) and `run_straight` (one block that reads native embeddings:
 whole components side by side, nothing cut).
 """
 
@@ -209,7 +209,7 @@ def run_all(model, inputs, weights, shared):
 
 
 def run_path(model, inputs, weights, shared):
-    """A hardened hybrid: one component after the other, each state as it is until the next takes over."""
+    """A pruned hybrid: one component after the other, each state as it is until the next takes over."""
     config, mixer, segments = model.config, model.hybrid_mixer, model.segments
     native, width, name = config.embeddings == "native", config.hidden_size, config.route[0]
     if native:
