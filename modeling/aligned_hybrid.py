@@ -17,7 +17,7 @@ impossible.
 Loading this file lets `running_manticore` run such hybrids; repositories that align nothing do not carry it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from .aligned_mapping import ByteTokenizer, Mapping
 from .aligned_reading import Row, can_read_trees, grow, read_trees, walk
 from .aligned_tokenizers import tokenizer_of
-from .bounds_manticore import ManticoreError
-from .configuration_manticore import ManticoreConfig  # noqa: F401 - for the Auto classes of a published repository
+from .configuration_manticore import ManticoreConfig, ManticoreError  # noqa: F401 - for the Auto classes of a published repository
+from .mixing_manticore import resize
 from .mixture_manticore import without_autocast
 from .modeling_manticore import (  # noqa: F401 - likewise
     ManticoreForCausalLM,
@@ -35,7 +35,7 @@ from .modeling_manticore import (  # noqa: F401 - likewise
     ManticoreForTokenClassification,
     ManticoreModel,
 )
-from .running_manticore import RUNNERS, Pass, active_in, mix_native
+from .running_manticore import RUNNERS, active_in, mix_native, mixture_rows, run_shared
 from .segments_manticore import check_positions
 
 TRUST = 1e-6
@@ -49,14 +49,14 @@ class Reading:
     """What a component has read of a batch.
 
     Attributes:
-        positions: For each row and each of the hybrid's positions a Position, None for padding.
+        positions: Of the flattened batch: (where the nodes of the row begin, its Position), None for padding.
         states: [nodes of all rows, width].
-        offsets: Where the nodes of each row begin.
+        shape: (batch, time).
     """
 
     positions: list
     states: torch.Tensor
-    offsets: list
+    shape: tuple
 
 
 class Aligner:
@@ -95,14 +95,20 @@ class Aligner:
             model.component(name).config,
         )
         batch, time = inputs.shape
-        ids = inputs.ids.tolist()
-        real = [[True] * time] * batch if inputs.mask is None else inputs.mask[:, -time:].bool().tolist()
-        rows = [Row() for _ in range(batch)]
+        ids = inputs.ids.flatten().tolist()
+        if inputs.documents is not None:  # each a text of its own, without padding
+            places = [one.tolist() for one in inputs.documents.index.split(inputs.documents.lengths.tolist())]
+        else:
+            places = [list(range(row * time, (row + 1) * time)) for row in range(batch)]
+            if inputs.mask is not None:
+                real = inputs.mask[:, -time:].flatten().tolist()
+                places = [[place for place in row if real[place]] for row in places]
+        rows = [Row() for _ in places]
         if inputs.cache is not None:
             rows = inputs.cache.readers.setdefault(name, rows)
-        if len(rows) != batch:
+        if len(rows) != len(places):
             raise ManticoreError(f"The cache holds {len(rows)} rows; input_ids has {batch}.")
-        grown = [grow(mapping, row, [i for i, r in zip(*one) if r]) for row, one in zip(rows, zip(ids, real))]
+        grown = [grow(mapping, row, [ids[place] for place in one]) for row, one in zip(rows, places)]
         trees, after = [tree for tree, _ in grown], [row for _, row in grown]
         for tree in trees:
             depths = torch.tensor([tree.depths])
@@ -114,15 +120,15 @@ class Aligner:
             states = [self._walk(segment, config, *one) for one in zip(trees, rows, kept)]
         if inputs.cache is not None:
             inputs.cache.readers[name] = after
-        positions = []
-        for tree, shown in zip(trees, real):
-            left = iter(tree.positions)
-            positions.append([next(left) if one else None for one in shown])
         width = max((one.shape[-1] for one in states if one is not None), default=config.hidden_size)
         parameter = next(p for p in segment.stack.parameters() if p.is_floating_point())
         states = [parameter.new_zeros(1, width) if one is None else one for one in states]
-        offsets = np.cumsum([0, *(len(one) for one in states)]).tolist()
-        return Reading(positions, torch.cat(states), offsets)
+        positions, offset = [None] * (batch * time), 0
+        for tree, one, found in zip(trees, places, states):
+            for place, position in zip(one, tree.positions):
+                positions[place] = (offset, position)
+            offset += len(found)
+        return Reading(positions, torch.cat(states), (batch, time))
 
     @staticmethod
     def _walk(segment, config, tree, row, after):
@@ -143,11 +149,8 @@ class Aligner:
 
     def states_at(self, reading):
         """[batch, time, width]: the component's state after the bytes of each of the hybrid's positions."""
-        nodes = [
-            [offset + (0 if one is None else one.node) for one in row]
-            for row, offset in zip(reading.positions, reading.offsets)
-        ]
-        return reading.states[torch.tensor(nodes, device=reading.states.device)]
+        nodes = [0 if one is None else one[0] + one[1].node for one in reading.positions]
+        return reading.states[torch.tensor(nodes, device=reading.states.device)].unflatten(0, reading.shape)
 
     # ---- predictions -------------------------------------------------------------------------------------------------
 
@@ -165,11 +168,9 @@ class Aligner:
             [batch, kept, vocabulary], in float32 or wider; rows of padding have the other component's.
         """
         mapping, states = self.mapping(model, name), model.together(reading.states)
-        times = torch.arange(len(reading.positions[0]))[kept].tolist()
+        places = torch.arange(len(reading.positions)).view(reading.shape)[:, kept].flatten().tolist()
         own = logits.detach().float() if logits.dtype in (torch.float16, torch.bfloat16) else logits.detach()
-        own, wanted = own.flatten(0, 1), []
-        for positions, offset in zip(reading.positions, reading.offsets):
-            wanted += [(offset, positions[t]) for t in times]
+        own, wanted = own.flatten(0, 1), [reading.positions[place] for place in places]
         out, width = [], own.shape[-1] + getattr(model.config, name).vocab_size
         size = max(1, PIECE // width)
         needs_grad = torch.is_grad_enabled() and (
@@ -227,13 +228,13 @@ class Piece:
         aligner: The Aligner.
         mapping: The component's Mapping.
         head: Its Head.
-        wanted: (where the row's nodes begin, Position or None) of each position.
+        wanted: Of each position (where the row's nodes begin, Position), or None.
         size: The hybrid's vocabulary.
     """
 
     def __init__(self, aligner, mapping, head, wanted, size):
         self.aligner, self.mapping, self.head, self.size = aligner, mapping, head, size
-        self.there = [i for i, (_, one) in enumerate(wanted) if one is not None]
+        self.there = [i for i, one in enumerate(wanted) if one is not None]
         nodes, self.dense, weights, covers = {}, [], [], []
         never, blocked, sparse = [], [], []
 
@@ -345,46 +346,35 @@ def aligner_of(model):
     return found
 
 
-def run_aligned(model, inputs, weights, shared):
-    """One block whose components read the same bytes; see `running_manticore.run_straight`."""
-    config, segments, aligner = model.config, model.segments, aligner_of(model)
+def run_aligned(model, inputs, shared):
+    """One block whose components read the same bytes; see `running_manticore.run`."""
+    config, segments, aligner, weights = model.config, model.segments, aligner_of(model), mixture_rows(model)
     if inputs.ids is None:
         raise ManticoreError(
-            "A hybrid with several tokenizers reads input_ids: embeddings are of one tokenizer's tokens."
+            "A hybrid whose components have several tokenizers reads input_ids: embeddings are of one tokenizer's "
+            "tokens."
         )
-    active, states, readings = active_in(model, weights[0]), {}, {}
-    for name in config.component_names:
-        if name in config.aligned and name in active:
+    active = active_in(model, weights[0])
+    plain = [
+        float(name not in config.aligned and (name in active or name == aligner.home))
+        for name in config.component_names
+    ]
+    found = run_shared(model, replace(inputs, keep=False), False, [plain])
+    states, readings = dict(found.states), {}
+    for name in config.aligned:
+        if name in active:
             readings[name] = aligner.read(model, name, inputs)
             states[name] = aligner.states_at(readings[name])
-        elif name in active or name == aligner.home:
-            entering = inputs.ids if segments.segment(name, 0).is_whole else model.embed(name, inputs.ids)
-            states[name] = segments.segment(name, 0)(entering, *inputs.around(name, 0))
     state = mix_native(model, weights[0], states) if shared or inputs.keep else None
-    boundaries = (
-        (
-            mix_native(
-                model, [float(name == aligner.home) for name in config.component_names], {aligner.home: inputs.ids}
-            ),
-            state,
-        )
-        if inputs.keep
-        else None
-    )
+    boundaries = (resize(model.embed(aligner.home, inputs.ids), config.hidden_size), state) if inputs.keep else None
 
     def own_logits(kept):
-        logits = segments.logits(aligner.home, states[aligner.home][:, kept])
-        out = {}
-        for name in active:
-            if name in readings:
-                out[name] = aligner.log_probs(model, name, readings[name], logits, kept)
-            elif name == aligner.home:
-                out[name] = logits
-            else:
-                out[name] = segments.logits(name, states[name][:, kept])
-        return out
+        logits = {n: segments.logits(n, x[:, kept]) for n, x in found.states.items()}
+        for name, reading in readings.items():
+            logits[name] = aligner.log_probs(model, name, reading, logits[aligner.home], kept)
+        return {name: logits[name] for name in active}
 
-    return Pass(states, weights, state, boundaries, own_logits=own_logits)
+    return replace(found, states=states, weights=weights, shared=state, hidden_states=boundaries, own_logits=own_logits)
 
 
 RUNNERS["aligned"] = run_aligned

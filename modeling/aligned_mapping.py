@@ -153,7 +153,7 @@ class Memo(dict):
 
     def keep(self, key, value):
         """Keeps a tuple of arrays, or anything else as one number; gives it back."""
-        size = sum(len(one) for one in value) if isinstance(value, tuple) else 1
+        size = 1 + (sum(one.size for one in value if isinstance(one, np.ndarray)) if isinstance(value, tuple) else 0)
         if self.held + size > self.budget:
             self.clear()
             self.held = 0
@@ -209,7 +209,7 @@ class Mapping:
         path, found, at = self.b.cut(word) if word else (), [], 0
         beyond = self.b.cut(word + b" ") if opens else ()
         for length in range(len(path) + 1):
-            rest = word[at:]
+            rest = word[at:] if length < len(path) else b""
             if not rest or self.continues(rest):
                 without = beyond[-1] if beyond and rest and beyond[:-1] == path[:length] else -1
                 found.append(Cover(path[:length], rest, without=without))

@@ -304,7 +304,7 @@ def _fork_layer(layer):
 @torch.no_grad()
 def can_read_trees(segment, config):
     """Whether a component reads a tree as it reads each of its paths: tried on a few tokens."""
-    if not segment.anatomy.attends or not segment.anatomy.positions:
+    if not segment.layout.attends or not segment.layout.positions:
         return False
     if any(kind not in _WINDOWED for kind in getattr(config, "layer_types", None) or ()):
         return False

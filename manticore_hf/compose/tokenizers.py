@@ -6,6 +6,7 @@ import json
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
+from manticore_hf.compose.components import Resolved
 from manticore_hf.modeling.aligned_tokenizers import FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import sha256
@@ -25,7 +26,7 @@ _QUIETLY = {
 logger = logging.get_logger(__name__)
 
 
-def find_tokenizer(found, hub: dict) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(found: Resolved, hub: dict) -> PreTrainedTokenizerBase | None:
     """The tokenizer that a component comes with, or None.
 
     Args:
@@ -50,7 +51,7 @@ def find_tokenizer(found, hub: dict) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def align(components: list, hub: dict, wanted: str | None, possible: bool) -> dict:
+def align(components: list[Resolved], hub: dict, wanted: str | None, possible: bool) -> dict:
     """The tokenizers of components that are to read text each by its own.
 
     Args:
@@ -87,7 +88,7 @@ def align(components: list, hub: dict, wanted: str | None, possible: bool) -> di
     return found if any(one != vocabularies[0] for one in vocabularies) else {}
 
 
-def record_tokenizer(found, hub: dict) -> dict:
+def record_tokenizer(found: Resolved, hub: dict) -> dict:
     """What a component's entry records of its tokenizer: the SHA-256 of each file; of one without an address, none."""
     if found.repo_id is None:
         return {"files": None}
