@@ -60,20 +60,14 @@ class Reading:
 
 
 class Aligner:
-    """What the components of one hybrid need to read each other's texts; made on first use.
+    """What the components of one hybrid need to read the same bytes; made on first use.
 
     Args:
-        model: The hybrid.
+        home: The component whose tokenizer is the hybrid's.
     """
 
-    def __init__(self, model):
-        self.home, self.byte_tokenizers, self.mappings, self.trees, self.bags = (
-            model.config.tokenizer_component,
-            {},
-            {},
-            {},
-            {},
-        )
+    def __init__(self, home):
+        self.home, self.byte_tokenizers, self.mappings, self.trees, self.bags = home, {}, {}, {}, {}
 
     def mapping(self, model, name):
         """The `Mapping` of a component to the hybrid's tokenizer."""
@@ -251,7 +245,7 @@ class Piece:
                 covers.append(place)
                 weights += [(number, local(offset + parent), token) for parent, token in edges]
                 if not cover.rest and not cover.ahead:
-                    self.dense.append((number, local(offset + node)))
+                    self.dense.append((number, local(offset + node), place))
                 else:
                     b, a, group = mapping.pairs(cover.rest, cover.ahead, position.last)
                     sparse.append((number, local(offset + node), place, b, a, group, cover.without))
@@ -287,14 +281,15 @@ class Piece:
         weight = (weight - most[covers]).exp()
 
         # Where the tokens of both end: all pairs at once
-        number, node = torch.tensor(self.dense, device=device).T
-        probs = log_probs[node].exp()
+        number, node, place = torch.tensor(self.dense, device=device).T
+        probs = log_probs[node].exp() * weight[number, None]
+        probs = probs if len(probs) == rows else probs.new_zeros(rows, width).index_add(0, place, probs)
         blocked = _flat(self.blocked, width).to(device)
         if len(blocked):
             probs = probs.flatten().index_add(0, blocked, probs.flatten()[blocked] * (BLOCKED - 1)).view(rows, width)
         to, back = self.aligner.sums(self.mapping, device)
         total = _sum(share, width, back).clamp_min(1e-30)
-        out = _Sum.apply(probs / total, self.size, to, back) * share * weight[number, None]
+        out = _Sum.apply(probs / total, self.size, to, back) * share
 
         # Elsewhere B's next token begins within bytes that were read, or A's does
         if self.sparse is not None:
@@ -342,7 +337,7 @@ def aligner_of(model):
     """The Aligner of a hybrid."""
     found = model.__dict__.get("_aligner")
     if found is None or found.home != model.config.tokenizer_component:
-        found = model.__dict__["_aligner"] = Aligner(model)
+        found = model.__dict__["_aligner"] = Aligner(model.config.tokenizer_component)
     return found
 
 

@@ -215,13 +215,27 @@ class Mapping:
                 found.append(Cover(path[:length], rest, without=without))
             if length < len(path):
                 at += len(self.b.table[path[length]] or b"")
-        if word.endswith(b" ") and len(word) > 1:
-            shorter = self.b.cut(word[:-1])
-            if shorter != path[: len(shorter)] and self.continues(b" "):
-                found.append(Cover(shorter, b" "))
+        if word[-1:].isspace():
+            self._before_a_letter(word, found)
         if beyond and beyond[: len(path)] != path:
             found.append(Cover(beyond, b"", b" "))
         return found
+
+    def _before_a_letter(self, word, found):
+        """Adds what B makes of spaces at the end of a word if a letter comes after them, where that is another path."""
+        path, at = [], 0
+        for number in self.b.cut(word + b"a"):
+            after = at + len(self.b.table[number] or b"")
+            if after > len(word):
+                rest = word[at:]
+                if rest and self.continues(rest):  # of a word; of a digit the space often is a token by itself
+                    found += [Cover(tuple(path), rest), Cover((*path, *self.b.cut(rest)), b"")]
+                break
+            path, at = [*path, number], after
+        if at == len(word):
+            found.append(Cover(tuple(path), b""))
+        known = set()
+        found[:] = [one for one in found if (key := (one.path, one.rest)) not in known and not known.add(key)]
 
     def continues(self, rest):
         """Whether a token of B begins with some bytes and is longer."""
@@ -312,7 +326,7 @@ class Mapping:
     @staticmethod
     def _follow(of, numbers):
         """What follows each token, so that its tokenizer would write it; of interest where it ends with a space."""
-        out, blank = [b""] * len(numbers), [(i, n) for i, n in enumerate(numbers) if of.table[n][-1:] in (b" ", b"\t")]
+        out, blank = [b""] * len(numbers), [(i, n) for i, n in enumerate(numbers) if of.table[n][-1:].isspace()]
         for more in (b" a", b"a"):
             for (i, n), cut in zip(blank, of.cut_all([of.table[n] + more for _, n in blank])):
                 if cut[:1] == (n,):
@@ -368,9 +382,12 @@ class Mapping:
                 if end - first < 2000:
                     candidates.update(a.sorted_ids[first:end].tolist())
         candidates = sorted(i for i in candidates if a.table[i])
-        cuts = a.cut_all([data + a.table[i] for i in candidates])
-        out = [i for i, cut in zip(candidates, cuts) if cut[:2] != (last, i)]
-        if data[-1:] in (b" ", b"\t"):
+        out = np.ones(len(candidates), dtype=bool)
+        for more in (b"", b"a", b" a", b"2"):  # what comes after may decide where spaces are cut
+            cuts = a.cut_all([data + a.table[i] + more for i in candidates])
+            out &= np.array([cut[:2] != (last, i) for i, cut in zip(candidates, cuts)], dtype=bool)
+        out = [i for i, gone in zip(candidates, out) if gone]
+        if data[-1:].isspace():
             out = sorted({*out, *self._never_after_space(last, data)})
         return np.array(out, dtype=np.int64)
 

@@ -156,7 +156,7 @@ def _position(mapping, tree, word, last, texts):
             edges.append((at, token))
             at = tree.add(at, token)
         covers.append((at, edges, cover))
-        if not cover.rest and not cover.ahead:
+        if not cover.rest and not cover.ahead and node == tree.end:
             node = at
     return Position(node, covers, last)
 

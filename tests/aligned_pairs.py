@@ -38,7 +38,7 @@ def gemma(text=SECOND + FIRST + CODE, size=160):
     """Like Gemma's: letters with byte fallback, a mark for a space, runs of spaces are tokens."""
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.Replace(" ", "\u2581")
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("\u2581?[^\u2581\n]+|\u2581+|\n+"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\u2581?\p{L}+|\u2581+|\n+|\p{N}|[^\s\p{L}\u2581]+"), "isolated")
     core.train_from_iterator([text + "        " * 3], trainers.BpeTrainer(vocab_size=size, show_progress=False))
     parts = json.loads(core.to_str())["model"]
     words = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *parts["vocab"]]
