@@ -15,10 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from manticore_hf.modeling.aligned_hybrid import aligner_of
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
-from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "aligned.json"

@@ -11,6 +11,7 @@ from two_tokenizers import FIRST, SECOND, byte_level
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 
+LETTERS = " ".join("abcdefghijklmnopqrstuvwxyz0123456789") * 9
 CODE = (
     "def cat(mat):\n    if mat:\n        return mat\n    for dog in mat:\n        run(dog)\n\n\nclass Dog:\n    pass\n"
 )
@@ -24,17 +25,17 @@ TEXTS = {
 }
 
 
-def gpt(text=FIRST + CODE, size=330):
+def gpt(text=FIRST + CODE + LETTERS, size=380):
     """Like GPT-2's: bytes, a space belongs to the word after it; one special token for all roles."""
     return byte_level(text, size, bos_token="<|end|>", eos_token="<|end|>", unk_token="<|end|>")
 
 
-def roles(text=SECOND + CODE, size=340):
+def roles(text=SECOND + CODE + LETTERS, size=390):
     """Bytes too, of another text, with a start token that it puts before a text."""
     return byte_level(text, size, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def gemma(text=SECOND + FIRST + CODE, size=160):
+def gemma(text=SECOND + FIRST + CODE + LETTERS, size=240):
     """Like Gemma's: letters with byte fallback, a mark for a space, runs of spaces are tokens."""
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.Replace(" ", "\u2581")
