@@ -24,7 +24,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .aligned_mapping import ByteTokenizer, Mapping
-from .aligned_reading import Row, can_read_trees, grow, read_trees, walk
+from .aligned_reading import Row, can_read_trees, grow, read_trees, read_trunk, walk
 from .aligned_tokenizers import tokenizer_of
 from .configuration_manticore import ManticoreConfig, ManticoreError  # noqa: F401 - for the Auto classes of a published repository
 from .mixing_manticore import resize
@@ -107,8 +107,12 @@ class Aligner:
         for tree in trees:
             depths = torch.tensor([tree.depths])
             check_positions([(name, segment)], depths, max(tree.depths) + 1, True)
-        if inputs.cache is None and self.reads_trees(name, segment, config) and any(len(t.parents) > 1 for t in trees):
+        fresh = all(row.cache is None for row in rows) and any(len(tree.parents) > 1 for tree in trees)
+        if fresh and self.reads_trees(name, segment, config):
             states = read_trees(segment, trees)
+            for tree, row, found in zip(trees, after, states) if inputs.cache is not None else ():
+                if tree.trunk:
+                    row.cache, row.state = read_trunk(segment, config, tree), found[tree.end]
         else:
             kept = [row if inputs.cache is not None else None for row in after]
             states = [self._walk(segment, config, *one) for one in zip(trees, rows, kept)]

@@ -206,6 +206,17 @@ def _masks(segment, sees, depths):
     return near if kinds is None else {"full_attention": full, "sliding_attention": near}
 
 
+def read_trunk(segment, config, tree):
+    """The component's cache after the trunk of a tree that begins with nothing."""
+    device = segment.device or next(segment.stack.parameters()).device
+    cache = DynamicCache(config=config)
+    ids, depths = (
+        torch.tensor([[of[node] for node in tree.trunk]], device=device) for of in (tree.tokens, tree.depths)
+    )
+    segment(ids, None, depths, cache)
+    return cache
+
+
 def walk(segment, config, tree, row, after):
     """Last states of all nodes of a tree, by reading its trunk with a cache and its paths from copies of it.
 
@@ -294,11 +305,33 @@ def fork(cache):
 def _fork_layer(layer):
     if not isinstance(layer, (DynamicLayer, LinearAttentionCacheLayerMixin)):
         return copy.deepcopy(layer)
-    out = copy.copy(layer)
+    kind = type(layer)
+    if torch.is_grad_enabled() and isinstance(layer, LinearAttentionCacheLayerMixin) and not issubclass(kind, _Kept):
+        kind = _kept.setdefault(kind, type(kind.__name__, (_Kept, kind), {}))
+    out = kind.__new__(kind)
     for key, value in vars(layer).items():
         if isinstance(value, dict):
-            out.__dict__[key] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in value.items()}
+            value = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in value.items()}
+        out.__dict__[key] = value
     return out
+
+
+class _Kept:
+    """Mixin of recurrent layers of a cache whose states gradients go through: none is overwritten in place."""
+
+    def update_conv_state(self, conv_states, state_idx=0, **kwargs):
+        if self.conv_states[state_idx] is not None:
+            self.conv_states[state_idx] = self.conv_states[state_idx].clone()
+        return super().update_conv_state(conv_states, state_idx=state_idx, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+        if not self.is_recurrent_states_initialized[state_idx]:
+            self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
+        self.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
+
+
+_kept = {}
 
 
 @torch.no_grad()
