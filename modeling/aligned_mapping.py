@@ -20,6 +20,8 @@ LONGEST_WORD = 64
 """Bytes after which a word without any certain boundary is cut where its tokens no longer seem to change."""
 
 _SPACES = b" \t\n\r"
+FEW = 64
+"""Longer tokens that are looked through one by one for what cannot follow a token."""
 _KEPT = 1 << 16  # cuts of words that are remembered
 _NUMBERS = 1 << 25  # numbers in arrays that are remembered
 
@@ -376,17 +378,17 @@ class Mapping:
         low, high = a.starting_with(data)
         rests = {one[len(data) :] for one in a.sorted_bytes[low:high] if len(one) > len(data)}
         candidates = {cut[0] for cut in a.cut_all(sorted(rests)) if cut}
-        if rests and len(rests) < 2000:
-            for rest in rests:
-                first, end = a.starting_with(rest)
-                if end - first < 2000:
-                    candidates.update(a.sorted_ids[first:end].tolist())
+        for rest in rests if len(rests) < FEW else ():
+            first, end = a.starting_with(rest)
+            if end - first < FEW:
+                candidates.update(a.sorted_ids[first:end].tolist())
         candidates = sorted(i for i in candidates if a.table[i])
-        out = np.ones(len(candidates), dtype=bool)
+        gone = set(candidates)
         for more in (b"", b"a", b" a", b"2"):  # what comes after may decide where spaces are cut
-            cuts = a.cut_all([data + a.table[i] + more for i in candidates])
-            out &= np.array([cut[:2] != (last, i) for i, cut in zip(candidates, cuts)], dtype=bool)
-        out = [i for i, gone in zip(candidates, out) if gone]
+            tried = [i for i in gone if not more or a.table[i][-1:].isspace()]
+            cuts = a.cut_all([data + a.table[i] + more for i in tried])
+            gone -= {i for i, cut in zip(tried, cuts) if cut[:2] == (last, i)}
+        out = sorted(gone)
         if data[-1:].isspace():
             out = sorted({*out, *self._never_after_space(last, data)})
         return np.array(out, dtype=np.int64)

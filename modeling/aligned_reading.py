@@ -234,6 +234,8 @@ def walk(segment, config, tree, row, after):
     cache = fork(row.cache) if row.cache is not None else DynamicCache(config=config)
     states, children = [None] * len(tree.parents), {}
     states[0] = row.state
+    # Steps of one token overwrite states that gradients need, in some classes: there no step is shorter than two
+    careful = torch.is_grad_enabled() and after is None and not segment.layout.attends
     trunk = set(tree.trunk)
     for node, parent in enumerate(tree.parents):
         if parent >= 0 and node not in trunk:
@@ -243,9 +245,10 @@ def walk(segment, config, tree, row, after):
         """Reads a chain of nodes; gives the cache after it."""
         if torch.is_grad_enabled():
             cache = fork(cache)  # states are changed in place
-        ids = torch.tensor([[tree.tokens[node] for node in nodes]], device=device)
-        depths = torch.tensor([[tree.depths[node] for node in nodes]], device=device)
-        found = segment(ids, None, depths, cache)[0]
+        ids, depths = [tree.tokens[node] for node in nodes], [tree.depths[node] for node in nodes]
+        if careful and len(nodes) == 1:  # and then nothing reads on from this cache
+            ids, depths = [*ids, *ids], [*depths, depths[0] + 1]
+        found = segment(torch.tensor([ids], device=device), None, torch.tensor([depths], device=device), cache)[0]
         for node, state in zip(nodes, found):
             states[node] = state
         return cache
@@ -271,10 +274,10 @@ def walk(segment, config, tree, row, after):
     start = at
     ahead = None
 
-    def branch(node):
+    def branch(node, before=()):
         nonlocal ahead
         for path in leaves(node, []):
-            after_path = read(path, fork(cache))
+            after_path = read([*before, *path], fork(cache))
             if node == tree.end:
                 ahead = ahead or (tuple(tree.tokens[one] for one in path), after_path, [states[one] for one in path])
 
@@ -283,7 +286,10 @@ def walk(segment, config, tree, row, after):
     elif pending[start - 1] in children:
         branch(pending[start - 1])
     while at < len(pending):
-        if pending[at] in children or at == len(pending) - 1:
+        is_end = at == len(pending) - 1
+        if careful and at == start and pending[at] in children:
+            branch(pending[at], pending[start : at + 1])
+        elif pending[at] in children or is_end:
             cache = read(pending[start : at + 1], cache)
             start = at + 1
             branch(pending[at])
