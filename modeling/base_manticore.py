@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .anatomy_manticore import check_cut
@@ -18,7 +20,7 @@ from .mixture_manticore import weighted_sum, widen
 from .outputs_manticore import ManticoreModelOutput
 from .recurrent_manticore import keep_state_in_cache
 from .running_manticore import active_in, mixture_rows, read_inputs, run
-from .segments_manticore import Segments, width_of
+from .segments_manticore import Dropped, Segments, width_of, without_head
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 takes_old_cache = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
@@ -35,7 +37,6 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = False
-    _is_stateful = True
     _no_split_modules = ["HybridMixer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
 
@@ -146,6 +147,15 @@ class ManticoreModel(ManticorePreTrainedModel):
         self.post_init()
         self.segments.follow()
 
+    def init_parallel_plans(self):
+        """As in Transformers, without what a component no longer has (its head, in a classifier)."""
+        super().init_parallel_plans()
+        parts = (name for name, module in self.named_modules() if not isinstance(module, Dropped))
+        there = {*map(replace_layer_number_by_wildcard, (*parts, *(name for name, _ in self.named_parameters())))}
+        self._tp_plan, self._ep_plan = (
+            {name: style for name, style in plan.items() if name in there} for plan in (self._tp_plan, self._ep_plan)
+        )
+
     # ---- the parts -------------------------------------------------------------------------------------------------
 
     @property
@@ -176,6 +186,24 @@ class ManticoreModel(ManticorePreTrainedModel):
         if name not in self.config.component_names:
             raise ManticoreError(f"No component is named {name!r}; the components are {self.config.component_names}.")
         return self._modules[name]
+
+    def drop_head(self, name):
+        """Leaves out a component's language-model head, where it has one of its own."""
+        self._modules[name], path = without_head(self.component(name))
+        if path is not None:
+            self.__dict__["_gone"] = self.__dict__.get("_gone", ()) + (f"{name}.{path}.",)
+
+    def is_gone(self, key):
+        """Whether a tensor belongs to a language-model head that this model leaves out."""
+        return key.startswith(self.__dict__.get("_gone", ()))
+
+    def forgo(self, there):
+        """Leaves out the heads that the checkpoint of a classifier lacks, where they are not used."""
+        for name in () if type(self).can_generate() or hasattr(self, "score") else self.config.component_names:
+            head = without_head(self.component(name))[1]
+            if head is not None and not any(key.startswith(f"{name}.{head}.") for key in there):
+                self.drop_head(name)
+        return "_gone" in self.__dict__
 
     def mixture_weights(self):
         """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
@@ -223,6 +251,11 @@ class ManticoreModel(ManticorePreTrainedModel):
         if "hybrid_mixer" in self._modules:
             self.segments.follow()
         return self
+
+    @property
+    def vocab_size(self):
+        """Size of the vocabulary."""
+        return self.config.vocab_size
 
     @property
     def device(self):
@@ -273,18 +306,24 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     # ---- caches and attention --------------------------------------------------------------------------------------
 
-    def make_cache(self, max_cache_len=None):
+    @property
+    def _is_stateful(self):
+        """Whether a component is recurrent: drafts that are refused could not be taken back."""
+        return self.make_cache().is_recurrent
+
+    def make_cache(self, max_cache_len=None, offloading=False, quantized=None):
         """An empty cache for this hybrid.
 
         Args:
             max_cache_len: Length of a static cache; None for one that grows.
+            offloading, quantized: As in ManticoreCache.
 
         Raises:
             ManticoreError: A component's own class gives no right results with a static cache.
         """
         parts = {name: self.component(name) for name in self.config.component_names}
         configs = {name: part.config for name, part in parts.items()}
-        cache = ManticoreCache(configs, self.segments.ranges, max_cache_len)
+        cache = ManticoreCache(configs, self.segments.ranges, max_cache_len, offloading, quantized)
         for name, part in parts.items() if max_cache_len is not None else ():
             if cache.attends(name) and not part._can_compile_fullgraph:
                 raise ManticoreError(
@@ -348,6 +387,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         cache=None,
         inputs_embeds=None,
         use_cache=None,
+        output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
         **kwargs,
@@ -360,7 +400,8 @@ class ManticoreModel(ManticorePreTrainedModel):
             position_ids: [batch, time]; default: counted from the mask.
             cache: A ManticoreCache (`make_cache`, or one returned before); `past_key_values` is its old name.
             use_cache: Whether to return a cache.
-            output_hidden_states: Whether to return the shared state at each block boundary.
+            output_attentions: Whether to return attention weights; only attn_implementation="eager" has any.
+            output_hidden_states: Whether to return the shared state at each block boundary; or which, by index.
             return_dict: False for a tuple.
 
         Raises:
@@ -368,15 +409,17 @@ class ManticoreModel(ManticorePreTrainedModel):
         """
         keep = self._flag("output_hidden_states", output_hidden_states)
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
+        given += (self._flag("output_attentions", output_attentions),)
         found = run(self, read_inputs(self, *given))
         out = ManticoreModelOutput(
             last_hidden_state=found.shared,
             cache=found.cache,
             hidden_states=found.hidden_states,
-            states=tuple(found.states.get(name) for name in self.config.component_names),
+            attentions=found.attentions,
+            states=ModelOutput(found.states),
         )
         return out if self._flag("return_dict", return_dict) else out.to_tuple()
 
     def _flag(self, name, value):
         """An argument of a forward, or what the configuration says where it is None."""
-        return bool(getattr(self.config, name)) if value is None else value
+        return getattr(self.config, name) or False if value is None else value

@@ -8,10 +8,11 @@ tokens itself.
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
+from .bounds_manticore import trying
 from .configuration_manticore import ManticoreError
 
 
@@ -25,11 +26,11 @@ class _Hole(DummyLayer):
 
 
 class SegmentCache(Cache):
-    """What the segment [start, stop) of a component sees: its own layers at their own indices, and the true length."""
+    """What the segment [start, ...) of a component sees: its own layers at their own indices, and the true length."""
 
-    def __init__(self, owner, layers, start):
-        super().__init__(layers=[_Hole()] * start + list(layers))
-        self.owner = owner
+    def __init__(self, seen, layers, start):
+        super().__init__(layers=[_Hole()] * start + layers)
+        self.seen = seen
         self._attention = next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), None)
 
     def _attention_layer(self, layer_idx):
@@ -38,14 +39,14 @@ class SegmentCache(Cache):
         return self._attention
 
     def get_seq_length(self, layer_idx=0):
-        """Tokens already seen; a view without attention layers asks the hybrid's counter."""
+        """Tokens already seen; a view without attention layers has the hybrid's count."""
         layer = self._attention_layer(layer_idx)
-        return self.owner.seen if layer is None else layer.get_seq_length()
+        return self.seen if layer is None else layer.get_seq_length()
 
     def get_mask_sizes(self, query_length, layer_idx=0):
         """(key length, key offset) of the mask for `query_length` new tokens."""
         layer = self._attention_layer(layer_idx)
-        return (self.owner.seen + query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
+        return (self.seen + query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
 
 
 class ManticoreCache(Cache):
@@ -58,24 +59,28 @@ class ManticoreCache(Cache):
         ranges: `{(component name, block): (start, stop)}`, the layers it runs from each block on; a layer that is in
             none is left out.
         max_cache_len: None for caches that grow, else the length of static ones.
+        offloading: Whether keys and values wait in the CPU's memory for their layer's turn.
+        quantized: Settings of Transformers' QuantizedCache (`backend`, ...) for components with attention; or None.
     """
 
     # The token counter is a Python integer, so a compiled decoding step would be traced anew for each token.
     is_compileable = False
 
-    def __init__(self, configs, ranges, max_cache_len=None):
+    def __init__(self, configs, ranges, max_cache_len=None, offloading=False, quantized=None):
         layers, self._views = [], {}
         self.max_cache_len, self.seen = max_cache_len, 0
         for name, config in configs.items():
-            if max_cache_len is None:
-                part = DynamicCache(config=config)
-            else:
-                part = StaticCache(config=config, max_cache_len=max_cache_len)
+            part = _part(name, config, max_cache_len, offloading, quantized)
             for block, (start, stop) in ((block, pair) for (other, block), pair in ranges.items() if other == name):
-                mine, whole = part.layers[start:stop], (start, stop) == (0, len(part.layers))
-                self._views[name, block] = part if whole else SegmentCache(self, mine, start)
-                layers += mine
-        super().__init__(layers=layers)
+                kind = type(part) if (start, stop) == (0, len(part.layers)) else SegmentCache
+                self._views[f"{name}-{block}"] = [kind, len(layers), start, stop]
+                layers += part.layers[start:stop]
+        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+
+    @property
+    def is_recurrent(self):
+        """Whether a layer keeps a state that no longer tells what it was before the last token."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
 
     @property
     def is_linear(self):
@@ -86,15 +91,25 @@ class ManticoreCache(Cache):
         return [False] * len(self.layers)
 
     def view(self, name, block):
-        """The cache of component `name` in block `block` (0-based), on layers of this one.
+        """The cache of component `name` in block `block` (0-based), on layers of this one, for one pass.
 
-        Of a component that is run whole it is that component's own cache, as its class makes it.
+        Of a component that is run whole it is a cache as its own class makes it. No view is kept: exporters walk
+        through caches, and copy what they find.
         """
-        return self._views[name, block]
+        kind, first, start, stop = self._views[f"{name}-{block}"]
+        mine = self.layers[first : first + stop - start]
+        if kind is SegmentCache:
+            view = SegmentCache(self.seen, mine, start)
+        else:
+            view = kind.__new__(kind)
+            Cache.__init__(view, layers=mine)
+        if self.offloading:
+            view.offloading, view.only_non_sliding, view.prefetch_stream = True, False, self.prefetch_stream
+        return view
 
     def attends(self, name):
         """Whether a component has layers with keys and values."""
-        views = [view for (other, _), view in self._views.items() if other == name]
+        views = [self.view(*key.rsplit("-", 1)) for key in self._views if key.rsplit("-", 1)[0] == name]
         return any(isinstance(layer, CacheLayerMixin) for view in views for layer in view.layers)
 
     def stretch(self, mask, name, block, batch, time, device):
@@ -171,17 +186,48 @@ class ManticoreCache(Cache):
                             states[key] = state.index_select(0, chosen(state.shape[0], state.device))
 
 
+def _part(name, config, max_cache_len, offloading, quantized):
+    """A component's own cache, as its class makes it."""
+    if max_cache_len is not None:
+        # Transformers (5.24) fails where all layers slide and only others are to be offloaded
+        return StaticCache(config, max_cache_len, offloading=offloading, offload_only_non_sliding=False)
+    part = DynamicCache(config=config, offloading=offloading)
+    if quantized is None or not any(isinstance(layer, CacheLayerMixin) for layer in part.layers):
+        return part
+    with trying(f"A quantised cache for component {name!r} ({config.model_type})"):
+        return QuantizedCache(config=config, **quantized)
+
+
+def _behind(model, cache):
+    """The ManticoreCache of a call that was given one, or a DynamicCache, whose layers are then the hybrid's.
+
+    Raises:
+        ManticoreError: It is another cache, or a component is recurrent: a DynamicCache cannot count what it has read.
+    """
+    if isinstance(cache, ManticoreCache) or type(cache).__name__ == "ManticoreCache":
+        return cache
+    found = model.make_cache(offloading=cache.offloading) if type(cache) is DynamicCache else None
+    if found is not None and not found.is_recurrent:
+        if cache.get_seq_length() == 0:
+            cache.layers, cache.layer_class_to_replicate = found.layers, None
+        if [*map(type, cache.layers)] == [*map(type, found.layers)]:
+            found.layers = cache.layers
+            found.seen = max(layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+            return found
+    raise ManticoreError(
+        f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache()) or, where all its "
+        "components attend and none is recurrent, an empty DynamicCache."
+    )
+
+
 def cache_for(model, cache, use_cache):
     """The cache of a call: the one that was given, a new one, or None.
 
     Raises:
-        ManticoreError: It is no cache of a hybrid.
+        ManticoreError: It is no cache that a hybrid can use.
     """
-    if cache is not None and not isinstance(cache, ManticoreCache) and type(cache).__name__ != "ManticoreCache":
-        raise ManticoreError(
-            f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
-        )
-    use_cache = (not model.training) if use_cache is None else use_cache
+    cache = None if cache is None else _behind(model, cache)
+    use_cache = (getattr(model.config, "use_cache", True) and not model.training) if use_cache is None else use_cache
     if model.training and model.is_activation_checkpointing:
         use_cache = False
     if not use_cache:
@@ -209,8 +255,21 @@ def cache_for_generation(model, settings, given, max_cache_length):
         return given
     if settings.use_cache is False:
         return None
-    if kind in (None, "dynamic"):
-        return model.make_cache()
-    if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS and "offloaded" not in kind:
-        return model.make_cache(max(max_cache_length, settings.max_cache_len or 0))
-    raise ManticoreError(f"cache_implementation={kind!r} is not supported; use 'dynamic' or 'static'.")
+    options = {}
+    if "offloaded" in (kind or ""):
+        if model.device.type == "cpu":
+            raise ManticoreError(
+                f"cache_implementation={kind!r} keeps keys and values in the CPU's memory, where those of a hybrid on "
+                "the CPU are anyway; leave it out."
+            )
+        options["offloading"] = True
+    if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+        options["max_cache_len"] = max(max_cache_length, settings.max_cache_len or 0)
+    elif kind == "quantized":
+        options["quantized"] = {"backend": "quanto", **(settings.cache_config or {})}
+    elif kind not in (None, "dynamic", "offloaded"):
+        raise ManticoreError(f"cache_implementation={kind!r} is not supported; use 'dynamic' or 'static'.")
+    cache = model.make_cache(**options)
+    if settings.is_assistant:  # what it drafts may be refused
+        cache.activate_past_recording()
+    return cache

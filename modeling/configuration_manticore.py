@@ -62,7 +62,8 @@ class ManticoreConfig(PreTrainedConfig):
 
     model_type = "manticore"
     keys_to_ignore_at_inference = [
-        "cache", "past_key_values", "hidden_states", "mixture_loss", "component_losses", "ensemble_loss", "weights"
+        "cache", "past_key_values", "hidden_states", "attentions", "mixture_loss", "component_losses", "ensemble_loss",
+        "weights",
     ]  # fmt: skip
 
     def __init__(

@@ -53,36 +53,6 @@ class ScoreHead(nn.Module):
         return weighted_sum(weights, own), own
 
 
-def without_head(component):
-    """A causal LM without its language-model head, sharing everything else with it.
-
-    A head that is tied to the embeddings is the same tensor, and stays.
-
-    Args:
-        component: The causal LM; it is left as it is.
-
-    Returns:
-        (the LM, path of the head that is gone); path None, and the component itself, if nothing is.
-    """
-    head = component.get_output_embeddings()
-    path = next((path for path, module in component.named_modules() if module is head), None)
-    ties = component.all_tied_weights_keys or {}
-    if path is None or not list(head.parameters()) or f"{path}.weight" in {*ties, *ties.values()}:
-        return component, None
-    whole = part = _shallow(component)
-    *parents, name = path.split(".")
-    for parent in parents:
-        part._modules[parent] = part = _shallow(part._modules[parent])
-    part._modules[name] = None  # what Transformers takes for a model without head, when embeddings are resized
-    return whole, path
-
-
-def _shallow(module):
-    out = module.__class__.__new__(module.__class__)
-    out.__dict__.update(module.__dict__, _modules=dict(module._modules))
-    return out
-
-
 class ManticoreClassifier(ManticoreModel):
     """What both classifiers are: score heads instead of heads over the vocabulary."""
 
@@ -99,13 +69,15 @@ class ManticoreClassifier(ManticoreModel):
             widths = {f"{name}-{last}": width for name, width in sizes.items()}
         else:
             widths = {"shared": config.hidden_size}
-        gone = []
         for name in config.component_names:
-            self._modules[name], path = without_head(self.component(name))
-            gone += [] if path is None else [f"{name}.{path}."]
-        self.__dict__["_gone"] = tuple(gone)
+            self.drop_head(name)
         self.score = construct("The score heads", lambda: self.make_score(widths), list(self.children()))
         super().post_init()
+
+    @property
+    def num_labels(self):
+        """Number of scores."""
+        return self.config.num_labels
 
     def make_score(self, widths):
         """New score heads; `widths` as in ScoreHead."""
@@ -114,10 +86,6 @@ class ManticoreClassifier(ManticoreModel):
     def starts_anew(self, key):
         """Whether a checkpoint need not have a tensor: score heads, unless it is one of this class."""
         return key.startswith("score.") and type(self).__name__ not in (self.config.architectures or ())
-
-    def is_gone(self, key):
-        """Whether a tensor belongs to a language-model head."""
-        return key.startswith(self._gone)
 
     @takes_old_cache
     def forward(
@@ -129,6 +97,7 @@ class ManticoreClassifier(ManticoreModel):
         inputs_embeds=None,
         labels=None,
         use_cache=None,
+        output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
         **kwargs,
@@ -138,12 +107,13 @@ class ManticoreClassifier(ManticoreModel):
         Args:
             labels: Class numbers or other targets.
             use_cache: Whether to go on from, and make, a cache; default: if one is given.
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, output_hidden_states, return_dict: As in
-                ManticoreModel.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, output_attentions, output_hidden_states,
+                return_dict: As in ManticoreModel.
             **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
         """
         use_cache, keep = use_cache or cache is not None, self._flag("output_hidden_states", output_hidden_states)
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
+        given += (self._flag("output_attentions", output_attentions),)
         config, native, there = self.config, self.config.embeddings == "native", device_of(self.score)
         inputs = read_inputs(self, *given)
         at = self._where_to_score(inputs)
@@ -166,7 +136,9 @@ class ManticoreClassifier(ManticoreModel):
             loss = loss_of(logits) if len(own) == 1 else config.mix_loss_weight * loss_of(logits)
             if len(own) > 1 and config.component_loss_weight > 0:
                 loss = loss + config.component_loss_weight * sum(map(loss_of, own))
-        out = self._output(loss=loss, logits=logits, hidden_states=found.hidden_states, cache=found.cache)
+        out = self._output(
+            loss=loss, logits=logits, hidden_states=found.hidden_states, attentions=found.attentions, cache=found.cache
+        )
         return out if self._flag("return_dict", return_dict) else out.to_tuple()
 
 

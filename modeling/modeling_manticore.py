@@ -36,6 +36,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep=0,
+        output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
         **kwargs,
@@ -45,12 +46,13 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         Args:
             labels: [batch, time]; -100 is ignored; shifted inside, as in every causal LM of Transformers.
             logits_to_keep: Compute logits of the last n positions only (0: all), or of the positions in a 1-D tensor.
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, output_hidden_states,
-                return_dict: As in ManticoreModel.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, output_attentions,
+                output_hidden_states, return_dict: As in ManticoreModel.
             **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
         """
         keep = self._flag("output_hidden_states", output_hidden_states)
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
+        given += (self._flag("output_attentions", output_attentions),)
         found = run(self, read_inputs(self, *given), shared=False)
         weights, states = self._what_heads_read(found, logits_to_keep)
         own = {name: self.segments.logits(name, state) for name, state in states.items()}
@@ -67,6 +69,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             logits=logits,
             cache=found.cache,
             hidden_states=found.hidden_states,
+            attentions=found.attentions,
             weights=token_weights,
             **parts,
         )

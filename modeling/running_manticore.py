@@ -8,12 +8,16 @@ whole components side by side, nothing cut).
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import logging
+from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .cache_manticore import ManticoreCache, cache_for
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
 from .segments_manticore import check_positions, width_of
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -27,7 +31,9 @@ class Inputs:
         positions: [batch or 1, time].
         explicit: Whether the caller gave the positions.
         cache: A ManticoreCache, or None.
-        keep: Whether the shared states at the blocks' boundaries are wanted.
+        own: What the caller gets as cache: it, or a DynamicCache of the caller's own with its layers.
+        keep: Whether the shared states at the blocks' boundaries are wanted, or which: an index, or a list of them.
+        attentions: List that takes the layers' attention weights as they are computed, or None.
     """
 
     ids: torch.Tensor | None
@@ -36,7 +42,9 @@ class Inputs:
     positions: torch.Tensor
     explicit: bool
     cache: ManticoreCache | None
+    own: object
     keep: bool
+    attentions: list | None
 
     @property
     def shape(self):
@@ -44,11 +52,11 @@ class Inputs:
         return tuple((self.embeds if self.ids is None else self.ids).shape[:2])
 
     def around(self, name, block):
-        """(mask, positions, view of the cache) of the segment of component `name` that begins in `block`."""
+        """(mask, positions, view of the cache, list for attentions) of `name`'s segment that begins in `block`."""
         if self.cache is None:
-            return self.mask, self.positions, None
+            return self.mask, self.positions, None, self.attentions
         mask = self.cache.stretch(self.mask, name, block, *self.shape, self.positions.device)
-        return mask, self.positions, self.cache.view(name, block)
+        return mask, self.positions, self.cache.view(name, block), self.attentions
 
 
 @dataclass
@@ -60,17 +68,19 @@ class Pass:
         weights: S rows of K mixture weights: numbers where they are fixed, else scalar tensors.
         shared: [batch, time, d], the shared state after the last block; None where nobody asked and no head reads it.
         hidden_states: The shared states at the blocks' boundaries, if they were wanted.
-        cache: The ManticoreCache, with the new tokens; None without.
+        cache: The cache, with the new tokens; None without.
+        attentions: The layers' attention weights, if they were wanted.
     """
 
     states: dict
     weights: list
     shared: torch.Tensor | None
     hidden_states: tuple | None
-    cache: ManticoreCache | None = None
+    cache: object = None
+    attentions: tuple | None = None
 
 
-def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
+def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, attentions=False):
     """The Inputs of a call, checked.
 
     Raises:
@@ -85,7 +95,7 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
             f"attention_mask has shape {tuple(mask.shape)}; a hybrid takes [batch, past + time], since its recurrent "
             "components cannot use a 4-D mask."
         )
-    cache = cache_for(model, cache, use_cache)
+    own, cache = cache, cache_for(model, cache, use_cache)
     past = 0 if cache is None else cache.get_seq_length()
     if mask is not None and mask.shape != (batch, past + time):
         raise ManticoreError(
@@ -97,7 +107,8 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
         positions = torch.arange(past, past + time, device=given.device)[None]
     elif not explicit:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
-    return Inputs(ids, embeds, mask, positions, explicit, cache, keep)
+    own = cache if own is None or cache is None else own
+    return Inputs(ids, embeds, mask, positions, explicit, cache, own, keep, [] if attentions else None)
 
 
 def run(model, inputs, shared=True):
@@ -128,7 +139,17 @@ def run(model, inputs, shared=True):
         found = run_all(model, inputs, weights, shared)
     if cache is not None:
         cache.advance(time, inputs.mask)
-        found.cache = cache
+        found.cache = inputs.own
+    if inputs.attentions is not None:
+        found.attentions = tuple(inputs.attentions)
+        if not found.attentions:
+            logger.warning_once(
+                "output_attentions=True: no component of this hybrid returns attention weights; those that attend do "
+                "with attn_implementation='eager'."
+            )
+    if inputs.keep and not isinstance(inputs.keep, bool):
+        wanted = resolve_hidden_states_indices(model, selected_hidden_states(inputs.keep), len(found.hidden_states))
+        found.hidden_states = tuple(x if i in wanted else None for i, x in enumerate(found.hidden_states))
     return found
 
 

@@ -18,6 +18,8 @@ from operator import is_not
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .anatomy_manticore import Entry, Exit, NoPosition, PassThrough, Shell, backbone_name, dissect, slice_config
 from .configuration_manticore import ManticoreError
@@ -179,7 +181,7 @@ class Whole:
         beside = [*self.stack.buffers(recurse=False), *(buffer for x in runs for buffer in x.buffers())]
         self.tables = find_tables(self.stack.config, first, mine, beside)
 
-    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None):
+    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None, attentions=None):
         """Runs the layers.
 
         Args:
@@ -187,17 +189,22 @@ class Whole:
             attention_mask: [batch, past + time], 1 for real tokens, or None.
             position_ids: [batch or 1, time].
             cache: The view of a ManticoreCache that belongs to these layers, or None.
+            attentions: List that takes their attention weights [batch, heads, time, past + time], or None.
 
         Returns:
             [batch, time, width]; after the component's final norm if the last layer is among these.
         """
-        return self.run(self.stack, self.arguments(hidden, attention_mask, position_ids, cache))
+        return self.run(self.stack, self.arguments(hidden, attention_mask, position_ids, cache), attentions)
 
-    def run(self, stack, arguments):
+    def run(self, stack, arguments, attentions):
         """Calls the owner of the layers, or its shell; some classes overwrite what they are given (CTRL)."""
         if self.anatomy.overwrites and "inputs_embeds" in arguments:
             arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
-        return stack(**arguments)[0]
+        if attentions is None or not self.anatomy.attends:
+            return stack(**arguments)[0]
+        out = stack(**arguments, output_attentions=True)
+        attentions.extend(getattr(out, "attentions", None) or ())
+        return out[0]
 
     def arguments(self, hidden, attention_mask, position_ids, cache):
         """What the owner of the layers is called with."""
@@ -257,13 +264,16 @@ class Segment(Whole):
         own = {**modules, self.anatomy.layers: nn.ModuleList(mine), **self.stand_ins}
         self.shell.own = {"_modules": own, "config": self.config}
 
-    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None):
+    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None, attentions=None):
         """Runs the layers; see `Whole`."""
+        if attentions is not None and isinstance(self.stack, PreTrainedModel):
+            maybe_install_capturing_hooks(self.stack)  # once: the shell would do it again, on the same layers
+            self.shell.follow()
         arguments = self.arguments(hidden, attention_mask, position_ids, cache)
         if self.entry is not None:
             self.entry.state = arguments["inputs_embeds"]
         with onloaded(self.stack):
-            out = self.run(self.shell.module, arguments)
+            out = self.run(self.shell.module, arguments, attentions)
         if self.exit is not None:
             out, self.exit.found = self.exit.found, None
         return out
@@ -345,6 +355,36 @@ class Head:
             states = states.to(head.weight.dtype)
         states = place(states, device_of(head))
         return self.shell.module.forward(inputs_embeds=states, use_cache=False).logits
+
+
+def without_head(component):
+    """A causal LM without its language-model head, sharing everything else with it.
+
+    A head that is tied to the embeddings is the same tensor, and stays.
+
+    Args:
+        component: The causal LM; it is left as it is.
+
+    Returns:
+        (the LM, path of the head that is gone); path None, and the component itself, if nothing is.
+    """
+    head = component.get_output_embeddings()
+    path = next((path for path, module in component.named_modules() if module is head), None)
+    ties = component.all_tied_weights_keys or {}
+    if path is None or not list(head.parameters()) or f"{path}.weight" in {*ties, *ties.values()}:
+        return component, None
+    whole = part = _shallow(component)
+    *parents, name = path.split(".")
+    for parent in parents:
+        part._modules[parent] = part = _shallow(part._modules[parent])
+    part._modules[name] = None  # what Transformers takes for a model without head, when embeddings are resized
+    return whole, path
+
+
+def _shallow(module):
+    out = module.__class__.__new__(module.__class__)
+    out.__dict__.update(module.__dict__, _modules=dict(module._modules))
+    return out
 
 
 # ---- how far components can read -------------------------------------------------------------------------------------

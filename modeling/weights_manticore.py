@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging
 from transformers.utils.hub import create_and_tag_model_card
 
+from .anatomy_manticore import backbone_name
 from .bounds_manticore import ManticoreError, guard, is_commit
 from .devices_manticore import present
 from .dtypes_manticore import (
@@ -104,6 +105,7 @@ def overlay(
         if entry["weights"] != "reference" or not any(k.startswith(prefix) for k in wanted - covered):
             continue
         found = open_files(component_files(entry, hub), stack, where(entry), prefix)
+        found = with_base_prefix(model, entry, found, rename)
         transplanted = own_vocabulary(model, entry, ties)
         for key, value in found.items():
             name = rename(key)[0]
@@ -115,6 +117,25 @@ def overlay(
                 merged[key] = value
     merged.update(own)
     return merged
+
+
+def with_base_prefix(model: PreTrainedModel, entry: dict, found: dict, rename: Callable) -> dict:
+    """A component's tensors by key, with the base model's prefix where its file has none (the Hub's first GPT-2).
+
+    Args:
+        model: The hybrid.
+        entry: The component's entry in the configuration.
+        found: Its tensors by key, with the component's name before it.
+        rename: The model's `Renamer`.
+    """
+    name = entry["name"]
+    base = f"{name}.{backbone_name(model.component(name))}."
+    out = {}
+    for key, value in found.items():
+        longer = base + key[len(name) + 1 :]
+        lacks = rename(key)[0] not in rename.known and rename(longer)[0] in rename.known
+        out[longer if lacks else key] = value
+    return out
 
 
 class ReferencedWeights:
@@ -143,6 +164,9 @@ class ReferencedWeights:
             own, state_dict = set(state_dict), overlay(model, state_dict, hub, stack, rename, ties)
             if packed is not None:
                 convert_unpacked(state_dict, own, rename, load_config.dtype_plan)
+            if model.forgo({name for key in state_dict for name in ties.get(rename(key)[0], {rename(key)[0]})}):
+                rename = Renamer(model, packed=packed)
+                expected_keys = None if expected_keys is None else list(rename.known)
             ignored = load_config.ignore_mismatched_sizes
             guard().checkpoint(model, state_dict, rename, ties, quantizer, ignored)
             info, offloaded = PreTrainedModel._load_pretrained_model(
@@ -251,6 +275,10 @@ class ReferencedWeights:
         """Whether a checkpoint need not have a tensor of the model, which then gets an initial value."""
         return False
 
+    def forgo(self, there: set) -> bool:
+        """Leaves out parts that this model does not use and a checkpoint with these keys lacks; tells if it did."""
+        return False
+
     def is_gone(self, key: str) -> bool:
         """Whether a tensor of a component's repository belongs to a part that this model leaves out."""
         return False
@@ -300,7 +328,8 @@ class ReferencedWeights:
         except ManticoreError:
             files = component_files(entry, hub)
         rename, out, converted = Renamer(self), {}, False
-        for key, value in open_files(files, stack, where(entry), prefix).items():
+        found = open_files(files, stack, where(entry), prefix)
+        for key, value in with_base_prefix(self, entry, found, rename).items():
             name, changed = rename(key)
             converted |= changed
             out[name] = value
@@ -343,9 +372,8 @@ class ReferencedWeights:
         earlier = self.__dict__.setdefault("_earlier_shards", set())
         own = set(super().state_dict()) - set(self._aside())
         ties = tie_groups(self)
-        for key in list(given):
-            for twin in ties.get(key, ()):
-                given.setdefault(twin, given[key])
+        twins = {twin: key for key in given for twin in ties.get(key, ()) if twin not in given}
+        given |= {twin: given[key] for twin, key in twins.items()}
         missing = own - set(given) - earlier if _MARKER in given else set()
         # Shards come in any order. Those after this one overwrite what it took from the references.
         earlier |= set(given)
@@ -359,7 +387,10 @@ class ReferencedWeights:
                     known = _referenced(reference, key, ties)
                     if known is not None:
                         given[key] = known[...]
-            return super().load_state_dict(given, strict=strict, assign=assign)
+            result = super().load_state_dict(given, strict=strict, assign=assign)
+            if not strict:  # as torch says it of what was not given; safetensors' `load_model` counts on it
+                result.missing_keys.extend(twins)
+            return result
 
     # accelerate (1.15), when it shards with FSDP2 and `cpu_ram_efficient_loading`, sends the model to the meta device,
     # cuts it there, and hands the weights out again by its state dict. Buffers that belong to the state dict are not
@@ -460,12 +491,24 @@ def refuse(model: PreTrainedModel, missing: list, wrong: dict) -> None:
         missing: Keys of the model.
         wrong: {key: (shape in the file, shape in the model)}.
     """
+    kind = next((one for one in model.config.architectures or () if one.endswith("Classification")), None)
+    if missing and kind is not None and type(model).__name__ != kind:
+        raise ManticoreError(
+            f"{part_of(model, min(missing))} has no {min(missing)}: this hybrid was saved as {kind}, whose components "
+            f"have no language-model heads. Load it with AutoModelFor{kind.rpartition('For')[2]} or AutoModel."
+        )
     if missing:
         key = min(missing)
         raise ManticoreError(
             f"{part_of(model, key)}: {len(missing)} tensors are neither in the hybrid's file nor in its components' "
             f"repositories, for example {key}. The repository is incomplete: save or upload the hybrid again from "
             "where it is whole."
+        )
+    if wrong and all(key.startswith("score.") for key in wrong):
+        (file, *_), (asked, *_) = wrong[min(wrong)]
+        raise ManticoreError(
+            f"The score heads have {file} labels in the file, and num_labels={asked} is asked for: load with "
+            f"ignore_mismatched_sizes=True for new heads, or with num_labels={file}."
         )
     if wrong:
         key = min(wrong)
