@@ -132,11 +132,19 @@ def run(model, inputs, shared=True):
     running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
     check_positions(running, inputs.positions, length, inputs.explicit)
     if config.route is not None:
-        found = run_path(model, inputs, weights, shared)
-    elif config.num_blocks == 1 and config.embeddings == "native":
-        found = run_straight(model, inputs, weights, shared)
+        way = run_path
     else:
-        found = run_all(model, inputs, weights, shared)
+        way = run_straight if config.num_blocks == 1 and config.embeddings == "native" else run_all
+    try:
+        found = way(model, inputs, weights, shared)
+    except IndexError as err:
+        largest = -1 if inputs.ids is None else int(inputs.ids.max())
+        if largest < config.vocab_size:
+            raise
+        raise ManticoreError(
+            f"input_ids holds token {largest}; the components have embeddings for {config.vocab_size} tokens. Use "
+            f"their tokenizer without added tokens, or call resize_token_embeddings({largest + 1})."
+        ) from err
     if cache is not None:
         cache.advance(time, inputs.mask)
         found.cache = inputs.own
