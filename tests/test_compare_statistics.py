@@ -10,9 +10,9 @@ from tiny_hybrid import WORDS, neox, word_tokenizer, write_text
 
 from manticore_hf import ManticoreError
 from manticore_hf.compare.scores import forward_flops, load_documents, score
-from manticore_hf.compare.statistics import bootstrap, mean_loss, paired_p
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.evaluation.statistics import bootstrap, mean_loss, paired_p
 
 
 def _arguments(path, **settings):
