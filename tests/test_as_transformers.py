@@ -19,12 +19,13 @@ from transformers.utils import logging
 
 from manticore_hf import (
     ComponentSpec,
+    ManticoreConfig,
     ManticoreError,
     ManticoreForCausalLM,
     ManticoreForSequenceClassification,
     ManticoreForTokenClassification,
     ManticoreModel,
-    harden,
+    prune,
 )
 
 BLOCKS = ({"num_blocks": 1}, {"num_blocks": 2}, {"num_blocks": 2, "preset": "paper"})
@@ -147,11 +148,19 @@ def test_sizes_follow_the_vocabulary_and_the_labels():
         model(torch.tensor([[3, 200]]))
 
 
+def test_a_folder_that_is_not_there():
+    for path in ("./no/such/folder", "no/such/folder"):
+        with pytest.raises(OSError, match=f"'{path}' is not there: it is no directory, and no repository id"):
+            ManticoreConfig.from_pretrained(path)
+        with pytest.raises(OSError, match=path):
+            ManticoreForCausalLM.from_pretrained(path)
+
+
 def test_the_parallel_plan_names_what_is_there():
     model = join("llama", "gpt_neox", num_blocks=2)[0]
     assert "llama.lm_head" in model.tp_plan
     classifier = ManticoreForSequenceClassification.from_causal_lm(model, num_labels=2)
-    hard = harden(copy.deepcopy(model), ["llama", "gpt_neox"])
+    hard = prune(copy.deepcopy(model), ["llama", "gpt_neox"])
     for one, gone in ((classifier, "llama.lm_head"), (hard, "llama.lm_head")):
         one.init_parallel_plans()
         assert gone not in one.tp_plan and "llama.model.layers.*.self_attn.q_proj" in one.tp_plan
