@@ -67,6 +67,10 @@ def test_attention_weights_are_those_of_the_components():
     first = model(ids[:, :6], output_attentions=True)
     rest = model(ids[:, 6:], cache=first.cache, output_attentions=True).attentions
     torch.testing.assert_close(rest[0][..., -6:], part(ids, output_attentions=True).attentions[0][:, :, 6:, -6:])
+    part.config.layer_norm_eps, part.config.output_attentions = 1e-4, True  # a layout that is looked for anew
+    told = ManticoreForCausalLM.from_components([part], num_blocks=2)
+    told.set_attn_implementation("eager")
+    assert told(ids).attentions is None and len(told(ids, output_attentions=True).attentions) == 5
     model.config.output_attentions = True
     out = model.generate(ids, max_new_tokens=2, do_sample=False, output_attentions=True, return_dict_in_generate=True)
     assert [len(step) for step in out.attentions] == [5, 5]
