@@ -5,7 +5,7 @@ Recurrent layers, learned positions and windows that count places know of neithe
 - Without a cache each document is run in a row of its own, in groups of like length, and its states are put back where
   its tokens were (`Documents`). That is exact for every family, on every kernel.
 - With a cache a call is cut where padding begins or ends inside of a row; while a row is padded, what the cache holds
-  of it stays as it was, behind that much more padding on the left (`split`, `keep`, `restore`).
+  of it stays as it was, behind that much more padding on the left (`run_cut`).
 """
 
 from dataclasses import dataclass, replace
