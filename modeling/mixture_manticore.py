@@ -163,7 +163,7 @@ def mix_prob(weights, logits, norms=None):
     terms = []
     for weight, one in zip(weights, logits):
         scale = math.log(weight) if isinstance(weight, float) else weight.log()
-        terms.append(one.log_softmax(-1) + scale)
+        terms.append((one.log_softmax(-1) + scale).clamp(min=torch.finfo(one.dtype).min))  # see `weighted_sum`
     return torch.stack(terms).logsumexp(0)
 
 
