@@ -47,7 +47,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list | None = None,
         **kwargs: Any,
     ) -> ManticoreCausalLMOutput | FusedOutput | tuple:
         """Next-token logits of the mixture, and the loss.
@@ -61,7 +62,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         fused = kwargs.pop("fused_lm_head", False)
         use_cache = False if fused else use_cache
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
-        inputs = read_inputs(self, *given, kwargs)
+        inputs = read_inputs(self, *given, {**kwargs, "output_attentions": output_attentions})
         if inputs.documents is not None:
             labels = None if labels is None else inputs.documents.labels(labels)
             if kwargs.get("shift_labels") is not None:
@@ -74,7 +75,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
             return fused_output(self.config, logits, list(own.values()), self.fused_temperature, **labelling)
         loss, parts = (None, {}) if labels is None else self._losses(logits, own, labels, kwargs)
-        return ManticoreCausalLMOutput(loss, logits, found.cache, found.hidden_states, weights=token_weights, **parts)
+        kept = found.cache, found.hidden_states, found.attentions
+        return ManticoreCausalLMOutput(loss, logits, *kept, weights=token_weights, **parts)
 
     def _what_heads_read(self, found, logits_to_keep=0):
         """(K' mixture weights, {component: [batch, kept, width]}) of the K' heads that are mixed, from a Pass."""

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -352,6 +353,11 @@ class Defence(Guard):
         try:
             yield
         except (OSError, TypeError, AttributeError, KeyError, RecursionError) as err:
+            if isinstance(err, OSError) and isinstance(err.__context__, HFValidationError):
+                raise OSError(
+                    f"{str(source)!r} is not there: it is no directory, and no repository id of the Hub "
+                    "('organisation/name')."
+                ) from err
             if isinstance(err, OSError) and not isinstance(err.__context__, ValueError):
                 raise  # there is no such file, or no connection
             raise ManticoreError(
