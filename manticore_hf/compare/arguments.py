@@ -57,9 +57,7 @@ class CompareArguments:
     harden: bool = field(
         default=False, metadata={"help": "Also harden every hybrid, with recovery distillation on the text."}
     )
-    singles: tuple[str, ...] = field(
-        default=(), metadata={"help": "Other models with the same tokenizer, tuned likewise."}
-    )
+    singles: tuple[str, ...] = field(default=(), metadata={"help": "Other models, of any tokenizer, tuned likewise."})
     all_text: str | None = field(
         default=None,
         metadata={"help": "The components' own training text: also retrain each component on all of it and the text."},
