@@ -205,7 +205,7 @@ class HybridMixer(nn.Module):
         return self._gated(self.out_of[f"{name}-{block}"], state, alpha)
 
     def cross(self, block, state):
-        """A hardened hybrid's state [batch, time, d_j] -> what the component of `block` reads [batch, time, d_k]."""
+        """A pruned hybrid's state [batch, time, d_j] -> what the component of `block` reads [batch, time, d_k]."""
         return self._gated(self.across[str(block)], state, 0.0)
 
     def gate_tokens(self, states, sureness):
@@ -249,7 +249,7 @@ class Chain(nn.Sequential):
 
 
 def make_crossing(config, name, after, widths):
-    """The map that takes a hardened hybrid's state from component `name` to component `after`."""
+    """The map that takes a pruned hybrid's state from component `name` to component `after`."""
     if config.gate == "alpha" or config.projector == "none":  # at alpha = 1 the paper's projectors vanish
         return Resize(widths[name], widths[after])
     if config.projector == "linear":

@@ -1,11 +1,11 @@
 """One pass of a hybrid: what it reads, the ways to run, and what it gives.
 
 `run` takes one of three functions of one signature: `run_all` (all components in every block, mixed after each),
-`run_path` (a hardened hybrid's one component per block) and `run_straight` (one block that reads native embeddings:
+`run_path` (a pruned hybrid's one component per block) and `run_straight` (one block that reads native embeddings:
 whole components side by side, nothing cut).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from .cache_manticore import ManticoreCache, cache_for
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
+from .rows_manticore import Documents, check_mask, find_documents, has_values, run_cut
 from .segments_manticore import check_positions, width_of
 
 
@@ -22,12 +23,13 @@ class Inputs:
 
     Attributes:
         ids: [batch, time] token ids, or None.
-        embeds: What `get_input_embeddings` gives for them, or None; one of the two is there.
+        embeds: What `get_input_embeddings` gives for them, or None; one of the two is there. What is here is read.
         mask: [batch, past + time], 1 for real tokens, or None.
         positions: [batch or 1, time].
         explicit: Whether the caller gave the positions.
         cache: A ManticoreCache, or None.
         keep: Whether the shared states at the blocks' boundaries are wanted.
+        documents: The Documents of rows that are not one text each, or None.
     """
 
     ids: torch.Tensor | None
@@ -37,6 +39,7 @@ class Inputs:
     explicit: bool
     cache: ManticoreCache | None
     keep: bool
+    documents: Documents | None = None
 
     @property
     def shape(self):
@@ -70,14 +73,21 @@ class Pass:
     cache: ManticoreCache | None = None
 
 
-def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
+def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, told=None):
     """The Inputs of a call, checked.
+
+    Args:
+        model: The hybrid.
+        ids, mask, positions, cache, embeds, use_cache, keep: The arguments of its forward.
+        told: Its other keyword arguments, of which some may say where documents begin.
 
     Raises:
         ManticoreError: Input that does not fit together.
     """
     if (ids is None) == (embeds is None):
         raise ManticoreError("Give exactly one of input_ids and inputs_embeds.")
+    if embeds is None and model.get_input_embeddings().is_watched:
+        embeds = model.get_input_embeddings()(ids)
     given = embeds if ids is None else ids
     batch, time = given.shape[:2]
     if mask is not None and mask.ndim != 2:
@@ -85,6 +95,17 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
             f"attention_mask has shape {tuple(mask.shape)}; a hybrid takes [batch, past + time], since its recurrent "
             "components cannot use a 4-D mask."
         )
+    told = {key: (told or {}).get(key) for key in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")}
+    begun = 0 if cache is None else getattr(cache, "seen", 0)
+    mask = None if mask is None else check_mask(mask, is_step=begun > 0 and time == 1)
+    documents = find_documents(mask, positions, (batch, time), **told)
+    if documents is not None and documents.are_several:
+        if cache is not None or use_cache:
+            raise ManticoreError(
+                "position_ids, seq_idx or cu_seq_lens_q begin several documents in one row, and a cache goes on from "
+                "one: call with use_cache=False, or give each document a row of its own."
+            )
+        use_cache = False
     cache = cache_for(model, cache, use_cache)
     past = 0 if cache is None else cache.get_seq_length()
     if mask is not None and mask.shape != (batch, past + time):
@@ -97,7 +118,7 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
         positions = torch.arange(past, past + time, device=given.device)[None]
     elif not explicit:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
-    return Inputs(ids, embeds, mask, positions, explicit, cache, keep)
+    return Inputs(ids, embeds, mask, positions, explicit, cache, keep, None if cache is not None else documents)
 
 
 def run(model, inputs, shared=True):
@@ -114,8 +135,29 @@ def run(model, inputs, shared=True):
     Raises:
         ManticoreError: Input beyond the table of positions of a component that is run.
     """
+    model.segments.follow()
+    if inputs.documents is not None:
+        return inputs.documents.run(lambda part: run_rows(model, part, shared), inputs, takes_turns(model))
+    cache, mask = inputs.cache, inputs.mask
+    if cache is not None and cache.mask is not None and mask is None:
+        mask = torch.ones(inputs.shape[0], cache.seen + inputs.shape[1], dtype=torch.long, device=cache.mask.device)
+        inputs = replace(inputs, mask=mask)
+    if cache is None or mask is None or cache.is_plain or not has_values(mask):
+        return run_rows(model, inputs, shared)
+    return run_cut(lambda part: run_rows(model, part, shared), inputs)
+
+
+def takes_turns(model):
+    """Whether each pass gathers weights that other processes keep, all of which must make it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    kept = (one for one in model.parameters() if hasattr(one, "full_tensor") or hasattr(one, "ds_id"))
+    return any(True for _ in kept) or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+
+
+def run_rows(model, inputs, shared):
+    """`run`, of rows that are one text each, with padding on the left or right only."""
     config, segments, cache = model.config, model.segments, inputs.cache
-    segments.follow()
     weights, (_, time) = mixture_rows(model), inputs.shape
     length = time if cache is None else cache.max_cache_len or cache.get_seq_length() + time
     running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
@@ -167,7 +209,7 @@ def run_all(model, inputs, weights, shared):
 
 
 def run_path(model, inputs, weights, shared):
-    """A hardened hybrid: one component after the other, each state as it is until the next takes over."""
+    """A pruned hybrid: one component after the other, each state as it is until the next takes over."""
     config, mixer, segments = model.config, model.hybrid_mixer, model.segments
     native, width, name = config.embeddings == "native", config.hidden_size, config.route[0]
     if native:

@@ -234,7 +234,7 @@ def test_all_variants(place, tmp_path):
         blocks=(1, 2),
         from_tuned=True,
         projectors=("linear", "none"),
-        harden=True,
+        prune=True,
         all_text=str(place / "more.txt"),
         loss_weights=((0.3, 1.0),),
         singles=(str(place / "state"),),
@@ -242,7 +242,7 @@ def test_all_variants(place, tmp_path):
     rows = {row["name"]: row for row in result["rows"]}
     for blocks in ("1 block", "2 blocks", "2 blocks, no projectors"):
         for start in ("", ", from tuned components"):
-            soft, hard = rows[f"hybrid, {blocks}{start}"], rows[f"hybrid, {blocks}{start}, hardened"]
+            soft, hard = rows[f"hybrid, {blocks}{start}"], rows[f"hybrid, {blocks}{start}, pruned"]
             assert hard["parameters"] < soft["parameters"] and hard["training_flops"] > soft["training_flops"]
             assert soft["options"] | {"mix_loss_weight": 0.3, "mixture_space": "prob"} == soft["options"]
     # One block has no place for projectors; without them nothing is calibrated, so only two have them

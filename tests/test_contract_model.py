@@ -42,8 +42,8 @@ def test_checkpointed_gradients_are_the_gradients(model):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         calls = []
         name = model.config.component_names[-1]
-        anatomy = model.segments.anatomy(name)
-        layer = getattr(model.component(name).get_submodule(anatomy.path), anatomy.layers)[1]
+        layout = model.segments.layout(name)
+        layer = getattr(model.component(name).get_submodule(layout.path), layout.layers)[1]
         # Of a child: Transformers runs a layer's own hooks once. And before its forward: the second one stops as
         # soon as it has what it needs.
         handle = next(layer.children()).register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))

@@ -16,7 +16,7 @@ from manticore_hf.modeling.devices_manticore import device_of
 from peft import PeftModel, get_peft_model
 
 from manticore_hf import ManticoreForCausalLM, lora_config
-from manticore_hf.training.prune import harden
+from manticore_hf.training.prune import prune
 
 # Attention, Mamba, Mamba-2, Jamba with experts, RecurrentGemma; both ways of embedding
 SAVED = {
@@ -71,8 +71,8 @@ def saved(request, tmp_path_factory):
 def layers_of(config, name, places):
     """{module: place} for a component's layers, by turns, and what is around them, in the first place."""
     model = ManticoreForCausalLM(config)
-    component, anatomy = model.component(name), model.segments.anatomy(name)
-    path = f"{name}.{anatomy.path}.{anatomy.layers}"
+    component, layout = model.component(name), model.segments.layout(name)
+    path = f"{name}.{layout.path}.{layout.layers}"
     out = {f"{path}.{i}": places[i % len(places)] for i in range(component.config.num_hidden_layers)}
     for key in model.state_dict():
         if key.startswith(f"{name}.") and not key.startswith(f"{path}."):
@@ -223,7 +223,7 @@ def test_weights_of_a_distributed_run_say_nothing():
 
 def test_a_route_over_two_devices(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    model = harden(hybrid("gpt_neox+mamba", num_blocks=3), ["mamba", "gpt_neox", "mamba"])
+    model = prune(hybrid("gpt_neox+mamba", num_blocks=3), ["mamba", "gpt_neox", "mamba"])
     model.save_pretrained(tmp_path)
     wanted = results(model)
     with fake_devices():

@@ -29,9 +29,9 @@ STAGES = [
     {"pretrain": STEPS},
     {"search": {**STEPS, "strategy": "gaea", "alpha_learning_rate": 0.1}},
     {"finetune": {**STEPS, "component_max_norm": 0.1, "gradient_checkpointing": True}},
-    {"harden": {**STEPS, "route": "loss"}},
+    {"prune": {**STEPS, "route": "loss"}},
 ]
-FOLDERS = ["1-calibrate", "2-pretrain", "3-search", "4-finetune", "5-harden"]
+FOLDERS = ["1-calibrate", "2-pretrain", "3-search", "4-finetune", "5-prune"]
 
 # Loads what was saved where there is no manticore_hf, and leaves its logits.
 STRANGER = """
@@ -98,7 +98,7 @@ def test_sharded(alone, tmp_path):
     command = [HERE / "fsdp_cli.py", "run", alone / "batch2.yaml", "--output-dir", output]
     printed = launch(command, launcher=accelerated("fsdp2.yaml", "--fsdp_cpu_ram_efficient_loading", "true"))
     same_stages(alone / "one", output)
-    for stage in ("pretrain", "search", "finetune", "harden"):
+    for stage in ("pretrain", "search", "finetune", "prune"):
         assert printed.count(f"\n{stage}: ") == 1, "only one process prints"
     assert (output / "4-finetune" / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file(), "it was not sharded"
     # Frozen components stay references, in the stage's result and in its checkpoints.

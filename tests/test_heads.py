@@ -14,7 +14,7 @@ from manticore_hf import (
     ManticoreForTokenClassification,
     ManticoreModel,
 )
-from manticore_hf.training.prune import harden
+from manticore_hf.training.prune import prune
 
 MASK = torch.ones(2, 9, dtype=torch.long)
 
@@ -148,9 +148,9 @@ def test_a_cache_goes_on():
 
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("preset", ["default", "paper"])
-def test_hardened_hybrids_classify(kind, preset, tmp_path):
+def test_pruned_hybrids_classify(kind, preset, tmp_path):
     causal = hybrid("gpt_neox+mamba", num_blocks=2, preset=preset)
-    small = harden(causal, ["gpt_neox", "mamba"])
+    small = prune(causal, ["gpt_neox", "mamba"])
     model = BOTH[kind].from_causal_lm(small, num_labels=3)
     assert not [key for key in model.state_dict() if "gpt_neox.lm_head" in key or "gpt_neox.embed_out" in key]
     with torch.no_grad():

@@ -13,8 +13,8 @@ from manticore_hf.plan.memory import layers_of, optimizer_bytes
 from manticore_hf.plan.schedule import _fixed
 from manticore_hf.plan.shrink import find_period
 from manticore_hf.plan.step import Rehearsal, meta_hybrid
-from manticore_hf.training.distill import HealTrainer
-from manticore_hf.training.prune import harden
+from manticore_hf.training.distill import DistilTrainer
+from manticore_hf.training.prune import prune
 
 BF16 = torch.bfloat16
 CASES = [  # pair, blocks, stage, mixed precision, checkpointing, (batch, length)
@@ -58,13 +58,13 @@ def test_the_scan_s_own_memory_is_counted(numba, monkeypatch):
     assert cost.with_gradients == pytest.approx(allocated(run), rel=0.05)
 
 
-def test_healing_counts_its_teacher():
+def test_distillation_counts_its_teacher(tmp_path):
     config = config_of("gpt_neox+mamba")
     torch.manual_seed(0)
     soft = ManticoreForCausalLM(_fixed(config))
-    hard = set_stage(harden(soft, "gpt_neox"), "finetune")
-    arguments = TrainingArguments("unused", report_to="none", use_cpu=True)
-    trainer = HealTrainer(model=hard, args=arguments, teacher=soft)
+    hard = set_stage(prune(soft, "gpt_neox"), "finetune")
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = DistilTrainer(model=hard, args=arguments, teacher=soft)
     ids = torch.randint(0, 512, (2, 96))
 
     def run():

@@ -134,18 +134,18 @@ def test_every_stage(tmp_path):
     parts = save_configs(tmp_path, "llama", "mamba2")
     stages = (
         "[calibrate, pretrain: {max_steps: 10}, search: {strategy: gaea}, finetune: {bf16: true}, "
-        "harden: {route: alpha, gradient_checkpointing: true}]"
+        "prune: {route: alpha, gradient_checkpointing: true}]"
     )
     recipe = write_recipe(tmp_path, parts, stages, mixture="static", num_blocks=2)
     (tmp_path / "text.txt").write_text("x" * 4000)
     plan = make_plan(recipe, 2, "1GB")
-    assert [one["stage"] for one in plan["stages"]] == ["calibrate", "pretrain", "search", "finetune", "harden"]
+    assert [one["stage"] for one in plan["stages"]] == ["calibrate", "pretrain", "search", "finetune", "prune"]
     assert all(one["choice"] is not None and one["hours"] > 0 for one in plan["stages"])
     calibrate, pretrain, search, tune, hard = plan["stages"]
     assert calibrate["tokens"] == 40_000 and tune["tokens"] == 3 * 750  # four bytes a token without a tokenizer
     assert pretrain["trainable"] == plan["own_parameters"] and search["trainable"] == plan["parameters"]
     assert tune["trainable"] == plan["parameters"] - 4  # alpha is fixed
-    assert hard["trainable"] < tune["trainable"] and any("harden" in note for note in plan["notes"])
+    assert hard["trainable"] < tune["trainable"] and any("prune" in note for note in plan["notes"])
     assert {"LoRA, DDP", "QLoRA, DDP"} <= {one["engine"] for one in tune["options"]}
     assert tune["options"][0]["parts"]["weights"] == 4 * plan["parameters"]
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from tiny_hybrid import mamba, mixed_hybrid, pair, save, write_text
 
-from manticore_hf import ManticoreError, harden
+from manticore_hf import ManticoreError, prune
 from manticore_hf.report import measure, write_report
 from manticore_hf.report import run as run_module
 from manticore_hf.training.recipe import run_recipe
@@ -165,9 +165,9 @@ def test_without_a_comparison_nothing_is_decided(folder, tmp_path):
     assert "Not measured" in text and "no baseline" in text
 
 
-def test_hardened_and_three_components(tmp_path):
+def test_pruned_and_three_components(tmp_path):
     model = mixed_hybrid(num_blocks=2, mixture="static", parts=[*pair(), mamba()])
-    save(harden(model, "alpha"), tmp_path / "hard")
+    save(prune(model, "alpha"), tmp_path / "hard")
     save(model, tmp_path / "soft")
     write_text(tmp_path / "text.txt", 200)
     options = {"max_tokens": 64, "block_size": 32}
@@ -175,7 +175,7 @@ def test_hardened_and_three_components(tmp_path):
         written = write_report(tmp_path / name, tmp_path / "text.txt", **options)
         parts = json.loads((tmp_path / name / "report.json").read_text())["parts"]
         assert len(parts["similarity"]) == 3 * count and len(parts["losses"]["losses"]) == (5 if count else 1)
-        assert ("hardened to one component per block" in Page(written[1].read_text()).text) == (count == 0)
+        assert ("pruned to one component per block" in Page(written[1].read_text()).text) == (count == 0)
         # A hybrid's number is never there without its baselines'
         own = f"{parts['losses']['losses']['hybrid']:.3f}"
         assert [own in text.read_text() for text in written[1:]] == [bool(count)] * 2

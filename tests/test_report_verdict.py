@@ -48,7 +48,7 @@ def test_go_needs_all_baselines_beaten_surely_and_by_enough():
     assert "0.030 nats per token better than gate" in found.reasons[0]
     assert "between 0.025 and 0.035" in found.reasons[0] and "3 of 3 seeds" in found.reasons[0]
     assert "perplexity 7.39 instead of 7.61" in found.reasons[0]
-    assert any("harden" in step for step in found.steps)
+    assert any("prune" in step for step in found.steps)
 
 
 @pytest.mark.parametrize("kind", ["component", "ensemble", "gate", "untuned", "designed"])
@@ -105,13 +105,13 @@ def test_retrain_depends_on_whose_text_it_needs():
     assert verdict(*PARTS, good, unsure).word == "GO", "one seed of it shows nothing"
 
 
-def test_harden_where_little_is_lost_and_the_best_baseline_is_still_beaten():
+def test_prune_where_little_is_lost_and_the_best_baseline_is_still_beaten():
     good = row("gate", "gate", 0.05)
-    found = verdict(*PARTS, good, row("small", "hardened", 0.015))
-    assert found.word == "HARDEN" and "Use small" in found.steps[0]
-    assert verdict(*PARTS, good, row("small", "hardened", 0.03)).word == "GO"  # 1.5 % worse
-    assert verdict(*PARTS, row("gate", "gate", 0.03), row("small", "hardened", 0.031)).word == "GO"
-    assert verdict(*PARTS, row("gate", "gate", 0.0), row("small", "hardened", 0.01)).word == "NO GO"
+    found = verdict(*PARTS, good, row("small", "pruned", 0.015))
+    assert found.word == "PRUNE" and "Use small" in found.steps[0]
+    assert verdict(*PARTS, good, row("small", "pruned", 0.03)).word == "GO"  # 1.5 % worse
+    assert verdict(*PARTS, row("gate", "gate", 0.03), row("small", "pruned", 0.031)).word == "GO"
+    assert verdict(*PARTS, row("gate", "gate", 0.0), row("small", "pruned", 0.01)).word == "NO GO"
 
 
 def test_nothing_is_decided_without_seeds_baselines_or_comparison():
@@ -148,7 +148,7 @@ def test_other_hybrids_are_no_baselines_but_are_named():
 
 def test_words_have_rules_and_signs_are_right():
     text = " ".join(RULES)
-    assert all(f"{word}:" in text for word in ("GO", "NO GO", "RETRAIN", "HARDEN", "TRY"))
+    assert all(f"{word}:" in text for word in ("GO", "NO GO", "RETRAIN", "PRUNE", "TRY"))
     worse = say(row("it", "gate", -0.02), {"loss": LOSS})
     assert (
         "0.020 nats per token worse than it (95 % confidence: between 0.015 and 0.025; better in 0 of 3 seeds)" in worse
@@ -186,6 +186,8 @@ def test_a_comparison_is_found_and_read(tmp_path):
     assert find_comparison(stage) == run / "comparison.json" == find_comparison(tmp_path, run)
     found = read_comparison(run / "comparison.json")
     assert found["rows"][1]["difference_interval"] == [0.4, 0.6] and found["rows"][1]["bits_per_byte"] is None
+    (run / "comparison.json").write_text(json.dumps(good()).replace('"component"', '"hardened"'))  # of version 0.1
+    assert {row["kind"] for row in read_comparison(run / "comparison.json")["rows"]} == {"hybrid", "pruned"}
     (stage / "comparison.json").write_text("{}")
     assert find_comparison(stage) == stage / "comparison.json"
 

@@ -58,7 +58,7 @@ class Comparison:
 
     def __init__(self, recipe: str | Path, arguments: CompareArguments, output_dir: str | Path):
         self.arguments, self.output = arguments, Path(output_dir)
-        self.recipe = read_recipe(recipe)
+        self.recipe = read_recipe(recipe, arguments.allow_outside)
         self.output.mkdir(parents=True, exist_ok=True)
         self.identity = self._identify()
         self.shop = Workshop(self.recipe, self.output / "untuned")
@@ -129,8 +129,8 @@ class Comparison:
             out.append(self._hybrid(label, hybrid, options, None))
             if self.arguments.from_tuned:
                 out.append(self._hybrid(f"{label}, from tuned components", hybrid, options, parts))
-        if self.arguments.harden:
-            out += [self._hardened(one) for one in out if one.kind == "hybrid"]
+        if self.arguments.prune:
+            out += [self._pruned(one) for one in out if one.kind == "hybrid"]
         return out
 
     def _variants(self):
@@ -214,12 +214,12 @@ class Comparison:
 
         return Contender(label, "hybrid", train, self.shop.load_hybrid, options, base=parts or [])
 
-    def _hardened(self, hybrid):
+    def _pruned(self, hybrid):
         def train(options, seed, folder):
-            return self.shop.harden(self.chosen[hybrid.name][seed], options, seed, folder)
+            return self.shop.prune(self.chosen[hybrid.name][seed], options, seed, folder)
 
-        name = f"{hybrid.name}, hardened"
-        return Contender(name, "hardened", train, self.shop.load_hybrid, base=[hybrid.name])
+        name = f"{hybrid.name}, pruned"
+        return Contender(name, "pruned", train, self.shop.load_hybrid, base=[hybrid.name])
 
     # ---- one run -----------------------------------------------------------------------------------------------------
 

@@ -39,11 +39,11 @@ from manticore_hf.evaluation.data import DataArguments, load_rows, rows_for, wit
 from manticore_hf.evaluation.losses import Passages, make_passages
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixers_manticore import repair_mixers
-from manticore_hf.training.distill import run_harden
+from manticore_hf.training.distill import run_prune
 from manticore_hf.training.freezing import set_stage
-from manticore_hf.training.recipe import run_recipe
+from manticore_hf.training.recipe import Recipe, run_recipe
 from manticore_hf.training.runtime import last_whole_checkpoint, training_defaults
-from manticore_hf.training.stage_arguments import HardenArguments
+from manticore_hf.training.stage_arguments import PruneArguments
 from manticore_hf.training.stages import STAGES
 from manticore_hf.training.untrained_stages import run_compose
 
@@ -59,7 +59,7 @@ class Contender:
 
     Attributes:
         name: Its label.
-        kind: untuned, component, ensemble, gate, single, hybrid, hardened or oracle.
+        kind: untuned, component, ensemble, gate, single, hybrid, pruned or oracle.
         train: (options, seed, folder) -> {"training_flops", "training_tokens"}.
         load: (run) -> model.
         options: The grid it is chosen from, on the first seed; the others train with what was chosen.
@@ -89,7 +89,7 @@ class Workshop:
         dtype: Of all weights in training.
     """
 
-    def __init__(self, recipe, folder, dtype="float32"):
+    def __init__(self, recipe: Recipe, folder: str | Path, dtype: str = "float32"):
         self.recipe, self.folder, self.dtype = recipe, Path(folder), dtype
         keys = ("tokenizer_component", "transplant", "transplant_data")
         settings = {key: recipe.hybrid[key] for key in keys if key in recipe.hybrid}
@@ -258,7 +258,7 @@ class Workshop:
                 continue  # nothing to calibrate
             if stage == "search" and one_block and hybrid.get("mixture", "token") == "token":
                 continue  # no static alpha to search: the gate is trained like any weight
-            if stage != "harden":
+            if stage != "prune":
                 stages.append({stage: settings if stage == "calibrate" else {**settings, "disable_tqdm": True}})
         hybrid = {key: value for key, value in hybrid.items() if value is not None}
         values = {"name": self.recipe.name, "seed": seed, "components": sources, "hybrid": hybrid}
@@ -287,18 +287,18 @@ class Workshop:
         return {"training_tokens": tokens, "training_flops": flops}
 
     def load_hybrid(self, run: dict) -> ManticoreForCausalLM:
-        """The hybrid that a run tuned or hardened."""
+        """The hybrid that a run tuned or pruned."""
         return ManticoreForCausalLM.from_pretrained(run["folder"] / "model", dtype=self.dtype).eval()
 
-    def harden(self, soft: dict, options: dict, seed: int, folder: Path) -> dict:
-        """Hardens a tuned hybrid and heals it with the finetune stage's settings, by distillation."""
-        settings = training_settings(self.recipe, "harden") or training_settings(self.recipe, "finetune")
-        given = stage_settings(self.recipe, "harden")
+    def prune(self, soft: dict, options: dict, seed: int, folder: Path) -> dict:
+        """Prunes a tuned hybrid and distils it with the finetune stage's settings, by distillation."""
+        settings = training_settings(self.recipe, "prune") or training_settings(self.recipe, "finetune")
+        given = stage_settings(self.recipe, "prune")
         given = {"route": "loss"} if given is None else given
-        own = {key: given[key] for key in HardenArguments.__dataclass_fields__ if key in given}
+        own = {key: given[key] for key in PruneArguments.__dataclass_fields__ if key in given}
         arguments = _arguments(folder / "model", **{"seed": seed, "save_strategy": "no", **settings, **options})
-        start = HardenArguments(**{**own, "model": str((soft["folder"] / "model").resolve())})
-        result = run_harden(start, DataArguments(**self.recipe.data), arguments)
+        start = PruneArguments(**{**own, "model": str((soft["folder"] / "model").resolve())})
+        result = run_prune(start, DataArguments(**self.recipe.data), arguments)
         hard, whole = (ManticoreForCausalLM.from_pretrained(p) for p in (folder / "model", start.model))
         tokens = self._tokens(result["steps"], arguments, self.train_rows)
         flops = tokens * (ALL * forward_flops(hard) + forward_flops(whole))

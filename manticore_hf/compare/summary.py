@@ -180,7 +180,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 def verdict(result: Mapping[str, Any]) -> str:
     """One sentence: the hybrid against the best baseline that needs nothing more than the components and the text."""
     own = next(row for row in result["rows"] if row["name"] == result["hybrid"])
-    others = ("hybrid", "hardened", "oracle")
+    others = ("hybrid", "pruned", "oracle")
     baselines = [row for row in result["rows"] if row["kind"] not in others and not row["needs"]]
     best = min(baselines, key=lambda row: row["loss"])
     low, high = best["difference_interval"]

@@ -43,7 +43,7 @@ def compare_losses(
 
     Returns:
         {component name: loss, ..., "ensemble": loss, "hybrid": loss} in nats per token; the ensemble is the normalised
-        geometric mean of the components' distributions with equal weights. A hardened hybrid has lost parts of its
+        geometric mean of the components' distributions with equal weights. A pruned hybrid has lost parts of its
         components, and one with new embeddings gives its components embeddings that are not theirs, so only "hybrid"
         is there: their baselines come from the soft one, or from the components as they came.
     """

@@ -342,7 +342,7 @@ def _show(result):
 
 
 def _alpha(config, found):
-    """[S][K] mixture weights, None where they cannot be read; a hardened block has all of its own component."""
+    """[S][K] mixture weights, None where they cannot be read; a pruned block has all of its own component."""
     if config.route:
         return [[float(name == one) for one in config.component_names] for name in config.route]
     out = [[0.0] * len(config.component_names) for _ in range(config.num_blocks)]

@@ -29,6 +29,7 @@ from manticore_hf.hub.provenance import (
     print_state,
     read_header,
     repository,
+    verify_cached,
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.utils.flops import count_flops
@@ -249,13 +250,14 @@ def _numbers(row):
     return "".join(f"{row[key]:>15,.0f}" for key in keys)
 
 
-def run_inspect(source: str, revision: str | None = None, as_json: bool = False) -> None:
+def run_inspect(source: str, revision: str | None = None, as_json: bool = False, verify: bool = False) -> None:
     """`manticore-hf inspect`: prints what a hybrid is and costs, where its repository is, and how its components are.
 
     Args:
         source: Directory or Hub repo.
         revision: Revision of a Hub repo.
         as_json: Print plain values instead of tables.
+        verify: Hash the components' weight files in the local cache anew; damaged ones are removed there.
 
     Raises:
         ManticoreError: There is no hybrid that can be read.
@@ -266,6 +268,8 @@ def run_inspect(source: str, revision: str | None = None, as_json: bool = False)
         for entry in found["components"]:
             if entry["weights"] == "reference":
                 entry["state"] = component_state(entry)
+                if verify:
+                    entry["state"]["cache"] = verify_cached(entry)
     except (OSError, HTTPError) as err:
         raise ManticoreError(f"{source!r} cannot be read as a hybrid: {err}") from err
     if as_json:

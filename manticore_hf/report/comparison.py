@@ -10,7 +10,8 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 FILE = "comparison.json"
 FOLDER = "compared"  # below the hybrid or its run, unless the user names another
-KINDS = ("component", "ensemble", "gate", "single", "designed", "hybrid", "hardened", "untuned", "oracle")
+KINDS = ("component", "ensemble", "gate", "single", "designed", "hybrid", "pruned", "untuned", "oracle")
+OLD_KINDS = {"hardened": "pruned"}
 _NUMBERS = (
     "difference",
     "p",
@@ -85,7 +86,8 @@ def _row(row, wrong):
     name = row.get("name")
     if not isinstance(name, str) or not name:
         wrong("a row has no name")
-    if row.get("kind") not in KINDS:
+    row = {**row, "kind": OLD_KINDS.get(str(row.get("kind")), row.get("kind"))}
+    if row["kind"] not in KINDS:
         wrong(f"row {name!r} has kind {row.get('kind')!r}; known are {list(KINDS)}")
     if not _is_number(row.get("loss")):
         wrong(f"row {name!r} has loss {row.get('loss')!r}, which is no number")

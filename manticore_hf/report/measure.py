@@ -69,7 +69,7 @@ def token_losses(
         batch_size: Rows per forward pass.
 
     Returns:
-        ({name: [n] nats, float64}, the token gate's weights [n, K] or None); a hardened hybrid has "hybrid" only, its
+        ({name: [n] nats, float64}, the token gate's weights [n, K] or None); a pruned hybrid has "hybrid" only, its
         baselines are no longer inside.
     """
     names = inner_baselines(model)
@@ -134,7 +134,7 @@ def cannot_remove(model: PreTrainedModel, name: str, block: int) -> str | None:
         The reason, as a part of a sentence; None if it can be removed.
     """
     if model.config.route is not None:
-        return "hardened: each block has one component only"
+        return "pruned: each block has one component only"
     k, row = model.config.component_names.index(name), model.mixture_weights()[block].tolist()
     if not sum(row) - row[k] > 0:
         return "no other component is in use in this block"

@@ -13,8 +13,8 @@ from manticore_hf.utils.claims import CLAIM_BYTES, claim
 
 WORTH = 0.01
 """Smallest gain that is worth a second model, as a share of the best baseline's loss."""
-HARDEN_WITHIN = 0.01
-"""A hardened hybrid is as good as the soft one if it loses at most this share of its loss."""
+PRUNE_WITHIN = 0.01
+"""A pruned hybrid is as good as the soft one if it loses at most this share of its loss."""
 
 RULES = [
     "A baseline counts if you could use it today: it needs no text but what the hybrid was trained on. It is the "
@@ -29,15 +29,15 @@ RULES = [
     "RETRAIN: one model trained on everything, the components' training text included, is not beaten (the interval of "
     "the difference includes 0 or lies below it). It costs less to run. Who does not have that text goes by the other "
     "rules, and the report gives both answers.",
-    "HARDEN: the answer is GO, and a hardened hybrid (one component per block, the cost of about one model) loses at "
-    f"most {HARDEN_WITHIN:.0%} of the soft one's loss and still beats the best baseline.",
+    "PRUNE: the answer is GO, and a pruned hybrid (one component per block, the cost of about one model) loses at "
+    f"most {PRUNE_WITHIN:.0%} of the soft one's loss and still beats the best baseline.",
     "Without a comparison over several seeds, baselines tuned by themselves included, there is no verdict, only TRY; "
     f"nor on fewer than {CLAIM_BYTES:,} bytes of test text.",
 ]
 
 _EXPLAINED = {
     "GO": "Use the hybrid",
-    "HARDEN": "Use the hybrid, hardened to the cost of about one model",
+    "PRUNE": "Use the hybrid, pruned to the cost of about one model",
     "NO GO": "Do not use the hybrid",
     "RETRAIN": "Train one model on everything instead",
     "TRY": "Not decided yet",
@@ -49,7 +49,7 @@ class Verdict:
     """What to do.
 
     Args:
-        word: "GO", "HARDEN", "NO GO", "RETRAIN" or "TRY".
+        word: "GO", "PRUNE", "NO GO", "RETRAIN" or "TRY".
         baseline: The row that decided: the closest baseline, or the one that won; None without a comparison.
         reasons: Sentences with the numbers that decided.
         steps: What to do next, most useful first.
@@ -147,17 +147,17 @@ def _against(hybrid, baselines, comparison, settings):
         return Verdict("TRY", baseline, [say(baseline, hybrid), why], attempts)
     share = best["difference"] / best["loss"]
     reasons = [f"{say(best, hybrid)} That is {share:.1%} of its loss; it is the best baseline."]
-    hard = [row for row in comparison["rows"] if row["kind"] == "hardened" and not row["needs"]]
-    hard = [row for row in hard if row["loss"] <= (1 + HARDEN_WITHIN) * hybrid["loss"] and row["loss"] < best["loss"]]
+    hard = [row for row in comparison["rows"] if row["kind"] == "pruned" and not row["needs"]]
+    hard = [row for row in hard if row["loss"] <= (1 + PRUNE_WITHIN) * hybrid["loss"] and row["loss"] < best["loss"]]
     if hard:
         small = min(hard, key=lambda row: row["loss"])
         reasons.append(
             f"{small['name']} keeps nearly all of it: {small['loss']:.3f} against {hybrid['loss']:.3f} nats per token."
         )
-        return Verdict("HARDEN", best, reasons, [f"Use {small['name']}: it costs about as much as one model."])
+        return Verdict("PRUNE", best, reasons, [f"Use {small['name']}: it costs about as much as one model."])
     steps = ["Use it where the text is like the text it was tested on; test again where it is not."]
-    if not any(row["kind"] == "hardened" for row in comparison["rows"]):
-        steps.append("Harden it (manticore-hf harden) and compare again: if the gain stays, it costs about one model.")
+    if not any(row["kind"] == "pruned" for row in comparison["rows"]):
+        steps.append("Prune it (manticore-hf prune) and compare again: if the gain stays, it costs about one model.")
     return Verdict("GO", best, reasons, steps + _other_hybrid(hybrid, hybrid, comparison))
 
 
@@ -166,7 +166,7 @@ def _baselines(comparison):
     return [
         row
         for row in comparison["rows"]
-        if row["kind"] not in ("hybrid", "hardened") and row["name"] != comparison["hybrid"]
+        if row["kind"] not in ("hybrid", "pruned") and row["name"] != comparison["hybrid"]
     ]
 
 

@@ -20,7 +20,7 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
     return {
         "name": facts.name,
         "what": f"{listed([f'{name} ({kind})' for name, kind in kinds.items()])} joined in {_plural(blocks, 'block')}"
-        + (", hardened to one component per block" if settings["route"] else ""),
+        + (", pruned to one component per block" if settings["route"] else ""),
         "verdict": verdict,
         "rules": RULES,
         "standing": _standing(facts),
@@ -119,7 +119,7 @@ def _running(facts):
         out["sentence"] += "."
     elif facts.found["settings"]["route"]:
         out["sentence"] = (
-            "It is hardened: it costs its one route, about one model. Its components are no longer "
+            "It is pruned: it costs its one route, about one model. Its components are no longer "
             "whole inside it, so they are not timed beside it."
         )
     if speed:

@@ -6,6 +6,7 @@ kept (float64, O(width^2) memory), so one pass over the text is enough, however 
 a share of the batches, and add their sums.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,10 @@ class Moments:
 
     Args:
         width_x, width_y: Widths of x and y.
+        device: Where the sums are.
     """
 
-    def __init__(self, width_x, width_y, device):
+    def __init__(self, width_x: int, width_y: int, device: torch.device | str):
         def zeros(*shape):
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
@@ -46,14 +48,16 @@ class Moments:
         self.xy += x.T @ y
         self.yy += y.square().sum(0)
 
-    def join(self):
+    def join(self) -> None:
         """Adds what the other processes have seen; on every rank."""
         self.count = int(all_reduce(torch.tensor(self.count, device=self.x.device)))
         for one in (self.x, self.y, self.xx, self.xy, self.yy):
             all_reduce(one)
 
 
-def solve_ridge(fit, held_out, ridges=RIDGES):
+def solve_ridge(
+    fit: Moments, held_out: Moments, ridges: Sequence[float] = RIDGES
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """The affine map x -> y of least squares with the ridge that does best on held-out rows.
 
     Args:

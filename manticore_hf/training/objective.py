@@ -9,12 +9,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -47,6 +48,7 @@ class Strengths:
     window: int
 
     def to_dict(self) -> dict:
+        """Plain values by attribute."""
         return dataclasses.asdict(self)
 
 
@@ -57,7 +59,7 @@ def awaits_objective(model: torch.nn.Module) -> bool:
     return "open" in (config.objective or {}) and alone and config.route is None
 
 
-def choose_objective(model: torch.nn.Module, rows: Dataset, **measuring) -> Strengths:
+def choose_objective(model: torch.nn.Module, rows: Dataset, **measuring: int) -> Strengths:
     """Sets what a hybrid is trained on by whether its components' strengths differ on a text, before training on it.
 
     Args:
@@ -93,10 +95,18 @@ class ObjectiveWhenSharded(TrainerCallback):
 
     FILE = "objective.json"
 
-    def __init__(self, rows, batch_size, output):
+    def __init__(self, rows: Dataset, batch_size: int, output: str | Path):
         self.rows, self.batch_size, self.file = rows, batch_size, Path(output) / self.FILE
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Measures and chooses, or takes what was chosen before a kill; on every rank."""
         hybrid = hybrid_of(model)
         if not awaits_objective(hybrid):
             return

@@ -96,7 +96,7 @@ def plot_differences(
     shown = sorted((row for row in rows if "difference" in row), key=lambda row: row["difference"], reverse=True)
     figure = Figure(figsize=(9, 1.2 + 0.3 * len(shown)))
     axis = figure.subplots()
-    colours = {"hybrid": "tab:orange", "hardened": "tab:orange", "oracle": "tab:green", "single": "tab:purple"}
+    colours = {"hybrid": "tab:orange", "pruned": "tab:orange", "oracle": "tab:green", "single": "tab:purple"}
     for place, row in enumerate(shown):
         low, high = row["difference_interval"]
         colour = colours.get(row["kind"], "tab:gray")

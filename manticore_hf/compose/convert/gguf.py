@@ -1,14 +1,22 @@
-"""Models from GGUF files: Transformers dequantises them; what it would leave out is refused."""
+"""Models from GGUF files: Transformers dequantises them; what it would leave out raises."""
 
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 
-def load_gguf(what, path):
+def load_gguf(
+    what: str, path: str | Path
+) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], GenerationConfig, str | None]:
     """The model in a GGUF file.
 
     Args:
@@ -56,7 +64,7 @@ def load_gguf(what, path):
     return config, model.state_dict(), model.generation_config, license if isinstance(license, str) else None
 
 
-def gguf_tokenizer(what, path):
+def gguf_tokenizer(what: str, path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a GGUF file.
 
     Raises:

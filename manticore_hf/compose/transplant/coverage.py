@@ -6,6 +6,9 @@ Losses are in bits per byte, every byte of a text paid for, so that they compare
 import math
 from dataclasses import asdict, dataclass, field
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from manticore_hf.compose.transplant.build import Plan
 from manticore_hf.evaluation.metrics.scoring import token_logprobs
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
@@ -32,7 +35,7 @@ class TransplantReport:
     bits_before: float | None = None
     bits_after: dict = field(default_factory=dict)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """Plain values."""
         return {**asdict(self), "rows": list(self.rows)}
 
@@ -48,7 +51,13 @@ class TransplantReport:
         return text
 
 
-def bits_per_byte(model, tokenizer, texts, batch_size=8, progress=True):
+def bits_per_byte(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    batch_size: int = 8,
+    progress: bool = True,
+) -> float:
     """Bits per byte of a causal LM on texts; long ones are read in windows of 1024 tokens that overlap by half.
 
     A text file is one text, and the logits of all its tokens fit no memory.
@@ -74,7 +83,7 @@ def bits_per_byte(model, tokenizer, texts, batch_size=8, progress=True):
     return -sum(map(sum, scores)) / math.log(2) / size
 
 
-def text_coverage(plan, tokenizer, texts):
+def text_coverage(plan: Plan, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, float]:
     """Shares of the texts' tokens by where their rows come from.
 
     Args:

@@ -87,7 +87,7 @@ def token_logprobs(
             right, where no causal model looks.
         max_length: Most tokens that the model reads at once, the start included; None for the configuration's
             `max_position_embeddings` (no limit where there is none, as for Mamba).
-        stride: How a longer text is read; None to refuse it. The first max_length tokens are read at once; then each
+        stride: How a longer text is read; None: it raises. The first max_length tokens are read at once; then each
             pass scores the next `stride` tokens with as many before them as max_length allows. So every token sees
             max_length - stride tokens or more, from the start of the text on if it is no further away; a smaller
             stride costs more passes and gives lower losses.

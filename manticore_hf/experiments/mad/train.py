@@ -35,13 +35,10 @@ def run_mad(
 
     Args:
         task: A MadTask.
-        families: Model types. One: that model. Several: the hybrid of them.
+        families, baselines, hybrid, designed: As in `Benchmark.run`.
         output_dir: Where each run's JSON goes; runs that are finished there are read instead.
         training: Training; default: the benchmark's settings.
-        baselines: For a hybrid also each component alone, and the plain ensemble of those.
-        hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...).
         quiet: No progress bars and no table.
-        designed: Also a hybrid that was designed by hand (see `models.DESIGNED`).
 
     Returns:
         A list of results, the asked one first: model, accuracy (micro), macro_accuracy, chance, parameters, settings.
