@@ -10,7 +10,7 @@ code joins the characters of Penn Treebank with spaces; numbers made that way co
 import codecs
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +267,24 @@ def pack(
     return rows
 
 
+def without_text(rows: Dataset | None) -> Dataset | None:
+    """Rows with nothing but what collators take: the tokens."""
+    return rows and rows.select_columns([name for name in rows.column_names if name not in ("texts", "prompt")])
+
+
+def cut_texts(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text"
+) -> Iterator[tuple[list[int], Callable[[int, int], str]]]:
+    """(ids, function from a range of them to the text they stand for) of each text, without special tokens.
+
+    Args:
+        texts, tokenizer, special_tokens: As `pack` takes them.
+    """
+    read, texts = _Reader(tokenizer, special_tokens, True), iter(texts)
+    while batch := list(islice(texts, _BATCH)):
+        yield from zip(*read(batch))
+
+
 class _Packer:
     """Fills blocks with documents, batch by batch; `row` is the block that is not full yet."""
 
@@ -282,8 +300,9 @@ class _Packer:
 
     def __call__(self, batch):
         self.full = []
-        for ids, pieces in zip(*self.read(batch["text"])):
-            ids, done = ids if ids[-1:] == [self.end] else [*ids, self.end], 0
+        closed = batch.get("closed", [True] * len(batch["text"]))
+        for ids, pieces, ends in zip(*self.read(batch["text"]), closed):
+            ids, done = [*ids, self.end] if ends and ids[-1:] != [self.end] else ids, 0
             while done < len(ids):
                 room = self.size - len(self.row["input_ids"]) - len(self.start)
                 if room <= 0:  # for a start, or a part of it, and nothing else
@@ -466,6 +485,41 @@ def text_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
         read = ids[first : -1 if ids[-1] == end else None]
         if text and read:
             yield text, prompts[number] if prompts is not None else "", ids[len(start) : first], read
+
+
+def rows_for(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, arguments: DataArguments
+) -> Dataset:
+    """The text of rows as rows of another tokenizer: the same characters, in blocks of as many of its tokens.
+
+    Args:
+        rows: Made with `keep_text`.
+        tokenizer: That they were made with.
+        other: The other one.
+        arguments: DataArguments of the rows.
+    """
+    if "prompt" in rows.column_names:
+        records = (
+            {arguments.prompt_column: row["prompt"], arguments.completion_column: row["texts"][0]}
+            for row in rows.select_columns(["prompt", "texts"])
+        )
+        return mask_prompts(records, other, arguments)
+    texts, end = rows["texts"], tokenizer.eos_token_id
+
+    def pieces():
+        last, place = None, 0
+        for number, ids, _ in _pieces(rows):
+            last, place = number, place + 1 if number == last else 0
+            if texts[number][place]:
+                yield {"text": texts[number][place], "closed": ids[-1] == end}
+
+    packer = _Packer(other, arguments.block_size, arguments.special_tokens, False)
+    found = _collect(pieces(), packer, None, packer.features)
+    if found is None:
+        raise ManticoreError(
+            f"{arguments.data!r} is shorter than one row of {arguments.block_size} tokens of {other.name_or_path!r}."
+        )
+    return found
 
 
 def _pieces(rows):
