@@ -13,7 +13,7 @@ from .cache_manticore import ManticoreCache, cache_for_generation
 from .components_manticore import ENGINE_REFUSED, NO_PAGES, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import device_of, onloaded, place, whole_weights
-from .dtypes_manticore import MixedDtypes, Quantizable
+from .dtypes_manticore import MixedDtypes, Quantizable, refuse_adapters
 from .mixers_manticore import follow_kernels
 from .mixing_manticore import HybridMixer, resize, whole
 from .mixture_manticore import weighted_sum, widen
@@ -40,6 +40,8 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
     _is_stateful = True
     _no_split_modules = ["HybridMixer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
+    # Whether the vocabulary has another size than where the hybrid was loaded from.
+    is_resized = False
 
     @classmethod
     @whole_weights()
@@ -52,6 +54,11 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         super()._init_weights(module)
         if isinstance(module, HybridMixer):
             module.reset()
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "peft_config":  # PEFT has wrapped what a configuration, whoever made it, says
+            refuse_adapters(self)
 
     def initialize_weights(self):
         """Components first, each as its own class does it.
@@ -89,6 +96,11 @@ class HybridEmbedding(nn.Module):
         model = self._owner[0]
         name = model.config.tokenizer_component
         return model.component(name if name in self.readers else self.readers[0]).get_input_embeddings().weight
+
+    @property
+    def word_embeddings(self):
+        """Itself: PEFT's prompts look for `model.embeddings.word_embeddings` before they guess."""
+        return self
 
     @property
     def is_watched(self):
@@ -228,6 +240,8 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     def train(self, mode=True):
         super().train(mode)
+        if mode and hasattr(self, "peft_config"):  # of adapters that came after the first
+            refuse_adapters(self)
         if "input_embedding" in self.__dict__:
             self.input_embedding.train(mode)
         if "hybrid_mixer" in self._modules:
@@ -246,11 +260,21 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     # ---- embeddings ------------------------------------------------------------------------------------------------
 
+    @property
+    def vocab_size(self):
+        """As in the configuration; models of Transformers have it too."""
+        return self.config.vocab_size
+
     def get_input_embeddings(self):
         if self.input_embedding._owner[0] is not self:  # a replica on another device: its parts, the same hooks
             self.__dict__["input_embedding"] = copy.copy(self.input_embedding)
             self.input_embedding._owner = (self,)
         return self.input_embedding
+
+    @property
+    def embeddings(self):
+        """What `get_input_embeddings` gives; see `HybridEmbedding.word_embeddings`."""
+        return self.get_input_embeddings()
 
     def set_input_embeddings(self, value):
         raise ManticoreError("Each component has its own embeddings: use model.component(name).set_input_embeddings().")
@@ -265,10 +289,12 @@ class ManticoreModel(ManticorePreTrainedModel):
         """Resizes the vocabulary of every component; returns `get_input_embeddings()`."""
         if self.config.route is not None and len(self.config.component_names) > 1:
             raise ManticoreError("A hardened hybrid cannot be resized: resize the soft one, then harden it.")
+        before = self.config.vocab_size
         for name in self.config.component_names:
             component = self.component(name)
             component.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
             self.config.vocab_size = component.config.vocab_size
+        self.is_resized = self.is_resized or self.config.vocab_size != before
         self.segments.follow()
         return self.get_input_embeddings()
 

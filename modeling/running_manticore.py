@@ -117,6 +117,11 @@ def run(model, inputs, shared=True):
         ManticoreError: Input beyond the table of positions of a component that is run.
     """
     config, segments, cache = model.config, model.segments, inputs.cache
+    if any("adapter_names" in getattr(hook, "keywords", ()) for hook in model.hybrid_mixer._forward_pre_hooks.values()):
+        raise ManticoreError(
+            "adapter_names: these adapters have a whole mixer each, and one batch has one mixture. Call the model once "
+            "for each adapter, or train adapters without a mixer (lora_config(model, train_mixer=False))."
+        )
     segments.follow()
     weights, (_, time) = mixture_rows(model), inputs.shape
     length = time if cache is None else cache.max_cache_len or cache.get_seq_length() + time
