@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from manticore_hf.modeling import modeling_manticore
 from tiny_hybrid import QUIET, WORDS, mixed_hybrid, neox, word_tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoXForSequenceClassification
 from trl import (
@@ -44,7 +45,9 @@ TALKS = [{"messages": [{"role": "the", "content": one["prompt"]}, {"role": "cat"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return word_tokenizer([*WORDS, "user", "assistant"], pad_token="<end>", model_max_length=64, padding_side="left")
+    return word_tokenizer(
+        [*WORDS, "user", "assistant", "<pad>"], pad_token="<pad>", model_max_length=64, padding_side="left"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +69,18 @@ def saved(tmp_path_factory, tokenizer):
     return folders
 
 
-def steps(trainer, config, model, rows, folder, tokenizer, more=(), **settings):
-    """(what was logged of the losses, the trained weights) of three steps."""
-    values = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 3e-3, "logging_steps": 1,
-              "bf16": False, "gradient_checkpointing": False, **QUIET, **settings}  # fmt: skip
+LOGGED = ("loss", "entropy", "logits", "rewards", "kl", "mean_token")
+
+
+def steps(trainer, config, model, rows, folder, tokenizer, more=(), logged=LOGGED, **settings):
+    """(what was logged of losses and policy, the trained model) of three steps; Adam would enlarge rounding."""
+    values = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.1, "logging_steps": 1,
+              "optim": "sgd", "bf16": False, "gradient_checkpointing": False, **QUIET, **settings}  # fmt: skip
     torch.manual_seed(0)
     args = config(str(folder), **values)
     run = trainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **dict(more))
     run.train()
-    kept = [{k: v for k, v in one.items() if k.startswith(("loss", "entropy", "logits", "rewards", "kl", "mean_token"))}
+    kept = [{k: v for k, v in one.items() if k.startswith(logged)}
             for one in run.state.log_history]  # fmt: skip
     return [one for one in kept if one], run.model
 
@@ -105,7 +111,7 @@ TEXTS = [{"text": one["prompt"] + one["completion"]} for one in PROMPTED]
 
 
 def test_sft(saved, tmp_path, tokenizer):
-    """Texts, prompts, talks; DFT; with TRL's own checkpointing of activations; and what changes the loss or the input."""
+    """Texts, prompts, talks; DFT; with TRL's own checkpointing of activations; what changes the loss or the input."""
     talking = copy.deepcopy(tokenizer)
     talking.chat_template = TEMPLATE
     for name, rows, settings in (
@@ -149,8 +155,10 @@ def test_rloo(saved, tmp_path, tokenizer):
 
 
 def test_orpo_and_cpo(saved, tmp_path, tokenizer):
+    """Their means of logits are over padding, too, where a hybrid counts positions from the mask."""
+    settings = {"max_length": 32, "logged": ("loss", "rewards", "logps", "nll")}
     for kind, config in ((ORPOTrainer, ORPOConfig), (CPOTrainer, CPOConfig)):
-        same_steps(saved, tmp_path / kind.__name__, kind, config, PAIRS, tokenizer=tokenizer, max_length=32)
+        same_steps(saved, tmp_path / kind.__name__, kind, config, PAIRS, tokenizer=tokenizer, **settings)
 
 
 def test_gkd_with_a_hybrid_as_student_and_as_teacher(saved, tmp_path, tokenizer):
@@ -170,28 +178,21 @@ def test_gkd_with_a_hybrid_as_student_and_as_teacher(saved, tmp_path, tokenizer)
 
 
 def test_reward(saved, tmp_path, tokenizer):
-    def load(folder):
-        if folder == saved["plain"]:
-            model = GPTNeoXForSequenceClassification.from_pretrained(folder, num_labels=1)
-            load.score = model.score.weight
-            return model
-        model = ManticoreForSequenceClassification.from_pretrained(folder, num_labels=1)
-        with torch.no_grad():
-            next(iter(model.score.heads.values())).weight.copy_(load.score)
-        return model
-
+    score = torch.randn(1, 24, generator=torch.Generator().manual_seed(1))
+    plain = GPTNeoXForSequenceClassification.from_pretrained(saved["plain"], num_labels=1)
+    hybrid = ManticoreForSequenceClassification.from_pretrained(saved["hybrid"], num_labels=1)
+    with torch.no_grad():
+        plain.score.weight.copy_(score)
+        hybrid.score.heads["one-0"].weight.copy_(score)
     rows = [{"chosen": one["prompt"] + one["chosen"], "rejected": one["prompt"] + one["rejected"]} for one in PAIRS]
-    found = {}
-    for kind, folder in saved.items():
-        model = load(folder)
-        if kind == "plain":
-            load.score = model.score.weight.detach().clone()
-        found[kind] = steps(RewardTrainer, RewardConfig, model, rows, tmp_path / kind, tokenizer)
-    close(found["hybrid"][0], found["plain"][0])
-    hybrid = dict(found["hybrid"][1].named_parameters())
-    for key, value in found["plain"][1].named_parameters():
-        if key != "score.weight":
-            torch.testing.assert_close(hybrid[f"one.{key}"], value, atol=2e-5, rtol=1e-4)
+    found = [steps(RewardTrainer, RewardConfig, one, rows, tmp_path, tokenizer) for one in (plain, hybrid)]
+    close(found[1][0], found[0][0])
+    own = {
+        f"one.{key}" if key != "score.weight" else "score.heads.one-0.weight": p for key, p in plain.named_parameters()
+    }
+    for key, value in own.items():
+        torch.testing.assert_close(dict(hybrid.named_parameters())[key], value, atol=2e-5, rtol=1e-4, msg=key)
+    assert (plain.score.weight - score).abs().max() > 1e-4
 
 
 # ---- hybrids of several components, by hand --------------------------------------------------------------------------
@@ -251,8 +252,9 @@ def test_every_field_is_what_trl_gives_for_a_plain_model(saved):
 def test_what_is_infinite_has_no_part_in_the_entropy(saved):
     model = AutoModelForCausalLM.from_pretrained(saved["hybrid"])
     with torch.no_grad():
-        model.component("one").embed_out.bias = torch.nn.Parameter(torch.zeros(16))
-        model.component("one").embed_out.bias[3] = -torch.inf
+        head = model.component("one").get_output_embeddings()
+        head.bias = torch.nn.Parameter(torch.zeros(16))
+        head.bias[3] = -torch.inf
     ids = torch.tensor([[4, 5, 6, 7]])
     out = model(ids, labels=ids, fused_lm_head=True)
     kept = torch.arange(16) != 3
@@ -264,14 +266,45 @@ def test_what_is_infinite_has_no_part_in_the_entropy(saved):
     )
 
 
-def test_component_losses_are_said_to_have_no_effect(tokenizer, tmp_path, caplog):
+def test_component_losses_are_said_to_have_no_effect(monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_manticore.logger, "warning_once", said.append)
+    add_fused_lm_head(mixed_hybrid())
+    assert not said
     model = mixed_hybrid(component_loss_weight=1.0)
     add_fused_lm_head(model)
-    assert "component_loss_weight have no effect" in caplog.text
-    ids = torch.tensor([[4, 5, 6, 7]])
-    out = model(ids, labels=ids, fused_lm_head=True)
-    torch.testing.assert_close(out.loss, model(ids, labels=ids).loss)  # the loss is ours, and the components' are in it
-    torch.testing.assert_close(-out.log_probs.mean(), model(ids, labels=ids).mixture_loss)
+    assert len(said) == 1 and "component_loss_weight have no effect" in said[0]
+
+
+def test_the_fields_are_the_mixtures_and_the_loss_is_the_hybrids_own():
+    model = mixed_hybrid(mix_loss_weight=0.3, component_loss_weight=0.7)
+    ids = torch.randint(2, 12, (3, 9), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    own = model(ids, labels=labels)
+    fused = model(ids, labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(fused.loss, own.loss)
+    torch.testing.assert_close(-fused.log_probs.sum() / fused.label_mask.sum(), own.mixture_loss)
+    assert fused.label_mask.sum() == (labels[:, 1:] != -100).sum()
+    assert torch.equal(fused.is_top1, (own.logits[:, :-1].argmax(-1) == labels[:, 1:]) & fused.label_mask)
+    whole = model(ids, shift_labels=labels, num_items_in_batch=7, fused_lm_head=True)
+    assert whole.log_probs.shape == labels.shape
+    shifted = model(ids, shift_labels=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), fused_lm_head=True)
+    torch.testing.assert_close(shifted.log_probs[:, :-1], fused.log_probs)
+
+
+def test_sft_trains_every_part(tmp_path, tokenizer):
+    """Two blocks, with and without prompts that are no labels; TRL checkpoints activations by itself."""
+    for rows in (TEXTS, PROMPTED):
+        model = mixed_hybrid(num_blocks=2)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        _, model = steps(
+            SFTTrainer, SFTConfig, model, rows, tmp_path, tokenizer, gradient_checkpointing=True, max_length=16
+        )
+        changed = {
+            key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+        }
+        assert changed == {"hybrid_mixer", "part_0", "part_1"}
 
 
 def test_a_chat_template_is_cloned_with_its_tokens(tmp_path):
@@ -290,8 +323,7 @@ def test_a_hybrid_in_memory_has_no_reference_that_could_be_loaded(tmp_path, toke
     args = DPOConfig(str(tmp_path), bf16=False, **QUIET)
     data = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tokenizer}
     for make in (mixed_hybrid, neox):
-        with pytest.raises(Exception) as caught:
+        with pytest.raises(OSError, match="Repo id must use"):
             DPOTrainer(make(), args=args, **data)
-        print(repr(caught.value))
     model = mixed_hybrid()
     DPOTrainer(model, ref_model=copy.deepcopy(model), args=args, **data)
