@@ -14,6 +14,7 @@ from typing import NamedTuple
 import manticore_hf
 from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.training.stages import STAGES
+from manticore_hf.utils.formatting import printable_output
 from manticore_hf.utils.options import Parser, RawHelp
 
 
@@ -96,7 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The help was asked for, or there is no such command or option (status 2).
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    with printable_output():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(argv: list[str]) -> int:
     command, *given = _overview().parse_args(argv[:1]).command, *argv[1:]
     parser = parser_of(command, whole="--help-all" in given or not {"-h", "--help"} & set(given))
     try:

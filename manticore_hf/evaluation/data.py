@@ -6,6 +6,7 @@ Texts are joined by the end-of-text token and by nothing else (the paper's code 
 with spaces; numbers made that way compare with nothing).
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset, load_dataset_builder
 from datasets.iterable_dataset import ExamplesIterable
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.data_arguments import DataArguments as DataArguments
-from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.utils.distributed import bar
 
 _FORMATS = {
@@ -120,6 +122,13 @@ def read_records(arguments: DataArguments) -> Iterable[dict[str, Any]]:
 
 def _hub_records(arguments):
     revision = arguments.data_revision
+    # `datasets` also takes names of its readers, which read whatever lies in the working directory (one of them
+    # pickles), addresses and patterns; what names the data may be a stranger's recipe.
+    plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", arguments.data)
+    if not plain or ".." in arguments.data or arguments.data in _PACKAGED_DATASETS_MODULES:
+        raise ManticoreError(
+            f"data={show(arguments.data)} is no file or folder here, and no data set of the Hub ('owner/name')."
+        )
     try:
         builder = load_dataset_builder(arguments.data, arguments.data_config, revision=revision)
         # Where the Hub does not answer, `datasets` takes what it prepared last, of whatever revision.

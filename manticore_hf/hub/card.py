@@ -20,7 +20,16 @@ from manticore_hf.hub.card_merge import Card
 from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.hub.licenses import DUTIES, LICENSES, Combined, combine
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
-from manticore_hf.utils.formatting import Safe, escape, link, listed, markdown_environment, short_bytes, short_count
+from manticore_hf.utils.formatting import (
+    Safe,
+    escape,
+    is_number,
+    link,
+    listed,
+    markdown_environment,
+    short_bytes,
+    short_count,
+)
 from manticore_hf.utils.task_types import kind_of
 
 TAGS = ("manticore", "hybrid", "merge")
@@ -143,7 +152,7 @@ def read_results(directory: str | os.PathLike) -> list[Result]:
             continue
         for value in values if isinstance(values, list) else [values]:
             losses = value.get("losses") if isinstance(value, dict) else None
-            if not isinstance(losses, dict) or not losses or not all(map(_is_loss, losses.values())):
+            if not isinstance(losses, dict) or not losses or not all(map(is_number, losses.values())):
                 continue
             tokens, note = value.get("tokens"), value.get("note")
             data = str(value.get("data") or "the validation text")
@@ -154,7 +163,7 @@ def read_results(directory: str | os.PathLike) -> list[Result]:
                     data,
                     {str(label): float(loss) for label, loss in losses.items()},
                     str(value.get("own", "hybrid")),
-                    tokens if type(tokens) is int else None,
+                    tokens if type(tokens) is int and is_number(tokens) else None,
                     note if isinstance(note, str) else None,
                 )
             )
@@ -355,10 +364,6 @@ def _version(package):
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def _is_loss(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read(path):

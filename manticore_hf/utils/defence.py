@@ -256,6 +256,27 @@ def check_hybrid(what: str, values: dict) -> None:
         raise ManticoreError(f"{what}: {reason}. Quantise the hybrid when you load it (quantization_config=...).")
 
 
+_MOST_ROWS = 1024  # that generation may make of one
+
+
+def check_generation(what: str, values: dict) -> None:
+    """Raises ManticoreError if what generation is to do by a repository's generation_config.json is beyond any sense.
+
+    Args:
+        what: How a message calls the model.
+        values: The settings.
+    """
+    check_plain(what, values)
+    for key in ("num_beams", "num_beam_groups", "num_return_sequences", "num_assistant_tokens"):
+        value = values.get(key)
+        if isinstance(value, (int, float)) and not abs(value) <= _MOST_ROWS:
+            raise ManticoreError(
+                f"{what}: {key}={show(value)} is more than anyone generates with; it may be at most {_MOST_ROWS}. "
+                "Repair or do not use this file."
+            )
+    check_sizes(what, values)
+
+
 def _nested(config):
     """The settings of a configuration and of those inside it."""
     todo, seen = [config], []
