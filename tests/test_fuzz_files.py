@@ -101,7 +101,7 @@ def test_the_seeds_themselves_are_read(tmp_path, saved):
     assert len(check_header("x", tmp_path / "x.gguf", SIZES).tensors) == 2
 
 
-@fuzzed(3000)
+@fuzzed(2000)
 @given(random=st.randoms())
 def test_indices_of_shards(tmp_path, random):
     def run():
@@ -144,7 +144,7 @@ GGUF = gguf(
 )
 
 
-@fuzzed(6000)
+@fuzzed(4000)
 @given(random=st.randoms())
 def test_gguf_headers(tmp_path, random):
     data = bytearray(GGUF)
@@ -212,7 +212,7 @@ def _rendered(saved, folder):
     return pages
 
 
-@fuzzed(1000)
+@fuzzed(500)
 @given(random=st.randoms())
 def test_stage_evaluation_and_comparison_files(saved, tmp_path, random):
     """Whatever is read of them, the report of it can be written."""

@@ -59,6 +59,7 @@ _INSTRUCTIONS = {
     "fusion_config", "kernel_config", "use_kernels", "allow_all_kernels", "distributed_config", "device_map",
     "backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone", "gguf_file", "trust_remote_code",
     "keys_to_ignore_at_inference", "ignore_keys_at_rope_validation", "custom_generate", "output_attentions",
+    "attn_implementation_internal", "experts_implementation_internal",
     *(key for key, kind in PreTrainedConfig.__annotations__.items() if "ClassVar" in str(kind) and key != "model_type"),
 }  # fmt: skip
 
@@ -269,9 +270,9 @@ def check_generation(what: str, values: dict) -> None:
     check_plain(what, values)
     for key in ("num_beams", "num_beam_groups", "num_return_sequences", "num_assistant_tokens"):
         value = values.get(key)
-        if isinstance(value, (int, float)) and not abs(value) <= _MOST_ROWS:
+        if value is not None and not (type(value) is int and value <= _MOST_ROWS):
             raise ManticoreError(
-                f"{what}: {key}={show(value)} is more than anyone generates with; it may be at most {_MOST_ROWS}. "
+                f"{what}: {key}={show(value)} is no number that anyone generates with; it may be at most {_MOST_ROWS}. "
                 "Repair or do not use this file."
             )
     check_sizes(what, values)
