@@ -17,7 +17,7 @@ from .cache_manticore import ManticoreCache, cache_for_generation
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import device_of, onloaded, place, whole_weights
-from .dtypes_manticore import MixedDtypes, Quantizable
+from .dtypes_manticore import MixedDtypes, Quantizable, check_adapted
 from .layer_stack_manticore import check_cut
 from .mixers_manticore import follow_kernels
 from .mixing_manticore import HybridMixer, resize, whole
@@ -44,6 +44,8 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
     _supports_attention_backend = False
     _no_split_modules = ["HybridMixer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
+    # Whether the vocabulary has another size than where the hybrid was loaded from.
+    is_resized = False
 
     @classmethod
     @whole_weights()
@@ -56,6 +58,11 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         super()._init_weights(module)
         if isinstance(module, HybridMixer):
             module.reset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config":  # PEFT has wrapped what a configuration, whoever made it, says
+            check_adapted(self)
 
     def initialize_weights(self) -> None:
         """Components first, each as its own class does it.
@@ -92,6 +99,11 @@ class HybridEmbedding(nn.Module):
         model = self._owner[0]
         name = model.config.tokenizer_component
         return model.component(name if name in self.readers else self.readers[0]).get_input_embeddings().weight
+
+    @property
+    def word_embeddings(self) -> "HybridEmbedding":
+        """Itself: PEFT's prompts look for `model.embeddings.word_embeddings` before they guess."""
+        return self
 
     @property
     def is_watched(self) -> bool:
@@ -255,6 +267,8 @@ class ManticoreModel(ManticorePreTrainedModel):
     def train(self, mode: bool = True) -> "ManticoreModel":
         """As in torch, for the shells of the segments, too."""
         super().train(mode)
+        if mode and hasattr(self, "peft_config"):  # of adapters that came after the first
+            check_adapted(self)
         if "input_embedding" in self.__dict__:
             self.input_embedding.train(mode)
         if "hybrid_mixer" in self._modules:
@@ -285,6 +299,11 @@ class ManticoreModel(ManticorePreTrainedModel):
             self.input_embedding._owner = (self,)
         return self.input_embedding
 
+    @property
+    def embeddings(self) -> HybridEmbedding:
+        """What `get_input_embeddings` gives; see `HybridEmbedding.word_embeddings`."""
+        return self.get_input_embeddings()
+
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Raises ManticoreError: there are several."""
         raise ManticoreError("Each component has its own embeddings: use model.component(name).set_input_embeddings().")
@@ -303,10 +322,12 @@ class ManticoreModel(ManticorePreTrainedModel):
         """Resizes the vocabulary of every component; ManticoreError for a pruned hybrid of several."""
         if self.config.route is not None and len(self.config.component_names) > 1:
             raise ManticoreError("A pruned hybrid cannot be resized: resize the soft one, then prune it.")
+        before = self.config.vocab_size
         for name in self.config.component_names:
             component = self.component(name)
             component.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
             self.config.vocab_size = component.config.vocab_size
+        self.is_resized = self.is_resized or self.config.vocab_size != before
         self.segments.follow()
         return self.get_input_embeddings()
 

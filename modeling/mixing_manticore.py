@@ -98,7 +98,8 @@ class _Float32Linear(nn.Linear):
         super().__init__(width_in, width_out, dtype=torch.float32)
 
     def forward(self, states):
-        return F.linear(widen(states), widen(self.weight), widen(self.bias))
+        weight = widen(self.weight)
+        return F.linear(states.to(weight.dtype), weight, self.bias.to(weight.dtype))
 
 
 class TokenGate(nn.Module):

@@ -78,6 +78,15 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         kept = found.cache, found.hidden_states, found.attentions
         return ManticoreCausalLMOutput(loss, logits, *kept, weights=token_weights, **parts)
 
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        out = super().prepare_inputs_for_generation(*args, **kwargs)
+        # PEFT (0.21) puts its own in this place while it generates, and looks for the cache under its old name to see
+        # whether its prompt has been read already.
+        peft = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        if "cache" in out and getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False):
+            out["past_key_values"] = out.pop("cache")
+        return out
+
     def _what_heads_read(self, found, logits_to_keep=0):
         """(K' mixture weights, {component: [batch, kept, width]}) of the K' heads that are mixed, from a Pass."""
         config = self.config
@@ -152,8 +161,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             logger.warning_once(TRL_LOSS)
 
 
-# By the names in it the Trainer knows whose labels are to be shifted before they are smoothed, and pipelines what
-# generates text.
+# By this table the Trainer knows whose labels to shift before it smooths them, and pipelines what generates text.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ManticoreConfig.model_type] = "ManticoreForCausalLM"
 
 ManticoreConfig.register_for_auto_class()

@@ -151,6 +151,11 @@ def run(model, inputs, shared=True):
         ManticoreError: Input beyond the table of positions of a component that is run.
     """
     model.segments.follow()
+    if any("adapter_names" in getattr(hook, "keywords", ()) for hook in model.hybrid_mixer._forward_pre_hooks.values()):
+        raise ManticoreError(
+            "adapter_names: these adapters have a whole mixer each, and one batch has one mixture. Call the model once "
+            "for each adapter, or train adapters without a mixer (lora_config(model, train_mixer=False))."
+        )
     try:
         found = run_any(model, inputs, shared)
     except IndexError as err:

@@ -60,6 +60,7 @@ _INSTRUCTIONS = {
     "fusion_config", "kernel_config", "use_kernels", "allow_all_kernels", "distributed_config", "device_map",
     "backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone", "gguf_file", "trust_remote_code",
     "keys_to_ignore_at_inference", "ignore_keys_at_rope_validation", "custom_generate", "output_attentions",
+    "attn_implementation_internal", "experts_implementation_internal",
     *(key for key, kind in PreTrainedConfig.__annotations__.items() if "ClassVar" in str(kind) and key != "model_type"),
 }  # fmt: skip
 
@@ -255,6 +256,27 @@ def check_hybrid(what: str, values: dict) -> None:
         raise ManticoreError(f"{what}: quantization_config={show(quantization)} must be a dict of settings.")
     if isinstance(quantization, dict) and (reason := unsaved_quantization(quantization)) is not None:
         raise ManticoreError(f"{what}: {reason}. Quantise the hybrid when you load it (quantization_config=...).")
+
+
+_MOST_ROWS = 1024  # that generation may make of one
+
+
+def check_generation(what: str, values: dict) -> None:
+    """Raises ManticoreError if what generation is to do by a repository's generation_config.json is beyond any sense.
+
+    Args:
+        what: How a message calls the model.
+        values: The settings.
+    """
+    check_plain(what, values)
+    for key in ("num_beams", "num_beam_groups", "num_return_sequences", "num_assistant_tokens"):
+        value = values.get(key)
+        if value is not None and not (type(value) is int and value <= _MOST_ROWS):
+            raise ManticoreError(
+                f"{what}: {key}={show(value)} is no number that anyone generates with; it may be at most {_MOST_ROWS}. "
+                "Repair or do not use this file."
+            )
+    check_sizes(what, values)
 
 
 def _nested(config):
