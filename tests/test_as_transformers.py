@@ -95,6 +95,22 @@ def test_attention_weights_come_block_by_block():
         assert all(torch.equal(*two) for two in zip(scored.attentions, got))
 
 
+@torch.no_grad()
+def test_attention_weights_of_padded_rows():
+    model, ids = join("llama", "mamba", eager=True)[0], tokens(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    wanted = model(ids[:1, 2:], output_attentions=True).attentions
+    for use_cache in (False, True):
+        got = model(ids, attention_mask=mask, use_cache=use_cache, output_attentions=True).attentions
+        assert len(got) == len(wanted)
+        for one, other in zip(got, wanted):
+            torch.testing.assert_close(one[:1, :, 2:, 2:], other)
+        mask[0, 3] = 0
+        with pytest.raises(ManticoreError, match="padding between tokens"):
+            model(ids, attention_mask=mask, use_cache=use_cache, output_attentions=True)
+        mask[0, 3] = 1
+
+
 def test_no_attention_weights_without_a_word(monkeypatch):
     said = []
     monkeypatch.setattr("manticore_hf.modeling.running_manticore.logger.warning_once", said.append)
