@@ -108,6 +108,8 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
         )
     wants = (told or {}).get("output_attentions")
     wants = model.config.output_attentions if wants is None else wants
+    if wants and cache is None:  # with one, rows that are padded on the right would be run in parts
+        use_cache = bool(use_cache)
     told = {key: (told or {}).get(key) for key in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")}
     begun = 0 if cache is None else getattr(cache, "seen", 0)
     mask = None if mask is None else check_mask(mask, is_step=begun > 0 and time == 1)
