@@ -293,8 +293,6 @@ def cache_for_generation(
         options["max_cache_len"] = max(max_cache_length, settings.max_cache_len or 0)
     elif kind == "quantized":
         options["quantized"] = {"backend": "quanto", **(settings.cache_config or {})}
-    elif kind not in (None, "dynamic", "offloaded"):
-        raise ManticoreError(f"cache_implementation={kind!r} is not supported; use 'dynamic' or 'static'.")
     cache = model.make_cache(**options)
     if settings.is_assistant:  # what it drafts may be refused
         cache.activate_past_recording()
