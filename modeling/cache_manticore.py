@@ -179,13 +179,18 @@ class ManticoreCache(Cache):
         return [(states, key) for states in found for key, state in states.items() if state is not None]
 
 
+def is_hybrids(cache: Cache) -> bool:
+    """Whether a cache is a ManticoreCache, be it of another copy of this file."""
+    return getattr(cache, "model_type", None) == ManticoreCache.model_type
+
+
 def cache_for(model: PreTrainedModel, cache: Cache | None, use_cache: bool | None) -> ManticoreCache | None:
     """The cache of a call: the one that was given, a new one, or None.
 
     Raises:
         ManticoreError: It is no cache of a hybrid.
     """
-    if cache is not None and getattr(cache, "model_type", None) != ManticoreCache.model_type:
+    if cache is not None and not is_hybrids(cache):
         raise ManticoreError(
             f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
         )
@@ -217,7 +222,7 @@ def cache_for_generation(
     if given is not None:
         if kind is not None:
             raise ManticoreError("Give either cache_implementation or cache, not both.")
-        if isinstance(given, ManticoreCache) and mask is not None and not given.is_plain:
+        if is_hybrids(given) and mask is not None and not given.is_plain:
             read = mask[:, : given.seen] != 0
             if not torch.equal(read, torch.ones_like(read) if given.mask is None else given.mask.to(read.device) != 0):
                 given.restart(model.make_cache(given.max_cache_len))
