@@ -98,7 +98,8 @@ class _Float32Linear(nn.Linear):
         super().__init__(width_in, width_out, dtype=torch.float32)
 
     def forward(self, states):
-        return F.linear(widen(states), widen(self.weight), widen(self.bias))
+        weight = widen(self.weight)
+        return F.linear(states.to(weight.dtype), weight, self.bias.to(weight.dtype))
 
 
 class TokenGate(nn.Module):
@@ -209,8 +210,13 @@ class HybridMixer(nn.Module):
         return self._gated(self.across[str(block)], state, 0.0)
 
     def gate_tokens(self, states, sureness):
-        """The token gate's weights [batch, time, K]; see `TokenGate`."""
-        return self.token_gate(states, sureness)
+        """The token gate's weights [batch, time, K]; see `TokenGate`.
+
+        They stand for the last block's row of alpha. Where there is no other row, alpha gets a gradient of zero: DDP
+        stops at a parameter without one.
+        """
+        weights = self.token_gate(states, sureness)
+        return weights + 0.0 * self.alpha_logits.sum() if self.alpha_logits.requires_grad else weights
 
     def gate_rest(self):
         """The part of the token gate that does not depend on the token, softmax(b): [K], in float32."""

@@ -118,6 +118,7 @@ class Documents:
                 tokens, padding = lengths[i], 0
         return out
 
+    @torch.compiler.disable(recursive=False)
     def run(self, run, inputs, together):
         """What `run` gives for each document in a row of its own, put back in place; zeros for padding.
 
@@ -184,6 +185,8 @@ def find_documents(mask, positions, shape, seq_idx=None, cu_seq_lens_q=None, cu_
         ManticoreError: They do not fit the batch.
     """
     (batch, time), said = shape, seq_idx is not None or cu_seq_lens_q is not None
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return _find_in_graph(mask, positions, shape, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
     if not (
         has_values(mask, positions, seq_idx, cu_seq_lens_q) and (said or positions is not None or mask is not None)
     ):
@@ -213,6 +216,19 @@ def find_documents(mask, positions, shape, seq_idx=None, cu_seq_lens_q=None, cu_
     lengths = torch.cat([starts, torch.tensor([len(index)])]).diff()
     lone = len(starts) == len((index // time).unique()) and bool((new | (index.diff() == 1)).all())
     return None if lone or not len(index) else Documents(index, lengths, shape)
+
+
+_find_outside = torch.compiler.disable(find_documents)
+
+
+def _find_in_graph(mask, positions, shape, *told):
+    """`find_documents` while a graph is made, which is left only where the caller speaks of positions or documents."""
+    if positions is not None or any(one is not None for one in told):
+        return _find_outside(mask, positions, shape, *told)
+    if mask is not None:
+        begins = mask[:, 0] + (mask[:, 1:] > mask[:, :-1]).sum(1)
+        torch._assert_async((begins <= 1).all(), "attention_mask has padding between a row's tokens: do not compile.")
+    return None
 
 
 # ---- with a cache ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.evaluation.data import load_rows
+from manticore_hf.evaluation.data import load_rows, without_text
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.evaluation.losses import Passages, make_passages
 from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
@@ -98,8 +98,7 @@ class StageRun:
             rows = load_rows(self.data, self.tokenizer, keep_text=True)
         if rows[1] is not None:
             self.passages = make_passages(rows[1], self.tokenizer)
-        # What is trained on is tokens: no collator takes texts
-        self.train, self.validation = (part and part.select_columns(_tokens_of(part)) for part in rows)
+        self.train, self.validation = (without_text(part) for part in rows)
         return model
 
     def load_to_train(self, source: str | Path, dtype: str) -> ManticoreForCausalLM:
@@ -187,10 +186,6 @@ class StageRun:
             self.tokenizer.save_pretrained(self.output)
         more = also(result) if also is not None else None
         return record(self.output, {"stage": self.stage, **result, **(more or {})})
-
-
-def _tokens_of(rows):
-    return [name for name in rows.column_names if name not in ("texts", "prompt")]
 
 
 def training_defaults() -> dict[str, Any]:
