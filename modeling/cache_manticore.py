@@ -118,26 +118,9 @@ class ManticoreCache(Cache):
         mask = torch.ones(batch, self.seen + time, dtype=torch.long, device=device) if mask is None else mask
         return F.pad(mask, (0, self.max_cache_len - mask.shape[1]))
 
-    def advance(self, tokens, mask=None):
-        """Counts `tokens` new positions; called once at the end of each forward of the hybrid.
-
-        Empties the recurrent states of rows that consist of left padding so far: Transformers takes a call's only token
-        for a generated one, never padding, so it reaches the states of some models (Mamba2, Jamba); with several tokens
-        they are masked.
-
-        Args:
-            tokens: Their number.
-            mask: [batch, past + tokens], 1 for real tokens, or None.
-        """
+    def advance(self, tokens):
+        """Counts `tokens` new positions; called once at the end of each pass."""
         self.seen += tokens
-        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-        if tokens != 1 or mask is None or not layers or (begun := mask.any(-1)).all():
-            return
-        for layer in layers:
-            for states in (layer.conv_states, layer.recurrent_states):
-                for state in states.values():
-                    if state is not None:
-                        state[~begun.to(state.device)] = 0
 
     def get_seq_length(self, layer_idx=0):
         """Tokens already seen."""
@@ -153,11 +136,7 @@ class ManticoreCache(Cache):
         self.seen, self.mask, self.has_padding = 0, None, False
 
     def restart(self, empty):
-        """Becomes an empty cache, for the sake of whoever holds this one.
-
-        Args:
-            empty: A new ManticoreCache of the same hybrid, which is not used otherwise.
-        """
+        """Becomes a new cache of the same hybrid, `empty`, for the sake of whoever holds this one."""
         self.__dict__.update(empty.__dict__)
         for view in self._views.values():
             if isinstance(view, SegmentCache):
@@ -166,10 +145,8 @@ class ManticoreCache(Cache):
     def reorder_cache(self, beam_idx):
         """Puts rows in another order."""
         super().reorder_cache(beam_idx)
-        self._pick_mask(beam_idx)
-
-    def _pick_mask(self, rows):
-        self.mask = None if self.mask is None else self.mask.index_select(0, rows.to(self.mask.device))
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
 
     def crop(self, tokens_to_remove):
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
@@ -193,7 +170,7 @@ class ManticoreCache(Cache):
 
     def _pick_rows(self, chosen):
         if self.mask is not None:
-            self._pick_mask(chosen(len(self.mask), self.mask.device))
+            self.mask = self.mask.index_select(0, chosen(len(self.mask), self.mask.device))
         # Recurrent layers cannot do it themselves in Transformers 5.24
         for layer in self.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):

@@ -132,7 +132,7 @@ def test_masks_of_other_types():
     for given in (mask.bool(), mask.float(), mask.half(), mask.int(), mask.byte(), *added):
         assert torch.equal(model(input_ids=ids, attention_mask=given, use_cache=False).logits, wanted)
     for given, message in (
-        (mask * 2, "attention_mask holds 2; it may hold 1 for real tokens"),
+        (mask * 2, "attention_mask holds 2; it may hold 1"),
         (mask.float() * 0.5, "attention_mask holds 0.5"),
         (torch.zeros_like(mask, dtype=torch.float32), "attention_mask is torch.float32 and 0 throughout"),
     ):
@@ -146,7 +146,7 @@ def test_what_cannot_be_right_is_refused():
     for given in ({"use_cache": True}, {"cache": model.make_cache()}):
         with pytest.raises(ManticoreError, match="several documents in one row, and a cache goes on from one"):
             model(input_ids=ids, position_ids=positions, **given)
-    with pytest.raises(ManticoreError, match=r"cu_seq_lens_q ends at 16 .* the batch has 1 \* 15 tokens"):
+    with pytest.raises(ManticoreError, match=r"cu_seq_lens_q ends at 16,.* there are 1 \* 15 tokens"):
         model(input_ids=ids[:, :15], cu_seq_lens_q=ends)
     parts = [ComponentSpec(tiny_lm("gpt_neox"), name="one")]
     with pytest.raises(ManticoreError, match="A row of several documents has no one score"):
@@ -156,10 +156,10 @@ def test_what_cannot_be_right_is_refused():
     mask[0, 5] = 0
     jamba = hybrid("mamba")
     cache = jamba(input_ids=ids[:, :8]).cache
-    with pytest.raises(ManticoreError, match="attention_mask says otherwise of tokens that the cache holds"):
+    with pytest.raises(ManticoreError, match="attention_mask is not what it was for tokens that the cache holds"):
         jamba(input_ids=ids[:, 8:], attention_mask=mask, cache=cache)
     cache = jamba(input_ids=ids[:, :8], attention_mask=mask[:, :8]).cache
-    with pytest.raises(ManticoreError, match="attention_mask says otherwise of tokens that the cache holds"):
+    with pytest.raises(ManticoreError, match="attention_mask is not what it was for tokens that the cache holds"):
         jamba(input_ids=ids[:, 8:], cache=cache)
     with pytest.raises(ManticoreError, match="which a static cache cannot hold"):
         jamba(input_ids=ids, attention_mask=mask, cache=jamba.make_cache(32))
