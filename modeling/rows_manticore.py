@@ -240,9 +240,9 @@ def run_cut(run, inputs):
             "attention_mask is not what it was for tokens that the cache holds, and recurrent states and windows "
             "cannot leave them out any more: give the mask that was given then, or begin with a new cache."
         )
-    if is_inside and cache.max_cache_len is not None:
+    if is_inside and any(word in type(layer).__name__ for layer in cache.layers for word in ("Static", "Quantized")):
         raise ManticoreError(
-            "attention_mask has padding between a row's tokens, which a static cache cannot hold: leave "
+            "attention_mask has padding between a row's tokens, which a static or quantised cache cannot hold: leave "
             "cache_implementation at its default."
         )
     cuts, padded, passes = [0, time], padded.cpu(), []

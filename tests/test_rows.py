@@ -154,15 +154,15 @@ def test_what_cannot_be_right_is_refused():
         classifier(input_ids=ids, position_ids=positions)
     mask = torch.ones_like(ids)
     mask[0, 5] = 0
-    jamba = hybrid("mamba")
-    cache = jamba(input_ids=ids[:, :8]).cache
+    mamba = hybrid("mamba")
+    cache = mamba(input_ids=ids[:, :8]).cache
     with pytest.raises(ManticoreError, match="attention_mask is not what it was for tokens that the cache holds"):
-        jamba(input_ids=ids[:, 8:], attention_mask=mask, cache=cache)
-    cache = jamba(input_ids=ids[:, :8], attention_mask=mask[:, :8]).cache
+        mamba(input_ids=ids[:, 8:], attention_mask=mask, cache=cache)
+    cache = mamba(input_ids=ids[:, :8], attention_mask=mask[:, :8]).cache
     with pytest.raises(ManticoreError, match="attention_mask is not what it was for tokens that the cache holds"):
-        jamba(input_ids=ids[:, 8:], cache=cache)
-    with pytest.raises(ManticoreError, match="which a static cache cannot hold"):
-        jamba(input_ids=ids, attention_mask=mask, cache=jamba.make_cache(32))
+        mamba(input_ids=ids[:, 8:], cache=cache)
+    with pytest.raises(ManticoreError, match="which a static or quantised cache cannot hold"):
+        model(input_ids=ids, attention_mask=mask, cache=model.make_cache(32))
 
 
 def test_a_second_turn_after_rows_that_ended_at_different_times():

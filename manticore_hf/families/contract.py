@@ -17,7 +17,7 @@ from transformers.generation.utils import GenerateOutput
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.families.tiny import tokens
-from manticore_hf.modeling.anatomy_manticore import dissect
+from manticore_hf.modeling.layer_stack_manticore import find_layout
 from manticore_hf.modeling.segments_manticore import Head, cut
 
 PADDING = 3
@@ -91,21 +91,21 @@ def check_segments(component: PreTrainedModel, bounds: Sequence[int]) -> None:
         component: A causal LM in evaluation mode.
         bounds: Where it is cut: (0, 2, depth).
     """
-    anatomy = dissect(component)
-    stack = component.get_submodule(anatomy.path)
+    layout = find_layout(component)
+    stack = component.get_submodule(layout.path)
     ids, mask, positions = left_padded(device=component.device)
     what = f"the model in {len(bounds) - 1} segments and the uncut model"
     for given in (None, mask):
         where = positions if given is not None else torch.arange(ids.shape[1], device=ids.device)[None]
-        kwargs = {"position_ids": where} if anatomy.positions else {}
+        kwargs = {"position_ids": where} if layout.positions else {}
         wanted = stack(input_ids=ids, attention_mask=given, use_cache=False, **kwargs)[0]
         state = component.get_input_embeddings()(ids)
         for start, stop in zip(bounds, bounds[1:]):
-            state = cut(component, anatomy, start, stop)(state, given, where)
+            state = cut(component, layout, start, stop)(state, given, where)
         same(state, wanted, what)
     kwargs = {"position_ids": positions} if "position_ids" in inspect.signature(component.forward).parameters else {}
     wanted = component(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits
-    same(Head(component, anatomy)(state), wanted, "the logits of a component's last state and its own logits")
+    same(Head(component, layout)(state), wanted, "the logits of a component's last state and its own logits")
 
 
 @torch.no_grad()
