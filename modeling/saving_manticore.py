@@ -6,6 +6,7 @@ it moved them, moves the rest.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -150,11 +151,10 @@ def _make_scratch(place, target):
 
 def _clean_up(place, target):
     """Removes what killed processes left in `place`: a living one, in whatever container, holds its own."""
-    for stale in place.iterdir() if fcntl is not None else ():
-        if stale.name.startswith(_prefix(target)) and not _is_promised(stale, target):
-            if (held := _hold(stale)) not in (None, False):
-                shutil.rmtree(stale, ignore_errors=True)
-                _let_go(held)
+    for stale in place.glob(glob.escape(_prefix(target)) + "*"):
+        if not _is_promised(stale, target) and (held := _hold(stale)) not in (None, False):
+            shutil.rmtree(stale, ignore_errors=True)
+            _let_go(held)
 
 
 def _hold(directory):
