@@ -1,16 +1,24 @@
 """What the hybrid's forward returns, to whoever calls it and to TRL's trainers.
 
-TRL (>= 1.0) replaces the forward of the model it trains by one that runs `base_model` and multiplies its last state by
-one output matrix in tiles. A hybrid has no such matrix: its logits are a mixture of several heads. So a hybrid keeps
-its own forward and, when it is called with `fused_lm_head=True`, gives the same fields itself.
+TRL (>= 1.0) replaces the forward of the model it trains by one that multiplies the last state of `base_model` by one
+output matrix in tiles. A hybrid's logits are a mixture of several heads instead: it keeps its own forward and, when it
+is called with `fused_lm_head=True`, gives the same fields itself.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 
 from .mixture_manticore import widen
+
+TRL_LOSS = (
+    "TRL's trainers compute their losses from the mixture's log-probabilities: this hybrid's mix_loss_weight and "
+    "component_loss_weight have no effect there. Train with Transformers' Trainer to have them."
+)
 
 
 @dataclass
@@ -21,10 +29,12 @@ class ManticoreModelOutput(BaseModelOutputWithPast):
         last_hidden_state: [batch, time, d], the shared state after the last block.
         cache: A ManticoreCache, if caching.
         hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
-        states: Each component's own last state [batch, time, d_k] (None where it was not run).
+        attentions: Attention weights [batch, heads, time, past + time], if asked for, of every layer that attends, as
+            they are run: block by block, in each component by component, in each layer by layer.
+        states: {component: [batch, time, d_k]}, the last states of those that were run in the last block.
     """
 
-    states: tuple | None = None
+    states: ModelOutput | None = None
 
 
 @dataclass
@@ -35,7 +45,7 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
         loss: mix_loss_weight * mixture_loss + component_loss_weight * sum(component_losses), with `labels`.
         logits: [batch, time, vocabulary] of the mixture; like any model's, up to a constant per token.
         cache: A ManticoreCache, if caching.
-        hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
+        hidden_states, attentions: As in ManticoreModelOutput.
         mixture_loss: Cross-entropy of the mixture, nats per token.
         component_losses: [K], cross-entropy of each component's own head, NaN where it was not run (if
             component_loss_weight > 0, or `report_parts` is set on the model).
@@ -53,12 +63,16 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
 class FusedOutput(ModelOutput):
     """Per-token fields [batch, time - 1] ([batch, time] with `shift_labels`), zero where the label is -100.
 
+    All are of the mixture, which is the policy of whoever asks, at the temperature that was asked for.
+
     Attributes:
-        loss: Sum of -log_probs over the labelled tokens, divided by `num_items_in_batch` or their number.
-        log_probs: The objective per token: with component losses, mix_loss_weight * log p + component_loss_weight *
-            sum_k log p_k, so that a trainer that only knows log-probabilities trains the hybrid's own loss.
-        entropy: Of the mixture, nats.
-        is_top1: Whether the label is the mixture's most likely token.
+        loss: The hybrid's own loss, that of its components included: a sum over the labelled tokens, divided by
+            `num_items_in_batch` or their number.
+        log_probs: Of the labels.
+        entropy: In nats.
+        log_sum_sq_probs: log sum_v p_v^2.
+        mean_logits: Mean of the logits over the vocabulary.
+        is_top1: Whether the label is the most likely token.
         label_mask: Whether the token is labelled.
     """
 
@@ -72,39 +86,58 @@ class FusedOutput(ModelOutput):
     aux_loss: torch.Tensor | None = None
 
 
-def fused_output(config, logits, own, labels=None, shift_labels=None, num_items_in_batch=None):
-    """The fields TRL reads.
+def fused_output(
+    config: PreTrainedConfig,
+    logits: torch.Tensor,
+    own: list[torch.Tensor],
+    temperature: float = 1.0,
+    labels: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> FusedOutput:
+    """The fields TRL reads, of logits [batch, time, vocabulary] of the mixture and of each component's own head.
 
-    Args:
-        config: The hybrid's configuration (loss weights).
-        logits: [batch, time, vocabulary] of the mixture.
-        own: Logits of each component's own head.
-        labels: [batch, time], shifted here; or `shift_labels` [batch, time], shifted already.
-        num_items_in_batch: Labelled tokens of the whole batch, over all micro-batches and processes.
+    All logits are divided by `temperature`. `labels` [batch, time] are shifted here, `shift_labels` were before;
+    `num_items_in_batch` counts the labelled tokens of the whole batch, over all micro-batches and processes.
     """
     if shift_labels is None:
-        labels = labels[:, 1:]
-        logits, own = logits[:, :-1], [one[:, :-1] for one in own]
-    else:
-        labels = shift_labels
-    mask = labels != -100
-    index = labels.clamp(min=0)[..., None]
+        shift_labels, logits, own = labels[:, 1:], logits[:, :-1], [one[:, :-1] for one in own]
+    mask, index = shift_labels != -100, shift_labels.clamp(min=0)[..., None]
+
+    def log_probs(values):
+        values = widen(values)
+        return (values if temperature == 1.0 else values / temperature).log_softmax(-1)
 
     def pick(values):
-        values = widen(values).log_softmax(-1)
-        return values, values.gather(-1, index)[..., 0]
+        return values.gather(-1, index)[..., 0].masked_fill(~mask, 0.0)
 
-    logprobs, objective = pick(logits)
-    if config.mix_loss_weight != 1.0:
-        objective = config.mix_loss_weight * objective
+    logprobs = log_probs(logits)
+    # Recomputed in backward: who trains on the entropy (GRPO) need not keep the probabilities beside their logarithms.
+    entropy = checkpoint(_entropy, logprobs, use_reentrant=False, preserve_rng_state=False)
+    chosen = pick(logprobs)
+    objective = config.mix_loss_weight * chosen
     if config.component_loss_weight > 0:
-        objective = objective + config.component_loss_weight * sum(pick(one)[1] for one in own)
-    objective = objective.masked_fill(~mask, 0.0)
+        objective = objective + config.component_loss_weight * sum(pick(log_probs(one)) for one in own)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return FusedOutput(
         loss=-objective.sum() / count,
-        log_probs=objective,
-        entropy=-(logprobs.exp() * logprobs).sum(-1).detach().masked_fill(~mask, 0.0),
-        is_top1=(logprobs.argmax(-1) == labels) & mask,
+        log_probs=chosen,
+        entropy=entropy.masked_fill(~mask, 0.0),
+        log_sum_sq_probs=(2 * logprobs.detach()).logsumexp(-1).masked_fill(~mask, 0.0),
+        mean_logits=(widen(logits.detach()).mean(-1) / temperature).masked_fill(~mask, 0.0),
+        is_top1=(logprobs.argmax(-1) == shift_labels) & mask,
         label_mask=mask,
     )
+
+
+def _entropy(logprobs):
+    finite = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0 times minus infinity is no number
+    return -(finite.exp() * finite).sum(-1)
+
+
+def asked_temperature(forward: Any) -> float | None:
+    """The temperature in the forward that TRL would put in a model's place, or None if it is no such forward."""
+    code = getattr(getattr(forward, "__func__", None), "__code__", None)
+    if code is None or "fused_lm_head" not in code.co_varnames:
+        return None
+    return dict(zip(code.co_freevars, forward.__func__.__closure__))["temperature"].cell_contents

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -49,14 +50,16 @@ def where(entry: dict) -> str:
     return f"Component {entry['name']!r} ({entry['repo_id']}@{entry['revision'][:12]})"
 
 
+def commit_in(path: str) -> str | None:
+    """The commit in the path of a file in the Hub's cache."""
+    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
+    return found[1] if found else None
+
+
 def component_files(entry: dict, hub: dict) -> list[str]:
     """Paths of a referenced component's safetensors files at its pinned commit, downloaded if need be.
 
-    A branch or tag in the entry is replaced by the commit it stands for.
-
-    Args:
-        entry: The component's entry in the configuration.
-        hub: Keyword arguments of the Hub client.
+    A branch or tag in its entry is replaced by the commit it stands for. `hub` goes to the Hub's client.
 
     Raises:
         ManticoreError: Names the component, the repository and what to do.
@@ -97,7 +100,7 @@ def refusal(err: Exception, repo_id: str) -> str:
     return f"the Hub answers {status}: {remedy}"
 
 
-def open_files(files: list, stack, owner: str, prefix: str = "") -> dict:
+def open_files(files: list, stack: ExitStack, owner: str, prefix: str = "") -> dict:
     """{prefix + key: lazy slice} of safetensors files, kept open by `stack`; `owner` names them in an error."""
     out = {}
     for file in files:
@@ -114,25 +117,15 @@ def open_files(files: list, stack, owner: str, prefix: str = "") -> dict:
 
 def _pin(entry, hub):
     """Replaces a branch or tag by its commit."""
-    moving = entry["revision"]
-    path = _download(entry, "config.json", hub)
-    commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
+    moving, commit = entry["revision"], commit_in(_download(entry, "config.json", hub))
     if commit is None:
         raise ManticoreError(f"{where(entry)}: revision {moving!r} did not resolve to a commit.")
-    entry["revision"] = commit[1]
-    logger.warning(
-        f"{where(entry)} was referenced by {moving!r}, which can move; it stands for commit {commit[1]} now, and that "
-        "is what saving this hybrid writes."
-    )
+    entry["revision"] = commit
+    logger.warning(f"{where(entry)} was referenced by {moving!r}, which can move; saving this hybrid pins {commit}.")
 
 
 def shards(index: str | os.PathLike, what: tuple) -> list[str]:
-    """Names of the safetensors files beside an index that it names.
-
-    Args:
-        index: Path of the index.
-        what: How a message begins that says that it is none, and with which remedy it ends.
-    """
+    """Names of the safetensors files that an index names; `what` begins an error, and ends it with a remedy."""
     try:
         found = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
         plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", one) for one in found)
@@ -175,7 +168,8 @@ def verify(path: str, expected: str, what: str, anew: bool = False) -> None:
         if note and not anew and note.read_text() == now:
             return
     if sha256(path) != expected:
-        _forget(path)
+        for one in {os.path.realpath(path), path}:  # blob and link
+            Path(one).unlink(missing_ok=True)
         raise ManticoreError(
             f"{what} is damaged: its SHA-256 is not {expected[:16]}... as recorded. It was removed from the local "
             "cache; load again to fetch it anew."
@@ -208,25 +202,16 @@ def lfs_id(path: str) -> str | None:
 
 
 def sha256(path: str) -> str:
+    """A file's SHA-256 in hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _forget(path):
-    """Removes a damaged file from the cache, blob and link."""
-    for one in {os.path.realpath(path), os.fspath(path)}:
-        Path(one).unlink(missing_ok=True)
 
 
 # ---- code ----------------------------------------------------------------------------------------------------
 
 
 def code_of(what: str, auto_map: dict | None) -> dict:
-    """The classes that a repository's `auto_map` names, as an entry records them.
-
-    Args:
-        what: How a message calls the component.
-        auto_map: What its config.json says, or what an entry recorded.
+    """The classes that an `auto_map`, of a config.json or an entry, names.
 
     Raises:
         ManticoreError: It names no such classes, or code of another repository, which no commit would pin.
@@ -241,26 +226,24 @@ def code_of(what: str, auto_map: dict | None) -> dict:
     return code
 
 
-def trust(what: str, entry: dict, model_type: str, token: str | bool | None = None) -> None:
-    """Runs a component's code and registers its classes.
+def _source(what, entry):
+    return entry.get("repo_id"), entry.get("revision"), tuple(sorted(code_of(what, entry["code"]).items()))
 
-    Args:
-        what: How a message calls the component.
-        entry: Its entry, with `repo_id`, `revision` (a commit) and `code`.
-        model_type: What its configuration says.
-        token: Of the Hub.
+
+def trust(what: str, entry: dict, model_type: str, token: str | bool | None = None) -> None:
+    """Runs the code of the component of an entry (whose revision is a commit) and registers its classes.
 
     Raises:
         ManticoreError: The code cannot be fetched or run, or another repository's code runs under the same model type.
     """
-    source = (entry["repo_id"], entry["revision"], tuple(sorted(code_of(what, entry.get("code")).items())))
+    source = _source(what, entry)
     if _registered.get(model_type) == source:
         return
     if model_type in _registered or model_type in CONFIG_MAPPING:
         raise ManticoreError(
             f"{what}: model_type {model_type!r} is taken in this process by other code "
-            f"({'@'.join(_registered[model_type][:2]) if model_type in _registered else 'Transformers itself'}); load "
-            "them in processes of their own."
+            f"({'@'.join(_registered.get(model_type, ['Transformers itself'])[:2])}); load them in processes of their "
+            "own."
         )
     if entry.get("subfolder"):
         raise ManticoreError(f"{what}: code in a subfolder ({entry['subfolder']!r}) is not supported.")
@@ -275,11 +258,7 @@ def trust(what: str, entry: dict, model_type: str, token: str | bool | None = No
 
 
 def run_trusted(names: str | list, values: dict) -> None:
-    """Runs the code of the components that a caller trusts.
-
-    Args:
-        names: Their names, or one.
-        values: What a hybrid's config.json says.
+    """Runs the code of the components of a hybrid's config.json that a caller trusts by name.
 
     Raises:
         ManticoreError: A name is no component with code of its own, or its code is not pinned or cannot be run.
@@ -291,13 +270,10 @@ def run_trusted(names: str | list, values: dict) -> None:
         if name not in found:
             raise ManticoreError(f"trust_component_code: {show(name)} is no component that needs code of its own.")
         entry = found[name]
-        address = [entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")]
         check_component_name(name)
-        check_reference(name, *address)
+        check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
         if not is_commit(entry.get("revision")):
-            raise ManticoreError(
-                f"Component {name!r}: its code must be pinned by a commit, not {entry.get('revision')!r}."
-            )
+            raise ManticoreError(f"Component {name!r}: its code must be pinned by a commit, not {entry['revision']!r}.")
         sub = entry.get("config") or values.get(name)
         trust(f"Component {name!r}", entry, sub.get("model_type") if isinstance(sub, dict) else None)
 
@@ -308,23 +284,16 @@ def registered() -> set[str]:
 
 
 def require(name: str, entry: dict, values: dict) -> None:
-    """Raises ManticoreError if a component needs code that was not asked for.
-
-    Args:
-        name: The component.
-        entry: Its entry.
-        values: Its configuration as a dict.
-    """
+    """Raises ManticoreError if a component of this entry and configuration needs code that was not asked for."""
     kind, what = values.get("model_type"), f"Component {name!r}"
     if entry.get("code") is None:
         if isinstance(kind, str) and kind in _registered:
             raise ManticoreError(f"{what} has model_type={kind!r}: here that is another component's own code.")
         return
-    code = code_of(what, entry["code"])
-    source = (entry.get("repo_id"), entry.get("revision"), tuple(sorted(code.items())))
+    repo, commit, code = source = _source(what, entry)
     if not isinstance(kind, str) or _registered.get(kind) != source:
-        files = ", ".join(sorted({value.split(".")[0] + ".py" for value in code.values()}))
+        files = ", ".join(sorted({value.split(".")[0] + ".py" for _, value in code}))
         raise ManticoreError(
-            f"{what} needs code of its own repository, which runs only if you ask for it: read {files} in {source[0]} "
-            f"at commit {source[1]}, then load with trust_component_code=[{name!r}]."
+            f"{what} needs code of its own repository, which runs only if you ask for it: read {files} in {repo} at "
+            f"commit {commit}, then load with trust_component_code=[{name!r}]."
         )

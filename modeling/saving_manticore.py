@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers.utils import logging
@@ -39,7 +40,7 @@ def copy_code(directory: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def whole_directory(target: str | os.PathLike, active: bool):
+def whole_directory(target: str | os.PathLike, active: bool) -> Iterator[str]:
     """Gives a scratch directory whose files are moved into `target` when the block ends well.
 
     A new target appears by one rename. In an existing one the files are replaced or none is; its other files stay, but

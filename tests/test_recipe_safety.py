@@ -50,7 +50,7 @@ def test_what_acts_outside_is_refused_in_every_stage(tmp_path):
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert set(OUTSIDE) <= known and RECIPE_MAY_SAY <= known and not RECIPE_MAY_SAY & set(OUTSIDE)
     assert {field.name for field in dataclasses.fields(OutsideArguments)} <= set(OUTSIDE)
-    for stage in ("calibrate", "pretrain", "search", "finetune", "harden"):
+    for stage in ("calibrate", "pretrain", "search", "finetune", "prune"):
         for key, value in OUTSIDE.items():
             text = f"components: [a/b]\ndata: {{data: t}}\nstages:\n- {stage}: {{{key}: {value!r}}}\n"
             with pytest.raises(ManticoreError, match=rf"x.yaml:4: stages.0.{stage}.{key}: .*(outside|unknown key)"):

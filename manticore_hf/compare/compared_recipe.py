@@ -48,7 +48,7 @@ def _absolute(source, recipe):
     return str(path.resolve()) if path.exists() else source
 
 
-def training_settings(recipe: Recipe, stage: str, **own) -> dict:
+def training_settings(recipe: Recipe, stage: str, **own: object) -> dict:
     """What a stage of the recipe sets of TrainingArguments, with changes."""
     settings = stage_settings(recipe, stage)
     settings = settings if settings is not None else GATE if stage == "pretrain" else {}

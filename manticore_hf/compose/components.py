@@ -66,7 +66,7 @@ class ComponentSpec:
     @classmethod
     def of(cls, item: object) -> "ComponentSpec":
         """An item of `from_components([...])` as a spec."""
-        spec = item if type(item).__name__ == cls.__name__ else cls(item)  # by name: it may be of another copy
+        spec = item if isinstance(item, cls) else cls(item)
         if not isinstance(spec.source, (str, os.PathLike, PreTrainedModel)):
             raise ManticoreError(
                 f"Component {spec.source!r} is a {type(spec.source).__name__}; give a repo id, a local directory, a "
@@ -113,12 +113,12 @@ class Resolved:
 
 
 def resolve(spec: ComponentSpec, hub: dict, weights: bool = True) -> Resolved:
-    """Finds a component's configuration and refuses what cannot be joined.
+    """Finds a component's configuration; what cannot be joined raises.
 
     Args:
         spec: A ComponentSpec.
         hub: Keyword arguments for the Hub client: token, cache_dir, local_files_only.
-        weights: Whether to refuse a component without readable weights; only then are they asked for.
+        weights: Whether a component without readable weights raises; only then are they asked for.
 
     Raises:
         ManticoreError: Names the component and the reason.

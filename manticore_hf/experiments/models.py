@@ -40,7 +40,7 @@ def scratch_config(family: str, vocab_size: int, layers: int, width: int, positi
     Raises:
         ManticoreError: There is no such family of causal LMs, or it cannot be made of that size.
     """
-    if family not in CONFIG_MAPPING or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if family not in CONFIG_MAPPING or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or family == "manticore":
         raise ManticoreError(
             f"model={family!r} is no model type with a causal LM in Transformers; give for example llama, gpt_neox, "
             "mamba or mamba2."

@@ -188,7 +188,7 @@ def _exclude(one, two):
 def check(
     licenses: Mapping[str, str | None], commercial: bool = False, override: bool = False, chosen: str | None = None
 ) -> Combined:
-    """`combine`, refusing conflicts.
+    """`combine`, where a conflict raises.
 
     Args:
         licenses, commercial: As for `combine`.

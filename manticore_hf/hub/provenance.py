@@ -9,6 +9,7 @@ import json
 import re
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import HfApi, HfFileSystem, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -120,7 +121,7 @@ def verify_cached(entry: dict) -> dict[str, list[str]]:
     return out
 
 
-def read_header(opened) -> tuple[dict, int]:
+def read_header(opened: BinaryIO) -> tuple[dict, int]:
     """The header of an opened safetensors file, and the offset at which its data begin.
 
     Raises:
@@ -136,7 +137,7 @@ def read_header(opened) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def open_weights(source: str, name: str, revision: str | None = None):
+def open_weights(source: str, name: str, revision: str | None = None) -> BinaryIO:
     """Opens a file of a hybrid for reading by byte ranges, without fetching the rest of it."""
     if Path(source).is_dir():
         return open(Path(source) / name, "rb")

@@ -82,7 +82,7 @@ def publish(
     card: str = "merge",
     datasets: list | tuple = (),
     tags: list | tuple = (),
-):
+) -> "Published":
     """Publishes a hybrid on the Hub.
 
     Args:
@@ -171,7 +171,7 @@ def update_card(
         logger.warning(notice)
 
 
-def look_at_components(config, api: HfApi) -> tuple[dict, dict, list[str]]:
+def look_at_components(config: ManticoreConfig, api: HfApi) -> tuple[dict, dict, list[str]]:
     """What a publisher has to know of the components' repositories.
 
     Args:
@@ -391,7 +391,7 @@ def _read(path):
         raise ManticoreError(f"{path} is no UTF-8 text ({err}); repair it.") from err
 
 
-def print_published(out) -> None:
+def print_published(out: "Published") -> None:
     """Prints what was published, or would be."""
     width = max(map(len, out.files))
     for name, size in out.files.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
 from manticore_hf.modeling.references_manticore import where
@@ -46,7 +46,7 @@ _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 def collect(
     directory: str | os.PathLike,
     made: str | os.PathLike,
-    config,
+    config: PreTrainedConfig,
     tokenizer: object = None,
     token: str | bool | None = None,
 ) -> tuple[dict, list[str]]:
@@ -194,7 +194,7 @@ def refuse_links(directory: str | os.PathLike) -> None:
             )
 
 
-def source_card(model) -> str | None:
+def source_card(model: PreTrainedModel) -> str | None:
     """Path of the model card of the repository or directory that a hybrid was loaded from, or None.
 
     A saved hybrid keeps it: what people wrote there is about the hybrid, also after it was trained further.

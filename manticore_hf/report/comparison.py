@@ -10,7 +10,8 @@ from manticore_hf.utils.formatting import is_number
 
 FILE = "comparison.json"
 FOLDER = "compared"  # below the hybrid or its run, unless the user names another
-KINDS = ("component", "ensemble", "gate", "single", "designed", "hybrid", "hardened", "untuned", "oracle")
+KINDS = ("component", "ensemble", "gate", "single", "designed", "hybrid", "pruned", "untuned", "oracle")
+OLD_KINDS = {"hardened": "pruned"}
 _NUMBERS = (
     "difference",
     "p",
@@ -74,7 +75,7 @@ def read_comparison(path: str | os.PathLike) -> dict[str, Any]:
         wrong("two rows have one name")
     if values.get("hybrid") not in names:
         wrong(f"its hybrid {values.get('hybrid')!r} is none of its rows")
-    tokens = {key: _count(values.get(key)) for key in ("tokens", "test_tokens")}
+    tokens = {key: _count(values.get(key)) for key in ("tokens", "test_tokens", "test_bytes")}
     texts = {key: str(values.get(key) or "not recorded") for key in ("data", "test", "machine")}
     seeds = values.get("seeds") if isinstance(values.get("seeds"), list) else []
     return {**tokens, **texts, "seeds": seeds, "hybrid": values["hybrid"], "rows": checked}
@@ -84,7 +85,8 @@ def _row(row, wrong):
     name = row.get("name")
     if not isinstance(name, str) or not name:
         wrong("a row has no name")
-    if row.get("kind") not in KINDS:
+    row = {**row, "kind": OLD_KINDS.get(str(row.get("kind")), row.get("kind"))}
+    if row["kind"] not in KINDS:
         wrong(f"row {name!r} has kind {row.get('kind')!r}; known are {list(KINDS)}")
     if not is_number(row.get("loss")):
         wrong(f"row {name!r} has loss {row.get('loss')!r}, which is no number")

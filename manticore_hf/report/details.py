@@ -12,7 +12,7 @@ _KINDS = {
     "component": "a component, tuned on the same text", "ensemble": "a mean of the tuned components",
     "gate": "a gate trained over the tuned components", "single": "one model",
     "designed": "a hybrid designed by hand", "oracle": "a router that knows the answer",
-    "hybrid": "a hybrid", "hardened": "a hardened hybrid", "untuned": "as it is, not tuned",
+    "hybrid": "a hybrid", "pruned": "a pruned hybrid", "untuned": "as it is, not tuned",
 }  # fmt: skip
 _MOST_CHARTS = 8
 

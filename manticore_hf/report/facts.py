@@ -14,6 +14,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.report.comparison import find_comparison, read_comparison
 from manticore_hf.training.recipe import load_kept_recipe, stage_data
 from manticore_hf.training.search import alpha_history
+from manticore_hf.utils.claims import AS_IT_CAME
 from manticore_hf.utils.files import stays_inside
 from manticore_hf.utils.formatting import is_number, listed
 
@@ -202,31 +203,69 @@ def _name(directory, folder):
     return f"{path.parent.name}/{path.name}" if _STAGE.fullmatch(path.name) else path.name
 
 
-def one_run(facts: Facts) -> tuple[dict[str, float], str, str] | None:
-    """(losses by name, the hybrid's name, a note) of one run, or None where no baseline was measured beside the hybrid.
+@dataclass
+class OneRun:
+    """What one run measured of a hybrid and its baselines.
 
-    What `evaluation.json` or `stage.json` says; several texts with the same rows as one, weighted by their tokens. Else
-    what was measured for this report.
+    Args:
+        losses: {name: nats per token of the hybrid's tokenizer}.
+        own: The hybrid's name.
+        note: What it was measured on, and how.
+        bits: {name: bits per byte}, as far as known.
+        size: Bytes of text, None if unknown.
+        differences: {baseline: [bits per byte minus the hybrid's, low, high]}, as far as known.
+        missing: {name: why it was not measured}.
     """
-    results = [one for one in facts.results if len(one.losses) > 1 and one.own in one.losses]
-    if results:
-        first = results[0]
-        alike = all(one.tokens and one.own == first.own and set(one.losses) == set(first.losses) for one in results)
-        some = results if alike else [first]
-        weights = [one.tokens or 1 for one in some]
-        losses = {
-            name: sum(one.losses[name] * weight for one, weight in zip(some, weights)) / sum(weights)
-            for name in first.losses
-        }
-        return losses, first.own, f"One run, {listed([one.data for one in some])}. {first.note or ''}".strip()
+
+    losses: dict[str, float]
+    own: str
+    note: str
+    bits: dict[str, float] = field(default_factory=dict)
+    size: int | None = None
+    differences: dict[str, list] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_untouched(self) -> bool:
+        """Whether a component as it came is among the baselines."""
+        return any(name.endswith(AS_IT_CAME.format("")) for name in self.losses)
+
+
+def one_run(facts: Facts) -> OneRun | None:
+    """What one run says, or None where no baseline was measured beside the hybrid.
+
+    What `evaluation.json` or `stage.json` says; several texts with the same rows as one, weighted by their tokens, and
+    then without intervals. What was measured for this report comes first where only it has the components as they came.
+    """
     measured = facts.measured.get("losses")
+    found = None
     if measured and len(measured["losses"]) > 1:
         note = (
-            f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens. Every component by its own head "
-            "inside this hybrid, the ensemble their plain mean."
+            f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens, {measured['bytes']:,} bytes. Every "
+            "component by its own head inside this hybrid, the ensemble their plain mean; as it came, by its own "
+            "tokenizer, untrained. Nats per token count the hybrid's tokens."
         )
-        return measured["losses"], "hybrid", note
-    return None
+        keys = ("bits_per_byte", "bytes", "differences", "missing")
+        found = OneRun(measured["losses"], "hybrid", note, *(measured[key] for key in keys))
+    results = [one for one in facts.results if len(one.losses) > 1 and one.own in one.losses]
+    if not results:
+        return found
+    first = results[0]
+    alike = all(one.tokens and one.own == first.own and set(one.losses) == set(first.losses) for one in results)
+    some = results if alike else [first]
+    told = f"One run, {listed([one.data for one in some])}. {first.note or ''}".strip()
+    if len(some) == 1:
+        said = OneRun(first.losses, first.own, told, first.bits, first.size, first.differences)
+    else:
+        losses = _mean([one.losses for one in some], [one.tokens for one in some])
+        known = all(one.size and set(one.bits) == set(first.losses) for one in some)
+        bits = _mean([one.bits for one in some], [one.size for one in some]) if known else {}
+        said = OneRun(losses, first.own, told, bits, sum(one.size for one in some) if known else None)
+    return found if found is not None and found.has_untouched and not said.has_untouched else said
+
+
+def _mean(values, weights):
+    return {name: sum(one[name] * w for one, w in zip(values, weights)) / sum(weights) for name in values[0]}
 
 
 def held_out(

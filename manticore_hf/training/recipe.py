@@ -23,7 +23,7 @@ from typing import get_args, get_type_hints
 
 import yaml
 from huggingface_hub import constants
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from manticore_hf.evaluation.data import DataArguments
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
@@ -31,9 +31,10 @@ from manticore_hf.training.programs import program_of
 from manticore_hf.training.runtime import check_training, training_defaults
 from manticore_hf.training.search import STRATEGIES
 from manticore_hf.training.stage_arguments import RECIPE_MAY_SAY, HybridArguments, OutsideArguments
-from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
+from manticore_hf.training.stages import AFTER_COMPOSE, OLD_NAMES, STAGES
 from manticore_hf.utils.distributed import on_main, print_main
 from manticore_hf.utils.files import replace_text, stays_inside
+from manticore_hf.utils.renamed import warn_renamed
 
 TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
@@ -197,6 +198,9 @@ def _stage(entry, i, wrong):
     if not isinstance(entry, dict) or len(entry) != 1:
         wrong(("stages", i), f"is {show(entry)}, must be one stage with its settings.")
     ((stage, settings),) = entry.items()
+    if isinstance(stage, str) and stage in OLD_NAMES:
+        warn_renamed(f"stages: {stage}", OLD_NAMES[stage])
+        stage = OLD_NAMES[stage]
     if stage not in _stage_keys():
         wrong(("stages", i), f"stage {show(stage)} is unknown; known are {sorted(_stage_keys())}.")
     settings = settings or {}
@@ -480,3 +484,27 @@ def find_beside(source: str, recipe: Recipe) -> str:
             "path in the recipe, or --allow-outside (allow_outside=True)."
         )
     return str(found)
+
+
+def recipe_sources(folder: str | Path, config: PreTrainedConfig) -> list[str] | None:
+    """Where the recipe beside a hybrid has its components from, where the hybrid does not know; else None.
+
+    Args:
+        folder: Directory of the hybrid.
+        config: Its configuration.
+    """
+    file = Path(folder) / "recipe.yaml"
+    if not file.is_file() or all(entry["repo_id"] for entry in config.components):
+        return None
+    try:
+        recipe = load_kept_recipe(file, folder)
+        found = [find_beside(source, recipe) for source in recipe.components]
+    except ManticoreError:
+        return None
+    if len(found) != len(config.components):
+        return None
+    usable = [Path(one).is_dir() and (recipe.allow_outside or stays_inside(one, folder)) for one in found]
+    return [
+        one if entry["repo_id"] is None and known else None
+        for one, known, entry in zip(found, usable, config.components)
+    ]

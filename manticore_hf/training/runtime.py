@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.evaluation.data import load_rows
+from manticore_hf.evaluation.data import load_rows, without_text
 from manticore_hf.evaluation.data_arguments import DataArguments
+from manticore_hf.evaluation.losses import Passages, make_passages
 from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
 from manticore_hf.utils.deepspeed import Unrounded, take_precision
 from manticore_hf.utils.distributed import broadcast_object, gathered, is_main, main_first, on_main, print_main
@@ -44,6 +45,7 @@ class StageRun:
         data: Where its text comes from; None of a stage without text.
         tokenizer: The hybrid's, once it is loaded; saved with the model.
         train, validation: Rows of text as `load_rows` gives them, once they are loaded.
+        passages: The texts of the validation rows, to measure on; None where there are none.
     """
 
     stage: str
@@ -52,6 +54,7 @@ class StageRun:
     tokenizer: PreTrainedTokenizerBase | None = None
     train: Dataset | None = None
     validation: Dataset | None = None
+    passages: Passages | None = None
 
     @property
     def output(self) -> Path:
@@ -92,7 +95,10 @@ class StageRun:
         model = ManticoreForCausalLM.from_pretrained(source, dtype=dtype)
         with main_first():
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.train, self.validation = load_rows(self.data, self.tokenizer)
+            rows = load_rows(self.data, self.tokenizer, keep_text=True)
+        if rows[1] is not None:
+            self.passages = make_passages(rows[1], self.tokenizer)
+        self.train, self.validation = (without_text(part) for part in rows)
         return model
 
     def load_to_train(self, source: str | Path, dtype: str) -> ManticoreForCausalLM:

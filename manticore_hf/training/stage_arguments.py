@@ -61,7 +61,7 @@ class HybridArguments(HybridSettings):
         default=None,
         metadata={
             "help": "Give components with other tokenizers the vocabulary of the tokenizer "
-            "component: mean, omp or auto. Default: refuse them.",
+            "component: mean, omp or auto. Default: they are unsupported.",
             "choices": ("mean", "omp", "auto"),
         },
     )
@@ -142,8 +142,8 @@ class AlphaArguments:
 
 
 @dataclass
-class HardenArguments:
-    """What is hardened, and how its route is chosen."""
+class PruneArguments:
+    """What is pruned, and how its route is chosen."""
 
     model: str = field(metadata={"help": "The soft hybrid: directory or Hub repo."})
     route: str = field(
@@ -160,7 +160,9 @@ class HardenArguments:
     beam: int = field(default=4, metadata={"help": "Routes kept where there are too many to measure all."})
     distil_weight: float = field(
         default=0.5,
-        metadata={"help": "Weight of the soft hybrid's distribution in the healing's loss; the text has the rest."},
+        metadata={
+            "help": "Weight of the soft hybrid's distribution in the distillation's loss; the text has the rest."
+        },
     )
     train_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
 

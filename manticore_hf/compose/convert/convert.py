@@ -5,7 +5,7 @@
     manticore-hf convert org/old --output-dir old                              # Transformers' layout, but a pickle
 
 Hybrids read safetensors only, because reading a pickle can run code; converting is the step that a user takes on
-purpose. Pickles are read with weights_only, and refused if they hold anything but tensors. Each tensor of the source
+purpose. Pickles are read with weights_only, and must hold nothing but tensors. Each tensor of the source
 is used exactly once, each of the model's is filled, and what was written, read back, gives the same logits to the bit.
 """
 

@@ -1,10 +1,17 @@
-"""Models from GGUF files: Transformers dequantises them; what it would leave out is refused."""
+"""Models from GGUF files: Transformers dequantises them; what it would leave out raises."""
 
 import math
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from manticore_hf.compose.convert.gguf_header import check_header
 from manticore_hf.hub.licenses import stated_license
@@ -12,7 +19,9 @@ from manticore_hf.modeling.bounds_manticore import ManticoreError, build_compone
 from manticore_hf.utils.defence import check_memory
 
 
-def load_gguf(what, path):
+def load_gguf(
+    what: str, path: str | Path
+) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], GenerationConfig, str | None]:
     """The model in a GGUF file.
 
     Args:
@@ -65,7 +74,7 @@ def load_gguf(what, path):
     return config, model.state_dict(), model.generation_config, stated_license(fields.get("general.license"))
 
 
-def gguf_tokenizer(what, path):
+def gguf_tokenizer(what: str, path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a GGUF file.
 
     Raises:

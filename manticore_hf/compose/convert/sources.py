@@ -38,16 +38,16 @@ class Source:
     revision: str | None = None
 
     @property
-    def what(self):
+    def what(self) -> str:
         """What messages call it."""
         return f"The checkpoint {self.repo_id or str(self.folder)!r}"
 
     @property
-    def address(self):
+    def address(self) -> tuple[str, dict]:
         """What a tokenizer's class takes, with its keyword arguments."""
         return (str(self.folder), {}) if self.repo_id is None else (self.repo_id, {"revision": self.revision})
 
-    def file(self, name, needed=False):
+    def file(self, name: str, needed: bool = False) -> Path | None:
         """Path of one file, fetched if need be; None where there is none.
 
         Raises:
@@ -81,7 +81,9 @@ class Source:
         return Path(path)
 
 
-def find_source(source, revision=None, gguf_file=None):
+def find_source(
+    source: str | os.PathLike, revision: str | None = None, gguf_file: str | None = None
+) -> tuple[Source, str | None]:
     """(Source, name of the GGUF file in it or None) of what a user names.
 
     Args:
@@ -109,7 +111,7 @@ def find_source(source, revision=None, gguf_file=None):
     return Source(repo_id=repo_id, revision=at or revision or "main"), gguf_file
 
 
-def read_tensors(source):
+def read_tensors(source: Source) -> dict[str, torch.Tensor]:
     """{name: tensor} of a checkpoint's weight files, mapped into memory where their format allows it.
 
     Args:
