@@ -17,6 +17,8 @@ from manticore_hf.modeling import saving_manticore
 from manticore_hf.modeling.saving_manticore import check_whole, whole_directory
 
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
+from manticore_hf import publish as publish_hybrid
+from manticore_hf.hub.inspection import inspect_hybrid
 
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
 OLD = {**dict.fromkeys(("config.json", "a_manticore.py", *_SHARDS), "old"), "optimizer.pt": "mine"}
@@ -294,6 +296,12 @@ def test_a_hybrid_killed_on_either_side_of_the_one_rename(pair, tmp_path):
             other.save_pretrained(target)
 
         assert os.WIFSIGNALED(in_child(child))
+        if name == "config.json":  # whoever reads it otherwise is told, too
+            for read in (inspect_hybrid, partial(publish_hybrid, repo_id="x/y", dry_run=True)):
+                copy = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+                with pytest.raises(ManticoreError, match="load it again"):
+                    read(copy / "target")
+                shutil.rmtree(copy)
         found[name] = which(target, old, new)
     assert found == {".saving": False, "config.json": True, "model.safetensors": True}
 
