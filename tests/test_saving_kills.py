@@ -146,6 +146,23 @@ def test_a_strangers_note_moves_nothing(tmp_path):
         with pytest.raises(ManticoreError, match="save it again"):
             check_whole(folder)
         assert set(content(folder)) == {"config.json", ".saving"}
+    for link in (".out.saving-y", ".out.saving-z/out", ".out.saving-v/out/plots"):  # to what is the reader's
+        theirs = fill(tmp_path / "links" / "out", {"config.json": "{}"})
+        (theirs / link).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / link).symlink_to(tmp_path / "home")
+        fill(tmp_path / "home" / "out", {"id_rsa": "private"})
+        fill(tmp_path / "home", {"id_rsa": "private"})
+        name = "plots/id_rsa" if "plots" in link else "id_rsa"
+        (theirs / ".saving").write_text(json.dumps({"from": f"{link.split('/')[0]}/out", "files": [name]}))
+        with pytest.raises(ManticoreError, match="save it again"):
+            check_whole(theirs)
+        assert content(tmp_path / "home") == {"id_rsa": "private", "out/id_rsa": "private"}
+        shutil.rmtree(tmp_path / "links")
+    folder = fill(tmp_path / "links" / "out", {"config.json": "{}"})
+    (folder / "plots").symlink_to(tmp_path / "home")
+    with pytest.raises(ManticoreError, match="a link out of it"):
+        save(folder, NEW)
+    assert content(folder) == {"config.json": "{}"} and not (tmp_path / "home" / "x.png").exists()
     assert (tmp_path / "secret" / "id_rsa").read_text() == "private"
 
 
