@@ -3,13 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
@@ -62,21 +56,6 @@ def load_gguf(
             delattr(config, key)
     license = fields.get("general.license")
     return config, model.state_dict(), model.generation_config, license if isinstance(license, str) else None
-
-
-def gguf_tokenizer(what: str, path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file.
-
-    Raises:
-        ManticoreError: It has none that Transformers can read.
-    """
-    path = Path(path)
-    try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as err:
-        raise ManticoreError(
-            f"{what}: Transformers cannot read the tokenizer in {path.name} ({_brief(err)}); give --tokenizer."
-        ) from err
 
 
 def _check_all_read(what, path, reader, fields, model):
