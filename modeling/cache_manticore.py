@@ -79,7 +79,7 @@ class ManticoreCache(Cache):
         offloading: bool = False,
         quantized: dict | None = None,
     ):
-        layers, self._views = [], {}
+        layers, self._views, self.options = [], {}, (max_cache_len, offloading, quantized)
         self.max_cache_len, self.seen = max_cache_len, 0
         self.mask, self.has_padding = None, False  # of what was read (None: all real), and whether any was in between
         self.is_plain = not any("local" in getattr(config, "attention_layers", ()) for config in configs.values())
@@ -267,7 +267,7 @@ def cache_for_generation(
         if is_hybrids(given) and mask is not None and not given.is_plain:
             read = mask[:, : given.seen] != 0
             if not torch.equal(read, torch.ones_like(read) if given.mask is None else given.mask.to(read.device) != 0):
-                given.restart(model.make_cache(given.max_cache_len, offloading=given.offloading))
+                given.restart(model.make_cache(*given.options))
         given._is_user_defined = True
         return given
     if settings.use_cache is False:
