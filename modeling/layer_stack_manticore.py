@@ -372,6 +372,8 @@ def pick_config(config: PreTrainedConfig, indices: Sequence[int]) -> PreTrainedC
     """
     depth = config.num_hidden_layers
     out = copy.deepcopy(config)
+    # A shell that records its outputs would hook into the component's own layers, for ever
+    out.__dict__ |= {"_output_attentions": False, "output_hidden_states": False}
     frozen = {}
     for name in dir(type(config)):
         if hasattr(PreTrainedConfig, name):  # nothing there is per layer, and asking some of it warns

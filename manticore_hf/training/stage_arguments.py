@@ -119,6 +119,13 @@ class StageArguments:
     train_dtype: str = field(
         default="float32", metadata={"help": "dtype the weights are loaded in; bf16/fp16 options autocast over it."}
     )
+    new_rows_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of embeddings and heads that are new (transplanted, or embeddings: fresh); "
+            "0 freezes them. Default: the learning rate of everything."
+        },
+    )
 
 
 @dataclass
