@@ -50,7 +50,12 @@ STATE = {
         {"eval_loss": 2.3, "step": 20}, {"loss": 2.2, "step": 40}, {"train_runtime": 12.5, "step": 40},
     ],
 }  # fmt: skip
-EVALUATION = [{"losses": {"hybrid": 2.1, "a": 2.2}, "data": "org/texts", "tokens": 512, "own": "hybrid"}]
+EVALUATION = [
+    {
+        "losses": {"hybrid": 2.1, "a": 2.2}, "data": "org/texts", "tokens": 512, "own": "hybrid", "bytes": 2048,
+        "bits_per_byte": {"hybrid": 1.1, "a": 1.2}, "differences": {"a": [0.1, 0.05, 0.15]}, "missing": {"b": "why"},
+    },
+]  # fmt: skip
 
 
 def _row(name, kind, loss):
@@ -205,8 +210,7 @@ def _rendered(saved, folder):
         comparison=read_comparison(folder / "comparison.json"),
         comparison_path=folder / "comparison.json",
     )
-    run = one_run(facts)
-    pages = render(facts, decide(facts.comparison, facts.found["settings"], "compare", run and run[:2]))
+    pages = render(facts, decide(facts.comparison, facts.found["settings"], "compare", one_run(facts)))
     for page in pages:
         assert all(c.isprintable() or c in "\n\t" for c in page)
     return pages
