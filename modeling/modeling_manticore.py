@@ -47,7 +47,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list | None = None,
         **kwargs: Any,
     ) -> ManticoreCausalLMOutput | FusedOutput | tuple:
         """Next-token logits of the mixture, and the loss.
@@ -61,11 +62,11 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         fused = kwargs.pop("fused_lm_head", False)
         use_cache = False if fused else use_cache
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
-        inputs = read_inputs(self, *given, kwargs)
+        inputs = read_inputs(self, *given, {**kwargs, "output_attentions": output_attentions})
         if inputs.documents is not None:
             labels = None if labels is None else inputs.documents.labels(labels)
             if kwargs.get("shift_labels") is not None:
-                kwargs["shift_labels"] = inputs.documents.shifted(kwargs["shift_labels"])
+                kwargs["shift_labels"] = inputs.documents.labels(kwargs["shift_labels"], True)
         found = run(self, inputs, shared=False)
         weights, states = self._what_heads_read(found, logits_to_keep)
         own = {name: self.segments.logits(name, state) for name, state in states.items()}
@@ -74,7 +75,17 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
             return fused_output(self.config, logits, list(own.values()), self.fused_temperature, **labelling)
         loss, parts = (None, {}) if labels is None else self._losses(logits, own, labels, kwargs)
-        return ManticoreCausalLMOutput(loss, logits, found.cache, found.hidden_states, weights=token_weights, **parts)
+        kept = found.cache, found.hidden_states, found.attentions
+        return ManticoreCausalLMOutput(loss, logits, *kept, weights=token_weights, **parts)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        out = super().prepare_inputs_for_generation(*args, **kwargs)
+        # PEFT (0.21) puts its own in this place while it generates, and looks for the cache under its old name to see
+        # whether its prompt has been read already.
+        peft = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        if "cache" in out and getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False):
+            out["past_key_values"] = out.pop("cache")
+        return out
 
     def _what_heads_read(self, found, logits_to_keep=0):
         """(K' mixture weights, {component: [batch, kept, width]}) of the K' heads that are mixed, from a Pass."""
@@ -150,8 +161,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             logger.warning_once(TRL_LOSS)
 
 
-# By the names in it the Trainer knows whose labels are to be shifted before they are smoothed, and pipelines what
-# generates text.
+# By this table the Trainer knows whose labels to shift before it smooths them, and pipelines what generates text.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ManticoreConfig.model_type] = "ManticoreForCausalLM"
 
 ManticoreConfig.register_for_auto_class()

@@ -29,10 +29,12 @@ class ManticoreModelOutput(BaseModelOutputWithPast):
         last_hidden_state: [batch, time, d], the shared state after the last block.
         cache: A ManticoreCache, if caching.
         hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
-        states: Each component's own last state [batch, time, d_k] (None where it was not run).
+        attentions: Attention weights [batch, heads, time, past + time], if asked for, of every layer that attends, as
+            they are run: block by block, in each component by component, in each layer by layer.
+        states: {component: [batch, time, d_k]}, the last states of those that were run in the last block.
     """
 
-    states: tuple | None = None
+    states: ModelOutput | None = None
 
 
 @dataclass
@@ -43,7 +45,7 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
         loss: mix_loss_weight * mixture_loss + component_loss_weight * sum(component_losses), with `labels`.
         logits: [batch, time, vocabulary] of the mixture; like any model's, up to a constant per token.
         cache: A ManticoreCache, if caching.
-        hidden_states: As in ManticoreModelOutput.
+        hidden_states, attentions: As in ManticoreModelOutput.
         mixture_loss: Cross-entropy of the mixture, nats per token.
         component_losses: [K], cross-entropy of each component's own head, NaN where it was not run (if
             component_loss_weight > 0, or `report_parts` is set on the model).

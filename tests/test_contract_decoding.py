@@ -105,5 +105,6 @@ def test_static_cache(model, padded):
 
 
 def test_other_caches_are_refused(model, padded):
-    with pytest.raises(ManticoreError, match="cache_implementation='quantized'"):
-        generate(model, *padded, cache_implementation="quantized")
+    for kind in ("offloaded", "paged"):
+        with pytest.raises(ManticoreError, match=f"cache_implementation='{kind}'"):
+            generate(model, *padded, cache_implementation=kind)

@@ -70,6 +70,16 @@ def test_only_embedding_and_head_are_the_hybrids_own(composed, hub, owner, tmp_p
     assert (tmp_path / "again" / MODEL).read_bytes() == (tmp_path / "out" / MODEL).read_bytes()
 
 
+def test_a_push_counts_what_is_referenced_and_not_the_table_that_nobody_reads(composed, hub, owner, tmp_path):
+    model, tokenizer, _ = composed
+    out = publish_hybrid(model, f"{owner}/h", tokenizer=tokenizer, dry_run=True)
+    body = sum(value.nbytes for key, value in model.b.state_dict().items() if key.startswith("backbone.layers"))
+    body += model.b.backbone.norm_f.weight.nbytes
+    files = {name: len(hub.files(f"{owner}/{name}")[MODEL]) for name in "ab"}
+    assert abs(out.referenced_bytes - files["a"] - body) < 0.05 * body
+    assert files["b"] - body > 327 * model.b.config.hidden_size * 4 - 1  # its own table, which is not counted
+
+
 def test_padding_rows_get_no_probability_and_the_cache_changes_nothing(composed):
     model, _, _ = composed
     assert model.a.config.vocab_size == 316 and model(ids()).logits.shape[-1] == 310

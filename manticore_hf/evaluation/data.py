@@ -8,6 +8,7 @@ code joins the characters of Penn Treebank with spaces; numbers made that way co
 """
 
 import codecs
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -26,11 +27,12 @@ from datasets import (
     load_dataset_builder,
 )
 from datasets.iterable_dataset import ExamplesIterable
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.data_arguments import DataArguments as DataArguments
 from manticore_hf.evaluation.starts import start_tokens
-from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.utils.distributed import bar, is_main
 
 _FORMATS = {
@@ -168,6 +170,13 @@ def _read_text(file, encoding):
 
 def _hub_records(arguments):
     revision = arguments.data_revision
+    # `datasets` also takes names of its readers, which read whatever lies in the working directory (one of them
+    # pickles), addresses and patterns; what names the data may be a stranger's recipe.
+    plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", arguments.data)
+    if not plain or ".." in arguments.data or arguments.data in _PACKAGED_DATASETS_MODULES:
+        raise ManticoreError(
+            f"data={show(arguments.data)} is no file or folder here, and no data set of the Hub ('owner/name')."
+        )
     try:
         builder = load_dataset_builder(arguments.data, arguments.data_config, revision=revision)
         # Where the Hub does not answer, `datasets` takes what it prepared last, of whatever revision.

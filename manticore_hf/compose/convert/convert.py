@@ -27,6 +27,7 @@ from manticore_hf.modeling.bounds_manticore import build_config, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES
 from manticore_hf.modeling.saving_manticore import whole_directory
+from manticore_hf.utils.formatting import escape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -233,12 +234,12 @@ def _card(result, title, rounded):
     if result["revision"] is not None:
         lines.append(f"base_model: {source}")
     body = _CARD.format(
-        title=title,
-        how=result["how"],
-        source=f"`{source}`",
+        title=escape(title),
+        how=escape(result["how"]),
+        source=escape(source),
         revision=result["revision"] or "none (local files)",
-        license=license or "none",
-        tokenizer=f"`{result['tokenizer']}`",
+        license=escape(license or "none"),
+        tokenizer=escape(result["tokenizer"]),
         rounded=rounded,
         note=f"\n{result['note']}\n" if result["note"] else "",
     )
