@@ -136,6 +136,9 @@ class AlphaArguments:
     alpha_learning_rate: float = field(
         default=0.01, metadata={"help": "Learning rate of alpha (paper: 0.005 to 0.05)."}
     )
+    keep_alpha: bool = field(
+        default=False, metadata={"help": "Go on from the alpha of --model instead of equal weights."}
+    )
     alpha_weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay of alpha's logits."})
     alpha_lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of alpha's learning rate."})
     entropy_penalty: float = field(

@@ -74,6 +74,8 @@ def _train(start: StageArguments, run: StageRun) -> dict:
         take_mixture(model, start.mixture_from)
     elif run.stage == "finetune":
         fix_alpha(model)
+    if search and not arguments.keep_alpha:
+        model.hybrid_mixer.alpha_logits.data.zero_()
     set_stage(model, run.stage)
     rate = start.new_rows_learning_rate
     if rate is not None and not rate >= 0:
