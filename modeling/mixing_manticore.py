@@ -214,8 +214,9 @@ class HybridMixer(nn.Module):
 
     def gate_rest(self):
         """The part of the token gate that does not depend on the token, softmax(b): [K], in float32."""
-        with onloaded(self.token_gate.linear):
-            return widen(self.token_gate.linear.bias).softmax(-1)
+        gate = self.token_gate.linear
+        with onloaded(gate):  # DDP waits for a gradient of all that may be trained
+            return widen(gate.bias).softmax(-1) + 0.0 * widen(gate.weight).sum()
 
     def _gated(self, projector, states, alpha):
         gate = alpha if self.gate == "alpha" else 0.0

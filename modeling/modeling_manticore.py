@@ -119,6 +119,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         if self.config.mixture == "token" and not isinstance(weights[0], float):
             sure, norms = zip(*[sureness(one) for one in own])
             token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure)))
+            # The gate stands for alpha, which gets a gradient of zeros: DDP waits for all that may be trained.
+            token_weights = token_weights + 0.0 * sum(weights)
             weights = list(token_weights.split(1, -1))
         return SPACES[self.config.mixture_space](weights, [widen(one) for one in own], norms), token_weights
 

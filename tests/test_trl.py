@@ -4,11 +4,13 @@ A hybrid of several components has no plain twin: what TRL reads of it is compar
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from manticore_hf.modeling import modeling_manticore
+from processes import launch, results, same
 from tiny_hybrid import QUIET, WORDS, mixed_hybrid, neox, word_tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoXForSequenceClassification
 from trl import (
@@ -327,3 +329,16 @@ def test_a_hybrid_in_memory_has_no_reference_that_could_be_loaded(tmp_path, toke
             DPOTrainer(make(), args=args, **data)
     model = mixed_hybrid()
     DPOTrainer(model, ref_model=copy.deepcopy(model), args=args, **data)
+
+
+@pytest.mark.slow
+def test_sft_in_two_processes_is_that_of_one(tmp_path):
+    """With one block, and activations checkpointed as TRL does by default."""
+    found = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        launch([Path(__file__).with_name("trl_parallel.py"), folder], processes=count)
+        found += results(folder, count)
+    assert found[1] == found[2]
+    same(found[1], found[0])
