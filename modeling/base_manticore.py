@@ -97,10 +97,7 @@ class HybridEmbedding(nn.Module):
         name = model.config.tokenizer_component
         return model.component(name if name in self.readers else self.readers[0]).get_input_embeddings().weight
 
-    @property
-    def word_embeddings(self):
-        """Itself: PEFT's prompts look for `model.embeddings.word_embeddings` before they guess."""
-        return self
+    word_embeddings = property(lambda self: self)  # PEFT's prompts look for it before they guess
 
     @property
     def is_watched(self):
@@ -260,21 +257,15 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     # ---- embeddings ------------------------------------------------------------------------------------------------
 
-    @property
-    def vocab_size(self):
-        """As in the configuration; models of Transformers have it too."""
-        return self.config.vocab_size
+    # As models of Transformers have them, for TRL and for PEFT
+    vocab_size = property(lambda self: self.config.vocab_size)
+    embeddings = property(lambda self: self.get_input_embeddings())
 
     def get_input_embeddings(self):
         if self.input_embedding._owner[0] is not self:  # a replica on another device: its parts, the same hooks
             self.__dict__["input_embedding"] = copy.copy(self.input_embedding)
             self.input_embedding._owner = (self,)
         return self.input_embedding
-
-    @property
-    def embeddings(self):
-        """What `get_input_embeddings` gives; see `HybridEmbedding.word_embeddings`."""
-        return self.get_input_embeddings()
 
     def set_input_embeddings(self, value):
         raise ManticoreError("Each component has its own embeddings: use model.component(name).set_input_embeddings().")
