@@ -9,36 +9,18 @@ killed benchmark goes on where it stopped.
 """
 
 import argparse
-import json
 import os
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from demo_pair import BLOCK, add_line, read_lines, short_training
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, set_seed
 
 GRID = [round(0.1 * i, 1) for i in range(11)]
-BLOCK, BATCH = 256, 4
-
-
-def _arguments(kind, seed, rate, **more):
-    return kind(
-        output_dir=tempfile.mkdtemp(prefix="alpha-grid-"),
-        num_train_epochs=1,
-        per_device_train_batch_size=BATCH,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=5,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-        use_cpu=not torch.accelerator.is_available(),
-        disable_tqdm=True,
-        **more,
-    )
+BATCH = 4
 
 
 def _compose(pair, seed):
@@ -55,7 +37,7 @@ def tune(pair, weight, rows, test, seed, rate):
 
     model = _compose(pair, seed)
     model.set_mixture_weights([[weight, 1 - weight]])
-    arguments = _arguments(TrainingArguments, seed, rate, logging_strategy="no")
+    arguments = short_training(seed, rate, per_device_train_batch_size=BATCH)
     Trainer(model=set_stage(model, "finetune"), args=arguments, train_dataset=rows).train()
     return compare_losses(model, test, batch_size=32)
 
@@ -66,8 +48,9 @@ def search(pair, strategy, rows, seed, rate, alpha_rate):
     from manticore_hf.training.search import alpha_history
 
     model = _compose(pair, seed)
-    more = {"strategy": strategy, "alpha_learning_rate": alpha_rate, "logging_steps": 5}
-    trainer = SearchTrainer(model=model, args=_arguments(SearchArguments, seed, rate, **more), train_dataset=rows)
+    more = {"strategy": strategy, "alpha_learning_rate": alpha_rate, "logging_steps": 5, "logging_strategy": "steps"}
+    arguments = short_training(seed, rate, SearchArguments, per_device_train_batch_size=BATCH, **more)
+    trainer = SearchTrainer(model=model, args=arguments, train_dataset=rows)
     trainer.train()
     steps, values = alpha_history(trainer.state.log_history)
     path = next(v for key, v in values.items() if key.endswith(model.config.component_names[0]))
@@ -85,7 +68,7 @@ def measure(args):
     text = Path(args.text).read_text()
     test = pack([text[-len(text) // 10 :]], tokenizer, BLOCK, 128)
     train = pack([text[: -len(text) // 10]], tokenizer, BLOCK)
-    lines = _read(args.output)
+    lines = read_lines(args.output)
     done = {(r["seed"], r["how"]) for r in lines}
     also = dict(one.split("=") for one in args.also)
     jobs = [(seed, how) for seed in range(args.seeds) for how in [*map(str, GRID), *STRATEGIES, *also]]
@@ -108,13 +91,7 @@ def measure(args):
             "losses": losses,
             "path": path,
         }
-        with open(args.output, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _read(path):
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        add_line(args.output, lines, **line)
 
 
 def summarise(lines):
@@ -153,7 +130,7 @@ def main():
         torch.set_num_threads(args.threads)
     if not args.summary:
         measure(args)
-    summarise(_read(args.output))
+    summarise(read_lines(args.output))
 
 
 if __name__ == "__main__":

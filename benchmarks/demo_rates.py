@@ -8,24 +8,18 @@ line of the output; a killed benchmark goes on where it stopped.
 """
 
 import argparse
-import json
-import tempfile
-from pathlib import Path
 
 import torch
+from demo_pair import BLOCK, add_line, compose_pair, read_lines, rows_of, short_training
 from manticore_hf.modeling.mixers_manticore import repair_mixers
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, set_seed
 
-from manticore_hf import ManticoreForCausalLM, set_stage
+from manticore_hf import set_stage
 from manticore_hf.demo.demo import COMPONENTS, KINDS
-from manticore_hf.demo.text import documents
-from manticore_hf.evaluation.data import pack
-from manticore_hf.training.calibrate import calibrate_projectors
 
 TUNING = (1e-4, 3e-4, 1e-3)
 PROJECTING = (1e-3, 3e-3, 1e-2)
-BLOCK = 256
 
 
 def _jobs():
@@ -44,26 +38,8 @@ def run(what, rate, train, validation, seed):
         model = AutoModelForCausalLM.from_pretrained(COMPONENTS / what, dtype="float32")
         repair_mixers(model)  # as a hybrid does
     else:
-        parts = [str(COMPONENTS / name) for name in KINDS]
-        model = ManticoreForCausalLM.from_components(parts, num_blocks=1 + (what != "gate"), dtype="float32")
-        if what != "gate":
-            calibrate_projectors(model, train, tokens=30_000)
-        set_stage(model, "projectors")
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(prefix="demo-rates-"),
-        num_train_epochs=1,
-        per_device_train_batch_size=8,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=5,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-        use_cpu=not torch.accelerator.is_available(),
-        disable_tqdm=True,
-        logging_strategy="no",
-    )
-    Trainer(model=model, args=arguments, train_dataset=train).train()
+        model = set_stage(compose_pair(1 if what == "gate" else 2, train), "projectors")
+    Trainer(model=model, args=short_training(seed, rate), train_dataset=train).train()
     model.eval()
     with torch.no_grad():
         batches = torch.tensor(validation["input_ids"]).split(16)
@@ -81,20 +57,13 @@ def main():
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    tokenizer, output = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose"), Path(args.output)
-    half, kinds = args.tokens // BLOCK // 2, KINDS.values()
-    from datasets import concatenate_datasets
-
-    train = [pack(documents(kind, "train"), tokenizer, BLOCK, half) for kind in kinds]
-    train = concatenate_datasets(train).shuffle(seed=args.seed)
-    validation = concatenate_datasets([pack(documents(kind, "validation"), tokenizer, BLOCK, 60) for kind in kinds])
-    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    train = rows_of("train", args.tokens // BLOCK // 2).shuffle(seed=args.seed)
+    validation, lines = rows_of("validation", 60), read_lines(args.output)
     done = {(r["what"], r["rate"]) for r in lines}
     for what, rate in tqdm([job for job in _jobs() if job not in done], unit="run"):
         loss = run(what, rate, train, validation, args.seed)
-        lines.append({"what": what, "rate": rate, "tokens": args.tokens, "seed": args.seed, "validation_loss": loss})
-        with output.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
+        result = {"what": what, "rate": rate, "tokens": args.tokens, "seed": args.seed, "validation_loss": loss}
+        add_line(args.output, lines, **result)
     print("| trained | " + " | ".join(f"{rate:g}" for rate in sorted({*TUNING, *PROJECTING})) + " |")
     for what in dict.fromkeys(r["what"] for r in lines):
         found = {r["rate"]: f"{r['validation_loss']:.4f}" for r in lines if r["what"] == what}

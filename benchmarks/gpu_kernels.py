@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 from manticore_hf.modeling import mixers_manticore as mixers
-from manticore_hf.modeling.anatomy_manticore import cache_argument
+from manticore_hf.modeling.layer_stack_manticore import cache_argument
 from tqdm.auto import tqdm
 from transformers import DynamicCache, Mamba2Config, Mamba2Model, MambaConfig, MambaModel
 

@@ -2,56 +2,34 @@
 
     python benchmarks/hardening.py --output benchmarks/results/hardening.jsonl
 
-With the demo's components and text: a one-block hybrid is trained (gate, then everything), hardened to each component
+With the demo's components and text: a one-block hybrid is trained (gate, then everything), pruned to each component
 and trained by recovery distillation; the baseline is that component fine-tuned with the same settings on the same rows
 for as many steps as hybrid and distillation together let the component see (one pass for the hybrid's tuning, one for
 the distillation). Also hard routes across components, from a two-block hybrid. Every model is one line of the output.
 """
 
 import argparse
-import json
 import statistics
-import tempfile
-from pathlib import Path
 
 import torch
+from demo_pair import BLOCK, add_line, compose_pair, read_lines, rows_of, short_training
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
-from manticore_hf import ManticoreForCausalLM, harden, set_stage
-from manticore_hf.demo.demo import COMPONENTS, KINDS
-from manticore_hf.demo.text import documents
-from manticore_hf.evaluation.data import pack
+from manticore_hf import prune, set_stage
 from manticore_hf.evaluation.losses import compare_losses
-from manticore_hf.training.calibrate import calibrate_projectors
-from manticore_hf.training.distill import HealTrainer
+from manticore_hf.training.distill import DistilTrainer
 
-BLOCK, RATE, GATE_RATE = 256, 3e-4, 1e-2
+RATE, GATE_RATE = 3e-4, 1e-2
 
 
 def _arguments(seed, rate, epochs=1):
-    return TrainingArguments(
-        output_dir=tempfile.mkdtemp(prefix="hardening-"),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=8,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=5,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-        use_cpu=not torch.accelerator.is_available(),
-        disable_tqdm=True,
-        logging_strategy="no",
-    )
+    return short_training(seed, rate, num_train_epochs=epochs)
 
 
 def _soft(blocks, train, seed):
     set_seed(seed)
-    parts = [str(COMPONENTS / name) for name in KINDS]
-    model = ManticoreForCausalLM.from_components(parts, num_blocks=blocks, dtype="float32")
-    if blocks > 1:
-        calibrate_projectors(model, train, tokens=30_000)
+    model = compose_pair(blocks, train)
     for stage, rate in (("projectors", GATE_RATE if blocks == 1 else 1e-3), ("finetune", RATE)):
         Trainer(model=set_stage(model, stage), args=_arguments(seed, rate), train_dataset=train).train()
     return model.eval()
@@ -64,23 +42,23 @@ def _models(train, test, seed):
     yield "soft hybrid, 1 block", losses["hybrid"]
     for name in soft.config.component_names:
         yield f"{name} inside the soft hybrid", losses[name]
-        fresh = ManticoreForCausalLM.from_components([str(COMPONENTS / kind) for kind in KINDS], dtype="float32")
-        plain = set_stage(harden(fresh, name), "finetune")
+        fresh = compose_pair()
+        plain = set_stage(prune(fresh, name), "finetune")
         yield f"{name} as published", compare_losses(plain, test)["hybrid"]
-        HealTrainer(model=plain, args=_arguments(seed, RATE, 2), train_dataset=train, distil_weight=0).train()
+        DistilTrainer(model=plain, args=_arguments(seed, RATE, 2), train_dataset=train, distil_weight=0).train()
         yield f"{name}, tuned plainly, 2 passes", compare_losses(plain, test)["hybrid"]
         for start, passes, label in ((soft, 1, "from inside the hybrid, 1 pass"), (fresh, 2, "as published, 2 passes")):
-            hard = set_stage(harden(start, name), "finetune")
+            hard = set_stage(prune(start, name), "finetune")
             arguments = _arguments(seed, RATE, passes)
-            HealTrainer(model=hard, args=arguments, train_dataset=train, teacher=soft).train()
+            DistilTrainer(model=hard, args=arguments, train_dataset=train, teacher=soft).train()
             yield f"{name}, distilled, {label}", compare_losses(hard, test)["hybrid"]
     soft = _soft(2, train, seed)
     yield "soft hybrid, 2 blocks", compare_losses(soft, test)["hybrid"]
     first, second = soft.config.component_names
     for route in ([first, second], [second, first]):
-        hard = set_stage(harden(soft, route), "finetune")
+        hard = set_stage(prune(soft, route), "finetune")
         yield " > ".join(route) + ", before healing", compare_losses(hard, test)["hybrid"]
-        HealTrainer(model=hard, args=_arguments(seed, RATE), train_dataset=train, teacher=soft).train()
+        DistilTrainer(model=hard, args=_arguments(seed, RATE), train_dataset=train, teacher=soft).train()
         yield " > ".join(route) + ", healed, 1 pass", compare_losses(hard, test)["hybrid"]
 
 
@@ -94,23 +72,14 @@ def main():
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    from datasets import concatenate_datasets
-    from transformers import AutoTokenizer
-
-    tokenizer, output = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose"), Path(args.output)
-    half = args.tokens // 2 // BLOCK
-    train = concatenate_datasets([pack(documents(k, "train"), tokenizer, BLOCK, half) for k in KINDS.values()])
-    test = concatenate_datasets([pack(documents(k, "test"), tokenizer, BLOCK, 60) for k in KINDS.values()])
-    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    train, test, lines = rows_of("train", args.tokens // 2 // BLOCK), rows_of("test", 60), read_lines(args.output)
     for seed in range(args.seeds):
         done = {r["label"] for r in lines if r["seed"] == seed}
         if sum(label.endswith("healed, 1 pass") for label in done) == 2:
             continue
         for label, loss in tqdm(_models(train.shuffle(seed=seed), test, seed), desc=f"seed {seed}", unit="model"):
             if label not in done:
-                lines.append({"seed": seed, "label": label, "tokens": args.tokens, "loss": loss})
-                with output.open("a") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
+                add_line(args.output, lines, seed=seed, label=label, tokens=args.tokens, loss=loss)
     print("| model | test loss | seeds |\n|---|---|---|")
     for label in dict.fromkeys(r["label"] for r in lines):
         found = [r["loss"] for r in lines if r["label"] == label]

@@ -17,7 +17,7 @@ from pathlib import Path
 import speed
 import torch
 import torch.nn.functional as F
-from manticore_hf.modeling import anatomy_manticore, mixing_manticore, modeling_manticore, segments_manticore
+from manticore_hf.modeling import layer_stack_manticore, mixing_manticore, modeling_manticore, segments_manticore
 from manticore_hf.modeling.conv_manticore import causal_conv1d
 from manticore_hf.modeling.mixture_manticore import sureness, weighted_sum
 
@@ -106,7 +106,9 @@ def shares(repeats):
                 1e3 * sum(speed.timed(lambda p=p: p(input_ids=ids, use_cache=False)) for p in parts)
             )
             found["padding to 320"].append(1e3 * speed.timed(lambda: F.pad(state, (0, 64))))
-            found["cutting both"].append(1e3 * speed.timed(lambda: [anatomy_manticore.dissect(p) for p in parts]))
+            found["cutting both"].append(
+                1e3 * speed.timed(lambda: [layer_stack_manticore.find_layout(p) for p in parts])
+            )
     return {name: statistics.median(values[1:]) for name, values in found.items()}
 
 

@@ -101,7 +101,7 @@ CASES = [
     {"pair": "llama+mamba2"},
     {"stage": "pretrain"},
     {"stage": "search", "num_blocks": 2},
-    {"stage": "harden"},
+    {"stage": "prune"},
     {"lora": True},
     {"gradient_accumulation_steps": 2},
     {"pair": "llama+mamba2", "bf16": True, "gradient_checkpointing": True, "length": 512},
@@ -118,7 +118,7 @@ CUDA_CASES = [
     {"lora": True},
     {"stage": "pretrain", "bf16": True, "num_blocks": 2},
     {"stage": "search", "bf16": True, "num_blocks": 2},
-    {"stage": "harden", "bf16": True},
+    {"stage": "prune", "bf16": True},
     {"bf16": True, "gradient_accumulation_steps": 2, "optim": "adamw_torch"},
     {"pair": "llama+mamba2", "bf16": True, "batch": 16},
     {"pair": "pythia-410m+mamba-370m", "bf16": True, "gradient_checkpointing": True, "batch": 4, "length": 512},
@@ -167,7 +167,7 @@ def estimate(case, device, processes=1):
 
     settings = {key: case[key] for key in _TRAINING if key in case}
     settings["per_device_train_batch_size"] = case["batch"]
-    if case["stage"] == "harden":
+    if case["stage"] == "prune":
         settings["route"] = PAIRS[case["pair"]][0][0]
     subject = Subject("case", configuration(case), [(case["stage"], settings)])
     task = make_task(subject, case["stage"], settings, length=case["length"])
@@ -186,8 +186,8 @@ def make_trainer(case, folder, device):
     from datasets import Dataset
     from transformers import TrainingArguments
 
-    from manticore_hf import ManticoreForCausalLM, SearchArguments, SearchTrainer, harden, lora_config, set_stage
-    from manticore_hf.training.distill import HealTrainer
+    from manticore_hf import ManticoreForCausalLM, SearchArguments, SearchTrainer, lora_config, prune, set_stage
+    from manticore_hf.training.distill import DistilTrainer
     from manticore_hf.training.freezing import fix_alpha
     from manticore_hf.training.stages import STAGES
     from manticore_hf.training.trained_stages import HybridTrainer
@@ -204,9 +204,9 @@ def make_trainer(case, folder, device):
         kind, trainer = SearchArguments, SearchTrainer
     elif stage == "finetune":
         fix_alpha(model)
-    if stage == "harden":
-        soft, model = fix_alpha(model), harden(fix_alpha(model), PAIRS[case["pair"]][0][0])
-        trainer, more = HealTrainer, {"teacher": soft}
+    if stage == "prune":
+        soft, model = fix_alpha(model), prune(fix_alpha(model), PAIRS[case["pair"]][0][0])
+        trainer, more = DistilTrainer, {"teacher": soft}
     if case.get("lora"):
         from peft import get_peft_model
 

@@ -25,7 +25,7 @@ from manticore_hf.modeling.mixers_manticore import repair_mixers
 from tqdm.auto import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM
 
-from manticore_hf import ComponentSpec, ManticoreForCausalLM, harden, set_stage
+from manticore_hf import ComponentSpec, ManticoreForCausalLM, prune, set_stage
 
 VOCABULARY = 8192
 PLACE = {"device": "cpu", "dtype": torch.float32}
@@ -178,7 +178,7 @@ def decoding(args, results):
     step(caches[1])
     values = [step(caches[0]) / step(caches[1]) for _ in range(128)]
     note(results, "Mamba-only hybrid: a step after 1024 tokens / after none", statistics.median(values), "<= 1.05")
-    hard = harden(hybrid, "neox")
+    hard = prune(hybrid, "neox")
     ratio(
         "hardened to one component: cached decoding / the component's",
         lambda: generate(hard),

@@ -53,7 +53,7 @@ HYBRID_GRID = {"spaces": ("logprob", "prob"), "loss_weights": ((1.0, 0.0), (0.3,
 TWO = [(LLAMA, "shakespeare"), (MAMBA, "python")]
 THREE = [*TWO, (NEOX, "wikitext")]
 SETTINGS = {
-    "two-60k": Setting(TWO, ["shakespeare", "python"], 60_000, {**HYBRID_GRID, "harden": True}),
+    "two-60k": Setting(TWO, ["shakespeare", "python"], 60_000, {**HYBRID_GRID, "prune": True}),
     "other-60k": Setting([(NEOX, "wikitext"), (LLAMA, "alpaca")], ["wikitext", "alpaca"], 60_000, HYBRID_GRID),
     "three-60k": Setting(THREE, ["shakespeare", "python", "wikitext"], 60_000, HYBRID_GRID),
     "alike-60k": Setting([(LLAMA, None), (MAMBA, None)], ["shakespeare"], 60_000, HYBRID_GRID),
@@ -225,7 +225,7 @@ def overview(results):
         rows = [row for row in result["rows"] if not row["needs"] or row["kind"] == "oracle"]
         own = next(row for row in rows if row["name"] == "hybrid, 1 block")
         best = {label: _best(rows, kind) if kind else own for label, kind in SHOWN.items()}
-        baseline = _best([row for row in rows if row["kind"] not in ("hybrid", "hardened", "oracle")])
+        baseline = _best([row for row in rows if row["kind"] not in ("hybrid", "pruned", "hardened", "oracle")])
         cells = [name, *(f"{row['loss']:.3f}" for row in best.values())]
         if result["hybrid"] == own["name"]:
             low, high = baseline["difference_interval"]

@@ -1,6 +1,6 @@
-"""The numbers of BENCHMARKS.md and docs/benchmarks/, taken from the results and written into the pages in place.
+"""The numbers of BENCHMARKS.md, docs/benchmarks/, README.md and docs/scaling.md, taken from the results.
 
-    python benchmarks/tables.py            # after a new result: rewrites what the pages say of it
+    python benchmarks/tables.py            # after a new result: rewrites, in place, what the pages say of it
     python benchmarks/tables.py --check    # exit status 1, and the pages' names, where a page is out of date
 
 A page has a table between `<!-- table: NAME -->` and `<!-- end -->`, and a number in its prose between
@@ -29,7 +29,7 @@ VALUE = re.compile(r"(<!--=(\S+?)-->)(.*?)(<!--/-->)", re.DOTALL)
 def pages(root: Path = ROOT) -> list[Path]:
     """The pages whose numbers are made here; the log is not among them: it stays as it was written."""
     return [
-        root / "BENCHMARKS.md",
+        *(root / name for name in ("README.md", "BENCHMARKS.md", "docs/scaling.md")),
         *sorted(page for page in (root / "docs" / "benchmarks").glob("*.md") if page.name != "log.md"),
     ]
 

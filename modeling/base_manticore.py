@@ -1,26 +1,31 @@
 """`ManticoreModel`: the components (whole, under their names) and the mixer; and what all hybrid classes share."""
 
 import copy
+import sys
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import can_return_tuple
 
-from .anatomy_manticore import check_cut
 from .bounds_manticore import build_component, construct, trying
 from .cache_manticore import ManticoreCache, cache_for_generation
-from .components_manticore import ENGINE_REFUSED, NO_PAGES, choose_attention, prepare, settle_attention
+from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import device_of, onloaded, place, whole_weights
-from .dtypes_manticore import MixedDtypes, Quantizable, refuse_adapters
+from .dtypes_manticore import MixedDtypes, Quantizable, check_adapted
+from .layer_stack_manticore import check_cut
 from .mixers_manticore import follow_kernels
 from .mixing_manticore import HybridMixer, resize, whole
 from .mixture_manticore import weighted_sum, widen
 from .outputs_manticore import ManticoreModelOutput
 from .recurrent_manticore import keep_state_in_cache
 from .running_manticore import active_in, mixture_rows, read_inputs, run
-from .segments_manticore import Segments, width_of
+from .segments_manticore import Dropped, Segments, width_of, without_head
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 takes_old_cache = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
@@ -28,7 +33,7 @@ takes_old_cache = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache",
 
 
 class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreTrainedModel):
-    """Loading, saving and initialisation common to all hybrid classes."""
+    """What Transformers asks of all hybrid classes; loading, saving and initialisation."""
 
     config_class = ManticoreConfig
     base_model_prefix = ""
@@ -37,7 +42,6 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = False
-    _is_stateful = True
     _no_split_modules = ["HybridMixer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     # Whether the vocabulary has another size than where the hybrid was loaded from.
@@ -45,7 +49,7 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
 
     @classmethod
     @whole_weights()
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """As in Transformers, with references to components resolved and checked."""
         return super().from_pretrained(*args, **kwargs)
 
@@ -55,12 +59,12 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         if isinstance(module, HybridMixer):
             module.reset()
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "peft_config":  # PEFT has wrapped what a configuration, whoever made it, says
-            refuse_adapters(self)
+            check_adapted(self)
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         """Components first, each as its own class does it.
 
         As part of custom code, models without parameters of their own would not fill their layers' buffers (FalconH1).
@@ -72,58 +76,55 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
 
 
 class HybridEmbedding(nn.Module):
-    """What `get_input_embeddings` gives: token ids -> `inputs_embeds`.
+    """What `get_input_embeddings` gives: token ids [batch, time] -> `inputs_embeds` [batch, time, embedding_dim].
 
-    [batch, time] -> [batch, time, sum of embedding widths] for embeddings="native" (each component's own, side by
-    side; of a hardened hybrid the first one's alone), else [batch, time, d]. Holds no parameters: they are the
-    components'. The model's forward calls it only where a caller watches it: components that are run whole read the
-    tokens themselves.
+    For embeddings="native" each component's own, side by side (of a pruned hybrid the first one's alone), else the
+    shared state. Holds no parameters: they are the components'. The model's forward calls it only where a caller
+    watches it: components that are run whole read the tokens themselves.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: "ManticoreModel"):
         super().__init__()
         self._owner = (model,)  # in a tuple: not a child, or the model would contain itself
 
     @property
-    def readers(self):
-        """Names of the components that read the tokens: all of them, or the first on a hardened hybrid's path."""
+    def readers(self) -> list[str]:
+        """Names of the components that read the tokens: all of them, or the first on a pruned hybrid's path."""
         config = self._owner[0].config
         return config.route[:1] if config.route else config.component_names
 
     @property
-    def weight(self):
+    def weight(self) -> nn.Parameter:
         """Embedding matrix [vocabulary, width] of the tokenizer's component, or else of the first that reads."""
         model = self._owner[0]
         name = model.config.tokenizer_component
         return model.component(name if name in self.readers else self.readers[0]).get_input_embeddings().weight
 
-    word_embeddings = property(lambda self: self)  # PEFT's prompts look for it before they guess
+    word_embeddings = property(lambda self: self)  # of `model.embeddings`, which PEFT's prompts look for
 
     @property
-    def is_watched(self):
+    def is_watched(self) -> bool:
         """Whether a caller has hooked into it or replaced its forward (NEFTune, gradients of frozen embeddings)."""
         return bool(self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self))
 
     @property
-    def num_embeddings(self):
+    def num_embeddings(self) -> int:
         """Size of the vocabulary."""
         return self.weight.shape[0]
 
     @property
-    def embedding_dim(self):
+    def embedding_dim(self) -> int:
         """Width of what it gives."""
         model = self._owner[0]
         if model.config.embeddings != "native":
             return model.config.hidden_size
         return sum(width_of(model.component(name).get_input_embeddings()) for name in self.readers)
 
-    def forward(self, input_ids):
-        """[batch, time] -> [batch, time, embedding_dim]."""
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         model = self._owner[0]
-        if model.config.embeddings == "native":
-            own = [model.embed(name, input_ids) for name in self.readers]
-            return torch.cat(place(own, input_ids.device), -1)
-        return model.mix_embeddings(input_ids)
+        if model.config.embeddings != "native":
+            return model.mix_embeddings(input_ids)
+        return torch.cat(place([model.embed(name, input_ids) for name in self.readers], input_ids.device), -1)
 
 
 class ManticoreModel(ManticorePreTrainedModel):
@@ -134,7 +135,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         components: Instantiated components by name; None builds them with initial weights.
     """
 
-    def __init__(self, config, components=None):
+    def __init__(self, config: ManticoreConfig, components: dict | None = None):
         with trying("The hybrid"):
             super().__init__(config)
         if not config.component_names:
@@ -153,7 +154,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             self.add_module(name, component)
             with trying(what):
                 try:
-                    check_cut(component, self.segments.anatomy(name), config.num_blocks)
+                    check_cut(component, self.segments.layout(name), config.num_blocks)
                 except ManticoreError as err:
                     raise ManticoreError(f"Component {name!r}: {err}") from err
         if config.route is not None:
@@ -163,10 +164,19 @@ class ManticoreModel(ManticorePreTrainedModel):
         self.post_init()
         self.segments.follow()
 
+    def init_parallel_plans(self) -> None:
+        """As in Transformers, without what a component no longer has (its head, in a classifier)."""
+        super().init_parallel_plans()
+        parts = (name for name, module in self.named_modules() if not isinstance(module, Dropped))
+        there = {*map(replace_layer_number_by_wildcard, (*parts, *(name for name, _ in self.named_parameters())))}
+        for plan in (self._tp_plan, self._ep_plan):
+            for name in set(plan) - there:
+                del plan[name]
+
     # ---- the parts -------------------------------------------------------------------------------------------------
 
     @property
-    def segments(self):
+    def segments(self) -> Segments:
         """The cut components: their segments and heads, and which layers run where (`Segments`)."""
         found = self.__dict__.get("_segments")
         # A copy of the model, and its replicas on several devices, have components of their own.
@@ -174,7 +184,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             found = self.__dict__["_segments"] = Segments(self)
         return found
 
-    def new_mixer(self):
+    def new_mixer(self) -> HybridMixer:
         """A mixer for the present configuration and components, not yet in use."""
         parts = {name: self.component(name) for name in self.config.component_names}
         return HybridMixer(
@@ -184,7 +194,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             {name: width_of(part.get_output_embeddings()) for name, part in parts.items()},
         )
 
-    def component(self, name):
+    def component(self, name: str) -> PreTrainedModel:
         """The component as a model of its own class; `model.component(name).save_pretrained(dir)` gives it back.
 
         Raises:
@@ -194,7 +204,25 @@ class ManticoreModel(ManticorePreTrainedModel):
             raise ManticoreError(f"No component is named {name!r}; the components are {self.config.component_names}.")
         return self._modules[name]
 
-    def mixture_weights(self):
+    def drop_head(self, name: str) -> None:
+        """Leaves out a component's language-model head, where it has one of its own."""
+        self._modules[name], path = without_head(self.component(name))
+        if path is not None:
+            self.__dict__["_gone"] = (*self.__dict__.get("_gone", ()), f"{name}.{path}.")
+
+    def is_gone(self, key: str) -> bool:
+        """Whether a tensor belongs to a language-model head that this model leaves out."""
+        return key.startswith(self.__dict__.get("_gone", ()))
+
+    def forgo(self, there: set[str]) -> bool:
+        """Leaves out the heads that the checkpoint of a classifier lacks, where they are not used."""
+        for name in () if type(self).can_generate() or hasattr(self, "score") else self.config.component_names:
+            head = without_head(self.component(name))[1]
+            if head is not None and not any(key.startswith(f"{name}.{head}.") for key in there):
+                self.drop_head(name)
+        return "_gone" in self.__dict__
+
+    def mixture_weights(self) -> torch.Tensor:
         """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
         mixer, gate = self.hybrid_mixer, self.hybrid_mixer.token_gate
         with onloaded(mixer, *([] if gate is None else [gate.linear])):
@@ -206,7 +234,7 @@ class ManticoreModel(ManticorePreTrainedModel):
                 alpha[block] = torch.tensor(row)
         return alpha
 
-    def set_mixture_weights(self, weights):
+    def set_mixture_weights(self, weights: torch.Tensor | list | str | None) -> None:
         """Fixes the mixture weights exactly: a component with weight 0 in a block is not run there.
 
         Args:
@@ -224,21 +252,20 @@ class ManticoreModel(ManticorePreTrainedModel):
             weights = weights.double().tolist()
         weights = self.config._check_mixture_weights(weights)
         if self.config.route is not None and weights != self.config.mixture_weights:
-            raise ManticoreError(
-                f"This hybrid was hardened to the route {self.config.route}: it has no other mixture weights."
-            )
+            raise ManticoreError(f"This hybrid was pruned to the path {self.config.route}: no other weights fit it.")
         self.config.mixture_weights = weights
 
-    def set_use_kernels(self, use_kernels, *args, **kwargs):
+    def set_use_kernels(self, use_kernels: bool, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, for the mixers' own forwards, too; says what the Hub had no kernel for."""
         super().set_use_kernels(use_kernels, *args, **kwargs)
         if use_kernels:
             follow_kernels(self)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "ManticoreModel":
+        """As in torch, for the shells of the segments, too."""
         super().train(mode)
         if mode and hasattr(self, "peft_config"):  # of adapters that came after the first
-            refuse_adapters(self)
+            check_adapted(self)
         if "input_embedding" in self.__dict__:
             self.input_embedding.train(mode)
         if "hybrid_mixer" in self._modules:
@@ -246,40 +273,49 @@ class ManticoreModel(ManticorePreTrainedModel):
         return self
 
     @property
-    def device(self):
+    def vocab_size(self) -> int:
+        """Size of the vocabulary."""
+        return self.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
         """Where inputs should be: of a hybrid whose first weights are offloaded, where they are computed with."""
         first = super().device
         return first if first.type != "meta" else device_of(self) or first
 
-    def together(self, value):
-        """States or logits of several components, where the mixer is."""
+    def together(self, value: torch.Tensor | list) -> torch.Tensor | list:
+        """States or logits of several components, on the mixer's device."""
         return place(value, device_of(self.hybrid_mixer))
 
     # ---- embeddings ------------------------------------------------------------------------------------------------
 
-    # As models of Transformers have them, for TRL and for PEFT
-    vocab_size = property(lambda self: self.config.vocab_size)
-    embeddings = property(lambda self: self.get_input_embeddings())
+    embeddings = property(lambda self: self.get_input_embeddings())  # where PEFT's prompts look first
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> HybridEmbedding:
+        """One module for the embeddings of all components."""
         if self.input_embedding._owner[0] is not self:  # a replica on another device: its parts, the same hooks
             self.__dict__["input_embedding"] = copy.copy(self.input_embedding)
             self.input_embedding._owner = (self,)
         return self.input_embedding
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Raises ManticoreError: there are several."""
         raise ManticoreError("Each component has its own embeddings: use model.component(name).set_input_embeddings().")
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> None:
+        """None: the heads are the components', and there is no matrix that gives the mixture."""
         return None
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Raises ManticoreError: there are several."""
         raise ManticoreError("Each component has its own head: use model.component(name).set_output_embeddings().")
 
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """Resizes the vocabulary of every component; returns `get_input_embeddings()`."""
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> HybridEmbedding:
+        """Resizes the vocabulary of every component; ManticoreError for a pruned hybrid of several."""
         if self.config.route is not None and len(self.config.component_names) > 1:
-            raise ManticoreError("A hardened hybrid cannot be resized: resize the soft one, then harden it.")
+            raise ManticoreError("A pruned hybrid cannot be resized: resize the soft one, then prune it.")
         before = self.config.vocab_size
         for name in self.config.component_names:
             component = self.component(name)
@@ -289,32 +325,39 @@ class ManticoreModel(ManticorePreTrainedModel):
         self.segments.follow()
         return self.get_input_embeddings()
 
-    def embed(self, name, input_ids):
+    def embed(self, name: str, input_ids: torch.Tensor) -> torch.Tensor:
         """A component's own embeddings of the tokens [batch, time, width]."""
         embedding = self._modules[name].get_input_embeddings()
         return embedding(place(input_ids, device_of(embedding)))
 
-    def mix_embeddings(self, input_ids):
+    def mix_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         """h_0 = sum_k alpha_1k * pad(E_k[x], d): [batch, time, d]."""
-        active, width = active_in(self, mixture_rows(self)[0]), self.config.hidden_size
-        return weighted_sum(
-            list(active.values()), [resize(self.together(self.embed(name, input_ids)), width) for name in active]
-        )
+        active = active_in(self, mixture_rows(self)[0])
+        own = self.together([self.embed(name, input_ids) for name in active])
+        return weighted_sum(list(active.values()), [resize(one, self.config.hidden_size) for one in own])
 
     # ---- caches and attention --------------------------------------------------------------------------------------
 
-    def make_cache(self, max_cache_len=None):
+    @property
+    def _is_stateful(self):
+        """Whether a component is recurrent: drafts that are refused could not be taken back."""
+        return self.make_cache().is_recurrent
+
+    def make_cache(
+        self, max_cache_len: int | None = None, offloading: bool = False, quantized: dict | None = None
+    ) -> ManticoreCache:
         """An empty cache for this hybrid.
 
         Args:
             max_cache_len: Length of a static cache; None for one that grows.
+            offloading, quantized: As in ManticoreCache.
 
         Raises:
             ManticoreError: A component's own class gives no right results with a static cache.
         """
         parts = {name: self.component(name) for name in self.config.component_names}
         configs = {name: part.config for name, part in parts.items()}
-        cache = ManticoreCache(configs, self.segments.ranges, max_cache_len)
+        cache = ManticoreCache(configs, self.segments.ranges, max_cache_len, offloading, quantized)
         for name, part in parts.items() if max_cache_len is not None else ():
             if cache.attends(name) and not part._can_compile_fullgraph:
                 raise ManticoreError(
@@ -324,64 +367,59 @@ class ManticoreModel(ManticorePreTrainedModel):
         return cache
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
-        cache = cache_for_generation(self, generation_config, model_kwargs.get("cache"), max_cache_length)
+        given, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        cache = cache_for_generation(self, generation_config, given, max_cache_length, mask)
         if cache is not None:
             model_kwargs["cache"] = cache
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs) -> torch.Tensor | None:
         """Each component makes its own masks from the 2-D one."""
         return attention_mask
 
     @property
-    def init_continuous_batching(self):
+    def init_continuous_batching(self) -> NoReturn:
         """Not there: `transformers serve --continuous-batching` asks whether it is, and then takes `generate`."""
-        raise AttributeError(NO_PAGES)
+        raise AttributeError("init_continuous_batching")
 
-    def continuous_batching_context_manager(self, *args, **kwargs):
-        """Refused: see the error's message."""
-        raise ManticoreError(NO_PAGES)
-
-    generate_batch = continuous_batching_context_manager
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises EngineError, for `generate_batch` too."""
+        raise EngineError("Continuous batching")
 
     @classmethod
-    def is_backend_compatible(cls):
-        """Never returns: vLLM (0.32) and SGLang (0.5) go on after a False, and fail in a worker with a long trace.
+    def is_backend_compatible(cls) -> bool:
+        """False; an engine, which would go on and fail in a worker (vLLM 0.32, SGLang 0.5), gets an EngineError."""
+        engine = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        if engine in ENGINES:
+            raise EngineError(engine)
+        return False
 
-        Raises:
-            ManticoreError: Always. Only such engines ask.
-        """
-        raise ManticoreError(ENGINE_REFUSED.format("An engine that puts its own attention into a model (vLLM, SGLang)"))
-
-    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        """Sets the implementation of every component that has it; the others keep theirs.
-
-        Args:
-            attn_implementation: A name, or a dict {component name: name} that is taken literally.
-            *args, **kwargs: As in Transformers.
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers: of every component that has it; the others keep theirs.
 
         Raises:
             ManticoreError: It belongs to an engine with a cache of its own.
-            ValueError: No component has it, or a component named in a dict lacks it.
+            ValueError: No component has it, or a component named in a dict {component name: name} lacks it.
         """
         parts = {name: self.component(name) for name in self.config.component_names}
         super().set_attn_implementation(choose_attention(parts, attn_implementation), *args, **kwargs)
 
     # ---- forward ---------------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     @takes_old_cache
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_hidden_states=None,
-        return_dict=None,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: ManticoreCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list | None = None,
+        **kwargs: Any,
+    ) -> ManticoreModelOutput | tuple:
         """Runs the blocks.
 
         Args:
@@ -390,23 +428,15 @@ class ManticoreModel(ManticorePreTrainedModel):
             position_ids: [batch, time]; default: counted from the mask.
             cache: A ManticoreCache (`make_cache`, or one returned before); `past_key_values` is its old name.
             use_cache: Whether to return a cache.
-            output_hidden_states: Whether to return the shared state at each block boundary.
-            return_dict: False for a tuple.
+            output_attentions: Whether to return attention weights; only attn_implementation="eager" has any.
+            output_hidden_states: Whether to return the shared state at each block boundary; or which, by index.
+            **kwargs: `return_dict=False` for a tuple.
 
         Raises:
             ManticoreError: Input that cannot be used, or beyond a component's table of positions.
         """
-        keep = self._flag("output_hidden_states", output_hidden_states)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
-        found = run(self, read_inputs(self, *given))
-        out = ManticoreModelOutput(
-            last_hidden_state=found.shared,
-            cache=found.cache,
-            hidden_states=found.hidden_states,
-            states=tuple(found.states.get(name) for name in self.config.component_names),
-        )
-        return out if self._flag("return_dict", return_dict) else out.to_tuple()
-
-    def _flag(self, name, value):
-        """An argument of a forward, or what the configuration says where it is None."""
-        return bool(getattr(self.config, name)) if value is None else value
+        found = run(self, read_inputs(self, *given, {**kwargs, "output_attentions": output_attentions}))
+        kept = found.cache, found.hidden_states, found.attentions
+        return ManticoreModelOutput(found.shared, *kept, ModelOutput(found.states))

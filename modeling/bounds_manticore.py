@@ -1,15 +1,18 @@
 """What the other files stand on: errors, addresses and configurations of components, and the making of their models.
 
-It is imported first, with one sibling that imports nothing, so it says if Transformers is too old for all of them.
-What a file says is believed here as Transformers believes it, but for what belongs to another owner: the addresses and
-the code of components. Whoever loads with the package is better protected, by the `Guard` that it installs.
+It is imported first, so it says if Transformers is too old. What a file says is believed here as Transformers believes
+it, but for the addresses and code of components, which belong to another owner. Who loads with the package is better
+protected, by the `Guard` that it installs.
 """
 
 import contextlib
 import copy
 import keyword
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from functools import partial
 
 import torch
 import transformers
@@ -24,25 +27,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-from .settings_manticore import ManticoreError  # noqa: E402
+from .settings_manticore import HybridSettings, ManticoreError  # noqa: E402
 
 # What a component does with its outputs is the hybrid's to say.
 _OF_THE_HYBRID = ("model_type", "return_dict", "use_return_dict", "output_hidden_states", "tie_last_hidden_states")
 
 # Attributes of the hybrid's configuration and of its model: a component becomes an attribute of both.
-_RESERVED = {
-    "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "num_blocks",
-    "block_layers", "reference_component", "route", "vocab_size", "tokenizer_component", "manticore_version",
-    "mixture_weights", "calibration", "mix_loss_weight", "component_loss_weight", "hidden_size", "component", "score",
-    "objective",
-    "num_hidden_layers", "max_position_embeddings", "loss_function", "device", "dtype", "forward", "generate",
-    "framework", "model_tags", "base_model", "name", "loss_type", "warnings_issued", "auto_map", "preset",
-    "tie_word_embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space", "embeddings",
-    "head_mixture", "component_names", "sub_configs", "bounds", "bos_token_id", "eos_token_id", "pad_token_id",
-    "all_tied_weights_keys", "create_masks_for_generate", "kernel_config", "keys_to_ignore_at_inference", "embed",
-    "from_components", "make_cache", "mix_embeddings", "new_mixer", "renew_embeddings", "report_parts",
-    "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm", "is_gone", "make_score",
-    "starts_anew", "composed_as", "segments", "together", "mix",
+_RESERVED = {one.name for one in fields(HybridSettings)} | {
+    "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "route", "score",
+    "manticore_version", "calibration", "hidden_size", "component", "objective", "num_hidden_layers", "segments",
+    "max_position_embeddings", "framework", "name", "loss_type", "warnings_issued", "keys_to_ignore_at_inference",
+    "auto_map", "tie_word_embeddings", "component_names", "bounds", "bos_token_id", "eos_token_id", "pad_token_id",
+    "all_tied_weights_keys", "kernel_config", "embed", "from_components", "make_cache", "mix_embeddings", "new_mixer",
+    "renew_embeddings", "report_parts", "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm",
+    "is_gone", "make_score", "starts_anew", "composed_as", "together", "mix", "create_masks_for_generate",
 }  # fmt: skip
 
 
@@ -57,7 +55,7 @@ class Guard:
     def plain(self, what: str, values: object) -> None:
         """Before any value is looked at."""
 
-    def reading(self, source):
+    def reading(self, source: str) -> AbstractContextManager:
         """Context in which Transformers reads a hybrid's config.json."""
         return contextlib.nullcontext()
 
@@ -87,11 +85,11 @@ class Guard:
         """The module that `make()` makes; `beside`: modules that are there already and stay."""
         return make()
 
-    def running(self, what: str):
+    def running(self, what: str) -> AbstractContextManager:
         """Context in which a model is made or run without storage."""
         return contextlib.nullcontext()
 
-    def checkpoint(self, model, tensors: dict, rename, ties: dict, quantizer, ignore_mismatched: bool) -> None:
+    def checkpoint(self, model, tensors: dict, rename: Callable, ties: dict, quantizer, ignored: bool) -> None:
         """Before a hybrid's tensors {key: tensor or lazy slice} are read; `rename` and `ties` as in `overlay`."""
 
 
@@ -132,10 +130,9 @@ def check_component_name(name: object) -> None:
 def check_reference(
     name: str, repo_id: object, revision: object, subfolder: object = None, files: dict | None = None
 ) -> None:
-    """Raises ManticoreError unless a component's address is one that others can reach.
+    """Raises ManticoreError unless a component's address is one on the Hub: no path, no URL.
 
-    A configuration may come from a stranger's repository, so paths and URLs are refused. Reading the weights replaces a
-    branch or tag, which can move, by its commit.
+    Reading the weights replaces a branch or tag, which can move, by its commit.
     """
     what = f"Component {name!r}"
     named = isinstance(repo_id, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repo_id)
@@ -173,39 +170,30 @@ def check_dtype(what: str, value: object) -> None:
 
 def is_causal_lm(model_type: str) -> bool:
     """Whether a model type that is known to the Auto classes has a causal LM, and is no hybrid."""
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return model_type != "manticore"
-    return model_type != "manticore" and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING  # registered
+    known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
+    return known and model_type != "manticore"
 
 
 def build_config(name: str, values: dict, what: str | None = None) -> PreTrainedConfig:
-    """A component's configuration from its dict.
-
-    Args:
-        name: The component's name.
-        values: What its config.json says, `model_type` included.
-        what: How a message calls it; default: by name and model type.
+    """The configuration of component `name` from what its config.json says.
 
     Raises:
-        ManticoreError: Names the component and what is wrong with its configuration.
+        ManticoreError: Says what is wrong with it; `what` names it there, by default name and model type.
     """
     given, what = what, what or f"Component {name!r}"
     guard().file(what, values)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ManticoreError(
-            f"{what} has model_type={show(model_type)}, which the installed Transformers does not know."
-        )
+        raise ManticoreError(f"{what} has model_type={show(model_type)}, which this Transformers does not know.")
     if not is_causal_lm(model_type):
         raise ManticoreError(f"{what} is no causal LM (model_type {model_type!r}); only causal LMs can be joined.")
     what, cls = given or f"Component {name!r} ({model_type})", CONFIG_MAPPING[model_type]
     values = guard().settings(what, {key: value for key, value in values.items() if key not in _OF_THE_HYBRID}, cls)
-    for key in ("dtype", "torch_dtype"):
-        if key in values:
-            check_dtype(what, values[key])
-            values[key] = values[key].removeprefix("torch.") if isinstance(values[key], str) else values[key]
+    for key in {"dtype", "torch_dtype"} & set(values):
+        check_dtype(what, values[key])
+        values[key] = values[key].removeprefix("torch.") if isinstance(values[key], str) else values[key]
     if values.get("quantization_config") is not None:
-        _refuse_quantized(what)
+        raise _packed(what)
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as err:  # Transformers checks its configurations in many ways, with as many kinds of errors
@@ -213,16 +201,11 @@ def build_config(name: str, values: dict, what: str | None = None) -> PreTrained
 
 
 def check_component(name: str, config: PreTrainedConfig) -> None:
-    """Raises ManticoreError unless a component's configuration is one that a hybrid can be built from.
-
-    Args:
-        name: The component's name.
-        config: The configuration, wherever it came from.
-    """
+    """Raises ManticoreError unless the configuration of component `name` is one that a hybrid can be built from."""
     what = f"Component {name!r} ({config.model_type})"
     guard().component(what, config)
     if getattr(config, "quantization_config", None) is not None:
-        _refuse_quantized(what)
+        raise _packed(what)
     check_dtype(what, config.dtype)
     try:
         found = {key: getattr(config, key) for key in ("hidden_size", "vocab_size")}
@@ -230,12 +213,12 @@ def check_component(name: str, config: PreTrainedConfig) -> None:
     except Exception as err:
         raise ManticoreError(f"{what}: its configuration has no hidden_size, vocab_size or layers ({err}).") from err
     for key, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise ManticoreError(f"{what}: {key}={show(value)} must be a positive integer.")
 
 
-def _refuse_quantized(what):
-    raise ManticoreError(
+def _packed(what):
+    return ManticoreError(
         f"{what} has a quantization_config: its weights are packed and cannot be cut or referenced. Give the "
         "repository with its weights in floating point; the hybrid can be quantised when it is loaded."
     )
@@ -245,12 +228,8 @@ def _refuse_quantized(what):
 
 
 @contextlib.contextmanager
-def explained(what: str):
-    """Context in which a model is made of a configuration; whatever fails is a ManticoreError.
-
-    Args:
-        what: How a message calls the model.
-    """
+def explained(what: str) -> Iterator[None]:
+    """Context in which a model is made of a configuration; whatever fails is a ManticoreError that names `what`."""
     try:
         yield
     except ManticoreError:
@@ -262,7 +241,7 @@ def explained(what: str):
 
 
 @contextlib.contextmanager
-def trying(what: str):
+def trying(what: str) -> Iterator[None]:
     """`explained`, watched by the guard: a model is made or run without storage."""
     with explained(what), guard().running(what):
         yield
@@ -271,34 +250,17 @@ def trying(what: str):
 def construct(what: str, make: Callable, beside: tuple | list = ()) -> torch.nn.Module:
     """The module that `make()` makes, which is called twice if the guard counts it first.
 
-    Args:
-        what: How a message calls the module.
-        make: Function that makes it.
-        beside: Modules that are there already and stay.
-
     Raises:
-        ManticoreError: It cannot be made, or the guard finds it too large.
+        ManticoreError: It cannot be made, or the guard finds it too large `beside` the modules that stay.
     """
     with explained(what):
         return guard().construct(what, make, beside)
 
 
 def build_component(what: str, config: PreTrainedConfig, beside: tuple | list = ()) -> PreTrainedModel:
-    """A component's module with initial weights, of Transformers' own class.
-
-    Args:
-        what: How a message calls the component.
-        config: Its configuration.
-        beside: Modules that are there already and stay.
-
-    Raises:
-        ManticoreError: It cannot be built, or there is not enough memory.
-    """
-
-    def make():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False)
-
-    module = construct(what, make, beside)
+    """A component's module with initial weights, of Transformers' own class; ManticoreError as in `construct`."""
+    make = partial(AutoModelForCausalLM.from_config, config, trust_remote_code=False)
+    module = construct(what, lambda: make(dtype=torch.get_default_dtype()), beside)
     for find in ("get_input_embeddings", "get_output_embeddings"):
         if not isinstance(getattr(getattr(module, find)(), "weight", None), torch.Tensor):
             raise ManticoreError(f"{what} cannot be joined: its {find}() gives no module with a weight.")

@@ -1,17 +1,24 @@
 """One cache for a whole hybrid, made and checked by hand or by `generate`.
 
-Transformers' models keep one cache object whose length is that of its first attention layer. A component that is run
-whole has its own. Of one that runs in segments, after the first has been run that length already counts the new tokens,
-and later ones would get wrong positions: each sees its own view, made of the layers it owns, and the hybrid counts
-tokens itself.
+Transformers takes the length of a cache's first attention layer for that of all. Once the first segment of a component
+has run, it counts the new tokens already, and later ones would get wrong positions: each sees a view of the layers it
+owns, and the hybrid counts tokens itself. A component that is run whole has its own cache.
 """
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
+from .bounds_manticore import trying
 from .configuration_manticore import ManticoreError
 
 
@@ -25,11 +32,11 @@ class _Hole(DummyLayer):
 
 
 class SegmentCache(Cache):
-    """What the segment [start, stop) of a component sees: its own layers at their own indices, and the true length."""
+    """What the segment [start, ...) of a component sees: its own layers at their own indices, and the true length."""
 
-    def __init__(self, owner, layers, start):
+    def __init__(self, seen: int, layers: list, start: int):
         super().__init__(layers=[_Hole()] * start + list(layers))
-        self.owner = owner
+        self.seen = seen
         self._attention = next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), None)
 
     def _attention_layer(self, layer_idx):
@@ -37,151 +44,208 @@ class SegmentCache(Cache):
             return self.layers[layer_idx]
         return self._attention
 
-    def get_seq_length(self, layer_idx=0):
-        """Tokens already seen; a view without attention layers asks the hybrid's counter."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens already seen; a view without attention layers has the hybrid's count."""
         layer = self._attention_layer(layer_idx)
-        return self.owner.seen if layer is None else layer.get_seq_length()
+        return self.seen if layer is None else layer.get_seq_length()
 
-    def get_mask_sizes(self, query_length, layer_idx=0):
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(key length, key offset) of the mask for `query_length` new tokens."""
         layer = self._attention_layer(layer_idx)
-        return (self.owner.seen + query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
+        return (self.seen + query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
 
 
 class ManticoreCache(Cache):
-    """The layers of all components in one flat list.
-
-    Reordering (beams), selecting, resetting and moving act on all layers at once, as Transformers does it.
+    """The layers of all components in one flat list, so that Transformers reorders, resets and moves all at once.
 
     Args:
         configs: `{component name: configuration}`.
         ranges: `{(component name, block): (start, stop)}`, the layers it runs from each block on; a layer that is in
             none is left out.
         max_cache_len: None for caches that grow, else the length of static ones.
+        offloading: Whether keys and values wait in the CPU's memory for their layer's turn.
+        quantized: Settings of Transformers' QuantizedCache (`backend`, ...) for components with attention; or None.
     """
 
+    model_type = "manticore"  # by which a cache of another copy of this file is known
     # The token counter is a Python integer, so a compiled decoding step would be traced anew for each token.
     is_compileable = False
 
-    def __init__(self, configs, ranges, max_cache_len=None):
+    def __init__(
+        self,
+        configs: dict,
+        ranges: dict,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+        quantized: dict | None = None,
+    ):
         layers, self._views = [], {}
         self.max_cache_len, self.seen = max_cache_len, 0
+        self.mask, self.has_padding = None, False  # of what was read (None: all real), and whether any was in between
+        self.is_plain = not any("local" in getattr(config, "attention_layers", ()) for config in configs.values())
         for name, config in configs.items():
-            if max_cache_len is None:
-                part = DynamicCache(config=config)
-            else:
-                part = StaticCache(config=config, max_cache_len=max_cache_len)
+            part = _part(name, config, max_cache_len, offloading, quantized)
             for block, (start, stop) in ((block, pair) for (other, block), pair in ranges.items() if other == name):
-                mine, whole = part.layers[start:stop], (start, stop) == (0, len(part.layers))
-                self._views[name, block] = part if whole else SegmentCache(self, mine, start)
-                layers += mine
-        super().__init__(layers=layers)
+                kind = type(part) if (start, stop) == (0, len(part.layers)) else SegmentCache
+                self._views[f"{name}-{block}"] = [kind, len(layers), start, stop]
+                layers += part.layers[start:stop]
+        self.is_plain &= all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
+        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
 
     @property
-    def is_linear(self):
-        """Of no layer: Transformers' `generate` feeds a cache of recurrent layers alone all tokens again.
+    def is_recurrent(self) -> bool:
+        """Whether a layer keeps a state that does not tell what it was before the last token."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
 
-        It takes such a cache's length for unknown; a hybrid counts.
-        """
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of no layer: else Transformers takes the length of a cache of recurrent layers for unknown."""
         return [False] * len(self.layers)
 
-    def view(self, name, block):
-        """The cache of component `name` in block `block` (0-based), on layers of this one.
+    def view(self, name: str, block: int) -> Cache:
+        """The cache of component `name` from `block` on, on layers of this one; its class's own where it is whole.
 
-        Of a component that is run whole it is that component's own cache, as its class makes it.
+        Made for one pass, and not kept: exporters walk through caches, and copy what they find.
         """
-        return self._views[name, block]
+        kind, first, start, stop = self._views[f"{name}-{block}"]
+        mine = self.layers[first : first + stop - start]
+        if kind is SegmentCache:
+            view = SegmentCache(self.seen, mine, start)
+        else:
+            view = kind.__new__(kind)
+            Cache.__init__(view, layers=mine)
+        if self.offloading:
+            view.offloading, view.only_non_sliding, view.prefetch_stream = True, False, self.prefetch_stream
+        return view
 
-    def attends(self, name):
+    def attends(self, name: str) -> bool:
         """Whether a component has layers with keys and values."""
-        views = [view for (other, _), view in self._views.items() if other == name]
-        return any(isinstance(layer, CacheLayerMixin) for view in views for layer in view.layers)
+        found = [one[1:] for key, one in self._views.items() if key.rpartition("-")[0] == name]
+        layers = [layer for first, start, stop in found for layer in self.layers[first : first + stop - start]]
+        return any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
-    def stretch(self, mask, name, block, batch, time, device):
-        """The mask [batch, past + time] of a segment; to the end of a static cache, since not every model does that.
-
-        (Bloom's position biases are as long as the mask.)
-        """
+    def stretch(self, mask, name: str, block: int, batch: int, time: int, device) -> torch.Tensor | None:
+        """The mask [batch, past + time] of a segment, to the end of a static cache (Bloom's biases are as long)."""
         layers = self.view(name, block).layers
         if self.max_cache_len is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
             return mask
         mask = torch.ones(batch, self.seen + time, dtype=torch.long, device=device) if mask is None else mask
         return F.pad(mask, (0, self.max_cache_len - mask.shape[1]))
 
-    def advance(self, tokens, mask=None):
-        """Counts `tokens` new positions; called once at the end of each forward of the hybrid.
+    def advance(self, tokens: int, mask: torch.Tensor | None = None) -> None:
+        """Counts `tokens` new positions; called once at the end of each forward, with its mask [batch, past + tokens].
 
         Empties the recurrent states of rows that consist of left padding so far: Transformers takes a call's only token
-        for a generated one, never padding, so it reaches the states of some models (Mamba2, Jamba); with several tokens
-        they are masked.
-
-        Args:
-            tokens: Their number.
-            mask: [batch, past + tokens], 1 for real tokens, or None.
+        for a generated one, never padding, so it reaches the states of some models (Mamba2, Jamba).
         """
         self.seen += tokens
-        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-        if tokens != 1 or mask is None or not layers or (begun := mask.any(-1)).all():
+        if tokens != 1 or mask is None or not self._recurrent_states() or (begun := mask.any(-1)).all():
             return
-        for layer in layers:
-            for states in (layer.conv_states, layer.recurrent_states):
-                for state in states.values():
-                    if state is not None:
-                        state[~begun.to(state.device)] = 0
+        for states, key in self._recurrent_states():
+            states[key][~begun.to(states[key].device)] = 0
 
-    def get_seq_length(self, layer_idx=0):
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens already seen."""
         return self.seen
 
-    def get_mask_sizes(self, query_length, layer_idx=0):
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(key length, key offset) of a full mask for `query_length` new tokens."""
         return self.seen + query_length, 0
 
-    def reset(self):
+    def reset(self) -> None:
         """Forgets everything and keeps the memory."""
         super().reset()
-        self.seen = 0
+        self.seen, self.mask, self.has_padding = 0, None, False
 
-    def crop(self, tokens_to_remove):
+    def restart(self, empty):
+        """Becomes an empty cache, for the sake of whoever holds this one.
+
+        Args:
+            empty: A new ManticoreCache of the same hybrid, which is not used otherwise.
+        """
+        self.__dict__.update(empty.__dict__)
+
+    def reorder_cache(self, beam_idx):
+        """Puts rows in another order."""
+        super().reorder_cache(beam_idx)
+        self._pick_mask(beam_idx)
+
+    def _pick_mask(self, rows):
+        self.mask = None if self.mask is None else self.mask.index_select(0, rows.to(self.mask.device))
+
+    def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)
+        self.mask = None if self.mask is None else self.mask[:, : self.seen]
 
-    def batch_repeat_interleave(self, repeats):
+    def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times."""
-        self._pick_rows(lambda rows, device: torch.arange(rows, device=device).repeat_interleave(repeats))
-        for layer in self.layers:
-            if isinstance(layer, CacheLayerMixin):
-                layer.batch_repeat_interleave(repeats)
+        self._pick_rows("batch_repeat_interleave", repeats, lambda rows: torch.arange(rows).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices):
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices`."""
-        self._pick_rows(lambda rows, device: indices.to(device))
+        self._pick_rows("batch_select_indices", indices, lambda rows: indices)
+
+    def _pick_rows(self, method, argument, chosen):
+        if self.mask is not None:
+            self._pick_mask(chosen(len(self.mask)))
         for layer in self.layers:
             if isinstance(layer, CacheLayerMixin):
-                layer.batch_select_indices(indices)
+                getattr(layer, method)(argument)
+        for states, key in self._recurrent_states():  # whose layers cannot do it themselves in Transformers 5.24
+            states[key] = states[key].index_select(0, chosen(len(states[key])).to(states[key].device))
 
-    def _pick_rows(self, chosen):
-        # Recurrent layers cannot do it themselves in Transformers 5.24
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                for states in (layer.conv_states, layer.recurrent_states):
-                    for key, state in states.items():
-                        if state is not None:
-                            states[key] = state.index_select(0, chosen(state.shape[0], state.device))
+    def _recurrent_states(self):
+        """[(dict, key)] of all states of recurrent layers."""
+        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        found = [states for layer in layers for states in (layer.conv_states, layer.recurrent_states)]
+        return [(states, key) for states in found for key, state in states.items() if state is not None]
 
 
-def cache_for(model, cache, use_cache):
+def _part(name, config, max_cache_len, offloading, quantized):
+    """A component's own cache, as its class makes it."""
+    if max_cache_len is not None:
+        # Transformers (5.24) fails where all layers slide and only others are to be offloaded
+        return StaticCache(config, max_cache_len, offloading=offloading, offload_only_non_sliding=False)
+    part = DynamicCache(config=config, offloading=offloading)
+    if quantized is None or not any(isinstance(layer, CacheLayerMixin) for layer in part.layers):
+        return part
+    with trying(f"A quantised cache for component {name!r} ({config.model_type})"):
+        return QuantizedCache(config=config, **quantized)
+
+
+def _behind(model, cache):
+    """The ManticoreCache of a call that was given it, or a DynamicCache, whose layers are then the hybrid's.
+
+    Raises:
+        ManticoreError: It is another cache, or a component is recurrent: a DynamicCache cannot count what it has read.
+    """
+    if getattr(cache, "model_type", None) == ManticoreCache.model_type:
+        return cache
+    found = model.make_cache(offloading=cache.offloading) if type(cache) is DynamicCache else None
+    if found is not None and not found.is_recurrent:
+        if cache.get_seq_length() == 0:
+            cache.layers, cache.layer_class_to_replicate = found.layers, None
+        if [*map(type, cache.layers)] == [*map(type, found.layers)]:
+            found.layers = cache.layers
+            found.seen = max(layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+            found.mask, found.has_padding = getattr(cache, "_read", (None, False)) if found.seen else (None, False)
+            return found
+    raise ManticoreError(
+        f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache()) or, where all its "
+        "components attend and none is recurrent, an empty DynamicCache."
+    )
+
+
+def cache_for(model: PreTrainedModel, cache: Cache | None, use_cache: bool | None) -> ManticoreCache | None:
     """The cache of a call: the one that was given, a new one, or None.
 
     Raises:
-        ManticoreError: It is no cache of a hybrid.
+        ManticoreError: It is no cache that a hybrid can use.
     """
-    if cache is not None and not isinstance(cache, ManticoreCache) and type(cache).__name__ != "ManticoreCache":
-        raise ManticoreError(
-            f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
-        )
-    use_cache = (not model.training) if use_cache is None else use_cache
+    cache = None if cache is None else _behind(model, cache)
+    use_cache = (getattr(model.config, "use_cache", True) and not model.training) if use_cache is None else use_cache
     if model.training and model.is_activation_checkpointing:
         use_cache = False
     if not use_cache:
@@ -189,7 +253,9 @@ def cache_for(model, cache, use_cache):
     return model.make_cache() if cache is None else cache
 
 
-def cache_for_generation(model, settings, given, max_cache_length):
+def cache_for_generation(
+    model: PreTrainedModel, settings, given, max_cache_length: int, mask: torch.Tensor | None = None
+) -> ManticoreCache | None:
     """The cache that `generate` begins with, or None.
 
     Args:
@@ -197,6 +263,8 @@ def cache_for_generation(model, settings, given, max_cache_length):
         settings: The GenerationConfig.
         given: The caller's own, or None.
         max_cache_length: What is read and generated at most.
+        mask: [batch, time] of all that is to be read, or None. Where it leaves out tokens that the caller's cache has
+            read as text (rows that had ended before others, in an earlier turn), all is read again, into that cache.
 
     Raises:
         ManticoreError: Settings that contradict each other, or a kind of cache that hybrids do not have.
@@ -205,12 +273,29 @@ def cache_for_generation(model, settings, given, max_cache_length):
     if given is not None:
         if kind is not None:
             raise ManticoreError("Give either cache_implementation or cache, not both.")
+        if isinstance(given, ManticoreCache) and mask is not None and not given.is_plain:
+            read = mask[:, : given.seen] != 0
+            if not torch.equal(read, torch.ones_like(read) if given.mask is None else given.mask.to(read.device) != 0):
+                given.restart(model.make_cache(given.max_cache_len))
         given._is_user_defined = True
         return given
     if settings.use_cache is False:
         return None
-    if kind in (None, "dynamic"):
-        return model.make_cache()
-    if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS and "offloaded" not in kind:
-        return model.make_cache(max(max_cache_length, settings.max_cache_len or 0))
-    raise ManticoreError(f"cache_implementation={kind!r} is not supported; use 'dynamic' or 'static'.")
+    options = {}
+    if "offloaded" in (kind or ""):
+        if model.device.type == "cpu":
+            raise ManticoreError(
+                f"cache_implementation={kind!r} keeps keys and values in the CPU's memory, where those of a hybrid on "
+                "the CPU are anyway; leave it out."
+            )
+        options["offloading"] = True
+    if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+        options["max_cache_len"] = max(max_cache_length, settings.max_cache_len or 0)
+    elif kind == "quantized":
+        options["quantized"] = {"backend": "quanto", **(settings.cache_config or {})}
+    elif kind not in (None, "dynamic", "offloaded"):
+        raise ManticoreError(f"cache_implementation={kind!r} is not supported; use 'dynamic' or 'static'.")
+    cache = model.make_cache(**options)
+    if settings.is_assistant:  # what it drafts may be refused
+        cache.activate_past_recording()
+    return cache

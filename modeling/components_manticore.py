@@ -4,79 +4,66 @@ Transformers refuses an attention implementation that one sub-model lacks. A hyb
 that do not attend at all (Mamba) or in their own way (Bloom, Gemma 2), so these keep theirs.
 """
 
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .configuration_manticore import ManticoreError
 from .mixers_manticore import repair_mixers
 
-# Of engines that keep the keys and values themselves: Transformers' continuous batching, vLLM, SGLang
-_ENGINES = ("paged", "vllm", "sglang")
-ENGINE_REFUSED = (
-    "{} keeps keys and values outside of the hybrid's cache, for one list of layers of one size, and knows no "
-    "recurrent states: a hybrid cannot run in that engine. Use generate(), a pipeline or `transformers serve`; of a "
-    "hybrid that is hardened to one component, that component, saved by itself, runs where its family does."
-)
-NO_PAGES = (
-    "Continuous batching keeps the keys and values of one list of attention layers of one size in pages; a hybrid has "
-    "several models' layers, and recurrent states, which cannot be paged. Use generate() with a batch that is padded "
-    "on the left, or pipeline(..., batch_size=8)."
-)
+# Engines that keep the keys and values themselves: Transformers' continuous batching, vLLM, SGLang
+ENGINES = ("paged", "vllm", "sglang")
 
 
-def prepare(component):
-    """Repairs what Transformers gets wrong for a component: its state-space mixers, and experts.
+class EngineError(ManticoreError):
+    """A hybrid cannot run in an engine; `what` belongs to it or is its name."""
 
-    Experts run in groups by default, which torch cannot multiply where a row of their weights is not a multiple of 16
-    bytes.
-    """
+    def __init__(self, what: str):
+        super().__init__(
+            f"{what} keeps keys and values outside of the hybrid's cache, for one list of layers of one size, and has "
+            "no recurrent states: a hybrid cannot run in that engine. Use generate() with a batch padded on the left, "
+            "a pipeline or `transformers serve`; a hybrid pruned to one component can run as that component, saved by "
+            "itself."
+        )
+
+
+def prepare(component: PreTrainedModel) -> None:
+    """Repairs what Transformers gets wrong for a component: its state-space mixers, and experts."""
+    # Experts run in groups by default, which torch cannot do where a row of weights is no multiple of 16 bytes
     experts = [tensor for name, tensor in component.named_parameters() if ".experts." in name and tensor.ndim == 3]
     if any(size * tensor.element_size() % 16 for tensor in experts for size in tensor.shape[1:]):
         component.set_experts_implementation("eager")
     repair_mixers(component)
 
 
-def refuse_engines(implementation):
-    """Raises ManticoreError for an attention that keeps keys and values outside of the cache it is given."""
+def check_engine(implementation: str | dict | None) -> None:
+    """Raises EngineError for an attention that keeps keys and values outside of the cache it is given."""
     for one in implementation.values() if isinstance(implementation, dict) else (implementation,):
-        if isinstance(one, str) and one.partition("|")[0] in _ENGINES:
-            raise ManticoreError(ENGINE_REFUSED.format(f"attn_implementation={one!r}"))
+        if isinstance(one, str) and one.partition("|")[0] in ENGINES:
+            raise EngineError(f"attn_implementation={one!r}")
 
 
-def supports_attention(cls, implementation):
+def supports_attention(cls: type, implementation: str | None) -> bool:
     """Whether a model class has an attention implementation ("sdpa", "flash_attention_2", "flex_attention", ...)."""
-    if implementation is None or implementation == "eager":
-        return True
-    for word, flag in (("sdpa", "_supports_sdpa"), ("flex", "_supports_flex_attn"), ("flash", "_supports_flash_attn")):
-        if word in implementation:
-            return bool(getattr(cls, flag))
-    return True
+    flags = {"sdpa": "_supports_sdpa", "flex": "_supports_flex_attn", "flash": "_supports_flash_attn"}
+    return all(getattr(cls, flag) for word, flag in flags.items() if word in (implementation or "eager"))
 
 
-def settle_attention(config):
-    """Lets components whose class lacks the requested implementation fall back to their default, before they are built.
-
-    Args:
-        config: A ManticoreConfig whose sub-configs hold what was requested.
-    """
+def settle_attention(config: PreTrainedConfig) -> None:
+    """Lets components whose class lacks the implementation in their configuration use their default."""
     for name in config.component_names:
         sub = getattr(config, name)
-        refuse_engines(sub._attn_implementation)
+        check_engine(sub._attn_implementation)
         cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(sub), None)
         if cls is not None and not supports_attention(cls, sub._attn_implementation):
             sub._attn_implementation = None
 
 
-def choose_attention(components, implementation):
+def choose_attention(components: dict, implementation: str | dict) -> str | dict:
     """What Transformers' `set_attn_implementation` is to be given so that components that lack one keep theirs.
 
-    Args:
-        components: {name: causal LM}.
-        implementation: What was asked for: a name, or {component name: name}, which is taken literally.
-
-    Raises:
-        ManticoreError: It belongs to an engine with a cache of its own.
+    `components` are {name: causal LM}; {component name: implementation} is taken literally.
     """
-    refuse_engines(implementation)
+    check_engine(implementation)
     if not isinstance(implementation, str):
         return implementation
     able = [name for name, part in components.items() if supports_attention(type(part), implementation)]

@@ -5,6 +5,9 @@ repository; only the component *weights* are references (repo id + 40-hex commit
 """
 
 import copy
+from dataclasses import fields
+from itertools import accumulate
+from typing import Any
 
 # First, because it says what is wrong where Transformers is too old for what follows
 from .bounds_manticore import (
@@ -22,7 +25,7 @@ from .bounds_manticore import (
 from transformers import PreTrainedConfig
 
 from .references_manticore import require, run_trusted
-from .settings_manticore import CHOICES, FILLED, PRESETS
+from .settings_manticore import CHOICES, FILLED, PRESETS, HybridSettings
 
 FORMAT_VERSION = 1
 """Version of the repository layout. Raised when an older package could no longer read a newer repository."""
@@ -51,10 +54,10 @@ class ManticoreConfig(PreTrainedConfig):
         objective: What of mixture_space and the loss weights is not given, but for the first training stage of a
             one-block hybrid to choose, by whether the components' strengths differ: {"open": [...]}; then what it
             measured, {"chosen": [...], "gain": ...}. None: all is as given.
-        route: One component name per block once hardened; None for a soft hybrid.
+        route: One component name per block once pruned; None for a soft hybrid.
         manticore_version: Version of the repository layout.
-        num_blocks, and all that follows it: The fields of `HybridSettings` (settings_manticore.py), where each has its
-            meaning, choices and default; S is the number of blocks, K that of the components.
+        **kwargs: The fields of `HybridSettings` (settings_manticore.py), where each has its meaning, choices and
+            default (S is `num_blocks`); and what every configuration of Transformers takes.
 
     Raises:
         ManticoreError: A key has an impossible value; the message names the key, the value and the choices.
@@ -62,36 +65,18 @@ class ManticoreConfig(PreTrainedConfig):
 
     model_type = "manticore"
     keys_to_ignore_at_inference = [
-        "cache", "past_key_values", "hidden_states", "mixture_loss", "component_losses", "ensemble_loss", "weights"
+        "cache", "past_key_values", "hidden_states", "attentions", "mixture_loss", "component_losses", "ensemble_loss",
+        "weights",
     ]  # fmt: skip
+    # Transformers 5.24 asks at every read whether layers differ; decoding reads some 80 times a token, and has no such.
+    __getattribute__ = object.__getattribute__
 
     def __init__(
-        self,
-        components=None,
-        num_blocks=1,
-        block_layers=None,
-        projector=None,
-        projector_init=None,
-        calibration=None,
-        gate=None,
-        reference_component=None,
-        mixture=None,
-        mixture_space=None,
-        embeddings=None,
-        head_mixture=None,
-        mix_loss_weight=None,
-        component_loss_weight=None,
-        objective=None,
-        mixture_weights=None,
-        vocab_size=None,
-        tokenizer_component=None,
-        route=None,
-        preset="default",
-        manticore_version=FORMAT_VERSION,
-        **kwargs,
+        self, components=None, calibration=None, objective=None, route=None, manticore_version=FORMAT_VERSION, **kwargs
     ):
-        given, what = {key: value for key, value in locals().items() if key != "self"}, "The hybrid's configuration"
-        guard().plain(what, given)
+        what = "The hybrid's configuration"
+        guard().plain(what, locals())
+        given = HybridSettings(**{one.name: kwargs.pop(one.name, one.default) for one in fields(HybridSettings)})
         for key in ("dtype", "torch_dtype"):
             check_dtype(what, kwargs.get(key))
         guard().general(what, kwargs)
@@ -101,21 +86,20 @@ class ManticoreConfig(PreTrainedConfig):
                 f"{FORMAT_VERSION}. Upgrade manticore-hf, or load with trust_remote_code=True."
             )
         self.manticore_version = manticore_version
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise ManticoreError(f"preset={show(preset)} is unknown; choose one of {sorted(PRESETS)}.")
-        given = locals()
+        if not isinstance(given.preset, str) or given.preset not in PRESETS:
+            raise ManticoreError(f"preset={show(given.preset)} is unknown; choose one of {sorted(PRESETS)}.")
         for key in FILLED:
-            value = PRESETS[preset][key] if given[key] is None else given[key]
+            value = getattr(given, key)
+            value = PRESETS[given.preset][key] if value is None else value
             if key in CHOICES and value not in CHOICES[key]:
                 raise ManticoreError(f"{key}={show(value)} is unknown; choose one of {list(CHOICES[key])}.")
             if key not in CHOICES:
                 value = _nonnegative(key, value)
             setattr(self, key, value)
-        left = ["mixture_space"] if mixture_space is None else []
-        left += ["loss_weights"] if mix_loss_weight is None and component_loss_weight is None else []
-        left = left if preset == "default" else []
-        self.objective = {"open": left} if left else objective
-        if self.projector != "linear" and projector_init in (None, "calibrated"):
+        left = ["mixture_space"] * (given.mixture_space is None)
+        left += ["loss_weights"] * (given.mix_loss_weight is given.component_loss_weight is None)
+        self.objective = {"open": left} if left and given.preset == "default" else objective
+        if self.projector != "linear" and given.projector_init in (None, "calibrated"):
             self.projector_init = "identity"
         self.calibration = calibration
         if self.mix_loss_weight == self.component_loss_weight == 0:
@@ -125,21 +109,23 @@ class ManticoreConfig(PreTrainedConfig):
         self.components = []
         for entry in _list_of_dicts(components):
             self._add_component(entry)
-        self.num_blocks = _positive_int("num_blocks", num_blocks)
-        self.block_layers = self._check_block_layers(block_layers)
-        if route and isinstance(reference_component, str):  # it may be one that the route dropped
-            check_component_name(reference_component)
-            self.reference_component = reference_component
+        self.num_blocks = given.num_blocks
+        if type(self.num_blocks) is not int or self.num_blocks < 1:
+            raise ManticoreError(f"num_blocks={show(self.num_blocks)} must be a positive integer.")
+        self.block_layers = self._check_block_layers(given.block_layers)
+        self.reference_component = given.reference_component
+        if route and isinstance(self.reference_component, str):  # it may be one that the route dropped
+            check_component_name(self.reference_component)
         else:
-            self.reference_component = self._check_name("reference_component", reference_component)
-        self.tokenizer_component = self._check_name("tokenizer_component", tokenizer_component)
+            self.reference_component = self._check_name("reference_component", self.reference_component)
+        self.tokenizer_component = self._check_name("tokenizer_component", given.tokenizer_component)
         self.route = self._check_route(route)
         if self.route is not None:
-            mixture_weights = [[float(name == one) for one in self._component_names] for name in self.route]
-        self.mixture_weights = self._check_mixture_weights(mixture_weights)
+            given.mixture_weights = [[float(name == one) for one in self._component_names] for name in self.route]
+        self.mixture_weights = self._check_mixture_weights(given.mixture_weights)
 
         subs = [getattr(self, name) for name in self._component_names]
-        sizes = {name: getattr(self, name).vocab_size for name in self._component_names}
+        sizes, vocab_size = {name: sub.vocab_size for name, sub in zip(self._component_names, subs)}, given.vocab_size
         if vocab_size is None and len(set(sizes.values())) == 1:
             vocab_size = min(sizes.values())
         fits = type(vocab_size) is int and 0 < vocab_size <= min(sizes.values(), default=0)
@@ -153,9 +139,8 @@ class ManticoreConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         # Read by Transformers (generation, pipelines) and never free choices here: they follow from the components.
         width, widest = kwargs.pop("hidden_size", None), max((sub.hidden_size for sub in subs), default=None)
-        for derived in ("num_hidden_layers", "max_position_embeddings"):
-            kwargs.pop(derived, None)
-        # A hardened hybrid keeps the width its projectors were made for, whoever brought it.
+        kwargs.pop("num_hidden_layers", None), kwargs.pop("max_position_embeddings", None)
+        # A pruned hybrid keeps the width its projectors were made for, whoever brought it.
         self.hidden_size = width if route and type(width) is int and width >= widest else widest
         guard().hybrid(self)
         self.num_hidden_layers = self.num_blocks
@@ -227,17 +212,13 @@ class ManticoreConfig(PreTrainedConfig):
                 )
             even = [depth // self.num_blocks + (s < depth % self.num_blocks) for s in range(self.num_blocks)]
             cut = block_layers.get(name, even)
-            if (
-                not isinstance(cut, (list, tuple))
-                or len(cut) != self.num_blocks
-                or not all(type(n) is int and n >= 1 for n in cut)
-                or sum(cut) != depth
-            ):
+            numbers = isinstance(cut, (list, tuple)) and all(type(n) is int and n >= 1 for n in cut)
+            if not numbers or len(cut) != self.num_blocks or sum(cut) != depth:
                 raise ManticoreError(
                     f"block_layers[{name!r}]={show(cut)} must be {self.num_blocks} positive integers that sum to the "
                     f"component's {depth} layers."
                 )
-            cuts[name] = [int(n) for n in cut]
+            cuts[name] = list(cut)
         return cuts
 
     def _check_route(self, route):
@@ -284,18 +265,13 @@ class ManticoreConfig(PreTrainedConfig):
 
     def bounds(self, name: str) -> list[int]:
         """Cumulative layer bounds [0, ..., depth] of a component's S segments."""
-        out = [0]
-        for n in self.block_layers[name]:
-            out.append(out[-1] + n)
-        return out
+        return [0, *accumulate(self.block_layers[name])]
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> "ManticoreConfig":
         """As in Transformers, for what a file says: instructions to load code or files are not taken from it.
 
-        Args:
-            config_dict: What the file says.
-            **kwargs: As in Transformers, and `trust_component_code`: names of components whose own code may be run.
+        Beside Transformers' arguments it takes `trust_component_code`: names of components whose own code may be run.
 
         Raises:
             ManticoreError: It is no configuration of a hybrid.
@@ -310,12 +286,12 @@ class ManticoreConfig(PreTrainedConfig):
         return super().from_dict({**guard().settings(what, config_dict, cls), **classes}, **kwargs)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> tuple[dict, dict]:
         """As in Transformers."""
         with guard().reading(pretrained_model_name_or_path):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
-    def get_text_config(self, *args, **kwargs):
+    def get_text_config(self, *args: Any, **kwargs: Any) -> "ManticoreConfig":
         """A hybrid is a text model: the configuration itself."""
         return self
 
@@ -347,12 +323,6 @@ def _list_of_dicts(components):
         raise ManticoreError(f"components={show(components)} must be a list of dicts with a name and a config.")
     guard().entries(components)
     return components
-
-
-def _positive_int(key, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ManticoreError(f"{key}={show(value)} must be a positive integer.")
-    return value
 
 
 def _nonnegative(key, value):

@@ -6,18 +6,21 @@ states. What is read or called past a hook is placed here. In a graph that is be
 """
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.integrations import deepspeed
 
 
-def hooks_of(module):
+def hooks_of(module: nn.Module) -> tuple:
     """accelerate's hooks on a module, in order."""
     hook = module.__dict__.get("_hf_hook")
     return () if hook is None else getattr(hook, "hooks", (hook,))
 
 
-def first_parameter(module):
+def first_parameter(module: nn.Module) -> nn.Parameter | None:
     """`next(module.parameters(), None)`, in a tenth of the time: every step of decoding asks a dozen times."""
     for parameter in module._parameters.values():
         if parameter is not None:
@@ -26,12 +29,11 @@ def first_parameter(module):
     return next((parameter for parameter in found if parameter is not None), None)
 
 
-def device_of(module):
+def device_of(module: nn.Module) -> torch.device | None:
     """Where a module computes: not where its weights are while they are offloaded. None: nothing to say.
 
-    Of the processes of a distributed run each has one device, and its weights may be elsewhere between calls (where
-    FSDP and ZeRO offload them): only accelerate's hooks are asked there. Nor is there anything to say
-    in a graph that is being compiled.
+    Each process of a distributed run has one device, and its weights may be elsewhere between calls (where FSDP and
+    ZeRO offload them): only accelerate's hooks are asked there.
     """
     if torch.compiler.is_compiling():
         return None
@@ -45,26 +47,24 @@ def device_of(module):
     return None if first is None else first.device
 
 
-def place(value, device):
+def place(value: Any, device: torch.device | None) -> Any:
     """A tensor, or the tensors in lists, tuples and dicts, on a device; None: as they are."""
     if device is None or torch.compiler.is_compiling():
         return value
-    if isinstance(value, torch.Tensor):
-        return value if value.device == device else value.to(device)
-    if isinstance(value, (list, tuple)):
-        return type(value)(place(one, device) for one in value)
     if isinstance(value, dict):
         return {key: place(one, device) for key, one in value.items()}
-    return value
+    if isinstance(value, (list, tuple)):
+        return type(value)(place(one, device) for one in value)
+    return value.to(device) if isinstance(value, torch.Tensor) and value.device != device else value
 
 
-def offloading(module):
+def offloading(module: nn.Module) -> list:
     """The hooks on a module that bring its weights for the time of a call."""
     return [hook for hook in hooks_of(module) if getattr(hook, "offload", False)]
 
 
 @contextlib.contextmanager
-def onloaded(*modules):
+def onloaded(*modules: nn.Module) -> Iterator[None]:
     """Brings the offloaded tensors of these modules (not of their children) while they are read past their forward."""
     hooked = [(hook, module) for module in modules for hook in offloading(module)]
     for hook, module in hooked:
@@ -76,7 +76,7 @@ def onloaded(*modules):
             hook.post_forward(module, ())
 
 
-def present(model, key, tensor):
+def present(model: nn.Module, key: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor of a state dict's key, read from where it is offloaded to if it stands on the meta device for that."""
     if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
         path, _, name = key.rpartition(".")
@@ -87,7 +87,7 @@ def present(model, key, tensor):
 
 
 @contextlib.contextmanager
-def whole_weights():
+def whole_weights() -> Iterator[None]:
     """Models made in the block are whole, also where DeepSpeed's ZeRO-3 is set up.
 
     Transformers would make each in parts there, whose tensors have no shape. A hybrid's components are built, cut and

@@ -1,40 +1,34 @@
 """Which tensor of a hybrid has which dtype, and which may be quantised.
 
-A hybrid has one dtype, `config.dtype`: its components' and its projectors'. Three things differ from it, and each for
-its own reason: what a component's class keeps in float32 (Transformers' `_keep_in_fp32_modules`, of this component
-only), buffers that no checkpoint holds (rotary angles), which are as in the component loaded alone, and the mixture
-weights and the token gate, which are float32 always: a step of training is smaller than what a half precision number
-resolves.
+A hybrid has one dtype, `config.dtype`: its components' and its projectors'. Three things differ from it: what a
+component's class keeps in float32 (`_keep_in_fp32_modules`, of this component only); buffers that no checkpoint holds
+(rotary angles), which are as in the component loaded alone; mixture weights and token gate, which are float32 always: a
+step of training is smaller than what a half precision number resolves.
 
 In eight or four bits, Mamba's `x_proj`, `dt_proj` and `out_proj` are read raw or inside fused kernels, heads and the
-mixer decide about probabilities, a router about whole experts: these stay in floating point whatever a quantisation
-configuration says. Every quantiser of Transformers leaves out what a model lists in `_keep_in_fp32_modules`, beside
-what its configuration lists; hybrids use it for that.
+mixer decide about probabilities, a router about whole experts: these stay in floating point. Every quantiser of
+Transformers leaves out what a model lists in `_keep_in_fp32_modules`; hybrids use it for that.
 """
 
 import copy
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .anatomy_manticore import find_layers
 from .bounds_manticore import ManticoreError, show
 from .configuration_manticore import component_depth
+from .layer_stack_manticore import find_layers
 
-ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.")
-"""Beginnings of the names, within the mixer, of what is made in float32 there."""
-
-RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")
-"""Projections of state-space mixers that are no plain matrix product everywhere."""
-
+ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.")  # beginnings of names within the mixer
+RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")  # of state-space mixers: no plain matrix product everywhere
 MIXER, SCORE = "hybrid_mixer", "score"
-
 _WRAPS = ("base_layer", "token_adapter")  # what PEFT's wrappers of a module have
-
 # What torchao's settings in a hybrid's file may name.
 _TORCHAO = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "PerRow", "PerTensor", "MappingType")
 
@@ -45,8 +39,8 @@ class MixedDtypes:
     @property
     def dtype(self) -> torch.dtype:
         """The widest dtype of the parts; what `save_pretrained` states, and a later load takes."""
-        found = [dtype for name, part in self.named_children() if (dtype := _dtype_of(name, part)) is not None]
-        return functools.reduce(torch.promote_types, found)
+        found = [_dtype_of(name, part) for name, part in self.named_children()]
+        return functools.reduce(torch.promote_types, [dtype for dtype in found if dtype is not None])
 
     def _get_dtype_plan(self, dtype):
         # As in Transformers, but a component's patterns speak of that component alone ("norm" is in every family).
@@ -58,32 +52,24 @@ class MixedDtypes:
         return plan
 
 
-def loaded_dtypes(model) -> Callable:
+def loaded_dtypes(model: PreTrainedModel) -> Callable:
     """Function from the name of a tensor to the dtype that it has when what is saved now is loaded again."""
-    dtype = model.dtype
-    plan = dtype_plan(model._get_dtype_plan(dtype))
-    return lambda name: plan(name, dtype)
+    plan = dtype_plan(model._get_dtype_plan(model.dtype))
+    return functools.partial(plan, default=model.dtype)
 
 
 def _dtype_of(name, part):
     """A part's own dtype: that of its first tensor of floating point that is not float32 whatever the rest is."""
-    for key, one in part.named_parameters():
-        if one.is_floating_point() and not (name == "hybrid_mixer" and key.startswith(ALWAYS_FLOAT32)):
-            return one.dtype
-    return None
+    kept = ALWAYS_FLOAT32 if name == MIXER else ()
+    found = (x.dtype for key, x in part.named_parameters() if x.is_floating_point() and not key.startswith(kept))
+    return next(found, None)
 
 
 def convert_unpacked(tensors: dict, own: set, rename: Callable, plan: dict) -> None:
-    """Converts, in place, what is not packed of a quantised hybrid's tensors.
+    """Converts, in place, what is not packed of a quantised hybrid's tensors {checkpoint key: tensor or lazy slice}.
 
     Transformers takes it as it is in the file, which is right where all was quantised at once. References have the
-    dtype of their own repositories.
-
-    Args:
-        tensors: {checkpoint key: tensor or lazy slice}.
-        own: Keys that are the hybrid's own, among which are packed ones.
-        rename: The model's `Renamer`.
-        plan: What `_get_dtype_plan` gave.
+    dtype of their own repositories; packed ones are among the hybrid's `own` keys. `plan` is of `_get_dtype_plan`.
     """
     wanted, plan = rename.known, dtype_plan(plan)
     for key, tensor in tensors.items():
@@ -104,25 +90,19 @@ def dtype_plan(plan: dict) -> Callable:
 # ---- quantisation ----------------------------------------------------------------------------------------------------
 
 
-def is_state_space(module) -> bool:
+def is_state_space(module: nn.Module) -> bool:
     """Whether a module is the mixer of a state-space model."""
     return hasattr(module, "A_log")
 
 
-def plain_linear_maps(model, components: list | None = None) -> list[str]:
-    """Names of the linear maps inside the components' layers that are plain matrix products on every machine.
+def plain_linear_maps(model: PreTrainedModel, components: list | None = None) -> list[str]:
+    """Sorted names of the linear maps inside components' layers that are plain matrix products on every machine.
 
-    Args:
-        model: A hybrid.
-        components: Names of components; default: all.
-
-    Returns:
-        Sorted module names: attention, MLP and input projections; no heads, no embeddings, no expert routers, none of
-        Mamba's raw or fused projections.
+    Attention, MLP and input projections; no heads, embeddings, expert routers, nor Mamba's raw or fused projections.
     """
     inside = []
     for name in model.config.component_names if components is None else components:
-        # Not `dissect`, which runs the component without computing: quantised maps cannot do that.
+        # Not `find_layout`, which runs the component without computing: quantised maps cannot do that.
         layers = find_layers(model.component(name), component_depth(model.component(name).config))
         inside.append(".".join([name, *layers, ""]))
     modules, out = dict(model.named_modules()), []
@@ -135,7 +115,7 @@ def plain_linear_maps(model, components: list | None = None) -> list[str]:
     return sorted(out)
 
 
-def refuse_adapters(model) -> None:
+def check_adapted(model: PreTrainedModel) -> None:
     """Raises ManticoreError if what PEFT has wrapped would not train, merge or be saved as on a plain model."""
     for why in _wrong_adapters(model):
         raise ManticoreError(f"{why} Load the hybrid again, and adapt it with lora_config(model).")
@@ -173,11 +153,10 @@ def _wrong_adapters(model):
         )
 
 
-def kept_maps(model) -> list[str]:
-    """Sorted patterns of module names of the linear maps that stay in floating point.
+def kept_maps(model: PreTrainedModel) -> list[str]:
+    """Sorted patterns of the names of linear maps that stay in floating point, as Transformers' quantisers take them.
 
-    A pattern holds for all layers of its component. They are regular expressions, as Transformers' quantisers take
-    them.
+    A pattern, a regular expression, holds for all layers of its component.
     """
     kept = {key for key in _kept(model) if not key.startswith((f"{MIXER}.", f"{SCORE}."))}
     return sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in kept} | {MIXER, SCORE})
@@ -186,12 +165,13 @@ def kept_maps(model) -> list[str]:
 class Quantizable:
     """Mixin of the hybrid classes, before PreTrainedModel."""
 
-    def post_init(self):
+    def post_init(self) -> None:
+        """Notes which maps stay in floating point, and which GPT-2 keeps transposed."""
         super().post_init()
         self._keep_in_fp32_modules = set(kept_maps(self))
         self.__dict__["_transposed"] = [key for key, one in self.named_modules() if type(one) is Conv1D]
 
-    def dequantize(self, dtype: torch.dtype | None = None):
+    def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """As in Transformers, which gives GPT-2's transposed maps back as others; no checkpoint has those."""
         super().dequantize(dtype)
         for key in self._transposed:
@@ -204,13 +184,13 @@ class Quantizable:
                 setattr(self.get_submodule(path), leaf, module)
         return self
 
-    def push_to_hub(self, *args, **kwargs):
-        """As in Transformers; what cannot be saved is refused before a repository is made for it."""
-        refuse_unsaved(self)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """As in Transformers; what cannot be saved raises before a repository is made for it."""
+        check_savable(self)
         return super().push_to_hub(*args, **kwargs)
 
 
-def note_kept(quantizer: object, model) -> None:
+def note_kept(quantizer: object, model: PreTrainedModel) -> None:
     """Writes into a quantiser's settings what it left out, so that the saved `config.json` says it."""
     settings = quantizer.quantization_config = copy.deepcopy(quantizer.quantization_config)
     for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
@@ -219,27 +199,21 @@ def note_kept(quantizer: object, model) -> None:
             return
 
 
-def refuse_unsaved(model) -> None:
+def check_savable(model: PreTrainedModel) -> None:
     """Raises ManticoreError if a hybrid was quantised in a way that its saved files could not be loaded from."""
     settings = getattr(model.config, "quantization_config", None)
-    if settings is None:
-        return
-    reason = unsaved_quantization(settings if isinstance(settings, dict) else settings.to_dict())
-    if reason is not None:
+    values = settings.to_dict() if hasattr(settings, "to_dict") else settings
+    if values is not None and (reason := unsaved_quantization(values)) is not None:
         raise ManticoreError(
             f"This hybrid cannot be saved: {reason}. Nothing was written. Save it before it is quantised and give "
             "quantization_config=... when you load it, or train and save an adapter (lora_config)."
         )
 
 
-def refuse_packed(model, tensors: dict) -> None:
-    """Raises ManticoreError if a checkpoint has packed numbers for a map that is computed in floating point.
+def check_unpacked(model: PreTrainedModel, tensors: dict) -> None:
+    """Raises ManticoreError if a hybrid's own file has packed numbers for a map that is computed in floating point.
 
     Eight-bit integers have the shape of what they stand for, and would be taken for the numbers themselves.
-
-    Args:
-        model: The hybrid, its maps replaced by the quantiser's where it does that.
-        tensors: {checkpoint key: tensor or lazy slice} of its own file.
     """
     kept = _kept(model)
     for key, tensor in tensors.items():
@@ -247,21 +221,21 @@ def refuse_packed(model, tensors: dict) -> None:
         if path in kept:
             name = tensor.get_dtype() if hasattr(tensor, "get_dtype") else str(tensor.dtype)
             if leaf.startswith("_weight_") or (leaf == "weight" and "F" not in name and "float" not in name):
-                _refuse(path)
+                raise _must_stay(path)
 
 
-def refuse_quantized(model) -> None:
+def check_unquantized(model: PreTrainedModel) -> None:
     """Raises ManticoreError if a weight of a hybrid that is read raw, or one of its own, was quantised."""
     for key in sorted(_kept(model)):
         weight = model.get_submodule(key).weight
         # By name: bitsandbytes may keep 4 bits in a tensor of floating point.
         names = {type(weight).__name__, type(weight.data).__name__}
         if not weight.is_floating_point() or not names <= {"Tensor", "Parameter", "DTensor"}:
-            _refuse(key)
+            raise _must_stay(key)
 
 
-def _refuse(key):
-    raise ManticoreError(
+def _must_stay(key):
+    return ManticoreError(
         f"{key!r} was quantised, but has to stay in floating point. Quantise the hybrid by loading it with "
         "quantization_config=..., which leaves out what must be."
     )
@@ -274,13 +248,8 @@ def _kept(model):
 
 
 def unsaved_quantization(values: dict) -> str | None:
-    """Why a hybrid's config.json cannot state that its weights are quantised so; None if it can.
-
-    Args:
-        values: The quantisation's settings, as a dict.
-    """
-    method = values.get("quant_method")
-    method = getattr(method, "value", method)
+    """Why a hybrid's config.json cannot state that its weights are quantised with these settings; None if it can."""
+    method = getattr(values.get("quant_method"), "value", values.get("quant_method"))
     if method == "bitsandbytes":
         return None
     if method != "torchao":  # others fetch kernels from the Hub, or store tensors under names that no hybrid has

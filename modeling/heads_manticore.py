@@ -3,25 +3,27 @@
 With `embeddings="native"` every component's final state has a score head of its own, and the scores are mixed as the
 predictions of a causal hybrid are: score = sum_k w_k Score_k(v_k), w the last block's alpha. A token gate also reads
 how sure each component is of its next token, which nothing tells without a head over the vocabulary: w is then the part
-of the gate that does not depend on the token, softmax(b). With the other embeddings there is one score head, on the
-shared state. Score heads are as in Transformers: without bias for sequences, with bias and dropout for tokens.
+of the gate that does not depend on the token, softmax(b). Other embeddings: one score head, on the shared state. Score
+heads are as in Transformers: without bias for sequences, with bias and dropout for tokens.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
 from .base_manticore import ManticoreModel, takes_old_cache
 from .bounds_manticore import ManticoreError, construct
+from .cache_manticore import ManticoreCache
 from .devices_manticore import device_of, place
 from .mixing_manticore import HybridMixer
 from .mixture_manticore import weighted_sum
 from .running_manticore import read_inputs, run
 
-DROPOUT = 0.1
-"""Of token classification, where the configuration has no `classifier_dropout`; the library's default."""
+DROPOUT = 0.1  # of token classification, where the configuration has no `classifier_dropout`
 
 
 class ScoreHead(nn.Module):
@@ -34,53 +36,18 @@ class ScoreHead(nn.Module):
         dropout: Share of each state that is dropped in training.
     """
 
-    def __init__(self, widths, num_labels, bias, dropout):
+    def __init__(self, widths: dict[str, int], num_labels: int, bias: bool, dropout: float):
         super().__init__()
         self.heads = nn.ModuleDict({key: nn.Linear(width, num_labels, bias) for key, width in widths.items()})
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, states, weights):
-        """Scores of the mixture, and of each state alone.
+    def forward(self, states: dict[str, torch.Tensor], weights: list) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Scores [batch, time, labels] of the mixture, and of each state [batch, time, width] alone.
 
-        Args:
-            states: {key: [batch, time, width]}.
-            weights: A number or scalar tensor for each.
-
-        Returns:
-            ([batch, time, labels], a list of such).
+        The weights are a number or scalar tensor for each state.
         """
         own = [self.heads[key](self.dropout(x.to(self.heads[key].weight.dtype))) for key, x in states.items()]
         return weighted_sum(weights, own), own
-
-
-def without_head(component):
-    """A causal LM without its language-model head, sharing everything else with it.
-
-    A head that is tied to the embeddings is the same tensor, and stays.
-
-    Args:
-        component: The causal LM; it is left as it is.
-
-    Returns:
-        (the LM, path of the head that is gone); path None, and the component itself, if nothing is.
-    """
-    head = component.get_output_embeddings()
-    path = next((path for path, module in component.named_modules() if module is head), None)
-    ties = component.all_tied_weights_keys or {}
-    if path is None or not list(head.parameters()) or f"{path}.weight" in {*ties, *ties.values()}:
-        return component, None
-    whole = part = _shallow(component)
-    *parents, name = path.split(".")
-    for parent in parents:
-        part._modules[parent] = part = _shallow(part._modules[parent])
-    part._modules[name] = None  # what Transformers takes for a model without head, when embeddings are resized
-    return whole, path
-
-
-def _shallow(module):
-    out = module.__class__.__new__(module.__class__)
-    out.__dict__.update(module.__dict__, _modules=dict(module._modules))
-    return out
 
 
 class ManticoreClassifier(ManticoreModel):
@@ -88,8 +55,9 @@ class ManticoreClassifier(ManticoreModel):
 
     _no_split_modules = ["HybridMixer", "ScoreHead"]
 
-    def post_init(self):
-        # Called by ManticoreModel once its parts are there. The mixer's widths are those of the heads that go now.
+    def post_init(self) -> None:
+        """Takes the heads over the vocabulary away once the components are there, and makes score heads."""
+        # The mixer's widths are those of the heads that go now
         config, last = self.config, self.config.num_blocks - 1
         if not config.num_labels:
             raise ManticoreError(f"num_labels={config.num_labels!r} must be at least 1.")
@@ -99,53 +67,51 @@ class ManticoreClassifier(ManticoreModel):
             widths = {f"{name}-{last}": width for name, width in sizes.items()}
         else:
             widths = {"shared": config.hidden_size}
-        gone = []
         for name in config.component_names:
-            self._modules[name], path = without_head(self.component(name))
-            gone += [] if path is None else [f"{name}.{path}."]
-        self.__dict__["_gone"] = tuple(gone)
+            self.drop_head(name)
         self.score = construct("The score heads", lambda: self.make_score(widths), list(self.children()))
         super().post_init()
 
-    def make_score(self, widths):
+    @property
+    def num_labels(self) -> int:
+        """Number of scores."""
+        return self.config.num_labels
+
+    def make_score(self, widths: dict[str, int]) -> ScoreHead:
         """New score heads; `widths` as in ScoreHead."""
         return ScoreHead(widths, self.config.num_labels, bias=False, dropout=0.0)
 
-    def starts_anew(self, key):
+    def starts_anew(self, key: str) -> bool:
         """Whether a checkpoint need not have a tensor: score heads, unless it is one of this class."""
         return key.startswith("score.") and type(self).__name__ not in (self.config.architectures or ())
 
-    def is_gone(self, key):
-        """Whether a tensor belongs to a language-model head."""
-        return key.startswith(self._gone)
-
+    @can_return_tuple
     @takes_old_cache
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_hidden_states=None,
-        return_dict=None,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: ManticoreCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple:
         """Scores of the labels, and the loss; of what, and from which labels, the class says.
 
         Args:
             labels: Class numbers or other targets.
             use_cache: Whether to go on from, and make, a cache; default: if one is given.
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, output_hidden_states, return_dict: As in
-                ManticoreModel.
-            **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
+            **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects. All others as in ManticoreModel.
         """
-        use_cache, keep = use_cache or cache is not None, self._flag("output_hidden_states", output_hidden_states)
+        use_cache = use_cache or cache is not None
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
         config, native, there = self.config, self.config.embeddings == "native", device_of(self.score)
-        inputs = read_inputs(self, *given)
+        inputs = read_inputs(self, *given, {**kwargs, "output_attentions": output_attentions})
         at = self._where_to_score(inputs)
         found = run(self, inputs, shared=not native)
         row = found.weights[-1]
@@ -166,8 +132,8 @@ class ManticoreClassifier(ManticoreModel):
             loss = loss_of(logits) if len(own) == 1 else config.mix_loss_weight * loss_of(logits)
             if len(own) > 1 and config.component_loss_weight > 0:
                 loss = loss + config.component_loss_weight * sum(map(loss_of, own))
-        out = self._output(loss=loss, logits=logits, hidden_states=found.hidden_states, cache=found.cache)
-        return out if self._flag("return_dict", return_dict) else out.to_tuple()
+        given = {"hidden_states": found.hidden_states, "attentions": found.attentions, "cache": found.cache}
+        return self._output(loss=loss, logits=logits, **given)
 
 
 class ManticoreForSequenceClassification(ManticoreClassifier):
@@ -186,6 +152,8 @@ class ManticoreForSequenceClassification(ManticoreClassifier):
     def _where_to_score(self, inputs):
         """[batch], the index of the last real token of each row."""
         (batch, time), ids = inputs.shape, inputs.ids
+        if inputs.documents is not None and inputs.documents.are_several:
+            raise ManticoreError("A row of several documents has no one score: give each document a row of its own.")
         # A hybrid of components without one has no such setting
         pad = getattr(self.config, "pad_token_id", None) if ids is not None else None
         if inputs.mask is None and pad is None and batch > 1:
@@ -211,11 +179,10 @@ class ManticoreForTokenClassification(ManticoreClassifier):
     A cache goes on in place, and is not among the outputs.
     """
 
-    def make_score(self, widths):
+    def make_score(self, widths: dict[str, int]) -> ScoreHead:
         """New score heads; `widths` as in ScoreHead."""
         dropout = getattr(self.config, "classifier_dropout", None)
-        dropout = DROPOUT if dropout is None else dropout
-        return ScoreHead(widths, self.config.num_labels, bias=True, dropout=dropout)
+        return ScoreHead(widths, self.config.num_labels, bias=True, dropout=DROPOUT if dropout is None else dropout)
 
     @staticmethod
     def _output(cache=None, **fields):

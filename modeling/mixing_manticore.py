@@ -98,7 +98,8 @@ class _Float32Linear(nn.Linear):
         super().__init__(width_in, width_out, dtype=torch.float32)
 
     def forward(self, states):
-        return F.linear(widen(states), widen(self.weight), widen(self.bias))
+        weight = widen(self.weight)
+        return F.linear(states.to(weight.dtype), weight, self.bias.to(weight.dtype))
 
 
 class TokenGate(nn.Module):
@@ -205,12 +206,17 @@ class HybridMixer(nn.Module):
         return self._gated(self.out_of[f"{name}-{block}"], state, alpha)
 
     def cross(self, block, state):
-        """A hardened hybrid's state [batch, time, d_j] -> what the component of `block` reads [batch, time, d_k]."""
+        """A pruned hybrid's state [batch, time, d_j] -> what the component of `block` reads [batch, time, d_k]."""
         return self._gated(self.across[str(block)], state, 0.0)
 
     def gate_tokens(self, states, sureness):
-        """The token gate's weights [batch, time, K]; see `TokenGate`."""
-        return self.token_gate(states, sureness)
+        """The token gate's weights [batch, time, K]; see `TokenGate`.
+
+        They stand for the last block's row of alpha. Where there is no other row, alpha gets a gradient of zero: DDP
+        stops at a parameter without one.
+        """
+        weights = self.token_gate(states, sureness)
+        return weights + 0.0 * self.alpha_logits.sum() if self.alpha_logits.requires_grad else weights
 
     def gate_rest(self):
         """The part of the token gate that does not depend on the token, softmax(b): [K], in float32."""
@@ -250,7 +256,7 @@ class Chain(nn.Sequential):
 
 
 def make_crossing(config, name, after, widths):
-    """The map that takes a hardened hybrid's state from component `name` to component `after`."""
+    """The map that takes a pruned hybrid's state from component `name` to component `after`."""
     if config.gate == "alpha" or config.projector == "none":  # at alpha = 1 the paper's projectors vanish
         return Resize(widths[name], widths[after])
     if config.projector == "linear":

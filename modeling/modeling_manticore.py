@@ -5,18 +5,22 @@ pass through the blocks is in running_manticore, the cut components in segments_
 heads_manticore. Weights come by reference: see weights_manticore.
 """
 
+from typing import Any
+
 import torch
 from transformers import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
 from .base_manticore import ManticoreModel, takes_old_cache
+from .cache_manticore import ManticoreCache
 from .configuration_manticore import ManticoreConfig
 from .devices_manticore import place
 from .heads_manticore import ManticoreForSequenceClassification, ManticoreForTokenClassification
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
-from .outputs_manticore import FIELDS, TRL_LOSS, ManticoreCausalLMOutput, asked_by_trl, fused_output
+from .outputs_manticore import FIELDS, TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_by_trl, fused_output
 from .running_manticore import active_in, read_inputs, run
 from .segments_manticore import width_of
 
@@ -31,53 +35,48 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
     # The temperature and the fields that TRL last asked for, with the forward that it would give the model.
     fused_settings = (1.0, FIELDS)
 
+    @can_return_tuple
     @takes_old_cache
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        output_hidden_states=None,
-        return_dict=None,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: ManticoreCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list | None = None,
+        **kwargs: Any,
+    ) -> ManticoreCausalLMOutput | FusedOutput | tuple:
         """Next-token logits of the mixture, and the loss.
 
         Args:
             labels: [batch, time]; -100 is ignored; shifted inside, as in every causal LM of Transformers.
             logits_to_keep: Compute logits of the last n positions only (0: all), or of the positions in a 1-D tensor.
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, output_hidden_states,
-                return_dict: As in ManticoreModel.
-            **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects.
+            **kwargs: `num_items_in_batch` reaches the loss, as the Trainer expects. All others as in ManticoreModel.
         """
-        keep, fused = self._flag("output_hidden_states", output_hidden_states), kwargs.pop("fused_lm_head", False)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        fused = kwargs.pop("fused_lm_head", False)
         use_cache = False if fused else use_cache
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
-        found = run(self, read_inputs(self, *given), shared=False)
+        inputs = read_inputs(self, *given, {**kwargs, "output_attentions": output_attentions})
+        if inputs.documents is not None:
+            labels = None if labels is None else inputs.documents.labels(labels)
+            if kwargs.get("shift_labels") is not None:
+                kwargs["shift_labels"] = inputs.documents.shifted(kwargs["shift_labels"])
+        found = run(self, inputs, shared=False)
         weights, states = self._what_heads_read(found, logits_to_keep)
         own = {name: self.segments.logits(name, state) for name, state in states.items()}
         logits, token_weights = self.mix(weights, list(states.values()), list(own.values()))
         if fused:
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
             return fused_output(self.config, logits, list(own.values()), self.fused_settings, **labelling)
-
-        loss, parts = None, {}
-        if labels is not None:
-            loss, parts = self._losses(logits, own, labels, kwargs)
-        out = ManticoreCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            cache=found.cache,
-            hidden_states=found.hidden_states,
-            weights=token_weights,
-            **parts,
-        )
-        return out if self._flag("return_dict", return_dict) else out.to_tuple()
+        loss, parts = (None, {}) if labels is None else self._losses(logits, own, labels, kwargs)
+        kept = found.cache, found.hidden_states, found.attentions
+        return ManticoreCausalLMOutput(loss, logits, *kept, weights=token_weights, **parts)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         out = super().prepare_inputs_for_generation(*args, **kwargs)
@@ -91,10 +90,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
     def _what_heads_read(self, found, logits_to_keep=0):
         """(K' mixture weights, {component: [batch, kept, width]}) of the K' heads that are mixed, from a Pass."""
         config = self.config
-        if not isinstance(logits_to_keep, int):
-            kept = logits_to_keep
-        else:
-            kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        # -0 is 0: all of them
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         row = found.weights[-1 if config.embeddings == "native" or config.head_mixture == "last" else 0]
         active = active_in(self, row)
         if config.embeddings == "native":
@@ -102,7 +99,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         shared, heads = found.shared[:, kept], {name: self.component(name).get_output_embeddings() for name in active}
         return list(active.values()), {name: resize(shared, width_of(head)) for name, head in heads.items()}
 
-    def mix(self, weights, states, own):
+    def mix(self, weights: list, states: list, own: list) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output mixture.
 
         Args:

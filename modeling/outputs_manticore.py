@@ -1,14 +1,16 @@
 """What the hybrid's forward returns, to whoever calls it and to TRL's trainers.
 
-TRL (>= 1.0) replaces the forward of the model it trains by one that runs `base_model` and multiplies its last state by
-one output matrix in tiles. A hybrid has no such matrix: its logits are a mixture of several heads. So a hybrid keeps
-its own forward and, when it is called with `fused_lm_head=True`, gives the same fields itself.
+TRL (>= 1.0) replaces the forward of the model it trains by one that multiplies the last state of `base_model` by one
+output matrix in tiles. A hybrid's logits are a mixture of several heads instead: it keeps its own forward and, when it
+is called with `fused_lm_head=True`, gives the same fields itself.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 
 from .mixture_manticore import widen
@@ -27,10 +29,12 @@ class ManticoreModelOutput(BaseModelOutputWithPast):
         last_hidden_state: [batch, time, d], the shared state after the last block.
         cache: A ManticoreCache, if caching.
         hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
-        states: Each component's own last state [batch, time, d_k] (None where it was not run).
+        attentions: Attention weights [batch, heads, time, past + time], if asked for, of every layer that attends, as
+            they are run: block by block, in each component by component, in each layer by layer.
+        states: {component: [batch, time, d_k]}, the last states of those that were run in the last block.
     """
 
-    states: tuple | None = None
+    states: ModelOutput | None = None
 
 
 @dataclass
@@ -41,7 +45,7 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
         loss: mix_loss_weight * mixture_loss + component_loss_weight * sum(component_losses), with `labels`.
         logits: [batch, time, vocabulary] of the mixture; like any model's, up to a constant per token.
         cache: A ManticoreCache, if caching.
-        hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
+        hidden_states, attentions: As in ManticoreModelOutput.
         mixture_loss: Cross-entropy of the mixture, nats per token.
         component_losses: [K], cross-entropy of each component's own head, NaN where it was not run (if
             component_loss_weight > 0, or `report_parts` is set on the model).
@@ -90,11 +94,10 @@ class FusedOutput(ModelOutput):
     aux_loss: torch.Tensor | None = None
 
 
-FIELDS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-"""What is computed only if it is asked for."""
+FIELDS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # computed only if they are asked for
 
 
-def asked_by_trl(forward):
+def asked_by_trl(forward: Any) -> tuple[float, tuple[str, ...]] | None:
     """(temperature, FIELDS wanted) of the forward that TRL would put in a model's place; None if it is another one."""
     code = getattr(getattr(forward, "__func__", None), "__code__", None)
     if code is None or "fused_lm_head" not in code.co_varnames:
@@ -103,25 +106,24 @@ def asked_by_trl(forward):
     return given["temperature"].cell_contents, given["outputs"].cell_contents
 
 
-def fused_output(config, logits, own, asked, labels=None, shift_labels=None, num_items_in_batch=None):
-    """The fields TRL reads.
+def fused_output(
+    config: PreTrainedConfig,
+    logits: torch.Tensor,
+    own: list[torch.Tensor],
+    asked: tuple[float, tuple[str, ...]],
+    labels: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> FusedOutput:
+    """The fields TRL reads, of logits [batch, time, vocabulary] of the mixture and of each component's own head.
 
-    Args:
-        config: The hybrid's configuration (loss weights).
-        logits: [batch, time, vocabulary] of the mixture.
-        own: Logits of each component's own head.
-        asked: (what all logits are divided by, FIELDS wanted).
-        labels: [batch, time], shifted here; or `shift_labels` [batch, time], shifted already.
-        num_items_in_batch: Labelled tokens of the whole batch, over all micro-batches and processes.
+    `asked`: (what all logits are divided by, FIELDS wanted). `labels` [batch, time] are shifted here, `shift_labels`
+    were before; `num_items_in_batch` counts the labelled tokens of the whole batch, over micro-batches and processes.
     """
     temperature, wanted = asked
     if shift_labels is None:
-        labels = labels[:, 1:]
-        logits, own = logits[:, :-1], [one[:, :-1] for one in own]
-    else:
-        labels = shift_labels
-    mask = labels != -100
-    index = labels.clamp(min=0)[..., None]
+        shift_labels, logits, own = labels[:, 1:], logits[:, :-1], [one[:, :-1] for one in own]
+    mask, index = shift_labels != -100, shift_labels.clamp(min=0)[..., None]
 
     def scaled(values):
         return widen(values) if temperature == 1.0 else widen(values) / temperature
@@ -135,16 +137,17 @@ def fused_output(config, logits, own, asked, labels=None, shift_labels=None, num
     objective = config.mix_loss_weight * chosen
     if config.component_loss_weight > 0:
         objective = objective + config.component_loss_weight * sum(pick(scaled(one).log_softmax(-1)) for one in own)
+    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     fixed = logprobs.detach()
     makers = {
         # Recomputed in backward: whoever trains on it (GRPO) need not keep probabilities beside their logarithms.
         "entropy": lambda: checkpoint(_entropy, logprobs, use_reentrant=False, preserve_rng_state=False),
         "log_sum_sq_probs": lambda: (2 * fixed).logsumexp(-1),
         "mean_logits": lambda: logits.detach().mean(-1),
-        "is_top1": lambda: fixed.argmax(-1) == labels,
+        "is_top1": lambda: fixed.argmax(-1) == shift_labels,
     }
     return FusedOutput(
-        loss=-objective.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch),
+        loss=-objective.sum() / count,
         log_probs=chosen,
         label_mask=mask,
         **{name: make().masked_fill(~mask, 0) for name, make in makers.items() if name in wanted},

@@ -1,20 +1,23 @@
 """What a hybrid takes from its components' repositories: files, and code; at a pinned commit, and what was meant.
 
 A component's entry in the configuration records the SHA-256 of each of its weight files (the Hub's LFS id). What the
-client says of a file is compared with that at every load; the bytes themselves are hashed where they have just come
-over the network, or where the client knows no such id. Code of a component whose architecture is not Transformers' own
-is run only if the caller names the component; its classes are then registered with the Auto classes of this process.
+client says of a file is compared with that at every load; the bytes themselves are hashed once, wherever they came
+from, and again whenever the file is another one by its size, time of change or inode. Code of a component whose
+architecture is not Transformers' own is run only if the caller names the component; its classes are then registered
+with the Auto classes of this process.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -29,6 +32,14 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
 _HUB_KEYS = ("cache_dir", "token", "local_files_only", "force_download")
+_REMEDIES = {
+    400: "the request was refused; try again later, and look at the proxy if there is one.",
+    401: "it is private or gone; log in with an account that may read it (`hf auth login`), or find a copy.",
+    403: "your account or token may not read it; ask its owner for access.",
+    404: "it is gone, or private (log in with `hf auth login`); without it the hybrid cannot be loaded.",
+    429: "too many requests came from here; try again later, or log in.",
+    500: "the Hub has trouble; try again later.",
+}
 _BUSY = (500, 502, 503, 504)
 _WAITS = (1.0, 4.0)
 _registered = {}  # of this process, as the Auto classes' registers are: {model_type: (repo_id, commit, classes)}
@@ -39,14 +50,16 @@ def where(entry: dict) -> str:
     return f"Component {entry['name']!r} ({entry['repo_id']}@{entry['revision'][:12]})"
 
 
+def commit_in(path: str) -> str | None:
+    """The commit in the path of a file in the Hub's cache."""
+    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
+    return found[1] if found else None
+
+
 def component_files(entry: dict, hub: dict) -> list[str]:
     """Paths of a referenced component's safetensors files at its pinned commit, downloaded if need be.
 
-    A branch or tag in the entry is replaced by the commit it stands for.
-
-    Args:
-        entry: The component's entry in the configuration.
-        hub: Keyword arguments of the Hub client.
+    A branch or tag in its entry is replaced by the commit it stands for. `hub` goes to the Hub's client.
 
     Raises:
         ManticoreError: Names the component, the repository and what to do.
@@ -63,21 +76,31 @@ def component_files(entry: dict, hub: dict) -> list[str]:
             index = _fetch(entry, WEIGHT_FILES[1], hub)
         said = f"{where(entry)}: {WEIGHT_FILES[1]}", "use another commit of the component."
         return [_fetch(entry, shard, hub) for shard in shards(index, said)]
-    except LocalEntryNotFoundError as err:
-        raise ManticoreError(
-            f"{where(entry)}: its weights are not in the local cache and the Hub cannot be reached; go online once, or "
-            "put them in the cache with `hf download`."
-        ) from err
     except ManticoreError:
         raise
     except Exception as err:  # the HTTP library's own errors among them
-        raise ManticoreError(
-            f"{where(entry)}: its weights cannot be read: {err}. If the repository is private or gated, log in with an "
-            "account that may read it; if it is gone, the hybrid cannot be loaded without a copy."
-        ) from err
+        raise ManticoreError(f"{where(entry)}: its weights cannot be read: {refusal(err, entry['repo_id'])}") from err
 
 
-def open_files(files: list, stack, owner: str, prefix: str = "") -> dict:
+def refusal(err: Exception, repo_id: str) -> str:
+    """What the Hub's client says, as the end of a message: the status, and what to do."""
+    said, chain, status = err, [], None
+    while said is not None and said not in chain:  # the client raises its last error from the one that has the status
+        chain.append(said)
+        status = status or getattr(getattr(said, "response", None), "status_code", None)
+        said = said.__cause__ or said.__context__
+    if any(isinstance(one, GatedRepoError) for one in chain):
+        remedy = f"{repo_id} is gated: ask for access on its page, then log in (`hf auth login`)."
+    elif status is not None:
+        remedy = _REMEDIES.get(status, _REMEDIES[500 if status >= 500 else 400])
+    elif isinstance(err, LocalEntryNotFoundError):
+        return "not in the local cache, and the Hub cannot be reached: go online once, or fetch it with `hf download`."
+    else:
+        return f"{reason(err)}."
+    return f"the Hub answers {status}: {remedy}"
+
+
+def open_files(files: list, stack: ExitStack, owner: str, prefix: str = "") -> dict:
     """{prefix + key: lazy slice} of safetensors files, kept open by `stack`; `owner` names them in an error."""
     out = {}
     for file in files:
@@ -94,25 +117,15 @@ def open_files(files: list, stack, owner: str, prefix: str = "") -> dict:
 
 def _pin(entry, hub):
     """Replaces a branch or tag by its commit."""
-    moving = entry["revision"]
-    path = _download(entry, "config.json", hub)
-    commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
+    moving, commit = entry["revision"], commit_in(_download(entry, "config.json", hub))
     if commit is None:
         raise ManticoreError(f"{where(entry)}: revision {moving!r} did not resolve to a commit.")
-    entry["revision"] = commit[1]
-    logger.warning(
-        f"{where(entry)} was referenced by {moving!r}, which can move; it stands for commit {commit[1]} now, and that "
-        "is what saving this hybrid writes."
-    )
+    entry["revision"] = commit
+    logger.warning(f"{where(entry)} was referenced by {moving!r}, which can move; saving this hybrid pins {commit}.")
 
 
 def shards(index: str | os.PathLike, what: tuple) -> list[str]:
-    """Names of the safetensors files beside an index that it names.
-
-    Args:
-        index: Path of the index.
-        what: How a message begins that says that it is none, and with which remedy it ends.
-    """
+    """Names of the safetensors files that an index names; `what` begins an error, and ends it with a remedy."""
     try:
         found = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
         plain = all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", one) for one in found)
@@ -125,11 +138,6 @@ def shards(index: str | os.PathLike, what: tuple) -> list[str]:
 
 def _fetch(entry, file, hub):
     """Path of one file of a component, checked against what was recorded and what the Hub says it is."""
-    in_repo = f"{entry['subfolder']}/{file}" if entry["subfolder"] else file
-    known = try_to_load_from_cache(
-        entry["repo_id"], in_repo, cache_dir=hub.get("cache_dir"), revision=entry["revision"]
-    )
-    fresh = not isinstance(known, str) or hub.get("force_download", False)
     path = _download(entry, file, hub)
     recorded, stated = (entry.get("files") or {}).get(file), lfs_id(path)
     if recorded and stated and recorded != stated:
@@ -138,13 +146,39 @@ def _fetch(entry, file, hub):
             f"{recorded[:16]}...). Do not use it: ask whoever published the hybrid for the right commit."
         )
     expected = recorded or stated
-    if expected and (fresh or not stated) and sha256(path) != expected:
-        _forget(path)
-        raise ManticoreError(
-            f"{where(entry)}: {file} is damaged: its SHA-256 is not {expected[:16]}... as recorded. It was removed "
-            "from the local cache; load again to fetch it anew."
-        )
+    if expected:
+        verify(path, expected, f"{where(entry)}: {file}")
     return path
+
+
+def verify(path: str, expected: str, what: str, anew: bool = False) -> None:
+    """Raises ManticoreError unless a file has the SHA-256 that is expected; a damaged one is removed from the cache.
+
+    What passed is remembered beside the Hub's cached files, by the file's size, time of change and inode.
+
+    Args:
+        path: The file.
+        expected: 64 hex digits.
+        what: How a message calls it.
+        anew: Whether it is hashed although it has passed before.
+    """
+    stat, home = os.stat(path), re.search(r"^.*[/\\]models--[^/\\]+(?=[/\\]snapshots[/\\])", os.path.abspath(path))
+    note, now = home and Path(home[0], ".verified", expected), f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if note and not anew and note.read_text() == now:
+            return
+    if sha256(path) != expected:
+        for one in {os.path.realpath(path), path}:  # blob and link
+            Path(one).unlink(missing_ok=True)
+        raise ManticoreError(
+            f"{what} is damaged: its SHA-256 is not {expected[:16]}... as recorded. It was removed from the local "
+            "cache; load again to fetch it anew."
+        )
+    with contextlib.suppress(OSError):  # a cache that cannot be written is verified at every load
+        if note:
+            note.parent.mkdir(exist_ok=True)
+            (scratch := note.with_name(f"{expected}.{os.getpid()}")).write_text(now)
+            os.replace(scratch, note)
 
 
 def _download(entry, file, hub):
@@ -168,25 +202,16 @@ def lfs_id(path: str) -> str | None:
 
 
 def sha256(path: str) -> str:
+    """A file's SHA-256 in hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _forget(path):
-    """Removes a damaged file from the cache, blob and link."""
-    for one in {os.path.realpath(path), os.fspath(path)}:
-        Path(one).unlink(missing_ok=True)
 
 
 # ---- code ----------------------------------------------------------------------------------------------------
 
 
 def code_of(what: str, auto_map: dict | None) -> dict:
-    """The classes that a repository's `auto_map` names, as an entry records them.
-
-    Args:
-        what: How a message calls the component.
-        auto_map: What its config.json says, or what an entry recorded.
+    """The classes that an `auto_map`, of a config.json or an entry, names.
 
     Raises:
         ManticoreError: It names no such classes, or code of another repository, which no commit would pin.
@@ -201,26 +226,24 @@ def code_of(what: str, auto_map: dict | None) -> dict:
     return code
 
 
-def trust(what: str, entry: dict, model_type: str, token: str | bool | None = None) -> None:
-    """Runs a component's code and registers its classes.
+def _source(what, entry):
+    return entry.get("repo_id"), entry.get("revision"), tuple(sorted(code_of(what, entry["code"]).items()))
 
-    Args:
-        what: How a message calls the component.
-        entry: Its entry, with `repo_id`, `revision` (a commit) and `code`.
-        model_type: What its configuration says.
-        token: Of the Hub.
+
+def trust(what: str, entry: dict, model_type: str, token: str | bool | None = None) -> None:
+    """Runs the code of the component of an entry (whose revision is a commit) and registers its classes.
 
     Raises:
         ManticoreError: The code cannot be fetched or run, or another repository's code runs under the same model type.
     """
-    source = (entry["repo_id"], entry["revision"], tuple(sorted(code_of(what, entry.get("code")).items())))
+    source = _source(what, entry)
     if _registered.get(model_type) == source:
         return
     if model_type in _registered or model_type in CONFIG_MAPPING:
         raise ManticoreError(
             f"{what}: model_type {model_type!r} is taken in this process by other code "
-            f"({'@'.join(_registered[model_type][:2]) if model_type in _registered else 'Transformers itself'}); load "
-            "them in processes of their own."
+            f"({'@'.join(_registered.get(model_type, ['Transformers itself'])[:2])}); load them in processes of their "
+            "own."
         )
     if entry.get("subfolder"):
         raise ManticoreError(f"{what}: code in a subfolder ({entry['subfolder']!r}) is not supported.")
@@ -235,11 +258,7 @@ def trust(what: str, entry: dict, model_type: str, token: str | bool | None = No
 
 
 def run_trusted(names: str | list, values: dict) -> None:
-    """Runs the code of the components that a caller trusts.
-
-    Args:
-        names: Their names, or one.
-        values: What a hybrid's config.json says.
+    """Runs the code of the components of a hybrid's config.json that a caller trusts by name.
 
     Raises:
         ManticoreError: A name is no component with code of its own, or its code is not pinned or cannot be run.
@@ -251,13 +270,10 @@ def run_trusted(names: str | list, values: dict) -> None:
         if name not in found:
             raise ManticoreError(f"trust_component_code: {show(name)} is no component that needs code of its own.")
         entry = found[name]
-        address = [entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")]
         check_component_name(name)
-        check_reference(name, *address)
+        check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
         if not is_commit(entry.get("revision")):
-            raise ManticoreError(
-                f"Component {name!r}: its code must be pinned by a commit, not {entry.get('revision')!r}."
-            )
+            raise ManticoreError(f"Component {name!r}: its code must be pinned by a commit, not {entry['revision']!r}.")
         sub = entry.get("config") or values.get(name)
         trust(f"Component {name!r}", entry, sub.get("model_type") if isinstance(sub, dict) else None)
 
@@ -268,23 +284,16 @@ def registered() -> set[str]:
 
 
 def require(name: str, entry: dict, values: dict) -> None:
-    """Raises ManticoreError if a component needs code that was not asked for.
-
-    Args:
-        name: The component.
-        entry: Its entry.
-        values: Its configuration as a dict.
-    """
+    """Raises ManticoreError if a component of this entry and configuration needs code that was not asked for."""
     kind, what = values.get("model_type"), f"Component {name!r}"
     if entry.get("code") is None:
         if isinstance(kind, str) and kind in _registered:
             raise ManticoreError(f"{what} has model_type={kind!r}: here that is another component's own code.")
         return
-    code = code_of(what, entry["code"])
-    source = (entry.get("repo_id"), entry.get("revision"), tuple(sorted(code.items())))
+    repo, commit, code = source = _source(what, entry)
     if not isinstance(kind, str) or _registered.get(kind) != source:
-        files = ", ".join(sorted({value.split(".")[0] + ".py" for value in code.values()}))
+        files = ", ".join(sorted({value.split(".")[0] + ".py" for _, value in code}))
         raise ManticoreError(
-            f"{what} needs code of its own repository, which runs only if you ask for it: read {files} in {source[0]} "
-            f"at commit {source[1]}, then load with trust_component_code=[{name!r}]."
+            f"{what} needs code of its own repository, which runs only if you ask for it: read {files} in {repo} at "
+            f"commit {commit}, then load with trust_component_code=[{name!r}]."
         )

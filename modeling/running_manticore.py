@@ -1,19 +1,25 @@
 """One pass of a hybrid: what it reads, the ways to run, and what it gives.
 
 `run` takes one of three functions of one signature: `run_all` (all components in every block, mixed after each),
-`run_path` (a hardened hybrid's one component per block) and `run_straight` (one block that reads native embeddings:
+`run_path` (a pruned hybrid's one component per block) and `run_straight` (one block that reads native embeddings:
 whole components side by side, nothing cut).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .cache_manticore import ManticoreCache, cache_for
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
+from .rows_manticore import Documents, check_mask, find_documents, has_values, run_cut
 from .segments_manticore import check_positions, width_of
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -27,7 +33,10 @@ class Inputs:
         positions: [batch or 1, time].
         explicit: Whether the caller gave the positions.
         cache: A ManticoreCache, or None.
-        keep: Whether the shared states at the blocks' boundaries are wanted.
+        keep: Whether the shared states at the blocks' boundaries are wanted, or which: an index, or a list of them.
+        documents: The Documents of rows that are not one text each, or None.
+        own: What the caller gets as cache: `cache`, or a DynamicCache of the caller's own with its layers.
+        attentions: List that takes the layers' attention weights as they are computed, or None.
     """
 
     ids: torch.Tensor | None
@@ -36,7 +45,10 @@ class Inputs:
     positions: torch.Tensor
     explicit: bool
     cache: ManticoreCache | None
-    keep: bool
+    keep: bool | int | list
+    documents: Documents | None = None
+    own: Cache | None = None
+    attentions: list | None = None
 
     @property
     def shape(self):
@@ -44,11 +56,11 @@ class Inputs:
         return tuple((self.embeds if self.ids is None else self.ids).shape[:2])
 
     def around(self, name, block):
-        """(mask, positions, view of the cache) of the segment of component `name` that begins in `block`."""
+        """(mask, positions, view of the cache, list for attentions) of `name`'s segment that begins in `block`."""
         if self.cache is None:
-            return self.mask, self.positions, None
+            return self.mask, self.positions, None, self.attentions
         mask = self.cache.stretch(self.mask, name, block, *self.shape, self.positions.device)
-        return mask, self.positions, self.cache.view(name, block)
+        return mask, self.positions, self.cache.view(name, block), self.attentions
 
 
 @dataclass
@@ -60,18 +72,25 @@ class Pass:
         weights: S rows of K mixture weights: numbers where they are fixed, else scalar tensors.
         shared: [batch, time, d], the shared state after the last block; None where nobody asked and no head reads it.
         hidden_states: The shared states at the blocks' boundaries, if they were wanted.
-        cache: The ManticoreCache, with the new tokens; None without.
+        cache: The cache, with the new tokens; None without.
+        attentions: The layers' attention weights, if they were wanted.
     """
 
     states: dict
     weights: list
     shared: torch.Tensor | None
     hidden_states: tuple | None
-    cache: ManticoreCache | None = None
+    cache: Cache | None = None
+    attentions: tuple | None = None
 
 
-def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
+def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, told=None):
     """The Inputs of a call, checked.
+
+    Args:
+        model: The hybrid.
+        ids, mask, positions, cache, embeds, use_cache, keep: The arguments of its forward.
+        told: Its other keyword arguments: `output_attentions`, and some may say where documents begin.
 
     Raises:
         ManticoreError: Input that does not fit together.
@@ -87,7 +106,20 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
             f"attention_mask has shape {tuple(mask.shape)}; a hybrid takes [batch, past + time], since its recurrent "
             "components cannot use a 4-D mask."
         )
-    cache = cache_for(model, cache, use_cache)
+    wants = (told or {}).get("output_attentions")
+    wants = model.config.output_attentions if wants is None else wants
+    told = {key: (told or {}).get(key) for key in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")}
+    begun = 0 if cache is None else getattr(cache, "seen", 0)
+    mask = None if mask is None else check_mask(mask, is_step=begun > 0 and time == 1)
+    documents = find_documents(mask, positions, (batch, time), **told)
+    if documents is not None and documents.are_several:
+        if cache is not None or use_cache:
+            raise ManticoreError(
+                "position_ids, seq_idx or cu_seq_lens_q begin several documents in one row, and a cache goes on from "
+                "one: call with use_cache=False, or give each document a row of its own."
+            )
+        use_cache = False
+    own, cache = cache, cache_for(model, cache, use_cache)
     past = 0 if cache is None else cache.get_seq_length()
     if mask is not None and mask.shape != (batch, past + time):
         raise ManticoreError(
@@ -99,7 +131,9 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep):
         positions = torch.arange(past, past + time, device=given.device)[None]
     elif not explicit:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
-    return Inputs(ids, embeds, mask, positions, explicit, cache, keep)
+    documents = None if cache is not None else documents
+    own = cache if own is None or cache is None else own
+    return Inputs(ids, embeds, mask, positions, explicit, cache, keep, documents, own, [] if wants else None)
 
 
 def run(model, inputs, shared=True):
@@ -116,13 +150,72 @@ def run(model, inputs, shared=True):
     Raises:
         ManticoreError: Input beyond the table of positions of a component that is run.
     """
-    config, segments, cache = model.config, model.segments, inputs.cache
+    model.segments.follow()
     if any("adapter_names" in getattr(hook, "keywords", ()) for hook in model.hybrid_mixer._forward_pre_hooks.values()):
         raise ManticoreError(
             "adapter_names: these adapters have a whole mixer each, and one batch has one mixture. Call the model once "
             "for each adapter, or train adapters without a mixer (lora_config(model, train_mixer=False))."
         )
-    segments.follow()
+    try:
+        found = run_any(model, inputs, shared)
+    except IndexError as err:
+        largest = -1 if inputs.ids is None else int(inputs.ids.max())
+        if largest < model.config.vocab_size:
+            raise
+        raise ManticoreError(
+            f"input_ids holds token {largest}; the components have embeddings for {model.config.vocab_size} tokens. "
+            f"Use their tokenizer without added tokens, or call resize_token_embeddings({largest + 1})."
+        ) from err
+    if inputs.attentions is not None:
+        found.attentions = tuple(inputs.attentions)
+        if not found.attentions:
+            logger.warning_once(
+                "output_attentions=True: no component of this hybrid returns attention weights; those that attend do "
+                "with attn_implementation='eager'."
+            )
+    if inputs.keep and not isinstance(inputs.keep, bool):
+        wanted = resolve_hidden_states_indices(model, selected_hidden_states(inputs.keep), len(found.hidden_states))
+        found.hidden_states = tuple(x if i in wanted else None for i, x in enumerate(found.hidden_states))
+    if inputs.own is not inputs.cache:
+        inputs.own._read = inputs.cache.mask, inputs.cache.has_padding
+    found.cache = inputs.own
+    return found
+
+
+def run_any(model, inputs, shared):
+    """`run`, whatever the rows are."""
+    if inputs.documents is not None:
+        _check_no_attentions(inputs)
+        return inputs.documents.run(lambda part: run_rows(model, part, shared), inputs, takes_turns(model))
+    cache, mask = inputs.cache, inputs.mask
+    if cache is not None and cache.mask is not None and mask is None:
+        mask = torch.ones(inputs.shape[0], cache.seen + inputs.shape[1], dtype=torch.long, device=cache.mask.device)
+        inputs = replace(inputs, mask=mask)
+    if cache is None or mask is None or cache.is_plain or not has_values(mask):
+        return run_rows(model, inputs, shared)
+    _check_no_attentions(inputs)
+    return run_cut(lambda part: run_rows(model, part, shared), inputs)
+
+
+def _check_no_attentions(inputs):
+    if inputs.attentions is not None:
+        raise ManticoreError(
+            "output_attentions=True: rows with several documents, with padding between tokens, or with padding beside "
+            "a cache of recurrent layers or windows, are run in parts; give each text a row of its own, or no cache."
+        )
+
+
+def takes_turns(model):
+    """Whether each pass gathers weights that other processes keep, all of which must make it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    kept = (one for one in model.parameters() if hasattr(one, "full_tensor") or hasattr(one, "ds_id"))
+    return any(True for _ in kept) or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+
+
+def run_rows(model, inputs, shared):
+    """`run`, of rows that are one text each, with padding on the left or right only."""
+    config, segments, cache = model.config, model.segments, inputs.cache
     weights, (_, time) = mixture_rows(model), inputs.shape
     length = time if cache is None else cache.max_cache_len or cache.get_seq_length() + time
     running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
@@ -135,7 +228,6 @@ def run(model, inputs, shared=True):
         found = run_all(model, inputs, weights, shared)
     if cache is not None:
         cache.advance(time, inputs.mask)
-        found.cache = cache
     return found
 
 
@@ -174,7 +266,7 @@ def run_all(model, inputs, weights, shared):
 
 
 def run_path(model, inputs, weights, shared):
-    """A hardened hybrid: one component after the other, each state as it is until the next takes over."""
+    """A pruned hybrid: one component after the other, each state as it is until the next takes over."""
     config, mixer, segments = model.config, model.hybrid_mixer, model.segments
     native, width, name = config.embeddings == "native", config.hidden_size, config.route[0]
     if native:

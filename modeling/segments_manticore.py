@@ -4,24 +4,38 @@ A component stays whole and registered once. One that runs all its layers in one
 others a `Segment` runs the layers [start, stop) by a *shell*: a shallow copy of the module that owns the layer list
 (`LlamaModel`, `OPTDecoder`, ...), with the list and the configuration sliced and with the children that run before the
 first layer or after the last one neutralised where they do not belong. What a class does there outside of its children
-(Granite scales the embeddings) is passed over: its state goes to the first layer, and is taken from the last. Masks,
-positions, rotary embeddings, sliding windows, attention backends and gradient checkpointing are Transformers' own code.
-The layers are the very same objects and keep their own `layer_idx`; `SegmentCache` leaves holes for those of others.
+(Granite scales the embeddings) is passed over: its state goes to the first layer, and is taken from the last. All else
+(masks, positions, windows, attention backends, checkpointing) is Transformers' own code. The layers are the very same
+objects and keep their own `layer_idx`; `SegmentCache` leaves holes for those of others.
 
-A hardened hybrid has one component per block. Consecutive blocks on the same component run as one segment; layers,
+A pruned hybrid has one component per block. Consecutive blocks on the same component run as one segment; layers,
 embeddings and heads that the path does not need are replaced by modules without parameters, so that what stays keeps
 its name in the component's own checkpoint.
 """
 
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from operator import is_not
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from .anatomy_manticore import Entry, Exit, NoPosition, PassThrough, Shell, backbone_name, dissect, slice_config
 from .configuration_manticore import ManticoreError
 from .devices_manticore import device_of, onloaded, place
+from .layer_stack_manticore import (
+    Entry,
+    Exit,
+    NoPosition,
+    PassThrough,
+    Shell,
+    StackLayout,
+    backbone_name,
+    find_layout,
+    pick_config,
+)
 from .mixture_manticore import is_active
 
 
@@ -32,9 +46,9 @@ class Segments:
         model: The hybrid; None: of a copy that has not asked for its own yet.
     """
 
-    def __init__(self, model=None):
+    def __init__(self, model: nn.Module | None = None):
         self.model = model
-        self._ranges, self._anatomies, self._runs, self._heads = None, {}, {}, {}
+        self._ranges, self._layouts, self._runs, self._heads = None, {}, {}, {}
 
     def __deepcopy__(self, memo):
         return type(self)()
@@ -43,62 +57,61 @@ class Segments:
         return type(self), ()
 
     @property
-    def ranges(self):
-        """{(component, block its segment begins in): (start, stop)}; of a hardened hybrid in the order they run in."""
+    def ranges(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """{(component, block its segment begins in): (start, stop)}; of a pruned hybrid in the order they run in."""
         if self._ranges is None:
             config = self.model.config
             if config.route is not None:
                 self._ranges = {(one.name, one.first): (one.start, one.stop) for one in stretches(config)}
             else:
-                cuts = {name: config.bounds(name) for name in config.component_names}
-                pairs = {name: enumerate(zip(bounds, bounds[1:])) for name, bounds in cuts.items()}
+                pairs = {name: enumerate(pairwise(config.bounds(name))) for name in config.component_names}
                 self._ranges = {(name, block): pair for name in pairs for block, pair in pairs[name]}
         return self._ranges
 
-    def blocks(self, name):
+    def blocks(self, name: str) -> list[int]:
         """The blocks in which a component's segments begin."""
         return [block for other, block in self.ranges if other == name]
 
-    def running(self, weights):
+    def running(self, weights: list) -> list[tuple[str, int]]:
         """[(component, block)] of the segments that run under S rows of K mixture weights."""
         if self.model.config.route is not None:
             return list(self.ranges)
         names = self.model.config.component_names
         return [(name, block) for block, row in enumerate(weights) for name, w in zip(names, row) if is_active(w)]
 
-    def anatomy(self, name):
-        """A component's `Anatomy`, found once."""
+    def layout(self, name: str) -> StackLayout:
+        """A component's `StackLayout`, found once."""
         component = self.model.component(name)
-        if "_anatomy" in component.__dict__:  # of a component that is no longer whole
-            return component._anatomy
-        if name not in self._anatomies or self._anatomies[name][0] is not component:
-            self._anatomies[name] = (component, dissect(component))
-        return self._anatomies[name][1]
+        if "_layout" in component.__dict__:  # of a component that is no longer whole
+            return component._layout
+        if name not in self._layouts or self._layouts[name][0] is not component:
+            self._layouts[name] = (component, find_layout(component))
+        return self._layouts[name][1]
 
-    def segment(self, name, block):
+    def segment(self, name: str, block: int) -> "Whole":
         """The `Segment` (or `Whole`) of a component that begins in a block."""
         return self.stretch(name, *self.ranges[name, block])
 
-    def stretch(self, name, start, stop):
+    def stretch(self, name: str, start: int, stop: int) -> "Whole":
         """A component's layers [start, stop), whatever the cut."""
         found, component = self._runs.get((name, start, stop)), self.model._modules[name]
         if found is None or found.component is not component:
-            found = self._runs[name, start, stop] = cut(component, self.anatomy(name), start, stop)
+            found = self._runs[name, start, stop] = cut(component, self.layout(name), start, stop)
         return found
 
-    def head(self, name):
+    def head(self, name: str) -> "Head":
         """A component's `Head`."""
         found, component = self._heads.get(name), self.model._modules[name]
         if found is None or found.component is not component:
-            found = self._heads[name] = Head(component, self.anatomy(name))
+            found = self._heads[name] = Head(component, self.layout(name))
         return found
 
-    def logits(self, name, states):
+    def logits(self, name: str, states: torch.Tensor) -> torch.Tensor:
         """A component's own logits [batch, time, vocabulary], without those of rows that only pad its vocabulary."""
         logits, size = self.model.together(self.head(name)(states)), self.model.config.vocab_size
         return logits if logits.shape[-1] == size else logits[..., :size]
 
-    def follow(self):
+    def follow(self) -> None:
         """Makes all segments and heads, or lets them follow changes in the components (adapters, dtypes, devices)."""
         if torch.compiler.is_compiling():
             return
@@ -109,77 +122,71 @@ class Segments:
         for one in (*self._runs.values(), *self._heads.values()):
             one.refresh()
 
-    def recut(self, ranges):
+    def recut(self, ranges: dict) -> None:
         """Takes over the ranges of components whose lists of layers were shortened by hand."""
         self._ranges = dict(ranges)
         self._runs.clear()
 
-    def prune(self):
-        """Drops what the path of a hardened hybrid does not use, once."""
+    def prune(self) -> None:
+        """Drops what the path of a pruned hybrid does not use, once."""
         config = self.model.config
         writer = config.route[-1 if config.head_mixture == "last" or config.embeddings == "native" else 0]
         for name in config.component_names:
             component = self.model.component(name)
-            if "_anatomy" not in component.__dict__:
-                component.__dict__["_anatomy"] = self.anatomy(name)
+            if "_layout" not in component.__dict__:
+                component.__dict__["_layout"] = self.layout(name)
                 mine = [pair for (other, _), pair in self.ranges.items() if other == name]
-                drop_unused(component, component._anatomy, mine, name == config.route[0], name == writer)
+                drop_unused(component, component._layout, mine, name == config.route[0], name == writer)
 
 
 # ---- running layers --------------------------------------------------------------------------------------------------
 
 
-def cut(component, anatomy, start, stop):
+def cut(component: nn.Module, layout: StackLayout, start: int, stop: int) -> "Whole":
     """The layers [start, stop) of a causal LM as a callable on hidden states: a `Segment`, or all of it as `Whole`."""
-    depth = len(getattr(component.get_submodule(anatomy.path), anatomy.layers))
-    return (Whole if (start, stop) == (0, depth) else Segment)(component, anatomy, start, stop)
+    depth = len(getattr(component.get_submodule(layout.path), layout.layers))
+    return (Whole if (start, stop) == (0, depth) else Segment)(component, layout, start, stop)
 
 
 class Whole:
-    """All layers of a component, run by its own class as they are; it reads token ids as well as embeddings.
-
-    Args:
-        component: The causal LM.
-        anatomy: Its `dissect`.
-        start, stop: The range of layers: all of them.
-    """
+    """All layers of a component, run by its own class as they are; it reads token ids as well as embeddings."""
 
     is_whole = True
 
-    def __init__(self, component, anatomy, start, stop):
-        self.component, self.anatomy, self.start, self.stop = component, anatomy, start, stop
-        self.stack = component.get_submodule(anatomy.path)
+    def __init__(self, component: nn.Module, layout: StackLayout, start: int, stop: int):
+        self.component, self.layout, self.start, self.stop = component, layout, start, stop
+        self.stack = component.get_submodule(layout.path)
         self.config, self.children, self.stand_ins = self.stack.config, None, {}
         self.takes_float32 = bool(getattr(self.config, "residual_in_fp32", False))
         self.prepare()
         self.refresh()
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Makes what does not change with the component."""
 
     @property
-    def layers(self):
+    def layers(self) -> nn.ModuleList:
         """The layers, as the component has them."""
-        return getattr(self.stack, self.anatomy.layers)[self.start : self.stop]
+        return getattr(self.stack, self.layout.layers)[self.start : self.stop]
 
-    def refresh(self):
+    def refresh(self) -> None:
         """Follows the component; cheap when nothing changed. Not for use inside a compiled graph."""
         modules = self.stack._modules
-        layers = modules[self.anatomy.layers]
+        layers = modules[self.layout.layers]
         children = [*modules.values(), *layers._modules.values()]
         if self.children is None or len(children) != len(self.children) or any(map(is_not, children, self.children)):
             self.children = children
             self.rebuild(modules, layers, list(layers)[self.start : self.stop])
         self.device = device_of(layers[self.start])
 
-    def rebuild(self, modules, layers, mine):
+    def rebuild(self, modules: dict, layers: nn.ModuleList, mine: list) -> None:
         """Takes over replaced children of the owner of the layers."""
-        first = [modules[name] for name, cls in self.anatomy.before.items() if self.start == 0 and cls is NoPosition]
+        first = [modules[name] for name, cls in self.layout.before.items() if self.start == 0 and cls is NoPosition]
         runs = [x for name, x in modules.items() if x not in (None, layers) and name not in self.stand_ins]
         beside = [*self.stack.buffers(recurse=False), *(buffer for x in runs for buffer in x.buffers())]
         self.tables = find_tables(self.stack.config, first, mine, beside)
 
-    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None):
+    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None, attentions=None) -> torch.Tensor:
         """Runs the layers.
 
         Args:
@@ -187,19 +194,24 @@ class Whole:
             attention_mask: [batch, past + time], 1 for real tokens, or None.
             position_ids: [batch or 1, time].
             cache: The view of a ManticoreCache that belongs to these layers, or None.
+            attentions: List that takes their attention weights [batch, heads, time, past + time], or None.
 
         Returns:
             [batch, time, width]; after the component's final norm if the last layer is among these.
         """
-        return self.run(self.stack, self.arguments(hidden, attention_mask, position_ids, cache))
+        return self.run(self.stack, self.arguments(hidden, attention_mask, position_ids, cache), attentions)
 
-    def run(self, stack, arguments):
-        """Calls the owner of the layers, or its shell; some classes overwrite what they are given (CTRL)."""
-        if self.anatomy.overwrites and "inputs_embeds" in arguments:
+    def run(self, stack: nn.Module, arguments: dict, attentions: list | None) -> torch.Tensor:
+        """Calls the owner of the layers, or its shell."""
+        if self.layout.overwrites and "inputs_embeds" in arguments:
             arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
-        return stack(**arguments)[0]
+        if attentions is None or not self.layout.attends:
+            return stack(**arguments)[0]
+        out = stack(**arguments, output_attentions=True)
+        attentions.extend(getattr(out, "attentions", None) or ())
+        return out[0]
 
-    def arguments(self, hidden, attention_mask, position_ids, cache):
+    def arguments(self, hidden: torch.Tensor, attention_mask, position_ids, cache) -> dict[str, Any]:
         """What the owner of the layers is called with."""
         hidden, attention_mask, position_ids = place((hidden, attention_mask, position_ids), self.device)
         arguments = {"use_cache": cache is not None}
@@ -211,59 +223,53 @@ class Whole:
                 kept = (p.dtype for p in self.stack.parameters() if p.is_floating_point())
                 hidden = hidden.to(next(kept, hidden.dtype))
             arguments["inputs_embeds"] = hidden
-        if self.anatomy.positions:
+        if self.layout.positions:
             arguments["position_ids"] = position_ids
-        if not self.anatomy.attends and attention_mask is not None:
+        if not self.layout.attends and attention_mask is not None:
             attention_mask = attention_mask[:, -hidden.shape[1] :]
         arguments["attention_mask"] = attention_mask
-        if cache is not None and self.anatomy.cache_argument is not None:
-            arguments[self.anatomy.cache_argument] = cache
+        if cache is not None and self.layout.cache_argument is not None:
+            arguments[self.layout.cache_argument] = cache
         return arguments
 
 
 class Segment(Whole):
-    """The layers [start, stop) of a component, run by a shell; the last segment ends at the component's depth.
-
-    Args: As in `Whole`.
-    """
+    """The layers [start, stop) of a component, run by a shell; the last segment ends at the component's depth."""
 
     is_whole = False
 
-    def prepare(self):
-        """Makes the shell, and what stands for children that other segments run."""
+    def prepare(self) -> None:
         self.shell, self.entry, self.exit = Shell(self.stack), None, None
-        self.config = slice_config(self.stack.config, self.start, self.stop)
-        self.is_last = self.stop == len(getattr(self.stack, self.anatomy.layers))
+        self.config = pick_config(self.stack.config, range(self.start, self.stop))
+        self.is_last = self.stop == len(getattr(self.stack, self.layout.layers))
         if self.start != 0:
-            self.stand_ins.update({name: cls() for name, cls in self.anatomy.before.items()})
+            self.stand_ins |= {name: cls() for name, cls in self.layout.before.items()}
         if not self.is_last:
-            self.stand_ins.update({name: PassThrough() for name in self.anatomy.after})
+            self.stand_ins |= {name: PassThrough() for name in self.layout.after}
 
-    def refresh(self):
-        """Follows the component; cheap when nothing changed. Not for use inside a compiled graph."""
+    def refresh(self) -> None:
         super().refresh()
-        attention = self.stack.config._attn_implementation_internal
-        if self.config._attn_implementation_internal != attention:
-            self.config._attn_implementation_internal = attention
+        self.config._attn_implementation_internal = self.stack.config._attn_implementation_internal
         self.shell.follow()
 
-    def rebuild(self, modules, layers, mine):
-        """Takes over replaced children of the owner of the layers."""
+    def rebuild(self, modules: dict, layers: nn.ModuleList, mine: list) -> None:
         super().rebuild(modules, layers, mine)
-        if self.anatomy.enters and self.start != 0:
+        if self.layout.enters and self.start != 0:
             mine[0] = self.entry = Entry(mine[0])
-        if self.anatomy.leaves and not self.is_last:
+        if self.layout.leaves and not self.is_last:
             mine[-1] = self.exit = Exit(mine[-1])
-        own = {**modules, self.anatomy.layers: nn.ModuleList(mine), **self.stand_ins}
+        own = {**modules, self.layout.layers: nn.ModuleList(mine), **self.stand_ins}
         self.shell.own = {"_modules": own, "config": self.config}
 
-    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None):
-        """Runs the layers; see `Whole`."""
+    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None, attentions=None) -> torch.Tensor:
+        if attentions is not None and isinstance(self.stack, PreTrainedModel):
+            maybe_install_capturing_hooks(self.stack)  # once: the shell would do it again, on the same layers
+            self.shell.follow()
         arguments = self.arguments(hidden, attention_mask, position_ids, cache)
         if self.entry is not None:
             self.entry.state = arguments["inputs_embeds"]
         with onloaded(self.stack):
-            out = self.run(self.shell.module, arguments)
+            out = self.run(self.shell.module, arguments, attentions)
         if self.exit is not None:
             out, self.exit.found = self.exit.found, None
         return out
@@ -315,21 +321,17 @@ class Head:
     """A component's own head on given last states: its class's forward with the backbone taken out.
 
     The output matrix alone would not do: what a class does to its logits (Gemma's soft cap, Granite's and FalconH1's
-    scales, Mamba's float32) stands in that forward, and nowhere else. A whole component's forward would not do either:
-    the gate and the classifiers read the last states, which many classes do not give beside the logits.
-
-    Args:
-        component: The causal LM.
-        anatomy: Its `dissect`.
+    scales, Mamba's float32) stands in that forward, and nowhere else. Nor would a whole component's forward: gate and
+    classifiers read the last states, which many classes do not give beside the logits.
     """
 
-    def __init__(self, component, anatomy):
-        self.component, self.path = component, anatomy.path.split(".")[1:]
+    def __init__(self, component: nn.Module, layout: StackLayout):
+        self.component, self.path = component, layout.path.split(".")[1:]
         self.backbone = None
         self.shell = Shell(component)
         self.refresh()
 
-    def refresh(self):
+    def refresh(self) -> None:
         """Follows the component. Not for use inside a compiled graph."""
         prefix = backbone_name(self.component)
         source = self.component._modules[prefix]
@@ -338,7 +340,7 @@ class Head:
         self.shell.own = {"_modules": {**self.component._modules, prefix: self.backbone}}
         self.shell.follow()
 
-    def __call__(self, states):
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """[batch, time, width] -> logits [batch, time, vocabulary]."""
         head = self.component.get_output_embeddings()
         if head.weight.is_floating_point():
@@ -347,16 +349,38 @@ class Head:
         return self.shell.module.forward(inputs_embeds=states, use_cache=False).logits
 
 
+def without_head(component: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
+    """(A causal LM without its language-model head, sharing everything else with it; the path of that head).
+
+    A head that is tied to the embeddings is the same tensor, and stays: then (the component itself, None).
+    """
+    head = component.get_output_embeddings()
+    path = next((path for path, module in component.named_modules() if module is head), None)
+    ties = component.all_tied_weights_keys or {}
+    if path is None or not list(head.parameters()) or f"{path}.weight" in {*ties, *ties.values()}:
+        return component, None
+    whole = part = _shallow(component)
+    *parents, name = path.split(".")
+    for parent in parents:
+        part._modules[parent] = part = _shallow(part._modules[parent])
+    part._modules[name] = None  # what Transformers takes for a model without head, when embeddings are resized
+    return whole, path
+
+
+def _shallow(module):
+    out = module.__class__.__new__(module.__class__)
+    out.__dict__.update(module.__dict__, _modules=dict(module._modules))
+    return out
+
+
 # ---- how far components can read -------------------------------------------------------------------------------------
-#
-# `config.max_position_embeddings` is the smallest that a component's configuration states, as users of Transformers
-# expect of a limit that they may cut texts to. Rotary and recurrent components compute beyond theirs, better or worse;
-# a table (learned positions, GPT-J's angles) has an end.
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Where the tables of a segment end.
+    """Where the tables of a segment (learned positions, GPT-J's angles) end.
+
+    Rotary and recurrent components compute beyond their `config.max_position_embeddings`, better or worse.
 
     Attributes:
         positions: Positions that it has rows for, None without a table.
@@ -367,14 +391,10 @@ class Tables:
     length: int | None = None
 
 
-def find_tables(config, embeddings, layers, beside):
-    """The Tables of some layers of a component.
+def find_tables(config: PreTrainedConfig, embeddings: list, layers: list, beside: list) -> Tables:
+    """The Tables of some layers of a component, and of what runs with them.
 
-    Args:
-        config: The component's configuration.
-        embeddings: Modules that add positions before the first of the layers.
-        layers: The layers.
-        beside: Buffers of the model outside of its layers (angles of GPT-J and CTRL).
+    That are modules that add positions before them (`embeddings`), and buffers `beside` them (GPT-J's angles, CTRL's).
     """
     stated = getattr(config, "max_position_embeddings", None)
     # OPT and its kin leave the first rows to padding.
@@ -387,19 +407,14 @@ def find_tables(config, embeddings, layers, beside):
     return Tables(min(rows, default=None), min(lengths, default=None))
 
 
-def check_positions(segments, positions, length, explicit):
-    """Refuses input beyond a table, before an index error inside of a component.
-
-    A component whose mixture weight is exactly 0 is not run, and limits nothing.
+def check_positions(segments: list, positions: torch.Tensor, length: int, explicit: bool) -> None:
+    """Raises ManticoreError for input beyond a table, before an index error inside of a component.
 
     Args:
         segments: (component's name, its Segment) of all that are run.
         positions: [batch or 1, time] positions of the new tokens.
         length: Cached and new tokens, padding included, or the length of a static cache.
         explicit: Whether the caller gave the positions; else none of them is `length` or more.
-
-    Raises:
-        ManticoreError: Names the component, its limit, and what was given.
     """
     if torch.compiler.is_compiling():  # looking at values would break the graph
         return
@@ -409,22 +424,23 @@ def check_positions(segments, positions, length, explicit):
     last = None
     for name, tables in found:
         if tables.length is not None and length > tables.length:
-            _refuse(name, tables.length, f"{length} tokens, padding and cached ones included")
+            raise _too_long(name, tables.length, f"{length} tokens, padding and cached ones included")
         if tables.positions is not None and (explicit or length > tables.positions):
             last = int(positions.max()) if last is None else last
             if last >= tables.positions:
-                _refuse(name, tables.positions, f"position {last}, that is {last + 1} tokens with those cached")
+                said = f"position {last}, that is {last + 1} tokens with those cached"
+                raise _too_long(name, tables.positions, said)
 
 
-def _refuse(name, limit, given):
-    raise ManticoreError(
+def _too_long(name, limit, given):
+    return ManticoreError(
         f"Component {name!r} has a table of {limit} positions; {given}, is beyond its end. Give shorter input, "
         "generate fewer tokens, or take the component out of the mixture (set_mixture_weights with weight 0 for "
         f"{name!r} in every block: it is not run then)."
     )
 
 
-# ---- hardened hybrids ------------------------------------------------------------------------------------------------
+# ---- pruned hybrids --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -438,62 +454,52 @@ class Stretch:
     stop: int
 
 
-def stretches(config):
+def stretches(config: PreTrainedConfig) -> list[Stretch]:
     """The Stretches of a configuration with a route, in order."""
     out = []
-    for block, name in enumerate(config.route):
+    for name, blocks in groupby(range(len(config.route)), key=config.route.__getitem__):
+        first, *_ = blocks = list(blocks)
         bounds = config.bounds(name)
-        if out and out[-1].name == name:
-            one = out.pop()
-            out.append(Stretch(name, one.first, block, one.start, bounds[block + 1]))
-        else:
-            out.append(Stretch(name, block, block, bounds[block], bounds[block + 1]))
+        out.append(Stretch(name, first, blocks[-1], bounds[first], bounds[blocks[-1] + 1]))
     return out
 
 
 class Dropped(nn.Module):
-    """Stands where a module was that the path of a hardened hybrid does not use."""
+    """Stands where a module was that the path of a pruned hybrid does not use."""
 
     def forward(self, *args, **kwargs):
-        raise ManticoreError(
-            "This part of a component was dropped when the hybrid was hardened: it cannot be run alone, and only the "
-            "route's layers are left."
-        )
+        raise ManticoreError("This part of a component was pruned: only the layers of the hybrid's path are left.")
 
 
-def width_of(module):
-    """Width of an embedding or head; 0 where a hardened hybrid dropped it."""
+def width_of(module: nn.Module) -> int:
+    """Width of an embedding or head; 0 where a pruned hybrid dropped it."""
     return 0 if isinstance(module, Dropped) else module.weight.shape[1]
 
 
-def drop_unused(component, anatomy, mine, reads, writes):
+def drop_unused(component: nn.Module, layout: StackLayout, mine: list, reads: bool, writes: bool) -> None:
     """Replaces what a path does not use of a component, in place.
 
-    Args:
-        component: The causal LM.
-        anatomy: Its `dissect`, made while it was whole.
-        mine: (start, stop) of its layers that are run.
-        reads: Whether the path enters through its embeddings.
-        writes: Whether the path leaves through its head.
+    Of its layers it runs `mine`, [(start, stop)]; it `reads` by its embeddings and `writes` by its head, or not.
     """
-    stack = component.get_submodule(anatomy.path)
-    layers = getattr(stack, anatomy.layers)
+    stack = component.get_submodule(layout.path)
+    layers = getattr(stack, layout.layers)
     used = {i for start, stop in mine for i in range(start, stop)}
     for i in set(range(len(layers))) - used:
         layers[i] = Dropped()
     tied = bool(component.all_tied_weights_keys)  # on the meta device they are not one tensor yet
-    # Both ends of a tie are one tensor: keeping the other costs nothing.
-    if not (reads or (writes and tied)):
-        _replace(component, component.get_input_embeddings())
-    if not (writes or (reads and tied)):
-        _replace(component, component.get_output_embeddings())
-    if tied and not (reads or writes):
+    if tied:
+        reads = writes = reads or writes  # both ends are one tensor: keeping the other costs nothing
+    embedding, head = component.get_input_embeddings(), component.get_output_embeddings()
+    for keep, module in ((reads, embedding), (writes, head)):
+        if not keep:
+            _replace(component, module)
+    if tied and not reads:
         component._tied_weights_keys, component.all_tied_weights_keys = None, {}
         component.config.tie_word_embeddings = False
-    embedding = component.get_input_embeddings() if reads or (writes and tied) else None
-    gone = [name for name in anatomy.before if 0 not in used and getattr(stack, name) is not embedding]
-    gone += anatomy.after if len(layers) - 1 not in used else []
-    gone += anatomy.shared if not used & {0, len(layers) - 1} else []
+    embedding = embedding if reads else None
+    gone = [name for name in layout.before if 0 not in used and getattr(stack, name) is not embedding]
+    gone += layout.after if len(layers) - 1 not in used else []
+    gone += layout.shared if not used & {0, len(layers) - 1} else []
     for name in gone:
         setattr(stack, name, Dropped())
 

@@ -1,13 +1,31 @@
 """What may be set of a hybrid: one list, from which configuration, command line, recipes and docs come.
 
-Imports nothing, so that a command's help can be printed without torch and Transformers.
+Imports nothing else, so that a command's help can be printed without torch and Transformers.
 """
 
+import unicodedata
 from dataclasses import dataclass, field, fields
+
+
+def printable(text: object, keep: str = "") -> str:
+    """A text of whoever's as it may be shown: what would command a terminal or turn the reading order is written out.
+
+    Args:
+        text: Anything.
+        keep: Characters that stay as they are, such as line breaks.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    wide = "".join(" " if unicodedata.category(c) == "Zs" else c for c in text)
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in wide)
 
 
 class ManticoreError(ValueError):
     """A hybrid, component, file or setting that cannot be used; the message names it and says what to do."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(message, "\n"))
 
 
 PRESETS = {
@@ -27,23 +45,24 @@ PRESETS = {
 }  # fmt: skip
 
 
+def _setting(default, help, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
 def _preset(help, *choices):
     """A setting that a preset fills where it is not given."""
-    return field(default=None, metadata={"help": help, "choices": choices, "preset": True})
+    return _setting(None, help, choices=choices, preset=True)
 
 
 @dataclass
 class HybridSettings:
     """How components are joined: keys of ManticoreConfig, options of `compose`, keys under `hybrid:` in a recipe."""
 
-    num_blocks: int = field(
-        default=1, metadata={"help": "Blocks into which every component is cut; at most the depth of the shallowest."}
+    num_blocks: int = _setting(1, "Blocks into which every component is cut; at most the depth of the shallowest.")
+    block_layers: dict[str, list[int]] | None = _setting(
+        None, 'Layers per block of each component, {"name": [4, 2], ...}. Default: as even as can be.'
     )
-    block_layers: dict[str, list[int]] | None = field(
-        default=None,
-        metadata={"help": 'Layers per block of each component, {"name": [4, 2], ...}. Default: as even as can be.'},
-    )
-    preset: str = field(default="default", metadata={"help": "Fills what is not given.", "choices": tuple(PRESETS)})
+    preset: str = _setting("default", "Fills what is not given.", choices=tuple(PRESETS))
     projector: str | None = _preset(
         "Maps between feature spaces: linear (paper, section 3.1), mlp (two layers, GELU, residual), or none (pad and "
         "truncate).",
@@ -58,12 +77,10 @@ class HybridSettings:
         "Projector only (none), or projector and raw feature mixed by the block's alpha (alpha, paper).",
         *("none", "alpha"),
     )
-    reference_component: str | None = field(
-        default=None,
-        metadata={
-            "help": "With gate none: component whose states are the shared space, so that its projectors are the "
-            "identity. Default: the first; calibration takes the one with the lowest loss."
-        },
+    reference_component: str | None = _setting(
+        None,
+        "With gate none: component whose states are the shared space, so that its projectors are the identity. "
+        "Default: the first; calibration takes the one with the lowest loss.",
     )
     mixture: str | None = _preset(
         "One weight per block and component (static, paper), or a gate of the token in the last block (token).",
@@ -82,20 +99,15 @@ class HybridSettings:
     )
     mix_loss_weight: float | None = _preset("Weight of the cross-entropy of the mixture.")
     component_loss_weight: float | None = _preset("Weight of the sum of the cross-entropies of the components' heads.")
-    mixture_weights: list | None = field(
-        default=None,
-        metadata={
-            "help": "Exact mixture weights [blocks][components]; a row that is null is learned, a component at 0 is "
-            "not run in that block. Default: learned."
-        },
+    mixture_weights: list | None = _setting(
+        None,
+        "Exact mixture weights [blocks][components]; a row that is null is learned, a component at 0 is not run in "
+        "that block. Default: learned.",
     )
-    vocab_size: int | None = field(
-        default=None,
-        metadata={"help": "Size of the common vocabulary; rows beyond it are padding. Default: found out."},
+    vocab_size: int | None = _setting(
+        None, "Size of the common vocabulary; rows beyond it are padding. Default: found out."
     )
-    tokenizer_component: str | None = field(
-        default=None, metadata={"help": "Component whose tokenizer is the hybrid's. Default: the first."}
-    )
+    tokenizer_component: str | None = _setting(None, "Component whose tokenizer is the hybrid's. Default: the first.")
 
 
 CHOICES = {one.name: one.metadata["choices"] for one in fields(HybridSettings) if one.metadata.get("choices")}

@@ -8,8 +8,8 @@ import contextlib
 import copy
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -22,15 +22,16 @@ from transformers.utils.hub import create_and_tag_model_card
 from .bounds_manticore import ManticoreError, guard, is_commit
 from .devices_manticore import present
 from .dtypes_manticore import (
+    check_savable,
+    check_unpacked,
+    check_unquantized,
     convert_unpacked,
     loaded_dtypes,
     note_kept,
-    refuse_packed,
-    refuse_quantized,
-    refuse_unsaved,
 )
-from .references_manticore import component_files, open_files, where
-from .saving_manticore import copy_code, whole_directory
+from .layer_stack_manticore import backbone_name
+from .references_manticore import commit_in, component_files, lfs_id, open_files, verify, where
+from .saving_manticore import check_whole, copy_code, whole_directory
 
 logger = logging.get_logger(__name__)
 
@@ -43,18 +44,17 @@ class Renamer:
 
     Args:
         model: The model, on any device.
-        prefixed: Whether a base model's prefix is added or removed where the model needs that (a component's own
-            checkpoint may have been saved without its head).
+        prefixed: Whether to add or remove a base model's prefix (a component may have been saved without its head).
         packed: Transformers' quantiser of a checkpoint that is quantised: it has names of its own for what it packs.
     """
 
-    def __init__(self, model, prefixed=False, packed=None):
+    def __init__(self, model: PreTrainedModel, prefixed: bool = False, packed: object | None = None):
         self.transforms = _sorted(get_model_conversion_mapping(model))
         self.packed = None if packed is None else _sorted(get_model_conversion_mapping(model, None, packed))
         self.known = model.state_dict(keep_vars=True)
         self.prefix = (model.base_model_prefix, self.known) if prefixed else (None, None)
 
-    def __call__(self, key):
+    def __call__(self, key: str) -> tuple[str, bool]:
         """(key in the model, whether the tensor itself is converted too: fused, split or transposed)."""
         name, pattern = rename_source_key(key, *self.transforms, *self.prefix)
         if name not in self.known and key in self.known:  # as Transformers does
@@ -81,40 +81,44 @@ def tie_groups(model: PreTrainedModel) -> dict[str, set]:
 
 
 def overlay(
-    model: PreTrainedModel, own: dict, hub: dict, stack: contextlib.ExitStack, rename: Callable, ties: dict
+    model: PreTrainedModel, own: dict, hub: dict, stack: contextlib.ExitStack, rename: Renamer, ties: dict
 ) -> dict:
-    """The hybrid's own tensors over its components' referenced ones, as one lazily read state dict.
+    """A hybrid's own tensors {checkpoint key: tensor} over its components' referenced ones, which are read lazily.
 
-    Args:
-        model: The hybrid, on the meta device or not.
-        own: Own tensors by checkpoint key.
-        hub: Keyword arguments of the Hub client.
-        stack: ExitStack that keeps the component files open.
-        rename: The model's `Renamer`.
-        ties: Its `tie_groups`.
+    `hub` goes to the Hub's client, `stack` keeps files open; `rename` and `ties` are the model's.
     """
-    covered = set()
-    for key in own:
-        name, _ = rename(key)
-        # A component's repo may store both ends of a tie; a tuned embedding must not meet its stale twin.
-        covered |= ties.get(name, {name})
+    # A component's repo may store both ends of a tie; a tuned embedding must not meet its stale twin.
+    names = {rename(key)[0] for key in own}
+    covered = names.union(*(ties.get(name, ()) for name in names))
     merged, wanted = {}, set(rename.known)
     for entry in model.config.components:
         prefix = entry["name"] + "."
         if entry["weights"] != "reference" or not any(k.startswith(prefix) for k in wanted - covered):
             continue
         found = open_files(component_files(entry, hub), stack, where(entry), prefix)
+        found = with_base_prefix(model, entry, found, rename)
         transplanted = own_vocabulary(model, entry, ties)
         for key, value in found.items():
             name = rename(key)[0]
             if name in transplanted:
-                check_rows(entry, key, value, where(entry))
+                check_rows(entry, key, value.get_shape()[0])
             elif name in covered or model.is_gone(name):
                 continue
             elif name in wanted or model.config.route is None:
                 merged[key] = value
     merged.update(own)
     return merged
+
+
+def with_base_prefix(model: PreTrainedModel, entry: dict, found: dict, rename: Renamer) -> dict:
+    """A component's tensors by key, with the base model's prefix where its file has none (the Hub's first GPT-2)."""
+    name = entry["name"]
+    base, out = f"{name}.{backbone_name(model.component(name))}.", {}
+    for key, value in found.items():
+        longer = base + key[len(name) + 1 :]
+        lacks = rename(key)[0] not in rename.known and rename(longer)[0] in rename.known
+        out[longer if lacks else key] = value
+    return out
 
 
 class ReferencedWeights:
@@ -132,42 +136,58 @@ class ReferencedWeights:
         model._component_cache_dir = hub.get("cache_dir")
         with contextlib.ExitStack() as stack:
             if state_dict is None:
-                files = list(checkpoint_files or [])
-                if not files or not all(str(file).endswith(".safetensors") for file in files):
+                files = [str(file) for file in checkpoint_files or []]
+                if not files or not all(file.endswith(".safetensors") for file in files):
                     raise ManticoreError(f"A hybrid's own weights must be safetensors files; found {files}.")
-                commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(files[0]))
-                model._own_commit = commit[1] if commit else None  # adapters pin the hybrid they were made for
+                model._own_commit = commit_in(files[0])  # adapters pin the hybrid they were made for
+                for file in files:
+                    if (stated := lfs_id(file)) is not None:  # in the Hub's cache
+                        verify(file, stated, f"The hybrid's own {os.path.basename(file)}")
                 model._loaded_from = os.path.dirname(os.path.abspath(files[0]))
                 state_dict = open_files(files, stack, "The hybrid's own weights")
+                check_whole(model._loaded_from)
             quantizer = load_config.hf_quantizer
             packed = quantizer if quantizer is not None and quantizer.pre_quantized else None
             rename, ties = Renamer(model, packed=packed), tie_groups(model)
             if packed is not None:
-                refuse_packed(model, state_dict)
+                check_unpacked(model, state_dict)
             own, state_dict = set(state_dict), overlay(model, state_dict, hub, stack, rename, ties)
             if packed is not None:
                 convert_unpacked(state_dict, own, rename, load_config.dtype_plan)
+            if model.forgo({name for key in state_dict for name in ties.get(rename(key)[0], {rename(key)[0]})}):
+                rename = Renamer(model, packed=packed)
+                expected_keys = None if expected_keys is None else list(rename.known)
             ignored = load_config.ignore_mismatched_sizes
             guard().checkpoint(model, state_dict, rename, ties, quantizer, ignored)
             info, offloaded = PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
             )
-        _refuse_incomplete(model, info, ties, ignored)
+        patterns = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+        missing = {key for key in info.missing_keys if ties.get(key, {key}) <= set(info.missing_keys)}
+        missing -= {key for key in missing if model.starts_anew(key) or any(p.search(key) for p in patterns)}
+        # What Transformers' conversions make is known only now
+        check_complete(model, missing, {} if ignored else {key: shapes for key, *shapes in info.mismatched_keys})
         if quantizer is not None:
-            refuse_quantized(model)
+            check_unquantized(model)
             note_kept(quantizer, model)
         if offloaded is not None:
-            # Transformers 5.23 ties disk-offloaded keys only if they are in the first checkpoint file.
+            # Transformers 5.24 ties disk-offloaded keys only if they are in the first checkpoint file.
             for target, source in (model.all_tied_weights_keys or {}).items():
                 if source in offloaded and target not in offloaded:
                     offloaded[target] = offloaded[source]
         return info, offloaded
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
-        """Saves what is the hybrid's own, and the code, so that the directory loads anywhere.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in Transformers: saves what is the hybrid's own, and the code, so that the directory loads anywhere.
 
-        The files are written to a scratch directory and moved in when complete; an upload comes after that, so that a
-        failing network costs no weights. Arguments as in Transformers.
+        The files are moved in when all are written; an upload comes after, so that a failing network costs no weights.
 
         Raises:
             ManticoreError: `save_directory` is a file, or the hybrid is quantised by a method that is not saved.
@@ -176,13 +196,10 @@ class ReferencedWeights:
         if target.is_file():
             raise ManticoreError(f"save_pretrained({str(target)!r}): there is a file of that name; give a directory.")
         if getattr(self, "_hf_peft_config_loaded", False):
-            return super().save_pretrained(
-                save_directory, is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
-            )
-        refuse_unsaved(self)
+            return super().save_pretrained(target, is_main_process, state_dict, push_to_hub, **kwargs)
+        check_savable(self)
         kwargs["save_original_format"] = False
         upload = {key: kwargs.pop(key, None) for key in ("repo_id", "commit_message", "create_pr", "private")}
-        timestamps = self._get_files_timestamps(target) if target.is_dir() else {}
         writes = self.should_save_on_this_rank(is_main_process)
         before = self._keys_to_ignore_on_save
         self._keys_to_ignore_on_save = set(before or ()) | (self.unchanged_keys(state_dict) if writes else set())
@@ -211,38 +228,39 @@ class ReferencedWeights:
                     copy_code(directory)
                     self._save_beside(directory, target)
                 super().save_pretrained(directory, is_main_process, state_dict=state_dict, **kwargs)
+                written = set(os.listdir(directory))
         finally:
             self._keys_to_ignore_on_save = before
         if push_to_hub and writes:
-            self._upload(target, timestamps, kwargs.get("token"), **upload)
+            self._upload(target, written, kwargs.get("token"), **upload)
 
-    def _upload(self, directory, timestamps, token, repo_id, commit_message, create_pr, private):
+    def _upload(self, directory, written, token, repo_id, commit_message, create_pr, private):
         """What `save_pretrained(push_to_hub=True)` of Transformers does once the files are written."""
         name = repo_id or directory.absolute().name
         name = HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
         if not (directory / "README.md").exists() or HfApi(token=token).file_exists(name, "README.md"):
             create_and_tag_model_card(name, self.model_tags, token=token).save(directory / "README.md")
+            written.add("README.md")
+        others = dict.fromkeys(set(os.listdir(directory)) - written)
         self._upload_modified_files(
-            directory, name, timestamps, commit_message=commit_message, token=token, create_pr=bool(create_pr)
+            directory, name, others, commit_message=commit_message, token=token, create_pr=bool(create_pr)
         )
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, revision=None, **commit):
         """As in Transformers, in one commit that also removes the weight files of an earlier push.
 
-        A single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
+        `files_timestamps` names the files that are not uploaded; no dates are compared, which may lie in the future. A
+        single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
         """
         directory, api = Path(working_dir), HfApi(token=token)
         files = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
-        changed = {
-            name.name for name in directory.iterdir() if name.stat().st_mtime > files_timestamps.get(name.name, -1)
-        }
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
         commit["commit_message"] = commit.get("commit_message") or "Upload hybrid"
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,
-            allow_patterns=[file.as_posix() for file in files if file.parts[0] in changed],
+            allow_patterns=[file.as_posix() for file in files if file.parts[0] not in files_timestamps],
             delete_patterns=["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"],
             revision=revision,
             **commit,
@@ -253,6 +271,10 @@ class ReferencedWeights:
 
     def starts_anew(self, key: str) -> bool:
         """Whether a checkpoint need not have a tensor of the model, which then gets an initial value."""
+        return False
+
+    def forgo(self, there: set[str]) -> bool:
+        """Leaves out parts that this model does not use and a checkpoint with these keys lacks; tells if it did."""
         return False
 
     def is_gone(self, key: str) -> bool:
@@ -270,9 +292,7 @@ class ReferencedWeights:
         state_dict = self.state_dict() if state_dict is None else state_dict
         ties, loaded, out = tie_groups(self), loaded_dtypes(self), set()
         with contextlib.ExitStack() as stack:
-            for entry in self.config.components:
-                if entry["weights"] != "reference":
-                    continue
+            for entry in (one for one in self.config.components if one["weights"] == "reference"):
                 try:
                     reference = self._reference(entry, stack)
                 except ManticoreError as err:
@@ -281,10 +301,8 @@ class ReferencedWeights:
                 for key, value in state_dict.items():
                     if not key.startswith(entry["name"] + "."):
                         continue
-                    known = _referenced(reference, key, ties)
-                    if known is None or not _comparable(value := present(self, key, value)):
-                        continue
-                    if _same(known, value, loaded(key)):
+                    known, value = _referenced(reference, key, ties), present(self, key, value)
+                    if known is not None and _comparable(value) and _same(known, value, loaded(key)):
                         out.add(key)
         # One changed end of a tie is a change of both.
         return {key for key in out if ties.get(key, {key}) & set(state_dict) <= out}
@@ -292,10 +310,7 @@ class ReferencedWeights:
     def _reference(self, entry, stack):
         """{key in this model: tensor or lazy slice} of a component's pinned checkpoint, from the cache if it is there.
 
-        Without the embedding and head of a component whose vocabulary was transplanted.
-
-        Raises:
-            ManticoreError: It cannot be read.
+        Without a transplanted vocabulary's embedding and head. ManticoreError if it cannot be read.
         """
         hub = {"cache_dir": getattr(self, "_component_cache_dir", None)}
         prefix = entry["name"] + "."
@@ -304,21 +319,15 @@ class ReferencedWeights:
         except ManticoreError:
             files = component_files(entry, hub)
         rename, out, converted = Renamer(self), {}, False
-        for key, value in open_files(files, stack, where(entry), prefix).items():
+        found = open_files(files, stack, where(entry), prefix)
+        for key, value in with_base_prefix(self, entry, found, rename).items():
             name, changed = rename(key)
-            converted |= changed
-            out[name] = value
+            out[name], converted = value, converted or changed
         if converted:
             # Fused or split tensors (mixtures of experts) can only be compared once Transformers has converted them.
-            part = self.component(entry["name"])
-            whole, info = AutoModelForCausalLM.from_pretrained(
-                os.path.dirname(files[0]),
-                config=copy.deepcopy(part.config),
-                dtype=self.dtype,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            how = {"config": copy.deepcopy(self.component(entry["name"]).config), "dtype": self.dtype}
+            how |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            whole, info = AutoModelForCausalLM.from_pretrained(os.path.dirname(files[0]), **how)
             # What the checkpoint lacks has initial values, which a trained tensor may equal (zeros, ones).
             lacking = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
             out = {prefix + key: value for key, value in whole.state_dict().items() if key not in lacking}
@@ -326,30 +335,26 @@ class ReferencedWeights:
             out.pop(key, None)
         return out
 
-    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False) -> dict:
-        """As in torch, but of a model that was sharded on the meta device only what is sharded.
-
-        Transformers asks for it right before it loads the shards of a checkpoint one by one.
-        """
-        self.__dict__.pop("_earlier_shards", None)
+    def state_dict(self, *args, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
+        """As in torch, but of a model that was sharded on the meta device only what is sharded."""
+        self.__dict__.pop("_earlier_shards", None)  # Transformers asks before it loads the shards of a checkpoint
         out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for key in self._aside():
             out.pop(prefix + key, None)
         return out
 
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> Any:
         """As in torch, for checkpoints of a hybrid: tensors that were not saved come from the references.
 
-        The Trainer resumes through this. A sharded checkpoint arrives in several calls; the references fill in what no
-        shard had. A state dict without the hybrid's own weights is taken as it is.
+        The Trainer resumes through this. Of a sharded checkpoint, which arrives in several calls, the references fill
+        in what no shard had. A state dict without the hybrid's own weights is taken as it is.
         """
         given = dict(state_dict)
         earlier = self.__dict__.setdefault("_earlier_shards", set())
         own = set(super().state_dict()) - set(self._aside())
         ties = tie_groups(self)
-        for key in list(given):
-            for twin in ties.get(key, ()):
-                given.setdefault(twin, given[key])
+        twins = {twin: key for key in given for twin in ties.get(key, ()) if twin not in given}
+        given |= {twin: given[key] for twin, key in twins.items()}
         missing = own - set(given) - earlier if _MARKER in given else set()
         # Shards come in any order. Those after this one overwrite what it took from the references.
         earlier |= set(given)
@@ -359,15 +364,16 @@ class ReferencedWeights:
                 if not lacking or entry["weights"] != "reference":
                     continue
                 reference = self._reference(entry, stack)
-                for key in lacking:
-                    known = _referenced(reference, key, ties)
-                    if known is not None:
-                        given[key] = known[...]
-            return super().load_state_dict(given, strict=strict, assign=assign)
+                found = {key: _referenced(reference, key, ties) for key in lacking}
+                given |= {key: known[...] for key, known in found.items() if known is not None}
+            result = super().load_state_dict(given, strict=strict, assign=assign)
+            if not strict:  # as torch says it of what was not given; safetensors' `load_model` counts on it
+                result.missing_keys.extend(twins)
+            return result
 
     # accelerate (1.15), when it shards with FSDP2 and `cpu_ram_efficient_loading`, sends the model to the meta device,
     # cuts it there, and hands the weights out again by its state dict. Buffers that belong to the state dict are not
-    # cut, which it does not expect: a hardened hybrid's record of alpha, Gemma 4's scales, the correction biases of
+    # cut, which it does not expect: a pruned hybrid's record of alpha, Gemma 4's scales, the correction biases of
     # DeepSeek's and NemotronH's experts. Every process has read them, so they need no handing out: they are kept aside
     # on the way to the meta device and put back when the weights arrive, inside wrappers (PEFT's) as well.
 
@@ -402,13 +408,10 @@ class ReferencedWeights:
 
 
 def keep_loaded_embeddings(component: PreTrainedModel) -> None:
-    """Marks embeddings whose rows were loaded, so that `initialize_weights` leaves them as they are.
-
-    Youtu's class sets the row of padding to zero, whatever was loaded. Modules with buffers still fill those.
-    """
+    """Keeps `initialize_weights` from embeddings that were loaded: Youtu's class sets their row of padding to zero."""
     for module in component.modules():
         loaded = isinstance(module, torch.nn.Embedding) and getattr(module.weight, "_is_hf_initialized", False)
-        if loaded and not module._buffers:
+        if loaded and not module._buffers:  # which would not be filled
             module._is_hf_initialized = True
 
 
@@ -436,44 +439,37 @@ def _same(known, value, loaded):
     dtype = torch.promote_types(value.dtype, loaded) if value.is_floating_point() else value.dtype
     known, value = known.detach().to(dtype), value.detach().cpu().to(dtype)
     # As bytes too: 0.0 == -0.0.
-    return torch.equal(known, value) and torch.equal(_bytes(known), _bytes(value))
+    by_bytes = [one.contiguous().reshape(-1).view(torch.uint8) for one in (known, value)]
+    return torch.equal(known, value) and torch.equal(*by_bytes)
 
 
-def _bytes(tensor):
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+class ShapeError(ManticoreError, RuntimeError):
+    """Tensors of other shapes than the model's: a RuntimeError, as in Transformers."""
 
 
-def _refuse_incomplete(model, info, ties, ignore_mismatched):
-    """Raises ManticoreError if tensors are missing or of another shape: what a conversion makes is known only now."""
-    patterns = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
-    missing = [
-        key
-        for key in info.missing_keys
-        if not any(p.search(key) for p in patterns)
-        and ties.get(key, {key}) <= set(info.missing_keys)
-        and not model.starts_anew(key)
-    ]
-    refuse(model, missing, {} if ignore_mismatched else {key: shapes for key, *shapes in info.mismatched_keys})
-
-
-def refuse(model: PreTrainedModel, missing: list, wrong: dict) -> None:
-    """Raises ManticoreError if a checkpoint lacks tensors or has them in other shapes.
-
-    Args:
-        model: The hybrid.
-        missing: Keys of the model.
-        wrong: {key: (shape in the file, shape in the model)}.
-    """
+def check_complete(model: PreTrainedModel, missing: list | set, wrong: dict) -> None:
+    """Raises ManticoreError if keys of a hybrid are missing, or wrong: {key: (shape in the file, in the model)}."""
+    kind = next((one for one in model.config.architectures or () if one.endswith("Classification")), None)
+    if missing and kind is not None and type(model).__name__ != kind:
+        raise ManticoreError(
+            f"{part_of(model, min(missing))} has no {min(missing)}: this hybrid was saved as {kind}, whose components "
+            f"have no language-model heads. Load it with AutoModelFor{kind.rpartition('For')[2]} or AutoModel."
+        )
     if missing:
         key = min(missing)
         raise ManticoreError(
             f"{part_of(model, key)}: {len(missing)} tensors are neither in the hybrid's file nor in its components' "
-            f"repositories, for example {key}. The repository is incomplete: save or upload the hybrid again from "
-            "where it is whole."
+            f"repositories, for example {key}. It is incomplete: save or upload the hybrid again where it is whole."
+        )
+    if wrong and all(key.startswith("score.") for key in wrong):
+        (file, *_), (asked, *_) = wrong[min(wrong)]
+        raise ShapeError(
+            f"The score heads have {file} labels in the file, and num_labels={asked} is asked for: load with "
+            f"ignore_mismatched_sizes=True for new heads, or with num_labels={file}."
         )
     if wrong:
         key = min(wrong)
-        raise ManticoreError(
+        raise ShapeError(
             f"{part_of(model, key)}: {len(wrong)} tensors have another shape than config.json says, for example {key}: "
             f"{tuple(wrong[key][0])} in the file, {tuple(wrong[key][1])} in the model. Use the config.json that was "
             "saved with these weights."
@@ -491,34 +487,22 @@ def part_of(model: PreTrainedModel, key: str) -> str:
 def end_names(component: PreTrainedModel) -> set[str]:
     """Names of a causal LM's embedding and head tensors."""
     ends = {id(component.get_input_embeddings()), id(component.get_output_embeddings())}
-    return {
-        f"{path}.{name}"
-        for path, module in component.named_modules()
-        if id(module) in ends
-        for name, _ in module.named_parameters(recurse=False)
-    }
+    found = [(path, module) for path, module in component.named_modules() if id(module) in ends]
+    return {f"{path}.{name}" for path, module in found for name, _ in module.named_parameters(recurse=False)}
 
 
 def own_vocabulary(model: PreTrainedModel, entry: dict, ties: dict) -> set[str]:
-    """Names of a transplanted component's embedding and head tensors in the hybrid; empty for other components.
-
-    Args:
-        model: The hybrid.
-        entry: The component's entry in the configuration.
-        ties: The model's `tie_groups`.
-    """
+    """Names in the hybrid of a transplanted component's embedding and head tensors; empty for other components."""
     if entry["transplant"] is None:
         return set()
     names = {f"{entry['name']}.{name}" for name in end_names(model.component(entry["name"]))}
     return names.union(*(ties.get(name, ()) for name in names))
 
 
-def check_rows(entry: dict, key: str, tensor: torch.Tensor, owner: str) -> None:
+def check_rows(entry: dict, key: str, rows: int) -> None:
     """Raises ManticoreError unless a referenced embedding or head has the rows that the transplant was made from."""
-    rows, recorded = tensor.get_shape()[0], entry["transplant"]["vocab_size"]
-    if rows != recorded:
+    if rows != (recorded := entry["transplant"]["vocab_size"]):
         raise ManticoreError(
-            f"{owner}: {key} has {rows} rows; its vocabulary was transplanted from one of {recorded}. The "
-            "configuration belongs to another commit of the component: use the config.json that was saved with these "
-            "weights."
+            f"{where(entry)}: {key} has {rows} rows; its vocabulary was transplanted from one of {recorded}. This "
+            "config.json belongs to another commit of the component: use the one that was saved with these weights."
         )

@@ -1,8 +1,9 @@
 """Clean processes without their imports: forked from a server that has nothing but these, and no state of a test.
 
 `run` and `start` do what `subprocess.run` and `subprocess.Popen` do with `python ARGUMENTS`. There are two servers in a
-test process, each started when it is first needed: one has imported the package (`PACKAGE`), one only torch (`TORCH`),
-for processes in whose environment something differs that Transformers or the Hub's client read at import. Whether
+test process, each started when it is first needed: one has imported only torch (`TORCH`), for processes in whose
+environment something differs that Transformers or the Hub's client read at import; one, a fork of the first, has
+imported the package (`PACKAGE`). Whether
 something can be imported at all, in which order, and under another hash seed are questions for a process of their own.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 PACKAGE = ("manticore_hf.cli", "manticore_hf.training.recipe", "transformers.trainer", "datasets", "peft")
 TORCH = ("torch", "torch._dynamo", "torch.distributed.tensor", "torch.export", "scipy.optimize", "numpy")
 # Read when a module is imported, which is before the fork
-READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_", "MANTICORE_", "TOKENIZERS_")
+READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "MANTICORE_", "TOKENIZERS_")
 READ_BY_TORCH = ("OMP_", "MKL_", "TORCH_", "PYTORCH_", "CUDA_")
 
 
@@ -32,9 +33,10 @@ class Server:
         python: The interpreter.
         environment: Its environment, if not this process's; those of its processes may differ only in what no module
             reads at import.
+        parent: A Server of the same interpreter that forks it, with what that has imported already.
     """
 
-    def __init__(self, modules, python=sys.executable, environment=None):
+    def __init__(self, modules, python=sys.executable, environment=None, parent=None):
         self.environment = dict(os.environ if environment is None else environment)
         # Arrow's allocator would start a thread
         environment = {**self.environment, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
@@ -42,11 +44,13 @@ class Server:
         self.path = str(Path(self.folder.name) / "socket")
         self.log = Path(self.folder.name) / "log"
         self.early = READ_BY_TORCH if modules == TORCH else READ_BY_TORCH + READ_AT_IMPORT
-        command = [str(python), str(Path(__file__).with_name("fork_server.py")), self.path, *modules]
+        command = [str(Path(__file__).with_name("fork_server.py")), self.path, *modules]
+        start = parent.start if parent is not None else subprocess.Popen
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, cwd=self.folder.name
-            )
+            self.process = start(
+                command if parent is not None else [str(python), *command],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, cwd=self.folder.name,
+            )  # fmt: skip
         atexit.register(self.stop)
 
     def stop(self):
@@ -149,7 +153,7 @@ _SERVERS = {}
 def server(modules=PACKAGE):
     """The server of this test process that has imported these modules."""
     if modules not in _SERVERS:
-        _SERVERS[modules] = Server(modules)
+        _SERVERS[modules] = Server(modules, parent=None if modules == TORCH else server(TORCH))
     return _SERVERS[modules]
 
 

@@ -4,6 +4,7 @@ The Hub is started and the environment set before huggingface_hub is imported, b
 """
 
 import functools
+import gc
 import itertools
 import json
 import os
@@ -22,6 +23,13 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 _COUNT = itertools.count()
+
+
+def pytest_collection_finish():
+    """Half a million objects of modules are looked at no more: accelerate collects garbage at every training."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)  # a tenth of the time went into looking for cycles in models
 
 
 @pytest.fixture(scope="session")

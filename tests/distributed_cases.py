@@ -20,10 +20,10 @@ from tiny_hybrid import QUIET, mixed_hybrid, rows_of
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
-from manticore_hf import ManticoreForCausalLM, calibrate_projectors, harden, lora_config, set_stage
+from manticore_hf import ManticoreForCausalLM, calibrate_projectors, lora_config, prune, set_stage
 from manticore_hf.evaluation.losses import compare_losses
 from manticore_hf.families.tiny import tiny_config, tiny_model
-from manticore_hf.training.distill import HealTrainer
+from manticore_hf.training.distill import DistilTrainer
 from manticore_hf.training.freezing import ComponentClipping, fix_alpha
 from manticore_hf.training.search import SearchArguments, SearchTrainer, alpha_history
 from manticore_hf.training.trained_stages import HybridTrainer
@@ -186,7 +186,7 @@ def lora(folder, name, **changes):
 
 def heal(folder, name, **changes):
     teacher, student = hybrid(num_blocks=1), hybrid(embeddings="mixed")
-    return train(HealTrainer, set_stage(fix_alpha(student), "finetune"), folder, name, teacher=teacher, **changes)
+    return train(DistilTrainer, set_stage(fix_alpha(student), "finetune"), folder, name, teacher=teacher, **changes)
 
 
 def resumed(folder, name, **changes):
@@ -224,7 +224,7 @@ def buffers(folder, name, **changes):
     if "fsdp_config" in changes:
         changes["fsdp_config"] = {**changes["fsdp_config"], "cpu_ram_efficient_loading": True}
     parts = [tiny_model(tiny_config(kind)) for kind in ("apertus", "gpt_neox")]
-    model = harden(ManticoreForCausalLM.from_components(parts, num_blocks=2), ["apertus", "gpt_neox"])
+    model = prune(ManticoreForCausalLM.from_components(parts, num_blocks=2), ["apertus", "gpt_neox"])
     with torch.no_grad():
         for key, value in model.named_buffers():
             if key.endswith(("act_fn.beta", "alpha_logits")):

@@ -17,6 +17,7 @@ import selectors
 import signal
 import socket
 import sys
+import time
 import types
 
 
@@ -45,6 +46,8 @@ class Server:
                     os.read(self.woken, 4096)
                     self.reap()
                 elif key.fileobj == 0:
+                    if self.connections:
+                        time.sleep(0.5)  # a server among them has lost its stdin, too, and ends its own processes first
                     for pid in self.connections:
                         kill(pid)
                     return None

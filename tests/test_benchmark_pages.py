@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 FRONT, LOG = ROOT / "BENCHMARKS.md", ROOT / "docs" / "benchmarks" / "log.md"
 THEMES = sorted(set((ROOT / "docs" / "benchmarks").glob("*.md")) - {LOG})
 PAGES = [FRONT, *THEMES]
+MADE = [*PAGES, ROOT / "README.md", ROOT / "docs" / "scaling.md"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def copy(tmp_path):
     """The pages and all that they are made of, to be changed."""
     for folder in ("benchmarks", "docs/benchmarks"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.png", "__pycache__"))
-    for file in ("BENCHMARKS.md", "manticore_hf/families/families.json"):
+    for file in ("README.md", "BENCHMARKS.md", "docs/scaling.md", "manticore_hf/families/families.json"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / file, tmp_path / file)
     return tmp_path
@@ -52,7 +53,7 @@ def run(root, *arguments):
 
 
 def texts(root):
-    return {path.name: path.read_text(encoding="utf-8") for path in (root / p.relative_to(ROOT) for p in PAGES)}
+    return {path.name: path.read_text(encoding="utf-8") for path in (root / p.relative_to(ROOT) for p in MADE)}
 
 
 def without_made(text):
@@ -120,7 +121,7 @@ def test_what_cannot_be_made_is_said_and_nothing_is_written(copy):
 
 
 def test_every_table_is_on_a_page(tables):
-    shown = [name for page in PAGES for name in re.findall(r"<!-- table: (\S+) -->", page.read_text())]
+    shown = [name for page in MADE for name in re.findall(r"<!-- table: (\S+) -->", page.read_text())]
     assert sorted(shown) == sorted(tables[0].TABLES)
 
 

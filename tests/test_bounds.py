@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import clean_process
 import pytest
@@ -29,12 +31,18 @@ _NESTED = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A hybrid of a GPT-NeoX and a Mamba that holds all its weights."""
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
     parts = [ComponentSpec(tiny(family), name=family) for family in ("gpt_neox", "mamba")]
-    ManticoreForCausalLM.from_components(parts, num_blocks=2).save_pretrained(tmp_path / "hybrid")
-    return tmp_path / "hybrid"
+    folder = tmp_path_factory.mktemp("saved") / "hybrid"
+    ManticoreForCausalLM.from_components(parts, num_blocks=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A hybrid of a GPT-NeoX and a Mamba that holds all its weights, for the test to spoil."""
+    return Path(shutil.copytree(saved_once, tmp_path / "hybrid"))
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """What a generated card says, that it is right, and that what strangers wrote only shows in it."""
 
+import copy
 import json
 import math
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from hub_models import publish as put
 from hub_models import tiny, tokenizer
 from huggingface_hub import ModelCard
 
-from manticore_hf import ComponentSpec, ManticoreForCausalLM, harden
+from manticore_hf import ComponentSpec, ManticoreForCausalLM, prune
 from manticore_hf.hub.card import Facts, make_card, read_results
 from manticore_hf.hub.card_merge import merge
 
@@ -18,14 +21,21 @@ pytestmark = pytest.mark.usefixtures("counted_once")
 LOSSES = {"a": 2.0, "b": 2.5, "ensemble": 1.9, "hybrid": 1.8}
 
 
-@pytest.fixture
-def saved(hub, owner, tmp_path):
-    """A saved hybrid of two referenced components, in two blocks. Returns (model, folder)."""
+@pytest.fixture(scope="module")
+def saved_once(hub, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
     for name, family in (("a", "gpt_neox"), ("b", "mamba")):
-        put(hub, f"{owner}/{name}", tiny(family), tmp_path / "src", tokenizer())
-    model = ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"], num_blocks=2)
-    model.save_pretrained(tmp_path / "out")
-    return model, tmp_path / "out"
+        put(hub, f"card/{name}", tiny(family), folder / "src", tokenizer())
+    model = ManticoreForCausalLM.from_components(["card/a", "card/b"], num_blocks=2)
+    model.save_pretrained(folder / "out")
+    return model, folder / "out"
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A saved hybrid of two referenced components, in two blocks, for the test to change. Returns (model, folder)."""
+    model, folder = saved_once
+    return copy.deepcopy(model), Path(shutil.copytree(folder, tmp_path / "out"))
 
 
 def made(folder, **facts):
@@ -72,7 +82,7 @@ def test_the_cost_is_the_models(saved):
         (LOSSES, None, True),
         ({"hybrid": 1.8}, None, False),
         ({"a": 1.0, "b": 2.0}, None, False),
-        ({"soft hybrid": 2.0, "healed": 1.9}, "healed", True),
+        ({"soft hybrid": 2.0, "distilled": 1.9}, "distilled", True),
     ],
 )
 def test_no_number_without_its_baselines(saved, losses, own, shown):
@@ -87,13 +97,32 @@ def test_no_number_without_its_baselines(saved, losses, own, shown):
         values = {m["type"]: m["value"] for m in card.metadata["model-index"][0]["results"][0]["metrics"]}
         assert values == {"loss": mine, "perplexity": round(math.exp(mine), 4)}
         rows = tables(card.sections["results"])[2:]
-        assert [float(row[1]) for row in rows] == sorted(losses.values()) and "4,096 tokens" in card.sections["results"]
+        assert [float(row[2]) for row in rows] == sorted(losses.values()) and "4,096 tokens" in card.sections["results"]
 
 
-def test_the_distance_to_the_best_baseline_has_its_sign(saved):
-    for mine, word in ((1.8, "0.1000 nats per token better"), (2.0, "0.1000 nats per token worse")):
-        (saved[1] / "evaluation.json").write_text(json.dumps({"losses": {**LOSSES, "hybrid": mine}}))
-        assert f"It is {word} than the best baseline listed (ensemble)" in made(saved[1])[0].sections["results"]
+def test_no_more_is_claimed_than_was_measured(saved):
+    """Not on little text, nor without an interval, nor against components as they came that are not there."""
+    bits = {name: loss / 2 for name, loss in LOSSES.items()}
+    given = {"losses": LOSSES, "bits_per_byte": bits, "bytes": 9000}
+    best = min((name for name in LOSSES if name != "hybrid"), key=LOSSES.get)
+
+    def said(**changes):
+        (saved[1] / "evaluation.json").write_text(json.dumps({**given, **changes}))
+        return made(saved[1])[0].sections["results"]
+
+    better = {best: [0.1, 0.02, 0.2]}
+    assert f"It is 0.1000 bits per byte better than the best baseline listed ({best})" in said(differences=better)
+    assert "bits per byte worse than" in said(differences={best: [-0.1, -0.2, -0.02]})
+    assert "shows no difference" in said(differences={best: [0.1, -0.02, 0.2]})
+    for nothing in ({}, {"differences": {best: [0.1, None, None]}}, {"differences": {"b": [0.1, 0.05, 0.2]}}):
+        assert "No claim is made against the best baseline" in said(**nothing)
+    assert "9,000 bytes" in said() and "4,999 bytes of text are too few" in said(bytes=4999, differences=better)
+    rows = {row[0]: row[1] for row in tables(said(differences=better))[2:]}
+    assert rows[best] == f"{bits[best]:.4f}"
+    assert "as they came, with their own tokenizers, were not measured" in said()
+    came = {**LOSSES, f"{best} as it came": 0.1}
+    found = said(losses=came, bits_per_byte={name: loss / 2 for name, loss in came.items()})
+    assert "were not measured" not in found and f"({best} as it came)" in found
 
 
 @pytest.mark.parametrize(
@@ -116,13 +145,13 @@ def test_results_of_another_form_are_passed_over(tmp_path, text):
     assert read_results(tmp_path) == []
 
 
-def test_metadata_follow_the_hub(saved, owner):
+def test_metadata_follow_the_hub(saved):
     (saved[1] / "evaluation.json").write_text(json.dumps({"losses": LOSSES, "data": "org/text"}))
     recipe = "components: [a]\ndata: {data: org/books}\nstages:\n - search: {data: {data: me/code}}\n - pretrain:\n"
     (saved[1] / "recipe.yaml").write_text(recipe)
     card, license_text, _, _ = made(saved[1], tags=["mine", "merge"], datasets=["me/more"])
     assert card.metadata == {
-        "base_model": [f"{owner}/a", f"{owner}/b"],
+        "base_model": ["card/a", "card/b"],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -186,11 +215,11 @@ def test_the_publishers_licence_is_told_from_the_components(saved):
 # ---- other kinds of hybrids ------------------------------------------------------------------------------------------
 
 
-def test_a_hardened_hybrid(saved, tmp_path):
-    harden(saved[0], ["a", "b"]).save_pretrained(tmp_path / "hard")
+def test_a_pruned_hybrid(saved, tmp_path):
+    prune(saved[0], ["a", "b"]).save_pretrained(tmp_path / "hard")
     card, _, alpha, _ = made(tmp_path / "hard")
     assert alpha == [[1.0, 0.0], [0.0, 1.0]]
-    assert "hardened" in card.sections["title"] and "manticore-hf harden" not in card.sections["cost"]
+    assert "pruned" in card.sections["title"] and "manticore-hf prune" not in card.sections["cost"]
 
 
 def test_embedded_components_are_said_to_be_here(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,12 @@ def _compare(place, output, **settings):
 def compared(place, tmp_path_factory):
     output = tmp_path_factory.mktemp("compared")
     return output, _compare(place, output)
+
+
+def texts_of(output):
+    """The texts of the test documents that a comparison was made with."""
+    name = Path(json.loads((output / "recipe.json").read_text())["data"]["data"]).with_name("test.jsonl")
+    return [json.loads(line)["text"] for line in name.read_text().splitlines()]
 
 
 def _row(result, name):
@@ -158,6 +165,9 @@ def test_the_table_says_what_the_numbers_say(compared):
     assert table == as_markdown(result) and f"{_row(result, 'state, tuned')['loss']:.4f}" in table
     assert (output / "comparison.png").stat().st_size > 1000
     rows = {row["name"]: row for row in json.loads(json.dumps(result))["rows"]}
+    assert result["test_bytes"] == sum(len(text.encode()) for text in texts_of(output))
+    assert verdict(result).startswith(f"No claim is made: {result['test_bytes']:,} bytes of test text are too few")
+    result = {**result, "test_bytes": 5_000}
     better = {
         **result,
         "rows": [
@@ -224,7 +234,7 @@ def test_all_variants(place, tmp_path):
         blocks=(1, 2),
         from_tuned=True,
         projectors=("linear", "none"),
-        harden=True,
+        prune=True,
         all_text=str(place / "more.txt"),
         loss_weights=((0.3, 1.0),),
         singles=(str(place / "state"),),
@@ -232,7 +242,7 @@ def test_all_variants(place, tmp_path):
     rows = {row["name"]: row for row in result["rows"]}
     for blocks in ("1 block", "2 blocks", "2 blocks, no projectors"):
         for start in ("", ", from tuned components"):
-            soft, hard = rows[f"hybrid, {blocks}{start}"], rows[f"hybrid, {blocks}{start}, hardened"]
+            soft, hard = rows[f"hybrid, {blocks}{start}"], rows[f"hybrid, {blocks}{start}, pruned"]
             assert hard["parameters"] < soft["parameters"] and hard["training_flops"] > soft["training_flops"]
             assert soft["options"] | {"mix_loss_weight": 0.3, "mixture_space": "prob"} == soft["options"]
     # One block has no place for projectors; without them nothing is calibrated, so only two have them
@@ -265,7 +275,9 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(place, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line(place, tmp_path, capsys):
+def test_the_command_line(place, tmp_path, capsys, monkeypatch):
+    real, few = Comparison._contenders, ("attention, tuned", "state, tuned", "hybrid, 1 block")
+    monkeypatch.setattr(Comparison, "_contenders", lambda self: [one for one in real(self) if one.name in few])
     words = ["compare", str(place / "recipe.yaml"), "--test", str(place / "test.jsonl"), "--loss-weights", "1"]
     assert main([*words, "--output-dir", str(tmp_path / "out")]) == 2
     assert "'1' is no pair mix:own" in capsys.readouterr().err

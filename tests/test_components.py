@@ -211,12 +211,12 @@ def test_private_repository(hub, owner, tmp_path, refuse):
 def test_gated_repository(hub, owner, tmp_path, refuse):
     publish(hub, f"{owner}/gated", tiny("gpt2"), tmp_path / "src")
     hub.fault(f"{owner}/gated/resolve", "gated", times=-1)
-    refuse([f"{owner}/gated"], f"({owner}/gated)", "private or gated", "hf auth login")
+    refuse([f"{owner}/gated"], f"({owner}/gated)", "is gated", "ask for access", "hf auth login")
 
 
 def test_server_error(hub, owner, a, refuse, tmp_path):
     hub.fault(f"{a}/resolve", "status", times=-1, status=400)
-    refuse([a], f"({a})", "the Hub does not give it", "Injected fault", cache_dir=tmp_path / "cache")
+    refuse([a], f"({a})", "the Hub answers", cache_dir=tmp_path / "cache")
 
 
 def test_nothing_cached_and_offline(a, refuse, tmp_path):
@@ -376,10 +376,12 @@ def test_every_kind_of_source_gives_the_same(hub, owner, tmp_path, family):
     model = tiny(family)
     publish(hub, f"{owner}/a", model, tmp_path / "src")
     folder = folder_of(model, tmp_path / "local")
-    sources = [f"{owner}/a", str(folder), folder, model, ComponentSpec(f"{owner}/a"), f"{owner}/a@main"]
+    sources, wanted = [f"{owner}/a", folder, model], mended_logits(model)
+    if family == "gpt_neox":  # other ways to say the same, of any family
+        sources += [str(folder), ComponentSpec(f"{owner}/a"), f"{owner}/a@main"]
     for source in sources:
         hybrid = ManticoreForCausalLM.from_components([source])
-        assert torch.equal(logits(hybrid), mended_logits(model))
+        assert torch.equal(logits(hybrid), wanted)
 
 
 def test_bert_as_a_decoder(hub, owner, tmp_path):

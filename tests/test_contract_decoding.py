@@ -9,7 +9,11 @@ from manticore_hf.families import contract
 from manticore_hf.families.contract import close, generate, naive_greedy
 
 PRESETS = {"default": {}, "paper": {"preset": "paper", "num_blocks": 3}}
-CASES = [(name, "default") for name in FAMILIES] + [(name, preset) for name in PAIRS for preset in PRESETS]
+CASES = [(name, "default") for name in [*FAMILIES, *PAIRS]]
+# The paper's way of joining does not depend on the family: the quick tests have it with two components and with three.
+CASES += [(name, "paper") for name in ("gpt_neox+mamba", "gpt_neo+mamba2+opt")]
+SLOW = [(name, "paper") for name in PAIRS if (name, "paper") not in CASES]
+CASES += [pytest.param(case, marks=pytest.mark.slow) for case in SLOW]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -46,9 +50,16 @@ def test_beams(model):
     contract.check_beams(model)
 
 
-@pytest.mark.parametrize("sizes", [(1,), (2,), (3,), (4,), (5,), (4, 1, 1, 3, 2)], ids=str)
-def test_prefill_in_chunks(model, sizes):
-    contract.check_chunks(model, sizes)
+def test_prefill_in_chunks(model):
+    """Of one token, of less than a window and a convolution's kernel hold, of more, and of all sizes in turn."""
+    for sizes in ((1,), (3,), (5,), (4, 1, 1, 3, 2)):
+        contract.check_chunks(model, sizes)
+
+
+@pytest.mark.slow
+def test_prefill_in_chunks_of_more_sizes(model):
+    for sizes in ((2,), (4,)):
+        contract.check_chunks(model, sizes)
 
 
 @torch.no_grad()
@@ -94,5 +105,6 @@ def test_static_cache(model, padded):
 
 
 def test_other_caches_are_refused(model, padded):
-    with pytest.raises(ManticoreError, match="cache_implementation='quantized'"):
-        generate(model, *padded, cache_implementation="quantized")
+    for kind in ("offloaded", "paged"):
+        with pytest.raises(ManticoreError, match=f"cache_implementation='{kind}'"):
+            generate(model, *padded, cache_implementation=kind)

@@ -1,9 +1,9 @@
-"""Contract: segments in sequence are the component, and a hybrid hardened to one component is that component."""
+"""Contract: segments in sequence are the component, and a hybrid pruned to one component is that component."""
 
 import pytest
 import torch
 from families import FAMILIES, PAIRS, components, hybrid, tiny, tokens, uneven
-from manticore_hf.modeling.anatomy_manticore import Entry, Exit, dissect, slice_config
+from manticore_hf.modeling.layer_stack_manticore import Entry, Exit, find_layout, pick_config
 from manticore_hf.modeling.segments_manticore import cut
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
@@ -30,16 +30,16 @@ def test_a_segment_holds_no_weights_of_its_own(component):
     known = {id(p) for p in component.parameters()} | {id(b) for b in component.buffers()}
     before = set(component.state_dict())
     for start, stop in [(0, 2), (2, 5)]:
-        segment = cut(component, dissect(component), start, stop)
+        segment = cut(component, find_layout(component), start, stop)
         assert all(id(p) in known for p in segment.shell.module.parameters())
-        layers = [bare(layer) for layer in getattr(segment.shell.module, segment.anatomy.layers)]
-        assert layers == list(getattr(segment.stack, segment.anatomy.layers))[start:stop]
+        layers = [bare(layer) for layer in getattr(segment.shell.module, segment.layout.layers)]
+        assert layers == list(getattr(segment.stack, segment.layout.layers))[start:stop]
     assert set(component.state_dict()) == before
 
 
 def test_slice_config_cuts_every_list_of_layers(component):
     config = component.config
-    sliced = slice_config(config, 1, 3)
+    sliced = pick_config(config, range(1, 3))
     assert (sliced.num_hidden_layers, config.num_hidden_layers) == (2, 5)
     for key in ("layer_types", "layers_block_type", "attention_layers"):
         if isinstance(getattr(config, key, None), (list, tuple)) and len(getattr(config, key)) == 5:
@@ -102,7 +102,7 @@ def test_a_component_of_weight_zero_is_not_run(settings):
     calls = {}
     for name in model.config.component_names:
         calls[name] = [0] * model.component(name).config.num_hidden_layers
-        path = model.segments.anatomy(name)
+        path = model.segments.layout(name)
         layers = getattr(model.component(name).get_submodule(path.path), path.layers)
         for i, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda *_, name=name, i=i: calls[name].__setitem__(i, calls[name][i] + 1))

@@ -207,7 +207,7 @@ SETTINGS = {
 @installed
 @pytest.mark.slow
 def test_offloaded_or_otherwise_split(tmp_path, hybrids):
-    """Weights or the optimizer's state on the CPU, nothing kept whole, ZeRO-2; healing, too."""
+    """Weights or the optimizer's state on the CPU, nothing kept whole, ZeRO-2; distillation, too."""
     commands = []
     for name, changes in SETTINGS.items():
         own = {**ZERO3, "zero_force_ds_cpu_optimizer": False}  # DeepSpeed's own optimizer for CPUs is compiled first
@@ -215,14 +215,14 @@ def test_offloaded_or_otherwise_split(tmp_path, hybrids):
         options = ["--deepspeed", tmp_path / f"{name}.json"]
         commands += [command("finetune", hybrids, "blocks1", tmp_path / name, 2, *options)]
     healing = ["--deepspeed", tmp_path / "both.json", "--route", "neox,mamba"]
-    commands += [command("harden", hybrids, "blocks2", tmp_path / "healed", 2, *healing)]
+    commands += [command("prune", hybrids, "blocks2", tmp_path / "distilled", 2, *healing)]
     in_two(tmp_path, commands)
     assert main(command("finetune", hybrids, "blocks1", tmp_path / "one", 1)) == 0
     for name in SETTINGS:
         same_stage(tmp_path / "one", tmp_path / name)
     moved(hybrids / "blocks1", tmp_path / "one")
-    assert main(command("harden", hybrids, "blocks2", tmp_path / "one-healed", 1, *healing[2:])) == 0
-    same_stage(tmp_path / "one-healed", tmp_path / "healed")
+    assert main(command("prune", hybrids, "blocks2", tmp_path / "one-distilled", 1, *healing[2:])) == 0
+    same_stage(tmp_path / "one-distilled", tmp_path / "distilled")
 
 
 @installed
@@ -260,7 +260,7 @@ def test_a_recipe_by_accelerates_launcher(tmp_path, hybrids):
     steps = {"max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True}
     for batch in (1, 2):
         own = {**steps, "per_device_train_batch_size": batch}
-        stages = [{"pretrain": own}, {"finetune": own}, {"harden": {**own, "route": "loss"}}]
+        stages = [{"pretrain": own}, {"finetune": own}, {"prune": {**own, "route": "loss"}}]
         recipe = {
             "seed": 3, "components": [str(hybrids / name) for name in ("neox", "mamba")], "stages": stages,
             "hybrid": {"num_blocks": 2, "mixture": "static"}, "data": {"data": "text.txt", "block_size": 16},
@@ -269,9 +269,9 @@ def test_a_recipe_by_accelerates_launcher(tmp_path, hybrids):
     argv = ["run", hybrids / "recipe1.yaml", "--output-dir", tmp_path / "two"]
     in_two(tmp_path, [argv], launcher=accelerated("--mixed_precision", "no", "--zero3_init_flag", "true"))
     run_recipe(hybrids / "recipe2.yaml", tmp_path / "one")
-    for name in ("1-pretrain", "2-finetune", "3-harden"):
+    for name in ("1-pretrain", "2-finetune", "3-prune"):
         same_stage(tmp_path / "one" / name, tmp_path / "two" / name)
-    sharded = tmp_path / "two" / "3-harden" / "checkpoint-4" / "global_step4"
+    sharded = tmp_path / "two" / "3-prune" / "checkpoint-4" / "global_step4"
     assert len(list(sharded.glob("*_optim_states.pt"))) == 2, "DeepSpeed did not train"
 
 

@@ -4,6 +4,8 @@ The devices are those of `fake_devices`, strict as GPUs; offloading to disk is r
 (Mamba's scan) logits agree up to rounding; what is generated is the same.
 """
 
+import functools
+
 import accelerate
 import pytest
 import torch
@@ -16,7 +18,7 @@ from manticore_hf.modeling.devices_manticore import device_of
 from peft import PeftModel, get_peft_model
 
 from manticore_hf import ManticoreForCausalLM, lora_config
-from manticore_hf.training.prune import harden
+from manticore_hf.training.prune import prune
 
 # Attention, Mamba, Mamba-2, Jamba with experts, RecurrentGemma; both ways of embedding
 SAVED = {
@@ -35,7 +37,7 @@ def results(model):
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     ids[0, :3], mask[0, :3] = 0, 0
     ids, mask = ids.to(model.device), mask.to(model.device)
-    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 3}
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 2}
     with torch.no_grad():
         out = model(ids, attention_mask=mask, use_cache=False, labels=ids)
     assert out.logits.device == ids.device
@@ -60,19 +62,28 @@ def cases(kinds, quick):
 
 
 @pytest.fixture(scope="module")
-def saved(request, tmp_path_factory):
+def saved_once(tmp_path_factory):
+    @functools.cache
+    def save(name):
+        folder = tmp_path_factory.mktemp("hybrid")
+        model = hybrid(name, **SAVED[name])
+        model.save_pretrained(folder)
+        return folder, model.config, results(ManticoreForCausalLM.from_pretrained(folder, **EAGER))
+
+    return save
+
+
+@pytest.fixture
+def saved(request, saved_once):
     """(directory, configuration, results) of a saved hybrid."""
-    folder = tmp_path_factory.mktemp("hybrid")
-    model = hybrid(request.param, **SAVED[request.param])
-    model.save_pretrained(folder)
-    return folder, model.config, results(ManticoreForCausalLM.from_pretrained(folder, **EAGER))
+    return saved_once(request.param)
 
 
 def layers_of(config, name, places):
     """{module: place} for a component's layers, by turns, and what is around them, in the first place."""
     model = ManticoreForCausalLM(config)
-    component, anatomy = model.component(name), model.segments.anatomy(name)
-    path = f"{name}.{anatomy.path}.{anatomy.layers}"
+    component, layout = model.component(name), model.segments.layout(name)
+    path = f"{name}.{layout.path}.{layout.layers}"
     out = {f"{path}.{i}": places[i % len(places)] for i in range(component.config.num_hidden_layers)}
     for key in model.state_dict():
         if key.startswith(f"{name}.") and not key.startswith(f"{path}."):
@@ -223,7 +234,7 @@ def test_weights_of_a_distributed_run_say_nothing():
 
 def test_a_route_over_two_devices(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    model = harden(hybrid("gpt_neox+mamba", num_blocks=3), ["mamba", "gpt_neox", "mamba"])
+    model = prune(hybrid("gpt_neox+mamba", num_blocks=3), ["mamba", "gpt_neox", "mamba"])
     model.save_pretrained(tmp_path)
     wanted = results(model)
     with fake_devices():

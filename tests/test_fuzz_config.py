@@ -13,7 +13,7 @@ from hub_models import FAMILIES, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM, harden
+from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM, prune
 from manticore_hf.hub.inspection import inspect_hybrid
 
 HYBRIDS = {
@@ -21,7 +21,7 @@ HYBRIDS = {
     "llama+mamba2": {"preset": "paper"},
     "gpt2+jamba": {"embeddings": "mixed", "mixture": "token", "projector": "mlp"},
     "llama+mamba": {"num_blocks": 1, "mixture_weights": [[0.5, 0.5]]},
-    "hardened": {"num_blocks": 2},
+    "pruned": {"num_blocks": 2},
 }
 
 
@@ -36,10 +36,10 @@ class Saved(dict):
 def saved(tmp_path_factory):
     out = Saved()
     for name, choices in HYBRIDS.items():
-        families = ["gpt_neox", "mamba"] if name == "hardened" else name.split("+")
+        families = ["gpt_neox", "mamba"] if name == "pruned" else name.split("+")
         parts = [ComponentSpec(tiny(family, seed=i), name=family) for i, family in enumerate(families)]
         model = ManticoreForCausalLM.from_components(parts, **{"num_blocks": 2, **choices})
-        model = harden(model, families) if name == "hardened" else model
+        model = prune(model, families) if name == "pruned" else model
         folder = tmp_path_factory.mktemp("saved") / name
         model.save_pretrained(folder)
         out[name] = folder, (folder / "config.json").read_text()

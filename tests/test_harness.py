@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_hybrid import WORDS, pair, save
 
-from manticore_hf import ComponentSpec, ManticoreForCausalLM, harden
+from manticore_hf import ComponentSpec, ManticoreForCausalLM, prune
 from manticore_hf.cli import main
 
 TASK = """
@@ -124,8 +124,8 @@ def test_a_killed_evaluation_goes_on(start, tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
-def test_a_hardened_hybrid_has_no_baselines_left(start, tmp_path):
-    save(harden(start[0], ["gpt_neox", "mamba"]), tmp_path / "hard")
+def test_a_pruned_hybrid_has_no_baselines_left(start, tmp_path):
+    save(prune(start[0], ["gpt_neox", "mamba"]), tmp_path / "hard")
     assert list(evaluate((None, tmp_path / "hard", start[2]), tmp_path, "--limit", "4")) == ["hybrid"]
 
 

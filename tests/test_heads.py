@@ -14,7 +14,7 @@ from manticore_hf import (
     ManticoreForTokenClassification,
     ManticoreModel,
 )
-from manticore_hf.training.prune import harden
+from manticore_hf.training.prune import prune
 
 MASK = torch.ones(2, 9, dtype=torch.long)
 
@@ -66,7 +66,7 @@ def test_scores_read_what_the_blocks_end_with(kind, settings):
     with torch.no_grad():
         base = ManticoreModel.forward(causal, tokens(), attention_mask=MASK)
     if model.config.embeddings == "native":
-        heads, states = [model.score.heads[f"{name}-1"] for name in model.config.component_names], base.states
+        heads, states = [model.score.heads[f"{name}-1"] for name in model.config.component_names], base.states.values()
         weights = causal.mixture_weights()[-1]
     else:
         heads, states, weights = [model.score.heads["shared"]], [base.last_hidden_state], [1.0]
@@ -148,15 +148,15 @@ def test_a_cache_goes_on():
 
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("preset", ["default", "paper"])
-def test_hardened_hybrids_classify(kind, preset, tmp_path):
+def test_pruned_hybrids_classify(kind, preset, tmp_path):
     causal = hybrid("gpt_neox+mamba", num_blocks=2, preset=preset)
-    small = harden(causal, ["gpt_neox", "mamba"])
+    small = prune(causal, ["gpt_neox", "mamba"])
     model = BOTH[kind].from_causal_lm(small, num_labels=3)
     assert not [key for key in model.state_dict() if "gpt_neox.lm_head" in key or "gpt_neox.embed_out" in key]
     with torch.no_grad():
         base = ManticoreModel.forward(small, tokens(), attention_mask=MASK)
         (head,) = model.score.heads.values()
-        expected = head(base.states[1] if preset == "default" else base.last_hidden_state)
+        expected = head(base.states["mamba"] if preset == "default" else base.last_hidden_state)
     expected = expected[:, -1] if kind == "sequence" else expected
     out = scored(model, kind, input_ids=tokens(), attention_mask=MASK)
     torch.testing.assert_close(out, expected)

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from manticore_hf import ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.hub.inspection import inspect_hybrid
-from manticore_hf.training.prune import harden
+from manticore_hf.training.prune import prune
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -63,9 +63,9 @@ def test_sizes_are_the_measured_ones(tmp_path):
         assert row["alpha"] == pytest.approx(wanted, abs=1e-6)
 
 
-def test_a_hardened_hybrid(tmp_path, capsys):
+def test_a_pruned_hybrid(tmp_path, capsys):
     soft = hybrid("gpt_neox+mamba", num_blocks=3)
-    harden(soft, ["gpt_neox", "gpt_neox", "mamba"]).save_pretrained(tmp_path)
+    prune(soft, ["gpt_neox", "gpt_neox", "mamba"]).save_pretrained(tmp_path)
     found = inspect_hybrid(tmp_path)
     assert [(row["block"], row["component"], row["alpha"]) for row in found["blocks"]] == [
         (1, "gpt_neox", 1.0),

@@ -1,14 +1,19 @@
 """What was fetched is what was meant: recorded SHA-256s, damage on the way, a Hub that is busy, revisions that move."""
 
+import copy
 import hashlib
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from hub_models import MODEL, assert_same_model, nudge, publish, publish_hybrid, read_json, tiny
+from huggingface_hub import snapshot_download
 from manticore_hf.modeling import references_manticore
 from test_references import edit_config, refused
 
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM
+from manticore_hf.cli import main
 
 
 @pytest.fixture
@@ -106,6 +111,141 @@ def test_composing_notices_a_flipped_byte(hub, owner, tmp_path):
         ManticoreForCausalLM.from_components([f"{owner}/a"])
     model = ManticoreForCausalLM.from_components([f"{owner}/a"])
     assert torch.equal(model.a.lm_head.weight, tiny("gpt_neox").lm_head.weight)
+
+
+def damaged(folder, match):
+    with pytest.raises(ManticoreError, match=match):
+        ManticoreForCausalLM.from_pretrained(folder)
+
+
+def blobs(owner, name):
+    """The cached weight files of a component."""
+    cache = Path(os.environ["HF_HOME"]) / "hub" / f"models--{owner}--{name}"
+    return [path for path in cache.glob("snapshots/*/*.safetensors")]
+
+
+def damage(path, keep_dates=True):
+    """Flips a byte of a cached file in place, as a failing disk does."""
+    real, stat = Path(path).resolve(), Path(path).stat()
+    data = bytearray(real.read_bytes())
+    data[-5] ^= 1
+    real.chmod(0o644)
+    real.write_bytes(bytes(data))
+    if keep_dates:
+        os.utime(real, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_bytes_in_the_cache_are_hashed_once_whoever_put_them_there(saved, hub, owner, tmp_path, monkeypatch):
+    """Also what a killed load, or `hf download`, left there unchecked."""
+    model, folder = saved
+    counted = []
+
+    def count(path):
+        counted.append(os.path.basename(path))
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    monkeypatch.setattr(references_manticore, "sha256", count)
+    snapshot_download(f"{owner}/a", cache_dir=tmp_path / "cache")
+    options = {"cache_dir": tmp_path / "cache"}
+
+    def kill(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(references_manticore, "sha256", kill)
+        with pytest.raises(KeyboardInterrupt):
+            ManticoreForCausalLM.from_pretrained(folder, **options)
+    assert_same_model(ManticoreForCausalLM.from_pretrained(folder, **options), model)
+    assert counted.count("model.safetensors") == 1 and len(counted) > 3
+    counted.clear()
+    assert_same_model(ManticoreForCausalLM.from_pretrained(folder, **options), model)
+    assert counted == []
+    (file,) = (tmp_path / "cache").glob("*--a/snapshots/*/model.safetensors")
+    os.utime(file.resolve())  # the same bytes, but another date
+    assert_same_model(ManticoreForCausalLM.from_pretrained(folder, **options), model)
+    assert counted == ["model.safetensors"]
+
+
+def test_damage_in_the_cache_is_noticed(saved, hub, owner, tmp_path):
+    model, folder = copy.deepcopy(saved[0]), saved[1]  # whose tensors may be the file itself, mapped
+    (file,) = blobs(owner, "a")  # composing has verified it
+    damage(file, keep_dates=False)
+    damaged(folder, "Component 'a'.*model.safetensors is damaged.*load again")
+    assert_same_model(ManticoreForCausalLM.from_pretrained(folder), model)
+    (file,) = blobs(owner, "a")
+    with open(file.resolve(), "r+b") as opened:  # a size that differs, the date as it was
+        stat = os.stat(file)
+        opened.truncate(stat.st_size - 3)
+    os.utime(file.resolve(), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    damaged(folder, "Component 'a'.*model.safetensors is damaged")
+    assert_same_model(ManticoreForCausalLM.from_pretrained(folder), model)
+
+
+def test_own_weights_in_the_cache_are_verified_too(saved, hub, owner, tmp_path):
+    publish_hybrid(hub, f"{owner}/h", saved[1])
+    ManticoreForCausalLM.from_pretrained(f"{owner}/h", cache_dir=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*--h/snapshots/*/model.safetensors")
+    damage(file, keep_dates=False)
+    with pytest.raises(ManticoreError, match="The hybrid's own model.safetensors is damaged"):
+        ManticoreForCausalLM.from_pretrained(f"{owner}/h", cache_dir=tmp_path / "cache")
+    assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h", cache_dir=tmp_path / "cache"), saved[0])
+
+
+def test_verify_hashes_anew_what_dates_do_not_tell(saved, hub, owner, capsys):
+    """A disk that forgets changes no date: `inspect --verify` looks at the bytes again."""
+    model, folder = copy.deepcopy(saved[0]), saved[1]  # whose tensors may be the file itself, mapped
+    (file,) = blobs(owner, "a")
+    damage(file)
+    ManticoreForCausalLM.from_pretrained(folder)  # remembered as verified
+    assert main(["inspect", str(folder), "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 files verified, DAMAGED, removed from the cache: model.safetensors" in printed
+    assert f"{len(model.config.components[1]['files'])} files verified" in printed
+    assert_same_model(ManticoreForCausalLM.from_pretrained(folder), model)
+    assert main(["inspect", str(folder), "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "DAMAGED" not in printed and "1 file verified" in printed
+
+
+def test_a_cache_that_cannot_be_written_is_read_all_the_same(saved, hub, owner, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("read-only")
+
+    (file,) = blobs(owner, "a")
+    for note in (file.parents[2] / ".verified").iterdir():
+        note.unlink()
+    monkeypatch.setattr(references_manticore.os, "replace", refuse)
+    assert_same_model(ManticoreForCausalLM.from_pretrained(saved[1]), saved[0])
+
+
+def test_what_the_hub_answers_is_said_with_what_to_do(saved, hub, owner, tmp_path, impatient):
+    for status, remedy in (
+        (400, "was refused"),
+        (401, "private or gone; log in"),
+        (403, "may not read it; ask its owner"),
+        (404, "is gone, or private"),
+        (418, "was refused; try again later"),
+        (429, "too many requests"),
+        (500, "the Hub has trouble; try again later"),
+        (503, "the Hub has trouble; try again later"),
+        (599, "the Hub has trouble"),
+    ):
+        hub.fault(f"/{owner}/a/resolve/.*safetensors", "status", times=-1, status=status)
+        for source, options in (
+            (lambda **o: ManticoreForCausalLM.from_pretrained(saved[1], **o), {"cache_dir": tmp_path / f"c{status}"}),
+        ):
+            with pytest.raises(ManticoreError, match=rf"Component 'a' \({owner}/a@.*answers {status}: .*{remedy}"):
+                source(**options)
+        hub.clear_faults()
+        hub.fault(f"/{owner}/b/resolve/.*config.json", "status", times=-1, status=status)
+        with pytest.raises(ManticoreError, match=rf"Component 'b' \({owner}/b\).*({remedy}|no such|no config.json)"):
+            ManticoreForCausalLM.from_components([f"{owner}/b"], cache_dir=tmp_path / f"d{status}")
+        hub.clear_faults()
+    hub.fault(f"/{owner}/a/resolve", "gated", times=-1)
+    refused(saved[1], tmp_path, "Component 'a'.*is gated: ask for access")
+    hub.clear_faults()
+    with pytest.raises(ManticoreError, match="Component 'a'.*not in the local cache.*go online once"):
+        ManticoreForCausalLM.from_pretrained(saved[1], cache_dir=tmp_path / "none", local_files_only=True)
 
 
 def test_a_file_cut_off_is_fetched_to_its_end(saved, hub, owner, tmp_path):

@@ -17,7 +17,7 @@ from manticore_hf import (
     ManticoreForCausalLM,
     ManticoreForSequenceClassification,
     calibrate_projectors,
-    harden,
+    prune,
     publish,
 )
 from manticore_hf.cli import main
@@ -56,7 +56,7 @@ def test_a_published_classifiers_card(kind, repos, hub, owner, tmp_path, capsys)
     data = ModelCard(text).data
     assert (data.pipeline_tag, data.library_name) == (TASKS[kind], "transformers") and data.base_model == repos
     assert "in one classifier of " in text and "it gives labels and generates no text" in text
-    for wrong in ("causal", ".generate(", "text-generation", "a gate chooses for every", "manticore-hf harden", "nats"):
+    for wrong in ("causal", ".generate(", "text-generation", "a gate chooses for every", "manticore-hf prune", "nats"):
         assert wrong not in text, wrong
     assert "| 2 | per\\|haps \\* |" in text
     assert f"one label for each {'text' if kind == 'sequence' else 'token'}." in text
@@ -152,11 +152,11 @@ def test_losses_of_the_language_model_are_not_the_classifiers(tmp_path):
     assert notices == ["The loss on 'org/text' is not shown: it is a language model's, this one classifies."]
 
 
-def test_a_hardened_classifier(tmp_path):
-    hard = harden(hybrid("gpt_neox+mamba"), "mamba")
+def test_a_pruned_classifier(tmp_path):
+    hard = prune(hybrid("gpt_neox+mamba"), "mamba")
     ManticoreForSequenceClassification.from_causal_lm(hard, 2).save_pretrained(tmp_path)
     card, text, alpha, _ = card_of(tmp_path)
-    assert alpha == [[1.0], [1.0]] and "It is **hardened**" in text and "| 1 | LABEL_1 |" in text
+    assert alpha == [[1.0], [1.0]] and "It is **pruned**" in text and "| 1 | LABEL_1 |" in text
     assert card.metadata["pipeline_tag"] == "text-classification"
 
 
@@ -178,7 +178,7 @@ def test_what_needs_a_language_model_says_so(tmp_path):
     model = ManticoreForSequenceClassification.from_causal_lm(hybrid("gpt_neox+mamba"), 2)
     model.save_pretrained(tmp_path / "out")
     for doing, call in {
-        "Hardening": lambda: harden(model, "mamba"),
+        "Pruning": lambda: prune(model, "mamba"),
         "Calibrating": lambda: calibrate_projectors(model, None),
         "A report": lambda: write_report(tmp_path / "out", measured=False),
     }.items():

@@ -186,7 +186,7 @@ def test_recipes_that_can_be_programmed_are_read(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text(
         f"{HEAD}hybrid: {{mixture: mad:recall+copying, num_blocks: 2}}\nprogram: {{learning_rate: 1e-3}}\n"
-        "stages: [calibrate, pretrain, finetune, harden]\n"
+        "stages: [calibrate, pretrain, finetune, prune]\n"
     )
     recipe = load_recipe(file)
     assert recipe.hybrid["mixture"] == "mad:recall+copying" and recipe.program == {"learning_rate": 1e-3}
@@ -209,7 +209,7 @@ stages:
 """
 FINETUNE = "  - finetune: {max_steps: 2, learning_rate: 0.01, save_strategy: 'no'}\n"
 ALL = f"  - calibrate: {{tokens: 1000}}\n{FINETUNE.replace('finetune', 'pretrain')}{FINETUNE}"
-ALL += "  - harden: {route: alpha, max_steps: 1, save_strategy: 'no'}\n"
+ALL += "  - prune: {route: alpha, max_steps: 1, save_strategy: 'no'}\n"
 
 
 @pytest.mark.parametrize("blocks,tasks,stages", [(2, ["recall", "compression"], ALL), (1, ["copying"], FINETUNE)])
@@ -228,7 +228,7 @@ def test_a_run_ends_with_the_alpha_that_was_programmed(parts, tmp_path, capsys, 
     for folder, result in results:
         model = ManticoreForCausalLM.from_pretrained(folder)
         assert model.config.mixture == "static"
-        if result["stage"] == "harden":
+        if result["stage"] == "prune":
             assert model.config.route == [model.config.component_names[k] for k in expected.argmax(-1)]
         else:
             assert model.config.mixture_weights == expected.double().tolist(), result["stage"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, randomise, tiny, tokens
 
-from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, ManticoreForSequenceClassification, harden
+from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, ManticoreForSequenceClassification, prune
 from manticore_hf.families.examine import Examined
 
 LIMIT = 12
@@ -139,10 +139,10 @@ def test_a_component_of_weight_zero_limits_nothing(family, other):
 def test_a_route_is_limited_by_what_it_runs():
     soft, ids = joined(), tokens(time=LIMIT + 1)
     rows = None
-    assert harden(soft, "long", rows)(ids).logits.isfinite().all()
-    refused(lambda: harden(joined(), ["short", "long"], rows)(ids), f"{LIMIT + 1} tokens")
+    assert prune(soft, "long", rows)(ids).logits.isfinite().all()
+    refused(lambda: prune(joined(), ["short", "long"], rows)(ids), f"{LIMIT + 1} tokens")
     # The positions are read in its first block, which is not there
-    assert harden(joined(), ["long", "short"], rows)(ids).logits.isfinite().all()
+    assert prune(joined(), ["long", "short"], rows)(ids).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("other", ["llama", "mamba"])

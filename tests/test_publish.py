@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from published import component, exists
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, harden, publish
+from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, prune, publish
 from manticore_hf.cli import main
 from manticore_hf.training.trained_stages import HybridTrainer
 
@@ -114,14 +114,14 @@ def test_a_later_push_removes_what_would_be_read_in_its_place(saved, hub, owner,
     assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/h"), saved[0])
 
 
-def test_embedded_and_hardened_hybrids(saved, hub, owner):
+def test_embedded_and_pruned_hybrids(saved, hub, owner):
     parts = [ComponentSpec(tiny("gpt_neox"), name="a"), ComponentSpec(tiny("mamba"), name="b")]
     whole = ManticoreForCausalLM.from_components(parts)
     out = publish(whole, f"{owner}/whole", tokenizer=tokenizer())
     assert out.referenced_bytes == 0 and "tokenizer.json" in out.files
     assert [note for note in out.notices if "unknown" in note]
     assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/whole"), whole)
-    hard = harden(saved[0], ["a", "b"])
+    hard = prune(saved[0], ["a", "b"])
     publish(hard, f"{owner}/hard")
     assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/hard"), hard)
 

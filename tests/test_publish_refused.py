@@ -10,8 +10,10 @@ import clean_process
 import published
 import pytest
 from hub_models import assert_same_model, read_json, tiny
+from huggingface_hub import snapshot_download
 from manticore_local_hub import TOKEN
 from published import exists
+from safetensors.torch import load_file, save_file
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, publish
 
@@ -87,6 +89,55 @@ def test_a_token_in_a_file_stops_it(saved, owner, place):
     with pytest.raises(ManticoreError, match="holds an access token") as err:
         publish(saved[1], f"{owner}/h")
     assert secret not in str(err.value) and not exists(f"{owner}/h")
+
+
+def test_a_token_is_found_whatever_the_files_name(saved, owner, monkeypatch):
+    """Pictures and weights, too; also one that looks like no token but is the one in use."""
+    folder, own = saved[1], "a-token-of-another-form"
+    monkeypatch.setenv("HF_TOKEN", own)
+    (folder / "plots").mkdir()
+    for name, secret in (("plots/x.png", "hf_" + "S3cret" * 6), ("plots/x.png", own), ("NOTICE", own)):
+        (folder / name).write_bytes(b"\x89PNG\0\xff" + secret.encode() + b"\xff")
+        with pytest.raises(ManticoreError, match=f"{name} holds an access token"):
+            publish(folder, f"{owner}/h", token=TOKEN)
+        (folder / name).unlink()
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", "note": "hf_" + "S3cret" * 6})
+    with pytest.raises(ManticoreError, match="model.safetensors holds an access token"):
+        publish(folder, f"{owner}/h", token=TOKEN)
+    assert not exists(f"{owner}/h")
+
+
+def test_links_that_leave_the_directory_are_refused_by_name(saved, hub, owner, tmp_path):
+    folder = saved[1]
+    for name in ("id_rsa", "elsewhere/photo.png", "t/a.jinja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("PRIVATE")
+    for name, target in (
+        ("NOTICE", tmp_path / "id_rsa"),
+        ("README.md", "../id_rsa"),
+        ("tokenizer.json", tmp_path / "id_rsa"),
+        ("gone.json", tmp_path / "gone"),
+        ("plots", tmp_path / "elsewhere"),
+        ("additional_chat_templates", tmp_path / "t"),
+    ):
+        (folder / name).symlink_to(target)
+        for options in ({}, {"recipe": __file__}):
+            with pytest.raises(ManticoreError, match=f"{name} in .* is a link to .*, which is not in the directory"):
+                publish(folder, f"{owner}/h", **options)
+        (folder / name).unlink()
+    (folder / "plots").mkdir()
+    (folder / "plots" / "x.png").symlink_to(tmp_path / "elsewhere" / "photo.png")
+    with pytest.raises(ManticoreError, match="plots/x.png in .* is a link"):
+        publish(folder, f"{owner}/h")
+    assert not exists(f"{owner}/h")
+    (folder / "plots" / "x.png").unlink()
+    (folder / "LICENSE").write_text("theirs")
+    (folder / "NOTICE").symlink_to("LICENSE")  # stays inside
+    publish(folder, f"{owner}/h")
+    assert hub.files(f"{owner}/h")["NOTICE"] == b"theirs"
+    snapshot = snapshot_download(f"{owner}/h")  # links, to the cache's own blobs
+    assert publish(snapshot, f"{owner}/again").files.keys() == publish(folder, f"{owner}/h").files.keys()
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -22,7 +22,7 @@ from manticore_hf import (
     ManticoreError,
     ManticoreForCausalLM,
     ManticoreForSequenceClassification,
-    harden,
+    prune,
     publish,
 )
 
@@ -276,7 +276,7 @@ def test_a_quantised_component_is_refused(parts, hub, owner, tmp_path):
 def test_what_needs_floating_point_says_so(saved):
     pytest.importorskip("bitsandbytes")
     model = ManticoreForCausalLM.from_pretrained(saved[0], quantization_config=METHODS["int8"]())
-    with pytest.raises(ManticoreError, match=r"packed in 8 bits \(bitsandbytes\): harden it in floating point, and"):
-        harden(model, "a")
+    with pytest.raises(ManticoreError, match=r"packed in 8 bits \(bitsandbytes\): prune it in floating point, and"):
+        prune(model, "a")
     with pytest.raises(ManticoreError, match="is quantised; load it as a ManticoreForSequenceClassification instead"):
         ManticoreForSequenceClassification.from_causal_lm(model, 2)

@@ -93,7 +93,7 @@ stages:
   - pretrain: {{max_steps: 2, learning_rate: 0.01, save_strategy: "no"}}
   - search: {{max_steps: 3, strategy: gaea, alpha_learning_rate: 0.5, save_strategy: "no"}}
   - finetune: {{max_steps: 2, save_strategy: "no", data: {{validation_fraction: 0.0}}}}
-  - harden: {{route: loss, max_steps: 2, save_strategy: "no", data: {{data: {parts / "text.txt"}, block_size: 8}}}}
+  - prune: {{route: loss, max_steps: 2, save_strategy: "no", data: {{data: {parts / "text.txt"}, block_size: 8}}}}
 """
     recipe = _write(tmp_path / "tiny.yaml", text)
     results = run_recipe(recipe, tmp_path / "out")
@@ -103,7 +103,7 @@ stages:
         "2-pretrain",
         "3-search",
         "4-finetune",
-        "5-harden",
+        "5-prune",
     ]
     for folder, result in results:
         assert ManticoreForCausalLM.from_pretrained(folder).config.num_blocks == 2

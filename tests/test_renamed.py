@@ -6,6 +6,9 @@ import sys
 import pytest
 
 import manticore_hf
+from manticore_hf.cli import main, parser_of
+from manticore_hf.training import distill, prune
+from manticore_hf.training.recipe import load_recipe
 from manticore_hf.utils import renamed
 
 
@@ -26,3 +29,26 @@ def test_other_names_are_still_not_there():
         importlib.import_module("manticore_hf.nothing")
     with pytest.raises(AttributeError):
         manticore_hf.nothing  # noqa: B018
+
+
+def test_what_hardened_and_healed_prunes_and_distils(tmp_path, monkeypatch):
+    found = {
+        ("manticore_hf", "harden"): prune.prune,
+        ("manticore_hf.training.prune", "harden"): prune.prune,
+        ("manticore_hf.training.distill", "HealTrainer"): distill.DistilTrainer,
+        ("manticore_hf.training.distill", "run_harden"): distill.run_prune,
+    }
+    for (module, old), new in found.items():
+        with pytest.warns(FutureWarning, match=f"{module}.{old} is now {new.__name__}"):
+            assert getattr(importlib.import_module(module), old) is new
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("components: [a/b]\ndata: {data: t}\nstages: [finetune, {harden: {route: alpha}}]\n")
+    with pytest.warns(FutureWarning, match="harden is now prune"):
+        assert load_recipe(recipe).stages == [("finetune", {}), ("prune", {"route": "alpha"})]
+    with pytest.warns(FutureWarning, match="--harden is now --prune"):
+        assert parser_of("compare").parse_args("r.yaml --output-dir o --test t --harden".split()).prune is True
+    started = []
+    monkeypatch.setattr("manticore_hf.training.stage_command.main", lambda args: started.append(args.stage.name))
+    with pytest.warns(FutureWarning, match="manticore-hf harden is now prune"):
+        assert main("harden --model m --data d --output-dir".split() + [str(tmp_path / "hard")]) == 0
+    assert started == ["prune"]

@@ -9,7 +9,7 @@ import torch
 import yaml
 from tiny_hybrid import mamba, mixed_hybrid, pair, save, write_text
 
-from manticore_hf import ManticoreError, harden
+from manticore_hf import ManticoreError, prune
 from manticore_hf.report import measure, write_report
 from manticore_hf.report import run as run_module
 from manticore_hf.training.recipe import run_recipe
@@ -165,9 +165,9 @@ def test_without_a_comparison_nothing_is_decided(folder, tmp_path):
     assert "Not measured" in text and "no baseline" in text
 
 
-def test_hardened_and_three_components(tmp_path):
+def test_pruned_and_three_components(tmp_path):
     model = mixed_hybrid(num_blocks=2, mixture="static", parts=[*pair(), mamba()])
-    save(harden(model, "alpha"), tmp_path / "hard")
+    save(prune(model, "alpha"), tmp_path / "hard")
     save(model, tmp_path / "soft")
     write_text(tmp_path / "text.txt", 200)
     options = {"max_tokens": 64, "block_size": 32}
@@ -175,7 +175,7 @@ def test_hardened_and_three_components(tmp_path):
         written = write_report(tmp_path / name, tmp_path / "text.txt", **options)
         parts = json.loads((tmp_path / name / "report.json").read_text())["parts"]
         assert len(parts["similarity"]) == 3 * count and len(parts["losses"]["losses"]) == (5 if count else 1)
-        assert ("hardened to one component per block" in Page(written[1].read_text()).text) == (count == 0)
+        assert ("pruned to one component per block" in Page(written[1].read_text()).text) == (count == 0)
         # A hybrid's number is never there without its baselines'
         own = f"{parts['losses']['losses']['hybrid']:.3f}"
         assert [own in text.read_text() for text in written[1:]] == [bool(count)] * 2
@@ -226,13 +226,14 @@ def test_a_run_is_reported_as_a_whole(tmp_path):
         assert f"| {state} | hybrid, held out | {values[0]:.3f} | {values[-1]:.3f} | 2 | 4 |" in plain
         assert f"{values[-1]:.3f}" in text
     assert "2 stages" in text and "1-search, block 1" in text and "2-finetune, block 1" not in text
-    losses = results[-1][1]["losses"]
-    for name in ("ensemble", *results[-1][1]["components"]):
-        assert f"| {name} | {losses[name]:.3f} |" in plain and f"{losses[name]:.3f}" in text
-    baseline = min(("ensemble", *results[-1][1]["components"]), key=losses.get)
-    assert (
-        f"{abs(losses[baseline] - losses['hybrid']):.3f} nats per token" in verdict.reasons[0]
-        and baseline in verdict.reasons[0]
-    )
+    # The recipe beside it says where the components are as they came: what was measured for the report has them
+    found = json.loads((tmp_path / "run" / "report.json").read_text())["parts"]["losses"]
+    names = ["ensemble", *results[-1][1]["components"]]
+    names += [f"{name} as it came" for name in results[-1][1]["components"]]
+    bits, losses = found["bits_per_byte"], found["losses"]
+    assert sorted(bits) == sorted([*names, "hybrid"])
+    for name in names:
+        assert f"| {name} | {bits[name]:.4f} | {losses[name]:.3f} |" in plain and f"{bits[name]:.4f}" in text
+    assert f"({min(names, key=bits.get)})" in verdict.reasons[0] and "bytes of text are too few" in verdict.reasons[0]
     alone = write_report(tmp_path / "run" / "1-search", output=tmp_path / "alone", measured=False)[2].read_text()
     assert "run/1-search" in alone and "2-finetune" not in alone

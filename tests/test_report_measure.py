@@ -6,7 +6,7 @@ from datasets import Dataset
 from manticore_hf.modeling.mixture_manticore import sureness
 from tiny_hybrid import mixed_hybrid, neox, pair, rows_of, word_tokenizer
 
-from manticore_hf import ManticoreModel, harden
+from manticore_hf import ManticoreModel, prune
 from manticore_hf.report import measure
 from manticore_hf.report.passages import document_gains, documents_of, kind_gains, where_it_differs
 from manticore_hf.report.speed import measure_speed
@@ -99,7 +99,7 @@ def test_what_cannot_be_removed_is_said():
     with measure.removed(model, b, 0):  # it is not in use there
         assert measure.hybrid_loss(model, rows_of()) == before
     assert model.config.mixture_weights == [[1.0, 0.0], [0.5, 0.5]]
-    assert "hardened" in measure.cannot_remove(harden(model, "alpha"), a, 0)
+    assert "pruned" in measure.cannot_remove(prune(model, "alpha"), a, 0)
 
 
 def test_token_losses_are_the_models(monkeypatch):
@@ -185,7 +185,7 @@ def test_similarity_is_that_of_what_enters_the_mixture():
     embedded = {name: model.embed(name, ids) for name in (a, b)}
     states = {name: model.segments.segment(name, 0)(embedded[name], None, positions) for name in (a, b)}
     left = {name: model.hybrid_mixer.leave(0, name, states[name], 0.0) for name in (a, b)}
-    last = dict(zip((a, b), ManticoreModel.forward(model, ids, return_dict=True).states))
+    last = ManticoreModel.forward(model, ids, return_dict=True).states
     for boundary, features in enumerate((embedded, left, last)):
         expected = textbook_cka(features[a].flatten(0, 1).detach(), features[b].flatten(0, 1).detach())
         assert found[boundary]["cka"] == pytest.approx(expected, rel=1e-4)
@@ -239,5 +239,5 @@ def test_speed_names_every_model_and_its_weights():
         part = model if name == "hybrid" else model.component(name)
         assert row["weights"] == sum(4 * p.numel() for p in part.parameters())
         assert row["prefill"] == pytest.approx(4 / row["first"]) and row["decode"] > 0
-    hard = harden(model, model.config.component_names[0])
+    hard = prune(model, model.config.component_names[0])
     assert list(measure_speed(hard, [1, 2], 1, 1)["models"]) == ["hybrid"]

@@ -7,6 +7,7 @@ import pytest
 from manticore_hf import ManticoreError
 from manticore_hf.report import charts
 from manticore_hf.report.comparison import find_comparison, read_comparison
+from manticore_hf.report.facts import OneRun
 from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say
 
 LOSS = 2.0  # the hybrid's; baselines are said by how much worse they are
@@ -30,10 +31,11 @@ def row(name, kind, gain, half=0.005, **more):
     }
 
 
-def verdict(*baselines, settings=None):
+def verdict(*baselines, settings=None, **more):
     """The verdict on a comparison of these baselines."""
     hybrid = row("ours", "hybrid", 0.0) | {"difference": None, "difference_interval": None, "seeds_won": None}
-    return decide({"hybrid": "ours", "rows": [hybrid, *baselines], "tokens": 60_000}, settings, "compare this")
+    comparison = {"hybrid": "ours", "rows": [hybrid, *baselines], "tokens": 60_000, **more}
+    return decide(comparison, settings, "compare this")
 
 
 PARTS = (row("a", "component", 0.3), row("b", "component", 0.4), row("ensemble", "ensemble", 0.1))
@@ -46,7 +48,7 @@ def test_go_needs_all_baselines_beaten_surely_and_by_enough():
     assert "0.030 nats per token better than gate" in found.reasons[0]
     assert "between 0.025 and 0.035" in found.reasons[0] and "3 of 3 seeds" in found.reasons[0]
     assert "perplexity 7.39 instead of 7.61" in found.reasons[0]
-    assert any("harden" in step for step in found.steps)
+    assert any("prune" in step for step in found.steps)
 
 
 @pytest.mark.parametrize("kind", ["component", "ensemble", "gate", "untuned", "designed"])
@@ -103,13 +105,13 @@ def test_retrain_depends_on_whose_text_it_needs():
     assert verdict(*PARTS, good, unsure).word == "GO", "one seed of it shows nothing"
 
 
-def test_harden_where_little_is_lost_and_the_best_baseline_is_still_beaten():
+def test_prune_where_little_is_lost_and_the_best_baseline_is_still_beaten():
     good = row("gate", "gate", 0.05)
-    found = verdict(*PARTS, good, row("small", "hardened", 0.015))
-    assert found.word == "HARDEN" and "Use small" in found.steps[0]
-    assert verdict(*PARTS, good, row("small", "hardened", 0.03)).word == "GO"  # 1.5 % worse
-    assert verdict(*PARTS, row("gate", "gate", 0.03), row("small", "hardened", 0.031)).word == "GO"
-    assert verdict(*PARTS, row("gate", "gate", 0.0), row("small", "hardened", 0.01)).word == "NO GO"
+    found = verdict(*PARTS, good, row("small", "pruned", 0.015))
+    assert found.word == "PRUNE" and "Use small" in found.steps[0]
+    assert verdict(*PARTS, good, row("small", "pruned", 0.03)).word == "GO"  # 1.5 % worse
+    assert verdict(*PARTS, row("gate", "gate", 0.03), row("small", "pruned", 0.031)).word == "GO"
+    assert verdict(*PARTS, row("gate", "gate", 0.0), row("small", "pruned", 0.01)).word == "NO GO"
 
 
 def test_nothing_is_decided_without_seeds_baselines_or_comparison():
@@ -117,9 +119,24 @@ def test_nothing_is_decided_without_seeds_baselines_or_comparison():
     assert verdict(*PARTS, one_seed).word == "TRY"
     alone = verdict(row("other", "hybrid", 0.1))
     assert alone.word == "TRY" and not alone.decided and "compare this" in alone.steps[0]
-    found = decide(None, command="compare this", one_run=({"hybrid": 3.315, "gate": 3.339, "a": 3.6}, "hybrid"))
+    run = OneRun({"hybrid": 3.315, "gate": 3.339, "a": 3.6}, "hybrid", "One run.")
+    found = decide(None, command="compare this", one_run=run)
     assert found.word == "TRY" and not found.decided and "compare this" in found.steps[0]
-    assert "0.024 nats per token better than gate (one seed): perplexity 27.5 instead of 28.2" in found.reasons[0]
+    assert "No claim is made against the best baseline of one run (gate)" in found.reasons[0]
+    assert "3.339 and the hybrid's 3.315 nats per token" in found.reasons[0]
+    assert "The components as they came, with their own tokenizers, are not among them." in found.reasons[0]
+    bits = {"hybrid": 1.1, "gate": 1.2, "a as it came": 1.15}
+    more = {"bits": bits, "size": 6000, "differences": {"a as it came": [0.05, 0.01, 0.09]}}
+    run = OneRun({"hybrid": 3.3, "gate": 3.4, "a as it came": 3.35}, "hybrid", "One run.", **more)
+    said = decide(None, one_run=run).reasons[0]
+    assert said.startswith("The hybrid is 0.0500 bits per byte better than the best baseline of one run (a as it came)")
+    assert "1.1500 and 1.1000 bits per byte" in said and "not among them" not in said
+
+
+def test_a_comparison_on_little_text_decides_nothing():
+    rows = (*PARTS, row("gate", "gate", 0.3))
+    assert verdict(*rows, test_bytes=4_999).word == "TRY" and verdict(*rows, test_bytes=5_000).word == "GO"
+    assert "4,999 bytes of text: too few" in verdict(*rows, test_bytes=4_999).reasons[0]
 
 
 def test_other_hybrids_are_no_baselines_but_are_named():
@@ -131,7 +148,7 @@ def test_other_hybrids_are_no_baselines_but_are_named():
 
 def test_words_have_rules_and_signs_are_right():
     text = " ".join(RULES)
-    assert all(f"{word}:" in text for word in ("GO", "NO GO", "RETRAIN", "HARDEN", "TRY"))
+    assert all(f"{word}:" in text for word in ("GO", "NO GO", "RETRAIN", "PRUNE", "TRY"))
     worse = say(row("it", "gate", -0.02), {"loss": LOSS})
     assert (
         "0.020 nats per token worse than it (95 % confidence: between 0.015 and 0.025; better in 0 of 3 seeds)" in worse
@@ -169,6 +186,8 @@ def test_a_comparison_is_found_and_read(tmp_path):
     assert find_comparison(stage) == run / "comparison.json" == find_comparison(tmp_path, run)
     found = read_comparison(run / "comparison.json")
     assert found["rows"][1]["difference_interval"] == [0.4, 0.6] and found["rows"][1]["bits_per_byte"] is None
+    (run / "comparison.json").write_text(json.dumps(good()).replace('"component"', '"hardened"'))  # of version 0.1
+    assert {row["kind"] for row in read_comparison(run / "comparison.json")["rows"]} == {"hybrid", "pruned"}
     (stage / "comparison.json").write_text("{}")
     assert find_comparison(stage) == stage / "comparison.json"
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import clean_process
@@ -250,6 +251,23 @@ def test_save_with_upload_sends_only_what_it_wrote(model, hub, owner, tmp_path):
     (tmp_path / "out" / "optimizer.pt").write_text("mine")
     model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id=f"{owner}/new", private=True)
     assert "optimizer.pt" not in hub.files(f"{owner}/new") and "config.json" in hub.files(f"{owner}/new")
+
+
+def test_dates_in_the_future_delete_nothing(model, hub, owner, tmp_path):
+    """A clock that was set back, or `cp -p`: the files that a save replaces are dated later than now."""
+    folder, later = tmp_path / "out", time.time() + 3600
+    nudge(model, TENSOR)
+    for number in range(2):
+        model.save_pretrained(folder, push_to_hub=True, repo_id=f"{owner}/later")
+        files = hub.files(f"{owner}/later")
+        assert files[MODEL] == (folder / MODEL).read_bytes()
+        assert_same_model(ManticoreForCausalLM.from_pretrained(f"{owner}/later"), model)
+        (folder / "notes.txt").write_text(f"mine {number}")
+        for path in folder.iterdir():
+            os.utime(path, (later, later))
+        with torch.no_grad():
+            model.hybrid_mixer.alpha_logits.add_(1.0)
+    assert "notes.txt" not in files
 
 
 def test_failed_upload_keeps_the_saved_files(model, hub, owner, tmp_path):

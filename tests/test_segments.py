@@ -14,7 +14,7 @@ from manticore_hf.modeling.segments_manticore import Segment, Shell, Whole
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from manticore_hf import ManticoreForCausalLM
-from manticore_hf.training.prune import harden
+from manticore_hf.training.prune import prune
 
 CHAIN = {
     modeling_manticore.ManticoreForCausalLM,
@@ -71,14 +71,14 @@ def test_one_native_block_cuts_nothing(settings, monkeypatch):
         assert [type(view) for view in views] == [cls, cls]
         assert [layer for view in views for layer in view.layers] == cache.layers
     for name in running:
-        assert read[name]["cache"] is out.cache.view(name, 0)
+        assert read[name]["cache"].layers == out.cache.view(name, 0).layers
 
 
 @torch.no_grad()
-def test_hardened_to_one_component_cuts_nothing(monkeypatch):
+def test_pruned_to_one_component_cuts_nothing(monkeypatch):
     soft = hybrid("gpt_neox+mamba", num_blocks=2)
     monkeypatch.setattr(Segment, "prepare", lambda self: pytest.fail("a component was cut"))
-    hard = harden(soft, "mamba")
+    hard = prune(soft, "mamba")
     assert list(hard.segments.ranges) == [("mamba", 0)] and hard.segments.segment("mamba", 0).is_whole
     assert torch.equal(hard(tokens()).logits, soft.component("mamba")(tokens()).logits)
     assert type(hard.make_cache().view("mamba", 0)) is DynamicCache
@@ -93,7 +93,7 @@ def test_segments_are_public_and_say_what_runs_where():
     layers = [layer for block in (0, 1) for layer in model.segments.segment(mamba, block).layers]
     assert layers == list(model.component(mamba).backbone.layers)
     assert model.segments.running([[1.0, 0.0], [0.5, 0.5]]) == [(neox, 0), (neox, 1), (mamba, 1)]
-    hard = harden(model, [mamba, neox])
+    hard = prune(model, [mamba, neox])
     assert hard.segments.running(hard.config.mixture_weights) == list(hard.segments.ranges) == [(mamba, 0), (neox, 1)]
 
 

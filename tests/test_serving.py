@@ -102,7 +102,7 @@ def test_classification_in_batches(folder, loaded, task, tmp_path):
 def test_continuous_batching_is_refused(loaded):
     model, _ = loaded
     before = model.config._attn_implementation
-    with pytest.raises(ManticoreError, match="in pages; a hybrid has several models' layers, and recurrent states"):
+    with pytest.raises(ManticoreError, match="Continuous batching .* no recurrent states"):
         model.generate_batch([[1, 2], [3]], max_new_tokens=2)
     with pytest.raises(ManticoreError, match="Continuous batching"), model.continuous_batching_context_manager():
         pass
@@ -113,10 +113,19 @@ def test_continuous_batching_is_refused(loaded):
     "cls", [ManticoreModel, ManticoreForCausalLM, ManticoreForSequenceClassification, ManticoreForTokenClassification]
 )
 def test_engines_with_attention_of_their_own_are_told(cls):
-    """What vLLM and SGLang ask a class of remote code before they use it; after False, both go on."""
-    assert not cls._supports_attention_backend
-    with pytest.raises(ManticoreError, match="a hybrid cannot run in that engine"):
-        cls.is_backend_compatible()
+    """What vLLM and SGLang ask a class of remote code before they use it; after False, both go on.
+
+    Others ask to choose a way of their own (sentence-transformers), and get the answer.
+    """
+    assert not cls._supports_attention_backend and cls.is_backend_compatible() is False
+    for name, raises in (("vllm.model_executor", True), ("sglang", True), ("sentence_transformers.base", False)):
+        asking = {"__name__": name, "cls": cls}
+        exec("def asks():\n    return cls.is_backend_compatible()", asking)
+        if raises:
+            with pytest.raises(ManticoreError, match=f"{name.split('.')[0]} keeps .* cannot run in that engine"):
+                asking["asks"]()
+        else:
+            assert asking["asks"]() is False
 
 
 @pytest.mark.parametrize("name", ["paged|eager", "vllm", "sglang"])

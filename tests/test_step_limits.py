@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from manticore_hf.modeling import mixers_manticore as mm
-from manticore_hf.modeling.anatomy_manticore import cache_argument
+from manticore_hf.modeling.layer_stack_manticore import cache_argument
 from scans import bind, mixers, modeling
 from transformers import DynamicCache
 

@@ -9,7 +9,12 @@ PAIRS = {
     "pythia-160m+mamba-130m": "shape of Pythia-160M + Mamba-130M",
 }
 
-STAGES = {"pretrain": "projector warm-up", "harden": "pruning with recovery distillation", "finetune": "fine-tuning"}
+STAGES = {
+    "pretrain": "projector warm-up",
+    "harden": "pruning with recovery distillation",
+    "prune": "pruning with recovery distillation",
+    "finetune": "fine-tuning",
+}
 
 
 def case_name(case: dict) -> str:
@@ -76,6 +81,25 @@ def gpu_kernels(load: Load) -> Rows:
                 for way in ways
             ]
             rows.append([layer, what, *cells])
+    return rows
+
+
+@table("gpu-ratios")
+def gpu_ratios(load: Load) -> Rows:
+    """Of the longest batch in bfloat16 that all three were timed on."""
+    timed = [one for one in load("gpu_kernels")["rows"] if "torch" in one.get("over kernels", ())]
+    timed = {one["what"]: one["over kernels"] for one in timed if one["dtype"] == "torch.bfloat16"}
+    rows = [["", "inference", "training"]]
+    for way, label in (("portable", "Triton"), ("torch", "Transformers' own path")):
+        rows.append(
+            [
+                label,
+                *(
+                    f"{timed[what][way]:.2g}" if timed[what][way] < 10 else f"{timed[what][way]:.0f}"
+                    for what in ("read", "train")
+                ),
+            ]
+        )
     return rows
 
 

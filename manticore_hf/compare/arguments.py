@@ -54,12 +54,13 @@ class CompareArguments:
     from_tuned: bool = field(
         default=False, metadata={"help": "Also start every hybrid from the components that were tuned alone."}
     )
-    harden: bool = field(
-        default=False, metadata={"help": "Also harden every hybrid, with recovery distillation on the text."}
+    prune: bool = field(
+        default=False, metadata={"help": "Also prune every hybrid, with recovery distillation on the text."}
     )
-    singles: tuple[str, ...] = field(
-        default=(), metadata={"help": "Other models with the same tokenizer, tuned likewise."}
+    allow_outside: bool = field(
+        default=False, metadata={"help": "Let the recipe's relative paths leave the folder that it is in."}
     )
+    singles: tuple[str, ...] = field(default=(), metadata={"help": "Other models, of any tokenizer, tuned likewise."})
     all_text: str | None = field(
         default=None,
         metadata={"help": "The components' own training text: also retrain each component on all of it and the text."},

@@ -3,7 +3,7 @@
 import argparse
 
 from manticore_hf.compare.arguments import CompareArguments, parse_loss_weights
-from manticore_hf.utils.options import Parser, add_fields, from_namespace
+from manticore_hf.utils.options import Parser, RenamedSwitch, add_fields, from_namespace
 
 
 def add_options(parser: Parser) -> None:
@@ -17,6 +17,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("recipe", help="the YAML file; its finetune stage is what all models are tuned with")
     parser.add_argument("--output-dir", required=True, help="directory of the runs and the comparison")
     add_fields(parser, CompareArguments, switches=True)
+    parser.add_argument("--harden", dest="prune", action=RenamedSwitch, new="--prune")
 
 
 def main(args: argparse.Namespace) -> None:

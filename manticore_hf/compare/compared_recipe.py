@@ -15,14 +15,19 @@ GATE = {"num_train_epochs": 1, "learning_rate": 3e-3, "lr_scheduler_type": "cosi
 _TRAINING = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
 
 
-def read_recipe(path: str | Path) -> Recipe:
+def read_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
     """A recipe that can be compared, with its local paths made absolute and a validation split.
 
+    Args:
+        path: Its file.
+        allow_outside: Whether its relative paths may leave the folder that it is in.
+
     Raises:
-        ManticoreError: It has no finetune stage, or stages with data of their own.
+        ManticoreError: It has no finetune stage, stages with data of their own, or paths that leave its folder.
     """
     path = Path(path)
     recipe = load_recipe(path)
+    recipe.allow_outside = allow_outside
     stages = [stage for stage, _ in recipe.stages]
     if "finetune" not in stages:
         raise ManticoreError(
@@ -31,19 +36,19 @@ def read_recipe(path: str | Path) -> Recipe:
     if any("data" in settings for _, settings in recipe.stages):
         raise ManticoreError(f"{path}: stages with data of their own do not compare at equal tokens; remove them.")
     recipe.data = dict(recipe.data)
-    recipe.data["data"] = _absolute(recipe.data["data"], path.parent)
-    recipe.components = [_absolute(source, path.parent) for source in recipe.components]
+    recipe.data["data"] = _absolute(recipe.data["data"], recipe)
+    recipe.components = [_absolute(source, recipe) for source in recipe.components]
     if not recipe.data.get("validation_fraction", DataArguments.validation_fraction):
         recipe.data["validation_fraction"] = VALIDATION
     return recipe
 
 
-def _absolute(source, beside):
-    path = Path(find_beside(source, beside))
+def _absolute(source, recipe):
+    path = Path(find_beside(source, recipe))
     return str(path.resolve()) if path.exists() else source
 
 
-def training_settings(recipe: Recipe, stage: str, **own) -> dict:
+def training_settings(recipe: Recipe, stage: str, **own: object) -> dict:
     """What a stage of the recipe sets of TrainingArguments, with changes."""
     settings = stage_settings(recipe, stage)
     settings = settings if settings is not None else GATE if stage == "pretrain" else {}

@@ -9,8 +9,9 @@ from manticore_hf.utils.options import Parser
 def add_options(parser: Parser) -> None:
     """Adds the command's options."""
     parser.description = (
-        "Prints the loss of a hybrid, of each of its components alone and of their plain ensemble on a "
-        "text, in nats per token (--data), or their scores on tasks of the lm-evaluation-harness (--tasks)."
+        "Prints what a hybrid, each of its components (inside it, and as it came with its own tokenizer) and their "
+        "plain ensemble lose on a text, in bits per byte and nats per token (--data), or their scores on tasks of the "
+        "lm-evaluation-harness (--tasks)."
     )
     parser.add_argument("--model", required=True, help="the hybrid: directory or Hub repo")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -18,6 +19,14 @@ def add_options(parser: Parser) -> None:
     what.add_argument("--tasks", help="tasks of the lm-evaluation-harness: arc_easy,hellaswag")
     parser.add_argument("--data-split", default="train", help="split of a Hub data set")
     parser.add_argument("--block-size", type=int, default=512, help="tokens per row")
+    parser.add_argument("--text-column", default="text", help="column that holds the text")
+    parser.add_argument("--encoding", help="encoding of a text file (default: a byte order mark's, or UTF-8)")
+    parser.add_argument(
+        "--components",
+        nargs="+",
+        metavar="DIR_OR_REPO",
+        help="--data: the components as they came, in order (default: the addresses that the hybrid knows)",
+    )
     parser.add_argument("--max-tokens", type=int, help="use at most so many tokens (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
     parser.add_argument("--include-path", help="--tasks: directory with task definitions of your own")
@@ -43,13 +52,15 @@ def main(args: argparse.Namespace) -> None:
             args.seed,
         )
         return
-    from manticore_hf.evaluation.losses import run_evaluate
+    from manticore_hf.compare.evaluate import run_evaluate
 
     data = DataArguments(
         data=args.data,
         data_split=args.data_split,
+        text_column=args.text_column,
+        encoding=args.encoding,
         block_size=args.block_size,
         max_tokens=args.max_tokens,
         validation_fraction=0.0,
     )
-    run_evaluate(args.model, data, args.batch_size, args.output_dir)
+    run_evaluate(args.model, data, args.batch_size, args.output_dir, args.components)

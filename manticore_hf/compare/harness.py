@@ -44,7 +44,7 @@ def run_tasks(
         seed: Of the few-shot examples.
 
     Returns:
-        {model: {task: {metric: [value, standard error or None]}}}. A hardened hybrid has none of its baselines left.
+        {model: {task: {metric: [value, standard error or None]}}}. A pruned hybrid has none of its baselines left.
 
     Raises:
         ManticoreError: The harness is not installed, or does not know a task.

@@ -16,7 +16,7 @@ from manticore_hf.utils.headers import compare
 
 
 def check_checkpoint(address: str, config: PreTrainedConfig, files: list) -> None:
-    """Refuses a component whose configuration and weight files differ, before anything is allocated for it.
+    """Raises for a component whose configuration and weight files differ, before anything is allocated for it.
 
     Args:
         address: How a message calls the component, after the word "Component".

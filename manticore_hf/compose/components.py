@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -30,7 +31,7 @@ from manticore_hf.modeling.bounds_manticore import (
     is_causal_lm,
     show,
 )
-from manticore_hf.modeling.references_manticore import WEIGHT_FILES, code_of, registered, trust
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES, code_of, refusal, registered, trust
 
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -65,7 +66,7 @@ class ComponentSpec:
     @classmethod
     def of(cls, item: object) -> "ComponentSpec":
         """An item of `from_components([...])` as a spec."""
-        spec = item if type(item).__name__ == cls.__name__ else cls(item)  # by name: it may be of another copy
+        spec = item if isinstance(item, cls) else cls(item)
         if not isinstance(spec.source, (str, os.PathLike, PreTrainedModel)):
             raise ManticoreError(
                 f"Component {spec.source!r} is a {type(spec.source).__name__}; give a repo id, a local directory, a "
@@ -112,12 +113,12 @@ class Resolved:
 
 
 def resolve(spec: ComponentSpec, hub: dict, weights: bool = True) -> Resolved:
-    """Finds a component's configuration and refuses what cannot be joined.
+    """Finds a component's configuration; what cannot be joined raises.
 
     Args:
         spec: A ComponentSpec.
         hub: Keyword arguments for the Hub client: token, cache_dir, local_files_only.
-        weights: Whether to refuse a component without readable weights; only then are they asked for.
+        weights: Whether a component without readable weights raises; only then are they asked for.
 
     Raises:
         ManticoreError: Names the component and the reason.
@@ -198,6 +199,8 @@ def _resolve_repo(spec, source, hub, weights):
     def get(file, required=True, commit=None, folder=spec.subfolder):
         try:
             return hf_hub_download(repo_id, file, subfolder=folder, revision=commit or revision, **hub)
+        except GatedRepoError as err:
+            raise ManticoreError(f"Component {found.address}: {refusal(err, repo_id)}") from err
         except RepositoryNotFoundError as err:
             raise ManticoreError(
                 f"Component {found.address}: no such repository, or it is private or gated and the token given does "
@@ -207,14 +210,13 @@ def _resolve_repo(spec, source, hub, weights):
             raise ManticoreError(f"Component {found.address}: the repository has no revision {revision!r}.") from err
         except LocalEntryNotFoundError as err:
             if required:
+                said = refusal(err, repo_id)
                 raise ManticoreError(
-                    f"Component {found.address}: {file} at revision {revision!r} is not in the local cache and the Hub "
-                    f"does not give it ({err.__cause__ or 'local files only'}). Go online, or fetch it with "
-                    "`hf download`."
+                    f"Component {found.address}: {file} at revision {revision!r} cannot be fetched: {said}"
                 ) from err
         except HfHubHTTPError as err:
             if required and err.response is not None and err.response.status_code != 404:
-                raise ManticoreError(f"Component {found.address}: the Hub answered {err}") from err
+                raise ManticoreError(f"Component {found.address}: {file}: {refusal(err, repo_id)}") from err
             if required:
                 raise ManticoreError(f"Component {found.address}: revision {revision!r} has no {file}.") from err
         return None

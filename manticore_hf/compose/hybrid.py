@@ -6,12 +6,13 @@ Importing `manticore_hf` registers these classes with the Auto classes.
 
 import copy
 import difflib
-import inspect
 import os
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
@@ -20,14 +21,15 @@ from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.tokenizers import check_tokenizers
 from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import modeling_manticore
+from manticore_hf.modeling.bounds_manticore import reason
 from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.references_manticore import component_files
+from manticore_hf.modeling.settings_manticore import HybridSettings
+from manticore_hf.utils.defence import check_generation
 from manticore_hf.utils.task_types import CAUSAL
 from manticore_hf.utils.unwrap import is_hybrid
-
-_NO_SETTINGS = ("self", "components", "kwargs", "manticore_version")
 
 # Ways to read five tokens: what a message calls them, tokens per call (several: with a cache), tokens of left padding.
 # The first is all of them at once.
@@ -39,11 +41,24 @@ _WAYS = (
 )
 
 
+class _ChecksGeneration:
+    """Mixin: what a repository's generation_config.json says is a stranger's word, too."""
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        what = "The hybrid's generation_config.json"
+        try:
+            super().adjust_generation_fn(*args, **kwargs)
+        except (TypeError, AttributeError, LookupError, ArithmeticError, ValueError, RecursionError) as err:
+            raise ManticoreError(f"{what} is invalid: {reason(err)}") from err
+        if self.generation_config is not None:
+            check_generation(what, self.generation_config.to_dict())
+
+
 class ManticoreModel(KeepsCard, modeling_manticore.ManticoreModel):
     """A hybrid without output head; see `manticore_hf.modeling.modeling_manticore`."""
 
 
-class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
+class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.ManticoreForCausalLM):
     """A hybrid as a causal LM, which `from_components` composes; see `manticore_hf.modeling.modeling_manticore`."""
 
     @classmethod
@@ -57,7 +72,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
         cache_dir: str | None = None,
         local_files_only: bool = False,
         verify: bool = True,
-        **settings,
+        **settings: object,
     ) -> "ManticoreForCausalLM":
         """Composes a hybrid from pretrained causal LMs.
 
@@ -68,7 +83,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
             dtype: Of the weights; default: what the components are stored in if they agree, else float32. Instances are
                 converted in place.
             token, cache_dir, local_files_only: As in `from_pretrained`.
-            verify: Run a few tokens through each component, cut and uncut, and refuse it if they differ.
+            verify: Run a few tokens through each component, cut and uncut, and raise if they differ.
             **settings: Keys of ManticoreConfig: preset, num_blocks, block_layers, gate, mixture, embeddings, ...
 
         Returns:
@@ -80,7 +95,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
         """
         if not isinstance(components, (list, tuple)) or not components:
             raise ManticoreError("from_components takes a list of at least one component.")
-        known = [key for key in inspect.signature(cls.config_class.__init__).parameters if key not in _NO_SETTINGS]
+        known = [*(field.name for field in fields(HybridSettings)), "calibration", "objective", "route"]
         for key in settings:
             if key not in known:
                 close = difflib.get_close_matches(key, known, 1)
@@ -93,7 +108,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         found = [resolve(ComponentSpec.of(item), hub) for item in components]
         padded = len({one.config.vocab_size for one in found}) > 1 and "vocab_size" not in settings
-        if padded:  # or really different: then there is no common size, and the configuration refuses
+        if padded:  # or really different: then there is no common size, and the configuration raises
             settings["vocab_size"] = check_tokenizers(found, hub)
         config = cls.config_class(components=[one.entry() for one in found], **settings)
         settle_attention(config)
@@ -136,7 +151,7 @@ class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
         return model
 
     @torch.no_grad()
-    def verify_segments(self):
+    def verify_segments(self) -> None:
         """Runs five tokens through every component: cut and uncut, at once and with a cache, alone and padded.
 
         Raises:
@@ -233,8 +248,8 @@ class _Classifies:
         id2label: dict | None = None,
         label2id: dict | None = None,
         problem_type: str | None = None,
-        **settings,
-    ):
+        **settings: object,
+    ) -> PreTrainedModel:
         """Composes a hybrid that classifies, from pretrained causal LMs.
 
         Args:
@@ -257,16 +272,16 @@ class _Classifies:
     @classmethod
     def from_causal_lm(
         cls,
-        model,
+        model: PreTrainedModel,
         num_labels: int | None = None,
         id2label: dict | None = None,
         label2id: dict | None = None,
         problem_type: str | None = None,
-    ):
+    ) -> PreTrainedModel:
         """A classifier of a causal hybrid in memory; they share components and mixer, so training one changes both.
 
         Args:
-            model: A ManticoreForCausalLM, hardened or not.
+            model: A ManticoreForCausalLM, pruned or not.
             num_labels, id2label, label2id, problem_type: As in `from_components`.
 
         Raises:

@@ -6,6 +6,7 @@ import json
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
+from manticore_hf.compose.components import Resolved
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 TOKENIZER_FILES = (
@@ -23,7 +24,7 @@ _QUIETLY = {
 logger = logging.get_logger(__name__)
 
 
-def find_tokenizer(found, hub: dict) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(found: Resolved, hub: dict) -> PreTrainedTokenizerBase | None:
     """The tokenizer that a component comes with, or None.
 
     Args:

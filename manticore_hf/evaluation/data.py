@@ -2,40 +2,65 @@
 
 Sources: a text, jsonl, csv or parquet file (or a folder of them), or a data set of the Hub. Plain text is packed into
 blocks; records with a prompt and a completion become one row each, the prompt masked out of the loss.
-Texts are joined by the end-of-text token and by nothing else (the paper's code joins the characters of Penn Treebank
-with spaces; numbers made that way compare with nothing).
+Every row, and every document in it, begins with what the tokenizer begins texts with, and is closed by the end-of-text
+token; documents in one row are separate texts: their `position_ids` begin at 0. Nothing else joins them (the paper's
+code joins the characters of Penn Treebank with spaces; numbers made that way compare with nothing).
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+import codecs
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset, load_dataset_builder
+import torch
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.iterable_dataset import ExamplesIterable
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.data_arguments import DataArguments as DataArguments
-from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.utils.distributed import bar
+from manticore_hf.evaluation.starts import start_tokens
+from manticore_hf.modeling.bounds_manticore import ManticoreError, show
+from manticore_hf.utils.distributed import bar, is_main
 
 _FORMATS = {
     ".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
     ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
 _BATCH = 64  # documents tokenised at once: enough for a tokenizer's threads, and few to read beyond a limit
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
+}  # fmt: skip
+NO_LOSS = -100
 
 
-def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
+def load_rows(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, keep_text: bool = False
+) -> tuple[Dataset, Dataset | None]:
     """Reads, tokenises and splits the text of a stage.
 
     Args:
         arguments: DataArguments.
         tokenizer: The hybrid's tokenizer.
+        keep_text: Also keep what the rows stand for, so that they can be measured in bits per byte, by models of
+            other tokenizers too (see `pack`, `mask_prompts`).
 
     Returns:
-        (training rows, validation rows or None): Datasets with `input_ids` and `labels`; instruction data also has
-        `attention_mask` and rows of different lengths.
+        (training rows, validation rows or None): Datasets with `input_ids`, `labels` and `position_ids`; instruction
+        data has `attention_mask` instead of positions, and rows of different lengths.
 
     Raises:
         ManticoreError: The source cannot be read, has no such column, or is too short; names it.
@@ -44,9 +69,10 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> t
     limit = None if arguments.max_tokens is None else max(1, arguments.max_tokens // arguments.block_size)
     if arguments.prompt_column is None:
         texts = (text_of(record, arguments.text_column, arguments) for record in records)
-        rows = pack(texts, tokenizer, arguments.block_size, limit)
+        kind = {"special_tokens": arguments.special_tokens, "keep_text": keep_text}
+        rows = pack(texts, tokenizer, arguments.block_size, limit, **kind)
     else:
-        rows = mask_prompts(records, tokenizer, arguments, limit)
+        rows = mask_prompts(records, tokenizer, arguments, limit, keep_text)
     if not arguments.validation_fraction:
         return rows, None
     held_out = max(1, round(len(rows) * arguments.validation_fraction))
@@ -110,16 +136,47 @@ def read_records(arguments: DataArguments) -> Iterable[dict[str, Any]]:
         )
     kind = kinds.pop()
     if kind == "text":  # whole files: a line is no document
-        return [{arguments.text_column: file.read_text(encoding="utf-8")} for file in files]
+        return [{arguments.text_column: _read_text(file, arguments.encoding)} for file in files]
     options = {"delimiter": "\t"} if any(file.suffix == ".tsv" for file in files) else {}
+    if arguments.encoding is not None and kind in ("csv", "json"):
+        options["encoding"] = arguments.encoding
     try:
         return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except Exception as err:
         raise _unreadable(arguments, err) from err
 
 
+def _read_text(file, encoding):
+    """A text file's text: in the encoding that its byte order mark tells or the user says, else in UTF-8."""
+    data = file.read_bytes()
+    mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")  # UTF-32's begins with UTF-16's
+    encoding = _MARKS.get(mark) or encoding or "utf-8"
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except LookupError:
+        raise ManticoreError(f"encoding={encoding!r} is none that Python knows; give for example 'latin-1'.") from None
+    except UnicodeDecodeError as err:
+        raise ManticoreError(
+            f"{str(file)!r} is no {encoding} text (byte {len(mark) + err.start:,} is 0x{err.object[err.start]:02x}): "
+            "convert it to UTF-8, or say what it is (encoding, for example latin-1)."
+        ) from None
+    if "\0" in text:
+        raise ManticoreError(
+            f"{str(file)!r} holds zero bytes, so it is no {encoding} text: convert it to UTF-8, or say what it is "
+            "(encoding, for example utf-16-le)."
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _hub_records(arguments):
     revision = arguments.data_revision
+    # `datasets` also takes names of its readers, which read whatever lies in the working directory (one of them
+    # pickles), addresses and patterns; what names the data may be a stranger's recipe.
+    plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", arguments.data)
+    if not plain or ".." in arguments.data or arguments.data in _PACKAGED_DATASETS_MODULES:
+        raise ManticoreError(
+            f"data={show(arguments.data)} is no file or folder here, and no data set of the Hub ('owner/name')."
+        )
     try:
         builder = load_dataset_builder(arguments.data, arguments.data_config, revision=revision)
         # Where the Hub does not answer, `datasets` takes what it prepared last, of whatever revision.
@@ -178,11 +235,15 @@ def pack(
     block_size: int,
     limit: int | None = None,
     desc: str = "Tokenising",
+    special_tokens: str = "text",
+    keep_text: bool = False,
 ) -> Dataset:
-    """Documents end to end, each closed by the end-of-text token, cut into blocks of equal length.
+    """Documents one after the other in blocks of equal length, each begun and closed as the model knows texts.
 
-    A tokenizer that begins every text with a token of its own (Llama's, Gemma's) does so here, too. The rows are kept
-    in memory, and nothing is written into the cache of `datasets`.
+    Before every document, and before what a new block holds of a document that did not fit, stands what the tokenizer
+    begins texts with (`start_tokens`; nothing for some); after it the end-of-text token. A start has no loss, and
+    neither has the first token of a text that nothing stands before. The rows are kept in memory, and nothing is
+    written into the cache of `datasets`.
 
     Args:
         documents: Texts; they are read 64 at a time.
@@ -190,38 +251,143 @@ def pack(
         block_size: Tokens per block; what is left at the end is dropped.
         limit: Largest number of blocks, or None for all.
         desc: Label of the progress bar.
+        special_tokens: What a special token's name in a text is: "text", the characters it is written with, which is
+            said once; or "tokens", the token.
+        keep_text: Also keep the texts.
 
     Returns:
-        A Dataset with `input_ids` and `labels` (equal; the model shifts), [block_size] each.
+        A Dataset of rows [block_size]: `input_ids`, `labels` (the same ids, -100 where there is no loss; the model
+        shifts), `position_ids` (0 where a text begins); and with `keep_text` `texts`, a list with the text of each
+        piece of the row (a character that is cut by the end of a block belongs to the piece that has its beginning).
 
     Raises:
         ManticoreError: The text is too short for one block, or the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise ManticoreError("The tokenizer has no eos_token: documents cannot be told apart once they are packed.")
-    left, end = [], tokenizer.eos_token_id  # what no block is full of yet
-
-    def blocks(batch):
-        for ids in tokenizer(batch["text"], verbose=False)["input_ids"]:
-            if ids[:1] == [end]:  # one token for beginning and end: once between two documents
-                ids = ids[1:]
-            left.extend(ids if ids[-1:] == [end] else [*ids, end])
-        whole = len(left) // block_size * block_size
-        out = [left[start : start + block_size] for start in range(0, whole, block_size)]
-        del left[:whole]
-        return {"input_ids": out, "labels": out}
-
+    packer = _Packer(tokenizer, block_size, special_tokens, keep_text)
     texts = ({"text": document} for document in bar(documents, desc=desc, unit="doc", leave=False))
-    rows = _collect(texts, blocks, limit)
+    rows = _collect(texts, packer, limit, packer.features)
     if rows is None:
         raise ManticoreError(
-            f"The text has {len(left)} tokens, fewer than one block of {block_size}: give more text or smaller blocks."
+            f"The text has {len(packer.row['input_ids'])} tokens, fewer than one block of {block_size}: give more text "
+            "or smaller blocks."
         )
     return rows
 
 
+def without_text(rows: Dataset | None) -> Dataset | None:
+    """Rows with nothing but what collators take: the tokens."""
+    return rows and rows.select_columns([name for name in rows.column_names if name not in ("texts", "prompt")])
+
+
+def cut_texts(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text"
+) -> Iterator[tuple[list[int], Callable[[int, int], str]]]:
+    """(ids, function from a range of them to the text they stand for) of each text, without special tokens.
+
+    Args:
+        texts, tokenizer, special_tokens: As `pack` takes them.
+    """
+    read, texts = _Reader(tokenizer, special_tokens, True), iter(texts)
+    while batch := list(islice(texts, _BATCH)):
+        yield from zip(*read(batch))
+
+
+class _Packer:
+    """Fills blocks with documents, batch by batch; `row` is the block that is not full yet."""
+
+    def __init__(self, tokenizer, size, special_tokens, keep_text):
+        self.size, self.end, self.start = size, tokenizer.eos_token_id, start_tokens(tokenizer)
+        self.read, self.keep_text = _Reader(tokenizer, special_tokens, keep_text), keep_text
+        if len(self.start) >= size:
+            raise ManticoreError(f"block_size={size} leaves no room after the {len(self.start)} start tokens.")
+        self.features = Features({key: List(Value("int32")) for key in ("input_ids", "labels", "position_ids")})
+        if keep_text:
+            self.features["texts"] = List(Value("string"))
+        self.row, self.full = {key: [] for key in self.features}, []
+
+    def __call__(self, batch):
+        self.full = []
+        closed = batch.get("closed", [True] * len(batch["text"]))
+        for ids, pieces, ends in zip(*self.read(batch["text"]), closed):
+            ids, done = [*ids, self.end] if ends and ids[-1:] != [self.end] else ids, 0
+            while done < len(ids):
+                room = self.size - len(self.row["input_ids"]) - len(self.start)
+                if room <= 0:  # for a start, or a part of it, and nothing else
+                    self._add(self.start[: room + len(self.start)], [], "")
+                    continue
+                part = ids[done : done + room]
+                self._add(self.start, part, pieces(done, done + len(part)))
+                done += len(part)
+        return {key: [row[key] for row in self.full] for key in self.features}
+
+    def _add(self, start, ids, text):
+        labels = [NO_LOSS] * len(start) + ids if start else [NO_LOSS] + ids[1:]
+        added = {"input_ids": start + ids, "labels": labels, "position_ids": range(len(labels)), "texts": [text]}
+        for key, values in self.row.items():
+            values.extend(added[key])
+        if len(self.row["input_ids"]) == self.size:
+            self.full.append(self.row)
+            self.row = {key: [] for key in self.features}
+
+
+class _Reader:
+    """Texts as (lists of ids, functions from a range of those tokens to the text they stand for)."""
+
+    def __init__(self, tokenizer, special_tokens, keep_text):
+        self.tokenizer, self.split, self.keep_text = tokenizer, special_tokens == "text", keep_text
+        self.names = sorted({*tokenizer.all_special_tokens, *_special_names(tokenizer)} - {""})
+        self.told = False
+
+    def __call__(self, texts):
+        options = {"add_special_tokens": False, "split_special_tokens": self.split, "verbose": False}
+        if fast := self.keep_text and self.tokenizer.is_fast:
+            options["return_offsets_mapping"] = True
+        found = self.tokenizer(list(texts), **options)
+        self._tell(texts)
+        if not self.keep_text:
+            return found["input_ids"], [lambda start, stop: None] * len(texts)
+        if not fast:
+            return found["input_ids"], [self._decoded(ids) for ids in found["input_ids"]]
+        return found["input_ids"], [self._cut(*one) for one in zip(texts, found["offset_mapping"])]
+
+    @staticmethod
+    def _cut(text, offsets):
+        """Every character to one piece: what offsets leave out (spaces, where they are trimmed) goes before a token."""
+        ends = [0]
+        for _, end in offsets:
+            ends.append(max(end, ends[-1]))
+        ends[-1] = len(text)
+        return lambda start, stop: text[ends[min(start, len(ends) - 1)] : ends[min(stop, len(ends) - 1)]]
+
+    def _decoded(self, ids):
+        return lambda start, stop: self.tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
+
+    def _tell(self, texts):
+        if self.told or not self.split or not self.names:
+            return
+        for text in texts:
+            if name := next((name for name in self.names if name in text), None):
+                self.told = True
+                if is_main():
+                    print(
+                        f"The text has {name!r} in it, which is a special token's name; it is read as the characters "
+                        "it is written with (special_tokens: tokens reads it as the token).",
+                        file=sys.stderr,
+                    )
+                return
+
+
+def _special_names(tokenizer):
+    return (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
 def _collect(
-    records: Iterable[dict[str, Any]], function: Callable[[dict[str, list]], dict[str, list]], limit: int | None
+    records: Iterable[dict[str, Any]],
+    function: Callable[[dict[str, list]], dict[str, list]],
+    limit: int | None,
+    features: Features,
 ) -> Dataset | None:
     """Maps records batch by batch, and keeps the rows that come out in memory, as Arrow's buffers.
 
@@ -232,6 +398,7 @@ def _collect(
         records: Of the same keys; read once, `_BATCH` at a time.
         function: From lists, one for each key, to lists of rows; as many rows as it likes.
         limit: Largest number of rows, or None for all.
+        features: Of the rows.
 
     Returns:
         The Dataset, None if there is no row.
@@ -253,29 +420,125 @@ def _collect(
     stream = IterableDataset(ExamplesIterable(up_to_failure, {}))
     stream = stream.map(function, batched=True, batch_size=_BATCH, remove_columns=list(first))
     stream = stream if limit is None else stream.take(limit)
-    parts = [Dataset.from_dict(rows) for rows in stream.iter(batch_size=_BATCH)]
+    parts = [Dataset.from_dict(rows, features=features) for rows in stream.iter(batch_size=_BATCH)]
     if failure and (limit is None or sum(map(len, parts)) < limit):
         raise failure[0]  # more was read than is needed, so it counts only where what comes before does not suffice
     return concatenate_datasets(parts) if parts else None
 
 
-def repack(rows: Dataset, tokens: int) -> Dataset:
-    """Rows of different lengths as blocks of one length.
+def separate(rows: Dataset, tokens: int | None = None) -> Dataset:
+    """Each text of packed rows as a row of its own, as a model reads it that knows nothing of packing.
 
     Args:
-        rows: A Dataset with `input_ids`.
-        tokens: About how many tokens are kept.
+        rows: A Dataset of `input_ids`; `labels` and `position_ids` as `pack` makes them, where it has them.
+        tokens: Stop once so many are there; None for all.
 
     Returns:
-        A Dataset with `input_ids`, each as long as the longest row was; what is left at the end is dropped.
+        A Dataset of `input_ids` and `labels` (the ids, where the rows have none), in order, of different lengths;
+        texts of which nothing is predicted are left out. A row without positions is one text.
     """
-    block_size, joined = max(map(len, rows["input_ids"])), []
-    for ids in rows["input_ids"]:
-        joined += ids
-        if len(joined) >= tokens + block_size:
-            break
-    starts = range(0, len(joined) - block_size + 1, block_size)
-    return Dataset.from_dict({"input_ids": [joined[start : start + block_size] for start in starts]})
+    out, seen = {"input_ids": [], "labels": []}, 0
+    for _, ids, labels in _pieces(rows):
+        if any(label != NO_LOSS for label in labels[1:]):
+            out["input_ids"].append(ids)
+            out["labels"].append(labels)
+            seen += len(ids)
+            if tokens is not None and seen >= tokens:
+                break
+    return Dataset.from_dict(out, Features({key: List(Value("int32")) for key in out}))
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows in batches that waste little: the longest first, each batch at most as large as `batch_size` longest rows.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows of the longest kind in a batch.
+
+    Returns:
+        Lists of row numbers; every row is in one.
+    """
+    out, size = [], batch_size * max(lengths, default=0)
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not out or (len(out[-1]) + 1) * lengths[out[-1][0]] > size:
+            out.append([])
+        out[-1].append(number)
+    return out
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Rows as one tensor [rows, longest], filled on the right, where causal models do not look back from."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def text_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, list[int], list[int]]]:
+    """What packed rows, or rows of prompts and answers, stand for.
+
+    Args:
+        rows: Made with `keep_text`.
+        tokenizer: That they were made with.
+
+    Yields:
+        (text, prompt or "", the prompt's tokens, the text's tokens), without what stands before and after a text; only
+        where there is text.
+    """
+    start, end, texts = start_tokens(tokenizer), tokenizer.eos_token_id, rows["texts"]
+    prompts = rows["prompt"] if "prompt" in rows.column_names else None
+    last, place = None, 0
+    for number, ids, labels in _pieces(rows):
+        last, place = number, place + 1 if number == last else 0
+        text, first = texts[number][place], len(start)
+        if prompts is not None:
+            first = next(i for i, label in enumerate(labels) if label != NO_LOSS)
+        read = ids[first : -1 if ids[-1] == end else None]
+        if text and read:
+            yield text, prompts[number] if prompts is not None else "", ids[len(start) : first], read
+
+
+def rows_for(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, arguments: DataArguments
+) -> Dataset:
+    """The text of rows as rows of another tokenizer: the same characters, in blocks of as many of its tokens.
+
+    Args:
+        rows: Made with `keep_text`.
+        tokenizer: That they were made with.
+        other: The other one.
+        arguments: DataArguments of the rows.
+    """
+    if "prompt" in rows.column_names:
+        records = (
+            {arguments.prompt_column: row["prompt"], arguments.completion_column: row["texts"][0]}
+            for row in rows.select_columns(["prompt", "texts"])
+        )
+        return mask_prompts(records, other, arguments)
+    texts, end = rows["texts"], tokenizer.eos_token_id
+
+    def pieces():
+        last, place = None, 0
+        for number, ids, _ in _pieces(rows):
+            last, place = number, place + 1 if number == last else 0
+            if texts[number][place]:
+                yield {"text": texts[number][place], "closed": ids[-1] == end}
+
+    packer = _Packer(other, arguments.block_size, arguments.special_tokens, False)
+    found = _collect(pieces(), packer, None, packer.features)
+    if found is None:
+        raise ManticoreError(
+            f"{arguments.data!r} is shorter than one row of {arguments.block_size} tokens of {other.name_or_path!r}."
+        )
+    return found
+
+
+def _pieces(rows):
+    """(row, ids, labels) of each text in packed rows."""
+    columns = [key for key in ("input_ids", "labels", "position_ids") if key in rows.column_names]
+    for number, row in enumerate(rows.select_columns(columns).with_format(None)):
+        ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+        starts = [0] + [i for i, position in enumerate(row.get("position_ids", ())) if i and position == 0]
+        for start, stop in zip(starts, [*starts[1:], len(ids)]):
+            yield number, ids[start:stop], labels[start:stop]
 
 
 def mask_prompts(
@@ -283,6 +546,7 @@ def mask_prompts(
     tokenizer: PreTrainedTokenizerBase,
     arguments: DataArguments,
     limit: int | None = None,
+    keep_text: bool = False,
 ) -> Dataset:
     """Instruction records as rows whose loss is on the completion only.
 
@@ -291,6 +555,7 @@ def mask_prompts(
         tokenizer: A Transformers tokenizer with an `eos_token_id`, which ends every answer.
         arguments: DataArguments.
         limit: Largest number of rows, or None for all.
+        keep_text: Also keep `prompt` and `texts`, a list of one text: what is left of the answer.
 
     Returns:
         A Dataset with `input_ids`, `attention_mask` and `labels` (-100 on the prompt), at most block_size long; records
@@ -300,25 +565,30 @@ def mask_prompts(
         ManticoreError: A column is missing, or no record has room for its answer.
     """
     end, columns = tokenizer.eos_token_id, {"prompt": arguments.prompt_column, "answer": arguments.completion_column}
+    start, read = start_tokens(tokenizer), _Reader(tokenizer, arguments.special_tokens, keep_text)
+    features = Features({key: List(Value("int32")) for key in ("input_ids", "attention_mask", "labels")})
+    if keep_text:
+        features |= {"prompt": Value("string"), "texts": List(Value("string"))}
 
     def mask(batch):
-        rows = {"input_ids": [], "attention_mask": [], "labels": []}
-        prompts = tokenizer(batch["prompt"], verbose=False)["input_ids"]
-        answers = tokenizer(batch["answer"], add_special_tokens=False, verbose=False)["input_ids"]
-        for prompt, answer in zip(prompts, answers):
-            prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
+        rows = {key: [] for key in features}
+        prompts, (answers, pieces) = read(batch["prompt"])[0], read(batch["answer"])
+        for number, (prompt, answer, piece) in enumerate(zip(prompts, answers, pieces)):
+            prompt = start + prompt
             ids = (prompt + answer + [end])[: arguments.block_size]
             if len(prompt) < len(ids):
-                rows["input_ids"].append(ids)
-                rows["attention_mask"].append([1] * len(ids))
-                rows["labels"].append([-100] * len(prompt) + ids[len(prompt) :])
+                row = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+                row["labels"] = [NO_LOSS] * len(prompt) + ids[len(prompt) :]
+                row["prompt"], row["texts"] = batch["prompt"][number], [piece(0, len(ids) - len(prompt))]
+                for key in features:
+                    rows[key].append(row[key])
         return rows
 
     texts = (
         {key: text_of(record, name, arguments) for key, name in columns.items()}
         for record in bar(records, desc="Tokenising", unit="record", leave=False)
     )
-    rows = _collect(texts, mask, limit)
+    rows = _collect(texts, mask, limit, features)
     if rows is None:
         raise ManticoreError(
             f"{arguments.data!r} has no record whose prompt leaves room for an answer in {arguments.block_size} tokens."

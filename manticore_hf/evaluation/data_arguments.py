@@ -22,6 +22,18 @@ class DataArguments:
         default=None, metadata={"help": "Column of the prompt: instruction data, the prompt gets no loss."}
     )
     completion_column: str = field(default="completion", metadata={"help": "Column of the answer."})
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Encoding of text, jsonl and csv files, as latin-1. Default: a byte order mark's, or UTF-8."},
+    )
+    special_tokens: str = field(
+        default="text",
+        metadata={
+            "help": "What a special token's name in a text is (<unk>, <|im_start|>): 'text', the characters it is "
+            "written with, or 'tokens', the token.",
+            "choices": ["text", "tokens"],
+        },
+    )
     block_size: int = field(default=512, metadata={"help": "Tokens per row."})
     max_tokens: int | None = field(default=None, metadata={"help": "Use at most so many tokens, validation included."})
     validation_fraction: float = field(
@@ -32,5 +44,7 @@ class DataArguments:
     def __post_init__(self):
         if self.block_size < 2:
             raise ManticoreError(f"block_size={self.block_size} must be at least 2 tokens.")
+        if self.special_tokens not in ("text", "tokens"):
+            raise ManticoreError(f"special_tokens={self.special_tokens!r} is neither 'text' nor 'tokens'.")
         if not 0 <= self.validation_fraction < 1:
             raise ManticoreError(f"validation_fraction={self.validation_fraction} must be in [0, 1).")

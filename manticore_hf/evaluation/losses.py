@@ -1,24 +1,31 @@
-"""Losses on held-out text: a hybrid's number is never given without its baselines'."""
+"""Losses on held-out text: a hybrid's number is never given without its baselines'.
 
-import json
-import os
+Every text is read by itself, as `separate` takes packed rows apart, so that a loss does not depend on how a model
+treats rows of several texts. `measure` predicts every byte, so that models of other tokenizers take part.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from manticore_hf.evaluation.data import DataArguments, load_rows
-from manticore_hf.modeling.modeling_manticore import ManticoreForCausalLM
-from manticore_hf.utils.distributed import all_reduce_dict, bar, component_runner, shares
+from manticore_hf.evaluation.data import NO_LOSS, DataArguments, length_batches, pad, separate, text_rows
+from manticore_hf.evaluation.metrics.scoring import token_logprobs
+from manticore_hf.evaluation.starts import scored_after
+from manticore_hf.evaluation.statistics import bootstrap
+from manticore_hf.utils.distributed import all_reduce, bar, component_runner, shares
 from manticore_hf.utils.renamed import takes_old_name
+
+_UNITS = 8, 500  # fewest that are resampled for an interval, and about how many are enough
 
 
 @takes_old_name("rivals", "baselines")
-@torch.no_grad()
 def compare_losses(
     model: PreTrainedModel, dataset: Dataset, batch_size: int = 16, desc: str = "Evaluating", baselines: bool = True
 ) -> dict[str, float]:
@@ -28,82 +35,255 @@ def compare_losses(
 
     Args:
         model: A hybrid; without baselines any causal LM, which counts as "hybrid".
-        dataset: Blocks of `input_ids`, as `pack` makes them.
+        dataset: Rows of `input_ids`, as `pack` or `mask_prompts` make them; every text in a row is read by itself, and
+            tokens without a label have no loss.
         batch_size: Blocks per forward pass.
         desc: Label of the progress bar.
         baselines: Also run the components; False where their losses on this text are known already.
 
     Returns:
         {component name: loss, ..., "ensemble": loss, "hybrid": loss} in nats per token; the ensemble is the normalised
-        geometric mean of the components' distributions with equal weights. A hardened hybrid has lost parts of its
-        components, so only "hybrid" is there: its baselines come from the soft one.
+        geometric mean of the components' distributions with equal weights. A pruned hybrid has lost parts of its
+        components, and one with new embeddings gives its components embeddings that are not theirs, so only "hybrid"
+        is there: their baselines come from the soft one, or from the components as they came.
     """
-    was_training, names = model.training, model.config.component_names if baselines and not model.config.route else []
+    rows = separate(dataset)
+    nats = _row_nats(model, rows, batch_size, desc, baselines)
+    count = sum(label != NO_LOSS for labels in rows["labels"] for label in labels[1:])
+    return {name: float(values.sum()) / count for name, values in nats.items()}
+
+
+def inner_baselines(model: PreTrainedModel) -> list[str]:
+    """Names of the components that are baselines as they are inside a hybrid, [] where they are none there."""
+    config = model.config
+    return [] if config.route or config.embeddings == "fresh" else config.component_names
+
+
+@torch.no_grad()
+def _row_nats(model, rows, batch_size, desc, baselines):
+    """{model: [rows] nats}: of the hybrid, and of its components and their ensemble."""
+    was_training, names = model.training, inner_baselines(model) if baselines else []
     model.eval()
-    sums, count = dict.fromkeys([*names, "ensemble", "hybrid"] if names else ["hybrid"], 0.0), 0
+    order = [*names, *(["ensemble"] if names else []), "hybrid"]
+    sums = torch.zeros(len(order), len(rows), dtype=torch.float64)
     runners = {name: component_runner(model, name) for name in names}
-    order = range(len(dataset))
-    mine = list(shares([list(order[start : start + batch_size]) for start in order[::batch_size]]))
-    loader = DataLoader(dataset.with_format("torch"), batch_sampler=[rows for rows, _ in mine])
-    for (_, share), batch in zip(mine, bar(loader, desc=desc, unit="batch", leave=False)):
-        ids = batch["input_ids"].to(model.device)
-        target = ids[:, 1:].flatten()
+    batches = length_batches([len(ids) for ids in rows["input_ids"]], batch_size)
+    for numbers, share in bar(list(shares(batches)), desc=desc, unit="batch", leave=False):
+        part = rows[numbers]
+        ids = pad(part["input_ids"], 0).to(model.device)
+        labels = pad(part["labels"], NO_LOSS)[:, 1:].to(model.device)
 
-        def loss(logits, target=target, share=share):
-            return share * F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, reduction="sum").item()
+        def nats(logits, labels=labels):
+            losses = F.cross_entropy(
+                logits[:, :-1].transpose(1, 2).float(), labels, reduction="none", ignore_index=NO_LOSS
+            )
+            return losses.double().sum(1).cpu()
 
-        mean = 0.0
+        found, mean = {}, 0.0
         for name in names:
             logits = runners[name](input_ids=ids, use_cache=False).logits
             logprobs = logits[..., : model.config.vocab_size].float().log_softmax(-1)  # without rows that only pad
-            sums[name] += loss(logprobs)
+            found[name] = nats(logprobs)
             mean = mean + logprobs / len(names)
         if names:
-            sums["ensemble"] += loss(mean)
-        sums["hybrid"] += loss(model(input_ids=ids, use_cache=False).logits)
-        count += share * target.numel()
+            found["ensemble"] = nats(mean)
+        found["hybrid"] = nats(model(input_ids=ids, use_cache=False).logits)
+        if share:
+            sums[:, numbers] = torch.stack([found[name] for name in order])
     model.train(was_training)
-    *sums, count = all_reduce_dict({**sums, "": count}, model.device).items()
-    return {name: loss / count[1] for name, loss in sums}
+    sums = all_reduce(sums.to(model.device)).cpu() if torch.distributed.is_initialized() else sums
+    return dict(zip(order, sums.numpy()))
 
 
-def measured_on(data: DataArguments, rows: Dataset) -> dict[str, Any]:
-    """What a result says of the text it was measured on: {"data": its name, "tokens": predicted ones, "note": how}.
+# ---- in bits per byte ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Passages:
+    """Texts to measure models on, and how the hybrid's tokenizer cuts them.
+
+    Attributes:
+        texts: What is predicted, all of it.
+        prompts: What is read before each text; "" for nothing.
+        rows: Dataset of `input_ids` (a start, the prompt, the text) and `labels` (-100 but for the text).
+        tokens, bytes: [passages] of the texts.
+    """
+
+    texts: list[str]
+    prompts: list[str]
+    rows: Dataset
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def make_passages(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Passages:
+    """The texts of rows, each after a start, so that every byte of it is paid for, and without an end.
 
     Args:
-        data: DataArguments.
-        rows: The rows that were used.
+        rows: As `load_rows` makes them with `keep_text`.
+        tokenizer: That they were made with.
     """
-    tokens = sum(len(ids) - 1 for ids in rows["input_ids"])
-    part = f"{data.validation_fraction:.0%} of it, held out" if data.validation_fraction else "All of it"
-    note = f"{part}; for every component its own head inside this hybrid, for the ensemble their plain mean."
+    start = scored_after(tokenizer)
+    texts, prompts, out = [], [], {"input_ids": [], "labels": []}
+    for text, prompt, before, ids in text_rows(rows, tokenizer):
+        texts.append(text)
+        prompts.append(prompt)
+        before = [*start, *before]
+        out["input_ids"].append(before + ids)
+        out["labels"].append([NO_LOSS] * len(before) + ids)
+    counts = [sum(label != NO_LOSS for label in labels) for labels in out["labels"]]
+    sizes = [len(text.encode()) for text in texts]
+    return Passages(texts, prompts, Dataset.from_dict(out), np.array(counts), np.array(sizes))
+
+
+@dataclass
+class Measured:
+    """What models lose on passages.
+
+    Attributes:
+        nats: {model: [passages] negative log-probabilities of the texts}.
+        tokens, bytes: [passages], tokens as the hybrid's tokenizer cuts them.
+        missing: {model: why it was not measured}.
+    """
+
+    nats: dict[str, np.ndarray]
+    tokens: np.ndarray
+    bytes: np.ndarray
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Nats per token of the hybrid's tokenizer; of models of other tokenizers, too, so that they compare."""
+        return {name: float(values.sum() / self.tokens.sum()) for name, values in self.nats.items()}
+
+    @property
+    def bits_per_byte(self) -> dict[str, float]:
+        """Bits per byte of each model."""
+        return {name: float(values.sum() / self.bytes.sum() / np.log(2)) for name, values in self.nats.items()}
+
+    def differences(self, own: str = "hybrid") -> dict[str, list[float | None]]:
+        """{baseline: [its bits per byte minus the hybrid's, low, high]}, with the 95 % interval of the bootstrap.
+
+        Passages that follow each other are resampled together where there are many; of too few there is no interval
+        (None, None).
+        """
+        least, most = _UNITS
+        parts = np.array_split(np.arange(len(self.bytes)), min(most, len(self.bytes)))
+        sizes = np.array([self.bytes[part].sum() for part in parts])
+        out = {}
+        for name, values in self.nats.items():
+            if name != own:
+                gain = (values - self.nats[own]) / np.log(2)
+                sums = np.array([gain[part].sum() for part in parts])
+                pair = bootstrap(sums, sizes) if len(parts) >= least else (None, None)
+                out[name] = [float(sums.sum() / sizes.sum()), *pair]
+        return out
+
+    def to_dict(self, own: str = "hybrid") -> dict[str, Any]:
+        """Plain values, as `evaluation.json` and `stage.json` have them."""
+        return {
+            "tokens": int(self.tokens.sum()),
+            "bytes": int(self.bytes.sum()),
+            "losses": self.losses,
+            "bits_per_byte": self.bits_per_byte,
+            "differences": self.differences(own),
+            "missing": self.missing,
+        }
+
+
+def measure(
+    model: PreTrainedModel, passages: Passages, batch_size: int = 8, desc: str = "Evaluating", baselines: bool = True
+) -> Measured:
+    """What a hybrid, its components (by their own heads inside it) and their plain ensemble lose on passages.
+
+    Args:
+        model, batch_size, desc, baselines: As `compare_losses` takes them; on every rank.
+        passages: Passages.
+    """
+    nats = _row_nats(model, passages.rows, batch_size, desc, baselines)
+    return Measured(nats, passages.tokens, passages.bytes)
+
+
+def own_nats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Passages,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> np.ndarray:
+    """[passages] nats of any causal LM that reads the texts through its own tokenizer, behind its own start.
+
+    Args:
+        model: The model, on its device.
+        tokenizer: Its tokenizer.
+        passages: Passages.
+        batch_size: Texts per forward pass.
+        progress: Show a progress bar.
+
+    Raises:
+        ManticoreError: Its tokenizer does not know a piece of a text.
+    """
+    return text_nats(model, tokenizer, passages.texts, batch_size, passages.prompts, progress)
+
+
+def text_nats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_size: int = 8,
+    prompts: Sequence[str] | None = None,
+    progress: bool = True,
+) -> np.ndarray:
+    """[texts] nats, as `own_nats`; a text that is longer than the model reads is read in windows that overlap by half.
+
+    Args:
+        model, tokenizer, batch_size, progress: As `own_nats` takes them.
+        texts: Texts.
+        prompts: What is read before each, and not scored.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest if isinstance(longest, int) and longest > 1 else None
+    scores = token_logprobs(
+        model, tokenizer, texts, batch_size=batch_size, max_length=longest, stride=longest and longest // 2,
+        prompts=prompts, progress=progress,
+    )  # fmt: skip
+    return np.array([-sum(values) for values in scores])
+
+
+def ensemble_nats(models: Sequence[Callable], passages: Passages, size: int, batch_size: int = 8) -> np.ndarray:
+    """[passages] nats of the plain ensemble of models that share the hybrid's tokenizer.
+
+    Args:
+        models: Causal LMs.
+        passages: Passages.
+        size: Of the vocabulary, without rows that only pad.
+        batch_size: Passages per forward pass.
+    """
+    out, device = np.zeros(len(passages)), models[0].device
+    with torch.no_grad():
+        for numbers in length_batches([len(ids) for ids in passages.rows["input_ids"]], batch_size):
+            part = passages.rows[numbers]
+            ids, labels = pad(part["input_ids"], 0).to(device), pad(part["labels"], NO_LOSS)[:, 1:].to(device)
+            logits = [one(input_ids=ids, use_cache=False).logits[:, :-1, :size].float() for one in models]
+            mean = sum(one.log_softmax(-1) for one in logits) / len(models)
+            losses = F.cross_entropy(mean.transpose(1, 2), labels, reduction="none", ignore_index=NO_LOSS)
+            out[numbers] = losses.double().sum(1).cpu().numpy()
+    return out
+
+
+def name_of(data: DataArguments) -> str:
+    """What a text is called: its repository, or the name of its file."""
     local = Path(data.data)
-    return {"data": local.name if local.exists() else data.data, "tokens": tokens, "note": note}
+    return local.name if local.exists() else data.data
 
 
-def run_evaluate(
-    source: str | os.PathLike, data: DataArguments, batch_size: int = 8, output: str | os.PathLike | None = None
-) -> dict[str, float]:
-    """Prints (and writes) the losses of a saved hybrid and its baselines on a text.
-
-    Args:
-        source: Hybrid: directory or Hub repo.
-        data: DataArguments with validation_fraction 0.
-        batch_size: Rows per forward pass.
-        output: Directory for `evaluation.json`, or None.
-
-    Returns:
-        As `compare_losses`.
-    """
-    model = ManticoreForCausalLM.from_pretrained(source, dtype="float32")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    rows, _ = load_rows(data, AutoTokenizer.from_pretrained(source))
-    losses = compare_losses(model, rows, batch_size)
-    print(f"{source} on {data.data}: {len(rows) * data.block_size:,} tokens, nats per token")
-    for name, loss in losses.items():
-        print(f"{name:>24}  {loss:.4f}")
-    if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        result = json.dumps({**measured_on(data, rows), "losses": losses}, indent=1)
-        (Path(output) / "evaluation.json").write_text(result + "\n")
-    return losses
+def how_measured(data: DataArguments) -> str:
+    """A sentence on how losses on a text were measured."""
+    part = f"{data.validation_fraction:.0%} of it, held out" if data.validation_fraction else "All of it"
+    return (
+        f"{part}; for every component its own head inside this hybrid, for the ensemble their plain mean; a component "
+        "as it came reads the same text through its own tokenizer, untrained. Nats per token count the hybrid's tokens."
+    )

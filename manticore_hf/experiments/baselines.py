@@ -84,8 +84,7 @@ class Benchmark:
         raise NotImplementedError
 
     def pick(self, scores: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> tuple[list, list]:
-        (
-            """Predicted and wanted labels of a batch, each a list.
+        """Predicted and wanted labels of a batch, each a list.
 
         Args:
             scores: [batch, ..., labels], of one model or of the ensemble.
@@ -94,8 +93,6 @@ class Benchmark:
         Returns:
             (predicted, wanted): lists of as many entries.
         """
-            ""
-        )
         raise NotImplementedError
 
     def measure(self, guesses: list, wanted: list) -> dict[str, float]:
@@ -148,8 +145,7 @@ class Benchmark:
         return results + [self.single(family, 0) for family in others]
 
     def single(self, family: str, index: int) -> dict[str, Any]:
-        (
-            """Trains and scores one component alone.
+        """Trains and scores one component alone.
 
         Args:
             family: Model type.
@@ -158,8 +154,6 @@ class Benchmark:
         Returns:
             The result, as its JSON file has it.
         """
-            ""
-        )
         return self._run(family, {"model": family, "start": index}, lambda: self._build(family, index), keep=True)
 
     def hybrid(self, families: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,7 @@
 
 import argparse
 
-from manticore_hf.utils.options import Parser, Renamed
-
-
-class _RenamedSwitch(Renamed):
-    """An option under its old name that takes no value and stands for its `const`."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        super().__call__(parser, namespace, self.const, option_string)
+from manticore_hf.utils.options import Parser, RenamedSwitch
 
 
 def add_models(parser: Parser, layers: int) -> None:
@@ -29,7 +22,7 @@ def add_models(parser: Parser, layers: int) -> None:
         help="also train each of the hybrid's components alone",
     )
     for old, new, value in (("--rivals", "--baselines", True), ("--no-rivals", "--no-baselines", False)):
-        parser.add_argument(old, dest="baselines", action=_RenamedSwitch, new=new, nargs=0, const=value)
+        parser.add_argument(old, dest="baselines", action=RenamedSwitch, new=new, const=value)
     parser.add_argument(
         "--designed",
         action="store_true",

@@ -20,7 +20,17 @@ from manticore_hf.hub.card_merge import Card
 from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.hub.licenses import DUTIES, LICENSES, Combined, combine
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
-from manticore_hf.utils.formatting import Safe, escape, link, listed, markdown_environment, short_bytes, short_count
+from manticore_hf.utils.claims import AS_IT_CAME, claim
+from manticore_hf.utils.formatting import (
+    Safe,
+    escape,
+    is_number,
+    link,
+    listed,
+    markdown_environment,
+    short_bytes,
+    short_count,
+)
 from manticore_hf.utils.task_types import kind_of
 
 TAGS = ("manticore", "hybrid", "merge")
@@ -39,6 +49,9 @@ class Result:
         own: Label of the hybrid itself.
         tokens: Tokens it was measured on, if known.
         note: A sentence on how it was measured.
+        bits: {label: bits per byte}, as far as known.
+        size: Bytes of text, if known.
+        differences: {baseline: [bits per byte minus the hybrid's, low, high]}, as far as known.
     """
 
     data: str
@@ -46,6 +59,9 @@ class Result:
     own: str = "hybrid"
     tokens: int | None = None
     note: str | None = None
+    bits: dict = field(default_factory=dict)
+    size: int | None = None
+    differences: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -143,7 +159,7 @@ def read_results(directory: str | os.PathLike) -> list[Result]:
             continue
         for value in values if isinstance(values, list) else [values]:
             losses = value.get("losses") if isinstance(value, dict) else None
-            if not isinstance(losses, dict) or not losses or not all(map(_is_loss, losses.values())):
+            if not isinstance(losses, dict) or not losses or not all(map(is_number, losses.values())):
                 continue
             tokens, note = value.get("tokens"), value.get("note")
             data = str(value.get("data") or "the validation text")
@@ -154,11 +170,24 @@ def read_results(directory: str | os.PathLike) -> list[Result]:
                     data,
                     {str(label): float(loss) for label, loss in losses.items()},
                     str(value.get("own", "hybrid")),
-                    tokens if type(tokens) is int else None,
+                    tokens if type(tokens) is int and is_number(tokens) else None,
                     note if isinstance(note, str) else None,
+                    _known(value.get("bits_per_byte"), is_number),
+                    value["bytes"] if type(value.get("bytes")) is int and is_number(value["bytes"]) else None,
+                    _known(value.get("differences"), _is_difference),
                 )
             )
     return out
+
+
+def _known(values, fits):
+    """The values of a dictionary that have the right form."""
+    values = values if isinstance(values, dict) else {}
+    return {str(key): value for key, value in values.items() if fits(value)}
+
+
+def _is_difference(value):
+    return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
 
 
 def _metadata(config, kind, facts, results, recipe, license, license_name):
@@ -176,7 +205,9 @@ def _metadata(config, kind, facts, results, recipe, license, license_name):
         for metric, name, value in (
             ("loss", "nats per token", result.losses[result.own]),
             ("perplexity", "perplexity", math.exp(min(result.losses[result.own], 700.0))),
+            ("bits_per_byte", "bits per byte", result.bits.get(result.own)),
         )
+        if value is not None
     ]
     datasets = list(dict.fromkeys([*facts.datasets, *_datasets_of(recipe)]))
     other = {"license_name": license_name or "other", "license_link": LICENSE_FILE}
@@ -294,30 +325,33 @@ def _licenses(facts, combined):
 
 
 def _show(result):
-    """A Result as the template prints it: best first, with the distance to the best baseline."""
-    own, baselines = result.losses[result.own], {k: v for k, v in result.losses.items() if k != result.own}
-    best = min(baselines, key=baselines.get)
-    gain = baselines[best] - own
+    """A Result as the template prints it: best first, with what may be said of the best baseline."""
+    baselines = {k: v for k, v in result.losses.items() if k != result.own}
+    order = result.bits if set(result.losses) <= set(result.bits) else result.losses
+    best = min(baselines, key=order.get)
     rows = [
         {
             "label": Safe(f"**{escape(label)} (this model)**") if label == result.own else label,
-            "loss": f"{loss:.4f}",
-            "perplexity": f"{math.exp(min(loss, 700.0)):.2f}",
+            "bits": f"{result.bits[label]:.4f}" if label in result.bits else "–",
+            "loss": f"{result.losses[label]:.4f}",
+            "perplexity": f"{math.exp(min(result.losses[label], 700.0)):.2f}",
         }
-        for label, loss in sorted(result.losses.items(), key=lambda item: item[1])
+        for label in sorted(result.losses, key=order.get)
     ]
-    word = "better" if gain > 0 else "worse"
     size = f", {result.tokens:,} tokens" if result.tokens else ""
+    size += f", {result.size:,} bytes" if result.size else ""
     note = f" {result.note}" if result.note else ""
-    return {
-        "title": f"On {result.data}{size}.{note}",
-        "rows": rows,
-        "verdict": f"It is {abs(gain):.4f} nats per token {word} than the best baseline listed ({best}).",
-    }
+    verdict = claim(f"the best baseline listed ({best})", result.differences.get(best), result.size)
+    if not any(label.endswith(AS_IT_CAME.format("")) for label in baselines):
+        verdict += (
+            " The components as they came, with their own tokenizers, were not measured on this text; "
+            "`manticore-hf evaluate` does that."
+        )
+    return {"title": f"On {result.data}{size}.{note}", "rows": rows, "verdict": verdict}
 
 
 def _alpha(config, found):
-    """[S][K] mixture weights, None where they cannot be read; a hardened block has all of its own component."""
+    """[S][K] mixture weights, None where they cannot be read; a pruned block has all of its own component."""
     if config.route:
         return [[float(name == one) for one in config.component_names] for name in config.route]
     out = [[0.0] * len(config.component_names) for _ in range(config.num_blocks)]
@@ -355,10 +389,6 @@ def _version(package):
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def _is_loss(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read(path):

@@ -13,6 +13,9 @@ def add_options(parser: Parser) -> None:
     )
     parser.add_argument("model", help="directory or Hub repo")
     parser.add_argument("--revision", help="revision of a Hub repo")
+    parser.add_argument(
+        "--verify", action="store_true", help="hash the components' weight files in the local cache anew (no downloads)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -20,4 +23,4 @@ def main(args: argparse.Namespace) -> None:
     """Prints what the hybrid is."""
     from manticore_hf.hub.inspection import run_inspect
 
-    run_inspect(args.model, args.revision, args.json)
+    run_inspect(args.model, args.revision, args.json, args.verify)

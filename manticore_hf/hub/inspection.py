@@ -6,8 +6,6 @@ The model is built on the meta device: shapes without storage. FLOPs are counted
 `tokens` tokens without a past. Only the mixture weights are read from the hybrid's own file, by their byte range.
 """
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -29,9 +27,11 @@ from manticore_hf.hub.provenance import (
     print_state,
     read_header,
     repository,
+    verify_cached,
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.utils.flops import count_flops
+from manticore_hf.utils.formatting import listed_some, printable_output
 from manticore_hf.utils.objective import say_objective
 from manticore_hf.utils.task_types import KINDS, kind_of, labels_of, quantization_of
 
@@ -172,7 +172,15 @@ def _alpha(model, source, revision):
     names = ["hybrid_mixer.alpha_logits"] + ["hybrid_mixer.token_gate.linear.bias"] * (model.config.mixture == "token")
     try:
         logits = [_read_tensor(source, name, revision) for name in names]
-    except (OSError, KeyError, ValueError, TypeError, RecursionError, HTTPError):  # damaged, or hostile
+    except (
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RuntimeError,
+        HTTPError,
+    ):  # damaged, or hostile
         return None
     count = len(model.config.component_names)
     if any(tuple(one.shape) != shape for one, shape in zip(logits, [(model.config.num_blocks, count), (count,)])):
@@ -218,7 +226,7 @@ def print_inspection(source: str, found: dict[str, Any]) -> None:
     if found["quantization"] is not None:
         print(f"its linear maps are packed in {found['quantization']}: bytes below are those of floating point")
     if "labels" in task:
-        shown = ", ".join(task["labels"][:_SHOWN_LABELS]) + (", ..." if len(task["labels"]) > _SHOWN_LABELS else "")
+        shown = listed_some(task["labels"], _SHOWN_LABELS)
         print(f"{len(task['labels'])} labels: {shown}; {task['problem']}")
     print(", ".join(f"{key}={value}" for key, value in found["settings"].items() if value is not None))
     print("\ncomponents")
@@ -249,13 +257,14 @@ def _numbers(row):
     return "".join(f"{row[key]:>15,.0f}" for key in keys)
 
 
-def run_inspect(source: str, revision: str | None = None, as_json: bool = False) -> None:
+def run_inspect(source: str, revision: str | None = None, as_json: bool = False, verify: bool = False) -> None:
     """`manticore-hf inspect`: prints what a hybrid is and costs, where its repository is, and how its components are.
 
     Args:
         source: Directory or Hub repo.
         revision: Revision of a Hub repo.
         as_json: Print plain values instead of tables.
+        verify: Hash the components' weight files in the local cache anew; damaged ones are removed there.
 
     Raises:
         ManticoreError: There is no hybrid that can be read.
@@ -266,12 +275,12 @@ def run_inspect(source: str, revision: str | None = None, as_json: bool = False)
         for entry in found["components"]:
             if entry["weights"] == "reference":
                 entry["state"] = component_state(entry)
+                if verify:
+                    entry["state"]["cache"] = verify_cached(entry)
     except (OSError, HTTPError) as err:
         raise ManticoreError(f"{source!r} cannot be read as a hybrid: {err}") from err
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        with contextlib.redirect_stdout(io.StringIO()) as text:
+        with printable_output():  # names of files are a stranger's, too
             print_inspection(source, found)
-        # Names of files are a stranger's, too: none of them may command the terminal.
-        print("".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text.getvalue()), end="")

@@ -9,14 +9,19 @@ import json
 import re
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
-from huggingface_hub import HfApi, HfFileSystem
+from huggingface_hub import HfApi, HfFileSystem, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from manticore_hf import modeling
+from manticore_hf.modeling.bounds_manticore import ManticoreError
+from manticore_hf.modeling.references_manticore import verify, where
+from manticore_hf.utils.formatting import listed_some
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LARGEST_HEADER = 50_000_000
+_MOST_PARTS = 64
 
 
 def repository(source: str, revision: str | None = None) -> dict:
@@ -92,7 +97,31 @@ def component_state(entry: dict) -> dict:
     }
 
 
-def read_header(opened) -> tuple[dict, int]:
+def verify_cached(entry: dict) -> dict[str, list[str]]:
+    """Hashes a referenced component's files in the local cache, whether they have passed before or not.
+
+    Args:
+        entry: Its entry in the configuration.
+
+    Returns:
+        {"verified", "damaged" (and removed from the cache), "absent": names of its recorded files}.
+    """
+    out = {"verified": [], "damaged": [], "absent": []}
+    for name, digest in sorted((entry["files"] or {}).items()):
+        in_repo = f"{entry['subfolder']}/{name}" if entry["subfolder"] else name
+        path = try_to_load_from_cache(entry["repo_id"], in_repo, revision=entry["revision"])
+        kind = "absent"
+        if isinstance(path, str):
+            try:
+                verify(path, digest, f"{where(entry)}: {name}", anew=True)
+                kind = "verified"
+            except ManticoreError:
+                kind = "damaged"
+        out[kind].append(name)
+    return out
+
+
+def read_header(opened: BinaryIO) -> tuple[dict, int]:
     """The header of an opened safetensors file, and the offset at which its data begin.
 
     Raises:
@@ -108,7 +137,7 @@ def read_header(opened) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def open_weights(source: str, name: str, revision: str | None = None):
+def open_weights(source: str, name: str, revision: str | None = None) -> BinaryIO:
     """Opens a file of a hybrid for reading by byte ranges, without fetching the rest of it."""
     if Path(source).is_dir():
         return open(Path(source) / name, "rb")
@@ -127,7 +156,8 @@ def _count_tensors(source, name, revision):
     for key in header:
         if key != "__metadata__":
             part = key.partition(".")[0]
-            out[part] = out.get(part, 0) + 1
+            known = len(part) <= 100 and (part in out or len(out) < _MOST_PARTS)
+            out[part if known else "others"] = out.get(part if known else "others", 0) + 1
     return out
 
 
@@ -141,7 +171,7 @@ def print_repository(source: str, found: dict) -> None:
     access = "" if found["commit"] is None else ", private" if found["private"] else ", gated" if found["gated"] else ""
     at = "" if found["commit"] is None else f"@{found['commit']}"
     print(f"\nrepository: {source}{at}{access}: {len(found['files'])} files, {sum(found['files'].values()):,} bytes")
-    for name, parts in found["own"].items():
+    for name, parts in list(found["own"].items())[:_MOST_PARTS]:
         held = ", ".join(f"{count} of {part}" for part, count in parts.items()) or "its header cannot be read"
         print(f"  {name}: {found['files'][name]:,} bytes, tensors: {held}")
     by_kind = {kind: [name for name, one in found["code"].items() if one == kind] for kind in ("different", "unknown")}
@@ -149,9 +179,9 @@ def print_repository(source: str, found: dict) -> None:
     print(f"  code: {same} files as in the installed manticore-hf (run only with trust_remote_code=True)")
     for kind, word in (("different", "other content than in"), ("unknown", "not in")):
         if by_kind[kind]:
-            print(f"  CODE {word} the installed manticore-hf, read it: {', '.join(by_kind[kind])}")
+            print(f"  CODE {word} the installed manticore-hf, read it: {listed_some(by_kind[kind])}")
     if found["pickles"]:
-        print(f"  PICKLES (never read): {', '.join(found['pickles'])}")
+        print(f"  PICKLES (never read): {listed_some(found['pickles'])}")
 
 
 def print_state(state: dict) -> str:
@@ -159,4 +189,13 @@ def print_state(state: dict) -> str:
     size = "" if state["bytes"] is None else f", {state['bytes']:,} bytes"
     changed = f", NOT the recorded files: {', '.join(state['changed'])}" if state["changed"] else ""
     access = {"missing": "MISSING: the hybrid cannot be loaded", "unknown": "the Hub does not answer"}
-    return f"{access.get(state['access'], state['access'])}{size}{changed}"
+    return f"{access.get(state['access'], state['access'])}{size}{changed}{_print_cache(state.get('cache'))}"
+
+
+def _print_cache(cache):
+    if cache is None:
+        return ""
+    count = len(cache["verified"])
+    damaged = f", DAMAGED, removed from the cache: {', '.join(cache['damaged'])}" if cache["damaged"] else ""
+    absent = f", {len(cache['absent'])} not here" if cache["absent"] else ""
+    return f"; {count} {'file' if count == 1 else 'files'} verified{damaged}{absent}"

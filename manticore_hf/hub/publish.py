@@ -7,6 +7,7 @@ optimizer state, no logs. Nothing is committed over a commit that has come in be
 """
 
 import contextlib
+import copy
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -30,9 +32,11 @@ from transformers.utils import logging
 from manticore_hf.hub.card import LICENSE_FILE, Facts, make_card
 from manticore_hf.hub.card_merge import choose, merge
 from manticore_hf.hub.licenses import check, read_license
-from manticore_hf.hub.upload import REPLACED, collect, own_weights, refuse_tokens
+from manticore_hf.hub.upload import REPLACED, collect, own_weights, refuse_links, refuse_tokens
+from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.references_manticore import where
+from manticore_hf.modeling.weights_manticore import end_names
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +82,7 @@ def publish(
     card: str = "merge",
     datasets: list | tuple = (),
     tags: list | tuple = (),
-):
+) -> "Published":
     """Publishes a hybrid on the Hub.
 
     Args:
@@ -110,6 +114,7 @@ def publish(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="manticore-publish-") as scratch, _explained(repo_id):
         directory = _directory(model, Path(scratch) / "model")
+        refuse_links(directory)
         config = ManticoreConfig.from_pretrained(directory)
         if recipe is not None:
             directory = _with_recipe(directory, recipe, Path(scratch) / "copy")
@@ -166,7 +171,7 @@ def update_card(
         logger.warning(notice)
 
 
-def look_at_components(config, api: HfApi) -> tuple[dict, dict, list[str]]:
+def look_at_components(config: ManticoreConfig, api: HfApi) -> tuple[dict, dict, list[str]]:
     """What a publisher has to know of the components' repositories.
 
     Args:
@@ -239,9 +244,26 @@ def write_card(directory: Path, made: Path, facts: Facts, present: str | None) -
 def _weights(paths, config, sizes):
     """(bytes of own weights, bytes that stay elsewhere, names of the referenced components that were changed)."""
     own = own_weights(paths, config.component_names)
-    # What was changed is here after all; the last few bytes of a file are its header.
-    elsewhere = sum(size - own[name] for name, size in sizes.items() if own[name] < 0.95 * size)
+    elsewhere = 0
+    for name, size in sizes.items():
+        unused, table = _tables(config, name)
+        read, changed = size * (1 - unused), own[name] - table
+        # What was changed is here after all; the last few bytes of a file are its header.
+        elsewhere += round(read - changed) if changed < 0.95 * read else 0
     return sum(own.values()), elsewhere, {name for name in sizes if own[name]}
+
+
+def _tables(config, name):
+    """Share of a component's checkpoint that nobody reads because its vocabulary was transplanted; bytes of the new."""
+    entry = next(entry for entry in config.components if entry["name"] == name)
+    if entry["transplant"] is None:
+        return 0.0, 0
+    with torch.device("meta"):
+        part = build_component(f"Component {name!r}", copy.deepcopy(getattr(config, name)))
+    whole, keys = sum(one.numel() for one in part.parameters()), end_names(part)
+    ends = sum(one.numel() for key, one in part.named_parameters() if key in keys)
+    table = ends * entry["transplant"]["vocab_size"] / part.get_input_embeddings().weight.shape[0]
+    return table / (whole - ends + table), ends * (config.dtype or torch.float32).itemsize
 
 
 def _validate(text):
@@ -369,7 +391,7 @@ def _read(path):
         raise ManticoreError(f"{path} is no UTF-8 text ({err}); repair it.") from err
 
 
-def print_published(out) -> None:
+def print_published(out: "Published") -> None:
     """Prints what was published, or would be."""
     width = max(map(len, out.files))
     for name, size in out.files.items():

@@ -25,7 +25,7 @@ def add_options(parser: Parser) -> None:
     )
     parser.add_argument("--recipe", help="recipe that made it (default: recipe.yaml in the directory)")
     parser.add_argument("--license", help="the hybrid's licence (default: the one that satisfies all components')")
-    parser.add_argument("--commercial", action="store_true", help="commercial use is wanted: refuse what excludes it")
+    parser.add_argument("--commercial", action="store_true", help="commercial use is wanted: no licence may exclude it")
     parser.add_argument("--override-licenses", action="store_true", help="publish although licences conflict")
     parser.add_argument(
         "--card",

@@ -1,6 +1,7 @@
 """Which files of a hybrid's directory are published, and what must not be in them."""
 
 import math
+import mmap
 import os
 import re
 import shutil
@@ -8,16 +9,18 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
 from manticore_hf.modeling.references_manticore import where
 from manticore_hf.modeling.saving_manticore import copy_code
+from manticore_hf.utils.files import stays_inside
 
 _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 _TAKEN = re.compile(
     r"config\.json|generation_config\.json|[a-z0-9_]+_manticore\.py|recipe\.yaml|evaluation\.json|LICENSE(\.\w+)?|NOTICE"
 )
+_FOLDERS = ("plots", "additional_chat_templates")  # below the directory, of which something may be published
 _PLOT = re.compile(r"[\w.-]+\.png")
 REPLACED = re.compile(r"model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|[a-z0-9_]+_manticore\.py|plots/[\w.-]+\.png")
 """Files of an earlier push that would be read, or shown, beside those of this one."""
@@ -37,13 +40,13 @@ _ITEM_BITS = {
     "F8_E5M2": 8,
     "F4": 4,
 }
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
 
 def collect(
     directory: str | os.PathLike,
     made: str | os.PathLike,
-    config,
+    config: PreTrainedConfig,
     tokenizer: object = None,
     token: str | bool | None = None,
 ) -> tuple[dict, list[str]]:
@@ -158,7 +161,7 @@ def load_tokenizer(source: str | os.PathLike) -> object:
 
 
 def refuse_tokens(files: dict, token: str | bool | None = None) -> None:
-    """Raises ManticoreError if a text file holds an access token.
+    """Raises ManticoreError if a file holds an access token: every byte that goes is looked at, whatever its name.
 
     Args:
         files: {path in the repository: path here}.
@@ -166,13 +169,32 @@ def refuse_tokens(files: dict, token: str | bool | None = None) -> None:
     """
     own = [one.encode() for one in {token, get_token()} if isinstance(one, str) and len(one) >= 8]
     for name, path in files.items():
-        if not name.endswith((".safetensors", ".png")):
-            data = path.read_bytes()
-            if _TOKEN.search(data) or any(one in data for one in own):
-                raise ManticoreError(f"{name} holds an access token of the Hub; remove it there, and revoke the token.")
+        if not path.stat().st_size:
+            continue
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if _TOKEN.search(data) or any(data.find(one) >= 0 for one in own):
+                said = "holds an access token of the Hub; remove it there, and revoke the token."
+                raise ManticoreError(f"{name} {said}")
 
 
-def source_card(model) -> str | None:
+def refuse_links(directory: str | os.PathLike) -> None:
+    """Raises ManticoreError if something that is read for publishing is a link to what is not in the directory.
+
+    Args:
+        directory: Where the hybrid is.
+    """
+    directory = Path(directory)
+    below = [path for name in _FOLDERS for path in (directory / name).rglob("*")]
+    for path in [*directory.iterdir(), *below]:
+        if not stays_inside(path, directory):
+            name, to = path.relative_to(directory), os.path.realpath(path)
+            raise ManticoreError(
+                f"{name} in {str(directory)!r} is a link to {to!r}, which is not in the directory: "
+                "replace it by a copy if it is to be published, or remove it."
+            )
+
+
+def source_card(model: PreTrainedModel) -> str | None:
     """Path of the model card of the repository or directory that a hybrid was loaded from, or None.
 
     A saved hybrid keeps it: what people wrote there is about the hybrid, also after it was trained further.
@@ -204,4 +226,5 @@ class KeepsCard:
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, **kwargs):
         if (card := source_card(self)) is not None and not HfApi(token=token).file_exists(repo_id, "README.md"):
             shutil.copyfile(card, os.path.join(working_dir, "README.md"))  # Transformers has put an empty one there
+            files_timestamps.pop("README.md", None)
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, token=token, **kwargs)

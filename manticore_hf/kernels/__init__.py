@@ -19,7 +19,7 @@ def _with_triton(u, n, dtype):
     return find_scan(u, n, dtype)
 
 
-def register():
+def register() -> None:
     """Registers them for every copy of the scan in the process; again changes nothing."""
     register_scan("cpu", _with_numba)
     register_scan("cuda", _with_triton)

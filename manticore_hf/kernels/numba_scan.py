@@ -10,6 +10,7 @@ import importlib.util
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -104,7 +105,7 @@ def _build_kernel():
     return kernel
 
 
-def find_kernel(u: torch.Tensor, n: int, dtype: torch.dtype):
+def find_kernel(u: torch.Tensor, n: int, dtype: torch.dtype) -> Callable | None:
     """Returns the compiled kernel, or None where it does not apply, does not pay, or cannot be had."""
     pays = u.device.type == "cpu" and dtype == torch.float32 and u.numel() * n >= MIN_STATES
     if not pays or os.environ.get("MANTICORE_NUMBA") == "0":
@@ -121,17 +122,20 @@ def find_kernel(u: torch.Tensor, n: int, dtype: torch.dtype):
         return _found[0]
 
 
-def find_scan(u: torch.Tensor, n: int, dtype: torch.dtype):
+def find_scan(u: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[Callable, int] | None:
     """What `register_scan` asks for."""
     kernel = find_kernel(u, n, dtype)
     return None if kernel is None else (functools.partial(run_kernel, kernel), thread_count(u))
 
 
 def thread_count(u: torch.Tensor) -> int:
+    """Threads for inputs u [batch, channels, time]: as many as torch uses, and as there are tasks."""
     return max(1, min(torch.get_num_threads(), u.shape[0] * -(-u.shape[1] // _BLOCK)))
 
 
-def run_kernel(kernel, tensors, dB, dC, chunk, backward):
+def run_kernel(
+    kernel: Callable, tensors: tuple, dB: torch.Tensor, dC: torch.Tensor, chunk: int, backward: bool
+) -> None:
     """Runs the kernel on all (sequence, block of channels) pairs, split over as many threads as torch would use.
 
     The split is ours and not numba's `prange`, whose default threading layer aborts the process when two Python threads

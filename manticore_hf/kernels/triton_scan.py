@@ -16,6 +16,7 @@ import functools
 import os
 import threading
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -141,7 +142,7 @@ def _backward(
     tl.store(carry + b * n * d + tile, g, mask=inside)
 
 
-def find_triton(u: torch.Tensor, dtype: torch.dtype):
+def find_triton(u: torch.Tensor, dtype: torch.dtype) -> tuple | None:
     """Returns (forward, backward), compiled when first called, or None where they do not apply or cannot be had."""
     if not u.is_cuda or dtype != torch.float32 or triton is None or os.environ.get("MANTICORE_TRITON") == "0":
         return None
@@ -151,13 +152,13 @@ def find_triton(u: torch.Tensor, dtype: torch.dtype):
         return _found[0]
 
 
-def find_scan(u: torch.Tensor, n: int, dtype: torch.dtype):
+def find_scan(u: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[Callable, int] | None:
     """What `register_scan` asks for."""
     found = find_triton(u, dtype)
     return None if found is None else (functools.partial(run_triton, found), block_count(u.shape[1]))
 
 
-def build():
+def build() -> tuple:
     """The kernels, not compiled yet: once for a number of states, and not again for sizes that are multiples of 16."""
     return tuple(triton.jit(do_not_specialize=_SIZES)(kernel) for kernel in (_forward, _backward))
 
@@ -179,7 +180,9 @@ def block_count(d: int) -> int:
     return -(-d // CHANNELS)
 
 
-def run_triton(kernels, tensors, dB, dC, chunk, backward):
+def run_triton(
+    kernels: tuple, tensors: tuple, dB: torch.Tensor | None, dC: torch.Tensor | None, chunk: int, backward: bool
+) -> None:
     """Runs a kernel on tensors as `register_scan` says; dB and dC have a slice per block of channels."""
     u, A = tensors[0], tensors[2]
     (batch, time, d), n = u.shape, len(A)

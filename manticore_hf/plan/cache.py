@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, PreTrainedModel
 
 from manticore_hf.hub.inspection import layer_memory
-from manticore_hf.modeling.anatomy_manticore import Shell, layer_kind, one_of_each, pick_config
+from manticore_hf.modeling.layer_stack_manticore import Shell, layer_kind, one_of_each, pick_config
 from manticore_hf.plan import kernels
 
 _SHORT = 8  # tokens that no window is shorter than
@@ -41,14 +41,14 @@ def cache_sizes(model: PreTrainedModel, tokens: int, batch: int = 1) -> dict[str
 def _run(model, name, tokens, batch):
     """[(layers of a kind, what one of them holds)]."""
     component = model.component(name)
-    anatomy = model.segments.anatomy(name)
-    stack = component.get_submodule(anatomy.path)
-    layers = list(getattr(stack, anatomy.layers))
+    layout = model.segments.layout(name)
+    stack = component.get_submodule(layout.path)
+    layers = list(getattr(stack, layout.layers))
     first = one_of_each(layers)
     kinds = [layer_kind(layer) for layer in layers]
     shell, cache = Shell(stack), DynamicCache(config=stack.config)
     kept = nn.ModuleList([layers[i] for i in first])
-    shell.own = {"_modules": {**stack._modules, anatomy.layers: kept}, "config": pick_config(stack.config, first)}
+    shell.own = {"_modules": {**stack._modules, layout.layers: kept}, "config": pick_config(stack.config, first)}
     shell.follow()
     width = component.get_input_embeddings().weight.shape[1]
     was_training = stack.training
@@ -57,7 +57,7 @@ def _run(model, name, tokens, batch):
         with kernels.assumed("cpu"), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             hidden = torch.zeros(batch, tokens, width, device="meta", dtype=model.dtype)
             mask = torch.ones(batch, tokens, dtype=torch.long, device="meta")
-            given = {anatomy.cache_argument: cache} if anatomy.cache_argument is not None else {}
+            given = {layout.cache_argument: cache} if layout.cache_argument is not None else {}
             shell.module(inputs_embeds=hidden, attention_mask=mask, use_cache=True, **given)
     finally:
         stack.train(was_training)

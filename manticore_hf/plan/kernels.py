@@ -7,6 +7,7 @@ is stored: a quarter of the peak in the one run that was measured (BENCHMARKS).
 """
 
 import contextlib
+from collections.abc import Iterator
 from unittest import mock
 
 import torch
@@ -27,7 +28,7 @@ NOTES = {
 
 
 @contextlib.contextmanager
-def assumed(device):
+def assumed(device: str) -> Iterator[None]:
     """Context in which fake tensors take the paths that tensors on `device` ("cpu" or "cuda") would take."""
     with contextlib.ExitStack() as stack:
         # It looks at the values of positions, of which there are none. Rows of packed text have one sequence each.
@@ -54,7 +55,7 @@ def _without_dropout(*args, **kwargs):
     return _attend(*args, **{**kwargs, "dropout_p": 0.0})
 
 
-def group_experts(model):
+def group_experts(model: torch.nn.Module) -> None:
     """Lets experts run in groups: the only way whose sizes do not depend on where the router sends a token."""
     for name in model.config.component_names:
         if any(".experts." in key for key, _ in model.component(name).named_parameters()):
@@ -66,7 +67,7 @@ _device = ["cpu"]
 
 
 @contextlib.contextmanager
-def on(device):
+def on(device: str) -> Iterator[None]:
     """Context of a step on a device: `assumed`, and its scratch."""
     _device.append(device)
     try:
@@ -76,7 +77,7 @@ def on(device):
         _device.pop()
 
 
-def scratch(packet, args, kwargs):
+def scratch(packet: torch._ops.OpOverloadPacket, args: tuple, kwargs: dict) -> int:
     """Bytes that an operation allocates beside its results and frees before it returns.
 
     Args:

@@ -89,8 +89,8 @@ def layers_of(hybrid: PreTrainedModel) -> Iterator[nn.Module]:
     """The layers of all components, one after the other."""
     for name in hybrid.config.component_names:
         component = hybrid.component(name)
-        anatomy = hybrid.segments.anatomy(name)
-        yield from getattr(component.get_submodule(anatomy.path), anatomy.layers)
+        layout = hybrid.segments.layout(name)
+        yield from getattr(component.get_submodule(layout.path), layout.layers)
 
 
 def _count(parameters, trained=False):

@@ -39,6 +39,7 @@ def make_plan(
     sequence_length: int | None = None,
     batch_size: int | None = None,
     configs: str | Path | None = None,
+    allow_outside: bool = False,
 ) -> dict:
     """Plans the stages of a recipe, or the fine-tuning of a saved hybrid. Weights are not downloaded.
 
@@ -54,6 +55,7 @@ def make_plan(
         sequence_length: Tokens per row (default: the recipe's block_size).
         batch_size: Rows per device and micro-batch (default: the stages').
         configs: Directory with `org/name/config.json` of components, read instead of the Hub.
+        allow_outside: Whether the recipe's relative paths may leave the folder that it is in.
 
     Returns:
         Plain values: "components", "hybrid", "cache", "stages" with all options and the one chosen, "assumptions",
@@ -71,7 +73,7 @@ def make_plan(
     if sequence_length is not None:
         _positive("sequence_length", sequence_length)
     tokens = None if tokens is None else parse_count(tokens, "tokens")
-    subject = load_subject(source, configs)
+    subject = load_subject(source, configs, allow_outside)
     model = meta_hybrid(subject.config, subject.config.dtype or torch.float32)
     tasks = []
     for stage, settings in subject.stages:

@@ -39,6 +39,9 @@ def add_options(parser: Parser) -> None:
         "--configs",
         help="directory with org/name/config.json of components, read instead of the Hub (for gated or offline models)",
     )
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="let the recipe's relative paths leave the folder that it is in"
+    )
     parser.add_argument("--output-dir", help="also write plan.json, with every number, there")
 
 
@@ -48,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     from manticore_hf.plan.tables import print_plan
     from manticore_hf.utils.files import write_json
 
-    keys = ("device", "flops", "utilization", "reserve", "tokens", "batch_size", "configs")
+    keys = ("device", "flops", "utilization", "reserve", "tokens", "batch_size", "configs", "allow_outside")
     options = {"sequence_length": args.block_size, **{key: getattr(args, key) for key in keys}}
     with quietly():
         plan = make_plan(args.recipe, args.devices, args.memory, **options)

@@ -31,7 +31,7 @@ class Task:
         settings: As the recipe has them.
         config: The ManticoreConfig that it trains.
         trains: As `set_stage` takes it; None for a calibration.
-        teacher: Configuration of the soft hybrid that a hardened one learns from, or None.
+        teacher: Configuration of the soft hybrid that a pruned one learns from, or None.
         dtype, autocast: Of the weights; of mixed precision, or None.
         converts: The dtype that they are stored in, where it is another; else None.
         batch, accumulation, length, checkpointing: Rows per device, micro-batches per step, tokens per row, and whether
@@ -94,10 +94,10 @@ def make_task(
         if note not in subject.notes:
             subject.notes.append(note)
     config, teacher = subject.config, None
-    if stage in ("finetune", "harden"):
+    if stage in ("finetune", "prune"):
         config = _fixed(config)
-    if stage == "harden" and config.route is None:
-        config, teacher = _hardened(config, given, subject)
+    if stage == "prune" and config.route is None:
+        config, teacher = _pruned(config, given, subject)
     dtype = given["calibration_dtype" if stage == "calibrate" else "train_dtype"]
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ManticoreError(f"{stage}: {dtype!r} is no dtype of torch; give for example 'bfloat16'.")
@@ -148,8 +148,8 @@ def _fixed(config):
     return config
 
 
-def _hardened(config, settings, subject):
-    """(configuration of the hardened hybrid, of its teacher or None)."""
+def _pruned(config, settings, subject):
+    """(configuration of the pruned hybrid, of its teacher or None)."""
     route = settings["route"]
     if "," in route:
         names = route.split(",")
@@ -157,7 +157,7 @@ def _hardened(config, settings, subject):
         model = meta_hybrid(config)
         sizes = {name: weigh(model.component(name), model).count for name in config.component_names}
         names = [max(sizes, key=sizes.get)] * config.num_blocks
-        subject.notes.append(f"harden: the route is not known yet; planned is the largest component ({names[0]})")
+        subject.notes.append(f"prune: the route is not known yet; planned is the largest component ({names[0]})")
     else:
         names = [route] * config.num_blocks
     values = config.to_dict()
@@ -169,7 +169,7 @@ def _hardened(config, settings, subject):
     try:
         hard = ManticoreConfig.from_dict(values)
     except ManticoreError as err:
-        raise ManticoreError(f"harden: route={route!r} cannot be planned: {err}") from err
+        raise ManticoreError(f"prune: route={route!r} cannot be planned: {err}") from err
     return hard, config if settings["distil_weight"] > 0 else None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.modeling.anatomy_manticore import layer_kind, pick_config
+from manticore_hf.modeling.layer_stack_manticore import layer_kind, pick_config
 from manticore_hf.plan.ledger import Ledger
 
 
@@ -55,10 +55,10 @@ def shrink(model: ManticoreForCausalLM, ledger: Ledger, label: str | None = None
     ranges, shorter = model.segments.ranges, {}
     for name in model.config.component_names:
         component = model.component(name)
-        anatomy = model.segments.anatomy(name)
-        component.__dict__["_anatomy"] = anatomy  # its layers are no longer all there
-        stack = component.get_submodule(anatomy.path)
-        layers = list(getattr(stack, anatomy.layers))
+        layout = model.segments.layout(name)
+        component.__dict__["_layout"] = layout  # its layers are no longer all there
+        stack = component.get_submodule(layout.path)
+        layers = list(getattr(stack, layout.layers))
         dropped, marks = set(), {}
         for (other, block), (start, stop) in ranges.items():
             found = None if other != name else find_period([layer_kind(layer) for layer in layers[start:stop]])
@@ -75,7 +75,7 @@ def shrink(model: ManticoreForCausalLM, ledger: Ledger, label: str | None = None
                 shorter[other, block] = (kept.index(start), kept.index(stop - 1) + 1)
         if dropped:
             left = [Marked(layers[i], ledger, *marks[i]) if i in marks else layers[i] for i in kept]
-            setattr(stack, anatomy.layers, nn.ModuleList(left))
+            setattr(stack, layout.layers, nn.ModuleList(left))
             stack.config = pick_config(stack.config, kept)
     model.segments.recut({key: shorter[key] for key in ranges})
 

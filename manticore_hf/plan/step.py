@@ -134,7 +134,7 @@ class Rehearsal:
             return self._count(run, batch, length)
 
     def _distance(self, logits, ids, autocast):
-        """As HealTrainer's, with every token labelled."""
+        """As DistilTrainer's, with every token labelled."""
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             with torch.no_grad():
                 target = self.teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)

@@ -40,12 +40,13 @@ class Subject:
     notes: list = field(default_factory=list)
 
 
-def load_subject(source: str | Path, configs: str | Path | None = None) -> Subject:
+def load_subject(source: str | Path, configs: str | Path | None = None, allow_outside: bool = False) -> Subject:
     """Reads a recipe, or a saved hybrid, without weights.
 
     Args:
         source: A recipe (.yaml), a directory of a saved hybrid or its Hub repo. Hybrids are planned to be fine-tuned.
         configs: Directory with `org/name/config.json` of components, read instead of the Hub where they are there.
+        allow_outside: Whether a recipe's relative paths may leave the folder that it is in.
 
     Returns:
         The Subject.
@@ -54,7 +55,9 @@ def load_subject(source: str | Path, configs: str | Path | None = None) -> Subje
         ManticoreError: Something cannot be read or joined.
     """
     if Path(source).suffix in (".yaml", ".yml") or Path(source).is_file():
-        return _from_recipe(load_recipe(source), configs)
+        recipe = load_recipe(source)
+        recipe.allow_outside = allow_outside
+        return _from_recipe(recipe, configs)
     try:
         config = ManticoreConfig.from_pretrained(source)
     except (OSError, HTTPError, ValueError) as err:
@@ -97,7 +100,7 @@ def _from_recipe(recipe, configs):
 
 
 def _find(item, recipe, configs):
-    item = find_beside(item, recipe.path.parent)
+    item = find_beside(item, recipe)
     spec = ComponentSpec.of(item)
     if configs is not None and not os.path.isdir(item):
         folder = Path(configs) / item.partition("@")[0]

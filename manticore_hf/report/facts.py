@@ -12,9 +12,11 @@ from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.hub.licenses import combine
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.report.comparison import find_comparison, read_comparison
-from manticore_hf.training.recipe import load_recipe, stage_data
+from manticore_hf.training.recipe import load_kept_recipe, stage_data
 from manticore_hf.training.search import alpha_history
-from manticore_hf.utils.formatting import listed
+from manticore_hf.utils.claims import AS_IT_CAME
+from manticore_hf.utils.files import stays_inside
+from manticore_hf.utils.formatting import is_number, listed
 
 _STAGE = re.compile(r"(\d+)-([a-z]+)")
 
@@ -40,7 +42,7 @@ class Stage:
     @property
     def seconds(self) -> float | None:
         """Seconds of training, or None where no log says."""
-        return next((row["train_runtime"] for row in reversed(self.log) if "train_runtime" in row), None)
+        return next((row["train_runtime"] for row in reversed(self.log) if is_number(row.get("train_runtime"))), None)
 
     def series(self, key: str) -> dict[str, tuple[list[int], list[float]]]:
         """What was logged under a key, or below it ("loss" takes "loss/mixture", too).
@@ -52,7 +54,7 @@ class Stage:
         for row in self.log:
             for name, value in row.items():
                 fits = name == key or name.startswith(key if key.endswith("/") else f"{key}/")
-                if fits and isinstance(value, (int, float)) and isinstance(row.get("step"), int):
+                if fits and is_number(value) and type(row.get("step")) is int and is_number(row["step"]):
                     steps, values = out.setdefault(name, ([], []))
                     steps.append(row["step"])
                     values.append(value)
@@ -78,6 +80,7 @@ class Facts:
         comparison_path: Where it is.
         recipe: Path of the recipe that made it, or None.
         measured: {name: measurement}, filled by `run`.
+        directory: What the user named: that directory, or the one of its run.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Facts:
     comparison_path: Path | None = None
     recipe: Path | None = None
     measured: dict = field(default_factory=dict)
+    directory: Path | None = None
 
 
 def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = None) -> Facts:
@@ -108,6 +112,7 @@ def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = 
     """
     directory = Path(directory)
     folder, stages = _stages(directory)
+    _refuse_links(directory, {directory, folder, *(stage.folder for stage in stages)})
     found = inspect_hybrid(str(folder))
     licenses = {entry["name"]: entry["license"] for entry in found["components"]}
     path = find_comparison(directory, comparison)
@@ -125,7 +130,18 @@ def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = 
         None if path is None else read_comparison(path),
         path,
         recipe,
+        directory=directory,
     )
+
+
+def _refuse_links(directory, folders):
+    """A downloaded directory may have links to files of its reader's, pieces of which would be shown."""
+    for path in (path for folder in folders for path in folder.glob("*.*")):
+        if path.suffix in (".json", ".yaml", ".md") and not stays_inside(path, path.parent):
+            raise ManticoreError(
+                f"{str(path)!r} is a link to {os.path.realpath(path)!r}, which is not in the directory: replace it by "
+                "a copy if it belongs to the hybrid, or remove it."
+            )
 
 
 def _stages(directory):
@@ -164,13 +180,14 @@ def _stage(folder):
     log = state.get("log_history")
     log = [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []
     flops = state.get("total_flos")
-    return Stage(folder.name, folder, result, log, flops if isinstance(flops, (int, float)) and flops else None)
+    return Stage(folder.name, folder, result, log, flops if is_number(flops) and flops > 0 else None)
 
 
 def _last_state(folder):
     """What the newest checkpoint says, of a stage that keeps no log of its own."""
     states = [_json(path) for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max((s for s in states if s), key=lambda state: state.get("global_step", 0), default={})
+    states = [state for state in states if state and is_number(state.get("global_step", 0))]
+    return max(states, key=lambda state: state.get("global_step", 0), default={})
 
 
 def _json(path):
@@ -186,35 +203,73 @@ def _name(directory, folder):
     return f"{path.parent.name}/{path.name}" if _STAGE.fullmatch(path.name) else path.name
 
 
-def one_run(facts: Facts) -> tuple[dict[str, float], str, str] | None:
-    """(losses by name, the hybrid's name, a note) of one run, or None where no baseline was measured beside the hybrid.
+@dataclass
+class OneRun:
+    """What one run measured of a hybrid and its baselines.
 
-    What `evaluation.json` or `stage.json` says; several texts with the same rows as one, weighted by their tokens. Else
-    what was measured for this report.
+    Args:
+        losses: {name: nats per token of the hybrid's tokenizer}.
+        own: The hybrid's name.
+        note: What it was measured on, and how.
+        bits: {name: bits per byte}, as far as known.
+        size: Bytes of text, None if unknown.
+        differences: {baseline: [bits per byte minus the hybrid's, low, high]}, as far as known.
+        missing: {name: why it was not measured}.
     """
-    results = [one for one in facts.results if len(one.losses) > 1 and one.own in one.losses]
-    if results:
-        first = results[0]
-        alike = all(one.tokens and one.own == first.own and set(one.losses) == set(first.losses) for one in results)
-        some = results if alike else [first]
-        weights = [one.tokens or 1 for one in some]
-        losses = {
-            name: sum(one.losses[name] * weight for one, weight in zip(some, weights)) / sum(weights)
-            for name in first.losses
-        }
-        return losses, first.own, f"One run, {listed([one.data for one in some])}. {first.note or ''}".strip()
+
+    losses: dict[str, float]
+    own: str
+    note: str
+    bits: dict[str, float] = field(default_factory=dict)
+    size: int | None = None
+    differences: dict[str, list] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_untouched(self) -> bool:
+        """Whether a component as it came is among the baselines."""
+        return any(name.endswith(AS_IT_CAME.format("")) for name in self.losses)
+
+
+def one_run(facts: Facts) -> OneRun | None:
+    """What one run says, or None where no baseline was measured beside the hybrid.
+
+    What `evaluation.json` or `stage.json` says; several texts with the same rows as one, weighted by their tokens, and
+    then without intervals. What was measured for this report comes first where only it has the components as they came.
+    """
     measured = facts.measured.get("losses")
+    found = None
     if measured and len(measured["losses"]) > 1:
         note = (
-            f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens. Every component by its own head "
-            "inside this hybrid, the ensemble their plain mean."
+            f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens, {measured['bytes']:,} bytes. Every "
+            "component by its own head inside this hybrid, the ensemble their plain mean; as it came, by its own "
+            "tokenizer, untrained. Nats per token count the hybrid's tokens."
         )
-        return measured["losses"], "hybrid", note
-    return None
+        keys = ("bits_per_byte", "bytes", "differences", "missing")
+        found = OneRun(measured["losses"], "hybrid", note, *(measured[key] for key in keys))
+    results = [one for one in facts.results if len(one.losses) > 1 and one.own in one.losses]
+    if not results:
+        return found
+    first = results[0]
+    alike = all(one.tokens and one.own == first.own and set(one.losses) == set(first.losses) for one in results)
+    some = results if alike else [first]
+    told = f"One run, {listed([one.data for one in some])}. {first.note or ''}".strip()
+    if len(some) == 1:
+        said = OneRun(first.losses, first.own, told, first.bits, first.size, first.differences)
+    else:
+        losses = _mean([one.losses for one in some], [one.tokens for one in some])
+        known = all(one.size and set(one.bits) == set(first.losses) for one in some)
+        bits = _mean([one.bits for one in some], [one.size for one in some]) if known else {}
+        said = OneRun(losses, first.own, told, bits, sum(one.size for one in some) if known else None)
+    return found if found is not None and found.has_untouched and not said.has_untouched else said
+
+
+def _mean(values, weights):
+    return {name: sum(one[name] * w for one, w in zip(values, weights)) / sum(weights) for name in values[0]}
 
 
 def held_out(
-    facts: Facts, data: str | os.PathLike | None = None, block_size: int | None = None
+    facts: Facts, data: str | os.PathLike | None = None, block_size: int | None = None, allow_outside: bool = False
 ) -> tuple[DataArguments, bool]:
     """Where held-out text comes from: (DataArguments, whether its validation split is meant).
 
@@ -222,11 +277,16 @@ def held_out(
         facts: Facts.
         data: File of held-out text, or None for the validation split of the recipe's data.
         block_size: Tokens per row; default: the recipe's, else 512, at most what the hybrid reads.
+        allow_outside: Whether a recipe that was not run here may name files outside of the directory.
 
     Raises:
         ManticoreError: There is neither a file nor a recipe that holds text out.
     """
-    settings = None if facts.recipe is None else _text_of(load_recipe(facts.recipe), facts.folder)
+    settings = None
+    if facts.recipe is not None:
+        trusted = allow_outside or data is not None  # whose text is not read then
+        recipe = load_kept_recipe(facts.recipe, facts.directory or facts.folder, trusted)
+        settings = _text_of(recipe, facts.folder)
     longest = facts.found["settings"]["max_position_embeddings"]
     if data is not None:
         block_size = block_size or min(settings.block_size if settings else 512, longest or 512)

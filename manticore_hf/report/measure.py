@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from manticore_hf.compose.hybrid import ManticoreModel
+from manticore_hf.evaluation.losses import inner_baselines
 
 
 def batches(
@@ -68,10 +69,10 @@ def token_losses(
         batch_size: Rows per forward pass.
 
     Returns:
-        ({name: [n] nats, float64}, the token gate's weights [n, K] or None); a hardened hybrid has "hybrid" only, its
+        ({name: [n] nats, float64}, the token gate's weights [n, K] or None); a pruned hybrid has "hybrid" only, its
         baselines are no longer inside.
     """
-    names = [] if model.config.route else model.config.component_names
+    names = inner_baselines(model)
     out = {name: [] for name in [*names, *(["ensemble"] if names else []), "hybrid"]}
     gate = []
     for ids, labels in tqdm(list(batches(rows, batch_size, model.device)), desc="Token losses", leave=False):
@@ -133,7 +134,7 @@ def cannot_remove(model: PreTrainedModel, name: str, block: int) -> str | None:
         The reason, as a part of a sentence; None if it can be removed.
     """
     if model.config.route is not None:
-        return "hardened: each block has one component only"
+        return "pruned: each block has one component only"
     k, row = model.config.component_names.index(name), model.mixture_weights()[block].tolist()
     if not sum(row) - row[k] > 0:
         return "no other component is in use in this block"
@@ -272,8 +273,8 @@ def feature_similarity(model: PreTrainedModel, rows: Dataset, batch_size: int = 
             seen.clear()
             run = ManticoreModel.forward(model, input_ids=ids, use_cache=False, return_dict=True)
             seen.update({(0, name): (model.embed(name, ids), False) for name in names})
-            for name, state in zip(names, run.states):
-                if (last, name) not in seen and state is not None:
+            for name, state in run.states.items():
+                if (last, name) not in seen:
                     seen[last, name] = (state, False)
             real = _real(ids, labels)
             for (boundary, a), (x, translated) in seen.items():

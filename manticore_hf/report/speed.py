@@ -28,7 +28,7 @@ def measure_speed(
         {"device", "dtype", "threads", "prompt_tokens", "new_tokens", "repeats", "models": {name:
         {"prefill": tokens per second read, "decode": tokens per second written, "first": seconds to the first token,
         "weights": bytes, "working": largest bytes in use beside the weights while running, or None where this machine
-        does not tell}}}; the hybrid is "hybrid". A hardened one has no whole components: it stands alone.
+        does not tell}}}; the hybrid is "hybrid". A pruned one has no whole components: it stands alone.
     """
     names = [] if model.config.route else model.config.component_names
     models = {**{name: model.component(name) for name in names}, "hybrid": model}

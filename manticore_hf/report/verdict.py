@@ -4,14 +4,17 @@ Differences are a baseline's loss minus the hybrid's, in nats per token: positiv
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from manticore_hf.report.facts import OneRun
+from manticore_hf.utils.claims import CLAIM_BYTES, claim
+
 WORTH = 0.01
 """Smallest gain that is worth a second model, as a share of the best baseline's loss."""
-HARDEN_WITHIN = 0.01
-"""A hardened hybrid is as good as the soft one if it loses at most this share of its loss."""
+PRUNE_WITHIN = 0.01
+"""A pruned hybrid is as good as the soft one if it loses at most this share of its loss."""
 
 RULES = [
     "A baseline counts if you could use it today: it needs no text but what the hybrid was trained on. It is the "
@@ -26,14 +29,15 @@ RULES = [
     "RETRAIN: one model trained on everything, the components' training text included, is not beaten (the interval of "
     "the difference includes 0 or lies below it). It costs less to run. Who does not have that text goes by the other "
     "rules, and the report gives both answers.",
-    "HARDEN: the answer is GO, and a hardened hybrid (one component per block, the cost of about one model) loses at "
-    f"most {HARDEN_WITHIN:.0%} of the soft one's loss and still beats the best baseline.",
-    "Without a comparison over several seeds, baselines tuned by themselves included, there is no verdict, only TRY.",
+    "PRUNE: the answer is GO, and a pruned hybrid (one component per block, the cost of about one model) loses at "
+    f"most {PRUNE_WITHIN:.0%} of the soft one's loss and still beats the best baseline.",
+    "Without a comparison over several seeds, baselines tuned by themselves included, there is no verdict, only TRY; "
+    f"nor on fewer than {CLAIM_BYTES:,} bytes of test text.",
 ]
 
 _EXPLAINED = {
     "GO": "Use the hybrid",
-    "HARDEN": "Use the hybrid, hardened to the cost of about one model",
+    "PRUNE": "Use the hybrid, pruned to the cost of about one model",
     "NO GO": "Do not use the hybrid",
     "RETRAIN": "Train one model on everything instead",
     "TRY": "Not decided yet",
@@ -45,7 +49,7 @@ class Verdict:
     """What to do.
 
     Args:
-        word: "GO", "HARDEN", "NO GO", "RETRAIN" or "TRY".
+        word: "GO", "PRUNE", "NO GO", "RETRAIN" or "TRY".
         baseline: The row that decided: the closest baseline, or the one that won; None without a comparison.
         reasons: Sentences with the numbers that decided.
         steps: What to do next, most useful first.
@@ -74,7 +78,7 @@ def decide(
     comparison: Mapping[str, Any] | None,
     settings: Mapping[str, Any] | None = None,
     command: str | None = None,
-    one_run: Sequence | None = None,
+    one_run: OneRun | None = None,
 ) -> Verdict:
     """Applies the rules.
 
@@ -82,17 +86,21 @@ def decide(
         comparison: What `read_comparison` gives, or None.
         settings: The hybrid's settings (`inspect_hybrid`): the advice of TRY looks at them.
         command: The command that makes a comparison, for the advice where there is none.
-        one_run: (losses by name, the hybrid's name) of one run, said with its caveat where there is no comparison.
+        one_run: What one run measured, said with its caveat where there is no comparison.
 
     Returns:
         A Verdict.
     """
     if comparison is None:
-        reasons = [_in_one_run(*one_run)] if one_run else []
+        reasons = [_in_one_run(one_run)] if one_run else []
         reasons.append("No comparison over several seeds is there: nothing of one run can carry a decision.")
         return Verdict("TRY", None, reasons, [f"Measure it: {command}"] if command else [], decided=False)
     rows = {row["name"]: row for row in comparison["rows"]}
     hybrid = rows[comparison["hybrid"]]
+    size = comparison.get("test_bytes")
+    if size is not None and size < CLAIM_BYTES:
+        reason = f"The comparison was tested on {size:,} bytes of text: too few for a claim ({CLAIM_BYTES:,} at least)."
+        return Verdict("TRY", None, [reason], [f"Compare on more text: {command}"] if command else [], decided=False)
     others = _baselines(comparison)
     free = [row for row in others if not row["needs"]]
     if not free:
@@ -139,17 +147,17 @@ def _against(hybrid, baselines, comparison, settings):
         return Verdict("TRY", baseline, [say(baseline, hybrid), why], attempts)
     share = best["difference"] / best["loss"]
     reasons = [f"{say(best, hybrid)} That is {share:.1%} of its loss; it is the best baseline."]
-    hard = [row for row in comparison["rows"] if row["kind"] == "hardened" and not row["needs"]]
-    hard = [row for row in hard if row["loss"] <= (1 + HARDEN_WITHIN) * hybrid["loss"] and row["loss"] < best["loss"]]
+    hard = [row for row in comparison["rows"] if row["kind"] == "pruned" and not row["needs"]]
+    hard = [row for row in hard if row["loss"] <= (1 + PRUNE_WITHIN) * hybrid["loss"] and row["loss"] < best["loss"]]
     if hard:
         small = min(hard, key=lambda row: row["loss"])
         reasons.append(
             f"{small['name']} keeps nearly all of it: {small['loss']:.3f} against {hybrid['loss']:.3f} nats per token."
         )
-        return Verdict("HARDEN", best, reasons, [f"Use {small['name']}: it costs about as much as one model."])
+        return Verdict("PRUNE", best, reasons, [f"Use {small['name']}: it costs about as much as one model."])
     steps = ["Use it where the text is like the text it was tested on; test again where it is not."]
-    if not any(row["kind"] == "hardened" for row in comparison["rows"]):
-        steps.append("Harden it (manticore-hf harden) and compare again: if the gain stays, it costs about one model.")
+    if not any(row["kind"] == "pruned" for row in comparison["rows"]):
+        steps.append("Prune it (manticore-hf prune) and compare again: if the gain stays, it costs about one model.")
     return Verdict("GO", best, reasons, steps + _other_hybrid(hybrid, hybrid, comparison))
 
 
@@ -158,7 +166,7 @@ def _baselines(comparison):
     return [
         row
         for row in comparison["rows"]
-        if row["kind"] not in ("hybrid", "hardened") and row["name"] != comparison["hybrid"]
+        if row["kind"] not in ("hybrid", "pruned") and row["name"] != comparison["hybrid"]
     ]
 
 
@@ -168,18 +176,16 @@ def gain_needed(comparison: Mapping[str, Any]) -> float | None:
     return WORTH * min(losses) if losses else None
 
 
-def _in_one_run(losses, own):
-    """The best baseline of one run, in a sentence."""
-    best = min((name for name in losses if name != own), key=losses.get)
-    row = {
-        "name": best,
-        "loss": losses[best],
-        "difference": losses[best] - losses[own],
-        "difference_interval": None,
-        "seeds_won": None,
-        "seeds": [],
-    }
-    return say(row, {"loss": losses[own]})
+def _in_one_run(run):
+    """What one run may claim of the best baseline, in a sentence."""
+    order = run.bits if set(run.losses) <= set(run.bits) else run.losses
+    best = min((name for name in run.losses if name != run.own), key=order.get)
+    said = claim(f"the best baseline of one run ({best})", run.differences.get(best), run.size, "The hybrid")
+    bits = f", {run.bits[best]:.4f} and {run.bits[run.own]:.4f} bits per byte" if order is run.bits else ""
+    losses = f" Losses: {run.losses[best]:.3f} and the hybrid's {run.losses[run.own]:.3f} nats per token{bits}."
+    if run.has_untouched:
+        return said + losses
+    return f"{said}{losses} The components as they came, with their own tokenizers, are not among them."
 
 
 def say(row: Mapping[str, Any], hybrid: Mapping[str, Any]) -> str:

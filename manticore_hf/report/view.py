@@ -20,7 +20,7 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
     return {
         "name": facts.name,
         "what": f"{listed([f'{name} ({kind})' for name, kind in kinds.items()])} joined in {_plural(blocks, 'block')}"
-        + (", hardened to one component per block" if settings["route"] else ""),
+        + (", pruned to one component per block" if settings["route"] else ""),
         "verdict": verdict,
         "rules": RULES,
         "standing": _standing(facts),
@@ -55,25 +55,27 @@ def _standing(facts):
         seeds, data = _plural(len(facts.comparison["seeds"]), "seed"), facts.comparison["data"]
         size = _tokens(facts.comparison["test_tokens"])
         note = f"{facts.comparison['test']}, {size}; mean of {seeds}; trained or tuned on {data}."
-        found = [(row["name"], row["loss"], row) for row in rows]
+        found = [(row["name"], row["loss"], row["bits_per_byte"], row) for row in rows]
     else:
         if (run := one_run(facts)) is None:
             note = "No loss of this hybrid is shown, because no baseline's was measured beside it."
             return {"note": note, "rows": [], "all": []}
-        losses, own, note = run
-        found = [(name, loss, {}) for name, loss in losses.items()]
+        own, note = run.own, run.note
+        note += "".join(f" {name}: not measured. {why}" for name, why in run.missing.items())
+        found = [(name, loss, run.bits.get(name), {}) for name, loss in run.losses.items()]
     found.sort(key=lambda one: one[1])
-    mine = next(loss for name, loss, _ in found if name == own)
+    mine = next(loss for name, loss, *_ in found if name == own)
     rows = [
         {
             "name": name,
             "own": name == own,
             "loss": f"{loss:.3f}",
+            "bits": "–" if bits is None else f"{bits:.4f}",
             "perplexity": perplexity(loss),
             "difference": "" if name == own else say_difference(row or {"difference": loss - mine}),
             "needs": row.get("needs", ""),
         }
-        for name, loss, row in found
+        for name, loss, bits, row in found
     ]
     place = next(i for i, row in enumerate(rows) if row["own"])
     shown = rows[:_ON_TOP] if place < _ON_TOP else rows[: _ON_TOP - 1] + [rows[place]]
@@ -117,7 +119,7 @@ def _running(facts):
         out["sentence"] += "."
     elif facts.found["settings"]["route"]:
         out["sentence"] = (
-            "It is hardened: it costs its one route, about one model. Its components are no longer "
+            "It is pruned: it costs its one route, about one model. Its components are no longer "
             "whole inside it, so they are not timed beside it."
         )
     if speed:

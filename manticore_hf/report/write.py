@@ -12,12 +12,15 @@ import shlex
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.compose.untouched import measure_as_they_came
 from manticore_hf.evaluation.data import load_rows
+from manticore_hf.evaluation.losses import Measured, make_passages
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.report import measure
 from manticore_hf.report.comparison import FOLDER
@@ -27,6 +30,7 @@ from manticore_hf.report.render import render
 from manticore_hf.report.speed import measure_speed
 from manticore_hf.report.store import Store, stamp
 from manticore_hf.report.verdict import Verdict, decide
+from manticore_hf.training.recipe import recipe_sources
 from manticore_hf.utils.files import replace_text
 from manticore_hf.utils.task_types import refuse_classifier
 
@@ -43,6 +47,7 @@ def write_report(
     block_size: int | None = None,
     batch_size: int = 8,
     measured: bool = True,
+    allow_outside: bool = False,
 ) -> tuple[Verdict, Path, Path]:
     """Writes the report of a hybrid: one HTML file that needs nothing else, and its Markdown twin.
 
@@ -56,6 +61,8 @@ def write_report(
         block_size: Tokens per row of `data`; default: the recipe's, else 512.
         batch_size: Rows per forward pass.
         measured: False to load no model and measure nothing.
+        allow_outside: Whether a recipe that was not run by this user, on this machine, may name text outside of the
+            directory.
 
     Returns:
         (Verdict, path of the HTML file, path of the Markdown file).
@@ -68,10 +75,10 @@ def write_report(
     output = Path(output or directory)
     output.mkdir(parents=True, exist_ok=True)
     if measured:
-        arguments, split = held_out(facts, data, block_size)
+        arguments, split = held_out(facts, data, block_size, allow_outside)
         facts.measured = _measure(facts, arguments, split, output / NAMES[2], max_tokens, batch_size)
     run = one_run(facts)
-    verdict = decide(facts.comparison, facts.found["settings"], compare_command(facts), run and run[:2])
+    verdict = decide(facts.comparison, facts.found["settings"], compare_command(facts), run)
     html, markdown = render(facts, verdict)
     for name, text in zip(NAMES, (html, markdown)):
         replace_text(output / name, text)
@@ -90,11 +97,13 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size):
     """{name: measurement} on held-out text; what `path` holds already is not measured again."""
     tokenizer = AutoTokenizer.from_pretrained(facts.folder)
     try:
-        train, validation = load_rows(arguments, tokenizer)
+        train, validation = load_rows(arguments, tokenizer, keep_text=True)
     except ManticoreError as err:
         raise ManticoreError(f"The held-out text cannot be used: {err} Give another with --data FILE.") from err
-    rows = _spread(validation if split else train, max_tokens)
-    names, blocks = ManticoreConfig.from_pretrained(facts.folder).component_names, facts.found["settings"]["num_blocks"]
+    passages = make_passages(_spread(validation if split else train, max_tokens), tokenizer)
+    rows = passages.rows
+    config = ManticoreConfig.from_pretrained(facts.folder)
+    names, blocks = config.component_names, facts.found["settings"]["num_blocks"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     store = Store(
         path,
@@ -117,12 +126,12 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size):
 
     def losses():
         found, gate = measure.token_losses(model(), rows, batch_size)
-        return {
-            "losses": {name: one.mean().item() for name, one in found.items()},
-            "tokens": len(found["hybrid"]),
-            "rows": len(rows),
-            "where": where_it_differs(found, rows, tokenizer, gate, names),
-        }
+        where, _ = measure.scored_positions(rows)
+        nats = {name: np.bincount(where, one.numpy(), len(rows)) for name, one in found.items()}
+        whole = Measured(nats, passages.tokens, passages.bytes)
+        sources, fresh = recipe_sources(facts.folder, config), config.embeddings == "fresh"
+        measure_as_they_came(whole, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
+        return {**whole.to_dict(), "rows": len(rows), "where": where_it_differs(found, rows, tokenizer, gate, names)}
 
     def without(block, name):
         if (reason := measure.cannot_remove(model(), name, block)) is not None:

@@ -6,14 +6,14 @@ kept (float64, O(width^2) memory), so one pass over the text is enough, however 
 a share of the batches, and add their sums.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers.modeling_utils import local_torch_dtype
 
-from manticore_hf.evaluation.data import repack
+from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
 from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, world
@@ -27,9 +27,10 @@ class Moments:
 
     Args:
         width_x, width_y: Widths of x and y.
+        device: Where the sums are.
     """
 
-    def __init__(self, width_x, width_y, device):
+    def __init__(self, width_x: int, width_y: int, device: torch.device | str):
         def zeros(*shape):
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
@@ -47,14 +48,16 @@ class Moments:
         self.xy += x.T @ y
         self.yy += y.square().sum(0)
 
-    def join(self):
+    def join(self) -> None:
         """Adds what the other processes have seen; on every rank."""
         self.count = int(all_reduce(torch.tensor(self.count, device=self.x.device)))
         for one in (self.x, self.y, self.xx, self.xy, self.yy):
             all_reduce(one)
 
 
-def solve_ridge(fit, held_out, ridges=RIDGES):
+def solve_ridge(
+    fit: Moments, held_out: Moments, ridges: Sequence[float] = RIDGES
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """The affine map x -> y of least squares with the ridge that does best on held-out rows.
 
     Args:
@@ -120,8 +123,7 @@ def calibrate_projectors(
 
     Args:
         model: A hybrid with projector="linear".
-        dataset: Rows of `input_ids`, as `pack` makes them; plain text is enough. Rows of different lengths are joined
-            and cut again.
+        dataset: Rows of `input_ids`, as `pack` or `mask_prompts` make them; every text in a row is read by itself.
         tokens: Tokens to use; a few ten thousand.
         batch_size: Blocks per forward pass.
         reference: The reference component; default: the one with the lowest loss on this text.
@@ -162,7 +164,7 @@ def calibrate_projectors(
         broadcast(projector.weight)  # solvers may differ in the last bits from one processor to the next
         broadcast(projector.bias)
         r2[f"{side}:{name}-{block}"], ridges[f"{side}:{name}-{block}"] = score, ridge
-    tokens = sum(batch.numel() for batch in batches)
+    tokens = sum(int(real.sum()) for _, _, real in batches)
     config.projector_init = "calibrated"
     config.calibration = {"tokens": tokens, "reference": reference}
     return Calibration(reference, losses, r2, ridges, tokens)
@@ -177,18 +179,18 @@ def awaits_calibration(model: torch.nn.Module) -> bool:
 
 
 def _batches(dataset, tokens, batch_size, device):
-    if "attention_mask" in dataset.column_names:
-        dataset = repack(dataset, tokens)
-    out, seen = [], 0
-    for batch in DataLoader(dataset.with_format("torch"), batch_size=batch_size):
-        out.append(batch["input_ids"].to(device))
-        seen += out[-1].numel()
-        if seen >= tokens:
-            break
+    """[(ids, labels, which of them are text and not padding)], each [batch, time]."""
+    rows = separate(dataset, tokens)
+    out = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        ids, labels = pad(part["input_ids"], 0), pad(part["labels"], NO_LOSS)
+        real = pad([[1] * len(one) for one in part["input_ids"]], 0).bool()
+        out.append(tuple(one.to(device) for one in (ids, labels, real)))
     if len(out) < 2:
         raise ManticoreError(
-            f"Calibration needs at least two batches of text, got {len(out)} of {seen} tokens: give more text or a "
-            "smaller batch_size."
+            f"Calibration needs at least two batches of text, got {len(out)} of {sum(map(len, rows['input_ids']))} "
+            "tokens: give more text or a smaller batch_size."
         )
     return out
 
@@ -198,11 +200,14 @@ def _losses(model, batches):
     names, some = model.config.component_names, batches[: max(2, len(batches) // 4)]
     if len(names) == 1:
         return {names[0]: float("nan")}
-    sums, (rank, size) = dict.fromkeys(names, 0.0), world()
-    for ids in bar(some[rank::size], desc="Choosing the reference", unit="batch", leave=False):
+    sums, count, (rank, size) = dict.fromkeys(names, 0.0), 0, world()
+    for ids, labels, _ in bar(some[rank::size], desc="Choosing the reference", unit="batch", leave=False):
+        kept = int((labels[:, 1:] != NO_LOSS).sum())
+        count += kept
         for name in names:
-            sums[name] += model.component(name)(input_ids=ids, labels=ids, use_cache=False).loss.item()
-    return {name: loss / len(some) for name, loss in all_reduce_dict(sums, model.device).items()}
+            sums[name] += kept * model.component(name)(input_ids=ids, labels=labels, use_cache=False).loss.item()
+    *sums, count = all_reduce_dict({**sums, "": count}, model.device).items()
+    return {name: loss / count[1] for name, loss in sums}
 
 
 def _change_reference(model, reference):
@@ -223,7 +228,7 @@ def _change_reference(model, reference):
 def _collect(model, batches, reference, every):
     """{(side, name, block): (moments to fit, moments held out)} of every projector that has parameters."""
     mixer, pairs, (rank, size) = model.hybrid_mixer, {}, world()
-    for number, ids in enumerate(bar(batches, desc="Calibrating", unit="batch", leave=False)):
+    for number, (ids, _, real) in enumerate(bar(batches, desc="Calibrating", unit="batch", leave=False)):
         mine = number % size == rank
         if not mine and number:  # the first one shows every rank which maps there are
             continue
@@ -239,7 +244,7 @@ def _collect(model, batches, reference, every):
                     x, y = states[reference][int(block)], states[name][int(block)]
                     if int(block) == 0:  # with mixed embeddings the first block reads their mixture
                         x = resize(model.mix_embeddings(ids), projector.in_features)
-                x, y = (rows.flatten(0, 1)[: None if mine else 0] for rows in (x, y))
+                x, y = (rows[real][: None if mine else 0] for rows in (x, y))
                 if (side, name, block) not in pairs:
                     made = [Moments(x.shape[1], y.shape[1], x.device) for _ in range(2)]
                     pairs[side, name, block] = tuple(made)

@@ -1,7 +1,9 @@
 """What is trainable in each stage of making a hybrid, and how its gradients are clipped."""
 
+from typing import Any
+
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.deepspeed import uses_deepspeed
@@ -75,18 +77,29 @@ class ComponentClipping(TrainerCallback):
         max_norm: Largest norm of each part's gradient.
     """
 
-    def __init__(self, max_norm=1.0):
+    def __init__(self, max_norm: float = 1.0):
         if not max_norm > 0:
             raise ManticoreError(f"max_norm={max_norm!r} must be positive.")
         self.max_norm = max_norm
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises ManticoreError where the gradients cannot be seen: fp16, DeepSpeed."""
         if args.fp16:
             raise ManticoreError("ComponentClipping cannot see fp16's loss scale; use bf16 or max_grad_norm.")
         if uses_deepspeed(args):
             raise ManticoreError("ComponentClipping cannot see DeepSpeed's gradients; use max_grad_norm, DDP or FSDP2.")
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Clips, when the gradients of a step are complete."""
         hybrid = hybrid_of(model)
         for part in hybrid.children():
             parameters = [p for p in part.parameters() if p.grad is not None]

@@ -7,9 +7,11 @@ What is read raw cannot be quantised either: QLoRA quantises what LoRA targets, 
 """
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -17,13 +19,16 @@ from manticore_hf.modeling.dtypes_manticore import (
     MIXER,
     RAW,
     SCORE,
+    check_adapted,
+    check_unquantized,
     is_state_space,
     kept_maps,
     plain_linear_maps,
-    refuse_adapters,
-    refuse_quantized,
 )
 from manticore_hf.utils.unwrap import hybrid_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 TASK_TYPES = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
@@ -32,7 +37,7 @@ TASK_TYPES = {
 }
 
 
-def lora_targets(model, components=None):
+def lora_targets(model: nn.Module, components: list[str] | None = None) -> list[str]:
     """Full names of the linear maps inside the components' layers that LoRA may wrap.
 
     Args:
@@ -46,7 +51,9 @@ def lora_targets(model, components=None):
     return plain_linear_maps(model, components)
 
 
-def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
+def lora_config(
+    model: nn.Module, r: int = 8, components: list[str] | None = None, train_mixer: bool = True, **kwargs: object
+) -> "LoraConfig":
     """A LoraConfig for a hybrid.
 
     Args:
@@ -57,7 +64,7 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
             a classifier always are; so are embeddings and heads, where the vocabulary was resized since the hybrid was
             loaded: an adapter would bring nothing else of them back.)
         **kwargs: Further fields of LoraConfig (lora_alpha, lora_dropout, ...). `target_modules` replaces the safe
-            targets; unsafe ones among them are refused. `modules_to_save` adds to what is saved in full.
+            targets; unsafe ones among them raise. `modules_to_save` adds to what is saved in full.
             `trainable_token_indices` as a list means these rows of every component's embeddings. `task_type` follows
             from the model's class.
 
@@ -72,7 +79,7 @@ def lora_config(model, r=8, components=None, train_mixer=True, **kwargs):
     """
     from peft import LoraConfig
 
-    refuse_quantized(model)
+    check_unquantized(model)
     _keep_trainable(model)
     targets = kwargs.pop("target_modules", None)
     if targets == "all-linear":
@@ -158,7 +165,7 @@ def _keep_trainable(model):
             module.support_avx512bf16_for_cpu = False
 
 
-def quantization_skips(model):
+def quantization_skips(model: nn.Module | PreTrainedConfig) -> list[str]:
     """What quantised loading leaves in floating point: every linear map that `lora_targets` leaves out.
 
     A hybrid that is loaded with a `quantization_config` leaves these out by itself. This list is for other programs.
@@ -177,7 +184,7 @@ def quantization_skips(model):
     return kept_maps(model)
 
 
-def refuse_unsafe(model, config):
+def refuse_unsafe(model: nn.Module, config: "LoraConfig") -> None:
     """Raises ManticoreError if a PEFT config would wrap a projection whose adapter trains on some machines only."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -191,7 +198,7 @@ def refuse_unsafe(model, config):
                 )
 
 
-def check_adapters(model):
+def check_adapters(model: nn.Module) -> nn.Module:
     """Raises ManticoreError if a PEFT model has wrapped what an adapter cannot train everywhere; returns the model."""
-    refuse_adapters(hybrid_of(model))
+    check_adapted(hybrid_of(model))
     return model

@@ -9,13 +9,15 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.trainer import hybrid_of
 from manticore_hf.utils.distributed import bar, broadcast_object, component_runner, is_main, print_main
@@ -46,6 +48,7 @@ class Strengths:
     window: int
 
     def to_dict(self) -> dict:
+        """Plain values by attribute."""
         return dataclasses.asdict(self)
 
 
@@ -56,7 +59,7 @@ def awaits_objective(model: torch.nn.Module) -> bool:
     return "open" in (config.objective or {}) and alone and config.route is None
 
 
-def choose_objective(model: torch.nn.Module, rows: Dataset, **measuring) -> Strengths:
+def choose_objective(model: torch.nn.Module, rows: Dataset, **measuring: int) -> Strengths:
     """Sets what a hybrid is trained on by whether its components' strengths differ on a text, before training on it.
 
     Args:
@@ -92,10 +95,18 @@ class ObjectiveWhenSharded(TrainerCallback):
 
     FILE = "objective.json"
 
-    def __init__(self, rows, batch_size, output):
+    def __init__(self, rows: Dataset, batch_size: int, output: str | Path):
         self.rows, self.batch_size, self.file = rows, batch_size, Path(output) / self.FILE
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Measures and chooses, or takes what was chosen before a kill; on every rank."""
         hybrid = hybrid_of(model)
         if not awaits_objective(hybrid):
             return
@@ -167,17 +178,13 @@ def _batches(rows, tokens, batch_size):
     """Batches of rows spread evenly over the whole text, padded to one length."""
     wanted = max(1, tokens // max(1, max(map(len, rows[: min(len(rows), 64)]["input_ids"]))))
     step = max(1, len(rows) // wanted)
-    chosen = rows.select(range(0, len(rows), step)).select_columns(["input_ids", "labels"])
+    chosen = separate(rows.select(range(0, len(rows), step)))
     return DataLoader(chosen, batch_size=batch_size, collate_fn=_pad)
 
 
 def _pad(records):
-    longest = max(len(record["input_ids"]) for record in records)
-    fill = {"input_ids": 0, "labels": -100}  # on the right, where causal models do not look back from
-    return {
-        key: torch.tensor([list(r[key]) + [value] * (longest - len(r[key])) for r in records])
-        for key, value in fill.items()
-    }
+    fill = {"input_ids": 0, "labels": NO_LOSS}
+    return {key: pad([record[key] for record in records], value) for key, value in fill.items()}
 
 
 def _token_losses(component, ids, labels, size):

@@ -1,6 +1,6 @@
 """From a soft hybrid to the cost of one model: a route, one component per block, and nothing else kept.
 
-    model = harden(model, "loss", dataset)          # or "alpha", or a list of names
+    model = prune(model, "loss", dataset)          # or "alpha", or a list of names
 
 `manticore_hf.training.distill` distils the soft hybrid into it.
 
@@ -16,6 +16,7 @@ import math
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_utils import local_torch_dtype
 
+from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.mixing_manticore import Chain, HybridMixer, LinearProjector, resize
 from manticore_hf.modeling.segments_manticore import stretches
 from manticore_hf.utils.flops import count_flops
+from manticore_hf.utils.renamed import old_names
 from manticore_hf.utils.task_types import quantization_of, refuse_classifier
 
 EXHAUSTIVE = 64  # routes: up to so many are all measured
@@ -120,7 +123,7 @@ def pick_route(
     if by == "loss" and dataset is None:
         raise ManticoreError("Choosing a route by loss needs held-out text: give a dataset.")
     if model.config.route is not None:
-        raise ManticoreError(f"This hybrid is hardened already, to the route {model.config.route}.")
+        raise ManticoreError(f"This hybrid is pruned already, to the route {model.config.route}.")
     costs = torch.tensor(segment_costs(model, cost), dtype=torch.float64)
     share = costs / costs.sum()
     scores = model.mixture_weights().double().cpu().clamp(min=1e-12).log()
@@ -191,7 +194,11 @@ class _Measured:
 
     def __init__(self, model, dataset, batch_size, losses):
         self.model, self.losses = model, losses
-        self.batches = torch.tensor(dataset["input_ids"]).split(batch_size)
+        rows = separate(dataset)
+        self.batches = [
+            (pad(part["input_ids"], 0), pad(part["labels"], NO_LOSS))
+            for part in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+        ]
 
     @torch.no_grad()
     def __call__(self, route):
@@ -201,18 +208,18 @@ class _Measured:
             training = self.model.training
             self.model.eval()
             total = count = 0
-            for ids in self.batches:
-                ids = ids.to(self.model.device)
+            for ids, labels in self.batches:
+                ids, target = ids.to(self.model.device), labels[:, 1:].flatten().to(self.model.device)
                 logits = route_logits(self.model, names, ids)[:, :-1].flatten(0, 1).float()
-                total += F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
-                count += ids[:, 1:].numel()
+                total += F.cross_entropy(logits, target, ignore_index=NO_LOSS, reduction="sum").item()
+                count += int((target != NO_LOSS).sum())
             self.model.train(training)
             self.losses[key] = total / count
         return self.losses[key]
 
 
 def _is_native(config, route):
-    """Whether a hardened hybrid reads its first component's embeddings, and its last one's head reads it, as they are.
+    """Whether a pruned hybrid reads its first component's embeddings, and its last one's head reads it, as they are.
 
     Always but where the paper's code has the first component's head read the last one's state.
     """
@@ -220,7 +227,7 @@ def _is_native(config, route):
 
 
 def route_logits(model: torch.nn.Module, route: list[str], ids: torch.Tensor) -> torch.Tensor:
-    """What a soft hybrid would give for tokens [batch, time] once hardened to a route, without hardening it."""
+    """What a soft hybrid would give for tokens [batch, time] once pruned to a route, without pruning it."""
     config, mixer, before, state = model.config, model.hybrid_mixer, None, None
     native = _is_native(config, route)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -241,10 +248,10 @@ def route_logits(model: torch.nn.Module, route: list[str], ids: torch.Tensor) ->
 
 
 @torch.no_grad()
-def harden(
-    model: torch.nn.Module, route: str | list[str] = "alpha", dataset: Dataset | None = None, **options
+def prune(
+    model: torch.nn.Module, route: str | list[str] = "alpha", dataset: Dataset | None = None, **options: Any
 ) -> torch.nn.Module:
-    """A hardened copy of a hybrid: one component per block, everything else dropped.
+    """A pruned copy of a hybrid: one component per block, everything else dropped.
 
     Args:
         model: A soft hybrid; it stays as it is.
@@ -259,10 +266,10 @@ def harden(
     Raises:
         ManticoreError: An impossible route, or a hybrid that classifies or is quantised.
     """
-    refuse_classifier(model, "Hardening")
+    refuse_classifier(model, "Pruning")
     if (packed := quantization_of(model.config)) is not None:
         raise ManticoreError(
-            f"This hybrid is packed in {packed}: harden it in floating point, and quantise the result when you load it."
+            f"This hybrid is packed in {packed}: prune it in floating point, and quantise the result when you load it."
         )
     names, blocks = model.config.component_names, model.config.num_blocks
     if route in ("alpha", "loss"):
@@ -271,7 +278,7 @@ def harden(
         model.component(route)
         route = [route] * blocks
     elif model.config.route is not None:
-        raise ManticoreError(f"This hybrid is hardened already, to the route {model.config.route}.")
+        raise ManticoreError(f"This hybrid is pruned already, to the route {model.config.route}.")
     if len(route) != blocks or not set(route) <= set(names):
         raise ManticoreError(f"route={route!r} must name one of {names} for each of the {blocks} block(s).")
     values = model.config.to_dict()
@@ -309,3 +316,6 @@ def _merge(crossing, leave, enter):
     elif isinstance(crossing, Chain):
         crossing[0].load_state_dict(leave.state_dict())
         crossing[1].load_state_dict(enter.state_dict())
+
+
+__getattr__ = old_names(__name__, {"harden": "prune"})

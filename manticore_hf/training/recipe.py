@@ -3,34 +3,42 @@
     manticore-hf run recipes/poc.yaml --output-dir out
 
 Every stage writes a directory of its own below the output directory; stages that are finished are not run again, so the
-same command goes on after a kill. A recipe is data: it names settings of the stages and nothing else, and is read with
-YAML's safe loader, within bounds that no experiment needs and that keep a hostile file from taking the machine.
+same command goes on after a kill. A recipe is data, and may be a stranger's: it names what trains and nothing else.
+What acts outside of the run's directory (uploads, trackers, files that configure engines) is said on the command line,
+and relative paths stay below the recipe's own folder. It is read with YAML's safe loader, within bounds that no
+experiment needs and that keep a hostile file from taking the machine.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import yaml
-from transformers import TrainingArguments
+from huggingface_hub import constants
+from transformers import PreTrainedConfig, TrainingArguments
 
 from manticore_hf.evaluation.data import DataArguments
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.training.programs import program_of
-from manticore_hf.training.runtime import training_defaults
+from manticore_hf.training.runtime import check_training, training_defaults
 from manticore_hf.training.search import STRATEGIES
-from manticore_hf.training.stage_arguments import HybridArguments
-from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
+from manticore_hf.training.stage_arguments import RECIPE_MAY_SAY, HybridArguments, OutsideArguments
+from manticore_hf.training.stages import AFTER_COMPOSE, OLD_NAMES, STAGES
 from manticore_hf.utils.distributed import on_main, print_main
-from manticore_hf.utils.files import replace_text
+from manticore_hf.utils.files import replace_text, stays_inside
+from manticore_hf.utils.renamed import warn_renamed
 
 TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
+_MOST = 2**63  # of a number
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH, _MAX_TEXT = 200_000, 5_000, 16, 10_000
 
 
@@ -49,6 +57,7 @@ class Recipe:
         data: Keys of DataArguments.
         stages: [(stage, its settings)], in order; compose comes first by itself. A stage's settings may hold `data` of
             its own: keys that replace the recipe's, or all of them where it names another source.
+        allow_outside: Whether its relative paths may leave the folder that it is in.
     """
 
     path: Path
@@ -59,6 +68,7 @@ class Recipe:
     program: dict
     data: dict
     stages: list
+    allow_outside: bool = field(default=False, compare=False)
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -188,6 +198,9 @@ def _stage(entry, i, wrong):
     if not isinstance(entry, dict) or len(entry) != 1:
         wrong(("stages", i), f"is {show(entry)}, must be one stage with its settings.")
     ((stage, settings),) = entry.items()
+    if isinstance(stage, str) and stage in OLD_NAMES:
+        warn_renamed(f"stages: {stage}", OLD_NAMES[stage])
+        stage = OLD_NAMES[stage]
     if stage not in _stage_keys():
         wrong(("stages", i), f"stage {show(stage)} is unknown; known are {sorted(_stage_keys())}.")
     settings = settings or {}
@@ -199,6 +212,14 @@ def _stage(entry, i, wrong):
         if not isinstance(data, dict):
             wrong(("stages", i, stage, "data"), f"is {show(data)}, must be a mapping of data settings.")
         data = _check_values(data, _types(DataArguments), ("stages", i, stage, "data"), wrong)
+    for key in settings:
+        if key in _outside(stage):
+            option, own = f"--{key.replace('_', '-')}", key in _types(OutsideArguments)
+            wrong(
+                ("stages", i, stage, key),
+                f"(value {show(settings[key])}) acts outside of the run's directory, so a recipe may not say it. "
+                f"Remove it, and if you want it yourself, give {option} to `manticore-hf {'run' if own else stage}`.",
+            )
     settings = _check_values(settings, _stage_keys()[stage], ("stages", i, stage), wrong)
     if settings.get("strategy", "darts") not in STRATEGIES:
         wrong(("stages", i, stage, "strategy"), f"is {show(settings['strategy'])}; choose one of {sorted(STRATEGIES)}.")
@@ -250,8 +271,15 @@ def _stage_keys():
     out = {}
     for name, stage in AFTER_COMPOSE.items():
         types = {**_types(stage.training_class), **_types(stage.arguments)}
-        out[name] = {key: types[key] for key in types if key not in _SET_BY_THE_RUN}
+        out[name] = {key: types[key] for key in types if key not in _SET_BY_THE_RUN | _outside(name)}
     return out
+
+
+@cache
+def _outside(stage):
+    """TrainingArguments that no recipe may set: a list of what is allowed, so that new ones of Transformers are not."""
+    own = _types(AFTER_COMPOSE[stage].arguments)
+    return {key for key in _types(TrainingArguments) if key not in RECIPE_MAY_SAY and key not in own}
 
 
 @cache
@@ -273,6 +301,8 @@ def _check_values(values, known, where, wrong):
         if key not in known:
             close = sorted(k for k in known if str(key)[:4] == k[:4]) or sorted(known)[:12]
             wrong((*where, key), f"unknown key (value {show(value)}); did you mean one of {close}?")
+        if isinstance(value, (int, float)) and not -_MOST < value < _MOST:  # nor infinite, nor none at all
+            wrong((*where, key), f"is {show(value)}, must be a finite number of a sensible size.")
         kinds = set(get_args(known[key]) or (known[key],))
         plain = {kind for kind in kinds if kind in (bool, int, float, str, type(None))}
         if isinstance(value, str) and float in plain and str not in plain:
@@ -280,6 +310,9 @@ def _check_values(values, known, where, wrong):
                 value = float(value)
             except ValueError:
                 pass
+            else:
+                if not -_MOST < value < _MOST:
+                    wrong((*where, key), f"is {show(value)}, must be a finite number of a sensible size.")
         fits = type(value) in kinds or (float in kinds and type(value) is int)
         if plain == kinds and not fits:
             names = sorted("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
@@ -302,13 +335,21 @@ def _lines(node, path=()):
     return out
 
 
-def run_recipe(path: str | Path, output_dir: str | Path, seed: int | None = None) -> list[tuple[Path, dict]]:
+def run_recipe(
+    path: str | Path,
+    output_dir: str | Path,
+    seed: int | None = None,
+    outside: OutsideArguments | None = None,
+    allow_outside: bool = False,
+) -> list[tuple[Path, dict]]:
     """Runs all stages of a recipe, skipping those that are finished.
 
     Args:
         path: The YAML file.
         output_dir: Directory below which every stage writes its own.
         seed: Random seed instead of the recipe's.
+        outside: What every training stage does outside of that directory; default: nothing.
+        allow_outside: Whether the recipe's relative paths may leave the folder that it is in.
 
     Returns:
         [(directory, result)] of the stages, in order.
@@ -317,6 +358,7 @@ def run_recipe(path: str | Path, output_dir: str | Path, seed: int | None = None
         ManticoreError: The recipe is invalid, or another recipe was run in this directory.
     """
     recipe, output = load_recipe(path), Path(output_dir)
+    recipe.allow_outside = allow_outside
     text = _read(recipe.path)
     if seed is not None and seed != recipe.seed:
         recipe.seed, line = seed, f"seed: {seed}"
@@ -328,8 +370,19 @@ def run_recipe(path: str | Path, output_dir: str | Path, seed: int | None = None
     arguments = TrainingArguments(output_dir=str(folder), **defaults)  # also joins the processes
     if kept.exists() and dataclasses.replace(load_recipe(kept), path=recipe.path, name=recipe.name) != recipe:
         raise ManticoreError(f"{output} holds the stages of another recipe ({kept}); give another --output-dir.")
+    components = [find_beside(one, recipe) for one in recipe.components]
+    stages = []
+    for number, (stage, settings) in enumerate(recipe.stages, 1):  # whatever is wrong is said before anything is run
+        known = STAGES[stage]
+        own = {key: settings[key] for key in settings if key in _types(known.arguments)}
+        training = {key: settings[key] for key in settings if key not in own and key != "data"}
+        told = outside.given() if outside is not None and known.trains is not None else {}
+        given = {"output_dir": str(output / f"{number}-{stage}"), **defaults, **training, **told}
+        check_training(f"{recipe.path}: stages.{number - 1}.{stage}", known.training_class, given)
+        stages.append((known, own, stage_data(recipe, settings.get("data", {})), given))
     output.mkdir(parents=True, exist_ok=True)
     on_main(replace_text, kept, text)
+    on_main(_remember, text, recipe.path.parent)
     hybrid, program = dict(recipe.hybrid), None
     programs = program_of(hybrid.get("mixture"))
     if programs is not None:
@@ -339,19 +392,15 @@ def run_recipe(path: str | Path, output_dir: str | Path, seed: int | None = None
     if "transplant" in hybrid and "data" in recipe.data:
         given = hybrid.get("transplant_data")
         hybrid["transplant_data"] = stage_data(recipe, {} if given is None else {"data": given})
-    results = [(folder, STAGES["compose"].run(recipe.components, arguments, program=program, **hybrid))]
+    results = [(folder, STAGES["compose"].run(components, arguments, program=program, **hybrid))]
     before_search, searched = folder, None
-    for number, (stage, settings) in enumerate(recipe.stages, 1):
-        folder, start = output / f"{number}-{stage}", results[-1][0]
+    for known, own, data, training in stages:
+        stage, folder, start = known.name, Path(training["output_dir"]), results[-1][0]
         print_main(f"[{recipe.name}] {stage} -> {folder}", flush=True)
-        known = STAGES[stage]
-        own = {key: settings[key] for key in settings if key in _types(known.arguments)}
-        training = {key: settings[key] for key in settings if key not in own and key != "data"}
         if stage == "finetune" and searched is not None:
             # The paper's order: components and projectors start again, the mixture is the one found.
             start, own["mixture_from"] = before_search, str(searched)
-        arguments = known.training_class(output_dir=str(folder), **{**defaults, **training})
-        data = stage_data(recipe, settings.get("data", {}))
+        arguments = known.training_class(**training)  # only now: some of it is of the whole process
         result = known.run(known.arguments(model=str(start), **own), data, arguments)
         if stage == "search":
             searched = folder
@@ -362,14 +411,100 @@ def run_recipe(path: str | Path, output_dir: str | Path, seed: int | None = None
     return results
 
 
+def _remember(text, folder):
+    """Notes, in this user's own files, that a recipe of that text was run from a folder."""
+    with contextlib.suppress(OSError):
+        note = _note_of(text)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(note, str(folder.resolve()))
+
+
+def _note_of(text):
+    return Path(constants.HF_HOME) / "manticore" / "recipes" / hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_kept_recipe(path: str | Path, directory: str | Path, allow_outside: bool = False) -> Recipe:
+    """The recipe that lies in a directory, which may be a stranger's.
+
+    The files that it names are used if it was run by this user on this machine; else only those in the directory.
+
+    Args:
+        path: Its file.
+        directory: The directory.
+        allow_outside: Whether it is trusted whoever ran it.
+
+    Raises:
+        ManticoreError: The recipe is invalid, or names a file that is not to be used.
+    """
+    recipe = load_recipe(path)
+    try:
+        home = Path(_note_of(_read(recipe.path)).read_text(encoding="utf-8"))
+        return dataclasses.replace(recipe, path=home / recipe.path.name, allow_outside=True)
+    except OSError:
+        recipe.allow_outside = allow_outside
+    named = [recipe.data, *(settings.get("data", {}) for _, settings in recipe.stages)]
+    for source in {one["data"] for one in named if "data" in one}:
+        if not allow_outside and os.path.exists(source) and not stays_inside(source, directory):
+            raise ManticoreError(
+                f"{recipe.path}: its text {show(source)} is not in {str(directory)!r}, and the recipe was not run by "
+                "you on this machine. Give a text with --data FILE, or --allow-outside if you trust the recipe."
+            )
+    return recipe
+
+
 def stage_data(recipe: Recipe, other: dict) -> DataArguments:
-    """DataArguments of a stage; a relative path counts from the working directory or from the recipe's folder."""
+    """DataArguments of a stage; a relative path counts from the recipe's folder, or from the working directory.
+
+    Raises:
+        ManticoreError: A relative path leaves the recipe's folder.
+    """
     values = dict(other) if "data" in other else {**recipe.data, **other}
-    values["data"] = find_beside(values["data"], recipe.path.parent)
+    values["data"] = find_beside(values["data"], recipe)
     return DataArguments(**values)
 
 
-def find_beside(source: str, folder: str | Path) -> str:
-    """A source as it is, unless it is only a path in that folder: then that path."""
-    beside = Path(folder) / source
-    return str(beside) if not Path(source).exists() and beside.exists() else source
+def find_beside(source: str, recipe: Recipe) -> str:
+    """What a recipe names, as a path where it is one: below its own folder, or given in full; else as it is.
+
+    Args:
+        source: File, folder, or address on the Hub.
+        recipe: The Recipe; a relative path that leaves its folder needs its `allow_outside`.
+
+    Raises:
+        ManticoreError: It leaves the folder, by itself or through a link.
+    """
+    folder, path = recipe.path.parent, Path(source)
+    found = next((one for one in (folder / path, path) if one.exists()), None) if len(source) < 4096 else None
+    if found is None or path.is_absolute():
+        return source
+    inside = [found, *found.rglob("*")] if found.is_dir() else [found]
+    if not recipe.allow_outside and not all(stays_inside(one, folder) for one in inside):
+        raise ManticoreError(
+            f"{recipe.path}: {show(source)} is not below the recipe's folder. If you mean this file, give its full "
+            "path in the recipe, or --allow-outside (allow_outside=True)."
+        )
+    return str(found)
+
+
+def recipe_sources(folder: str | Path, config: PreTrainedConfig) -> list[str] | None:
+    """Where the recipe beside a hybrid has its components from, where the hybrid does not know; else None.
+
+    Args:
+        folder: Directory of the hybrid.
+        config: Its configuration.
+    """
+    file = Path(folder) / "recipe.yaml"
+    if not file.is_file() or all(entry["repo_id"] for entry in config.components):
+        return None
+    try:
+        recipe = load_kept_recipe(file, folder)
+        found = [find_beside(source, recipe) for source in recipe.components]
+    except ManticoreError:
+        return None
+    if len(found) != len(config.components):
+        return None
+    usable = [Path(one).is_dir() and (recipe.allow_outside or stays_inside(one, folder)) for one in found]
+    return [
+        one if entry["repo_id"] is None and known else None
+        for one, known, entry in zip(found, usable, config.components)
+    ]

@@ -2,7 +2,8 @@
 
 import argparse
 
-from manticore_hf.utils.options import Parser
+from manticore_hf.training.stage_arguments import OutsideArguments
+from manticore_hf.utils.options import Parser, add_fields, from_namespace
 
 
 def add_options(parser: Parser) -> None:
@@ -14,10 +15,16 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("recipe", help="the YAML file")
     parser.add_argument("--output-dir", required=True, help="directory below which every stage writes its own")
     parser.add_argument("--seed", type=int, help="random seed instead of the recipe's")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="let the recipe's relative paths leave the folder that it is in"
+    )
+    group = parser.add_argument_group("outside of that directory, which no recipe may say")
+    add_fields(group, OutsideArguments, switches=True)
 
 
 def main(args: argparse.Namespace) -> None:
     """Runs the recipe."""
     from manticore_hf.training.recipe import run_recipe
 
-    run_recipe(args.recipe, args.output_dir, args.seed)
+    outside = from_namespace(OutsideArguments, args)
+    run_recipe(args.recipe, args.output_dir, args.seed, outside, args.allow_outside)

@@ -19,13 +19,15 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
+    get_scheduler,
     set_seed,
 )
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.evaluation.data import load_rows
+from manticore_hf.evaluation.data import load_rows, without_text
 from manticore_hf.evaluation.data_arguments import DataArguments
-from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.evaluation.losses import Passages, make_passages
+from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
 from manticore_hf.utils.deepspeed import Unrounded, take_precision
 from manticore_hf.utils.distributed import broadcast_object, gathered, is_main, main_first, on_main, print_main
 from manticore_hf.utils.files import write_json
@@ -43,6 +45,7 @@ class StageRun:
         data: Where its text comes from; None of a stage without text.
         tokenizer: The hybrid's, once it is loaded; saved with the model.
         train, validation: Rows of text as `load_rows` gives them, once they are loaded.
+        passages: The texts of the validation rows, to measure on; None where there are none.
     """
 
     stage: str
@@ -51,6 +54,7 @@ class StageRun:
     tokenizer: PreTrainedTokenizerBase | None = None
     train: Dataset | None = None
     validation: Dataset | None = None
+    passages: Passages | None = None
 
     @property
     def output(self) -> Path:
@@ -91,7 +95,10 @@ class StageRun:
         model = ManticoreForCausalLM.from_pretrained(source, dtype=dtype)
         with main_first():
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.train, self.validation = load_rows(self.data, self.tokenizer)
+            rows = load_rows(self.data, self.tokenizer, keep_text=True)
+        if rows[1] is not None:
+            self.passages = make_passages(rows[1], self.tokenizer)
+        self.train, self.validation = (without_text(part) for part in rows)
         return model
 
     def load_to_train(self, source: str | Path, dtype: str) -> ManticoreForCausalLM:
@@ -119,7 +126,7 @@ class StageRun:
             return cls(model=model, data_collator=collator, **given)
         except ManticoreError:
             raise
-        except ValueError as err:  # so says Transformers
+        except (ValueError, TypeError, ImportError) as err:  # so says Transformers
             raise ManticoreError(" ".join(str(err).split())) from err
 
     def fit(self, trainer: Trainer) -> Unrounded:
@@ -184,6 +191,45 @@ class StageRun:
 def training_defaults() -> dict[str, Any]:
     """What the stages set in TrainingArguments where nothing is given: no trackers; the CPU where there is no other."""
     return {"report_to": "none", "use_cpu": not torch.accelerator.is_available()}
+
+
+_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_MOST_WORKERS = 256
+
+
+def check_training(what: str, cls: type[TrainingArguments], given: dict[str, Any]) -> TrainingArguments:
+    """TrainingArguments whose optimizer and schedule can be made, which Transformers finds out after loading.
+
+    Args:
+        what: How a message calls them.
+        cls: Their class.
+        given: Its keyword arguments.
+
+    Raises:
+        ManticoreError: Something cannot be used; Transformers raises many kinds of errors.
+    """
+    for key in _AT_LEAST_ONE:
+        if given.get(key, 1) < 1:
+            raise ManticoreError(f"{what}: {key}={given[key]} must be at least 1.")
+    if not 0 <= given.get("dataloader_num_workers", 0) <= _MOST_WORKERS:
+        workers = given["dataloader_num_workers"]
+        raise ManticoreError(f"{what}: dataloader_num_workers={workers} must be in [0, {_MOST_WORKERS}].")
+    try:
+        arguments = cls(**given)
+        model = torch.nn.Linear(1, 1)  # some optimizers look at a model
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        if not {"optimizer_dict", "model", "params"} & set(options):
+            kind(model.parameters(), **options)
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            torch.optim.SGD(model.parameters()),
+            arguments.get_warmup_steps(10),
+            10,
+            arguments.lr_scheduler_kwargs or {},
+        )
+    except Exception as err:
+        raise ManticoreError(f"{what}: {reason(err)}") from err
+    return arguments
 
 
 def finished(output: str | Path) -> dict | None:

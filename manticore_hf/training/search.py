@@ -11,6 +11,7 @@ A strategy is a small class registered by name; it decides how alpha moves. All 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -60,7 +61,7 @@ class Strategy:
         trainer: The SearchTrainer.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: "SearchTrainer"):
         self.trainer = trainer
 
     def split(self, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
@@ -185,7 +186,9 @@ class SearchTrainer(HybridLogging, Trainer):
         ManticoreError: The mixture weights are fixed, there is nothing to search, or DeepSpeed is to train.
     """
 
-    def __init__(self, model, args, train_dataset=None, **kwargs):
+    def __init__(
+        self, model: torch.nn.Module, args: SearchArguments, train_dataset: Dataset | None = None, **kwargs: Any
+    ):
         hybrid = hybrid_of(model)
         if hybrid.config.mixture_weights is not None:
             raise ManticoreError("The mixture weights are fixed: call set_mixture_weights(None) before the search.")
@@ -224,7 +227,7 @@ class SearchTrainer(HybridLogging, Trainer):
         """The parameter [S, K]; FSDP2 puts another in its place."""
         return hybrid_of(self.model).hybrid_mixer.alpha_logits
 
-    def create_optimizer(self, *args, **kwargs):
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW with one more parameter group, alpha's."""
         if self.optimizer is None:
             self.alpha.requires_grad_(False)  # out of the groups that Trainer makes
@@ -239,7 +242,7 @@ class SearchTrainer(HybridLogging, Trainer):
             )
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """The Trainer's schedule for the weights, alpha's own for alpha."""
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
@@ -258,7 +261,13 @@ class SearchTrainer(HybridLogging, Trainer):
         """Alpha's present learning rate."""
         return self.optimizer.param_groups[-1]["lr"]
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple:
         """The model's loss plus the penalties on alpha."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         penalty = self._penalty() if model.training else 0.0

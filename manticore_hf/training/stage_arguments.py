@@ -9,6 +9,49 @@ from typing import Any
 
 from manticore_hf.modeling.settings_manticore import HybridSettings, ManticoreError
 
+RECIPE_MAY_SAY = frozenset(
+    """
+    num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size seed
+    data_seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay max_grad_norm
+    label_smoothing_factor optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha
+    full_determinism average_tokens_across_devices bf16 fp16 tf32 bf16_full_eval fp16_full_eval use_cpu torch_compile
+    torch_compile_mode
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+    torch_empty_cache_steps use_cache train_sampling_strategy length_column_name label_names remove_unused_columns
+    dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches
+    eval_use_gather_object per_device_eval_batch_size prediction_loss_only batch_eval_metrics load_best_model_at_end
+    metric_for_best_model greater_is_better logging_strategy logging_steps logging_first_step logging_nan_inf_filter
+    include_num_input_tokens_seen disable_tqdm save_strategy save_steps save_total_limit save_only_model
+    """.split()
+)
+"""What a recipe may set of TrainingArguments: what trains. All else (who is told, where it is uploaded, files that are
+read, how processes are joined) acts outside of the run's directory, and is said by the person who runs it."""
+
+
+@dataclass
+class OutsideArguments:
+    """What a run does beside training into its directory: for its command line, never for its recipe."""
+
+    report_to: str | None = field(
+        default=None, metadata={"help": "Tracker that is told of every training stage: wandb, tensorboard, all, ..."}
+    )
+    run_name: str | None = field(default=None, metadata={"help": "Name of the run at the tracker."})
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload what each training stage saves, the last one's at the end."}
+    )
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository for --push-to-hub: you/name."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether that repository is made private."})
+    deepspeed: str | None = field(default=None, metadata={"help": "Configuration file of DeepSpeed."})
+    accelerator_config: str | None = field(default=None, metadata={"help": "Configuration file of accelerate."})
+    fsdp_config: str | None = field(default=None, metadata={"help": "Configuration file of FSDP."})
+
+    def given(self) -> dict[str, Any]:
+        """What was given, as keyword arguments of TrainingArguments."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {key: value for key, value in found.items() if value not in (None, False)}
+
 
 @dataclass
 class HybridArguments(HybridSettings):
@@ -18,7 +61,7 @@ class HybridArguments(HybridSettings):
         default=None,
         metadata={
             "help": "Give components with other tokenizers the vocabulary of the tokenizer "
-            "component: mean, omp or auto. Default: refuse them.",
+            "component: mean, omp or auto. Default: they are unsupported.",
             "choices": ("mean", "omp", "auto"),
         },
     )
@@ -99,8 +142,8 @@ class AlphaArguments:
 
 
 @dataclass
-class HardenArguments:
-    """What is hardened, and how its route is chosen."""
+class PruneArguments:
+    """What is pruned, and how its route is chosen."""
 
     model: str = field(metadata={"help": "The soft hybrid: directory or Hub repo."})
     route: str = field(
@@ -117,7 +160,9 @@ class HardenArguments:
     beam: int = field(default=4, metadata={"help": "Routes kept where there are too many to measure all."})
     distil_weight: float = field(
         default=0.5,
-        metadata={"help": "Weight of the soft hybrid's distribution in the healing's loss; the text has the rest."},
+        metadata={
+            "help": "Weight of the soft hybrid's distribution in the distillation's loss; the text has the rest."
+        },
     )
     train_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
 

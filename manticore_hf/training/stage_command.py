@@ -1,4 +1,4 @@
-"""`manticore-hf compose`, `calibrate`, `pretrain`, `search`, `finetune`, `harden`: their options.
+"""`manticore-hf compose`, `calibrate`, `pretrain`, `search`, `finetune`, `prune`: their options.
 
 Every training stage takes all options of Transformers' TrainingArguments, which `--help-all` lists; compose and
 calibrate take what they make use of.
@@ -16,7 +16,7 @@ _EXAMPLES = {
     "pretrain": "--model hybrid --data text.txt --output-dir projectors --learning-rate 1e-3",
     "search": "--model projectors --data text.txt --output-dir searched --strategy gaea",
     "finetune": "--model projectors --mixture-from searched --data text.txt --output-dir tuned --bf16",
-    "harden": "--model tuned --data text.txt --output-dir hard --route loss --max-steps 200",
+    "prune": "--model tuned --data text.txt --output-dir hard --route loss --max-steps 200",
 }
 
 

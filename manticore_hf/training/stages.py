@@ -11,8 +11,8 @@ from typing import Any
 from manticore_hf.training.stage_arguments import (
     AlphaArguments,
     CalibrateArguments,
-    HardenArguments,
     HybridArguments,
+    PruneArguments,
     StageArguments,
 )
 
@@ -105,15 +105,18 @@ STAGES: dict[str, Stage] = {
             trains="finetune",
         ),
         Stage(
-            "harden",
-            "keep one component per block, and heal what is left by distillation",
-            "losses, also before healing",
-            HardenArguments,
-            ("manticore_hf.training.distill", "run_harden"),
+            "prune",
+            "keep one component per block, and recover by distillation",
+            "losses, also before recovery distillation",
+            PruneArguments,
+            ("manticore_hf.training.distill", "run_prune"),
             trains="finetune",
         ),
     )
 }
+
+OLD_NAMES = {"harden": "prune"}
+"""Stages under their names in version 0.1, in recipes and as commands."""
 
 AFTER_COMPOSE: dict[str, Stage] = {name: stage for name, stage in STAGES.items() if name != "compose"}
 """Those that a recipe lists: composing comes first by itself."""

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.evaluation.data_arguments import DataArguments
-from manticore_hf.evaluation.losses import compare_losses, measured_on
+from manticore_hf.evaluation.losses import how_measured, measure, name_of
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.training.calibrate import awaits_calibration, calibrate_projectors
 from manticore_hf.training.freezing import ComponentClipping, fix_alpha, set_stage
@@ -91,9 +91,9 @@ def _train(start: StageArguments, run: StageRun) -> dict:
     trained = trainer, run.fit(trainer)
     result = {"steps": trainer.state.global_step, "components": model.config.component_names}
     result["objective"] = {key: getattr(model.config, key) for key in OBJECTIVE}
-    if run.validation is not None:
-        result["losses"] = compare_losses(model, run.validation, arguments.per_device_eval_batch_size)
-        result.update(measured_on(run.data, run.validation))
+    if run.passages is not None:
+        found = measure(model, run.passages, arguments.per_device_eval_batch_size)
+        result |= {"data": name_of(run.data), "note": how_measured(run.data), **found.to_dict()}
 
     def beside_the_model(result):
         if search:
@@ -139,4 +139,6 @@ def _summary(result: dict) -> Iterator[str]:
     for block, row in enumerate(result["mixture_weights"]):
         yield f"{block + 1:>8}" + "".join(f"{weight:24.3f}" for weight in row)
     for name, loss in result.get("losses", {}).items():
-        yield f"{name:>24}  {loss:.4f} nats per token on the validation text"
+        bits = result.get("bits_per_byte", {}).get(name)
+        said = "" if bits is None else f"{bits:.4f} bits per byte, "
+        yield f"{name:>24}  {said}{loss:.4f} nats per token on the validation text"

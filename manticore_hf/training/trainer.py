@@ -2,10 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from manticore_hf.utils.deepspeed import present
 from manticore_hf.utils.distributed import all_reduce_dict, ready_for_shards
@@ -33,14 +34,14 @@ class HybridLogging:
             self._watch = PartSums(hybrid_of(self.model))
         return self._watch
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Trainer; the model reports of its parts until it returns, and no longer."""
         ready_for_shards(self)
         with self._parts() as parts:
             parts.clear()
             return super().train(*args, **kwargs)
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in Trainer, with the parts' means in the metrics."""
         with self._parts() as parts:
             parts.clear()
@@ -50,10 +51,12 @@ class HybridLogging:
             parts.clear()
         return output
 
-    def prediction_step(self, model, inputs, *args, **kwargs):
+    def prediction_step(self, model: torch.nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> tuple:
+        """As in Trainer; rows that accelerate repeats do not count."""
         return super().prediction_step(model, without_repeats(inputs, self.accelerator), *args, **kwargs)
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, with alpha and the parts' means since the last log."""
         if "loss" in logs:
             logs = {**logs, **alpha_logs(hybrid_of(self.model)), **self._parts().means()}
             self._parts().clear()
@@ -72,7 +75,7 @@ class HybridLogging:
         license: str | None = None,
         tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Writes the hybrid's card to the output directory; arguments as in Transformers, others are not used."""
         if self.is_world_process_zero():

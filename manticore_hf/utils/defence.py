@@ -3,7 +3,7 @@
 Transformers believes all of it. It loops over the numbers while it reads them (a list of layer types, a dict of
 labels), so that a number alone can hang a process; it takes methods for settings, and some settings for instructions to
 load code or files. Configurations are checked before anything is made of them. Models are counted on the meta device,
-where tensors have no storage, before they are made: a trillion parameters are refused with numbers instead of ending
+where tensors have no storage, before they are made: a trillion parameters raise an error with numbers instead of ending
 the process. A checkpoint is compared by its headers before it is read. `import manticore_hf` installs this for all that
 the package loads and inspects; in a published repository its author could delete it.
 """
@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -34,7 +35,7 @@ from manticore_hf.modeling.bounds_manticore import (
     show,
 )
 from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
-from manticore_hf.modeling.weights_manticore import Renamer, part_of, refuse
+from manticore_hf.modeling.weights_manticore import Renamer, check_complete, part_of
 from manticore_hf.utils.headers import compare
 
 MAX_COMPONENTS = 32
@@ -59,6 +60,7 @@ _INSTRUCTIONS = {
     "fusion_config", "kernel_config", "use_kernels", "allow_all_kernels", "distributed_config", "device_map",
     "backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone", "gguf_file", "trust_remote_code",
     "keys_to_ignore_at_inference", "ignore_keys_at_rope_validation", "custom_generate", "output_attentions",
+    "attn_implementation_internal", "experts_implementation_internal",
     *(key for key, kind in PreTrainedConfig.__annotations__.items() if "ClassVar" in str(kind) and key != "model_type"),
 }  # fmt: skip
 
@@ -256,6 +258,27 @@ def check_hybrid(what: str, values: dict) -> None:
         raise ManticoreError(f"{what}: {reason}. Quantise the hybrid when you load it (quantization_config=...).")
 
 
+_MOST_ROWS = 1024  # that generation may make of one
+
+
+def check_generation(what: str, values: dict) -> None:
+    """Raises ManticoreError if what generation is to do by a repository's generation_config.json is beyond any sense.
+
+    Args:
+        what: How a message calls the model.
+        values: The settings.
+    """
+    check_plain(what, values)
+    for key in ("num_beams", "num_beam_groups", "num_return_sequences", "num_assistant_tokens"):
+        value = values.get(key)
+        if value is not None and not (type(value) is int and value <= _MOST_ROWS):
+            raise ManticoreError(
+                f"{what}: {key}={show(value)} is no number that anyone generates with; it may be at most {_MOST_ROWS}. "
+                "Repair or do not use this file."
+            )
+    check_sizes(what, values)
+
+
 def _nested(config):
     """The settings of a configuration and of those inside it."""
     todo, seen = [config], []
@@ -285,11 +308,11 @@ _FILLS |= {torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor}
 
 
 class Meter(TorchDispatchMode):
-    """Refuses tensors beyond any sense while a model is made or run on the meta device.
+    """Raises for tensors beyond any sense while a model is made or run on the meta device.
 
     Args:
         what: How a message calls the model.
-        steps: Operations after which it is refused as endless.
+        steps: Operations after which it counts as endless.
     """
 
     def __init__(self, what: str, steps: int):
@@ -352,6 +375,11 @@ class Defence(Guard):
         try:
             yield
         except (OSError, TypeError, AttributeError, KeyError, RecursionError) as err:
+            if isinstance(err, OSError) and isinstance(err.__context__, HFValidationError):
+                raise OSError(
+                    f"{str(source)!r} is not there: it is no directory, and no repository id of the Hub "
+                    "('organisation/name')."
+                ) from err
             if isinstance(err, OSError) and not isinstance(err.__context__, ValueError):
                 raise  # there is no such file, or no connection
             raise ManticoreError(
@@ -441,7 +469,7 @@ class Defence(Guard):
         if wrong and ignore_mismatched:
             made = [rename.known[key] for key in wrong if key in rename.known]
             check_memory(f"{part_of(model, min(wrong))}: its tensors of another shape", made)
-        refuse(model, missing, {} if ignore_mismatched else wrong)
+        check_complete(model, missing, {} if ignore_mismatched else wrong)
 
 
 def install() -> None:

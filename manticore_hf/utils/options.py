@@ -98,6 +98,16 @@ class Renamed(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class RenamedSwitch(Renamed):
+    """`Renamed` for an option that takes no value and stands for its `const`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, new: str, const: object = True, **kwargs: Any):
+        super().__init__(option_strings, dest, new, nargs=0, const=const, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        super().__call__(parser, namespace, self.const, option_string)
+
+
 def option(name: str) -> str:
     """The option of a field: "block_size" -> "--block-size"."""
     return f"--{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""Modules and arguments under the names that they had in version 0.1: they work, with a warning, until version 0.3."""
+"""What had another name in version 0.1 (modules, functions, arguments) works under it, with a warning, until 0.3."""
 
 import functools
 import importlib
@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 _ROOMS = {
     "adapters": "training.lora",
@@ -103,6 +104,23 @@ def install(package: str) -> None:
     """
     if not any(isinstance(finder, OldNames) and finder.package == package for finder in sys.meta_path):
         sys.meta_path.insert(0, OldNames(package))  # before the folders: `tasks.mad` is now a folder's name too
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warns whoever used an old name, two calls up."""
+    warnings.warn(f"{old} is now {new}; the old name goes with version 0.3.", FutureWarning, stacklevel=3)
+
+
+def old_names(module: str, names: dict[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module in which `names`, {old: new}, were renamed."""
+
+    def find(name):
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(f"{module}.{name}", names[name])
+        return getattr(sys.modules[module], names[name])
+
+    return find
 
 
 def takes_old_name(old: str, new: str) -> Callable[[Callable], Callable]:

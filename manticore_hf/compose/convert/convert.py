@@ -5,7 +5,7 @@
     manticore-hf convert org/old --output-dir old                              # Transformers' layout, but a pickle
 
 Hybrids read safetensors only, because reading a pickle can run code; converting is the step that a user takes on
-purpose. Pickles are read with weights_only, and refused if they hold anything but tensors. Each tensor of the source
+purpose. Pickles are read with weights_only, and must hold nothing but tensors. Each tensor of the source
 is used exactly once, each of the model's is filled, and what was written, read back, gives the same logits to the bit.
 """
 
@@ -26,6 +26,7 @@ from manticore_hf.modeling.bounds_manticore import build_config, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES
 from manticore_hf.modeling.saving_manticore import whole_directory
+from manticore_hf.utils.formatting import escape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -220,12 +221,12 @@ def _card(result, title, rounded):
     if result["revision"] is not None:
         lines.append(f"base_model: {source}")
     body = _CARD.format(
-        title=title,
-        how=result["how"],
-        source=f"`{source}`",
+        title=escape(title),
+        how=escape(result["how"]),
+        source=escape(source),
         revision=result["revision"] or "none (local files)",
-        license=license or "none",
-        tokenizer=f"`{result['tokenizer']}`",
+        license=escape(license or "none"),
+        tokenizer=escape(result["tokenizer"]),
         rounded=rounded,
     )
     return "\n".join([*lines, "---", "", body])

@@ -10,7 +10,7 @@ def add_options(parser: Parser) -> None:
     parser.description = (
         "Writes a checkpoint that hybrids do not read (mamba_ssm's own layout, GGUF, pickles) as a "
         "directory with safetensors and tokenizer, which they do. Pickles are read with weights_only; one that holds "
-        "anything but tensors is refused. What was written is read back and compared."
+        "anything but tensors is an error. What was written is read back and compared."
     )
     parser.add_argument("source", help="directory, .gguf file or Hub repo (org/name, org/name@revision)")
     parser.add_argument("--output-dir", required=True, help="directory to write; new or empty")

@@ -2,12 +2,13 @@
 
 mamba_ssm (the code of Gu and Dao, arXiv 2312.00752, and Dao and Gu, arXiv 2405.21060) writes a config.json without a
 model_type, whose `ssm_cfg` holds the arguments of every mixer that differ from its defaults. What Transformers' classes
-cannot compute (attention layers, MLPs, LayerNorm, a skip weight per channel) is refused.
+cannot compute (attention layers, MLPs, LayerNorm, a skip weight per channel) is unsupported.
 """
 
 import math
 import re
 
+import torch
 from transformers import Mamba2Config, MambaConfig
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -33,12 +34,12 @@ _NO_MATTER = {
 }  # fmt: skip
 
 
-def is_mamba_ssm(values):
+def is_mamba_ssm(values: dict) -> bool:
     """Whether a config.json is in mamba_ssm's layout."""
     return "model_type" not in values and {"d_model", "n_layer", "vocab_size"} <= set(values)
 
 
-def mamba_config(what, values):
+def mamba_config(what: str, values: dict) -> MambaConfig | Mamba2Config:
     """Transformers' configuration of a checkpoint in mamba_ssm's layout.
 
     Args:
@@ -108,7 +109,7 @@ def mamba_config(what, values):
     )
 
 
-def mamba_weights(what, tensors, tied):
+def mamba_weights(what: str, tensors: dict[str, torch.Tensor], tied: bool) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint in mamba_ssm's layout by the names that Transformers gives them.
 
     Args:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from manticore_hf.compose.components import PICKLE_FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.references_manticore import WEIGHT_FILES
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES, refusal
 
 
 @dataclass
@@ -38,16 +38,16 @@ class Source:
     revision: str | None = None
 
     @property
-    def what(self):
+    def what(self) -> str:
         """What messages call it."""
         return f"The checkpoint {self.repo_id or str(self.folder)!r}"
 
     @property
-    def address(self):
+    def address(self) -> tuple[str, dict]:
         """What a tokenizer's class takes, with its keyword arguments."""
         return (str(self.folder), {}) if self.repo_id is None else (self.repo_id, {"revision": self.revision})
 
-    def file(self, name, needed=False):
+    def file(self, name: str, needed: bool = False) -> Path | None:
         """Path of one file, fetched if need be; None where there is none.
 
         Raises:
@@ -70,15 +70,10 @@ class Source:
             ) from err
         except RevisionNotFoundError as err:
             raise ManticoreError(f"{self.what}: the repository has no revision {self.revision!r}.") from err
-        except LocalEntryNotFoundError as err:
-            raise ManticoreError(
-                f"{self.what}: {name} is not in the local cache and the Hub cannot be reached; go online, or fetch it "
-                "with `hf download`."
-            ) from err
-        except EntryNotFoundError:
-            return None
         except Exception as err:  # the HTTP library's own errors among them
-            raise ManticoreError(f"{self.what}: {name} cannot be fetched: {err}") from err
+            if isinstance(err, EntryNotFoundError) and not isinstance(err, LocalEntryNotFoundError):
+                return None
+            raise ManticoreError(f"{self.what}: {name} cannot be fetched: {refusal(err, self.repo_id)}") from err
         commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
         if commit is None:
             raise ManticoreError(f"{self.what}: revision {self.revision!r} did not resolve to a commit.")
@@ -86,7 +81,9 @@ class Source:
         return Path(path)
 
 
-def find_source(source, revision=None, gguf_file=None):
+def find_source(
+    source: str | os.PathLike, revision: str | None = None, gguf_file: str | None = None
+) -> tuple[Source, str | None]:
     """(Source, name of the GGUF file in it or None) of what a user names.
 
     Args:
@@ -114,7 +111,7 @@ def find_source(source, revision=None, gguf_file=None):
     return Source(repo_id=repo_id, revision=at or revision or "main"), gguf_file
 
 
-def read_tensors(source):
+def read_tensors(source: Source) -> dict[str, torch.Tensor]:
     """{name: tensor} of a checkpoint's weight files, mapped into memory where their format allows it.
 
     Args:

@@ -6,14 +6,16 @@ in a model that does have it (orthogonal matching pursuit: Pati et al. 1993). A 
 the coefficients; what they are applied to is the same for all.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from tqdm.auto import tqdm
 
+from manticore_hf.compose.transplant.surface import Surfaces
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
-METHODS = {}
+METHODS: dict[str, Callable] = {}
 """{name: function (plan, side, donor, atoms, progress) -> {token: (source tokens, coefficients)}}"""
 
 ATOMS = 4
@@ -41,12 +43,12 @@ class Plan:
     pieces: dict = field(default_factory=dict)
     unmatched: list = field(default_factory=list)
 
-    def taken(self, side):
+    def taken(self, side: str) -> dict[int, int]:
         """{token: source token} of all rows that are copied for "input", "head" or "tied" (one matrix for both)."""
         roles = self.roles[side] if side != "tied" else {**self.roles["input"], **self.roles["head"]}
         return {**self.copied, **roles}
 
-    def coverage(self, pieces_only=True):
+    def coverage(self, pieces_only: bool = True) -> dict[str, int]:
         """Number of tokens by where their rows come from.
 
         Args:
@@ -58,7 +60,7 @@ class Plan:
         return {"copied": len(self.copied), "by role": by_role, "built": built, "none": len(self.unmatched) + lost}
 
 
-def match(source, target):
+def match(source: Surfaces, target: Surfaces) -> Plan:
     """Compares two tokenizers' Surfaces; returns a Plan.
 
     Special tokens go by what they are for: a text of the new tokenizer begins with the token that plays the part of
@@ -89,7 +91,7 @@ def match(source, target):
     return plan
 
 
-def method(name):
+def method(name: str) -> Callable[[Callable], Callable]:
     """Registers a way of finding coefficients."""
 
     def register(function):
@@ -100,7 +102,9 @@ def method(name):
 
 
 @method("mean")
-def mean_of_pieces(plan, side, donor=None, atoms=None, progress=False):
+def mean_of_pieces(
+    plan: Plan, side: str, donor: torch.Tensor | None = None, atoms: int | None = None, progress: bool = False
+) -> dict[int, tuple[list[int], list[float]]]:
     """Means of the rows of a token's sub-tokens.
 
     An input row weighs each piece twice as much as the one before it: what a model reads is best said by the last
@@ -116,7 +120,9 @@ def mean_of_pieces(plan, side, donor=None, atoms=None, progress=False):
 
 
 @method("omp")
-def sparse_in_common(plan, side, donor, atoms=ATOMS, progress=False):
+def sparse_in_common(
+    plan: Plan, side: str, donor: torch.Tensor, atoms: int = ATOMS, progress: bool = False
+) -> dict[int, tuple[list[int], list[float]]]:
     """As the donor's row is approximated by few of its rows of common tokens, so is the model's.
 
     Args:
@@ -135,7 +141,9 @@ def sparse_in_common(plan, side, donor, atoms=ATOMS, progress=False):
 
 
 @torch.no_grad()
-def matching_pursuit(dictionary, targets, atoms, progress=False):
+def matching_pursuit(
+    dictionary: torch.Tensor, targets: torch.Tensor, atoms: int, progress: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Orthogonal matching pursuit, for many vectors at once.
 
     Args:
@@ -185,7 +193,7 @@ def _pursue(dictionary, directions, targets, atoms):
     return chosen, (coefficients * used).float()
 
 
-def new_rows(weight, plan, side, coefficients):
+def new_rows(weight: torch.Tensor, plan: Plan, side: str, coefficients: dict) -> torch.Tensor:
     """The rows of all tokens.
 
     Args:
@@ -212,7 +220,7 @@ def new_rows(weight, plan, side, coefficients):
     return out[:, 0] if weight.ndim == 1 else out
 
 
-def check_method(name, donor):
+def check_method(name: str, donor: object | None) -> None:
     """Raises ManticoreError unless a method exists and has what it needs."""
     if name not in METHODS:
         raise ManticoreError(f"method={name!r} is unknown; choose 'auto' or one of {sorted(METHODS)}.")

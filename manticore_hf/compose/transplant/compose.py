@@ -12,26 +12,27 @@ from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.tokenizers import digest, find_tokenizer
 from manticore_hf.compose.transplant.build import ATOMS, check_method
+from manticore_hf.compose.transplant.coverage import TransplantReport
 from manticore_hf.compose.transplant.transplant import transplant
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import component_files
 
 
 def compose_transplanted(
-    components,
-    method="auto",
+    components: list,
+    method: str = "auto",
     *,
-    tokenizer_component=None,
-    tokenizer=None,
-    texts=None,
-    atoms=ATOMS,
-    batch_size=8,
-    token=None,
-    cache_dir=None,
-    local_files_only=False,
-    progress=True,
-    **settings,
-):
+    tokenizer_component: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts: list[str] | None = None,
+    atoms: int = ATOMS,
+    batch_size: int = 8,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+    **settings: object,
+) -> tuple[ManticoreForCausalLM, PreTrainedTokenizerBase, dict[str, TransplantReport]]:
     """Composes a hybrid from causal LMs with different tokenizers.
 
     Args:

@@ -6,8 +6,13 @@ Losses are in bits per byte, every byte of a text paid for, so that they compare
 import math
 from dataclasses import asdict, dataclass, field
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from manticore_hf.compose.transplant.build import Plan
 from manticore_hf.evaluation.metrics.scoring import token_logprobs
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+
+_WINDOW = 1024  # tokens that are read at once
 
 
 @dataclass
@@ -30,7 +35,7 @@ class TransplantReport:
     bits_before: float | None = None
     bits_after: dict = field(default_factory=dict)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """Plain values."""
         return {**asdict(self), "rows": list(self.rows)}
 
@@ -46,8 +51,16 @@ class TransplantReport:
         return text
 
 
-def bits_per_byte(model, tokenizer, texts, batch_size=8, progress=True):
-    """Bits per byte of a causal LM on texts; long ones are read in windows that overlap by half.
+def bits_per_byte(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    batch_size: int = 8,
+    progress: bool = True,
+) -> float:
+    """Bits per byte of a causal LM on texts; long ones are read in windows of 1024 tokens that overlap by half.
+
+    A text file is one text, and the logits of all its tokens fit no memory.
 
     Args:
         model: Any causal LM.
@@ -63,14 +76,14 @@ def bits_per_byte(model, tokenizer, texts, batch_size=8, progress=True):
     if not size:
         raise ManticoreError("The texts to measure on are empty; give some that the component was not trained on.")
     limit = getattr(model.config, "max_position_embeddings", None)
-    limit = limit if isinstance(limit, int) and limit > 1 else None
+    limit = min(limit, _WINDOW) if isinstance(limit, int) and limit > 1 else _WINDOW
     scores = token_logprobs(
-        model, tokenizer, texts, batch_size=batch_size, max_length=limit, stride=limit and limit // 2, progress=progress
+        model, tokenizer, texts, batch_size=batch_size, max_length=limit, stride=limit // 2, progress=progress
     )
     return -sum(map(sum, scores)) / math.log(2) / size
 
 
-def text_coverage(plan, tokenizer, texts):
+def text_coverage(plan: Plan, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, float]:
     """Shares of the texts' tokens by where their rows come from.
 
     Args:

@@ -7,6 +7,8 @@ can be read from its decoder, which must know it to turn tokens into text.
 
 import json
 
+from transformers import PreTrainedTokenizerBase
+
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 ROLES = ("bos", "eos", "pad", "unk")
@@ -42,7 +44,7 @@ class Surfaces:
         ManticoreError: The tokenizer shows no tokens.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         core = getattr(tokenizer, "backend_tokenizer", None)
         if core is None:
             raise ManticoreError(
@@ -84,7 +86,7 @@ class Surfaces:
             return (token.removeprefix(_CONTINUES) if token.startswith(_CONTINUES) else f" {token}").encode()
         return token.encode()
 
-    def spell(self, data):
+    def spell(self, data: bytes) -> list[int]:
         """The tokens that together stand for some bytes, as the tokenizer itself cuts them where that can be told.
 
         Args:

@@ -9,6 +9,7 @@ model.save_pretrained("transplanted")        # a plain model of its family
 import copy
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.compose.transplant.build import ATOMS, METHODS, check_method, match, new_rows
@@ -23,17 +24,17 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def transplant(
-    model,
-    tokenizer_from,
-    tokenizer_to,
-    method="auto",
-    texts=None,
+    model: PreTrainedModel,
+    tokenizer_from: PreTrainedTokenizerBase,
+    tokenizer_to: PreTrainedTokenizerBase,
+    method: str = "auto",
+    texts: list[str] | None = None,
     *,
-    donor=None,
-    atoms=ATOMS,
-    batch_size=8,
-    progress=True,
-):
+    donor: PreTrainedModel | None = None,
+    atoms: int = ATOMS,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> tuple[PreTrainedModel, TransplantReport]:
     """Gives a causal LM the vocabulary of another tokenizer.
 
     Tokens that stand for the same bytes keep their rows, special tokens get those of the same role, the others are

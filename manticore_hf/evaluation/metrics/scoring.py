@@ -17,8 +17,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
+_LOGITS = 2**28  # numbers of a batch's logits, at most, where more than one row is read: 1 GiB in float32
 METRICS = ("mad_accuracy", "token_loss")
 
 
@@ -67,6 +69,7 @@ def token_logprobs(
     max_length: int | None = None,
     stride: int | None = None,
     start_token_id: int | None = None,
+    prompts: Sequence[str] | None = None,
     progress: bool = True,
 ) -> list[list[float]]:
     """Log-probabilities of every token of every text, by any causal LM of Transformers.
@@ -84,11 +87,12 @@ def token_logprobs(
             right, where no causal model looks.
         max_length: Most tokens that the model reads at once, the start included; None for the configuration's
             `max_position_embeddings` (no limit where there is none, as for Mamba).
-        stride: How a longer text is read; None to refuse it. The first max_length tokens are read at once; then each
+        stride: How a longer text is read; None: it raises. The first max_length tokens are read at once; then each
             pass scores the next `stride` tokens with as many before them as max_length allows. So every token sees
             max_length - stride tokens or more, from the start of the text on if it is no further away; a smaller
             stride costs more passes and gives lower losses.
         start_token_id: Id of another start token.
+        prompts: For each text what is read before it and not scored, after the start; it counts to max_length.
         progress: Show a progress bar.
 
     Returns:
@@ -108,7 +112,11 @@ def token_logprobs(
         max_length = getattr(model.config, "max_position_embeddings", None)
     _check_sizes(batch_size, max_length, stride)
     windows, scores = [], []
+    before = [[]] * len(texts)
+    if prompts is not None:
+        before = [_bare(tokenizer, [prompt])[0] if prompt else [] for prompt in prompts]
     for i, (start, ids) in enumerate(tokens_with_start(tokenizer, texts, start_token_id)):
+        start = start + before[i]
         windows += _windows(i, start, ids, max_length, stride)
         scores.append([0.0] * len(ids))
     # The longest first: where memory is too small, that shows at once.
@@ -116,9 +124,13 @@ def token_logprobs(
     was_training = model.training
     model.eval()
     try:
-        steps = range(0, len(windows), batch_size)
-        for step in tqdm(steps, desc="Scoring", unit="batch", leave=False, disable=not progress):
-            batch = windows[step : step + batch_size]
+        batches, rows = [], getattr(model.config, "vocab_size", None) or 1
+        for window in windows:  # the first of a batch is its longest
+            fits = batches and (len(batches[-1]) + 1) * len(batches[-1][0].ids) * rows <= _LOGITS
+            if not fits or len(batches[-1]) == batch_size:
+                batches.append([])
+            batches[-1].append(window)
+        for batch in tqdm(batches, desc="Scoring", unit="batch", leave=False, disable=not progress):
             for window, values in zip(batch, _score(model, batch)):
                 scores[window.text][window.start : window.start + len(values)] = values
     finally:
@@ -151,7 +163,7 @@ def tokens_with_start(
     """[(start tokens, tokens of the text)] of every text."""
     if not texts:
         return []
-    bare = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    bare = _bare(tokenizer, texts)
     unknown = tokenizer.unk_token_id
     for i, (text, ids) in enumerate(zip(texts, bare)):
         # GPT-2 calls its end-of-text token unknown, too; one that is written out in the text is known.
@@ -165,28 +177,13 @@ def tokens_with_start(
     shown = next((i for i, ids in enumerate(bare) if ids), None)
     if shown is None:
         return [([], ids) for ids in bare]
-    start = [start_token_id] if start_token_id is not None else _start(tokenizer, texts[shown], bare[shown])
+    start = [start_token_id] if start_token_id is not None else scored_after(tokenizer, texts[shown])
     return [(start, ids) for ids in bare]
 
 
-def _start(tokenizer, text, ids):
-    whole = tokenizer(text, verbose=False)["input_ids"]
-    for length in range(len(whole) - len(ids) + 1):
-        if whole[length : length + len(ids)] == ids:
-            break
-    else:
-        raise ManticoreError(
-            "The tokenizer cuts a text differently with and without its special tokens, so it does not show what it "
-            "puts before a text: give start_token_id."
-        )
-    if length:
-        return whole[:length]
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return [token]
-    raise ManticoreError(
-        "The tokenizer has no bos_token and no eos_token to predict a text's first token from: give start_token_id."
-    )
+def _bare(tokenizer, texts):
+    """Tokens of texts alone; the name of a special token in a text is the characters it is written with."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def _windows(i, start, ids, max_length, stride):

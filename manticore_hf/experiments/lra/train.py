@@ -2,7 +2,7 @@
 
     manticore-hf lra listops --hybrid llama,mamba --designed --min-len 10 --max-len 40 --num-train 6400 --output-dir lra
 
-How they are trained: see `comparison`. Every model, a single one too, is a hybrid with score heads
+How they are trained: see `baselines`. Every model, a single one too, is a hybrid with score heads
 (`ManticoreForSequenceClassification`), which with one component is that component with a linear head on its last state.
 Numbers compare with each other; the benchmark's own models read in both directions, and pool in other ways.
 """
@@ -36,13 +36,10 @@ def run_lra(
 
     Args:
         task: An LraTask.
-        families: Model types. One: that model. Several: the hybrid of them.
+        families, baselines, hybrid, designed: As in `Benchmark.run`.
         output_dir: Where each run's JSON goes; runs that are finished there are read instead.
         training: Training; default: DEFAULTS.
-        baselines: For a hybrid also each component alone, and the plain ensemble of those.
-        hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...).
         quiet: No progress bars and no table.
-        designed: Also a hybrid that was designed by hand (see `models.DESIGNED`).
 
     Returns:
         A list of results, the asked one first: model, accuracy, chance (share of the test's most frequent label),

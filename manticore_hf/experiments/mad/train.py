@@ -2,7 +2,7 @@
 
     manticore-hf mad in-context-recall --hybrid llama,mamba --epochs 20 --output-dir mad
 
-As the benchmark does it (see `comparison`) but for its bfloat16 and its steps of the schedule (per epoch there, per
+As the benchmark does it (see `baselines`) but for its bfloat16 and its steps of the schedule (per epoch there, per
 batch here), and without its stop at 99.9 % on the test set. Families are Transformers' own, MLPs included, so the
 numbers compare with each other and not with those of the MAD paper.
 """
@@ -35,13 +35,10 @@ def run_mad(
 
     Args:
         task: A MadTask.
-        families: Model types. One: that model. Several: the hybrid of them.
+        families, baselines, hybrid, designed: As in `Benchmark.run`.
         output_dir: Where each run's JSON goes; runs that are finished there are read instead.
         training: Training; default: the benchmark's settings.
-        baselines: For a hybrid also each component alone, and the plain ensemble of those.
-        hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...).
         quiet: No progress bars and no table.
-        designed: Also a hybrid that was designed by hand (see `models.DESIGNED`).
 
     Returns:
         A list of results, the asked one first: model, accuracy (micro), macro_accuracy, chance, parameters, settings.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families import FAMILIES, tiny
-from manticore_hf.modeling import anatomy_manticore
-from manticore_hf.modeling.anatomy_manticore import NoPosition, dissect
+from manticore_hf.modeling import layer_stack_manticore
+from manticore_hf.modeling.layer_stack_manticore import NoPosition, find_layout
 from torch import nn
 
 
@@ -18,25 +18,26 @@ class Unlearned(nn.Embedding):
 @pytest.fixture
 def looks(monkeypatch):
     """The components that are run on nothing, with what was found before forgotten."""
-    seen, real = [], anatomy_manticore._dissect
-    monkeypatch.setattr(anatomy_manticore, "_FOUND", {})
-    monkeypatch.setattr(anatomy_manticore, "_dissect", lambda component: seen.append(component) or real(component))
+    seen, real = [], layer_stack_manticore._find_layout
+    monkeypatch.setattr(layer_stack_manticore, "_FOUND", {})
+    monkeypatch.setattr(
+        layer_stack_manticore, "_find_layout", lambda component: seen.append(component) or real(component)
+    )
     return seen
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_once_for_all_that_are_equal(family, looks):
-    one, two = tiny(family, seed=0), tiny(family, seed=1).to(torch.bfloat16)
+    one, two = tiny(family, seed=0), tiny(family, seed=1)
     with torch.device("meta"):
-        three = type(one)(one.config)
-    found = dissect(one)
-    assert dissect(two) == dissect(three) == found and looks == [one]
-    for other in (two, three):
-        assert anatomy_manticore._dissect(other) == found
+        three = type(one)(one.config).to(torch.bfloat16)
+    found = find_layout(one)
+    assert find_layout(two) == find_layout(three) == found and looks == [one]
+    assert layer_stack_manticore._find_layout(three) == found
 
 
 def test_other_settings_are_looked_at(looks):
-    plain, projected = dissect(tiny("opt")), dissect(tiny("opt_projected"))
+    plain, projected = find_layout(tiny("opt")), find_layout(tiny("opt_projected"))
     assert "final_layer_norm" in plain.after and "final_layer_norm" not in projected.after
     assert len(looks) == 2
 
@@ -45,15 +46,15 @@ def test_another_child_is_looked_at(looks):
     usual, same, changed = (tiny("gpt2") for _ in range(3))
     same.transformer.wpe = nn.Embedding(64, 32)
     changed.transformer.wpe = Unlearned()
-    assert dissect(usual).before["wpe"] is NoPosition
-    assert dissect(same) == dissect(usual) and looks == [usual]
-    assert dissect(changed).before == dissect(usual).before and looks == [usual, changed]
+    assert find_layout(usual).before["wpe"] is NoPosition
+    assert find_layout(same) == find_layout(usual) and looks == [usual]
+    assert find_layout(changed).before == find_layout(usual).before and looks == [usual, changed]
 
 
 def test_a_refusal_is_not_remembered(looks):
     broken = tiny("llama")
     broken.model.layers = broken.model.layers[:3]
     for _ in range(2):
-        with pytest.raises(anatomy_manticore.ManticoreError, match="no list of its 5 layers"):
-            dissect(broken)
+        with pytest.raises(layer_stack_manticore.ManticoreError, match="no list of its 5 layers"):
+            find_layout(broken)
     assert len(looks) == 2

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import inspect
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .configuration_manticore import ManticoreError, component_depth
+from .bounds_manticore import ManticoreError, reason
+from .configuration_manticore import component_depth
 
 # Put there by accelerate when it dispatches a model: bound to the original module, they would run all of its layers.
 _NEVER_COPIED = ("forward", "_old_forward", "_hf_hook")
@@ -37,7 +39,7 @@ class PassThrough(nn.Module):
 
 
 class _Around(nn.Module):
-    """Stands for a layer, and is that layer to whoever asks for its attributes."""
+    """Stands for a layer, and has its attributes."""
 
     def __init__(self, layer):
         super().__init__()
@@ -79,7 +81,7 @@ class Exit(_Around):
 
 
 @dataclass
-class Anatomy:
+class StackLayout:
     """Where a component keeps its layers, and what its own forward does around them.
 
     Attributes:
@@ -87,13 +89,11 @@ class Anatomy:
         layers: Name of the layer list.
         cache_argument: Name under which the owner takes a cache, or None.
         positions: Whether the owner takes `position_ids`.
-        attends: Whether the model has attention at all: those that do not (Mamba) mask the tokens that they are given,
-            not the ones that they have seen.
+        attends: Whether it has attention: what has not (Mamba) masks the given tokens, not those it has seen.
         before: Child name -> stand-in class, for children that change the state before the first layer.
         after: Names of the children that run after the last layer.
         shared: Names of the children that run both before the first layer and after the last one.
-        enters: Whether the owner changes the state on its way to the first layer beside those children (Granite scales
-            it), or through shared ones.
+        enters: Whether the owner changes the state before the first layer by more than those (Granite scales it).
         leaves: The same after the last layer.
         overwrites: Whether the owner overwrites the embeddings that it is given (CTRL).
         rereads: Whether layers read the embeddings beside the state (Zamba), which only a first segment has.
@@ -113,54 +113,42 @@ class Anatomy:
     rereads: bool = False
 
 
-_FOUND = {}  # _description(component) -> Anatomy
+_FOUND = {}  # {all that a layout depends on: StackLayout}
 
 
-def dissect(component):
-    """Finds a component's anatomy by running the owner of its layers twice, without computing anything.
+def find_layout(component: PreTrainedModel) -> StackLayout:
+    """Finds the layout of a causal LM, on any device, by running the owner of its layers twice without computing.
 
-    Equal components have equal anatomies: it is done once for them all, since it takes longer (0.1 to 0.5 s) than all
+    Equal components have equal layouts: it is done once for them all, since it takes longer (0.1 to 0.5 s) than all
     else that joining small models does.
-
-    Args:
-        component: A causal LM of Transformers, on any device ("meta" included).
 
     Raises:
         ManticoreError: No list of `num_hidden_layers` layers was found, or the model takes no `inputs_embeds`.
     """
-    description = _description(component)
+    modules = tuple((name, type(module)) for name, module in component.named_modules())
+    description = json.dumps(component.config.to_dict(), sort_keys=True, default=repr), modules
     if description not in _FOUND:
-        _FOUND[description] = _dissect(component)
+        _FOUND[description] = _find_layout(component)
     return _FOUND[description]
 
 
-def _description(component):
-    """All that an anatomy depends on; hashable."""
-    modules = tuple((name, type(module)) for name, module in component.named_modules())
-    return json.dumps(component.config.to_dict(), sort_keys=True, default=repr), modules
-
-
-def _dissect(component):
-    kind = component.config.model_type
-    depth = component_depth(component.config)
-    path, layers = find_layers(component, depth)
+def _find_layout(component):
+    path, layers = find_layers(component, component_depth(component.config))
     stack = component.get_submodule(path)
-    parameters = inspect.signature(type(stack).forward).parameters
+    parameters, cache = inspect.signature(type(stack).forward).parameters, cache_argument(type(stack).forward)
     if "inputs_embeds" not in parameters:
-        raise ManticoreError(f"Architecture {kind!r} cannot be cut: {type(stack).__name__} takes no inputs_embeds.")
-    anatomy = Anatomy(
-        path=path,
-        layers=layers,
-        cache_argument=cache_argument(type(stack).forward),
-        positions="position_ids" in parameters,
-        attends=_attends(stack.config),
-    )
-    _watch_children(component, stack, anatomy)
-    return anatomy
+        raise _uncut(component, f"{type(stack).__name__} takes no inputs_embeds.")
+    layout = StackLayout(path, layers, cache, "position_ids" in parameters, _attends(stack.config))
+    _watch_children(component, stack, layout)
+    return layout
 
 
-def cache_argument(forward):
-    """The name under which a model's forward takes its cache, which remote code may call as of old; None: in no way."""
+def _uncut(component, reason, cut="cut"):
+    return ManticoreError(f"Architecture {component.config.model_type!r} cannot be {cut}: {reason}")
+
+
+def cache_argument(forward: Callable) -> str | None:
+    """The name under which a model's forward takes its cache, or None; older remote code has older names."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
 
@@ -172,16 +160,14 @@ def _attends(config):
         return True
 
 
-def check_cut(component, anatomy, num_blocks):
+def check_cut(component: PreTrainedModel, layout: StackLayout, num_blocks: int) -> None:
     """Raises ManticoreError if a component cannot be cut into so many blocks, but into one."""
-    if anatomy.rereads and num_blocks > 1:
-        raise ManticoreError(
-            f"Architecture {component.config.model_type!r} cannot be cut into {num_blocks} blocks: its layers read the "
-            "embeddings again, which only the first block has; give num_blocks=1."
-        )
+    if layout.rereads and num_blocks > 1:
+        why = "its layers read the embeddings again, which only the first block has; give num_blocks=1."
+        raise _uncut(component, why, f"cut into {num_blocks} blocks")
 
 
-def backbone_name(component):
+def backbone_name(component: PreTrainedModel) -> str:
     """Name of a causal LM's child that is its model without head.
 
     That is what its class says, where it is true (of Llama 4 it is not).
@@ -192,7 +178,7 @@ def backbone_name(component):
     return found[0] if len(found) == 1 else component.base_model_prefix
 
 
-def find_layers(component, depth):
+def find_layers(component: PreTrainedModel, depth: int) -> tuple[str, str]:
     """Where a causal LM keeps its layers: path of the module that has their list, and the list's name there.
 
     Raises:
@@ -210,14 +196,12 @@ def find_layers(component, depth):
                     return path, name
             else:
                 todo.append((f"{path}.{name}", child))
-    raise ManticoreError(
-        f"Architecture {component.config.model_type!r} cannot be cut: no list of its {depth} layers was found."
-    )
+    raise _uncut(component, f"no list of its {depth} layers was found.")
 
 
-def _watch_children(component, stack, anatomy):
+def _watch_children(component, stack, layout):
     """Fills in what happens around the layers: by running the owner as it is, then as a segment in the middle."""
-    events, layers = [], getattr(stack, anatomy.layers)
+    events, layers = [], getattr(stack, layout.layers)
     # One layer of each kind shows what happens before and after all, and that they run: without computing, each would
     # still cost 20 ms.
     kept = one_of_each(layers)
@@ -225,7 +209,7 @@ def _watch_children(component, stack, anatomy):
     def enter(layer, args, kwargs):
         events.append(("layer", None, None, None))
         states = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-        anatomy.rereads |= sum(x.shape == states[0].shape for x in states) > 1
+        layout.rereads |= sum(x.shape == states[0].shape for x in states) > 1
 
     handles = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
 
@@ -236,9 +220,9 @@ def _watch_children(component, stack, anatomy):
         if child is not layers:
             handles.append(child.register_forward_hook(watch(name), with_kwargs=True))
     try:
-        _run_on_nothing(component, stack, {anatomy.layers: nn.ModuleList([layers[i] for i in kept])}, kept)
+        _run_on_nothing(component, stack, {layout.layers: nn.ModuleList([layers[i] for i in kept])}, kept)
     except ManticoreError:
-        if not anatomy.rereads or len(kept) == len(layers):
+        if not layout.rereads or len(kept) == len(layers):
             raise
         # Zamba2 asks by a layer's place among all of them which weights it shares
         events.clear()
@@ -257,35 +241,30 @@ def _watch_children(component, stack, anatomy):
             # else than states (Llama 4's complex angles) only informs.
             indexed = given is not None and not given.is_floating_point()
             position = indexed or isinstance(stack._modules[name], nn.Embedding)
-            anatomy.before[name] = NoPosition if position else PassThrough
+            layout.before[name] = NoPosition if position else PassThrough
         elif seen:
-            anatomy.after.append(name)
-    what = f"Architecture {component.config.model_type!r} cannot be cut"
+            layout.after.append(name)
     if seen != 1:
-        raise ManticoreError(
-            f"{what}: its forward ran the first layer of {anatomy.path}.{anatomy.layers} {seen} times."
-        )
-    anatomy.shared = [name for name in anatomy.after if name in anatomy.before]
-    for name in anatomy.shared:
-        del anatomy.before[name]
-    anatomy.after = [name for name in anatomy.after if name not in anatomy.shared]
+        raise _uncut(component, f"its forward ran the first layer of {layout.path}.{layout.layers} {seen} times.")
+    layout.shared = [name for name in layout.after if name in layout.before]
+    for name in layout.shared:
+        del layout.before[name]
+    layout.after = [name for name in layout.after if name not in layout.shared]
 
     first, last = Entry(layers[kept[0]]), Exit(layers[kept[-1]])
     middle = [layers[i] for i in kept]
     middle[0] = first
     middle[-1] = last if len(kept) > 1 else Exit(first)
-    modules = {anatomy.layers: nn.ModuleList(middle), **{name: cls() for name, cls in anatomy.before.items()}}
-    modules |= {name: PassThrough() for name in anatomy.after}
+    modules = {layout.layers: nn.ModuleList(middle), **{name: cls() for name, cls in layout.before.items()}}
+    modules |= {name: PassThrough() for name in layout.after}
     given, out = _run_on_nothing(component, stack, modules, kept, entering=True)
     if first.found is None or first.found.shape != given.shape:
         shape = None if first.found is None else list(first.found.shape)
-        raise ManticoreError(
-            f"{what}: what its layers hand on is no [batch, time, width] (of a state of shape {list(given.shape)} they "
-            f"get {shape}), so that there is nothing to translate between components."
-        )
-    anatomy.overwrites = given._version > 0
-    anatomy.enters = first.found is not given or anatomy.overwrites
-    anatomy.leaves = middle[-1].found is not out
+        why = f"what its layers hand on is no [batch, time, width]: of a state {list(given.shape)} they get {shape}."
+        raise _uncut(component, why)
+    layout.overwrites = given._version > 0
+    layout.enters = first.found is not given or layout.overwrites
+    layout.leaves = middle[-1].found is not out
 
 
 class _FindsNothing(TorchDispatchMode):
@@ -318,16 +297,10 @@ class _FindsNothing(TorchDispatchMode):
 
 
 def _run_on_nothing(component, stack, modules, kept, entering=False):
-    """Runs a shell of the layers' owner on three tokens without computing anything.
+    """(The state given, the one returned) of a shell of the layers' owner that runs three tokens without computing.
 
-    Args:
-        component, stack: The causal LM and the owner of its layers.
-        modules: Children that take the place of its own.
-        kept: Indices of the layers that are left.
-        entering: Give a state of the width that layers hand on, instead of that of the embeddings.
-
-    Returns:
-        The state that it was given, and the one that it returned.
+    The shell has other children (`modules`), and the layers of the indices `kept`. A state that is `entering` has the
+    width that layers hand on, instead of that of the embeddings.
     """
     if next(stack.parameters()).is_meta:
         # As it is loaded. The meta device is ten times as fast as fake tensors; what asks for values fails there.
@@ -361,22 +334,16 @@ def _run_shell(component, stack, modules, kept, entering, mode):
             out = shell.module(inputs_embeds=hidden, attention_mask=ones, use_cache=False)
         return hidden, out[0]
     except (DataDependentOutputException, DynamicOutputShapeException) as err:
-        raise ManticoreError(
-            f"Architecture {component.config.model_type!r} cannot be cut: what {type(stack).__name__} does depends on "
-            f"values of its states ({err}), so that it cannot be looked at without computing it."
-        ) from err
+        raise _uncut(component, f"what {type(stack).__name__} does depends on values of its states ({err}).") from err
     except Exception as err:
-        reason = " ".join(f"{type(err).__name__}: {err}".split())
-        raise ManticoreError(
-            f"Architecture {component.config.model_type!r} cannot be cut: {type(stack).__name__} does not run on "
-            f"embeddings alone, as the segments of a hybrid do ({reason[:300]})."
-        ) from err
+        why = f"{type(stack).__name__} does not run on embeddings alone, as segments do ({reason(err)[:300]})."
+        raise _uncut(component, why) from err
     finally:
         stack.config._experts_implementation_internal = experts
         stack.train(training)
 
 
-def layer_kind(layer):
+def layer_kind(layer: nn.Module) -> tuple:
     """What two layers of the same kind have in common: modules, shapes and settings (windows)."""
     kind = []
     for name, module in layer.named_modules():
@@ -386,25 +353,18 @@ def layer_kind(layer):
     return tuple(kind)
 
 
-def one_of_each(layers):
+def one_of_each(layers: nn.ModuleList) -> list[int]:
     """Indices of the layers that are the first of their kind."""
-    kinds = {}
-    for i, layer in enumerate(layers):
-        kinds.setdefault(layer_kind(layer), i)
+    kinds = {layer_kind(layer): i for i, layer in reversed([*enumerate(layers)])}
     return sorted(kinds.values())
 
 
-def first_tensor(args, kwargs):
+def first_tensor(args: tuple, kwargs: dict) -> torch.Tensor | None:
     """The first tensor among a call's arguments, or None."""
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
 
 
-def slice_config(config, start, stop):
-    """A copy of a component's configuration that describes its layers [start, stop)."""
-    return pick_config(config, range(start, stop))
-
-
-def pick_config(config, indices):
+def pick_config(config: PreTrainedConfig, indices: Sequence[int]) -> PreTrainedConfig:
     """A copy of a component's configuration that describes the layers of these indices.
 
     Every per-layer list is cut, whether it is a field or a read-only property (Jamba's `layer_types`).
@@ -437,13 +397,13 @@ def pick_config(config, indices):
 class Shell:
     """A shallow copy of a module that follows the original: same parameters, hooks, mode; other children or config."""
 
-    def __init__(self, source):
+    def __init__(self, source: nn.Module):
         self.source = source
         self.module = source.__class__.__new__(source.__class__)
         self.own = {}
         self.follow()
 
-    def follow(self):
+    def follow(self) -> None:
         """Takes over what changed in the original: training mode, checkpointing, hooks, replaced children."""
         state = self.module.__dict__
         state.update(self.source.__dict__)

@@ -1,0 +1,90 @@
+"""A hybrid's bits per byte and loss on a text, beside every baseline: `manticore-hf evaluate --data`.
+
+manticore-hf evaluate --model org/hybrid --data text.txt
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.compose.untouched import measure_as_they_came
+from manticore_hf.evaluation.data import DataArguments, load_rows
+from manticore_hf.evaluation.losses import how_measured, make_passages, measure, name_of
+from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.training.recipe import recipe_sources
+from manticore_hf.utils.claims import claim
+from manticore_hf.utils.files import write_json
+
+RESULT = "evaluation.json"
+
+
+def run_evaluate(
+    source: str | os.PathLike,
+    data: DataArguments,
+    batch_size: int = 8,
+    output: str | os.PathLike | None = None,
+    components: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Prints (and writes) what a saved hybrid and its baselines lose on a text.
+
+    The baselines are its components by their own heads inside it, their plain ensemble, and each component as it came,
+    with its own tokenizer.
+
+    Args:
+        source: Hybrid: directory or Hub repo.
+        data: DataArguments with validation_fraction 0.
+        batch_size: Rows per forward pass.
+        output: Directory for `evaluation.json`, or None.
+        components: Where the components as they came are, in the hybrid's order. Default: the addresses that the hybrid
+            knows, or those of the recipe beside it.
+
+    Returns:
+        {"data", "note", "tokens", "bytes", "losses", "bits_per_byte", "differences", "missing"}, as `Measured.to_dict`
+        and `evaluation.json` have them.
+
+    Raises:
+        ManticoreError: The text or the components cannot be used.
+    """
+    model = ManticoreForCausalLM.from_pretrained(source, dtype="float32")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, config = AutoTokenizer.from_pretrained(source), model.config
+    if components is not None and len(components) != len(config.components):
+        raise ManticoreError(f"components: {len(components)} are given, the hybrid has {config.component_names}.")
+    rows, _ = load_rows(data, tokenizer, keep_text=True)
+    passages = make_passages(rows, tokenizer)
+    found = measure(model, passages, batch_size)
+    device, fresh = model.device, config.embeddings == "fresh"
+    del model
+    sources = components or recipe_sources(source, config)
+    measure_as_they_came(found, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
+    result = {"data": name_of(data), "note": how_measured(data), **found.to_dict()}
+    print_result(source, result)
+    if output is not None:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        write_json(Path(output) / RESULT, result)
+    return result
+
+
+def print_result(source: str | os.PathLike, result: Mapping[str, Any]) -> None:
+    """Prints a result of `run_evaluate`, best first, with what can be said of the best baseline."""
+    bits, own = result["bits_per_byte"], "hybrid"
+    print(f"{source} on {result['data']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes of text")
+    width = max(map(len, bits))
+    print(f"{'':>{width}}  bits per byte  nats per token  minus the hybrid's, bits per byte (95 %)")
+    for name in sorted(bits, key=bits.get):
+        line = f"{name:>{width}}  {bits[name]:13.4f}  {result['losses'][name]:14.4f}"
+        if name != own:
+            gain, low, high = result["differences"][name]
+            line += f"  {gain:+.4f}" + (f" ({low:+.4f} to {high:+.4f})" if low is not None else "")
+        print(line)
+    for name, why in result["missing"].items():
+        print(f"{name}: not measured. {why}")
+    others = [name for name in bits if name != own]
+    if others:
+        best = min(others, key=bits.get)
+        print(claim(f"the best baseline here, {best}", result["differences"][best], result["bytes"], "The hybrid"))

@@ -1,0 +1,306 @@
+"""Rows that are not one text from end to end: several documents in one row, and padding between tokens.
+
+Recurrent layers, learned positions and windows that count places know of neither. So layers never see such a row:
+
+- Without a cache each document is run in a row of its own, in groups of like length, and its states are put back where
+  its tokens were (`Documents`). That is exact for every family, on every kernel.
+- With a cache a call is cut where padding begins or ends inside of a row; while a row is padded, what the cache holds
+  of it stays as it was, behind that much more padding on the left (`run_cut`).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .configuration_manticore import ManticoreError
+
+SPARE, FEW = 8, 128
+"""Documents share a pass while their padding is at most 1/SPARE of its tokens, or FEW tokens (what a pass costs)."""
+
+
+def has_values(*tensors) -> bool:
+    """Whether numbers of these tensors (or None) may be looked at: not while a graph is made of them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not any(x is not None and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
+
+
+def check_mask(mask, is_step):
+    """An attention mask [batch, past + time] as integers, 1 for real tokens.
+
+    Args:
+        mask: Of booleans, of 0 and 1 in any type, or of what is added to scores (0 and large negative numbers).
+        is_step: Whether it goes on from one that was checked, by one token.
+
+    Raises:
+        ManticoreError: It is none of these, or may be two of them.
+    """
+    if mask.dtype != torch.bool and has_values(mask) and not (is_step and not mask.is_floating_point()):
+        zero, one = mask == 0, mask == 1
+        if not (zero | one).all():
+            added = mask.is_floating_point() and bool((zero | (mask <= -1e4)).all())
+            if not added:
+                wrong = mask[~(zero | one)].flatten()[0].item()
+                raise ManticoreError(
+                    f"attention_mask holds {wrong}; it may hold 1 for real tokens and 0 for padding, True and False, "
+                    "or floats that are added to attention scores (0 and -inf). Documents in one row are told by "
+                    "position_ids, seq_idx or cu_seq_lens_q."
+                )
+            mask = zero
+        elif mask.is_floating_point() and zero.all():
+            raise ManticoreError(
+                f"attention_mask is {mask.dtype} and 0 throughout, which may mean that all is padding or that nothing "
+                "is: give integers or booleans, 1 for real tokens."
+            )
+    return mask.long()
+
+
+# ---- without a cache -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Documents:
+    """The documents of a batch.
+
+    Attributes:
+        index: [tokens] places of real tokens in the flattened batch, document by document, on the CPU.
+        lengths: [documents] tokens of each.
+        shape: (batch, time).
+    """
+
+    index: torch.Tensor
+    lengths: torch.Tensor
+    shape: tuple
+
+    @property
+    def are_several(self):
+        """Whether a row holds more than one document."""
+        rows = self.index[self.lengths.cumsum(0) - 1] // self.shape[1]
+        return len(rows.unique()) < len(rows)
+
+    def labels(self, labels):
+        """Labels [batch, time] of which the shift by one in every causal LM makes those of each document alone.
+
+        What comes after a document's last token is nobody's label, nor is padding.
+        """
+        before, after = (one.to(labels.device) for one in self._neighbours())
+        return (
+            torch.full_like(labels, -100).flatten().index_copy(0, before + 1, labels.flatten()[after]).view_as(labels)
+        )
+
+    def shifted(self, labels):
+        """Labels [batch, time] that the caller has shifted, without those that lead out of a document."""
+        last = torch.arange(1, self.shape[0] + 1) * self.shape[1] - 1
+        kept = torch.cat([self._neighbours()[0], last]).to(labels.device)
+        return torch.full_like(labels, -100).flatten().index_copy(0, kept, labels.flatten()[kept]).view_as(labels)
+
+    def _neighbours(self):
+        inside = torch.ones(len(self.index), dtype=torch.bool)
+        inside[self.lengths.cumsum(0) - 1] = False
+        return self.index[inside], self.index[inside.roll(1)]
+
+    def groups(self, together):
+        """Numbers of the documents that share a pass, the longest first.
+
+        Args:
+            together: One group, whatever the padding comes to.
+        """
+        lengths, out, tokens, padding = self.lengths.tolist(), [], 0, 0
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            more = lengths[out[-1][0]] - lengths[i] if out else 0
+            if out and (together or padding + more <= max((tokens + lengths[i]) // SPARE, FEW)):
+                out[-1].append(i)
+                tokens, padding = tokens + lengths[i], padding + more
+            else:
+                out.append([i])
+                tokens, padding = lengths[i], 0
+        return out
+
+    @torch.compiler.disable(recursive=False)
+    def run(self, run, inputs, together):
+        """What `run` gives for each document in a row of its own, put back in place; zeros for padding.
+
+        Args:
+            run: Called with an Inputs, gives a Pass.
+            inputs: The Inputs of the whole batch, without a cache.
+            together: As in `groups`.
+        """
+        device, starts = inputs.positions.device, self.lengths.cumsum(0) - self.lengths
+        passes, found, where = [], [], []
+        for group in self.groups(together):
+            lengths, steps = self.lengths[group, None], torch.arange(self.lengths[group[0]])
+            # Padding behind a document changes nothing for it in a causal model, so that no mask is needed
+            over = (steps - lengths + 1).clamp(min=0)
+            places, positions = self.index[starts[group, None] + steps - over].to(device), steps[None].to(device)
+            mask = None
+            if inputs.explicit:
+                positions = inputs.positions.expand(self.shape).flatten()[places] + over.to(device)
+                mask = None if inputs.mask is None else (over == 0).long().to(device)
+            ids, embeds = (None if x is None else x.flatten(0, 1)[places] for x in (inputs.ids, inputs.embeds))
+            passes.append(run(replace(inputs, ids=ids, embeds=embeds, mask=mask, positions=positions, documents=None)))
+            found.append((over == 0).flatten().nonzero()[:, 0])
+            where.append(places.flatten()[found[-1].to(device)])
+        where = torch.cat(where)
+
+        def put_back(parts):
+            parts = torch.cat([part.flatten(0, 1)[rows.to(part.device)] for part, rows in zip(parts, found)])
+            out = parts.new_zeros(self.shape[0] * self.shape[1], *parts.shape[1:])
+            return out.index_copy(0, where.to(parts.device), parts).view(*self.shape, *parts.shape[1:])
+
+        return joined(passes, put_back)
+
+
+def joined(passes, join):
+    """One Pass of several: `join` makes one tensor of a list of them; the rest is the last one's."""
+
+    def all_of(values):
+        first = values[0]
+        if isinstance(first, torch.Tensor):
+            return join(values)
+        if isinstance(first, dict):
+            return {key: join([one[key] for one in values]) for key in first}
+        return None if first is None else tuple(map(join, map(list, zip(*values))))
+
+    return replace(passes[-1], **{key: all_of([getattr(p, key) for p in passes]) for key in STATES})
+
+
+STATES = ("states", "shared", "hidden_states")
+
+
+def find_documents(mask, positions, shape, seq_idx=None, cu_seq_lens_q=None, cu_seq_lens_k=None):
+    """The Documents of a call, or None where each row is one text without padding inside.
+
+    Args:
+        mask: [batch, past + time] of integers, or None.
+        positions: [batch or 1, time] as the caller gave them, or None. A document begins where they do not go on by
+            one; under a mask, which may have gaps, where they do not go on.
+        shape: (batch, time).
+        seq_idx: [batch, time] numbers of the documents, or None.
+        cu_seq_lens_q: [documents + 1] where documents begin and the last one ends in the flattened batch, or None.
+        cu_seq_lens_k: The same.
+
+    Raises:
+        ManticoreError: They do not fit the batch.
+    """
+    (batch, time), said = shape, seq_idx is not None or cu_seq_lens_q is not None
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return _find_in_graph(mask, positions, shape, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
+    if not (
+        has_values(mask, positions, seq_idx, cu_seq_lens_q) and (said or positions is not None or mask is not None)
+    ):
+        return None
+    real = torch.ones(shape, dtype=torch.bool) if mask is None else mask[:, -time:].cpu().bool()
+    index = real.flatten().nonzero()[:, 0]
+    begins = torch.zeros(shape, dtype=torch.bool)
+    begins[:, 0] = True
+    if seq_idx is not None:
+        begins[:, 1:] |= (seq_idx.cpu().diff() != 0).expand(batch, -1)
+    if cu_seq_lens_q is not None:
+        ends = cu_seq_lens_q.cpu().long().flatten()
+        if ends[-1] != batch * time or (
+            cu_seq_lens_k is not None and not torch.equal(ends, cu_seq_lens_k.cpu().long())
+        ):
+            raise ManticoreError(
+                f"cu_seq_lens_q ends at {int(ends[-1])} and cu_seq_lens_k must be the same; the batch has {batch} * "
+                f"{time} tokens."
+            )
+        begins.view(-1)[ends[ends < batch * time]] = True
+    # Several may begin in one padding: numbers, of which only real tokens are asked
+    new = begins.flatten().cumsum(0)[index].diff() != 0
+    if positions is not None:
+        step = positions.cpu().expand(shape).flatten()[index].diff()
+        new |= step != 1 if mask is None else step <= 0
+    starts = F.pad(new, (1, 0), value=True).nonzero()[:, 0]
+    lengths = torch.cat([starts, torch.tensor([len(index)])]).diff()
+    lone = len(starts) == len((index // time).unique()) and bool((new | (index.diff() == 1)).all())
+    return None if lone or not len(index) else Documents(index, lengths, shape)
+
+
+_find_outside = torch.compiler.disable(find_documents)
+
+
+def _find_in_graph(mask, positions, shape, *told):
+    """`find_documents` while a graph is made, which is left only where the caller speaks of positions or documents."""
+    if positions is not None or any(one is not None for one in told):
+        return _find_outside(mask, positions, shape, *told)
+    if mask is not None:
+        begins = mask[:, 0] + (mask[:, 1:] > mask[:, :-1]).sum(1)
+        torch._assert_async((begins <= 1).all(), "attention_mask has padding between a row's tokens: do not compile.")
+    return None
+
+
+# ---- with a cache ----------------------------------------------------------------------------------------------------
+
+
+def run_cut(run, inputs):
+    """What `run` gives for a call with a mask and a cache, of which no row has padding between tokens when it is run.
+
+    Args:
+        run: Called with an Inputs, gives a Pass.
+        inputs: The Inputs of the call.
+
+    Raises:
+        ManticoreError: The mask contradicts those of earlier calls, or the cache is static.
+    """
+    cache, mask, past, time = inputs.cache, inputs.mask, inputs.cache.seen, inputs.shape[1]
+    read, new = mask[:, :past], mask[:, past:].bool()
+    padded = ~new & (read.any(1, keepdim=True) | (new.cumsum(1) > 0))
+    known = torch.ones_like(read) if cache.mask is None else cache.mask.to(mask.device)
+    differs, has_padding = torch.stack([(read != known).any(), padded.any()]).tolist()
+    if differs:
+        raise ManticoreError(
+            "attention_mask says otherwise of tokens that the cache holds than it did when they were read: recurrent "
+            "states and windows cannot leave them out any more. Give the mask that was given then, or begin with a new "
+            "cache."
+        )
+    if not has_padding:
+        found = run(replace(inputs, mask=_aligned(mask, past)) if cache.has_padding else inputs)
+        cache.mask = mask
+        return found
+    if cache.max_cache_len is not None:
+        raise ManticoreError(
+            "attention_mask has padding between a row's tokens, which a static cache cannot hold: leave "
+            "cache_implementation at its default."
+        )
+    padded, cache.has_padding, passes = padded.cpu(), True, []
+    cuts = [0, *(padded.diff().any(0).nonzero()[:, 0] + 1).tolist(), time]
+    for start, stop in zip(cuts, cuts[1:]):
+        rows = padded[:, start].nonzero()[:, 0]
+        kept = [_of_rows(layer, rows) for layer in cache.layers] if len(rows) else []
+        ids, embeds = (None if x is None else x[:, start:stop] for x in (inputs.ids, inputs.embeds))
+        seen, positions = _aligned(mask[:, : past + stop], past + start), inputs.positions[:, start:stop]
+        passes.append(run(replace(inputs, ids=ids, embeds=embeds, mask=seen, positions=positions)))
+        for layer, states in zip(cache.layers, kept):
+            _put_rows_back(layer, rows, states)
+    cache.mask = mask
+    return joined(passes, lambda parts: torch.cat(parts, 1))
+
+
+def _aligned(mask, past):
+    """A mask whose first `past` places are as the cache has them: all padding on the left."""
+    count = mask[:, :past].sum(1, keepdim=True)
+    there = torch.arange(past, device=mask.device) >= past - count
+    return torch.cat([there.to(mask.dtype), mask[:, past:]], 1)
+
+
+def _tensors(layer):
+    """((attribute, key or None), tensor) of what a layer's cache has of each row."""
+    for name, value in vars(layer).items():
+        for key, one in value.items() if isinstance(value, dict) else [(None, value)]:
+            if isinstance(one, torch.Tensor) and one.ndim > 1:
+                yield (name, key), one
+
+
+def _of_rows(layer, rows):
+    return {where: one[rows.to(one.device)] for where, one in _tensors(layer)}
+
+
+def _put_rows_back(layer, rows, states):
+    """Makes of rows what they were; what has grown is filled on the left, with what the mask leaves out."""
+    for where, one in _tensors(layer):
+        old = states.get(where, one.new_zeros(()))
+        for dim in range(1, old.ndim):
+            old = F.pad(old, [0, 0] * (old.ndim - 1 - dim) + [one.shape[dim] - old.shape[dim], 0])
+        one[rows.to(one.device)] = old
