@@ -61,7 +61,7 @@ def whole_directory(target: str | os.PathLike, active: bool) -> Iterator[str]:
         inner.mkdir()
         yield str(inner)
         if active:
-            _put(inner, target)
+            _move(inner, target)
     finally:
         if not _is_promised(scratch, target):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -83,7 +83,7 @@ def check_whole(directory: str | os.PathLike) -> None:
         )
 
 
-def _put(inner, target):
+def _move(inner, target):
     if not target.exists():
         try:
             return os.replace(inner, target)
