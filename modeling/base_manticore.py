@@ -100,10 +100,7 @@ class HybridEmbedding(nn.Module):
         name = model.config.tokenizer_component
         return model.component(name if name in self.readers else self.readers[0]).get_input_embeddings().weight
 
-    @property
-    def word_embeddings(self) -> "HybridEmbedding":
-        """Itself: PEFT's prompts look for `model.embeddings.word_embeddings` before they guess."""
-        return self
+    word_embeddings = property(lambda self: self)  # of `model.embeddings`, which PEFT's prompts look for
 
     @property
     def is_watched(self) -> bool:
@@ -292,17 +289,14 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     # ---- embeddings ------------------------------------------------------------------------------------------------
 
+    embeddings = property(lambda self: self.get_input_embeddings())  # where PEFT's prompts look first
+
     def get_input_embeddings(self) -> HybridEmbedding:
         """One module for the embeddings of all components."""
         if self.input_embedding._owner[0] is not self:  # a replica on another device: its parts, the same hooks
             self.__dict__["input_embedding"] = copy.copy(self.input_embedding)
             self.input_embedding._owner = (self,)
         return self.input_embedding
-
-    @property
-    def embeddings(self) -> HybridEmbedding:
-        """What `get_input_embeddings` gives; see `HybridEmbedding.word_embeddings`."""
-        return self.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Raises ManticoreError: there are several."""
@@ -430,8 +424,9 @@ class ManticoreModel(ManticorePreTrainedModel):
 
         Args:
             input_ids: [batch, time] token ids; or `inputs_embeds`, see `get_input_embeddings`.
-            attention_mask: [batch, past + time], 1 for real tokens (left padding is right for every component).
-            position_ids: [batch, time]; default: counted from the mask.
+            attention_mask: [batch, past + time], 1 for real tokens; padding may stand anywhere.
+            position_ids: [batch, time]; default: counted from the mask. Where they start again, as where `seq_idx`
+                changes or `cu_seq_lens_q` says so, a document begins that knows nothing of those before it.
             cache: A ManticoreCache (`make_cache`, or one returned before); `past_key_values` is its old name.
             use_cache: Whether to return a cache.
             output_attentions: Whether to return attention weights, and a cache only if that is asked for; only
