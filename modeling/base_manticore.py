@@ -167,11 +167,10 @@ class ManticoreModel(ManticorePreTrainedModel):
     def init_parallel_plans(self) -> None:
         """As in Transformers, without what a component no longer has (its head, in a classifier)."""
         super().init_parallel_plans()
-        parts = (name for name, module in self.named_modules() if not isinstance(module, Dropped))
-        there = {*map(replace_layer_number_by_wildcard, (*parts, *(name for name, _ in self.named_parameters())))}
-        for plan in (self._tp_plan, self._ep_plan):
-            for name in set(plan) - there:
-                del plan[name]
+        names = [name for name, module in self.named_modules() if not isinstance(module, Dropped)]
+        there = {*map(replace_layer_number_by_wildcard, (*names, *(name for name, _ in self.named_parameters())))}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in there}
+        self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in there}
 
     # ---- the parts -------------------------------------------------------------------------------------------------
 

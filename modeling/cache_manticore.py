@@ -120,9 +120,8 @@ class ManticoreCache(Cache):
 
     def attends(self, name: str) -> bool:
         """Whether a component has layers with keys and values."""
-        found = [one[1:] for key, one in self._views.items() if key.rpartition("-")[0] == name]
-        layers = [layer for first, start, stop in found for layer in self.layers[first : first + stop - start]]
-        return any(isinstance(layer, CacheLayerMixin) for layer in layers)
+        views = [self.view(*key.rsplit("-", 1)) for key in self._views if key.rpartition("-")[0] == name]
+        return any(isinstance(layer, CacheLayerMixin) for view in views for layer in view.layers)
 
     def stretch(self, mask, name: str, block: int, batch: int, time: int, device) -> torch.Tensor | None:
         """The mask [batch, past + time] of a segment, to the end of a static cache (Bloom's biases are as long)."""
@@ -272,19 +271,14 @@ def cache_for_generation(
         return given
     if settings.use_cache is False:
         return None
-    options = {}
-    if "offloaded" in (kind or ""):
-        if model.device.type == "cpu":
-            raise ManticoreError(
-                f"cache_implementation={kind!r} keeps keys and values in the CPU's memory, where those of a hybrid on "
-                "the CPU are anyway; leave it out."
-            )
-        options["offloading"] = True
-    if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS:
-        options["max_cache_len"] = max(max_cache_length, settings.max_cache_len or 0)
-    elif kind == "quantized":
-        options["quantized"] = {"backend": "quanto", **(settings.cache_config or {})}
-    cache = model.make_cache(**options)
+    offloading = "offloaded" in (kind or "")
+    if offloading and model.device.type == "cpu":
+        raise ManticoreError(
+            f"cache_implementation={kind!r}: the hybrid is on the CPU, and its cache too; leave it out."
+        )
+    length = max(max_cache_length, settings.max_cache_len or 0) if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None
+    quantized = {"backend": "quanto", **(settings.cache_config or {})} if kind == "quantized" else None
+    cache = model.make_cache(length, offloading, quantized)
     if settings.is_assistant:  # what it drafts may be refused
         cache.activate_past_recording()
     return cache
