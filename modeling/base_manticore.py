@@ -424,11 +424,13 @@ class ManticoreModel(ManticorePreTrainedModel):
 
         Args:
             input_ids: [batch, time] token ids; or `inputs_embeds`, see `get_input_embeddings`.
-            attention_mask: [batch, past + time], 1 for real tokens (left padding is right for every component).
-            position_ids: [batch, time]; default: counted from the mask.
+            attention_mask: [batch, past + time], 1 for real tokens; padding may stand anywhere.
+            position_ids: [batch, time]; default: counted from the mask. Where they start again, as where `seq_idx`
+                changes or `cu_seq_lens_q` says so, a document begins that knows nothing of those before it.
             cache: A ManticoreCache (`make_cache`, or one returned before); `past_key_values` is its old name.
             use_cache: Whether to return a cache.
-            output_attentions: Whether to return attention weights; only attn_implementation="eager" has any.
+            output_attentions: Whether to return attention weights, and a cache only if that is asked for; only
+                attn_implementation="eager" has any.
             output_hidden_states: Whether to return the shared state at each block boundary; or which, by index.
             **kwargs: `return_dict=False` for a tuple.
 

@@ -79,7 +79,7 @@ class ManticoreCache(Cache):
         offloading: bool = False,
         quantized: dict | None = None,
     ):
-        layers, self._views = [], {}
+        layers, self._views, self.options = [], {}, (max_cache_len, offloading, quantized)
         self.max_cache_len, self.seen = max_cache_len, 0
         self.mask, self.has_padding = None, False  # of what was read (None: all real), and whether any was in between
         self.is_plain = not any("local" in getattr(config, "attention_layers", ()) for config in configs.values())
@@ -132,17 +132,9 @@ class ManticoreCache(Cache):
         mask = torch.ones(batch, self.seen + time, dtype=torch.long, device=device) if mask is None else mask
         return F.pad(mask, (0, self.max_cache_len - mask.shape[1]))
 
-    def advance(self, tokens: int, mask: torch.Tensor | None = None) -> None:
-        """Counts `tokens` new positions; called once at the end of each forward, with its mask [batch, past + tokens].
-
-        Empties the recurrent states of rows that consist of left padding so far: Transformers takes a call's only token
-        for a generated one, never padding, so it reaches the states of some models (Mamba2, Jamba).
-        """
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` new positions; called once at the end of each pass."""
         self.seen += tokens
-        if tokens != 1 or mask is None or not self._recurrent_states() or (begun := mask.any(-1)).all():
-            return
-        for states, key in self._recurrent_states():
-            states[key][~begun.to(states[key].device)] = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens already seen."""
@@ -157,21 +149,15 @@ class ManticoreCache(Cache):
         super().reset()
         self.seen, self.mask, self.has_padding = 0, None, False
 
-    def restart(self, empty):
-        """Becomes an empty cache, for the sake of whoever holds this one.
-
-        Args:
-            empty: A new ManticoreCache of the same hybrid, which is not used otherwise.
-        """
+    def restart(self, empty: Cache) -> None:
+        """Becomes a new cache of the same hybrid, `empty`, for the sake of whoever holds this one."""
         self.__dict__.update(empty.__dict__)
 
-    def reorder_cache(self, beam_idx):
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Puts rows in another order."""
         super().reorder_cache(beam_idx)
-        self._pick_mask(beam_idx)
-
-    def _pick_mask(self, rows):
-        self.mask = None if self.mask is None else self.mask.index_select(0, rows.to(self.mask.device))
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
@@ -189,7 +175,7 @@ class ManticoreCache(Cache):
 
     def _pick_rows(self, method, argument, chosen):
         if self.mask is not None:
-            self._pick_mask(chosen(len(self.mask)))
+            self.mask = self.mask.index_select(0, chosen(len(self.mask)).to(self.mask.device))
         for layer in self.layers:
             if isinstance(layer, CacheLayerMixin):
                 getattr(layer, method)(argument)
@@ -201,6 +187,11 @@ class ManticoreCache(Cache):
         layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
         found = [states for layer in layers for states in (layer.conv_states, layer.recurrent_states)]
         return [(states, key) for states in found for key, state in states.items() if state is not None]
+
+
+def is_hybrids(cache: Cache) -> bool:
+    """Whether a cache is a ManticoreCache, be it of another copy of this file."""
+    return getattr(cache, "model_type", None) == ManticoreCache.model_type
 
 
 def _part(name, config, max_cache_len, offloading, quantized):
@@ -221,7 +212,7 @@ def _behind(model, cache):
     Raises:
         ManticoreError: It is another cache, or a component is recurrent: a DynamicCache cannot count what it has read.
     """
-    if getattr(cache, "model_type", None) == ManticoreCache.model_type:
+    if is_hybrids(cache):
         return cache
     found = model.make_cache(offloading=cache.offloading) if type(cache) is DynamicCache else None
     if found is not None and not found.is_recurrent:
@@ -273,10 +264,10 @@ def cache_for_generation(
     if given is not None:
         if kind is not None:
             raise ManticoreError("Give either cache_implementation or cache, not both.")
-        if isinstance(given, ManticoreCache) and mask is not None and not given.is_plain:
+        if is_hybrids(given) and mask is not None and not given.is_plain:
             read = mask[:, : given.seen] != 0
             if not torch.equal(read, torch.ones_like(read) if given.mask is None else given.mask.to(read.device) != 0):
-                given.restart(model.make_cache(given.max_cache_len))
+                given.restart(model.make_cache(*given.options))
         given._is_user_defined = True
         return given
     if settings.use_cache is False:

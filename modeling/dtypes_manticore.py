@@ -159,7 +159,8 @@ def kept_maps(model: PreTrainedModel) -> list[str]:
     A pattern, a regular expression, holds for all layers of its component.
     """
     kept = {key for key in _kept(model) if not key.startswith((f"{MIXER}.", f"{SCORE}."))}
-    return sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in kept} | {MIXER, SCORE})
+    kept = {re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in kept}
+    return sorted(kept | ({MIXER, SCORE} & set(model._modules)))
 
 
 class Quantizable:

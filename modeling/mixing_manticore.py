@@ -212,17 +212,20 @@ class HybridMixer(nn.Module):
     def gate_tokens(self, states, sureness):
         """The token gate's weights [batch, time, K]; see `TokenGate`.
 
-        They stand for the last block's row of alpha. Where there is no other row, alpha gets a gradient of zero: DDP
-        stops at a parameter without one.
+        They stand for the last block's row of alpha.
         """
-        weights = self.token_gate(states, sureness)
-        return weights + 0.0 * self.alpha_logits.sum() if self.alpha_logits.requires_grad else weights
+        return self._touched(self.token_gate(states, sureness), self.alpha_logits)
 
     def gate_rest(self):
         """The part of the token gate that does not depend on the token, softmax(b): [K], in float32."""
-        gate = self.token_gate.linear
-        with onloaded(gate):  # DDP waits for a gradient of all that may be trained
-            return widen(gate.bias).softmax(-1) + 0.0 * widen(gate.weight).sum()
+        linear = self.token_gate.linear
+        with onloaded(linear):
+            return self._touched(widen(linear.bias).softmax(-1), self.alpha_logits, linear.weight)
+
+    def _touched(self, weights, *unused):
+        """Mixture weights, with gradients of zero for what they replace: DDP stops at a parameter without one."""
+        trained = [one.sum() for one in unused if one.requires_grad and self.training and one.numel()]
+        return weights + 0.0 * sum(trained) if trained else weights
 
     def _gated(self, projector, states, alpha):
         gate = alpha if self.gate == "alpha" else 0.0

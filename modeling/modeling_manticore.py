@@ -66,7 +66,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         if inputs.documents is not None:
             labels = None if labels is None else inputs.documents.labels(labels)
             if kwargs.get("shift_labels") is not None:
-                kwargs["shift_labels"] = inputs.documents.shifted(kwargs["shift_labels"])
+                kwargs["shift_labels"] = inputs.documents.labels(kwargs["shift_labels"], True)
         found = run(self, inputs, shared=False)
         weights, states = self._what_heads_read(found, logits_to_keep)
         own = {name: self.segments.logits(name, state) for name, state in states.items()}

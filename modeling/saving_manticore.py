@@ -6,6 +6,7 @@ it moved them, moves the rest.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -60,7 +61,7 @@ def whole_directory(target: str | os.PathLike, active: bool) -> Iterator[str]:
         inner.mkdir()
         yield str(inner)
         if active:
-            _put(inner, target)
+            _move(inner, target)
     finally:
         if not _is_promised(scratch, target):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -71,15 +72,18 @@ def check_whole(directory: str | os.PathLike) -> None:
     """Raises ManticoreError if a save was cut off while its files were moved in; what is left of it is moved first."""
     target = Path(os.path.realpath(directory))
     if os.path.lexists(target / _NOTE):
-        with _one_at_a_time(target):
-            done = _finish(target)
+        try:
+            with _one_at_a_time(target):
+                done = _finish(target)
+        except OSError:  # it cannot be written here
+            done = False
         raise ManticoreError(
             f"{str(directory)!r} was being saved when it was loaded, or an earlier save was interrupted. "
             + ("It is complete now: load it again." if done else "Its files are of two saves: save it again.")
         )
 
 
-def _put(inner, target):
+def _move(inner, target):
     if not target.exists():
         try:
             return os.replace(inner, target)
@@ -89,6 +93,8 @@ def _put(inner, target):
     with _one_at_a_time(target):
         _finish(target)
         files = sorted(file.relative_to(inner).as_posix() for file in inner.rglob("*") if file.is_file())
+        if not all(_is_below(target, name) for name in files):
+            raise ManticoreError(f"{str(target)!r} has a folder that is a link out of it; remove the link, then save.")
         note = inner.with_name(_NOTE)
         at = Path(os.path.relpath(inner, target)).as_posix()
         note.write_text(json.dumps({"from": at, "files": files}), encoding="utf-8")
@@ -122,10 +128,18 @@ def _promised(target):
         inner = target / note["from"]
         # It may be a stranger's directory: nothing is moved but from scratch directories of this one.
         ours = place.startswith(_prefix(target)) and place.split("/")[1:] == [target.name]
-        plain = not any(Path(name).is_absolute() or ".." in Path(name).parts for name in files)
+        ours = ours and not os.path.islink(inner) and not os.path.islink(inner.parent)
+        plain = all(_is_below(root, name) for name in files for root in (inner, target))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None, []
     return (inner, files) if ours and plain else (None, [])
+
+
+def _is_below(root, name):
+    """Whether a file of that name is in a directory, also where folders on the way are links."""
+    return (
+        Path(os.path.realpath((root / name).parent)).is_relative_to(os.path.realpath(root)) and Path(name).name != ".."
+    )
 
 
 def _is_promised(scratch, target):
@@ -151,11 +165,10 @@ def _make_scratch(place, target):
 
 def _clean_up(place, target):
     """Removes what killed processes left in `place`: a living one, in whatever container, holds its own."""
-    for stale in place.iterdir() if fcntl is not None else ():
-        if stale.name.startswith(_prefix(target)) and not _is_promised(stale, target):
-            if (held := _hold(stale)) not in (None, False):
-                shutil.rmtree(stale, ignore_errors=True)
-                _let_go(held)
+    for stale in place.glob(glob.escape(_prefix(target)) + "*"):
+        if not _is_promised(stale, target) and (held := _hold(stale)) not in (None, False):
+            shutil.rmtree(stale, ignore_errors=True)
+            _let_go(held)
 
 
 def _hold(directory):

@@ -273,14 +273,6 @@ class ReferencedWeights:
         """Whether a checkpoint need not have a tensor of the model, which then gets an initial value."""
         return False
 
-    def forgo(self, there: set[str]) -> bool:
-        """Leaves out parts that this model does not use and a checkpoint with these keys lacks; tells if it did."""
-        return False
-
-    def is_gone(self, key: str) -> bool:
-        """Whether a tensor of a component's repository belongs to a part that this model leaves out."""
-        return False
-
     @classmethod
     def is_remote_code(cls) -> bool:
         """False: `copy_code` writes the files, Transformers need not (it would copy torch's after FSDP2's wrapping)."""
@@ -452,8 +444,8 @@ def check_complete(model: PreTrainedModel, missing: list | set, wrong: dict) -> 
     kind = next((one for one in model.config.architectures or () if one.endswith("Classification")), None)
     if missing and kind is not None and type(model).__name__ != kind:
         raise ManticoreError(
-            f"{part_of(model, min(missing))} has no {min(missing)}: this hybrid was saved as {kind}, whose components "
-            f"have no language-model heads. Load it with AutoModelFor{kind.rpartition('For')[2]} or AutoModel."
+            f"This hybrid was saved as a classifier ({kind}), whose components have no language-model heads "
+            f"({min(missing)}). Load it with AutoModelFor{kind.rpartition('For')[2]} or AutoModel."
         )
     if missing:
         key = min(missing)

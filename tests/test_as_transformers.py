@@ -19,12 +19,13 @@ from transformers.utils import logging
 
 from manticore_hf import (
     ComponentSpec,
+    ManticoreConfig,
     ManticoreError,
     ManticoreForCausalLM,
     ManticoreForSequenceClassification,
     ManticoreForTokenClassification,
     ManticoreModel,
-    harden,
+    prune,
 )
 
 BLOCKS = ({"num_blocks": 1}, {"num_blocks": 2}, {"num_blocks": 2, "preset": "paper"})
@@ -34,10 +35,11 @@ ATTENDING = ("llama", "gpt_neox", "mistral")  # mistral's window is four tokens
 def join(*families, eager=False, **settings):
     """A hybrid of tiny models, its components named after their family; and the models."""
     models = {family: copy.deepcopy(tiny(family, seed)) for seed, family in enumerate(families)}
-    for model in models.values() if eager else ():
-        model.set_attn_implementation("eager")
     parts = [ComponentSpec(model, name=family) for family, model in models.items()]
-    return ManticoreForCausalLM.from_components(parts, **settings).eval(), models
+    model = ManticoreForCausalLM.from_components(parts, **settings).eval()
+    if eager:
+        model.set_attn_implementation("eager")
+    return model, models
 
 
 def alone(family, **settings):
@@ -62,9 +64,13 @@ def test_attention_weights_are_those_of_the_components():
     again = model(ids, output_attentions=True)  # hooks are installed once, whoever asks
     part(ids, output_attentions=True)
     assert len(again.attentions) == len(model(ids, output_attentions=True).attentions) == 5
-    first = model(ids[:, :6], output_attentions=True)
+    first = model(ids[:, :6], output_attentions=True, use_cache=True)
     rest = model(ids[:, 6:], cache=first.cache, output_attentions=True).attentions
     torch.testing.assert_close(rest[0][..., -6:], part(ids, output_attentions=True).attentions[0][:, :, 6:, -6:])
+    part.config.layer_norm_eps, part.config.output_attentions = 1e-4, True  # a layout that is looked for anew
+    told = ManticoreForCausalLM.from_components([part], num_blocks=2)
+    told.set_attn_implementation("eager")
+    assert told(ids).attentions is None and len(told(ids, output_attentions=True).attentions) == 5
     model.config.output_attentions = True
     out = model.generate(ids, max_new_tokens=2, do_sample=False, output_attentions=True, return_dict_in_generate=True)
     assert [len(step) for step in out.attentions] == [5, 5]
@@ -77,7 +83,7 @@ def test_attention_weights_come_block_by_block():
     whole = model(ids, output_attentions=True).attentions
     wanted = [w for name in ("llama", "gpt_neox") for w in parts[name](ids, output_attentions=True).attentions]
     assert len(whole) == len(wanted) and all(torch.equal(*two) for two in zip(whole, wanted))
-    cut = join("llama", "gpt_neox", eager=True, num_blocks=2)[0]
+    cut, parts = join("llama", "gpt_neox", eager=True, num_blocks=2)
     got = cut(ids, output_attentions=True).attentions
     assert len(got) == 10
     # Block 1 of native embeddings is each component's own first layers, then come those of block 2
@@ -87,6 +93,24 @@ def test_attention_weights_come_block_by_block():
     for cls in (ManticoreForSequenceClassification, ManticoreForTokenClassification):
         scored = cls.from_causal_lm(cut, num_labels=2)(ids, attention_mask=torch.ones_like(ids), output_attentions=True)
         assert all(torch.equal(*two) for two in zip(scored.attentions, got))
+
+
+@torch.no_grad()
+def test_attention_weights_of_padded_rows():
+    model, ids = join("llama", "mamba", eager=True)[0], tokens(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    wanted = model(ids[:1, 2:], output_attentions=True).attentions
+    for use_cache in (False, True):
+        got = model(ids, attention_mask=mask, use_cache=use_cache, output_attentions=True).attentions
+        assert len(got) == len(wanted)
+        for one, other in zip(got, wanted):
+            torch.testing.assert_close(one[:1, :, 2:, 2:], other)
+        right = model(ids, attention_mask=mask.flip(1), output_attentions=True)  # which makes no cache by itself
+        assert right.cache is None and len(right.attentions) == len(wanted)
+        mask[0, 3] = 0
+        with pytest.raises(ManticoreError, match="padding between tokens"):
+            model(ids, attention_mask=mask, use_cache=use_cache, output_attentions=True)
+        mask[0, 3] = 1
 
 
 def test_no_attention_weights_without_a_word(monkeypatch):
@@ -127,8 +151,10 @@ def test_features_of_a_pipeline_do_not_depend_on_the_batch(tmp_path):
         extract = pipeline("feature-extraction", AutoModel.from_pretrained(tmp_path / name), tokenizer=tokenizer())
         found[name] = extract(texts, batch_size=4, return_tensors=True)
     assert len(found["hybrid"]) == len(texts)
-    for got, wanted in zip(found["hybrid"], found["plain"]):
-        torch.testing.assert_close(got, wanted)
+    for text, got, wanted in zip(texts, found["hybrid"], found["plain"]):
+        assert got.shape == wanted.shape
+        real = len(text.split())
+        torch.testing.assert_close(got[:, :real], wanted[:, :real])
     pair = join("gpt_neox", "mamba", num_blocks=2)[0]
     out = ManticoreModel.forward(pair, tokens())
     assert list(out.states) == ["gpt_neox", "mamba"] and out.states["mamba"] is out.states[1]
@@ -144,11 +170,19 @@ def test_sizes_follow_the_vocabulary_and_the_labels():
         model(torch.tensor([[3, 200]]))
 
 
+def test_a_folder_that_is_not_there():
+    for path in ("./no/such/folder", "no/such/folder"):
+        with pytest.raises(OSError, match=f"'{path}' is not there: it is no directory, and no repository id"):
+            ManticoreConfig.from_pretrained(path)
+        with pytest.raises(OSError, match=path):
+            ManticoreForCausalLM.from_pretrained(path)
+
+
 def test_the_parallel_plan_names_what_is_there():
     model = join("llama", "gpt_neox", num_blocks=2)[0]
     assert "llama.lm_head" in model.tp_plan
     classifier = ManticoreForSequenceClassification.from_causal_lm(model, num_labels=2)
-    hard = harden(copy.deepcopy(model), ["llama", "gpt_neox"])
+    hard = prune(copy.deepcopy(model), ["llama", "gpt_neox"])
     for one, gone in ((classifier, "llama.lm_head"), (hard, "llama.lm_head")):
         one.init_parallel_plans()
         assert gone not in one.tp_plan and "llama.model.layers.*.self_attn.q_proj" in one.tp_plan
@@ -279,7 +313,7 @@ def test_exporters_take_hybrids_and_their_caches():
         leaves = get_leaf_tensors(out)
         assert any(key.startswith("cache") for key in leaves) and torch.equal(leaves["logits"], out.logits)
         program = DynamoExporter().export(model, {"input_ids": ids, "use_cache": False}, DynamoConfig(dynamic=False))
-        torch.testing.assert_close(program.module()(input_ids=ids).logits, out.logits)
+        torch.testing.assert_close(program(input_ids=ids).logits, out.logits)
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

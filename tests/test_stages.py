@@ -169,7 +169,7 @@ def test_packing(tokenizer):
     packed = pack(["the cat", "a mat sat"], tokenizer, 3)
     end, ids = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids
     assert packed["input_ids"] == [[ids("the"), ids("cat"), end], [ids("a"), ids("mat"), ids("sat")]]
-    assert packed["labels"] == packed["input_ids"]
+    assert packed["labels"] == [[-100, ids("cat"), end], [-100, ids("mat"), ids("sat")]]
     assert len(pack(["the cat"] * 9, tokenizer, 3, limit=2)) == 2
     with pytest.raises(ManticoreError, match="3 tokens, fewer than one block of 8"):
         pack(["the cat"], tokenizer, 8)

@@ -84,6 +84,16 @@ def common(folder):
     return importlib.import_module(f"{PACKAGE}.test_modeling_common")
 
 
+UNFIT = {
+    "test_keep_in_fp32_modules": "a hybrid's list is of what quantisers leave out (dtypes_manticore.py)",
+    "test_model_base_model_prefix": "a hybrid's causal LM is its base model with a mixture: there is no model inside",
+    "test_model_get_set_embeddings": "each component has embeddings of its own",
+    "test_model_weights_reload_no_missing_tied_weights": "a file without a hybrid's weights is refused",
+    "test_load_with_mismatched_shapes": "a vocabulary's size is said by each component's configuration",
+    "test_retain_grad_hidden_states_attentions": "where embeddings are native, nothing reads the first shared state",
+}
+"""Tests that ask for what hybrids are not."""
+
 # ---- what is tested --------------------------------------------------------------------------------------------------
 
 _SIZES = {
@@ -97,10 +107,16 @@ _FAMILIES = {
 }
 
 
-def configuration(kind):
+def _layers(kind):
+    """Layers of each component: so that a hybrid of one block has as many attentions in all as a plain model."""
+    return 1 if len(KINDS[kind]) > 1 and "blocks" not in kind else 2
+
+
+def configuration(kind, is_tied=False):
     """A new configuration of a kind."""
     tokens = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    parts = {name: transformers.AutoConfig.for_model(name, **tokens, **_FAMILIES[name]) for name in KINDS[kind]}
+    tokens |= {"tie_word_embeddings": is_tied, "num_hidden_layers": _layers(kind)}
+    parts = {name: transformers.AutoConfig.for_model(name, **{**_FAMILIES[name], **tokens}) for name in KINDS[kind]}
     if len(parts) == 1:
         return parts.popitem()[1]
     from manticore_hf import ManticoreConfig
@@ -108,7 +124,7 @@ def configuration(kind):
     blocks = 2 if "two blocks" in kind else 1
     preset = "paper" if blocks > 1 else "default"
     components = [{"name": name, "config": part} for name, part in parts.items()]
-    ids = {key: value for key, value in tokens.items() if key != "vocab_size"}
+    ids = {key: tokens[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return ManticoreConfig(components=components, num_blocks=blocks, preset=preset, **ids)
 
 
@@ -132,12 +148,14 @@ class Tester:
     num_attention_heads = 4
 
     def __init__(self, kind, module):
-        self.kind, self.module = kind, module
-        if "," not in kind and "+" in kind:  # one block: two boundaries
-            self.expected_num_hidden_layers = 2
+        self.kind, self.module, self.is_tied = kind, module, False
+        if len(KINDS[kind]) > 1:  # as many attentions as layers attend, as many states as blocks have boundaries
+            self.num_hidden_layers = _layers(kind) * sum(name != "mamba" for name in KINDS[kind])
+            self.expected_num_hidden_layers = 3 if "blocks" in kind else 2
 
     def get_config(self):
-        return configuration(self.kind)
+        """A new configuration."""
+        return configuration(self.kind, self.is_tied)
 
     def prepare_config_and_inputs_for_common(self):
         """(configuration, {argument of a forward: value})."""
@@ -155,6 +173,22 @@ def case(kind, module):
             self.all_model_classes = classes(kind)
             self.model_tester = Tester(kind, module)
 
+        def test_tied_weights_keys(self):
+            # Whether its weights are tied says each component's configuration
+            self.model_tester.is_tied = True
+            super().test_tied_weights_keys()
+
+        def test_reverse_loading_mapping(self):
+            # A hybrid's file has the names that its model has
+            super().test_reverse_loading_mapping(check_keys_were_modified=len(KINDS[kind]) == 1)
+
+        def test_num_layers_is_small(self):
+            self.model_tester.num_hidden_layers = _layers(kind)
+            super().test_num_layers_is_small()
+
+    for name, reason in UNFIT.items() if len(KINDS[kind]) > 1 else ():
+        if name != "test_retain_grad_hidden_states_attentions" or "blocks" not in kind:
+            setattr(Case, name, unittest.skip(reason)(lambda self: None))
     Case.__name__ = "ModelTest"
     return Case
 

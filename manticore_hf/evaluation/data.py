@@ -212,21 +212,26 @@ def _unreadable(arguments, err):
 
 
 def text_of(record: Mapping[str, Any], name: str, arguments: DataArguments) -> str:
-    """The text in a column of a record.
+    """The text in a column of a record; of several texts there (ELI5's answers), joined by spaces.
 
     Args:
         record: A record of `read_records`.
-        name: The column.
+        name: The column; "answers.text" for what is nested in a column.
         arguments: DataArguments, for the message.
 
     Raises:
         ManticoreError: There is no such column, or no text in it.
     """
-    if name not in record:
+    outer, _, inner = name.partition(".")
+    nested = isinstance(record.get(outer), Mapping) and inner in record[outer]
+    if name not in record and not nested:
         raise ManticoreError(f"{arguments.data!r} has no column {name!r}; it has {sorted(record)}.")
-    if not isinstance(record[name], str):
-        raise ManticoreError(f"{arguments.data!r}: column {name!r} holds {type(record[name]).__name__}, not text.")
-    return record[name]
+    text = record[name] if name in record else record[outer][inner]
+    if isinstance(text, list) and text and all(isinstance(one, str) for one in text):
+        return " ".join(text)
+    if not isinstance(text, str):
+        raise ManticoreError(f"{arguments.data!r}: column {name!r} holds {type(text).__name__}, not text.")
+    return text
 
 
 def pack(

@@ -30,6 +30,7 @@ from manticore_hf.hub.provenance import (
     verify_cached,
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.modeling.saving_manticore import check_whole
 from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.formatting import listed_some, printable_output
 from manticore_hf.utils.objective import say_objective
@@ -56,6 +57,8 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
         with its own head or score head, and the hybrid. Bytes are those of floating point, also where linear maps are
         packed (`quantization`).
     """
+    if os.path.isdir(source):
+        check_whole(source)
     config = ManticoreConfig.from_pretrained(source, **({} if revision is None else {"revision": revision}))
     for name in config.component_names:
         # The one way of running experts whose shapes do not depend on values.

@@ -217,9 +217,10 @@ def check_training(what: str, cls: type[TrainingArguments], given: dict[str, Any
     try:
         arguments = cls(**given)
         model = torch.nn.Linear(1, 1)  # some optimizers look at a model
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-        if not {"optimizer_dict", "model", "params"} & set(options):
-            kind(model.parameters(), **options)
+        if arguments.optim_target_modules is None:  # which are looked for in the model itself
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+            if not {"optimizer_dict", "model", "params"} & set(options):
+                kind(model.parameters(), **options)
         get_scheduler(
             arguments.lr_scheduler_type,
             torch.optim.SGD(model.parameters()),

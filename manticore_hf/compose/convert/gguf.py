@@ -4,14 +4,7 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from manticore_hf.compose.convert.gguf_header import check_header
 from manticore_hf.hub.licenses import stated_license
@@ -72,21 +65,6 @@ def load_gguf(
         if hasattr(config, key):
             delattr(config, key)
     return config, model.state_dict(), model.generation_config, stated_license(fields.get("general.license"))
-
-
-def gguf_tokenizer(what: str, path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file.
-
-    Raises:
-        ManticoreError: It has none that Transformers can read.
-    """
-    path = Path(path)
-    try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as err:
-        raise ManticoreError(
-            f"{what}: Transformers cannot read the tokenizer in {path.name} ({_brief(err)}); give --tokenizer."
-        ) from err
 
 
 def _check_size(what, path, header, config):
