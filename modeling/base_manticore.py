@@ -100,10 +100,7 @@ class HybridEmbedding(nn.Module):
         name = model.config.tokenizer_component
         return model.component(name if name in self.readers else self.readers[0]).get_input_embeddings().weight
 
-    @property
-    def word_embeddings(self) -> "HybridEmbedding":
-        """Itself: PEFT's prompts look for `model.embeddings.word_embeddings` before they guess."""
-        return self
+    word_embeddings = property(lambda self: self)  # of `model.embeddings`, which PEFT's prompts look for
 
     @property
     def is_watched(self) -> bool:
@@ -292,17 +289,14 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     # ---- embeddings ------------------------------------------------------------------------------------------------
 
+    embeddings = property(lambda self: self.get_input_embeddings())  # where PEFT's prompts look first
+
     def get_input_embeddings(self) -> HybridEmbedding:
         """One module for the embeddings of all components."""
         if self.input_embedding._owner[0] is not self:  # a replica on another device: its parts, the same hooks
             self.__dict__["input_embedding"] = copy.copy(self.input_embedding)
             self.input_embedding._owner = (self,)
         return self.input_embedding
-
-    @property
-    def embeddings(self) -> HybridEmbedding:
-        """What `get_input_embeddings` gives; see `HybridEmbedding.word_embeddings`."""
-        return self.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Raises ManticoreError: there are several."""
@@ -435,7 +429,8 @@ class ManticoreModel(ManticorePreTrainedModel):
                 changes or `cu_seq_lens_q` says so, a document begins that knows nothing of those before it.
             cache: A ManticoreCache (`make_cache`, or one returned before); `past_key_values` is its old name.
             use_cache: Whether to return a cache.
-            output_attentions: Whether to return attention weights; only attn_implementation="eager" has any.
+            output_attentions: Whether to return attention weights, and a cache only if that is asked for; only
+                attn_implementation="eager" has any.
             output_hidden_states: Whether to return the shared state at each block boundary; or which, by index.
             **kwargs: `return_dict=False` for a tuple.
 

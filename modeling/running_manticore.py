@@ -16,7 +16,7 @@ from .cache_manticore import ManticoreCache, cache_for
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
-from .rows_manticore import Documents, check_mask, find_documents, has_values, run_cut
+from .rows_manticore import IN_PARTS, Documents, check_mask, find_documents, has_values, run_cut
 from .segments_manticore import check_positions, width_of
 
 logger = logging.get_logger(__name__)
@@ -108,6 +108,8 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
         )
     wants = (told or {}).get("output_attentions")
     wants = model.config.output_attentions if wants is None else wants
+    if wants and cache is None:  # with one, rows that are padded on the right would be run in parts
+        use_cache = bool(use_cache)
     told = {key: (told or {}).get(key) for key in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")}
     mask = None if mask is None else check_mask(mask, time)
     documents = find_documents(mask, positions, (batch, time), **told)
@@ -184,7 +186,8 @@ def run(model, inputs, shared=True):
 def run_any(model, inputs, shared):
     """`run`, whatever the rows are."""
     if inputs.documents is not None:
-        _check_no_attentions(inputs)
+        if inputs.attentions is not None:
+            raise ManticoreError(IN_PARTS)
         return inputs.documents.run(lambda part: run_rows(model, part, shared), inputs, takes_turns(model))
     cache, mask = inputs.cache, inputs.mask
     if cache is not None and cache.mask is not None and mask is None:
@@ -195,16 +198,7 @@ def run_any(model, inputs, shared):
     if not has_values(mask):
         cache.mask = mask
         return run_rows(model, inputs, shared)
-    _check_no_attentions(inputs)
     return run_cut(lambda part: run_rows(model, part, shared), inputs)
-
-
-def _check_no_attentions(inputs):
-    if inputs.attentions is not None:
-        raise ManticoreError(
-            "output_attentions=True: rows with several documents, with padding between tokens, or with padding beside "
-            "a cache of recurrent layers or windows, are run in parts; give each text a row of its own, or no cache."
-        )
 
 
 def takes_turns(model):
