@@ -145,7 +145,8 @@ class ReferencedWeights:
                         verify(file, stated, f"The hybrid's own {os.path.basename(file)}")
                 model._loaded_from = os.path.dirname(os.path.abspath(files[0]))
                 state_dict = open_files(files, stack, "The hybrid's own weights")
-                check_whole(model._loaded_from)
+                while not check_whole(model._loaded_from):  # files were moved meanwhile
+                    state_dict = open_files(files, stack, "The hybrid's own weights")
             quantizer = load_config.hf_quantizer
             packed = quantizer if quantizer is not None and quantizer.pre_quantized else None
             rename, ties = Renamer(model, packed=packed), tie_groups(model)
