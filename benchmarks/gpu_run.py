@@ -73,7 +73,11 @@ def run_recipe(folder, args, components):
                 "name": "gpu-run",
                 "components": components,
                 "hybrid": {"num_blocks": 1, "dtype": "float32"},
-                "data": {"data": str(args.text), "block_size": args.length, "validation_fraction": 0.02},
+                "data": {
+                    "data": str(Path(args.text).resolve()),
+                    "block_size": args.length,
+                    "validation_fraction": 0.02,
+                },
                 "stages": [{"finetune": finetune}],
             }
         )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the same as `_PUBLIC`, for editors
     from manticore_hf.modeling.settings_manticore import ManticoreError
     from manticore_hf.training.calibrate import calibrate_projectors
     from manticore_hf.training.freezing import set_stage
-    from manticore_hf.training.lora import lora_config, quantization_skips
+    from manticore_hf.training.lora import lora_config, prompt_config, quantization_skips
     from manticore_hf.training.objective import choose_objective
     from manticore_hf.training.prune import pick_route, prune
     from manticore_hf.training.search import SearchArguments, SearchTrainer
@@ -50,6 +50,7 @@ _PUBLIC = {
     "prune": "training.prune",
     "lora_config": "training.lora",
     "pick_route": "training.prune",
+    "prompt_config": "training.lora",
     "publish": "hub.publish",
     "quantization_skips": "training.lora",
     "set_stage": "training.freezing",
@@ -73,6 +74,7 @@ __all__ = [
     "prune",
     "lora_config",
     "pick_route",
+    "prompt_config",
     "publish",
     "quantization_skips",
     "set_stage",

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import manticore_hf
 from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.training.stages import OLD_NAMES, STAGES
+from manticore_hf.utils.formatting import printable_output
 from manticore_hf.utils.options import Parser, RawHelp
 from manticore_hf.utils.renamed import warn_renamed
 
@@ -97,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The help was asked for, or there is no such command or option (status 2).
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    with printable_output():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(argv: list[str]) -> int:
     if argv and argv[0] in OLD_NAMES:
         warn_renamed(f"manticore-hf {argv[0]}", OLD_NAMES[argv[0]])
         argv[0] = OLD_NAMES[argv[0]]

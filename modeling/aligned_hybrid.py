@@ -35,7 +35,7 @@ from .modeling_manticore import (  # noqa: F401 - likewise
     ManticoreForTokenClassification,
     ManticoreModel,
 )
-from .running_manticore import RUNNERS, active_in, mix_native, mixture_rows, run_shared
+from .running_manticore import RUNNERS, active_in, mix_native, mixture_rows, run_any
 from .segments_manticore import check_positions
 
 TRUST = 1e-6
@@ -358,7 +358,7 @@ def run_aligned(model, inputs, shared):
         float(name not in config.aligned and (name in active or name == aligner.home))
         for name in config.component_names
     ]
-    found = run_shared(model, replace(inputs, keep=False), False, [plain])
+    found = run_any(model, replace(inputs, keep=False), False, [plain])
     states, readings = dict(found.states), {}
     for name in config.aligned:
         if name in active:

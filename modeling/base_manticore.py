@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
@@ -15,7 +17,7 @@ from .cache_manticore import ManticoreCache, cache_for_generation
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import device_of, onloaded, place, whole_weights
-from .dtypes_manticore import MixedDtypes, Quantizable
+from .dtypes_manticore import MixedDtypes, Quantizable, check_adapted
 from .layer_stack_manticore import check_cut
 from .mixers_manticore import follow_kernels
 from .mixing_manticore import HybridMixer, resize, whole
@@ -23,7 +25,7 @@ from .mixture_manticore import weighted_sum, widen
 from .outputs_manticore import ManticoreModelOutput
 from .recurrent_manticore import keep_state_in_cache
 from .running_manticore import active_in, mixture_rows, read_inputs, run
-from .segments_manticore import Segments, width_of
+from .segments_manticore import Dropped, Segments, width_of, without_head
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 takes_old_cache = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
@@ -40,9 +42,10 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = False
-    _is_stateful = True
     _no_split_modules = ["HybridMixer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
+    # Whether the vocabulary has another size than where the hybrid was loaded from.
+    is_resized = False
 
     @classmethod
     @whole_weights()
@@ -55,6 +58,11 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         super()._init_weights(module)
         if isinstance(module, HybridMixer):
             module.reset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config":  # PEFT has wrapped what a configuration, whoever made it, says
+            check_adapted(self)
 
     def initialize_weights(self) -> None:
         """Components first, each as its own class does it.
@@ -91,6 +99,8 @@ class HybridEmbedding(nn.Module):
         model = self._owner[0]
         name = model.config.tokenizer_component
         return model.component(name if name in self.readers else self.readers[0]).get_input_embeddings().weight
+
+    word_embeddings = property(lambda self: self)  # of `model.embeddings`, which PEFT's prompts look for
 
     @property
     def is_watched(self) -> bool:
@@ -154,6 +164,14 @@ class ManticoreModel(ManticorePreTrainedModel):
         self.post_init()
         self.segments.follow()
 
+    def init_parallel_plans(self) -> None:
+        """As in Transformers, without what a component no longer has (its head, in a classifier)."""
+        super().init_parallel_plans()
+        names = [name for name, module in self.named_modules() if not isinstance(module, Dropped)]
+        there = {*map(replace_layer_number_by_wildcard, (*names, *(name for name, _ in self.named_parameters())))}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in there}
+        self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in there}
+
     # ---- the parts -------------------------------------------------------------------------------------------------
 
     @property
@@ -184,6 +202,24 @@ class ManticoreModel(ManticorePreTrainedModel):
         if name not in self.config.component_names:
             raise ManticoreError(f"No component is named {name!r}; the components are {self.config.component_names}.")
         return self._modules[name]
+
+    def drop_head(self, name: str) -> None:
+        """Leaves out a component's language-model head, where it has one of its own."""
+        self._modules[name], path = without_head(self.component(name))
+        if path is not None:
+            self.__dict__["_gone"] = (*self.__dict__.get("_gone", ()), f"{name}.{path}.")
+
+    def is_gone(self, key: str) -> bool:
+        """Whether a tensor belongs to a language-model head that this model leaves out."""
+        return key.startswith(self.__dict__.get("_gone", ()))
+
+    def forgo(self, there: set[str]) -> bool:
+        """Leaves out the heads that the checkpoint of a classifier lacks, where they are not used."""
+        for name in () if type(self).can_generate() or hasattr(self, "score") else self.config.component_names:
+            head = without_head(self.component(name))[1]
+            if head is not None and not any(key.startswith(f"{name}.{head}.") for key in there):
+                self.drop_head(name)
+        return "_gone" in self.__dict__
 
     def mixture_weights(self) -> torch.Tensor:
         """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
@@ -227,11 +263,18 @@ class ManticoreModel(ManticorePreTrainedModel):
     def train(self, mode: bool = True) -> "ManticoreModel":
         """As in torch, for the shells of the segments, too."""
         super().train(mode)
+        if mode and hasattr(self, "peft_config"):  # of adapters that came after the first
+            check_adapted(self)
         if "input_embedding" in self.__dict__:
             self.input_embedding.train(mode)
         if "hybrid_mixer" in self._modules:
             self.segments.follow()
         return self
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary."""
+        return self.config.vocab_size
 
     @property
     def device(self) -> torch.device:
@@ -244,6 +287,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         return place(value, device_of(self.hybrid_mixer))
 
     # ---- embeddings ------------------------------------------------------------------------------------------------
+
+    embeddings = property(lambda self: self.get_input_embeddings())  # where PEFT's prompts look first
 
     def get_input_embeddings(self) -> HybridEmbedding:
         """One module for the embeddings of all components."""
@@ -272,10 +317,12 @@ class ManticoreModel(ManticorePreTrainedModel):
             raise ManticoreError("The components have tokenizers of their own: resize each before it is composed.")
         if self.config.route is not None and len(self.config.component_names) > 1:
             raise ManticoreError("A pruned hybrid cannot be resized: resize the soft one, then prune it.")
+        before = self.config.vocab_size
         for name in self.config.component_names:
             component = self.component(name)
             component.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
             self.config.vocab_size = component.config.vocab_size
+        self.is_resized = self.is_resized or self.config.vocab_size != before
         self.segments.follow()
         return self.get_input_embeddings()
 
@@ -292,18 +339,27 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     # ---- caches and attention --------------------------------------------------------------------------------------
 
-    def make_cache(self, max_cache_len: int | None = None) -> ManticoreCache:
+    @property
+    def _is_stateful(self):
+        """Whether a component is recurrent: drafts that are refused could not be taken back."""
+        return self.make_cache().is_recurrent
+
+    def make_cache(
+        self, max_cache_len: int | None = None, offloading: bool = False, quantized: dict | None = None
+    ) -> ManticoreCache:
         """An empty cache for this hybrid.
 
         Args:
             max_cache_len: Length of a static cache; None for one that grows.
+            offloading, quantized: As in ManticoreCache.
 
         Raises:
             ManticoreError: A component's own class gives no right results with a static cache.
         """
         parts = {name: self.component(name) for name in self.config.component_names}
         configs = {name: part.config for name, part in parts.items()}
-        cache = ManticoreCache(configs, self.segments.ranges, max_cache_len)
+        cache = ManticoreCache(configs, self.segments.ranges, max_cache_len, offloading, quantized)
+        cache.is_plain &= not self.config.aligned
         if self.config.aligned and max_cache_len is not None:
             raise ManticoreError(
                 f"Components {list(self.config.aligned)} read text by tokenizers of their own, which needs a cache "
@@ -367,18 +423,22 @@ class ManticoreModel(ManticorePreTrainedModel):
         cache: ManticoreCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list | None = None,
         **kwargs: Any,
     ) -> ManticoreModelOutput | tuple:
         """Runs the blocks.
 
         Args:
             input_ids: [batch, time] token ids; or `inputs_embeds`, see `get_input_embeddings`.
-            attention_mask: [batch, past + time], 1 for real tokens (left padding is right for every component).
-            position_ids: [batch, time]; default: counted from the mask.
+            attention_mask: [batch, past + time], 1 for real tokens; padding may stand anywhere.
+            position_ids: [batch, time]; default: counted from the mask. Where they start again, as where `seq_idx`
+                changes or `cu_seq_lens_q` says so, a document begins that knows nothing of those before it.
             cache: A ManticoreCache (`make_cache`, or one returned before); `past_key_values` is its old name.
             use_cache: Whether to return a cache.
-            output_hidden_states: Whether to return the shared state at each block boundary.
+            output_attentions: Whether to return attention weights, and a cache only if that is asked for; only
+                attn_implementation="eager" has any.
+            output_hidden_states: Whether to return the shared state at each block boundary; or which, by index.
             **kwargs: `return_dict=False` for a tuple.
 
         Raises:
@@ -386,6 +446,6 @@ class ManticoreModel(ManticorePreTrainedModel):
         """
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
-        found = run(self, read_inputs(self, *given, kwargs))
-        states = tuple(found.states.get(name) for name in self.config.component_names)
-        return ManticoreModelOutput(found.shared, found.cache, found.hidden_states, states=states)
+        found = run(self, read_inputs(self, *given, {**kwargs, "output_attentions": output_attentions}))
+        kept = found.cache, found.hidden_states, found.attentions
+        return ManticoreModelOutput(found.shared, *kept, ModelOutput(found.states))

@@ -7,7 +7,7 @@ owns, and the hybrid counts tokens itself. A component that is run whole has its
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
+from .bounds_manticore import trying
 from .configuration_manticore import ManticoreError
 
 
@@ -31,11 +32,11 @@ class _Hole(DummyLayer):
 
 
 class SegmentCache(Cache):
-    """What the segment [start, stop) of a component sees: its own layers at their own indices, and the true length."""
+    """What the segment [start, ...) of a component sees: its own layers at their own indices, and the true length."""
 
-    def __init__(self, owner: "ManticoreCache", layers: list, start: int):
+    def __init__(self, seen: int, layers: list, start: int):
         super().__init__(layers=[_Hole()] * start + list(layers))
-        self.owner = owner
+        self.seen = seen
         self._attention = next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), None)
 
     def _attention_layer(self, layer_idx):
@@ -44,14 +45,14 @@ class SegmentCache(Cache):
         return self._attention
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens already seen; a view without attention layers asks the hybrid's counter."""
+        """Tokens already seen; a view without attention layers has the hybrid's count."""
         layer = self._attention_layer(layer_idx)
-        return self.owner.seen if layer is None else layer.get_seq_length()
+        return self.seen if layer is None else layer.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(key length, key offset) of the mask for `query_length` new tokens."""
         layer = self._attention_layer(layer_idx)
-        return (self.owner.seen + query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
+        return (self.seen + query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
 
 
 class ManticoreCache(Cache):
@@ -62,27 +63,40 @@ class ManticoreCache(Cache):
         ranges: `{(component name, block): (start, stop)}`, the layers it runs from each block on; a layer that is in
             none is left out.
         max_cache_len: None for caches that grow, else the length of static ones.
+        offloading: Whether keys and values wait in the CPU's memory for their layer's turn.
+        quantized: Settings of Transformers' QuantizedCache (`backend`, ...) for components with attention; or None.
     """
 
     model_type = "manticore"  # by which a cache of another copy of this file is known
     # The token counter is a Python integer, so a compiled decoding step would be traced anew for each token.
     is_compileable = False
 
-    def __init__(self, configs: dict, ranges: dict, max_cache_len: int | None = None):
-        layers, self._views = [], {}
+    def __init__(
+        self,
+        configs: dict,
+        ranges: dict,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+        quantized: dict | None = None,
+    ):
+        layers, self._views, self.options = [], {}, (max_cache_len, offloading, quantized)
         self.max_cache_len, self.seen = max_cache_len, 0
         self.readers = {}  # of components with tokenizers of their own: {name: how far each row has been read}
         self.mask, self.has_padding = None, False  # of what was read (None: all real), and whether any was in between
         self.is_plain = not any("local" in getattr(config, "attention_layers", ()) for config in configs.values())
         for name, config in configs.items():
-            static = max_cache_len is not None
-            part = StaticCache(config, max_cache_len=max_cache_len) if static else DynamicCache(config=config)
+            part = _part(name, config, max_cache_len, offloading, quantized)
             for block, (start, stop) in ((block, pair) for (other, block), pair in ranges.items() if other == name):
-                mine, whole = part.layers[start:stop], (start, stop) == (0, len(part.layers))
-                self._views[name, block] = part if whole else SegmentCache(self, mine, start)
-                layers += mine
+                kind = type(part) if (start, stop) == (0, len(part.layers)) else SegmentCache
+                self._views[f"{name}-{block}"] = [kind, len(layers), start, stop]
+                layers += part.layers[start:stop]
         self.is_plain &= all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
-        super().__init__(layers=layers)
+        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer keeps a state that does not tell what it was before the last token."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
 
     @property
     def is_linear(self) -> list[bool]:
@@ -90,12 +104,24 @@ class ManticoreCache(Cache):
         return [False] * len(self.layers)
 
     def view(self, name: str, block: int) -> Cache:
-        """The cache of component `name` from `block` on, on layers of this one; its class's own where it is whole."""
-        return self._views[name, block]
+        """The cache of component `name` from `block` on, on layers of this one; its class's own where it is whole.
+
+        Made for one pass, and not kept: exporters walk through caches, and copy what they find.
+        """
+        kind, first, start, stop = self._views[f"{name}-{block}"]
+        mine = self.layers[first : first + stop - start]
+        if kind is SegmentCache:
+            view = SegmentCache(self.seen, mine, start)
+        else:
+            view = kind.__new__(kind)
+            Cache.__init__(view, layers=mine)
+        if self.offloading:
+            view.offloading, view.only_non_sliding, view.prefetch_stream = True, False, self.prefetch_stream
+        return view
 
     def attends(self, name: str) -> bool:
         """Whether a component has layers with keys and values."""
-        views = [view for (other, _), view in self._views.items() if other == name]
+        views = [self.view(*key.rsplit("-", 1)) for key in self._views if key.rpartition("-")[0] == name]
         return any(isinstance(layer, CacheLayerMixin) for view in views for layer in view.layers)
 
     def stretch(self, mask, name: str, block: int, batch: int, time: int, device) -> torch.Tensor | None:
@@ -106,17 +132,9 @@ class ManticoreCache(Cache):
         mask = torch.ones(batch, self.seen + time, dtype=torch.long, device=device) if mask is None else mask
         return F.pad(mask, (0, self.max_cache_len - mask.shape[1]))
 
-    def advance(self, tokens: int, mask: torch.Tensor | None = None) -> None:
-        """Counts `tokens` new positions; called once at the end of each forward, with its mask [batch, past + tokens].
-
-        Empties the recurrent states of rows that consist of left padding so far: Transformers takes a call's only token
-        for a generated one, never padding, so it reaches the states of some models (Mamba2, Jamba).
-        """
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` new positions; called once at the end of each pass."""
         self.seen += tokens
-        if tokens != 1 or mask is None or not self._recurrent_states() or (begun := mask.any(-1)).all():
-            return
-        for states, key in self._recurrent_states():
-            states[key][~begun.to(states[key].device)] = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens already seen."""
@@ -131,29 +149,20 @@ class ManticoreCache(Cache):
         super().reset()
         self.seen, self.mask, self.has_padding, self.readers = 0, None, False, {}
 
-    def restart(self, empty):
-        """Becomes an empty cache, for the sake of whoever holds this one.
-
-        Args:
-            empty: A new ManticoreCache of the same hybrid, which is not used otherwise.
-        """
+    def restart(self, empty: Cache) -> None:
+        """Becomes a new cache of the same hybrid, `empty`, for the sake of whoever holds this one."""
         self.__dict__.update(empty.__dict__)
-        for view in self._views.values():
-            if isinstance(view, SegmentCache):
-                view.owner = self
 
-    def reorder_cache(self, beam_idx):
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Puts rows in another order."""
         super().reorder_cache(beam_idx)
-        self._pick_mask(beam_idx)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
         self._pick_readers(beam_idx)
 
     def _pick_readers(self, rows):
         for name, found in self.readers.items():
             self.readers[name] = [found[row].copy() for row in rows.tolist()]
-
-    def _pick_mask(self, rows):
-        self.mask = None if self.mask is None else self.mask.index_select(0, rows.to(self.mask.device))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
@@ -175,7 +184,7 @@ class ManticoreCache(Cache):
         for rows in list(self.readers.values())[:1]:
             self._pick_readers(chosen(len(rows)))
         if self.mask is not None:
-            self._pick_mask(chosen(len(self.mask)))
+            self.mask = self.mask.index_select(0, chosen(len(self.mask)).to(self.mask.device))
         for layer in self.layers:
             if isinstance(layer, CacheLayerMixin):
                 getattr(layer, method)(argument)
@@ -189,17 +198,54 @@ class ManticoreCache(Cache):
         return [(states, key) for states in found for key, state in states.items() if state is not None]
 
 
+def is_hybrids(cache: Cache) -> bool:
+    """Whether a cache is a ManticoreCache, be it of another copy of this file."""
+    return getattr(cache, "model_type", None) == ManticoreCache.model_type
+
+
+def _part(name, config, max_cache_len, offloading, quantized):
+    """A component's own cache, as its class makes it."""
+    if max_cache_len is not None:
+        # Transformers (5.24) fails where all layers slide and only others are to be offloaded
+        return StaticCache(config, max_cache_len, offloading=offloading, offload_only_non_sliding=False)
+    part = DynamicCache(config=config, offloading=offloading)
+    if quantized is None or not any(isinstance(layer, CacheLayerMixin) for layer in part.layers):
+        return part
+    with trying(f"A quantised cache for component {name!r} ({config.model_type})"):
+        return QuantizedCache(config=config, **quantized)
+
+
+def _behind(model, cache):
+    """The ManticoreCache of a call that was given it, or a DynamicCache, whose layers are then the hybrid's.
+
+    Raises:
+        ManticoreError: It is another cache, or a component is recurrent: a DynamicCache cannot count what it has read.
+    """
+    if is_hybrids(cache):
+        return cache
+    found = model.make_cache(offloading=cache.offloading) if type(cache) is DynamicCache else None
+    if found is not None and not found.is_recurrent and not model.config.aligned:
+        if cache.get_seq_length() == 0:
+            cache.layers, cache.layer_class_to_replicate = found.layers, None
+        if [*map(type, cache.layers)] == [*map(type, found.layers)]:
+            found.layers = cache.layers
+            found.seen = max(layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin))
+            found.mask, found.has_padding = getattr(cache, "_read", (None, False)) if found.seen else (None, False)
+            return found
+    raise ManticoreError(
+        f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache()) or, where all its "
+        "components attend and none is recurrent, an empty DynamicCache."
+    )
+
+
 def cache_for(model: PreTrainedModel, cache: Cache | None, use_cache: bool | None) -> ManticoreCache | None:
     """The cache of a call: the one that was given, a new one, or None.
 
     Raises:
-        ManticoreError: It is no cache of a hybrid.
+        ManticoreError: It is no cache that a hybrid can use.
     """
-    if cache is not None and getattr(cache, "model_type", None) != ManticoreCache.model_type:
-        raise ManticoreError(
-            f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache())."
-        )
-    use_cache = (not model.training) if use_cache is None else use_cache
+    cache = None if cache is None else _behind(model, cache)
+    use_cache = (getattr(model.config, "use_cache", True) and not model.training) if use_cache is None else use_cache
     if model.training and model.is_activation_checkpointing:
         use_cache = False
     if not use_cache:
@@ -227,16 +273,22 @@ def cache_for_generation(
     if given is not None:
         if kind is not None:
             raise ManticoreError("Give either cache_implementation or cache, not both.")
-        if isinstance(given, ManticoreCache) and mask is not None and not given.is_plain:
+        if is_hybrids(given) and mask is not None and not given.is_plain:
             read = mask[:, : given.seen] != 0
             if not torch.equal(read, torch.ones_like(read) if given.mask is None else given.mask.to(read.device) != 0):
-                given.restart(model.make_cache(given.max_cache_len))
+                given.restart(model.make_cache(*given.options))
         given._is_user_defined = True
         return given
     if settings.use_cache is False:
         return None
-    if kind in (None, "dynamic"):
-        return model.make_cache()
-    if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS and "offloaded" not in kind:
-        return model.make_cache(max(max_cache_length, settings.max_cache_len or 0))
-    raise ManticoreError(f"cache_implementation={kind!r} is not supported; use 'dynamic' or 'static'.")
+    offloading = "offloaded" in (kind or "")
+    if offloading and model.device.type == "cpu":
+        raise ManticoreError(
+            f"cache_implementation={kind!r}: the hybrid is on the CPU, and its cache too; leave it out."
+        )
+    length = max(max_cache_length, settings.max_cache_len or 0) if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None
+    quantized = {"backend": "quanto", **(settings.cache_config or {})} if kind == "quantized" else None
+    cache = model.make_cache(length, offloading, quantized)
+    if settings.is_assistant:  # what it drafts may be refused
+        cache.activate_past_recording()
+    return cache

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -51,30 +50,6 @@ class ScoreHead(nn.Module):
         return weighted_sum(weights, own), own
 
 
-def without_head(component: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
-    """(A causal LM without its language-model head, sharing everything else with it; the path of that head).
-
-    A head that is tied to the embeddings is the same tensor, and stays: then (the component itself, None).
-    """
-    head = component.get_output_embeddings()
-    path = next((path for path, module in component.named_modules() if module is head), None)
-    ties = component.all_tied_weights_keys or {}
-    if path is None or not list(head.parameters()) or f"{path}.weight" in {*ties, *ties.values()}:
-        return component, None
-    whole = part = _shallow(component)
-    *parents, name = path.split(".")
-    for parent in parents:
-        part._modules[parent] = part = _shallow(part._modules[parent])
-    part._modules[name] = None  # what Transformers takes for a model without head, when embeddings are resized
-    return whole, path
-
-
-def _shallow(module):
-    out = module.__class__.__new__(module.__class__)
-    out.__dict__.update(module.__dict__, _modules=dict(module._modules))
-    return out
-
-
 class ManticoreClassifier(ManticoreModel):
     """What both classifiers are: score heads instead of heads over the vocabulary."""
 
@@ -92,12 +67,15 @@ class ManticoreClassifier(ManticoreModel):
             widths = {f"{name}-{last}": width for name, width in sizes.items()}
         else:
             widths = {"shared": config.hidden_size}
-        gone = {}
         for name in config.component_names:
-            self._modules[name], gone[name] = without_head(self.component(name))
-        self.__dict__["_gone"] = tuple(f"{name}.{path}." for name, path in gone.items() if path is not None)
+            self.drop_head(name)
         self.score = construct("The score heads", lambda: self.make_score(widths), list(self.children()))
         super().post_init()
+
+    @property
+    def num_labels(self) -> int:
+        """Number of scores."""
+        return self.config.num_labels
 
     def make_score(self, widths: dict[str, int]) -> ScoreHead:
         """New score heads; `widths` as in ScoreHead."""
@@ -106,10 +84,6 @@ class ManticoreClassifier(ManticoreModel):
     def starts_anew(self, key: str) -> bool:
         """Whether a checkpoint need not have a tensor: score heads, unless it is one of this class."""
         return key.startswith("score.") and type(self).__name__ not in (self.config.architectures or ())
-
-    def is_gone(self, key: str) -> bool:
-        """Whether a tensor belongs to a language-model head."""
-        return key.startswith(self._gone)
 
     @can_return_tuple
     @takes_old_cache
@@ -122,7 +96,8 @@ class ManticoreClassifier(ManticoreModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple:
         """Scores of the labels, and the loss; of what, and from which labels, the class says.
@@ -136,17 +111,17 @@ class ManticoreClassifier(ManticoreModel):
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
         config, native, there = self.config, self.config.embeddings == "native", device_of(self.score)
-        inputs = read_inputs(self, *given, kwargs)
+        inputs = read_inputs(self, *given, {**kwargs, "output_attentions": output_attentions})
         at = self._where_to_score(inputs)
         found = run(self, inputs, shared=not native)
+        row = found.weights[-1]
+        if config.mixture == "token" and not isinstance(row[0], float):
+            row = (self.hybrid_mixer(HybridMixer.gate_rest) + 0.0 * sum(row)).unbind()
         if native:
-            row = found.weights[-1]
-            if config.mixture == "token" and not isinstance(row[0], float):
-                row = self.hybrid_mixer(HybridMixer.gate_rest).unbind()
             weights = [w for name, w in zip(config.component_names, row) if name in found.states]
             states = {f"{name}-{config.num_blocks - 1}": state for name, state in found.states.items()}
         else:
-            weights, states = [1.0], {"shared": found.shared}
+            weights, states = [1.0 + 0.0 * sum(row)], {"shared": found.shared}
         logits, own = self.score(*place((states, weights), there))
         if at is not None:
             rows = torch.arange(len(logits), device=logits.device), at.to(logits.device)
@@ -157,7 +132,8 @@ class ManticoreClassifier(ManticoreModel):
             loss = loss_of(logits) if len(own) == 1 else config.mix_loss_weight * loss_of(logits)
             if len(own) > 1 and config.component_loss_weight > 0:
                 loss = loss + config.component_loss_weight * sum(map(loss_of, own))
-        return self._output(loss=loss, logits=logits, hidden_states=found.hidden_states, cache=found.cache)
+        given = {"hidden_states": found.hidden_states, "attentions": found.attentions, "cache": found.cache}
+        return self._output(loss=loss, logits=logits, **given)
 
 
 class ManticoreForSequenceClassification(ManticoreClassifier):

@@ -260,8 +260,8 @@ def _watch_children(component, stack, layout):
     given, out = _run_on_nothing(component, stack, modules, kept, entering=True)
     if first.found is None or first.found.shape != given.shape:
         shape = None if first.found is None else list(first.found.shape)
-        why = f"what its layers hand on is no [batch, time, width]: of a state {list(given.shape)} they get {shape}."
-        raise _uncut(component, why)
+        why = f"(of a state of shape {list(given.shape)} they get {shape}), so that there is nothing to translate"
+        raise _uncut(component, f"what its layers hand on is no [batch, time, width] {why} between components.")
     layout.overwrites = given._version > 0
     layout.enters = first.found is not given or layout.overwrites
     layout.leaves = middle[-1].found is not out
@@ -334,10 +334,11 @@ def _run_shell(component, stack, modules, kept, entering, mode):
             out = shell.module(inputs_embeds=hidden, attention_mask=ones, use_cache=False)
         return hidden, out[0]
     except (DataDependentOutputException, DynamicOutputShapeException) as err:
-        raise _uncut(component, f"what {type(stack).__name__} does depends on values of its states ({err}).") from err
+        why = f"depends on values of its states ({err}), so that it cannot be looked at without computing it."
+        raise _uncut(component, f"what {type(stack).__name__} does {why}") from err
     except Exception as err:
-        why = f"{type(stack).__name__} does not run on embeddings alone, as segments do ({reason(err)[:300]})."
-        raise _uncut(component, why) from err
+        why = f"embeddings alone, as the segments of a hybrid do ({reason(err)[:300]})."
+        raise _uncut(component, f"{type(stack).__name__} does not run on {why}") from err
     finally:
         stack.config._experts_implementation_internal = experts
         stack.train(training)
@@ -371,6 +372,8 @@ def pick_config(config: PreTrainedConfig, indices: Sequence[int]) -> PreTrainedC
     """
     depth = config.num_hidden_layers
     out = copy.deepcopy(config)
+    # A shell that records its outputs would hook into the component's own layers, for ever
+    out.__dict__ |= {"_output_attentions": False, "output_hidden_states": False}
     frozen = {}
     for name in dir(type(config)):
         if hasattr(PreTrainedConfig, name):  # nothing there is per layer, and asking some of it warns

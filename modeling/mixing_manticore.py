@@ -98,7 +98,8 @@ class _Float32Linear(nn.Linear):
         super().__init__(width_in, width_out, dtype=torch.float32)
 
     def forward(self, states):
-        return F.linear(widen(states), widen(self.weight), widen(self.bias))
+        weight = widen(self.weight)
+        return F.linear(states.to(weight.dtype), weight, self.bias.to(weight.dtype))
 
 
 class TokenGate(nn.Module):
@@ -209,13 +210,22 @@ class HybridMixer(nn.Module):
         return self._gated(self.across[str(block)], state, 0.0)
 
     def gate_tokens(self, states, sureness):
-        """The token gate's weights [batch, time, K]; see `TokenGate`."""
-        return self.token_gate(states, sureness)
+        """The token gate's weights [batch, time, K]; see `TokenGate`.
+
+        They stand for the last block's row of alpha.
+        """
+        return self._touched(self.token_gate(states, sureness), self.alpha_logits)
 
     def gate_rest(self):
         """The part of the token gate that does not depend on the token, softmax(b): [K], in float32."""
-        with onloaded(self.token_gate.linear):
-            return widen(self.token_gate.linear.bias).softmax(-1)
+        linear = self.token_gate.linear
+        with onloaded(linear):
+            return self._touched(widen(linear.bias).softmax(-1), self.alpha_logits, linear.weight)
+
+    def _touched(self, weights, *unused):
+        """Mixture weights, with gradients of zero for what they replace: DDP stops at a parameter without one."""
+        trained = [one.sum() for one in unused if one.requires_grad and self.training and one.numel()]
+        return weights + 0.0 * sum(trained) if trained else weights
 
     def _gated(self, projector, states, alpha):
         gate = alpha if self.gate == "alpha" else 0.0

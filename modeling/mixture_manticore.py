@@ -56,8 +56,12 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _dot(grad, term, weight):
-    dots = torch.linalg.vecdot(grad, term)
-    return dots[..., None] if weight.dim() else dots.sum()
+    grad, term = grad.flatten(0, -2), term.flatten(0, -2)
+    size, least = max(_rows_of_a_piece(*term.shape), 1), torch.finfo(term.dtype).min
+    # A token that a head rules out has no gradient, and 0 times minus infinity is no number
+    pairs = zip(grad.split(size), term.split(size))
+    dots = torch.cat([torch.linalg.vecdot(one, other.clamp(min=least)) for one, other in pairs])
+    return dots.view(weight.shape) if weight.dim() else dots.sum()
 
 
 def weighted_sum(weights, terms):
@@ -76,9 +80,11 @@ def weighted_sum(weights, terms):
         return terms[0]
     floats = [isinstance(weight, float) for weight in weights]
     weights = [w if isinstance(w, float) else w.to(x.dtype) for w, x in zip(weights, terms)]
-    one_type = len({term.dtype for term in terms}) == 1
-    if any(floats) or not one_type or torch.compiler.is_compiling():  # a compiler joins the terms by itself
+    if any(floats):
         return sum(weight * term for weight, term in zip(weights, terms))
+    if len({term.dtype for term in terms}) > 1 or torch.compiler.is_compiling():  # a compiler joins the terms by itself
+        # As in `_dot`, autograd must not multiply a gradient of 0 by what a head rules out
+        return sum(weight * term.clamp(min=torch.finfo(term.dtype).min) for weight, term in zip(weights, terms))
     return _WeightedSum.apply(*weights, *terms)
 
 
@@ -120,7 +126,8 @@ class _LogMean(torch.autograd.Function):
             for start in range(0, len(total), size):
                 rows = slice(start, start + size)
                 # p_k / p, times the gradient; a token that no component thinks possible has none.
-                share = (one[rows] - norm[rows]).sub_(total[rows]).nan_to_num_(nan=-torch.inf).exp_().mul_(grad[rows])
+                share = (one[rows] - norm[rows]).sub_(total[rows]).nan_to_num_(nan=-torch.inf).clamp_(max=80).exp_()
+                share.mul_(grad[rows])
                 dots.append(share.sum(-1, keepdim=True))
                 if found is not None:
                     own = (one[rows] - norm[rows]).exp_().mul_(dots[-1])
@@ -132,7 +139,12 @@ class _LogMean(torch.autograd.Function):
 
 def mix_logprob(weights, logits, norms=None):
     """sum_k w_k log p_k up to a constant per token: the geometric mean. See `weighted_sum`; norms are not needed."""
-    return weighted_sum(weights, logits)
+    return weighted_sum([_above_zero(weight) for weight in weights], logits)
+
+
+def _above_zero(weight):
+    """A mixture weight that has not been rounded to nothing, by which no infinity may be multiplied."""
+    return weight if isinstance(weight, float) else widen(weight).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def mix_prob(weights, logits, norms=None):
@@ -142,6 +154,7 @@ def mix_prob(weights, logits, norms=None):
         weights, logits: As in `weighted_sum`.
         norms: What normalises each of the logits [batch, time, 1], where it is known (`sureness`).
     """
+    weights = [_above_zero(weight) for weight in weights]
     per_token = all(not isinstance(w, float) and w.dim() == x.dim() for w, x in zip(weights, logits))
     if per_token and len({x.dtype for x in (*weights, *logits)}) == 1 and not torch.compiler.is_compiling():
         norms = norms or [one.detach().logsumexp(-1, keepdim=True) for one in logits]
@@ -150,7 +163,7 @@ def mix_prob(weights, logits, norms=None):
     terms = []
     for weight, one in zip(weights, logits):
         scale = math.log(weight) if isinstance(weight, float) else weight.log()
-        terms.append(one.log_softmax(-1) + scale)
+        terms.append((one.log_softmax(-1) + scale).clamp(min=torch.finfo(one.dtype).min))  # see `weighted_sum`
     return torch.stack(terms).logsumexp(0)
 
 

@@ -20,7 +20,7 @@ from .devices_manticore import place
 from .heads_manticore import ManticoreForSequenceClassification, ManticoreForTokenClassification
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
-from .outputs_manticore import TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_temperature, fused_output
+from .outputs_manticore import FIELDS, TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_by_trl, fused_output
 from .running_manticore import active_in, read_inputs, run
 from .segments_manticore import width_of
 
@@ -32,8 +32,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
 
     # Set by trainers that log them: compute the losses of the parts and of the plain ensemble in every call.
     report_parts = False
-    # Set by TRL, with the forward that it would give the model.
-    fused_temperature = 1.0
+    # The temperature and the fields that TRL last asked for, with the forward that it would give the model.
+    fused_settings = (1.0, FIELDS)
 
     @can_return_tuple
     @takes_old_cache
@@ -47,7 +47,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list | None = None,
         **kwargs: Any,
     ) -> ManticoreCausalLMOutput | FusedOutput | tuple:
         """Next-token logits of the mixture, and the loss.
@@ -61,11 +62,11 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         fused = kwargs.pop("fused_lm_head", False)
         use_cache = False if fused else use_cache
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, keep)
-        inputs = read_inputs(self, *given, kwargs)
+        inputs = read_inputs(self, *given, {**kwargs, "output_attentions": output_attentions})
         if inputs.documents is not None:
             labels = None if labels is None else inputs.documents.labels(labels)
             if kwargs.get("shift_labels") is not None:
-                kwargs["shift_labels"] = inputs.documents.shifted(kwargs["shift_labels"])
+                kwargs["shift_labels"] = inputs.documents.labels(kwargs["shift_labels"], True)
         found = run(self, inputs, shared=False)
         # -0 is 0: all of them
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -77,9 +78,19 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         logits, token_weights = self.mix(weights, list(states.values()), list(own.values()))
         if fused:
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
-            return fused_output(self.config, logits, list(own.values()), self.fused_temperature, **labelling)
+            return fused_output(self.config, logits, list(own.values()), self.fused_settings, **labelling)
         loss, parts = (None, {}) if labels is None else self._losses(logits, own, labels, kwargs)
-        return ManticoreCausalLMOutput(loss, logits, found.cache, found.hidden_states, weights=token_weights, **parts)
+        kept = found.cache, found.hidden_states, found.attentions
+        return ManticoreCausalLMOutput(loss, logits, *kept, weights=token_weights, **parts)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        out = super().prepare_inputs_for_generation(*args, **kwargs)
+        # PEFT (0.21) puts its own in this place while it generates, and looks for the cache under its old name to see
+        # whether its prompt has been read already.
+        peft = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        if "cache" in out and getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False):
+            out["past_key_values"] = out.pop("cache")
+        return out
 
     def _what_heads_read(self, found, kept=slice(None)):
         """(K' mixture weights, {component: [batch, kept, width]}) of the K' heads that are mixed, from a Pass."""
@@ -108,6 +119,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         if self.config.mixture == "token" and not isinstance(weights[0], float):
             sure, norms = zip(*[sureness(one) for one in own])
             token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure)))
+            # The gate stands for alpha, which gets a gradient of zeros: DDP waits for all that may be trained.
+            token_weights = token_weights + 0.0 * sum(weights)
             weights = list(token_weights.split(1, -1))
         return SPACES[self.config.mixture_space](weights, [widen(one) for one in own], norms), token_weights
 
@@ -145,16 +158,15 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
 
     def __setattr__(self, name, value):
         # TRL (>= 1.0) would replace the forward by one that assumes a single output matrix: see `FusedOutput`.
-        temperature = asked_temperature(value) if name == "forward" else None
-        if temperature is None:
+        asked = asked_by_trl(value) if name == "forward" else None
+        if asked is None:
             return super().__setattr__(name, value)
-        self.fused_temperature = temperature
+        self.fused_settings = asked
         if (self.config.mix_loss_weight, self.config.component_loss_weight) != (1.0, 0.0):
             logger.warning_once(TRL_LOSS)
 
 
-# By the names in it the Trainer knows whose labels are to be shifted before they are smoothed, and pipelines what
-# generates text.
+# By this table the Trainer knows whose labels to shift before it smooths them, and pipelines what generates text.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ManticoreConfig.model_type] = "ManticoreForCausalLM"
 
 ManticoreConfig.register_for_auto_class()

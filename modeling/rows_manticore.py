@@ -5,7 +5,7 @@ Recurrent layers, learned positions and windows that count places know of neithe
 - Without a cache each document is run in a row of its own, in groups of like length, and its states are put back where
   its tokens were (`Documents`). That is exact for every family, on every kernel.
 - With a cache a call is cut where padding begins or ends inside of a row; while a row is padded, what the cache holds
-  of it stays as it was, behind that much more padding on the left (`split`, `keep`, `restore`).
+  of it stays as it was, behind that much more padding on the left (`run_cut`).
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +20,12 @@ SPARE, FEW = 8, 128
 """Documents share a pass while their padding is at most 1/SPARE of its tokens, or FEW tokens (what a pass costs)."""
 
 
+IN_PARTS = (
+    "output_attentions=True: rows with several documents, or with padding between tokens, are run in parts, whose "
+    "attention weights are not of the whole row; give each text a row of its own."
+)
+
+
 def has_values(*tensors) -> bool:
     """Whether numbers of these tensors (or None) may be looked at: not while a graph is made of them."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -27,32 +33,29 @@ def has_values(*tensors) -> bool:
     return not any(x is not None and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
 
 
-def check_mask(mask, is_step):
+def check_mask(mask, time):
     """An attention mask [batch, past + time] as integers, 1 for real tokens.
 
     Args:
         mask: Of booleans, of 0 and 1 in any type, or of what is added to scores (0 and large negative numbers).
-        is_step: Whether it goes on from one that was checked, by one token.
+        time: New tokens. Integers are not looked at in steps of one.
 
     Raises:
         ManticoreError: It is none of these, or may be two of them.
     """
-    if mask.dtype != torch.bool and has_values(mask) and not (is_step and not mask.is_floating_point()):
-        zero, one = mask == 0, mask == 1
-        if not (zero | one).all():
-            added = mask.is_floating_point() and bool((zero | (mask <= -1e4)).all())
-            if not added:
-                wrong = mask[~(zero | one)].flatten()[0].item()
+    floats = mask.is_floating_point()
+    if mask.dtype != torch.bool and has_values(mask) and (floats or time > 1):
+        wrong = mask[(mask != 0) & (mask != 1)]
+        if floats and (wrong <= -1e4).all() and (len(wrong) or not mask.any()):
+            if not len(wrong):
                 raise ManticoreError(
-                    f"attention_mask holds {wrong}; it may hold 1 for real tokens and 0 for padding, True and False, "
-                    "or floats that are added to attention scores (0 and -inf). Documents in one row are told by "
-                    "position_ids, seq_idx or cu_seq_lens_q."
+                    f"attention_mask is {mask.dtype} and 0 throughout: all may be padding, or nothing. Give integers."
                 )
-            mask = zero
-        elif mask.is_floating_point() and zero.all():
+            mask = mask == 0
+        elif len(wrong):
             raise ManticoreError(
-                f"attention_mask is {mask.dtype} and 0 throughout, which may mean that all is padding or that nothing "
-                "is: give integers or booleans, 1 for real tokens."
+                f"attention_mask holds {wrong[0].item()}; it may hold 1 (True) for real tokens and 0 for padding, or "
+                "floats that are added to scores (0 and -inf). Use position_ids or seq_idx for documents in one row."
             )
     return mask.long()
 
@@ -80,26 +83,20 @@ class Documents:
         rows = self.index[self.lengths.cumsum(0) - 1] // self.shape[1]
         return len(rows.unique()) < len(rows)
 
-    def labels(self, labels):
-        """Labels [batch, time] of which the shift by one in every causal LM makes those of each document alone.
+    def labels(self, labels, are_shifted=False):
+        """Labels [batch, time] of which each causal LM's shift by one makes those of each document alone.
 
         What comes after a document's last token is nobody's label, nor is padding.
+
+        Args:
+            labels: [batch, time].
+            are_shifted: Whether the caller has shifted them.
         """
-        before, after = (one.to(labels.device) for one in self._neighbours())
-        return (
-            torch.full_like(labels, -100).flatten().index_copy(0, before + 1, labels.flatten()[after]).view_as(labels)
-        )
-
-    def shifted(self, labels):
-        """Labels [batch, time] that the caller has shifted, without those that lead out of a document."""
-        last = torch.arange(1, self.shape[0] + 1) * self.shape[1] - 1
-        kept = torch.cat([self._neighbours()[0], last]).to(labels.device)
-        return torch.full_like(labels, -100).flatten().index_copy(0, kept, labels.flatten()[kept]).view_as(labels)
-
-    def _neighbours(self):
         inside = torch.ones(len(self.index), dtype=torch.bool)
         inside[self.lengths.cumsum(0) - 1] = False
-        return self.index[inside], self.index[inside.roll(1)]
+        before, after = self.index[inside].to(labels.device), self.index[inside.roll(1)].to(labels.device)
+        here, there = (before, before) if are_shifted else (before + 1, after)
+        return torch.full_like(labels, -100).flatten().index_copy(0, here, labels.flatten()[there]).view_as(labels)
 
     def groups(self, together):
         """Numbers of the documents that share a pass, the longest first.
@@ -118,6 +115,7 @@ class Documents:
                 tokens, padding = lengths[i], 0
         return out
 
+    @torch.compiler.disable(recursive=False)
     def run(self, run, inputs, together):
         """What `run` gives for each document in a row of its own, put back in place; zeros for padding.
 
@@ -162,10 +160,8 @@ def joined(passes, join):
             return {key: join([one[key] for one in values]) for key in first}
         return None if first is None else tuple(map(join, map(list, zip(*values))))
 
-    return replace(passes[-1], **{key: all_of([getattr(p, key) for p in passes]) for key in STATES})
-
-
-STATES = ("states", "shared", "hidden_states")
+    keys = ("states", "shared", "hidden_states")
+    return replace(passes[-1], **{key: all_of([getattr(one, key) for one in passes]) for key in keys})
 
 
 def find_documents(mask, positions, shape, seq_idx=None, cu_seq_lens_q=None, cu_seq_lens_k=None):
@@ -183,10 +179,10 @@ def find_documents(mask, positions, shape, seq_idx=None, cu_seq_lens_q=None, cu_
     Raises:
         ManticoreError: They do not fit the batch.
     """
-    (batch, time), said = shape, seq_idx is not None or cu_seq_lens_q is not None
-    if not (
-        has_values(mask, positions, seq_idx, cu_seq_lens_q) and (said or positions is not None or mask is not None)
-    ):
+    (batch, time), told = shape, (positions, seq_idx, cu_seq_lens_q)
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return _find_in_graph(mask, positions, shape, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
+    if time == 1 or (mask is None and all(one is None for one in told)) or not has_values(mask, *told):
         return None
     real = torch.ones(shape, dtype=torch.bool) if mask is None else mask[:, -time:].cpu().bool()
     index = real.flatten().nonzero()[:, 0]
@@ -196,12 +192,9 @@ def find_documents(mask, positions, shape, seq_idx=None, cu_seq_lens_q=None, cu_
         begins[:, 1:] |= (seq_idx.cpu().diff() != 0).expand(batch, -1)
     if cu_seq_lens_q is not None:
         ends = cu_seq_lens_q.cpu().long().flatten()
-        if ends[-1] != batch * time or (
-            cu_seq_lens_k is not None and not torch.equal(ends, cu_seq_lens_k.cpu().long())
-        ):
+        if ends[-1] != batch * time or not (cu_seq_lens_k is None or torch.equal(ends, cu_seq_lens_k.cpu().long())):
             raise ManticoreError(
-                f"cu_seq_lens_q ends at {int(ends[-1])} and cu_seq_lens_k must be the same; the batch has {batch} * "
-                f"{time} tokens."
+                f"cu_seq_lens_q ends at {int(ends[-1])}, as cu_seq_lens_k must; there are {batch} * {time} tokens."
             )
         begins.view(-1)[ends[ends < batch * time]] = True
     # Several may begin in one padding: numbers, of which only real tokens are asked
@@ -215,11 +208,24 @@ def find_documents(mask, positions, shape, seq_idx=None, cu_seq_lens_q=None, cu_
     return None if lone or not len(index) else Documents(index, lengths, shape)
 
 
+_find_outside = torch.compiler.disable(find_documents)
+
+
+def _find_in_graph(mask, positions, shape, *told):
+    """`find_documents` while a graph is made, which is left only where the caller speaks of positions or documents."""
+    if positions is not None or any(one is not None for one in told):
+        return _find_outside(mask, positions, shape, *told)
+    if mask is not None:
+        begins = mask[:, 0] + (mask[:, 1:] > mask[:, :-1]).sum(1)
+        torch._assert_async((begins <= 1).all(), "attention_mask has padding between a row's tokens: do not compile.")
+    return None
+
+
 # ---- with a cache ----------------------------------------------------------------------------------------------------
 
 
 def run_cut(run, inputs):
-    """What `run` gives for a call with a mask and a cache, of which no row has padding between tokens when it is run.
+    """What `run` gives for a call with a mask and a cache, cut where padding begins or ends inside of a row.
 
     Args:
         run: Called with an Inputs, gives a Pass.
@@ -229,37 +235,42 @@ def run_cut(run, inputs):
         ManticoreError: The mask contradicts those of earlier calls, or the cache is static.
     """
     cache, mask, past, time = inputs.cache, inputs.mask, inputs.cache.seen, inputs.shape[1]
-    read, new = mask[:, :past], mask[:, past:].bool()
-    padded = ~new & (read.any(1, keepdim=True) | (new.cumsum(1) > 0))
-    known = torch.ones_like(read) if cache.mask is None else cache.mask.to(mask.device)
-    differs, has_padding = torch.stack([(read != known).any(), padded.any()]).tolist()
+    read, new, known = mask[:, :past], mask[:, past:].bool(), cache.mask
+    inside = ~new & (read.any(1, keepdim=True) | (new.cumsum(1) > 0))
+    # Transformers takes a call's only token for a generated one, never padding, so it reaches the states of some models
+    padded = inside if time > 1 else ~new
+    differs = (read == 0).any() if known is None else (read != known.to(read.device)).any()
+    differs, has_padding, is_inside = torch.stack([differs, padded.any(), inside.any()]).tolist()
     if differs:
         raise ManticoreError(
-            "attention_mask says otherwise of tokens that the cache holds than it did when they were read: recurrent "
-            "states and windows cannot leave them out any more. Give the mask that was given then, or begin with a new "
-            "cache."
+            "attention_mask is not what it was for tokens that the cache holds, and recurrent states and windows "
+            "cannot leave them out any more: give the mask that was given then, or begin with a new cache."
         )
-    if not has_padding:
-        found = run(replace(inputs, mask=_aligned(mask, past)) if cache.has_padding else inputs)
-        cache.mask = mask
-        return found
-    if cache.max_cache_len is not None:
+    if is_inside and any(word in type(layer).__name__ for layer in cache.layers for word in ("Static", "Quantized")):
         raise ManticoreError(
-            "attention_mask has padding between a row's tokens, which a static cache cannot hold: leave "
+            "attention_mask has padding between a row's tokens, which a static or quantised cache cannot hold: leave "
             "cache_implementation at its default."
         )
-    padded, cache.has_padding, passes = padded.cpu(), True, []
-    cuts = [0, *(padded.diff().any(0).nonzero()[:, 0] + 1).tolist(), time]
+    cuts, padded, passes = [0, time], padded.cpu(), []
+    if has_padding:
+        if inputs.attentions is not None:
+            raise ManticoreError(IN_PARTS)
+        cache.has_padding = cache.has_padding or is_inside
+        cuts[1:1] = (padded.diff().any(0).nonzero()[:, 0] + 1).tolist()
     for start, stop in zip(cuts, cuts[1:]):
         rows = padded[:, start].nonzero()[:, 0]
-        kept = [_of_rows(layer, rows) for layer in cache.layers] if len(rows) else []
-        ids, embeds = (None if x is None else x[:, start:stop] for x in (inputs.ids, inputs.embeds))
-        seen, positions = _aligned(mask[:, : past + stop], past + start), inputs.positions[:, start:stop]
-        passes.append(run(replace(inputs, ids=ids, embeds=embeds, mask=seen, positions=positions)))
+        kept = [
+            {where: one[rows.to(one.device)] for where, one in _tensors(layer)}
+            for layer in cache.layers * len(rows[:1])
+        ]
+        part = {key: getattr(inputs, key) for key in ("ids", "embeds", "positions")}
+        part = {key: None if x is None else x[:, start:stop] for key, x in part.items()}
+        seen = mask[:, : past + stop]
+        passes.append(run(replace(inputs, mask=_aligned(seen, past + start) if cache.has_padding else seen, **part)))
         for layer, states in zip(cache.layers, kept):
             _put_rows_back(layer, rows, states)
     cache.mask = mask
-    return joined(passes, lambda parts: torch.cat(parts, 1))
+    return joined(passes, lambda parts: torch.cat(parts, 1)) if has_padding else passes[0]
 
 
 def _aligned(mask, past):
@@ -275,10 +286,6 @@ def _tensors(layer):
         for key, one in value.items() if isinstance(value, dict) else [(None, value)]:
             if isinstance(one, torch.Tensor) and one.ndim > 1:
                 yield (name, key), one
-
-
-def _of_rows(layer, rows):
-    return {where: one[rows.to(one.device)] for where, one in _tensors(layer)}
 
 
 def _put_rows_back(layer, rows, states):

@@ -9,13 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .cache_manticore import ManticoreCache, cache_for
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
-from .rows_manticore import Documents, check_mask, find_documents, has_values, run_cut
+from .rows_manticore import IN_PARTS, Documents, check_mask, find_documents, has_values, run_cut
 from .segments_manticore import check_positions, width_of
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -29,8 +34,10 @@ class Inputs:
         positions: [batch or 1, time].
         explicit: Whether the caller gave the positions.
         cache: A ManticoreCache, or None.
-        keep: Whether the shared states at the blocks' boundaries are wanted.
+        keep: Whether the shared states at the blocks' boundaries are wanted, or which: an index, or a list of them.
         documents: The Documents of rows that are not one text each, or None.
+        own: What the caller gets as cache: `cache`, or a DynamicCache of the caller's own with its layers.
+        attentions: List that takes the layers' attention weights as they are computed, or None.
     """
 
     ids: torch.Tensor | None
@@ -39,8 +46,10 @@ class Inputs:
     positions: torch.Tensor
     explicit: bool
     cache: ManticoreCache | None
-    keep: bool
+    keep: bool | int | list
     documents: Documents | None = None
+    own: Cache | None = None
+    attentions: list | None = None
 
     @property
     def shape(self):
@@ -48,11 +57,11 @@ class Inputs:
         return tuple((self.embeds if self.ids is None else self.ids).shape[:2])
 
     def around(self, name, block):
-        """(mask, positions, view of the cache) of the segment of component `name` that begins in `block`."""
+        """(mask, positions, view of the cache, list for attentions) of `name`'s segment that begins in `block`."""
         if self.cache is None:
-            return self.mask, self.positions, None
+            return self.mask, self.positions, None, self.attentions
         mask = self.cache.stretch(self.mask, name, block, *self.shape, self.positions.device)
-        return mask, self.positions, self.cache.view(name, block)
+        return mask, self.positions, self.cache.view(name, block), self.attentions
 
 
 @dataclass
@@ -64,15 +73,17 @@ class Pass:
         weights: S rows of K mixture weights: numbers where they are fixed, else scalar tensors.
         shared: [batch, time, d], the shared state after the last block; None where nobody asked and no head reads it.
         hidden_states: The shared states at the blocks' boundaries, if they were wanted.
-        cache: The ManticoreCache, with the new tokens; None without.
+        cache: The cache, with the new tokens; None without.
         own_logits: Where heads alone do not give them: (positions to keep) -> {component: its logits}.
+        attentions: The layers' attention weights, if they were wanted.
     """
 
     states: dict
     weights: list
     shared: torch.Tensor | None
     hidden_states: tuple | None
-    cache: ManticoreCache | None = None
+    cache: Cache | None = None
+    attentions: tuple | None = None
     own_logits: Callable | None = None
 
 
@@ -86,7 +97,7 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
     Args:
         model: The hybrid.
         ids, mask, positions, cache, embeds, use_cache, keep: The arguments of its forward.
-        told: Its other keyword arguments, of which some may say where documents begin.
+        told: Its other keyword arguments: `output_attentions`, and some may say where documents begin.
 
     Raises:
         ManticoreError: Input that does not fit together.
@@ -102,9 +113,12 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
             f"attention_mask has shape {tuple(mask.shape)}; a hybrid takes [batch, past + time], since its recurrent "
             "components cannot use a 4-D mask."
         )
+    wants = (told or {}).get("output_attentions")
+    wants = model.config.output_attentions if wants is None else wants
+    if wants and cache is None:  # with one, rows that are padded on the right would be run in parts
+        use_cache = bool(use_cache)
     told = {key: (told or {}).get(key) for key in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")}
-    begun = 0 if cache is None else getattr(cache, "seen", 0)
-    mask = None if mask is None else check_mask(mask, is_step=begun > 0 and time == 1)
+    mask = None if mask is None else check_mask(mask, time)
     documents = find_documents(mask, positions, (batch, time), **told)
     if documents is not None and documents.are_several:
         if cache is not None or use_cache:
@@ -113,7 +127,7 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
                 "one: call with use_cache=False, or give each document a row of its own."
             )
         use_cache = False
-    cache = cache_for(model, cache, use_cache)
+    own, cache = cache, cache_for(model, cache, use_cache)
     past = 0 if cache is None else cache.get_seq_length()
     if mask is not None and mask.shape != (batch, past + time):
         raise ManticoreError(
@@ -125,7 +139,9 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
         positions = torch.arange(past, past + time, device=given.device)[None]
     elif not explicit:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
-    return Inputs(ids, embeds, mask, positions, explicit, cache, keep, None if cache is not None else documents)
+    documents = None if cache is not None else documents
+    own = cache if own is None or cache is None else own
+    return Inputs(ids, embeds, mask, positions, explicit, cache, keep, documents, own, [] if wants else None)
 
 
 def run(model, inputs, shared=True):
@@ -143,31 +159,69 @@ def run(model, inputs, shared=True):
         ManticoreError: Input beyond the table of positions of a component that is run.
     """
     model.segments.follow()
-    return RUNNERS["aligned" if model.config.aligned else "shared"](model, inputs, shared)
+    if any("adapter_names" in getattr(hook, "keywords", ()) for hook in model.hybrid_mixer._forward_pre_hooks.values()):
+        raise ManticoreError(
+            "adapter_names: these adapters have a whole mixer each, and one batch has one mixture. Call the model once "
+            "for each adapter, or train adapters without a mixer (lora_config(model, train_mixer=False))."
+        )
+    try:
+        found = RUNNERS["aligned" if model.config.aligned else "shared"](model, inputs, shared)
+    except IndexError as err:
+        largest = -1 if inputs.ids is None else int(inputs.ids.max())
+        if largest < model.config.vocab_size:
+            raise
+        raise ManticoreError(
+            f"input_ids holds token {largest}; the components have embeddings for {model.config.vocab_size} tokens. "
+            f"Use their tokenizer without added tokens, or call resize_token_embeddings({largest + 1})."
+        ) from err
+    if inputs.attentions is not None:
+        found.attentions = tuple(inputs.attentions)
+        if not found.attentions:
+            logger.warning_once(
+                "output_attentions=True: no component of this hybrid returns attention weights; those that attend do "
+                "with attn_implementation='eager'."
+            )
+    if inputs.keep and not isinstance(inputs.keep, bool):
+        wanted = resolve_hidden_states_indices(model, selected_hidden_states(inputs.keep), len(found.hidden_states))
+        found.hidden_states = tuple(x if i in wanted else None for i, x in enumerate(found.hidden_states))
+    if inputs.own is not inputs.cache:
+        inputs.own._read = inputs.cache.mask, inputs.cache.has_padding
+    found.cache = inputs.own
+    return found
 
 
-def run_shared(model, inputs, shared, weights=None):
-    """`run`, of components that read the same tokens; `weights`: S rows of K mixture weights, default: the hybrid's."""
+def run_any(model, inputs, shared, weights=None):
+    """`run`, whatever the rows are, of components that read the same tokens.
+
+    Args:
+        model, inputs, shared: As in `run`.
+        weights: S rows of K mixture weights; None: the hybrid's.
+    """
     if inputs.documents is not None:
+        if inputs.attentions is not None:
+            raise ManticoreError(IN_PARTS)
         return inputs.documents.run(lambda part: run_rows(model, part, shared, weights), inputs, takes_turns(model))
     cache, mask = inputs.cache, inputs.mask
     if cache is not None and cache.mask is not None and mask is None:
         mask = torch.ones(inputs.shape[0], cache.seen + inputs.shape[1], dtype=torch.long, device=cache.mask.device)
         inputs = replace(inputs, mask=mask)
-    if cache is None or mask is None or cache.is_plain or not has_values(mask):
+    if cache is None or mask is None or cache.is_plain:
+        return run_rows(model, inputs, shared, weights)
+    if not has_values(mask):
+        cache.mask = mask
         return run_rows(model, inputs, shared, weights)
     return run_cut(lambda part: run_rows(model, part, shared, weights), inputs)
 
 
-RUNNERS["shared"] = run_shared
+RUNNERS["shared"] = run_any
 
 
 def takes_turns(model):
     """Whether each pass gathers weights that other processes keep, all of which must make it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    kept = (one for one in model.parameters() if hasattr(one, "full_tensor") or hasattr(one, "ds_id"))
-    return any(True for _ in kept) or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    kept = any(hasattr(one, "full_tensor") or hasattr(one, "ds_id") for one in model.parameters())
+    return kept or any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())
 
 
 def run_rows(model, inputs, shared, weights=None):
@@ -184,8 +238,7 @@ def run_rows(model, inputs, shared, weights=None):
     else:
         found = run_all(model, inputs, weights, shared)
     if cache is not None:
-        cache.advance(time, inputs.mask)
-        found.cache = cache
+        cache.advance(time)
     return found
 
 

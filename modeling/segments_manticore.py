@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_manticore import ManticoreError
 from .devices_manticore import device_of, onloaded, place
@@ -185,7 +186,7 @@ class Whole:
         beside = [*self.stack.buffers(recurse=False), *(buffer for x in runs for buffer in x.buffers())]
         self.tables = find_tables(self.stack.config, first, mine, beside)
 
-    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
+    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None, attentions=None) -> torch.Tensor:
         """Runs the layers.
 
         Args:
@@ -193,17 +194,22 @@ class Whole:
             attention_mask: [batch, past + time], 1 for real tokens, or None.
             position_ids: [batch or 1, time].
             cache: The view of a ManticoreCache that belongs to these layers, or None.
+            attentions: List that takes their attention weights [batch, heads, time, past + time], or None.
 
         Returns:
             [batch, time, width]; after the component's final norm if the last layer is among these.
         """
-        return self.run(self.stack, self.arguments(hidden, attention_mask, position_ids, cache))
+        return self.run(self.stack, self.arguments(hidden, attention_mask, position_ids, cache), attentions)
 
-    def run(self, stack: nn.Module, arguments: dict) -> torch.Tensor:
+    def run(self, stack: nn.Module, arguments: dict, attentions: list | None) -> torch.Tensor:
         """Calls the owner of the layers, or its shell."""
         if self.layout.overwrites and "inputs_embeds" in arguments:
             arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
-        return stack(**arguments)[0]
+        if attentions is None or not self.layout.attends:
+            return stack(**arguments)[0]
+        out = stack(**arguments, output_attentions=True)
+        attentions.extend(getattr(out, "attentions", None) or ())
+        return out[0]
 
     def arguments(self, hidden: torch.Tensor, attention_mask, position_ids, cache) -> dict[str, Any]:
         """What the owner of the layers is called with."""
@@ -255,12 +261,15 @@ class Segment(Whole):
         own = {**modules, self.layout.layers: nn.ModuleList(mine), **self.stand_ins}
         self.shell.own = {"_modules": own, "config": self.config}
 
-    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
+    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None, attentions=None) -> torch.Tensor:
+        if attentions is not None and isinstance(self.stack, PreTrainedModel):
+            maybe_install_capturing_hooks(self.stack)  # once: the shell would do it again, on the same layers
+            self.shell.follow()
         arguments = self.arguments(hidden, attention_mask, position_ids, cache)
         if self.entry is not None:
             self.entry.state = arguments["inputs_embeds"]
         with onloaded(self.stack):
-            out = self.run(self.shell.module, arguments)
+            out = self.run(self.shell.module, arguments, attentions)
         if self.exit is not None:
             out, self.exit.found = self.exit.found, None
         return out
@@ -338,6 +347,30 @@ class Head:
             states = states.to(head.weight.dtype)
         states = place(states, device_of(head))
         return self.shell.module.forward(inputs_embeds=states, use_cache=False).logits
+
+
+def without_head(component: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
+    """(A causal LM without its language-model head, sharing everything else with it; the path of that head).
+
+    A head that is tied to the embeddings is the same tensor, and stays: then (the component itself, None).
+    """
+    head = component.get_output_embeddings()
+    path = next((path for path, module in component.named_modules() if module is head), None)
+    ties = component.all_tied_weights_keys or {}
+    if path is None or not list(head.parameters()) or f"{path}.weight" in {*ties, *ties.values()}:
+        return component, None
+    whole = part = _shallow(component)
+    *parents, name = path.split(".")
+    for parent in parents:
+        part._modules[parent] = part = _shallow(part._modules[parent])
+    part._modules[name] = None  # what Transformers takes for a model without head, when embeddings are resized
+    return whole, path
+
+
+def _shallow(module):
+    out = module.__class__.__new__(module.__class__)
+    out.__dict__.update(module.__dict__, _modules=dict(module._modules))
+    return out
 
 
 # ---- how far components can read -------------------------------------------------------------------------------------

@@ -1,13 +1,31 @@
 """What may be set of a hybrid: one list, from which configuration, command line, recipes and docs come.
 
-Imports nothing, so that a command's help can be printed without torch and Transformers.
+Imports nothing else, so that a command's help can be printed without torch and Transformers.
 """
 
+import unicodedata
 from dataclasses import dataclass, field, fields
+
+
+def printable(text: object, keep: str = "") -> str:
+    """A text of whoever's as it may be shown: what would command a terminal or turn the reading order is written out.
+
+    Args:
+        text: Anything.
+        keep: Characters that stay as they are, such as line breaks.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    wide = "".join(" " if unicodedata.category(c) == "Zs" else c for c in text)
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in wide)
 
 
 class ManticoreError(ValueError):
     """A hybrid, component, file or setting that cannot be used; the message names it and says what to do."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(message, "\n"))
 
 
 PRESETS = {

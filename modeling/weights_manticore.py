@@ -29,6 +29,7 @@ from .dtypes_manticore import (
     loaded_dtypes,
     note_kept,
 )
+from .layer_stack_manticore import backbone_name
 from .references_manticore import commit_in, component_files, lfs_id, open_files, verify, where
 from .saving_manticore import BESIDE, check_whole, copy_code, whole_directory
 
@@ -95,6 +96,7 @@ def overlay(
         if entry["weights"] != "reference" or not any(k.startswith(prefix) for k in wanted - covered):
             continue
         found = open_files(component_files(entry, hub), stack, where(entry), prefix)
+        found = with_base_prefix(model, entry, found, rename)
         transplanted = own_vocabulary(model, entry, ties)
         for key, value in found.items():
             name = rename(key)[0]
@@ -106,6 +108,17 @@ def overlay(
                 merged[key] = value
     merged.update(own)
     return merged
+
+
+def with_base_prefix(model: PreTrainedModel, entry: dict, found: dict, rename: Renamer) -> dict:
+    """A component's tensors by key, with the base model's prefix where its file has none (the Hub's first GPT-2)."""
+    name = entry["name"]
+    base, out = f"{name}.{backbone_name(model.component(name))}.", {}
+    for key, value in found.items():
+        longer = base + key[len(name) + 1 :]
+        lacks = rename(key)[0] not in rename.known and rename(longer)[0] in rename.known
+        out[longer if lacks else key] = value
+    return out
 
 
 class ReferencedWeights:
@@ -132,7 +145,8 @@ class ReferencedWeights:
                         verify(file, stated, f"The hybrid's own {os.path.basename(file)}")
                 model._loaded_from = os.path.dirname(os.path.abspath(files[0]))
                 state_dict = open_files(files, stack, "The hybrid's own weights")
-                check_whole(model._loaded_from)
+                while not check_whole(model._loaded_from):  # files were moved meanwhile
+                    state_dict = open_files(files, stack, "The hybrid's own weights")
             quantizer = load_config.hf_quantizer
             packed = quantizer if quantizer is not None and quantizer.pre_quantized else None
             rename, ties = Renamer(model, packed=packed), tie_groups(model)
@@ -141,6 +155,9 @@ class ReferencedWeights:
             own, state_dict = set(state_dict), overlay(model, state_dict, hub, stack, rename, ties)
             if packed is not None:
                 convert_unpacked(state_dict, own, rename, load_config.dtype_plan)
+            if model.forgo({name for key in state_dict for name in ties.get(rename(key)[0], {rename(key)[0]})}):
+                rename = Renamer(model, packed=packed)
+                expected_keys = None if expected_keys is None else list(rename.known)
             ignored = load_config.ignore_mismatched_sizes
             guard().checkpoint(model, state_dict, rename, ties, quantizer, ignored)
             info, offloaded = PreTrainedModel._load_pretrained_model(
@@ -259,10 +276,6 @@ class ReferencedWeights:
         """Whether a checkpoint need not have a tensor of the model, which then gets an initial value."""
         return False
 
-    def is_gone(self, key: str) -> bool:
-        """Whether a tensor of a component's repository belongs to a part that this model leaves out."""
-        return False
-
     @classmethod
     def is_remote_code(cls) -> bool:
         """False: `copy_code` writes the files, Transformers need not (it would copy torch's after FSDP2's wrapping)."""
@@ -301,7 +314,8 @@ class ReferencedWeights:
         except ManticoreError:
             files = component_files(entry, hub)
         rename, out, converted = Renamer(self), {}, False
-        for key, value in open_files(files, stack, where(entry), prefix).items():
+        found = open_files(files, stack, where(entry), prefix)
+        for key, value in with_base_prefix(self, entry, found, rename).items():
             name, changed = rename(key)
             out[name], converted = value, converted or changed
         if converted:
@@ -334,9 +348,8 @@ class ReferencedWeights:
         earlier = self.__dict__.setdefault("_earlier_shards", set())
         own = set(super().state_dict()) - set(self._aside())
         ties = tie_groups(self)
-        for key in list(given):
-            for twin in ties.get(key, ()):
-                given.setdefault(twin, given[key])
+        twins = {twin: key for key in given for twin in ties.get(key, ()) if twin not in given}
+        given |= {twin: given[key] for twin, key in twins.items()}
         missing = own - set(given) - earlier if _MARKER in given else set()
         # Shards come in any order. Those after this one overwrite what it took from the references.
         earlier |= set(given)
@@ -348,7 +361,10 @@ class ReferencedWeights:
                 reference = self._reference(entry, stack)
                 found = {key: _referenced(reference, key, ties) for key in lacking}
                 given |= {key: known[...] for key, known in found.items() if known is not None}
-            return super().load_state_dict(given, strict=strict, assign=assign)
+            result = super().load_state_dict(given, strict=strict, assign=assign)
+            if not strict:  # as torch says it of what was not given; safetensors' `load_model` counts on it
+                result.missing_keys.extend(twins)
+            return result
 
     # accelerate (1.15), when it shards with FSDP2 and `cpu_ram_efficient_loading`, sends the model to the meta device,
     # cuts it there, and hands the weights out again by its state dict. Buffers that belong to the state dict are not
@@ -422,17 +438,33 @@ def _same(known, value, loaded):
     return torch.equal(known, value) and torch.equal(*by_bytes)
 
 
+class ShapeError(ManticoreError, RuntimeError):
+    """Tensors of other shapes than the model's: a RuntimeError, as in Transformers."""
+
+
 def check_complete(model: PreTrainedModel, missing: list | set, wrong: dict) -> None:
     """Raises ManticoreError if keys of a hybrid are missing, or wrong: {key: (shape in the file, in the model)}."""
+    kind = next((one for one in model.config.architectures or () if one.endswith("Classification")), None)
+    if missing and kind is not None and type(model).__name__ != kind:
+        raise ManticoreError(
+            f"This hybrid was saved as a classifier ({kind}), whose components have no language-model heads "
+            f"({min(missing)}). Load it with AutoModelFor{kind.rpartition('For')[2]} or AutoModel."
+        )
     if missing:
         key = min(missing)
         raise ManticoreError(
             f"{part_of(model, key)}: {len(missing)} tensors are neither in the hybrid's file nor in its components' "
             f"repositories, for example {key}. It is incomplete: save or upload the hybrid again where it is whole."
         )
+    if wrong and all(key.startswith("score.") for key in wrong):
+        (file, *_), (asked, *_) = wrong[min(wrong)]
+        raise ShapeError(
+            f"The score heads have {file} labels in the file, and num_labels={asked} is asked for: load with "
+            f"ignore_mismatched_sizes=True for new heads, or with num_labels={file}."
+        )
     if wrong:
         key = min(wrong)
-        raise ManticoreError(
+        raise ShapeError(
             f"{part_of(model, key)}: {len(wrong)} tensors have another shape than config.json says, for example {key}: "
             f"{tuple(wrong[key][0])} in the file, {tuple(wrong[key][1])} in the model. Use the config.json that was "
             "saved with these weights."

@@ -21,7 +21,7 @@ from pathlib import Path
 PACKAGE = ("manticore_hf.cli", "manticore_hf.training.recipe", "transformers.trainer", "datasets", "peft")
 TORCH = ("torch", "torch._dynamo", "torch.distributed.tensor", "torch.export", "scipy.optimize", "numpy")
 # Read when a module is imported, which is before the fork
-READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_", "MANTICORE_", "TOKENIZERS_")
+READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "MANTICORE_", "TOKENIZERS_")
 READ_BY_TORCH = ("OMP_", "MKL_", "TORCH_", "PYTORCH_", "CUDA_")
 
 

@@ -26,6 +26,7 @@ FAMILIES = {
         max_position_embeddings=64, tie_word_embeddings=False,
     ),
     "gpt2": dict(n_embd=16, n_layer=2, n_head=2, n_positions=64),  # tied
+    "bloom": dict(hidden_size=16, n_layer=2, n_head=2),  # tied
     "mamba": dict(hidden_size=16, num_hidden_layers=2, state_size=4, tie_word_embeddings=True),
     "mamba2": dict(hidden_size=16, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=8, n_groups=1),
     # Its checkpoint has one tensor per expert; Transformers fuses them.

@@ -13,7 +13,17 @@ import pytest
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def launch(arguments, processes=2, launcher=(), timeout=300):
+def accelerate_environment(options):
+    """What `accelerate launch OPTIONS` puts into the environment of what it starts, by its own functions."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    options = [*map(str, options), "--main_process_port", "0", "script"]  # a free one
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
+    return prepare_multi_gpu_env(args)
+
+
+def launch(arguments, processes=2, launcher=(), timeout=300, environment=None):
     """Runs `python arguments` in several processes; kills them all on a timeout, and the others when one fails.
 
     Args:
@@ -22,13 +32,14 @@ def launch(arguments, processes=2, launcher=(), timeout=300):
         launcher: Arguments of python that start the processes: `TORCHRUN`, or accelerate's own. Default: they are
             forked here, with what torchrun puts into their environment.
         timeout: Seconds.
+        environment: Theirs besides, if not this process's.
 
     Returns:
         What they printed.
     """
     folder = str(Path(__file__).parent)
     paths = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {**(environment or os.environ), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     commands = [([*launcher, *arguments], environment)] if launcher else []
     if not launcher:
         with socket.socket() as one:

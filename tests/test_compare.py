@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ def place(tmp_path_factory):
 
 
 def _recipe(path, stages=("calibrate", "pretrain", "finetune"), **data):
-    training = {**QUIET, "num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    quiet = {key: value for key, value in QUIET.items() if key != "report_to"}  # which a recipe may not say
+    training = {**quiet, "num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
     settings = {"calibrate": {"tokens": 300}, "pretrain": training, "finetune": training}
     values = {
         "components": ["attention", "state"], "hybrid": {"num_blocks": 1, "dtype": "float32"},
@@ -56,6 +58,12 @@ def _compare(place, output, **settings):
 def compared(place, tmp_path_factory):
     output = tmp_path_factory.mktemp("compared")
     return output, _compare(place, output)
+
+
+def texts_of(output):
+    """The texts of the test documents that a comparison was made with."""
+    name = Path(json.loads((output / "recipe.json").read_text())["data"]["data"]).with_name("test.jsonl")
+    return [json.loads(line)["text"] for line in name.read_text().splitlines()]
 
 
 def _row(result, name):
@@ -158,6 +166,9 @@ def test_the_table_says_what_the_numbers_say(compared):
     assert table == as_markdown(result) and f"{_row(result, 'state, tuned')['loss']:.4f}" in table
     assert (output / "comparison.png").stat().st_size > 1000
     rows = {row["name"]: row for row in json.loads(json.dumps(result))["rows"]}
+    assert result["test_bytes"] == sum(len(text.encode()) for text in texts_of(output))
+    assert verdict(result).startswith(f"No claim is made: {result['test_bytes']:,} bytes of test text are too few")
+    result = {**result, "test_bytes": 5_000}
     better = {
         **result,
         "rows": [
@@ -265,7 +276,9 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(place, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line(place, tmp_path, capsys):
+def test_the_command_line(place, tmp_path, capsys, monkeypatch):
+    real, few = Comparison._contenders, ("attention, tuned", "state, tuned", "hybrid, 1 block")
+    monkeypatch.setattr(Comparison, "_contenders", lambda self: [one for one in real(self) if one.name in few])
     words = ["compare", str(place / "recipe.yaml"), "--test", str(place / "test.jsonl"), "--loss-weights", "1"]
     assert main([*words, "--output-dir", str(tmp_path / "out")]) == 2
     assert "'1' is no pair mix:own" in capsys.readouterr().err

@@ -39,8 +39,8 @@ def test_every_token_of_every_document_is_predicted_once(tmp_path):
         assert all(len(row) <= 8 for row in rows)
         assert rows[0][0] == tokenizer.eos_token_id
         assert [one for row in rows for one in row[1:]] == tokenizer(text)["input_ids"]
-        # A later row begins with the token before its first predicted one
-        assert all(row[0] == before[-1] for before, row in itertools.pairwise(rows))
+        # A later row begins as a text does, too
+        assert all(row[0] == tokenizer.eos_token_id for row in rows)
         assert documents.tokens[place] == len(tokenizer(text)["input_ids"])
         assert documents.bytes[place] == len(text.encode())
 
@@ -55,10 +55,11 @@ def test_few_documents_are_resampled_by_rows(tmp_path):
     assert documents.kinds.count("a") == -(-len(texts[0].split()) // 7)
 
 
-def test_test_tokens_are_bounded_and_bytes_not_made_up(tmp_path):
+def test_test_tokens_are_bounded_and_bytes_are_theirs(tmp_path):
     path = _write(tmp_path / "t.jsonl", _texts(25))
     documents = load_documents(_arguments(path, max_tokens=40), word_tokenizer())
-    assert documents.tokens.sum() == 40 and documents.bytes.sum() == 0
+    assert documents.tokens.sum() == 40 == sum(len(text.split()) for text in documents.texts)
+    assert documents.bytes.sum() == sum(len(text.encode()) for text in documents.texts)
 
 
 def test_instruction_data_is_refused(tmp_path):

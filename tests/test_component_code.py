@@ -1,10 +1,12 @@
 """Code of a component's own repository: run for whom asks for it by name, at the pinned commit, and never else."""
 
+import copy
 import json
 
 import clean_process
 import pytest
 import torch
+from cases import case
 from hub_models import assert_same_model, publish, read_json, tiny
 from manticore_hf.modeling import references_manticore
 from transformers import AutoModelForCausalLM
@@ -137,37 +139,39 @@ def test_trust_is_for_components_that_need_it(saved, stranger):
             ManticoreForCausalLM.from_pretrained(saved[1], trust_component_code=names)
 
 
-@pytest.mark.parametrize(
-    "reference", ["other/repo--modeling_x.X", "../x.X", "modeling_twice", "a.b.C", 3, None, "/etc/x.X", "https://x/y.Z"]
-)
-def test_code_of_elsewhere_is_refused(hub, owner, tmp_path, kind, canary, saved, stranger, reference):
-    auto_map = {**AUTO_MAP, "AutoModelForCausalLM": reference}
+def test_code_of_elsewhere_is_refused(hub, owner, tmp_path, kind, canary, saved, stranger):
     stranger()
     canary.unlink()
-    put(hub, f"{owner}/evil", tmp_path, kind, canary, version=3, auto_map=auto_map)
-    with pytest.raises(ManticoreError, match="must be a class in a file of its own repository"):
-        ManticoreForCausalLM.from_components(parts(f"{owner}/evil", trust_remote_code=True))
-    values = read_json(saved[1])
-    values["components"][0]["code"] = auto_map
-    (saved[1] / "config.json").write_text(json.dumps(values))
-    for options in ({}, {"trust_component_code": ["a"]}):
-        with pytest.raises(ManticoreError, match="must be a class in a file of its own repository"):
-            ManticoreForCausalLM.from_pretrained(saved[1], **options)
-    assert not canary.exists()
+    found = read_json(saved[1])
+    for reference in (
+        "other/repo--modeling_x.X", "../x.X", "modeling_twice", "a.b.C", 3, None, "/etc/x.X", "https://x/y.Z",
+    ):  # fmt: skip
+        with case(reference):
+            auto_map = {**AUTO_MAP, "AutoModelForCausalLM": reference}
+            put(hub, f"{owner}/evil", tmp_path, kind, canary, version=3, auto_map=auto_map)
+            with pytest.raises(ManticoreError, match="must be a class in a file of its own repository"):
+                ManticoreForCausalLM.from_components(parts(f"{owner}/evil", trust_remote_code=True))
+            values = copy.deepcopy(found)
+            values["components"][0]["code"] = auto_map
+            (saved[1] / "config.json").write_text(json.dumps(values))
+            for options in ({}, {"trust_component_code": ["a"]}):
+                with pytest.raises(ManticoreError, match="must be a class in a file of its own repository"):
+                    ManticoreForCausalLM.from_pretrained(saved[1], **options)
+            assert not canary.exists()
 
 
-@pytest.mark.parametrize(
-    "change", [{"revision": "main"}, {"repo_id": "../x"}, {"repo_id": None}, {"subfolder": "x"}, {"code": 3}], ids=str
-)
-def test_hostile_entries_are_refused(saved, stranger, canary, change):
+def test_hostile_entries_are_refused(saved, stranger, canary):
     stranger()
     canary.unlink()
-    values = read_json(saved[1])
-    values["components"][0].update(change)
-    (saved[1] / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ManticoreError, match="'a'"):
-        ManticoreConfig.from_pretrained(saved[1], trust_component_code=["a"])
-    assert not canary.exists()
+    found = read_json(saved[1])
+    for change in ({"revision": "main"}, {"repo_id": "../x"}, {"repo_id": None}, {"subfolder": "x"}, {"code": 3}):
+        with case(change):
+            values = copy.deepcopy(found)
+            values["components"][0].update(change)
+            (saved[1] / "config.json").write_text(json.dumps(values))
+            with pytest.raises(ManticoreError, match="'a'"):
+                ManticoreConfig.from_pretrained(saved[1], trust_component_code=["a"])
+            assert not canary.exists()
 
 
 def test_one_model_type_is_one_code(hub, owner, tmp_path, kind, canary, saved):

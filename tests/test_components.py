@@ -376,10 +376,12 @@ def test_every_kind_of_source_gives_the_same(hub, owner, tmp_path, family):
     model = tiny(family)
     publish(hub, f"{owner}/a", model, tmp_path / "src")
     folder = folder_of(model, tmp_path / "local")
-    sources = [f"{owner}/a", str(folder), folder, model, ComponentSpec(f"{owner}/a"), f"{owner}/a@main"]
+    sources, wanted = [f"{owner}/a", folder, model], mended_logits(model)
+    if family == "gpt_neox":  # other ways to say the same, of any family
+        sources += [str(folder), ComponentSpec(f"{owner}/a"), f"{owner}/a@main"]
     for source in sources:
         hybrid = ManticoreForCausalLM.from_components([source])
-        assert torch.equal(logits(hybrid), mended_logits(model))
+        assert torch.equal(logits(hybrid), wanted)
 
 
 def test_bert_as_a_decoder(hub, owner, tmp_path):

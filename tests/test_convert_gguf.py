@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, convert
 from manticore_hf.cli import main
+from manticore_hf.compose.convert import gguf_tokenizer
+from manticore_hf.compose.convert.gguf_tokenizer import SAMPLE
 
 gguf = pytest.importorskip("gguf")
 
-TOKENS = ["<s>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
+TOKENS = ["<s>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "12"]
+MERGES = ["t h", "th e", "1 2"]
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -43,7 +46,7 @@ def gguf_name(name):
     return f"{NAMES[name]}.weight"
 
 
-def write(path, model, architecture="llama", eight_bits=False, change=None, fields=()):
+def write(path, model, architecture="llama", eight_bits=False, change=None, fields=(), merges=MERGES):
     """Writes a Llama as llama.cpp does. `change` edits {name: array} before; `fields` are more (key, text)."""
     config, arrays = model.config, {}
     for name, tensor in model.state_dict().items():
@@ -72,7 +75,7 @@ def write(path, model, architecture="llama", eight_bits=False, change=None, fiel
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)
-    writer.add_token_merges(["t h", "th e"])
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     for name, array in arrays.items():
@@ -127,6 +130,41 @@ def test_the_model_is_what_was_written(tmp_path, eight_bits, tied):
     assert hybrid.config.components[0]["license"] == "mit"
 
 
+def test_words_end_where_the_file_says(tmp_path, capsys):
+    """Every split that is known, beside the pattern that its models were trained with; what is unknown is said."""
+    model = tiny("llama", **SIZES)
+    for name, pieces in {
+        "smollm": ["the", "Ġ", "1", "2", "1"], "gpt-2": ["the", "Ġ", "12", "1"], "qwen2": ["the", "Ġ", "1", "2", "1"],
+        "llama-bpe": ["the", "Ġ", "12", "1"],
+    }.items():  # fmt: skip
+        out = tmp_path / name
+        path = write(tmp_path / f"{name}.gguf", model, fields=[("tokenizer.ggml.pre", name)])
+        assert convert(path, out)["note"] is None
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert tokenizer.tokenize("the 121") == pieces, name
+        assert tokenizer.decode(tokenizer(SAMPLE)["input_ids"]) == SAMPLE
+    for name, said in (("unheard-of", "the pre-tokenizer 'unheard-of', which is unknown here"), (None, "no pre-")):
+        path = write(tmp_path / "x.gguf", model, fields=[("tokenizer.ggml.pre", name)] if name else [])
+        out = tmp_path / f"out-{name}"
+        assert main(["convert", str(path), "--output-dir", str(out)]) == 0
+        assert said in capsys.readouterr().out and said in (out / "README.md").read_text()
+
+
+def test_the_files_own_merges_are_applied(tmp_path, refuse, monkeypatch):
+    """One by one, by a loop of ours, to what the tokenizer cuts: an order of merges that was lost is found."""
+    model, asked = tiny("llama", **SIZES), gguf_tokenizer.AutoTokenizer
+    path = write(tmp_path / "tiny.gguf", model, fields=[("tokenizer.ggml.pre", "gpt-2")])
+    other = write(tmp_path / "other.gguf", model, merges=["t h", "1 2"])
+
+    class Wrong:
+        from_pretrained = staticmethod(lambda folder, gguf_file: asked.from_pretrained(folder, gguf_file=other.name))
+
+    monkeypatch.setattr(gguf_tokenizer, "AutoTokenizer", Wrong)
+    refuse(path, "the tokenizer in tiny.gguf, as Transformers reads it, cuts ['th', 'e'", "own merges give ['the'")
+    pieces = ["\u2581the", "\u2581\u2581", "x"]
+    assert list(gguf_tokenizer._parts("".join(pieces), {"\u2581\u2581", "\u2581\u2581\u2581"})) == pieces
+
+
 def test_from_the_hub(hub, owner, tmp_path, capsys):
     model = tiny("llama", **SIZES)
     (tmp_path / "src").mkdir()
@@ -173,7 +211,9 @@ def test_smollm2(tmp_path):
     path = next(Path(found.origin).parent.glob("*.gguf"))
     result = convert(path, tmp_path / "smollm2")
     assert (result["parameters"], result["license"], result["model_type"]) == (134_515_008, "apache-2.0", "llama")
+    assert result["note"] is None
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
+    assert tokenizer.tokenize("in 2024") == ["in", "Ġ", "2", "0", "2", "4"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
     ids = tokenizer("The capital of France is", return_tensors="pt")
     assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])

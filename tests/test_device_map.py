@@ -4,6 +4,8 @@ The devices are those of `fake_devices`, strict as GPUs; offloading to disk is r
 (Mamba's scan) logits agree up to rounding; what is generated is the same.
 """
 
+import functools
+
 import accelerate
 import pytest
 import torch
@@ -35,7 +37,7 @@ def results(model):
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     ids[0, :3], mask[0, :3] = 0, 0
     ids, mask = ids.to(model.device), mask.to(model.device)
-    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 3}
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 2}
     with torch.no_grad():
         out = model(ids, attention_mask=mask, use_cache=False, labels=ids)
     assert out.logits.device == ids.device
@@ -60,12 +62,21 @@ def cases(kinds, quick):
 
 
 @pytest.fixture(scope="module")
-def saved(request, tmp_path_factory):
+def saved_once(tmp_path_factory):
+    @functools.cache
+    def save(name):
+        folder = tmp_path_factory.mktemp("hybrid")
+        model = hybrid(name, **SAVED[name])
+        model.save_pretrained(folder)
+        return folder, model.config, results(ManticoreForCausalLM.from_pretrained(folder, **EAGER))
+
+    return save
+
+
+@pytest.fixture
+def saved(request, saved_once):
     """(directory, configuration, results) of a saved hybrid."""
-    folder = tmp_path_factory.mktemp("hybrid")
-    model = hybrid(request.param, **SAVED[request.param])
-    model.save_pretrained(folder)
-    return folder, model.config, results(ManticoreForCausalLM.from_pretrained(folder, **EAGER))
+    return saved_once(request.param)
 
 
 def layers_of(config, name, places):

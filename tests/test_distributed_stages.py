@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from hub_models import component_keys, publish, tiny, tokenizer
-from processes import TORCHRUN, launch
+from processes import TORCHRUN, accelerate_environment, launch
 from safetensors.torch import load_file
 from tiny_hybrid import write_text
 
@@ -86,17 +86,22 @@ def same_stages(one, two):
             torch.testing.assert_close(after[key], before[key], atol=2e-5, rtol=2e-5, msg=f"{name}: {key}")
 
 
-def accelerated(config, *more):
-    """accelerate's launcher with a configuration of ours: two processes, in full precision."""
-    options = ["--config_file", CONFIGS / config, "--num_processes", 2, "--mixed_precision", "no", *more]
-    return ["-m", "accelerate.commands.launch", *map(str, options)]
+def options_of(config, *more):
+    """accelerate's options with a configuration of ours: two processes, in full precision."""
+    return ["--config_file", CONFIGS / config, "--num_processes", 2, "--mixed_precision", "no", *more]
+
+
+def accelerated(config):
+    """accelerate's launcher, whose processes import everything anew."""
+    return ["-m", "accelerate.commands.launch", *map(str, options_of(config))]
 
 
 def test_sharded(alone, tmp_path):
     """With `cpu_ram_efficient_loading`, which is off in ours and on in the configurations that accelerate writes."""
     output = tmp_path / "out"
     command = [HERE / "fsdp_cli.py", "run", alone / "batch2.yaml", "--output-dir", output]
-    printed = launch(command, launcher=accelerated("fsdp2.yaml", "--fsdp_cpu_ram_efficient_loading", "true"))
+    environment = accelerate_environment(options_of("fsdp2.yaml", "--fsdp_cpu_ram_efficient_loading", "true"))
+    printed = launch(command, environment=environment)
     same_stages(alone / "one", output)
     for stage in ("pretrain", "search", "finetune", "prune"):
         assert printed.count(f"\n{stage}: ") == 1, "only one process prints"

@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_fuzz_config.py", "test_fuzz_recipe.py"])
+@pytest.mark.parametrize("name", ["test_fuzz_config.py", "test_fuzz_recipe.py", "test_fuzz_files.py"])
 def test_every_example(name, tmp_path):
     command = [
         sys.executable,

@@ -66,7 +66,7 @@ def test_scores_read_what_the_blocks_end_with(kind, settings):
     with torch.no_grad():
         base = ManticoreModel.forward(causal, tokens(), attention_mask=MASK)
     if model.config.embeddings == "native":
-        heads, states = [model.score.heads[f"{name}-1"] for name in model.config.component_names], base.states
+        heads, states = [model.score.heads[f"{name}-1"] for name in model.config.component_names], base.states.values()
         weights = causal.mixture_weights()[-1]
     else:
         heads, states, weights = [model.score.heads["shared"]], [base.last_hidden_state], [1.0]
@@ -156,7 +156,7 @@ def test_pruned_hybrids_classify(kind, preset, tmp_path):
     with torch.no_grad():
         base = ManticoreModel.forward(small, tokens(), attention_mask=MASK)
         (head,) = model.score.heads.values()
-        expected = head(base.states[1] if preset == "default" else base.last_hidden_state)
+        expected = head(base.states["mamba"] if preset == "default" else base.last_hidden_state)
     expected = expected[:, -1] if kind == "sequence" else expected
     out = scored(model, kind, input_ids=tokens(), attention_mask=MASK)
     torch.testing.assert_close(out, expected)

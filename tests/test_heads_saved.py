@@ -10,13 +10,21 @@ from hub_models import component_keys, nudge, publish, publish_hybrid, read_json
 from hub_models import tiny as published_tiny
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from tiny_hybrid import QUIET
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from manticore_hf import (
     ManticoreError,
     ManticoreForCausalLM,
     ManticoreForSequenceClassification,
+    ManticoreModel,
     lora_config,
     set_stage,
 )
@@ -79,10 +87,28 @@ def test_a_published_hybrid_becomes_a_classifier(kind, repos, hub, owner, tmp_pa
 
 def test_another_number_of_labels_is_refused_unless_asked_for(repos, tmp_path):
     ManticoreForSequenceClassification.from_components(repos, num_labels=3).save_pretrained(tmp_path)
-    with pytest.raises(ManticoreError, match=r"another shape .* score\.heads\.a-0\.weight"):
-        AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    for kind in (ManticoreError, RuntimeError):  # as Transformers' own
+        with pytest.raises(kind, match=r"3 labels in the file.*num_labels=5.*ignore_mismatched_sizes=True"):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert model(tokens() % 60).logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_a_classifier_in_other_classes(tmp_path, preset):
+    """AutoModel has no use for the heads that a classifier lacks; a causal LM says that it does."""
+    model = ManticoreForCausalLM.from_components([tiny("gpt_neox"), tiny("llama")], num_blocks=2, preset=preset)
+    classifier = ManticoreForSequenceClassification.from_causal_lm(model, num_labels=3)
+    wanted = ManticoreModel.forward(model, tokens()).last_hidden_state
+    classifier.save_pretrained(tmp_path / "0")
+    for i in range(2):  # and again, of what AutoModel saves
+        base = AutoModel.from_pretrained(tmp_path / f"{i}").eval()
+        assert torch.equal(base(tokens()).last_hidden_state, wanted)
+        assert not [key for key in base.state_dict() if "lm_head" in key or "embed_out" in key]
+        base.save_pretrained(tmp_path / f"{i + 1}")
+    for cls in (AutoModelForCausalLM, ManticoreForCausalLM):
+        with pytest.raises(ManticoreError, match="saved as a classifier .*AutoModelForSequenceClassification"):
+            cls.from_pretrained(tmp_path / "0")
 
 
 def test_the_models_that_were_given_keep_their_heads():

@@ -28,13 +28,12 @@ def looks(monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_once_for_all_that_are_equal(family, looks):
-    one, two = tiny(family, seed=0), tiny(family, seed=1).to(torch.bfloat16)
+    one, two = tiny(family, seed=0), tiny(family, seed=1)
     with torch.device("meta"):
-        three = type(one)(one.config)
+        three = type(one)(one.config).to(torch.bfloat16)
     found = find_layout(one)
     assert find_layout(two) == find_layout(three) == found and looks == [one]
-    for other in (two, three):
-        assert layer_stack_manticore._find_layout(other) == found
+    assert layer_stack_manticore._find_layout(three) == found
 
 
 def test_other_settings_are_looked_at(looks):

@@ -5,11 +5,11 @@ import faulthandler
 import functools
 import inspect
 import pickle
-import subprocess
 import sys
 import types
 import warnings
 
+import clean_process
 import pytest
 import torch
 from manticore_hf.modeling import mixers_manticore as mm
@@ -194,9 +194,7 @@ def test_a_fresh_process_restores_the_forwards(tmp_path):
         "torch.testing.assert_close(read(found['model']), found['wanted']); print('same')"
     )
     folder = str(next(path for path in sys.path if path.endswith("tests")))
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "model.pt"), folder], capture_output=True, text=True
-    )
+    done = clean_process.run(["-c", program, tmp_path / "model.pt", folder])
     assert done.stdout.strip() == "same", done.stderr
 
 

@@ -20,12 +20,16 @@ BF16 = torch.bfloat16
 CASES = [  # pair, blocks, stage, mixed precision, checkpointing, (batch, length)
     ("gpt_neox+mamba", 1, "finetune", None, False, (2, 96)),
     ("gpt_neox+mamba", 1, "finetune", BF16, True, (2, 96)),
-    ("gpt_neox+mamba", 1, "projectors", None, False, (2, 96)),
     ("gpt_neox+mamba", 2, "projectors", BF16, False, (2, 96)),
     ("llama+mamba2", 2, "search", None, True, (4, 64)),
-    ("llama+mamba2", 1, "finetune", BF16, False, (1, 128)),
     ("gemma2+falcon_mamba", 2, "finetune", None, False, (2, 64)),
 ]
+# Every stage, family and way of these two is in one of those above
+MORE = [
+    ("gpt_neox+mamba", 1, "projectors", None, False, (2, 96)),
+    ("llama+mamba2", 1, "finetune", BF16, False, (1, 128)),
+]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
 
 @pytest.mark.parametrize("pair, blocks, stage, autocast, checkpointing, size", CASES)

@@ -14,6 +14,7 @@ from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.plan.amounts import parse_bytes, parse_count
 from manticore_hf.plan.plan import make_plan
+from manticore_hf.plan.schedule import Task
 from manticore_hf.plan.subject import load_subject
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,12 @@ def test_configurations_of_real_models_have_their_sizes(repo):
     model.tie_weights()
     size, tolerance = KNOWN[repo]
     assert abs(model.num_parameters() - size) <= tolerance
+
+
+@pytest.fixture
+def no_adapters(monkeypatch):
+    """LoRA makes three engines more, which most tests do not look at."""
+    monkeypatch.setattr(Task, "adaptable", False)
 
 
 def write_recipe(folder, components, stages="[finetune: {}]", data="text.txt", **hybrid):
@@ -115,7 +122,7 @@ def test_large_recipes(recipe, devices, memory, engines):
     assert any("transplanted" in note for note in plan["notes"])
 
 
-def test_components_on_the_hub_are_not_downloaded(hub, owner, tmp_path):
+def test_components_on_the_hub_are_not_downloaded(hub, owner, tmp_path, no_adapters):
     publish(hub, f"{owner}/a", tiny("gpt_neox"), tmp_path / "src", tokenizer())
     publish(hub, f"{owner}/b", tiny("mamba"), tmp_path / "src", tokenizer())
     hub.clear_requests()
@@ -150,7 +157,7 @@ def test_every_stage(tmp_path):
     assert tune["options"][0]["parts"]["weights"] == 4 * plan["parameters"]
 
 
-def test_what_is_trained_in_half_precision(tmp_path):
+def test_what_is_trained_in_half_precision(tmp_path, no_adapters):
     """accelerate's FSDP2 makes it float32 with mixed precision; what is frozen, and any other engine, leaves it."""
     recipe = write_recipe(tmp_path, save_configs(tmp_path, "llama", "gpt_neox"))
     text = recipe.read_text()
@@ -168,7 +175,7 @@ def test_what_is_trained_in_half_precision(tmp_path):
             assert parts["optimizer"] == pytest.approx(2 * size * parameters / shards, rel=1e-2), (engine, name)
 
 
-def test_weights_that_are_read_in_another_dtype(tmp_path):
+def test_weights_that_are_read_in_another_dtype(tmp_path, no_adapters):
     parts = save_configs(tmp_path, "llama", "gpt_neox")
     for part in parts:
         file = Path(part) / "config.json"
@@ -200,7 +207,7 @@ def test_more_devices_and_less_memory(tmp_path):
     assert plan["verdict"].startswith("Does not fit: finetune") and plan["stages"][0]["choice"] is None
 
 
-def test_a_saved_hybrid(hub, owner, tmp_path):
+def test_a_saved_hybrid(hub, owner, tmp_path, no_adapters):
     model = ManticoreForCausalLM.from_components([tiny("llama"), tiny("mamba")], num_blocks=2)
     model.save_pretrained(tmp_path / "hybrid")
     plan = make_plan(tmp_path / "hybrid", memory="16GB", sequence_length=64, batch_size=2, device="cpu")

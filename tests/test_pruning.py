@@ -65,7 +65,8 @@ def test_every_route_gives_what_was_measured_for_it(settings, tmp_path):
         close(logits, route_logits(soft, names, ids), atol=1e-5)
         if len(set(names)) == 1:
             assert torch.equal(logits, soft.component(names[0])(input_ids=ids).logits)
-        if route in ((1, 1, 1), (0, 0, 1), (1, 0, 1)):  # one component, one change of it, two
+        # Two changes of component; under one wiring one change and none, too, which need less
+        if route == (1, 0, 1) or (not settings and route in ((1, 1, 1), (0, 0, 1))):
             hard.save_pretrained(tmp_path / "x")
             assert torch.equal(ManticoreForCausalLM.from_pretrained(tmp_path / "x")(input_ids=ids).logits, logits)
     assert all(torch.equal(before[key], value) for key, value in soft.state_dict().items())

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import pickle
+from pathlib import Path
 
 import pytest
 from tiny_hybrid import save_pair
@@ -9,6 +11,7 @@ from transformers import TrainingArguments
 
 from manticore_hf import ManticoreError, cli
 from manticore_hf.compare.compared_recipe import read_recipe
+from manticore_hf.evaluation.data import DataArguments, read_records
 from manticore_hf.plan.subject import load_subject
 from manticore_hf.training import recipe as recipes
 from manticore_hf.training.recipe import load_recipe, run_recipe, stage_data
@@ -25,6 +28,16 @@ OUTSIDE = {
     "torch_compile_backend": "x", "ddp_backend": "x", "enable_jit_checkpoint": True, "save_on_each_node": True,
     "log_level": "debug", "local_rank": 3, "dataloader_multiprocessing_context": "fork", "use_liger_kernel": True,
 }  # fmt: skip
+
+
+class Canary:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
 
 
 def write(path, text):
@@ -92,6 +105,28 @@ def test_relative_paths_stay_below_the_recipes_folder(tmp_path, monkeypatch):
         assert os.path.samefile(data(source), home / source)
     assert data(str(private)) == str(private)  # in full, where whoever reads the recipe sees it
     assert data("org/texts") == "org/texts"
+
+
+def test_a_data_set_is_no_reader_of_the_working_directory(tmp_path, monkeypatch):
+    """`datasets` takes "json" or "pandas" for a reader of all that lies here; the latter runs pickles."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.jsonl", '{"text": "mine"}')
+    (tmp_path / "train.pkl").write_bytes(pickle.dumps(Canary(str(tmp_path / "ran"))))
+    for name in (
+        "json",
+        "text",
+        "csv",
+        "pandas",
+        "parquet",
+        "https://evil.example/x",
+        "a/../b",
+        "../x",
+        "a/b/c",
+        "~/x",
+    ):
+        with pytest.raises(ManticoreError, match="no file or folder here, and no data set of the Hub"):
+            list(read_records(DataArguments(name)))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_values_that_cannot_be_used_are_said_before_anything_runs(tmp_path):

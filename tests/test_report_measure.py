@@ -185,7 +185,7 @@ def test_similarity_is_that_of_what_enters_the_mixture():
     embedded = {name: model.embed(name, ids) for name in (a, b)}
     states = {name: model.segments.segment(name, 0)(embedded[name], None, positions) for name in (a, b)}
     left = {name: model.hybrid_mixer.leave(0, name, states[name], 0.0) for name in (a, b)}
-    last = dict(zip((a, b), ManticoreModel.forward(model, ids, return_dict=True).states))
+    last = ManticoreModel.forward(model, ids, return_dict=True).states
     for boundary, features in enumerate((embedded, left, last)):
         expected = textbook_cka(features[a].flatten(0, 1).detach(), features[b].flatten(0, 1).detach())
         assert found[boundary]["cka"] == pytest.approx(expected, rel=1e-4)

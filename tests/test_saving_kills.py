@@ -17,6 +17,8 @@ from manticore_hf.modeling import saving_manticore
 from manticore_hf.modeling.saving_manticore import check_whole, whole_directory
 
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
+from manticore_hf import publish as publish_hybrid
+from manticore_hf.hub.inspection import inspect_hybrid
 
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
 OLD = {**dict.fromkeys(("config.json", "a_manticore.py", *_SHARDS), "old"), "optimizer.pt": "mine"}
@@ -115,6 +117,14 @@ def test_killed_again_while_what_was_promised_is_moved(tmp_path):
     assert step > 4 and not killed
 
 
+def test_where_the_configuration_stays_a_load_goes_on(tmp_path):
+    """What it has read of config.json is right before and after."""
+    folder = fill(tmp_path / "out", OLD)
+    assert killed_at(12, folder.parent, partial(save, folder, {**NEW, "config.json": "old"}))
+    assert not check_whole(folder) and check_whole(folder)
+    assert content(folder) == {**AFTER, "config.json": "old"}
+
+
 def test_what_was_promised_and_is_gone_is_said(tmp_path):
     folder = fill(tmp_path / "out", OLD)
     assert killed_at(12, folder.parent, partial(save, folder, NEW))
@@ -144,6 +154,23 @@ def test_a_strangers_note_moves_nothing(tmp_path):
         with pytest.raises(ManticoreError, match="save it again"):
             check_whole(folder)
         assert set(content(folder)) == {"config.json", ".saving"}
+    for link in (".out.saving-y", ".out.saving-z/out", ".out.saving-v/out/plots"):  # to what is the reader's
+        theirs = fill(tmp_path / "links" / "out", {"config.json": "{}"})
+        (theirs / link).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / link).symlink_to(tmp_path / "home")
+        fill(tmp_path / "home" / "out", {"id_rsa": "private"})
+        fill(tmp_path / "home", {"id_rsa": "private"})
+        name = "plots/id_rsa" if "plots" in link else "id_rsa"
+        (theirs / ".saving").write_text(json.dumps({"from": f"{link.split('/')[0]}/out", "files": [name]}))
+        with pytest.raises(ManticoreError, match="save it again"):
+            check_whole(theirs)
+        assert content(tmp_path / "home") == {"id_rsa": "private", "out/id_rsa": "private"}
+        shutil.rmtree(tmp_path / "links")
+    folder = fill(tmp_path / "links" / "out", {"config.json": "{}"})
+    (folder / "plots").symlink_to(tmp_path / "home")
+    with pytest.raises(ManticoreError, match="a link out of it"):
+        save(folder, NEW)
+    assert content(folder) == {"config.json": "{}"} and not (tmp_path / "home" / "x.png").exists()
     assert (tmp_path / "secret" / "id_rsa").read_text() == "private"
 
 
@@ -294,6 +321,12 @@ def test_a_hybrid_killed_on_either_side_of_the_one_rename(pair, tmp_path):
             other.save_pretrained(target)
 
         assert os.WIFSIGNALED(in_child(child))
+        if name == "config.json":  # whoever reads it otherwise is told, too
+            for read in (inspect_hybrid, partial(publish_hybrid, repo_id="x/y", dry_run=True)):
+                copy = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+                with pytest.raises(ManticoreError, match="load it again"):
+                    read(copy / "target")
+                shutil.rmtree(copy)
         found[name] = which(target, old, new)
     assert found == {".saving": False, "config.json": True, "model.safetensors": True}
 

@@ -1,10 +1,10 @@
 """The selective scan against a float64 loop."""
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
+import clean_process
 import pytest
 import scans
 import torch
@@ -268,7 +268,5 @@ print(numba_scan._found != [])
 
 def test_remote_code_finds_what_the_package_registers():
     """A hybrid that runs its repo's code, before the package is imported: nothing is missing, and nothing is stale."""
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE_FIRST, Path(sm.__file__).parent], capture_output=True, text=True
-    )
+    done = clean_process.run(["-c", REMOTE_FIRST, Path(sm.__file__).parent], modules=clean_process.TORCH)
     assert done.stdout.strip() == "True", done.stderr

@@ -71,7 +71,7 @@ def test_one_native_block_cuts_nothing(settings, monkeypatch):
         assert [type(view) for view in views] == [cls, cls]
         assert [layer for view in views for layer in view.layers] == cache.layers
     for name in running:
-        assert read[name]["cache"] is out.cache.view(name, 0)
+        assert read[name]["cache"].layers == out.cache.view(name, 0).layers
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
-"""Stages with the standard Trainer and with TRL's, and clipping per component."""
+"""Stages with the standard Trainer, and clipping per component."""
 
 import pytest
 import torch
-from datasets import Dataset
 from tiny_hybrid import QUIET, WORDS, pair, word_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -64,49 +63,6 @@ def test_frozen_components_keep_no_weight_gradients(model, text):
 def test_unknown_stage(model):
     with pytest.raises(ManticoreError, match="stage='warmup' is unknown"):
         set_stage(model, "warmup")
-
-
-def test_sft_trainer(model, tokenizer, tmp_path):
-    from trl import SFTConfig, SFTTrainer
-
-    before = _snapshot(model)
-    rows = Dataset.from_dict({"text": [" ".join(WORDS[i % 4 :]) for i in range(24)]})
-    args = SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        bf16=False,
-        max_length=16,
-        gradient_checkpointing=False,
-        **QUIET,
-    )
-    trainer = SFTTrainer(model=set_stage(model, "finetune"), args=args, train_dataset=rows, processing_class=tokenizer)
-    trainer.train()
-    assert torch.isfinite(torch.tensor(trainer.state.log_history[-1]["train_loss"]))
-    assert {key.split(".")[0] for key in _changed(model, before)} == {"hybrid_mixer", "gpt_neox", "mamba"}
-
-
-def test_sft_trainer_with_padding_prompt_masks_and_checkpointing(model, tokenizer, tmp_path):
-    from trl import SFTConfig, SFTTrainer
-
-    rows = Dataset.from_dict(
-        {
-            "prompt": ["the cat", "a mat", "two dogs run on"] * 4,
-            "completion": [" sat", " and saw a cat", " the mat"] * 4,
-        }
-    )
-    args = SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=3,
-        bf16=False,
-        max_length=16,
-        gradient_checkpointing=True,
-        completion_only_loss=True,
-        **QUIET,
-    )
-    SFTTrainer(model=set_stage(model, "finetune"), args=args, train_dataset=rows, processing_class=tokenizer).train()
 
 
 def test_clipping_bounds_each_part_by_its_own_norm(model, text, tmp_path):
@@ -213,26 +169,7 @@ def test_packing(tokenizer):
     packed = pack(["the cat", "a mat sat"], tokenizer, 3)
     end, ids = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids
     assert packed["input_ids"] == [[ids("the"), ids("cat"), end], [ids("a"), ids("mat"), ids("sat")]]
-    assert packed["labels"] == packed["input_ids"]
+    assert packed["labels"] == [[-100, ids("cat"), end], [-100, ids("mat"), ids("sat")]]
     assert len(pack(["the cat"] * 9, tokenizer, 3, limit=2)) == 2
     with pytest.raises(ManticoreError, match="3 tokens, fewer than one block of 8"):
         pack(["the cat"], tokenizer, 8)
-
-
-def test_the_fields_for_trl_are_the_models_own_loss(model):
-    ids = torch.randint(2, 12, (3, 9))
-    labels = ids.clone()
-    labels[0, :4] = -100
-    model.config.component_loss_weight = 0.7
-    model.config.mix_loss_weight = 0.3
-    own = model(ids, labels=labels)
-    fused = model(ids, labels=labels, fused_lm_head=True)
-    torch.testing.assert_close(fused.loss, own.loss)
-    torch.testing.assert_close(-fused.log_probs.sum() / fused.label_mask.sum(), own.loss)
-    assert fused.label_mask.sum() == (labels[:, 1:] != -100).sum()
-    assert torch.equal(fused.is_top1, (own.logits[:, :-1].argmax(-1) == labels[:, 1:]) & fused.label_mask)
-    probabilities = own.logits[:, :-1].softmax(-1)
-    entropy = -(probabilities * probabilities.log()).sum(-1) * fused.label_mask
-    torch.testing.assert_close(fused.entropy, entropy, atol=1e-5, rtol=1e-5)
-    whole = model(ids, shift_labels=labels, num_items_in_batch=7, fused_lm_head=True)
-    assert whole.log_probs.shape == labels.shape

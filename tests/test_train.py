@@ -229,6 +229,33 @@ def test_bad_data_is_refused_by_name(tmp_path, tokenizer, content, arguments, me
         load_rows(DataArguments(data=str(file), **arguments), tokenizer)
 
 
+def test_a_search_starts_from_equal_alpha_unless_told_to_keep_it(start, tmp_path):
+    model = ManticoreForCausalLM.from_pretrained(start / "hybrid")
+    with torch.no_grad():
+        model.hybrid_mixer.alpha_logits.copy_(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+    save(model, tmp_path / "hybrid")
+    (tmp_path / "text.txt").write_text((start / "text.txt").read_text())
+    given = _arguments("search", tmp_path, tmp_path / "out", "--max_steps", "1", "--alpha-learning-rate", "1e-9")
+    for option, alpha in (([], 0.5), (["--keep-alpha"], torch.tensor(2.0).sigmoid().item())):
+        out = tmp_path / f"out{len(option)}"
+        assert main([*given, *option, "--output_dir", str(out)]) == 0
+        weights = ManticoreForCausalLM.from_pretrained(out).mixture_weights()
+        assert weights.flatten().tolist() == pytest.approx([alpha, 1 - alpha, 1 - alpha, alpha], abs=1e-5)
+
+
+def test_columns_inside_of_columns(tmp_path, tokenizer):
+    """ELI5's answers: several texts to a record."""
+    records = [{"answers": {"text": ["the cat", "sat on"], "score": [1, 2]}}] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    given = {"data": str(tmp_path / "a.jsonl"), "block_size": 5, "validation_fraction": 0}
+    rows, _ = load_rows(DataArguments(**given, text_column="answers.text"), tokenizer)
+    ids = tokenizer("the cat sat on")["input_ids"]
+    assert rows["input_ids"] == [[*ids, tokenizer.eos_token_id]] * 3
+    for name, message in (("answers.body", "no column 'answers.body'"), ("answers", "holds dict, not text")):
+        with pytest.raises(ManticoreError, match=message):
+            load_rows(DataArguments(**given, text_column=name), tokenizer)
+
+
 def test_an_unknown_source_is_refused(tokenizer):
     with pytest.raises(ManticoreError, match="data='nobody/nothing' is no file or folder here"):
         load_rows(DataArguments(data="nobody/nothing"), tokenizer)

@@ -70,6 +70,16 @@ def test_only_embedding_and_head_are_the_hybrids_own(composed, hub, owner, tmp_p
     assert (tmp_path / "again" / MODEL).read_bytes() == (tmp_path / "out" / MODEL).read_bytes()
 
 
+def test_a_push_counts_what_is_referenced_and_not_the_table_that_nobody_reads(composed, hub, owner, tmp_path):
+    model, tokenizer, _ = composed
+    out = publish_hybrid(model, f"{owner}/h", tokenizer=tokenizer, dry_run=True)
+    body = sum(value.nbytes for key, value in model.b.state_dict().items() if key.startswith("backbone.layers"))
+    body += model.b.backbone.norm_f.weight.nbytes
+    files = {name: len(hub.files(f"{owner}/{name}")[MODEL]) for name in "ab"}
+    assert abs(out.referenced_bytes - files["a"] - body) < 0.05 * body
+    assert files["b"] - body > 327 * model.b.config.hidden_size * 4 - 1  # its own table, which is not counted
+
+
 def test_padding_rows_get_no_probability_and_the_cache_changes_nothing(composed):
     model, _, _ = composed
     assert model.a.config.vocab_size == 316 and model(ids()).logits.shape[-1] == 310
@@ -279,3 +289,32 @@ def test_a_recipe_transplants_and_measures_on_its_own_data(hub, owner, tmp_path)
     assert tokenizer.get_vocab() == second().get_vocab()
     recipe.write_text(recipe.read_text().replace("auto", "3"))
     assert main(["run", str(recipe), "--output-dir", str(tmp_path / "other")]) == 2
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "search", "finetune"])
+def test_new_rows_have_a_learning_rate_of_their_own_and_can_be_frozen(stage, tmp_path):
+    """A rate of 0 leaves them as they are; another moves them by that rate, and nothing else by it."""
+    for kind, tokenizer in (("neox", first()), ("mamba", second())):
+        folder_of(component(kind, tokenizer), tmp_path / kind, tokenizer)
+    (tmp_path / "text.txt").write_text((FIRST + SECOND) * 8)
+    settings = {"num_blocks": 2, "mixture": "static", "projector_init": "default", "progress": False}
+    model, tokenizer, _ = compose_transplanted([tmp_path / "neox", tmp_path / "mamba"], "mean", **settings)
+    model.save_pretrained(tmp_path / "0")
+    tokenizer.save_pretrained(tmp_path / "0")
+    before, new = model.state_dict(), {"mamba.backbone.embeddings.weight", "mamba.lm_head.weight"}
+    words = [stage, "--model", "0", "--data", "text.txt", "--block-size", "16", "--max-steps", "1", "--use-cpu"]
+    words = [str(tmp_path / word) if word in ("0", "text.txt") else word for word in words]
+    words += ["--learning-rate", "1e-3", "--weight-decay", "0", "--lr-scheduler-type", "constant"]
+
+    def moved(rate):
+        options = [] if rate is None else ["--new-rows-learning-rate", str(rate)]
+        assert main([*words, *options, "--output-dir", str(tmp_path / f"{stage}-{rate}")]) == 0
+        after = ManticoreForCausalLM.from_pretrained(tmp_path / f"{stage}-{rate}").state_dict()
+        return {key: (after[key] - before[key]).abs().max().item() for key in before}
+
+    # One step of Adam is as long as its rate
+    for rate, expected in ((None, 1e-3), (0, 0.0), (1e-2, 1e-2)):
+        found = moved(rate)
+        assert max(found[key] for key in new & set(found)) == pytest.approx(expected, rel=0.02), rate
+        assert found["hybrid_mixer.into.mamba-1.weight"] == pytest.approx(1e-3, rel=0.02)
+    assert main([*words, "--new-rows-learning-rate", "-1", "--output-dir", str(tmp_path / "x")]) == 2

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hub_models import (
     INDEX,
     MODEL,
@@ -19,6 +20,7 @@ from hub_models import (
     tiny,
     weight_requests,
 )
+from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, conversion_mapping, core_model_loading
 
 from manticore_hf import ManticoreForCausalLM, ManticoreModel
@@ -141,6 +143,46 @@ def test_experts_are_compared_after_conversion(compose, tmp_path):
     key = "jamba_0.model.layers.1.feed_forward.experts.gate_up_proj"
     round_trip(nudge(model, key), tmp_path / "out")
     assert component_keys(tmp_path / "out") == {key}
+
+
+@pytest.mark.parametrize("families", [PAIR, ("llama", "mamba"), ("jamba", "mamba2"), ("bloom",)])
+def test_checkpoint_without_the_base_models_prefix(compose, tmp_path, families):
+    """As the Hub's first GPT-2 and BLOOM: referenced, nothing of it is copied, and what was trained is kept."""
+
+    def bare(folder):
+        tensors, base = load_file(folder / MODEL), tiny(read_json(folder)["model_type"]).base_model_prefix + "."
+        assert any(key.startswith(base) for key in tensors)
+        save_file({key.removeprefix(base): value for key, value in tensors.items()}, folder / MODEL, {"format": "pt"})
+
+    model = compose(*families, edit=bare)
+    round_trip(model, tmp_path / "out")
+    assert not component_keys(tmp_path / "out")
+    (changed,) = [
+        key
+        for key, _ in model.named_parameters()
+        if key.endswith(
+            ("layers.0.norm.weight", "h.0.ln_1.weight", "h.0.input_layernorm.weight", "layers.1.input_layernorm.weight")
+        )
+    ][:1]
+    round_trip(nudge(model, changed), tmp_path / "tuned")
+    assert component_keys(tmp_path / "tuned") == {changed}
+
+
+@pytest.mark.parametrize("families", [("gpt2", "mamba"), ("gpt_neox", "gpt2")])
+def test_states_of_accelerate_and_safetensors(tmp_path, families):
+    """Both ends of a tie are one tensor in their files, and come back as one."""
+    model = ManticoreForCausalLM.from_components([tiny(family) for family in families])
+    names, file = [name for name, _ in model.named_parameters()], str(tmp_path / "model.safetensors")
+    nudge(model, *names)
+    before, accelerator = logits(model), Accelerator(cpu=True)
+    prepared = accelerator.prepare(model)
+    accelerator.save_state(tmp_path / "state")
+    save_model(model, file)
+    for load in (lambda: accelerator.load_state(tmp_path / "state"), lambda: load_model(model, file)):
+        nudge(model, *names)
+        assert not torch.equal(logits(model), before)
+        load()
+        assert torch.equal(logits(accelerator.unwrap_model(prepared)), before)
 
 
 def test_sharded_component_repository(compose, hub, owner, tmp_path):

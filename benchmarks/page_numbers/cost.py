@@ -1,4 +1,4 @@
-"""What a hybrid costs: benchmarks/speed.py, parts.py, scan.py, drafting.py."""
+"""What a hybrid costs: benchmarks/speed.py, parts.py, scan.py, packing.py, drafting.py."""
 
 import re
 
@@ -45,6 +45,15 @@ def scan(load: Load) -> Rows:
             ]
             layers = [f"{row['layer / gpt_neox layer'][kind]:.2f}" for kind in ("mamba", "mamba2")]
             rows.append([result["kernel"], f"{row['batch']} x {row['tokens']}", *ours, *layers])
+    return rows
+
+
+@table("packing")
+def packing(load: Load) -> Rows:
+    rows = [["documents", "tokens", "packed / padded batch", "packed / one by one", "packed / one text"]]
+    for one in load("packing")["rows"]:
+        ratios = [f"{one['packed /'][way]:.2f}" for way in ("padded", "one by one", "one text")]
+        rows.append([one["documents"], str(one["tokens"]), *ratios])
     return rows
 
 

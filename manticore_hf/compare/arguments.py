@@ -60,9 +60,7 @@ class CompareArguments:
     allow_outside: bool = field(
         default=False, metadata={"help": "Let the recipe's relative paths leave the folder that it is in."}
     )
-    singles: tuple[str, ...] = field(
-        default=(), metadata={"help": "Other models with the same tokenizer, tuned likewise."}
-    )
+    singles: tuple[str, ...] = field(default=(), metadata={"help": "Other models, of any tokenizer, tuned likewise."})
     all_text: str | None = field(
         default=None,
         metadata={"help": "The components' own training text: also retrain each component on all of it and the text."},

@@ -23,16 +23,16 @@ from pathlib import Path
 import numpy as np
 from datasets import concatenate_datasets
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 
 from manticore_hf.compare.arguments import CompareArguments
 from manticore_hf.compare.compared_recipe import read_recipe
 from manticore_hf.compare.contenders import Contender, Workshop, read_run
-from manticore_hf.compare.scores import forward_flops, load_documents, score
+from manticore_hf.compare.scores import forward_flops, load_documents, score, score_text
 from manticore_hf.compare.summary import summarise, write_summary
-from manticore_hf.evaluation.data import DataArguments, load_rows
-from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.evaluation.data import DataArguments, load_rows, without_text
+from manticore_hf.evaluation.losses import compare_losses, own_nats
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.claims import AS_IT_CAME
 from manticore_hf.utils.files import write_json
 
 
@@ -68,8 +68,9 @@ class Comparison:
         self.documents = load_documents(DataArguments(**test), self.shop.tokenizer)
         if arguments.validation is not None:
             held_out = {"data": arguments.validation, "block_size": data.block_size, "text_column": data.text_column}
-            rows, _ = load_rows(DataArguments(**held_out, validation_fraction=0.0), self.shop.tokenizer)
-            self.shop.validation_rows = rows
+            held_out = DataArguments(**held_out, validation_fraction=0.0)
+            self.shop.validation_texts, _ = load_rows(held_out, self.shop.tokenizer, keep_text=True)
+            self.shop.validation_rows = without_text(self.shop.validation_texts)
         self.chosen, self.seen, self.by_name = {}, {}, {}
 
     def _identify(self):
@@ -105,6 +106,8 @@ class Comparison:
         shop, grid = self.shop, self.arguments.grid(self.recipe)
         gates = [{**one, **gate} for one in grid for gate in self.arguments.gate_grid()]
         out = [self._untuned(name) for name in shop.names]
+        others = [source for source in shop.sources if shop.other_tokenizer(source)]
+        out += [self._as_it_came(shop.names[shop.sources.index(source)], source) for source in others]
         out.append(self._mixture("ensemble, untuned", "untuned", None, "static"))
         out += [self._tuned(name, f"{name}, tuned", "component", grid) for name in shop.names]
         parts = [one.name for one in out[-len(shop.names) :]]
@@ -113,7 +116,9 @@ class Comparison:
         out.append(self._gate("token gate over the tuned components", "gate", parts, "token", gates))
         many = len(shop.names)
         out += [self._tuned(name, f"{name}, tuned {many} times as long", "single", grid, many) for name in shop.names]
-        out += [self._other(source, grid) for source in self.arguments.singles]
+        labels = {source: f"{Path(source).name} (single)" for source in self.arguments.singles}
+        labels |= {source: f"{shop.names[shop.sources.index(source)]} with its own tokenizer" for source in others}
+        out += [self._other(source, f"{label}, tuned", grid) for source, label in labels.items()]
         if self.arguments.all_text is not None:
             wanted = self.arguments.retrain or shop.names
             if unknown := sorted(set(wanted) - set(shop.names)):
@@ -149,19 +154,21 @@ class Comparison:
 
         return Contender(label, kind, train, self.shop.load_plain, grid)
 
-    def _other(self, source, grid):
-        def train(options, seed, folder):
-            repo, _, revision = source.partition("@")
-            kwargs = {"revision": revision} if revision else {}
-            model = AutoModelForCausalLM.from_pretrained(repo, dtype=self.shop.dtype, **kwargs)
-            if model.config.vocab_size < len(self.shop.tokenizer):
-                raise ManticoreError(
-                    f"{source!r} has a vocabulary of {model.config.vocab_size}, the hybrid's tokenizer has "
-                    f"{len(self.shop.tokenizer)}: losses per token compare between models of one tokenizer only."
-                )
-            return self.shop.train_plain(model, self.shop.train_rows, options, seed, folder)
+    def _as_it_came(self, name, source):
+        def load(run):
+            return self.shop.other(source)[0].eval()
 
-        return Contender(f"{Path(source).name} (single), tuned", "single", train, self.shop.load_plain, grid)
+        tokenizer = functools.partial(self.shop.other_tokenizer, source)
+        return Contender(AS_IT_CAME.format(name), "untuned", _nothing, load, seeded=False, tokenizer=tokenizer)
+
+    def _other(self, source, label, grid):
+        def train(options, seed, folder):
+            model, tokenizer = self.shop.other(source)
+            rows = self.shop.rows_of(tokenizer)
+            return self.shop.train_plain(model, rows, options, seed, folder, tokenizer=tokenizer)
+
+        tokenizer = functools.partial(self.shop.other_tokenizer, source)
+        return Contender(label, "single", train, self.shop.load_plain, grid, tokenizer=tokenizer)
 
     def _retrained(self, name, grid):
         def train(options, seed, folder):
@@ -256,8 +263,7 @@ class Comparison:
             run = {"contender": contender.name, "kind": contender.kind, "seed": seed, "options": options, **cost}
             run["seconds"] = round(time.time() - start, 2)
             model = contender.load({**run, "folder": folder})
-            losses = compare_losses(model, self.shop.validation_rows, desc="Validating", baselines=False)
-            run["validation"] = losses["hybrid"]
+            run["validation"] = self._validate(contender, model)
             run["parameters"] = sum(p.numel() for p in model.parameters())
             run["flops_per_token"] = forward_flops(model)
             if hasattr(model, "mixture_weights"):
@@ -268,6 +274,15 @@ class Comparison:
             self.seen[folder] = run
             self.bar.update()
         return run
+
+    def _validate(self, contender, model):
+        """Nats per token of the hybrid's tokenizer on the validation text."""
+        own = contender.tokenizer and contender.tokenizer()
+        if own is None:
+            rows = self.shop.validation_rows
+            return compare_losses(model, rows, desc="Validating", baselines=False)["hybrid"]
+        passages = self.shop.validation_passages
+        return float(own_nats(model, own, passages).sum() / passages.tokens.sum())
 
     def _drop_unused(self, contenders):
         """A run that nothing tested is made of keeps its numbers, not its weights."""
@@ -284,9 +299,13 @@ class Comparison:
         for run in runs.values():
             file = run["folder"] / f"test-{self.documents.digest}.json"
             if not file.is_file():
-                write_json(file, score(contender.load(run), self.documents))
+                own, model = contender.tokenizer and contender.tokenizer(), contender.load(run)
+                found = score(model, self.documents) if own is None else score_text(model, own, self.documents)
+                write_json(file, found)
             scores.append(json.loads(file.read_text()))
-        values = {key: np.array([one[key] for one in scores], dtype=float) for key in ("nll", "correct")}
+        values = {"nll": np.array([one["nll"] for one in scores], dtype=float), "correct": None}
+        if all(one["correct"] is not None for one in scores):
+            values["correct"] = np.array([one["correct"] for one in scores], dtype=float)
         bases = [self._bases(contender, run["options"], seed) for seed, run in runs.items()]
         return {"contender": contender, "runs": runs, "bases": bases, **values}
 

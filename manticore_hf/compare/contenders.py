@@ -6,6 +6,7 @@ pretrain stage; hybrids run the recipe itself, changed in the keys that a varian
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -14,17 +15,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from manticore_hf.compare.arguments import stage_settings
 from manticore_hf.compare.compared_recipe import only_training, training_settings
 from manticore_hf.compare.scores import forward_flops
-from manticore_hf.compose.components import ComponentSpec
+from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.evaluation.data import DataArguments, load_rows
+from manticore_hf.compose.tokenizers import find_tokenizer
+from manticore_hf.evaluation.data import DataArguments, load_rows, rows_for, without_text
+from manticore_hf.evaluation.losses import Passages, make_passages
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixers_manticore import repair_mixers
 from manticore_hf.training.distill import run_prune
@@ -38,6 +50,7 @@ from manticore_hf.training.untrained_stages import run_compose
 # FLOPs of training a token, in forward passes: all weights trained; through frozen layers to what is before or between
 # them; no gradient through the components at all.
 ALL, THROUGH, NONE = 3, 2, 1
+HUB = {"token": None, "cache_dir": None, "local_files_only": False}
 
 
 @dataclass
@@ -53,6 +66,7 @@ class Contender:
         needs: What a user must have for it, beyond the components and the text.
         base: Names of contenders it starts from; their training is part of its cost.
         seeded: False where nothing is trained, so that one run is all there is.
+        tokenizer: () -> the tokenizer of a model that has another than the hybrid; None for the hybrid's.
     """
 
     name: str
@@ -63,6 +77,7 @@ class Contender:
     needs: str = ""
     base: list = field(default_factory=list)
     seeded: bool = True
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 
 
 class Workshop:
@@ -91,7 +106,9 @@ class Workshop:
             f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] and not entry["subfolder"] else source
             for entry, source in zip(config.components, recipe.components)
         ]
-        self.train_rows, self.validation_rows = load_rows(DataArguments(**recipe.data), self.tokenizer)
+        rows = load_rows(DataArguments(**recipe.data), self.tokenizer, keep_text=True)
+        self.train_texts, self.validation_texts = rows
+        self.train_rows, self.validation_rows = (without_text(part) for part in rows)
 
     def untuned(self) -> ManticoreForCausalLM:
         """The hybrid of the components as they were, in one block."""
@@ -109,18 +126,66 @@ class Workshop:
         repair_mixers(model)
         return model
 
+    def other(self, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+        """A causal LM that is no part of the hybrid, and its tokenizer if that is another one than the hybrid's.
+
+        Args:
+            source: Directory, or "repo" or "repo@revision" of the Hub.
+
+        Raises:
+            ManticoreError: It comes without a tokenizer and has too few rows for the hybrid's.
+        """
+        found = resolve(ComponentSpec(source), HUB)
+        model = load(found, getattr(torch, self.dtype), HUB)
+        repair_mixers(model)
+        if (tokenizer := self.other_tokenizer(source)) is not None:
+            return model, tokenizer
+        if model.config.vocab_size < len(self.tokenizer):
+            raise ManticoreError(
+                f"{source!r} has a vocabulary of {model.config.vocab_size} and comes without a tokenizer; the hybrid's "
+                f"has {len(self.tokenizer)} tokens. Put its tokenizer beside its weights."
+            )
+        return model, None
+
+    @functools.cache  # noqa: B019 - as long as the comparison
+    def other_tokenizer(self, source: str) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of another model, None if it is the hybrid's or there is none; without its weights."""
+        tokenizer = find_tokenizer(resolve(ComponentSpec(source), HUB, weights=False), HUB)
+        same = tokenizer is None or tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        return None if same else tokenizer
+
+    @functools.cached_property
+    def validation_passages(self) -> Passages:
+        """The validation text, for models of other tokenizers."""
+        return make_passages(self.validation_texts, self.tokenizer)
+
+    def rows_of(self, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
+        """The training text as rows of a tokenizer; None for the hybrid's."""
+        if tokenizer is None:
+            return self.train_rows
+        return rows_for(self.train_texts, self.tokenizer, tokenizer, DataArguments(**self.recipe.data))
+
     # ---- single models -----------------------------------------------------------------------------------------------
 
     def train_plain(
-        self, model: PreTrainedModel, rows: Dataset, options: dict, seed: int, folder: Path, passes: int = 1
+        self,
+        model: PreTrainedModel,
+        rows: Dataset,
+        options: dict,
+        seed: int,
+        folder: Path,
+        passes: int = 1,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> dict:
-        """Tunes any causal LM, `passes` times as often over the rows as the options say."""
+        """Tunes any causal LM, `passes` times as long as the options say; `tokenizer` if it is not the hybrid's."""
         options = {**options, "num_train_epochs": passes * options["num_train_epochs"]}
         settings = training_settings(self.recipe, "finetune", **options)
+        if settings.get("max_steps", -1) > 0:
+            settings["max_steps"] *= passes  # which outweighs the epochs
         model.requires_grad_(True)
         cost = self._fit(model, rows, settings, seed, folder, ALL)
         model.save_pretrained(folder / "model")
-        self.tokenizer.save_pretrained(folder / "model")
+        (tokenizer or self.tokenizer).save_pretrained(folder / "model")
         return cost
 
     def _fit(self, model, rows, settings, seed, folder, factor):

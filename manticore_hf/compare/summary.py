@@ -11,6 +11,7 @@ import numpy as np
 
 from manticore_hf.compare.scores import Documents
 from manticore_hf.evaluation.statistics import bootstrap, mean_loss, paired_p
+from manticore_hf.utils.claims import CLAIM_BYTES
 from manticore_hf.utils.files import replace_text, write_json
 from manticore_hf.utils.plots import plot_differences
 
@@ -40,6 +41,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], documents: Documents, facts: Ma
         "version": VERSION,
         **facts,
         "test_tokens": int(documents.tokens.sum()),
+        "test_bytes": int(documents.bytes.sum()),
         "units": documents.units,
         "test_units": len(documents),
         "hybrid": own["contender"].name,
@@ -60,9 +62,8 @@ def _row(row, documents, own):
         "seeds": list(row["runs"]),
     }
     out |= _losses(row["nll"], documents, own, row is own)
-    if documents.bytes.sum():
-        out["bits_per_byte"] = float(row["nll"].mean(0).sum() / documents.bytes.sum() / np.log(2))
-    out["accuracy"] = float(row["correct"].mean(0).sum() / documents.tokens.sum())
+    if row["correct"] is not None:  # a model of another tokenizer has none to compare
+        out["accuracy"] = float(row["correct"].mean(0).sum() / documents.tokens.sum())
     out["validation"] = float(np.mean([run["validation"] for run in runs]))
     for key in ("parameters", "flops_per_token"):
         out[key] = first[key]
@@ -79,6 +80,7 @@ def _losses(nll, documents, own, is_own):
     tokens = documents.tokens
     losses = mean_loss(nll, tokens)
     out = {"loss": float(losses.mean()), "interval": bootstrap(nll, tokens), "losses": losses.tolist()}
+    out["bits_per_byte"] = float(nll.mean(0).sum() / documents.bytes.sum() / np.log(2))
     if documents.kinds is not None:
         kinds = np.array(documents.kinds)
         parts = {kind: kinds == kind for kind in sorted(set(kinds))}
@@ -113,7 +115,8 @@ def write_summary(result: Mapping[str, Any], output: str | os.PathLike) -> None:
     table = as_markdown(result)
     write_json(output / "comparison.json", result)
     replace_text(output / "comparison.md", table)
-    plot_differences(result["rows"], result["hybrid"], output / "comparison.png")
+    per_byte = result["test_tokens"] / result["test_bytes"] / np.log(2)
+    plot_differences(result["rows"], result["hybrid"], output / "comparison.png", per_byte)
     print(table)
 
 
@@ -123,6 +126,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     kinds = sorted({kind for row in result["rows"] for kind in row.get("by_kind", ())})
     head = [
         "",
+        "bits per byte",
         "loss",
         "95 % interval",
         *kinds,
@@ -137,8 +141,9 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         "s",
     ]
     lines = [
-        f"Trained on {result['tokens']:,} tokens of {result['data']}, tested on {result['test_tokens']:,} tokens "
-        f"({units}) of {result['test']}, {seeds} seed{'s' if seeds > 1 else ''}. Loss in nats per token; intervals by "
+        f"Trained on {result['tokens']:,} tokens of {result['data']}, tested on {result['test_tokens']:,} tokens, "
+        f"{result['test_bytes']:,} bytes ({units}) of {result['test']}, {seeds} seed{'s' if seeds > 1 else ''}. Loss "
+        "in nats per token of the hybrid's tokenizer, of models of other tokenizers, too; intervals by "
         f"the bootstrap over {result['units']}s and seeds, p by a paired randomisation test over {result['units']}s. "
         f"Hybrid: {result['hybrid']}, the best hybrid on the validation split.",
         "",
@@ -149,8 +154,9 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         name = f"**{row['name']}**" if row["kind"] == "hybrid" else row["name"]
         name += f" (needs {row['needs']})" if row["needs"] else ""
         low, high = row["interval"]
-        cells = [name, f"{row['loss']:.4f}", f"{low:.3f} to {high:.3f}"]
-        cells += [f"{row['by_kind'][kind]:.3f}" for kind in kinds] + [f"{row['accuracy']:.3f}"]
+        cells = [name, f"{row['bits_per_byte']:.4f}", f"{row['loss']:.4f}", f"{low:.3f} to {high:.3f}"]
+        cells += [f"{row['by_kind'][kind]:.3f}" for kind in kinds]
+        cells.append(f"{row['accuracy']:.3f}" if "accuracy" in row else "–")
         if "difference" in row:
             low, high = row["difference_interval"]
             cells += [
@@ -178,9 +184,15 @@ def verdict(result: Mapping[str, Any]) -> str:
     baselines = [row for row in result["rows"] if row["kind"] not in others and not row["needs"]]
     best = min(baselines, key=lambda row: row["loss"])
     low, high = best["difference_interval"]
+    if result["test_bytes"] < CLAIM_BYTES:
+        return (
+            f"No claim is made: {result['test_bytes']:,} bytes of test text are too few (at least {CLAIM_BYTES:,}). "
+            f"The best baseline is {best['name']} ({best['loss']:.4f}), {own['name']} has {own['loss']:.4f}."
+        )
     sure = "better" if low > 0 else "worse" if high < 0 else "no different"
     return (
-        f"{own['name']} ({own['loss']:.4f}) is {sure}{' than' if sure != 'no different' else ' from'} the best "
+        f"{own['name']} ({own['loss']:.4f}; {own['bits_per_byte']:.4f} bits per byte) is "
+        f"{sure}{' than' if sure != 'no different' else ' from'} the best "
         f"baseline, {best['name']} ({best['loss']:.4f}): {best['difference']:+.4f} nats per token, 95 % interval "
         f"{low:+.4f} to {high:+.4f}, in {best['seeds_won']} of {len(best['losses'])} seeds."
     )

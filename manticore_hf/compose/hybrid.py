@@ -21,11 +21,13 @@ from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.tokenizers import align, check_tokenizers, record_tokenizer
 from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import aligned_hybrid, modeling_manticore  # noqa: F401 - which lets such hybrids run
+from manticore_hf.modeling.bounds_manticore import reason
 from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.references_manticore import component_files
 from manticore_hf.modeling.settings_manticore import PRESETS, HybridSettings
+from manticore_hf.utils.defence import check_generation
 from manticore_hf.utils.task_types import CAUSAL
 from manticore_hf.utils.unwrap import is_hybrid
 
@@ -39,11 +41,24 @@ _WAYS = (
 )
 
 
+class _ChecksGeneration:
+    """Mixin: what a repository's generation_config.json says is a stranger's word, too."""
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        what = "The hybrid's generation_config.json"
+        try:
+            super().adjust_generation_fn(*args, **kwargs)
+        except (TypeError, AttributeError, LookupError, ArithmeticError, ValueError, RecursionError) as err:
+            raise ManticoreError(f"{what} is invalid: {reason(err)}") from err
+        if self.generation_config is not None:
+            check_generation(what, self.generation_config.to_dict())
+
+
 class ManticoreModel(KeepsCard, modeling_manticore.ManticoreModel):
     """A hybrid without output head; see `manticore_hf.modeling.modeling_manticore`."""
 
 
-class ManticoreForCausalLM(KeepsCard, modeling_manticore.ManticoreForCausalLM):
+class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.ManticoreForCausalLM):
     """A hybrid as a causal LM, which `from_components` composes; see `manticore_hf.modeling.modeling_manticore`."""
 
     @classmethod

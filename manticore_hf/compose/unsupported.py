@@ -6,7 +6,7 @@ What can be found by running a few tokens is found by `verify_segments`; here is
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from manticore_hf.modeling.bounds_manticore import ManticoreError
+from manticore_hf.modeling.bounds_manticore import ManticoreError, reason, show
 
 _INSTEAD = "only causal LMs can be joined"
 
@@ -46,7 +46,12 @@ def refuse_kind(what: str, config: PreTrainedConfig) -> None:
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
         raise ManticoreError(f"{what} reads text in both directions (is_decoder=False in its config.json); {_INSTEAD}.")
     refuse_type(what, kind)
-    text = config.get_text_config()
+    try:
+        text = config.get_text_config()
+    except ValueError as err:  # several that it might be
+        raise ManticoreError(f"{what}: its config.json cannot be used: {reason(err)}") from err
+    if not isinstance(text, PreTrainedConfig):  # its class knows no such part
+        raise ManticoreError(f"{what}: its config.json has a part {show(text)}, which a {kind!r} has not; remove it.")
     if text is not config:
         parts = ", ".join(sorted(key for key in config.sub_configs if getattr(config, key, None) is not None))
         raise ManticoreError(

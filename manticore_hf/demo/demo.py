@@ -15,6 +15,7 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
@@ -22,11 +23,12 @@ from transformers.utils import logging
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 from manticore_hf.demo.text import documents
-from manticore_hf.evaluation.data import DataArguments, load_rows, pack
-from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.evaluation.data import DataArguments, load_rows, pack, pad
+from manticore_hf.evaluation.losses import Measured, make_passages, measure
 from manticore_hf.hub.publish import publish
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.recipe import load_recipe, run_recipe
+from manticore_hf.utils.claims import claim
 from manticore_hf.utils.plots import plot_losses
 
 COMPONENTS = Path(__file__).parent.parent / "demo_components"
@@ -58,8 +60,9 @@ def run(output_dir: Path, tokens: int, seed: int) -> int:
         api.upload_folder(repo_id=repo_id, folder_path=COMPONENTS / name)
     _publish_text(api, recipe.data["data"], tokenizer, tokens, seed, output_dir / "text")
     block = recipe.data["block_size"]
-    test = {kind: pack(documents(kind, "test"), tokenizer, block, 60) for kind in PROMPTS}
-    tested = sum(map(len, test.values())) * block
+    packed = {kind: pack(documents(kind, "test"), tokenizer, block, 60, keep_text=True) for kind in PROMPTS}
+    test = {kind: make_passages(rows, tokenizer) for kind, rows in packed.items()}
+    tested = sum(int(text.tokens.sum()) for text in test.values())
     _say(f"About {tokens:,} training tokens, {tested:,} test tokens, half prose and half code.")
 
     stages = {}
@@ -69,11 +72,11 @@ def run(output_dir: Path, tokens: int, seed: int) -> int:
         stages[blocks] = {result["stage"]: folder for folder, result in results}
     frozen = _rows_before_tuning(stages, test)
     tuned = _rows_after_tuning(recipe, stages, test, output_dir, seed)
-    _print_table("components as they are", frozen)
-    _print_table("everything tuned on the same tokens", tuned)
+    _print_table("components as they are", frozen, test)
+    _print_table("everything tuned on the same tokens", tuned, test)
     _say("Passes over the text: 1 for a component, 2 with a gate (alone, then all), 3 with a search before that.")
-    _verdict({**frozen, **tuned})
-    plot_losses({label: row["both"] for label, row in {**frozen, **tuned}.items()}, output_dir / "losses.png")
+    _verdict({**frozen, **tuned}, test)
+    plot_losses(_measured({**frozen, **tuned}, test).losses, output_dir / "losses.png")
     model = ManticoreForCausalLM.from_pretrained(stages[1]["finetune"])
     _print_mixture(model, test)
 
@@ -115,18 +118,16 @@ def _publish(folder, label, test, rows):
     """
     own = next(row for row in rows if row.startswith("hybrid, 1 block"))
     shown = {row: losses for row, losses in rows.items() if row == own or not row.startswith("hybrid")}
-    rows_of = {kind: sum(map(len, text["input_ids"])) - len(text) for kind, text in test.items()}
     results = [
         {
             "data": f"Python's standard library, {kind}",
-            "tokens": tokens,
             "own": own,
             "note": "Files of their own for the test; every model tuned on the same tokens."
             if label == TUNED
             else "Files of their own for the test; the components as they were published.",
-            "losses": {row: losses[kind] for row, losses in shown.items()},
+            **_measured(shown, test, [kind]).to_dict(own),
         }
-        for kind, tokens in rows_of.items()
+        for kind in test
     ]
     (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
     out = publish(folder, f"{ORGANISATION}/hybrid-{label.replace(' ', '-')}")
@@ -134,7 +135,7 @@ def _publish(folder, label, test, rows):
     model, loaded = (AutoModelForCausalLM.from_pretrained(where, dtype="float32") for where in (folder, repo_id))
     weights, total = (folder / "model.safetensors").stat().st_size, sum(p.numel() for p in model.parameters()) * 4
     _say(f"Published {repo_id}@{out.commit[:7]}: {weights:,} bytes of weights, of {total:,} ({label}).")
-    ids = torch.tensor(test["code"][:2]["input_ids"])
+    ids = pad(test["code"].rows[:2]["input_ids"], 0)
     with torch.no_grad():
         equal = torch.equal(loaded(ids).logits, model(ids).logits)
     _say(f"Loaded it back through AutoModelForCausalLM; logits equal to the last bit: {'yes' if equal else 'NO'}.")
@@ -182,14 +183,20 @@ def _rows_after_tuning(recipe, stages, test, output_dir, seed):
 
 
 def _evaluate(model, test, label, baselines=True):
-    """{row: {kind of text: loss, and "both": their mean, since there is as much of each}}."""
-    found, rows = {}, {}
+    """{row: {kind of text: nats of each of its passages}}."""
+    rows = {}
     for kind, text in test.items():
-        found[kind] = compare_losses(model, text, desc=f"Testing {label}, {kind}", baselines=baselines)
-    for name in next(iter(found.values())):
-        rows[name] = {kind: found[kind][name] for kind in test}
-        rows[name]["both"] = sum(rows[name].values()) / len(test)
+        found = measure(model, text, 16, f"Testing {label}, {kind}", baselines)
+        for name, nats in found.nats.items():
+            rows.setdefault(name, {})[kind] = nats
     return rows
+
+
+def _measured(rows, test, kinds=None):
+    """Rows as measured on some kinds of text, or on all."""
+    kinds = kinds or list(test)
+    nats = {row: np.concatenate([found[kind] for kind in kinds]) for row, found in rows.items()}
+    return Measured(nats, *(np.concatenate([getattr(test[k], key) for k in kinds]) for key in ("tokens", "bytes")))
 
 
 def _train(model, dataset, output_dir, seed, settings):
@@ -202,23 +209,25 @@ def _train(model, dataset, output_dir, seed, settings):
     model.eval()
 
 
-def _verdict(rows):
+def _verdict(rows, test):
     """Says how the best hybrid does against the best of everything a user has without one."""
-    hybrids = {label: row["both"] for label, row in rows.items() if label.startswith("hybrid")}
-    baselines = {label: row["both"] for label, row in rows.items() if label not in hybrids}
+    found = _measured(rows, test)
+    hybrids = {label: bits for label, bits in found.bits_per_byte.items() if label.startswith("hybrid")}
+    baselines = {label: bits for label, bits in found.bits_per_byte.items() if label not in hybrids}
     one, other = min(hybrids, key=hybrids.get), min(baselines, key=baselines.get)
-    gain = baselines[other] - hybrids[one]
-    word = "better" if gain > 0 else "worse"
-    _say(f"The best hybrid ({one}) is {abs(gain):.3f} nats per token {word} than the best baseline ({other}).\n")
+    size, difference = int(found.bytes.sum()), found.differences(one)[other]
+    _say(claim(f"the best baseline ({other})", difference, size, f"The best hybrid ({one})") + "\n")
 
 
-def _print_table(title, rows):
-    kinds = list(next(iter(rows.values())))
-    width = max(map(len, rows))
-    print(f"\nTest loss in nats per token (lower is better), {title}")
-    print(" " * width + "".join(f"{kind:>9}" for kind in kinds))
-    for label, losses in rows.items():
-        print(f"{label:{width}}" + "".join(f"{losses[kind]:9.3f}" for kind in kinds))
+def _print_table(title, rows, test):
+    whole, width = _measured(rows, test), max(map(len, rows))
+    by_kind = {kind: _measured(rows, test, [kind]).losses for kind in test}
+    print(f"\nTest loss in nats per token, and bits per byte (lower is better), {title}")
+    print(" " * width + "".join(f"{kind:>9}" for kind in (*test, "both")) + "   bits per byte")
+    for label in rows:
+        losses = [*(found[label] for found in by_kind.values()), whole.losses[label]]
+        cells = "".join(f"{loss:9.3f}" for loss in losses)
+        print(f"{label:{width}}{cells}{whole.bits_per_byte[label]:16.4f}")
     print()
 
 
@@ -227,7 +236,8 @@ def _print_mixture(model, test):
     names = model.config.component_names
     print("Mixture weights of the tuned one-block hybrid, mean over tokens: " + " / ".join(names))
     for kind in PROMPTS:
-        weights = model(torch.tensor(test[kind][:16]["input_ids"])).weights.mean((0, 1))
+        ids = [one for one in test[kind].rows["input_ids"] if len(one) > 64][:16]
+        weights = torch.cat([model(torch.tensor([one])).weights[0] for one in ids]).mean(0)
         print(f"  on {kind}: " + " / ".join(f"{w:.2f}" for w in weights.tolist()))
     print()
 

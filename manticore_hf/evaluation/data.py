@@ -8,9 +8,10 @@ code joins the characters of Penn Treebank with spaces; numbers made that way co
 """
 
 import codecs
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from datasets import (
     load_dataset_builder,
 )
 from datasets.iterable_dataset import ExamplesIterable
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.data_arguments import DataArguments as DataArguments
 from manticore_hf.evaluation.starts import start_tokens
-from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.utils.distributed import bar, is_main
 
 _FORMATS = {
@@ -168,6 +170,13 @@ def _read_text(file, encoding):
 
 def _hub_records(arguments):
     revision = arguments.data_revision
+    # `datasets` also takes names of its readers, which read whatever lies in the working directory (one of them
+    # pickles), addresses and patterns; what names the data may be a stranger's recipe.
+    plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", arguments.data)
+    if not plain or ".." in arguments.data or arguments.data in _PACKAGED_DATASETS_MODULES:
+        raise ManticoreError(
+            f"data={show(arguments.data)} is no file or folder here, and no data set of the Hub ('owner/name')."
+        )
     try:
         builder = load_dataset_builder(arguments.data, arguments.data_config, revision=revision)
         # Where the Hub does not answer, `datasets` takes what it prepared last, of whatever revision.
@@ -203,21 +212,26 @@ def _unreadable(arguments, err):
 
 
 def text_of(record: Mapping[str, Any], name: str, arguments: DataArguments) -> str:
-    """The text in a column of a record.
+    """The text in a column of a record; of several texts there (ELI5's answers), joined by spaces.
 
     Args:
         record: A record of `read_records`.
-        name: The column.
+        name: The column; "answers.text" for what is nested in a column.
         arguments: DataArguments, for the message.
 
     Raises:
         ManticoreError: There is no such column, or no text in it.
     """
-    if name not in record:
+    outer, _, inner = name.partition(".")
+    nested = isinstance(record.get(outer), Mapping) and inner in record[outer]
+    if name not in record and not nested:
         raise ManticoreError(f"{arguments.data!r} has no column {name!r}; it has {sorted(record)}.")
-    if not isinstance(record[name], str):
-        raise ManticoreError(f"{arguments.data!r}: column {name!r} holds {type(record[name]).__name__}, not text.")
-    return record[name]
+    text = record[name] if name in record else record[outer][inner]
+    if isinstance(text, list) and text and all(isinstance(one, str) for one in text):
+        return " ".join(text)
+    if not isinstance(text, str):
+        raise ManticoreError(f"{arguments.data!r}: column {name!r} holds {type(text).__name__}, not text.")
+    return text
 
 
 def pack(
@@ -267,6 +281,24 @@ def pack(
     return rows
 
 
+def without_text(rows: Dataset | None) -> Dataset | None:
+    """Rows with nothing but what collators take: the tokens."""
+    return rows and rows.select_columns([name for name in rows.column_names if name not in ("texts", "prompt")])
+
+
+def cut_texts(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text"
+) -> Iterator[tuple[list[int], Callable[[int, int], str]]]:
+    """(ids, function from a range of them to the text they stand for) of each text, without special tokens.
+
+    Args:
+        texts, tokenizer, special_tokens: As `pack` takes them.
+    """
+    read, texts = _Reader(tokenizer, special_tokens, True), iter(texts)
+    while batch := list(islice(texts, _BATCH)):
+        yield from zip(*read(batch))
+
+
 class _Packer:
     """Fills blocks with documents, batch by batch; `row` is the block that is not full yet."""
 
@@ -282,8 +314,9 @@ class _Packer:
 
     def __call__(self, batch):
         self.full = []
-        for ids, pieces in zip(*self.read(batch["text"])):
-            ids, done = ids if ids[-1:] == [self.end] else [*ids, self.end], 0
+        closed = batch.get("closed", [True] * len(batch["text"]))
+        for ids, pieces, ends in zip(*self.read(batch["text"]), closed):
+            ids, done = [*ids, self.end] if ends and ids[-1:] != [self.end] else ids, 0
             while done < len(ids):
                 room = self.size - len(self.row["input_ids"]) - len(self.start)
                 if room <= 0:  # for a start, or a part of it, and nothing else
@@ -466,6 +499,41 @@ def text_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
         read = ids[first : -1 if ids[-1] == end else None]
         if text and read:
             yield text, prompts[number] if prompts is not None else "", ids[len(start) : first], read
+
+
+def rows_for(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, arguments: DataArguments
+) -> Dataset:
+    """The text of rows as rows of another tokenizer: the same characters, in blocks of as many of its tokens.
+
+    Args:
+        rows: Made with `keep_text`.
+        tokenizer: That they were made with.
+        other: The other one.
+        arguments: DataArguments of the rows.
+    """
+    if "prompt" in rows.column_names:
+        records = (
+            {arguments.prompt_column: row["prompt"], arguments.completion_column: row["texts"][0]}
+            for row in rows.select_columns(["prompt", "texts"])
+        )
+        return mask_prompts(records, other, arguments)
+    texts, end = rows["texts"], tokenizer.eos_token_id
+
+    def pieces():
+        last, place = None, 0
+        for number, ids, _ in _pieces(rows):
+            last, place = number, place + 1 if number == last else 0
+            if texts[number][place]:
+                yield {"text": texts[number][place], "closed": ids[-1] == end}
+
+    packer = _Packer(other, arguments.block_size, arguments.special_tokens, False)
+    found = _collect(pieces(), packer, None, packer.features)
+    if found is None:
+        raise ManticoreError(
+            f"{arguments.data!r} is shorter than one row of {arguments.block_size} tokens of {other.name_or_path!r}."
+        )
+    return found
 
 
 def _pieces(rows):

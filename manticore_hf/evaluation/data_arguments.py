@@ -17,7 +17,9 @@ class DataArguments:
     data_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     data_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
     streaming: bool = field(default=False, metadata={"help": "Read a Hub data set only as far as it is needed."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds plain text."})
+    text_column: str = field(
+        default="text", metadata={"help": "Column that holds plain text; answers.text for one inside of a column."}
+    )
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column of the prompt: instruction data, the prompt gets no loss."}
     )

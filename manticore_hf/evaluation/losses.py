@@ -226,11 +226,29 @@ def own_nats(
     Raises:
         ManticoreError: Its tokenizer does not know a piece of a text.
     """
+    return text_nats(model, tokenizer, passages.texts, batch_size, passages.prompts, progress)
+
+
+def text_nats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_size: int = 8,
+    prompts: Sequence[str] | None = None,
+    progress: bool = True,
+) -> np.ndarray:
+    """[texts] nats, as `own_nats`; a text that is longer than the model reads is read in windows that overlap by half.
+
+    Args:
+        model, tokenizer, batch_size, progress: As `own_nats` takes them.
+        texts: Texts.
+        prompts: What is read before each, and not scored.
+    """
     longest = getattr(model.config, "max_position_embeddings", None)
     longest = longest if isinstance(longest, int) and longest > 1 else None
     scores = token_logprobs(
-        model, tokenizer, passages.texts, batch_size=batch_size, max_length=longest, stride=longest and longest // 2,
-        prompts=passages.prompts, progress=progress,
+        model, tokenizer, texts, batch_size=batch_size, max_length=longest, stride=longest and longest // 2,
+        prompts=prompts, progress=progress,
     )  # fmt: skip
     return np.array([-sum(values) for values in scores])
 
@@ -254,18 +272,6 @@ def ensemble_nats(models: Sequence[Callable], passages: Passages, size: int, bat
             losses = F.cross_entropy(mean.transpose(1, 2), labels, reduction="none", ignore_index=NO_LOSS)
             out[numbers] = losses.double().sum(1).cpu().numpy()
     return out
-
-
-def measured_on(data: DataArguments, rows: Dataset) -> dict[str, Any]:
-    """What a result says of the text it was measured on: {"data": its name, "tokens": predicted ones, "note": how}.
-
-    Args:
-        data: DataArguments.
-        rows: The rows that were used.
-    """
-    labels = separate(rows)["labels"]
-    tokens = sum(label != NO_LOSS for one in labels for label in one[1:])
-    return {"data": name_of(data), "tokens": tokens, "note": how_measured(data)}
 
 
 def name_of(data: DataArguments) -> str:

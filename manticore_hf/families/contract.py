@@ -270,6 +270,65 @@ def check_chunks(model: ManticoreForCausalLM, sizes: Sequence[int]) -> None:
 
 
 @torch.no_grad()
+def check_padding_inside(model: ManticoreForCausalLM) -> None:
+    """Rows with padding left, right and between tokens are the rows alone: at once, cached, in chunks, generated on."""
+    mask = torch.tensor(
+        [[0, 1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 1], [1] * 5 + [0] * 3 + [1] * 2 + [0] * 2], device=model.device
+    )
+    ids, real = tokens(2, 12, 5, model.device), mask.bool()
+    alone = [row[kept][None] for row, kept in zip(ids, real)]
+    wanted = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in alone])
+    got = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    close(got[real], wanted, "logits of a row with padding inside and of the row alone")
+    for cuts in ((0, 12), (0, 8, 12), (0, 3, 4, 5, 7, 11, 12)):
+        cache = model.make_cache()
+        parts = [
+            model(input_ids=ids[:, a:b], attention_mask=mask[:, :b], cache=cache).logits for a, b in zip(cuts, cuts[1:])
+        ]
+        close(torch.cat(parts, 1)[real], wanted, f"cached logits, cut at {cuts}, of a padded row and of the row alone")
+    for beams in (1, 3):
+        tail = [generate(model, row, steps=4, num_beams=beams)[0][0, -4:] for row in alone]
+        got, _, _ = generate(model, ids[:1], mask[:1], 4, num_beams=beams)
+        same(got[0, -4:], tail[0], f"tokens after padding inside and after the row alone, {beams} beams")
+        turned = torch.cat([ids, ids[:, :2]], 1), torch.cat([mask, torch.ones_like(mask[:, :2])], 1)
+        _, _, first = generate(model, ids[:, :9], mask[:, :9], 1)
+        got, _, _ = generate(model, *turned, 4, num_beams=beams, cache=first.cache if beams == 1 else None)
+        for row, one, lone in zip(got, ids, alone):
+            wanted, _, _ = generate(model, torch.cat([lone, one[None, :2]], 1), steps=4, num_beams=beams)
+            same(row[-4:], wanted[0, -4:], f"tokens of a second turn after padding and of the row alone, {beams} beams")
+
+
+def check_documents(model: ManticoreForCausalLM) -> None:
+    """Documents in one row are each as if alone: logits, loss and gradients."""
+    lengths, device = [[5, 1, 7, 3], [2, 14]], model.device
+    ids = tokens(2, 16, 6, device)
+    alone = [one[None] for row, sizes in zip(ids, lengths) for one in row.split(sizes)]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in sizes]) for sizes in lengths]).to(device)
+    results = []
+    for packed in (True, False):
+        model.zero_grad()
+        if packed:
+            out = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False)
+            logits, loss = out.logits.flatten(0, 1), out.loss
+        else:
+            outs = [model(input_ids=one, labels=one, use_cache=False) for one in alone]
+            weights = [one.shape[1] - 1 for one in alone]
+            logits = torch.cat([out.logits[0] for out in outs])
+            loss = sum(out.loss * n for out, n in zip(outs, weights) if n) / sum(weights)
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((logits.detach(), loss.detach(), grads))
+    (logits, loss, grads), (wanted, wanted_loss, wanted_grads) = results
+    model.zero_grad()
+    close(logits, wanted, "logits of documents in one row and of each alone")
+    close(loss, wanted_loss, "losses of documents in one row and of each alone")
+    if grads.keys() != wanted_grads.keys():
+        raise Broken("other parameters get a gradient from documents in one row than from each alone")
+    for name in grads:
+        close(grads[name], wanted_grads[name], f"gradients of {name} by documents in one row and by each alone")
+
+
+@torch.no_grad()
 def check_turns(model: ManticoreForCausalLM) -> None:
     """Two sequences decoded by turns, each with its cache: nothing of one lives outside of it."""
     one, two = tokens(1, 6, 3, model.device), tokens(1, 6, 4, model.device)

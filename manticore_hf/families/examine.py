@@ -109,6 +109,8 @@ CHECKS = {
     "segments": _segments,
     "one_hot": _one_hot,
     "padding": lambda examined: contract.check_padding(examined.alone),
+    "inside": lambda examined: contract.check_padding_inside(examined.alone),
+    "documents": lambda examined: (contract.check_documents(examined.alone), contract.check_documents(examined.pair)),
     "greedy": lambda examined: (contract.check_greedy(examined.alone), contract.check_greedy(examined.pair)),
     "turns": lambda examined: contract.check_turns(examined.alone),
     "chunks": lambda examined: contract.check_chunks(examined.alone, (4, 1, 1, 3, 2)),
@@ -119,7 +121,7 @@ CHECKS = {
 }
 """What a type is put through, in this order."""
 
-ROUNDED = ("padding", "greedy", "turns", "chunks", "beams", "static", "gradients")
+ROUNDED = ("padding", "inside", "documents", "greedy", "turns", "chunks", "beams", "static", "gradients")
 """Those that compare up to rounding."""
 
 

@@ -21,7 +21,16 @@ from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.hub.licenses import DUTIES, LICENSES, Combined, combine
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.utils.claims import AS_IT_CAME, claim
-from manticore_hf.utils.formatting import Safe, escape, link, listed, markdown_environment, short_bytes, short_count
+from manticore_hf.utils.formatting import (
+    Safe,
+    escape,
+    is_number,
+    link,
+    listed,
+    markdown_environment,
+    short_bytes,
+    short_count,
+)
 from manticore_hf.utils.task_types import kind_of
 
 TAGS = ("manticore", "hybrid", "merge")
@@ -150,7 +159,7 @@ def read_results(directory: str | os.PathLike) -> list[Result]:
             continue
         for value in values if isinstance(values, list) else [values]:
             losses = value.get("losses") if isinstance(value, dict) else None
-            if not isinstance(losses, dict) or not losses or not all(map(_is_loss, losses.values())):
+            if not isinstance(losses, dict) or not losses or not all(map(is_number, losses.values())):
                 continue
             tokens, note = value.get("tokens"), value.get("note")
             data = str(value.get("data") or "the validation text")
@@ -161,10 +170,10 @@ def read_results(directory: str | os.PathLike) -> list[Result]:
                     data,
                     {str(label): float(loss) for label, loss in losses.items()},
                     str(value.get("own", "hybrid")),
-                    tokens if type(tokens) is int else None,
+                    tokens if _is_count(tokens) else None,
                     note if isinstance(note, str) else None,
-                    _known(value.get("bits_per_byte"), _is_loss),
-                    value["bytes"] if type(value.get("bytes")) is int else None,
+                    _known(value.get("bits_per_byte"), is_number),
+                    value["bytes"] if _is_count(value.get("bytes")) else None,
                     _known(value.get("differences"), _is_difference),
                 )
             )
@@ -177,8 +186,12 @@ def _known(values, fits):
     return {str(key): value for key, value in values.items() if fits(value)}
 
 
+def _is_count(value):
+    return type(value) is int and is_number(value) and value > 0
+
+
 def _is_difference(value):
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_loss, value))
+    return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
 
 
 def _metadata(config, kind, facts, results, recipe, license, license_name):
@@ -380,10 +393,6 @@ def _version(package):
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def _is_loss(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read(path):

@@ -6,8 +6,6 @@ The model is built on the meta device: shapes without storage. FLOPs are counted
 `tokens` tokens without a past. Only the mixture weights are read from the hybrid's own file, by their byte range.
 """
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -32,7 +30,9 @@ from manticore_hf.hub.provenance import (
     verify_cached,
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.modeling.saving_manticore import check_whole
 from manticore_hf.utils.flops import count_flops
+from manticore_hf.utils.formatting import listed_some, printable_output
 from manticore_hf.utils.objective import say_objective
 from manticore_hf.utils.task_types import KINDS, kind_of, labels_of, quantization_of
 
@@ -57,6 +57,8 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
         with its own head or score head, and the hybrid. Bytes are those of floating point, also where linear maps are
         packed (`quantization`).
     """
+    if os.path.isdir(source):
+        check_whole(source)
     config = ManticoreConfig.from_pretrained(source, **({} if revision is None else {"revision": revision}))
     for name in config.component_names:
         # The one way of running experts whose shapes do not depend on values.
@@ -173,7 +175,15 @@ def _alpha(model, source, revision):
     names = ["hybrid_mixer.alpha_logits"] + ["hybrid_mixer.token_gate.linear.bias"] * (model.config.mixture == "token")
     try:
         logits = [_read_tensor(source, name, revision) for name in names]
-    except (OSError, KeyError, ValueError, TypeError, RecursionError, HTTPError):  # damaged, or hostile
+    except (
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RuntimeError,
+        HTTPError,
+    ):  # damaged, or hostile
         return None
     count = len(model.config.component_names)
     if any(tuple(one.shape) != shape for one, shape in zip(logits, [(model.config.num_blocks, count), (count,)])):
@@ -219,7 +229,7 @@ def print_inspection(source: str, found: dict[str, Any]) -> None:
     if found["quantization"] is not None:
         print(f"its linear maps are packed in {found['quantization']}: bytes below are those of floating point")
     if "labels" in task:
-        shown = ", ".join(task["labels"][:_SHOWN_LABELS]) + (", ..." if len(task["labels"]) > _SHOWN_LABELS else "")
+        shown = listed_some(task["labels"], _SHOWN_LABELS)
         print(f"{len(task['labels'])} labels: {shown}; {task['problem']}")
     print(", ".join(f"{key}={value}" for key, value in found["settings"].items() if value is not None))
     print("\ncomponents")
@@ -275,7 +285,5 @@ def run_inspect(source: str, revision: str | None = None, as_json: bool = False,
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        with contextlib.redirect_stdout(io.StringIO()) as text:
+        with printable_output():  # names of files are a stranger's, too
             print_inspection(source, found)
-        # Names of files are a stranger's, too: none of them may command the terminal.
-        print("".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text.getvalue()), end="")

@@ -256,4 +256,9 @@ def read_license(card: str | os.PathLike | None) -> str | None:
     stated = data.get("license")
     if stated == "other":
         stated = data.get("license_name") or stated
-    return stated if isinstance(stated, str) and len(stated) < 200 and stated.isprintable() else None
+    return stated_license(stated)
+
+
+def stated_license(value: object) -> str | None:
+    """What a file says under "license", None where that is not the short name of one."""
+    return value if isinstance(value, str) and 0 < len(value) < 200 and value.isprintable() else None

@@ -18,9 +18,11 @@ from manticore_hf import modeling
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import verify, where
 from manticore_hf.modeling.saving_manticore import CODE
+from manticore_hf.utils.formatting import listed_some
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LARGEST_HEADER = 50_000_000
+_MOST_PARTS = 64
 
 
 def repository(source: str, revision: str | None = None) -> dict:
@@ -155,7 +157,8 @@ def _count_tensors(source, name, revision):
     for key in header:
         if key != "__metadata__":
             part = key.partition(".")[0]
-            out[part] = out.get(part, 0) + 1
+            known = len(part) <= 100 and (part in out or len(out) < _MOST_PARTS)
+            out[part if known else "others"] = out.get(part if known else "others", 0) + 1
     return out
 
 
@@ -169,7 +172,7 @@ def print_repository(source: str, found: dict) -> None:
     access = "" if found["commit"] is None else ", private" if found["private"] else ", gated" if found["gated"] else ""
     at = "" if found["commit"] is None else f"@{found['commit']}"
     print(f"\nrepository: {source}{at}{access}: {len(found['files'])} files, {sum(found['files'].values()):,} bytes")
-    for name, parts in found["own"].items():
+    for name, parts in list(found["own"].items())[:_MOST_PARTS]:
         held = ", ".join(f"{count} of {part}" for part, count in parts.items()) or "its header cannot be read"
         print(f"  {name}: {found['files'][name]:,} bytes, tensors: {held}")
     by_kind = {kind: [name for name, one in found["code"].items() if one == kind] for kind in ("different", "unknown")}
@@ -177,9 +180,9 @@ def print_repository(source: str, found: dict) -> None:
     print(f"  code: {same} files as in the installed manticore-hf (run only with trust_remote_code=True)")
     for kind, word in (("different", "other content than in"), ("unknown", "not in")):
         if by_kind[kind]:
-            print(f"  CODE {word} the installed manticore-hf, read it: {', '.join(by_kind[kind])}")
+            print(f"  CODE {word} the installed manticore-hf, read it: {listed_some(by_kind[kind])}")
     if found["pickles"]:
-        print(f"  PICKLES (never read): {', '.join(found['pickles'])}")
+        print(f"  PICKLES (never read): {listed_some(found['pickles'])}")
 
 
 def print_state(state: dict) -> str:

@@ -36,6 +36,7 @@ from manticore_hf.hub.upload import REPLACED, collect, own_weights, refuse_links
 from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.references_manticore import where
+from manticore_hf.modeling.saving_manticore import check_whole
 from manticore_hf.modeling.weights_manticore import end_names
 
 logger = logging.get_logger(__name__)
@@ -290,6 +291,7 @@ def _directory(model, scratch):
     directory = Path(model)
     if not (directory / "config.json").is_file():
         raise ManticoreError(f"{str(model)!r} has no config.json: give a hybrid, or the directory of a saved one.")
+    check_whole(directory)
     kind = ManticoreConfig.get_config_dict(directory)[0].get("model_type")
     if kind != "manticore":
         raise ManticoreError(f"{str(model)!r} holds a model of type {kind!r}, no hybrid; publish it with hf upload.")

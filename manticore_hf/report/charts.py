@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
+from manticore_hf.modeling.settings_manticore import printable
+
 _WIDTH = 640
 
 
@@ -20,10 +22,11 @@ def _svg(width, height, parts, label):
     body = Markup("").join(parts)
     return Markup(
         '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" class="chart" style="max-width:{}px">{}</svg>'
-    ).format(_short(width), _short(height), label, _short(width), body)
+    ).format(_short(width), _short(height), printable(label), _short(width), body)
 
 
 def _text(x, y, text, anchor="start", classes="", title=None):
+    text, title = printable(text), None if title is None else printable(title)
     inner = escape(text) if title is None else Markup("<title>{}</title>{}").format(title, text)
     return Markup('<text x="{}" y="{}" text-anchor="{}" class="{}">{}</text>').format(
         _short(x), _short(y), anchor, classes, inner

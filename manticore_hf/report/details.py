@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from manticore_hf.modeling.settings_manticore import printable
 from manticore_hf.report import charts
 from manticore_hf.report.facts import Facts
 from manticore_hf.report.verdict import gain_needed, say_difference
@@ -174,7 +175,7 @@ def _gate(one):
 def visible(text: str, alone: bool = False) -> str:
     """Text in one line whose line breaks and tabs are seen, and that commands nothing; `alone`: spaces, too."""
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥")
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = printable(text)
     return text.replace(" ", "␣") if alone and not text.strip() else text
 
 

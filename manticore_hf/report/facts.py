@@ -12,10 +12,11 @@ from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.hub.licenses import combine
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.report.comparison import find_comparison, read_comparison
-from manticore_hf.training.recipe import load_recipe, stage_data
+from manticore_hf.training.recipe import load_kept_recipe, stage_data
 from manticore_hf.training.search import alpha_history
 from manticore_hf.utils.claims import AS_IT_CAME
-from manticore_hf.utils.formatting import listed
+from manticore_hf.utils.files import stays_inside
+from manticore_hf.utils.formatting import is_number, listed
 
 _STAGE = re.compile(r"(\d+)-([a-z]+)")
 
@@ -41,7 +42,7 @@ class Stage:
     @property
     def seconds(self) -> float | None:
         """Seconds of training, or None where no log says."""
-        return next((row["train_runtime"] for row in reversed(self.log) if "train_runtime" in row), None)
+        return next((row["train_runtime"] for row in reversed(self.log) if is_number(row.get("train_runtime"))), None)
 
     def series(self, key: str) -> dict[str, tuple[list[int], list[float]]]:
         """What was logged under a key, or below it ("loss" takes "loss/mixture", too).
@@ -53,7 +54,7 @@ class Stage:
         for row in self.log:
             for name, value in row.items():
                 fits = name == key or name.startswith(key if key.endswith("/") else f"{key}/")
-                if fits and isinstance(value, (int, float)) and isinstance(row.get("step"), int):
+                if fits and is_number(value) and type(row.get("step")) is int and is_number(row["step"]):
                     steps, values = out.setdefault(name, ([], []))
                     steps.append(row["step"])
                     values.append(value)
@@ -79,6 +80,7 @@ class Facts:
         comparison_path: Where it is.
         recipe: Path of the recipe that made it, or None.
         measured: {name: measurement}, filled by `run`.
+        directory: What the user named: that directory, or the one of its run.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Facts:
     comparison_path: Path | None = None
     recipe: Path | None = None
     measured: dict = field(default_factory=dict)
+    directory: Path | None = None
 
 
 def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = None) -> Facts:
@@ -109,6 +112,7 @@ def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = 
     """
     directory = Path(directory)
     folder, stages = _stages(directory)
+    _refuse_links(directory, {directory, folder, *(stage.folder for stage in stages)})
     found = inspect_hybrid(str(folder))
     licenses = {entry["name"]: entry["license"] for entry in found["components"]}
     path = find_comparison(directory, comparison)
@@ -126,7 +130,18 @@ def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = 
         None if path is None else read_comparison(path),
         path,
         recipe,
+        directory=directory,
     )
+
+
+def _refuse_links(directory, folders):
+    """A downloaded directory may have links to files of its reader's, pieces of which would be shown."""
+    for path in (path for folder in folders for path in folder.glob("*.*")):
+        if path.suffix in (".json", ".yaml", ".md") and not stays_inside(path, path.parent):
+            raise ManticoreError(
+                f"{str(path)!r} is a link to {os.path.realpath(path)!r}, which is not in the directory: replace it by "
+                "a copy if it belongs to the hybrid, or remove it."
+            )
 
 
 def _stages(directory):
@@ -165,13 +180,14 @@ def _stage(folder):
     log = state.get("log_history")
     log = [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []
     flops = state.get("total_flos")
-    return Stage(folder.name, folder, result, log, flops if isinstance(flops, (int, float)) and flops else None)
+    return Stage(folder.name, folder, result, log, flops if is_number(flops) and flops > 0 else None)
 
 
 def _last_state(folder):
     """What the newest checkpoint says, of a stage that keeps no log of its own."""
     states = [_json(path) for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max((s for s in states if s), key=lambda state: state.get("global_step", 0), default={})
+    states = [state for state in states if state and is_number(state.get("global_step", 0))]
+    return max(states, key=lambda state: state.get("global_step", 0), default={})
 
 
 def _json(path):
@@ -253,7 +269,7 @@ def _mean(values, weights):
 
 
 def held_out(
-    facts: Facts, data: str | os.PathLike | None = None, block_size: int | None = None
+    facts: Facts, data: str | os.PathLike | None = None, block_size: int | None = None, allow_outside: bool = False
 ) -> tuple[DataArguments, bool]:
     """Where held-out text comes from: (DataArguments, whether its validation split is meant).
 
@@ -261,11 +277,16 @@ def held_out(
         facts: Facts.
         data: File of held-out text, or None for the validation split of the recipe's data.
         block_size: Tokens per row; default: the recipe's, else 512, at most what the hybrid reads.
+        allow_outside: Whether a recipe that was not run here may name files outside of the directory.
 
     Raises:
         ManticoreError: There is neither a file nor a recipe that holds text out.
     """
-    settings = None if facts.recipe is None else _text_of(load_recipe(facts.recipe), facts.folder)
+    settings = None
+    if facts.recipe is not None:
+        trusted = allow_outside or data is not None  # whose text is not read then
+        recipe = load_kept_recipe(facts.recipe, facts.directory or facts.folder, trusted)
+        settings = _text_of(recipe, facts.folder)
     longest = facts.found["settings"]["max_position_embeddings"]
     if data is not None:
         block_size = block_size or min(settings.block_size if settings else 512, longest or 512)

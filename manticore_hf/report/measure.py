@@ -274,8 +274,8 @@ def feature_similarity(model: PreTrainedModel, rows: Dataset, batch_size: int = 
             seen.clear()
             run = ManticoreModel.forward(model, input_ids=ids, use_cache=False, return_dict=True)
             seen.update({(0, name): (model.embed(name, ids), False) for name in names})
-            for name, state in zip(names, run.states):
-                if (last, name) not in seen and state is not None:
+            for name, state in run.states.items():
+                if (last, name) not in seen:
                     seen[last, name] = (state, False)
             real = _real(ids, labels)
             for (boundary, a), (x, translated) in seen.items():

@@ -18,6 +18,11 @@ def add_options(parser: Parser) -> None:
         "--comparison",
         help="directory of a manticore-hf compare run (default: comparison.json in the directory or above it)",
     )
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="let the directory's recipe name text outside of it although you have not run it on this machine",
+    )
     parser.add_argument("--output-dir", help="write the report to this directory (default: the given one)")
     parser.add_argument("--output", dest="output_dir", action=Renamed, new="--output-dir")
     parser.add_argument("--max-tokens", type=int, default=20_000, help="measure on at most so many tokens")
@@ -44,6 +49,7 @@ def main(args: argparse.Namespace) -> None:
         args.block_size,
         args.batch_size,
         args.measure,
+        args.allow_outside,
     )
     print(f"\n{verdict.word}: {verdict.headline}.")
     for sentence in (*verdict.reasons, *(f"Next: {step}" for step in verdict.steps)):

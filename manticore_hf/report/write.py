@@ -47,6 +47,7 @@ def write_report(
     block_size: int | None = None,
     batch_size: int = 8,
     measured: bool = True,
+    allow_outside: bool = False,
 ) -> tuple[Verdict, Path, Path]:
     """Writes the report of a hybrid: one HTML file that needs nothing else, and its Markdown twin.
 
@@ -60,6 +61,8 @@ def write_report(
         block_size: Tokens per row of `data`; default: the recipe's, else 512.
         batch_size: Rows per forward pass.
         measured: False to load no model and measure nothing.
+        allow_outside: Whether a recipe that was not run by this user, on this machine, may name text outside of the
+            directory.
 
     Returns:
         (Verdict, path of the HTML file, path of the Markdown file).
@@ -72,7 +75,7 @@ def write_report(
     output = Path(output or directory)
     output.mkdir(parents=True, exist_ok=True)
     if measured:
-        arguments, split = held_out(facts, data, block_size)
+        arguments, split = held_out(facts, data, block_size, allow_outside)
         facts.measured = _measure(facts, arguments, split, output / NAMES[2], max_tokens, batch_size)
     run = one_run(facts)
     verdict = decide(facts.comparison, facts.found["settings"], compare_command(facts), run)

@@ -59,6 +59,8 @@ class DistilTrainer(Trainer):
                 target = self.teacher(**given, use_cache=False).logits[:, :-1][kept].float().log_softmax(-1)
             own = outputs["logits"][:, :-1][kept].float().log_softmax(-1)
             items = kept.sum() if num_items_in_batch is None else num_items_in_batch
+            # 0 times minus infinity is no number: what a head rules out is very unlikely here
+            own, target = (one.clamp(min=torch.finfo(one.dtype).min / 4) for one in (own, target))
             distance = F.kl_div(own, target, log_target=True, reduction="sum") / items
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 distance = distance * self.accelerator.num_processes  # as Trainer: the ranks average

@@ -38,15 +38,27 @@ def set_stage(model: torch.nn.Module, stage: str) -> torch.nn.Module:
     for name, part in hybrid.named_children():
         if name not in hybrid.config.component_names:
             part.requires_grad_(True)
-    for entry in hybrid.config.components:
-        if hybrid.config.embeddings == "fresh" or entry["transplant"] is not None:
-            component = hybrid.component(entry["name"])
-            for end in (component.get_input_embeddings(), component.get_output_embeddings()):
-                if end is not None:  # classifiers have no such head
-                    end.requires_grad_(True)
+    for parameter in new_rows(hybrid):
+        parameter.requires_grad_(True)
     if stage == "finetune":
         hybrid.hybrid_mixer.alpha_logits.requires_grad_(False)
     return model
+
+
+def new_rows(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Embeddings and heads that are new: all of them with embeddings="fresh", and those of a transplanted vocabulary.
+
+    Args:
+        model: A hybrid.
+    """
+    out = {}
+    for entry in model.config.components:
+        if model.config.embeddings == "fresh" or entry["transplant"] is not None:
+            component = model.component(entry["name"])
+            for end in (component.get_input_embeddings(), component.get_output_embeddings()):
+                if end is not None:  # classifiers have no such head
+                    out |= {id(parameter): parameter for parameter in end.parameters()}
+    return list(out.values())
 
 
 def fix_alpha(model: torch.nn.Module, weights: torch.Tensor | None = None) -> torch.nn.Module:

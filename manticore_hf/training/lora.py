@@ -19,14 +19,16 @@ from manticore_hf.modeling.dtypes_manticore import (
     MIXER,
     RAW,
     SCORE,
+    check_adapted,
     check_unquantized,
     is_state_space,
     kept_maps,
     plain_linear_maps,
 )
+from manticore_hf.utils.unwrap import hybrid_of
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PromptLearningConfig
 
 TASK_TYPES = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
@@ -59,9 +61,12 @@ def lora_config(
         r: Rank.
         components: Names of the components to adapt; default: all.
         train_mixer: Train and save projectors, mixture weights and gate in full beside the adapters. (Score heads of
-            a classifier always are.)
+            a classifier always are; so are embeddings and heads, where the vocabulary was resized since the hybrid was
+            loaded: an adapter would bring nothing else of them back.)
         **kwargs: Further fields of LoraConfig (lora_alpha, lora_dropout, ...). `target_modules` replaces the safe
-            targets; unsafe ones among them raise. `task_type` follows from the model's class.
+            targets; unsafe ones among them raise. `modules_to_save` adds to what is saved in full.
+            `trainable_token_indices` as a list means these rows of every component's embeddings. `task_type` follows
+            from the model's class.
 
     Returns:
         A `peft.LoraConfig` for `peft.get_peft_model(model, config)`; its revision is the hybrid's own commit if it was
@@ -89,16 +94,65 @@ def lora_config(
     # By the Auto class that it is registered for: loaded as remote code, its class is of another copy of the files.
     task_type = TASK_TYPES.get(model._auto_class)
     saved = [MIXER] * train_mixer + [name for name, _ in model.named_children() if name == SCORE]
+    saved += kwargs.pop("modules_to_save", None) or []
+    if model.is_resized:
+        saved += [name for pair in end_modules(model).values() for name in pair if name is not None]
+    rows = kwargs.pop("trainable_token_indices", None)
+    if isinstance(rows, list):
+        rows = {embedding: rows for embedding, _ in end_modules(model).values()}
     config = LoraConfig(
         r=r,
         target_modules=targets,
         modules_to_save=saved or None,
         task_type=kwargs.pop("task_type", task_type),
         revision=getattr(model, "_own_commit", None),
+        trainable_token_indices=rows,
         **kwargs,
     )
     refuse_unsafe(model, config)
     return config
+
+
+def prompt_config(
+    model: nn.Module, kind: type | None = None, num_virtual_tokens: int = 20, **kwargs: object
+) -> "PromptLearningConfig":
+    """A configuration of soft prompts for a hybrid, as wide as what it reads (`get_input_embeddings`).
+
+    PEFT would take the hidden size for that width, and ask for a number of attention heads, which a hybrid lacks and
+    prompts do not need.
+
+    Args:
+        model: A hybrid.
+        kind: `peft.PromptTuningConfig` (the default), or another class of prompts that are read as embeddings, such as
+            `peft.PromptEncoderConfig` (P-tuning).
+        num_virtual_tokens: Length of the prompt.
+        **kwargs: Further fields of that class.
+
+    Returns:
+        What `peft.get_peft_model(model, config)` takes.
+
+    Raises:
+        ManticoreError: `kind` is no such class: prefix tuning writes keys and values into the cache of every layer.
+    """
+    from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig
+
+    kind = kind or PromptTuningConfig
+    if not issubclass(kind, PromptLearningConfig) or issubclass(kind, PrefixTuningConfig):
+        raise ManticoreError(
+            f"{kind.__name__} is no prompt that a hybrid can read: recurrent components keep no keys and values. Use "
+            "PromptTuningConfig or PromptEncoderConfig."
+        )
+    sizes = {"token_dim": model.get_input_embeddings().embedding_dim, "num_layers": 1, "num_attention_heads": 1}
+    task_type = TASK_TYPES.get(model._auto_class)
+    return kind(**{"task_type": task_type, "num_virtual_tokens": num_virtual_tokens, **sizes, **kwargs})
+
+
+def end_modules(model: nn.Module) -> dict[str, tuple[str | None, str | None]]:
+    """{component: (name of its embeddings, name of its head)} in a hybrid; None for a head that it lacks."""
+    names = {id(module): name for name, module in model.named_modules()}
+    parts = {name: model.component(name) for name in model.config.component_names}
+    ends = {name: (part.get_input_embeddings(), part.get_output_embeddings()) for name, part in parts.items()}
+    return {name: tuple(names.get(id(end)) for end in pair) for name, pair in ends.items()}
 
 
 def _keep_trainable(model):
@@ -147,12 +201,6 @@ def refuse_unsafe(model: nn.Module, config: "LoraConfig") -> None:
 
 
 def check_adapters(model: nn.Module) -> nn.Module:
-    """Raises ManticoreError if a PEFT model already wraps such a projection; returns the model."""
-    for key, module in model.named_modules():
-        parent, _, leaf = key.rpartition(".")
-        if leaf in RAW and hasattr(module, "base_layer") and is_state_space(model.get_submodule(parent)):
-            raise ManticoreError(
-                f"PEFT has wrapped {key!r}, whose adapter gets no gradient on some machines, silently. Make the "
-                "adapter with lora_config(model)."
-            )
+    """Raises ManticoreError if a PEFT model has wrapped what an adapter cannot train everywhere; returns the model."""
+    check_adapted(hybrid_of(model))
     return model

@@ -159,11 +159,11 @@ def difference_of_strengths(
             counts.append(torch.stack([_windows(kept[None], window, half)[0] for half in (0, 1)]))
     finally:
         model.train(was_training)
-    sums, counts = torch.cat(sums, -1), torch.cat(counts, -1)
+    counts = torch.cat(counts, -1) if counts else torch.zeros(2, 0)
     whole = (counts > 0).all(0)  # a window of which one half predicts nothing chooses nothing
-    sums, counts = sums[..., whole].double(), counts[..., whole].double()
-    if not counts.numel():
+    if not whole.any():
         raise ManticoreError("No row has two tokens to predict: the components' strengths cannot be compared.")
+    sums, counts = torch.cat(sums, -1)[..., whole].double(), counts[..., whole].double()
     chosen = sums.argmin(1)  # [half, windows]
     crossed = sums.gather(1, chosen.flip(0)[:, None])[:, 0]
     losses = sums.sum((0, 2)) / counts.sum()

@@ -231,7 +231,7 @@ def route_logits(model: torch.nn.Module, route: list[str], ids: torch.Tensor) ->
     config, mixer, before, state = model.config, model.hybrid_mixer, None, None
     native = _is_native(config, route)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    for one in stretches(SimpleNamespace(route=route, bounds=config.bounds, num_blocks=config.num_blocks)):
+    for one in stretches(SimpleNamespace(route=route, bounds=config.bounds)):
         if before is not None:
             shared = mixer(HybridMixer.leave, before.last, before.name, state, 1.0)
             state = mixer(HybridMixer.enter, one.first, one.name, shared, 1.0)

@@ -9,7 +9,10 @@ and relative paths stay below the recipe's own folder. It is read with YAML's sa
 experiment needs and that keep a hostile file from taking the machine.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import yaml
+from huggingface_hub import constants
 from transformers import PreTrainedConfig, TrainingArguments
 
 from manticore_hf.evaluation.data import DataArguments
@@ -378,6 +382,7 @@ def run_recipe(
         stages.append((known, own, stage_data(recipe, settings.get("data", {})), given))
     output.mkdir(parents=True, exist_ok=True)
     on_main(replace_text, kept, text)
+    on_main(_remember, text, recipe.path.parent)
     hybrid, program = dict(recipe.hybrid), None
     programs = program_of(hybrid.get("mixture"))
     if programs is not None:
@@ -404,6 +409,47 @@ def run_recipe(
         on_main(shutil.copyfile, kept, folder / "recipe.yaml")
         results.append((folder, result))
     return results
+
+
+def _remember(text, folder):
+    """Notes, in this user's own files, that a recipe of that text was run from a folder."""
+    with contextlib.suppress(OSError):
+        note = _note_of(text)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(note, str(folder.resolve()))
+
+
+def _note_of(text):
+    return Path(constants.HF_HOME) / "manticore" / "recipes" / hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_kept_recipe(path: str | Path, directory: str | Path, allow_outside: bool = False) -> Recipe:
+    """The recipe that lies in a directory, which may be a stranger's.
+
+    The files that it names are used if it was run by this user on this machine; else only those in the directory.
+
+    Args:
+        path: Its file.
+        directory: The directory.
+        allow_outside: Whether it is trusted whoever ran it.
+
+    Raises:
+        ManticoreError: The recipe is invalid, or names a file that is not to be used.
+    """
+    recipe = load_recipe(path)
+    try:
+        home = Path(_note_of(_read(recipe.path)).read_text(encoding="utf-8"))
+        return dataclasses.replace(recipe, path=home / recipe.path.name, allow_outside=True)
+    except OSError:
+        recipe.allow_outside = allow_outside
+    named = [recipe.data, *(settings.get("data", {}) for _, settings in recipe.stages)]
+    for source in {one["data"] for one in named if "data" in one}:
+        if not allow_outside and os.path.exists(source) and not stays_inside(source, directory):
+            raise ManticoreError(
+                f"{recipe.path}: its text {show(source)} is not in {str(directory)!r}, and the recipe was not run by "
+                "you on this machine. Give a text with --data FILE, or --allow-outside if you trust the recipe."
+            )
+    return recipe
 
 
 def stage_data(recipe: Recipe, other: dict) -> DataArguments:
@@ -451,12 +497,14 @@ def recipe_sources(folder: str | Path, config: PreTrainedConfig) -> list[str] | 
     if not file.is_file() or all(entry["repo_id"] for entry in config.components):
         return None
     try:
-        recipe = load_recipe(file)
+        recipe = load_kept_recipe(file, folder)
         found = [find_beside(source, recipe) for source in recipe.components]
     except ManticoreError:
         return None
     if len(found) != len(config.components):
         return None
+    usable = [Path(one).is_dir() and (recipe.allow_outside or stays_inside(one, folder)) for one in found]
     return [
-        one if entry["repo_id"] is None and Path(one).is_dir() else None for one, entry in zip(found, config.components)
+        one if entry["repo_id"] is None and known else None
+        for one, known, entry in zip(found, usable, config.components)
     ]

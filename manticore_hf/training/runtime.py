@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.evaluation.data import load_rows
+from manticore_hf.evaluation.data import load_rows, without_text
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.evaluation.losses import Passages, make_passages
 from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
@@ -98,8 +98,7 @@ class StageRun:
             rows = load_rows(self.data, self.tokenizer, keep_text=True)
         if rows[1] is not None:
             self.passages = make_passages(rows[1], self.tokenizer)
-        # What is trained on is tokens: no collator takes texts
-        self.train, self.validation = (part and part.select_columns(_tokens_of(part)) for part in rows)
+        self.train, self.validation = (without_text(part) for part in rows)
         return model
 
     def load_to_train(self, source: str | Path, dtype: str) -> ManticoreForCausalLM:
@@ -189,10 +188,6 @@ class StageRun:
         return record(self.output, {"stage": self.stage, **result, **(more or {})})
 
 
-def _tokens_of(rows):
-    return [name for name in rows.column_names if name not in ("texts", "prompt")]
-
-
 def training_defaults() -> dict[str, Any]:
     """What the stages set in TrainingArguments where nothing is given: no trackers; the CPU where there is no other."""
     return {"report_to": "none", "use_cpu": not torch.accelerator.is_available()}
@@ -222,9 +217,10 @@ def check_training(what: str, cls: type[TrainingArguments], given: dict[str, Any
     try:
         arguments = cls(**given)
         model = torch.nn.Linear(1, 1)  # some optimizers look at a model
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-        if not {"optimizer_dict", "model", "params"} & set(options):
-            kind(model.parameters(), **options)
+        if arguments.optim_target_modules is None:  # which are looked for in the model itself
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+            if not {"optimizer_dict", "model", "params"} & set(options):
+                kind(model.parameters(), **options)
         get_scheduler(
             arguments.lr_scheduler_type,
             torch.optim.SGD(model.parameters()),

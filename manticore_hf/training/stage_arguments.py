@@ -119,6 +119,13 @@ class StageArguments:
     train_dtype: str = field(
         default="float32", metadata={"help": "dtype the weights are loaded in; bf16/fp16 options autocast over it."}
     )
+    new_rows_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of embeddings and heads that are new (transplanted, or embeddings: fresh); "
+            "0 freezes them. Default: the learning rate of everything."
+        },
+    )
 
 
 @dataclass
@@ -128,6 +135,9 @@ class AlphaArguments:
     strategy: str = field(default="darts", metadata={"help": "How alpha moves: darts, darts_bilevel, gaea or dash."})
     alpha_learning_rate: float = field(
         default=0.01, metadata={"help": "Learning rate of alpha (paper: 0.005 to 0.05)."}
+    )
+    keep_alpha: bool = field(
+        default=False, metadata={"help": "Go on from the alpha of --model instead of equal weights."}
     )
     alpha_weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay of alpha's logits."})
     alpha_lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of alpha's learning rate."})

@@ -19,7 +19,7 @@ from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.evaluation.losses import how_measured, measure, name_of
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.training.calibrate import awaits_calibration, calibrate_projectors
-from manticore_hf.training.freezing import ComponentClipping, fix_alpha, set_stage
+from manticore_hf.training.freezing import ComponentClipping, fix_alpha, new_rows, set_stage
 from manticore_hf.training.objective import ObjectiveWhenSharded, awaits_objective, choose_objective
 from manticore_hf.training.runtime import StageRun
 from manticore_hf.training.runtime import last_whole_checkpoint as last_whole_checkpoint
@@ -74,13 +74,21 @@ def _train(start: StageArguments, run: StageRun) -> dict:
         take_mixture(model, start.mixture_from)
     elif run.stage == "finetune":
         fix_alpha(model)
+    if search and not arguments.keep_alpha:
+        model.hybrid_mixer.alpha_logits.data.zero_()
     set_stage(model, run.stage)
+    rate = start.new_rows_learning_rate
+    if rate is not None and not rate >= 0:
+        raise ManticoreError(f"new_rows_learning_rate={rate} must be 0 (frozen) or more.")
     callbacks = None
     if start.component_max_norm is not None:
         arguments.max_grad_norm = 0.0
         callbacks = [ComponentClipping(start.component_max_norm)]
     kind = SearchTrainer if search else HybridTrainer
     trainer = run.trainer(kind, model, eval_dataset=run.validation, callbacks=callbacks)
+    trainer.new_rows_learning_rate = rate or None
+    for parameter in new_rows(model) if rate == 0 else ():
+        parameter.requires_grad_(False)
     if awaits_objective(model):
         rows = arguments.per_device_train_batch_size
         if trainer.is_fsdp_enabled:

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from manticore_hf.training.freezing import new_rows
 from manticore_hf.utils.deepspeed import present
 from manticore_hf.utils.distributed import all_reduce_dict, ready_for_shards
 from manticore_hf.utils.unwrap import hybrid_of
@@ -26,6 +27,8 @@ class HybridLogging:
     weight); with the prefix "eval_" after an evaluation.
     """
 
+    new_rows_learning_rate: float | None = None
+    """Learning rate of embeddings and heads that are new; None for that of everything."""
     _watch = None
 
     def _parts(self) -> "PartSums":
@@ -50,6 +53,20 @@ class HybridLogging:
             output.metrics.update({f"{prefix}_{key}": value for key, value in parts.means().items()})
             parts.clear()
         return output
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in Trainer; rows that are new have a group of their own where `new_rows_learning_rate` is set."""
+        first = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.new_rows_learning_rate
+        if first and rate is not None:
+            rows = {id(parameter) for parameter in new_rows(hybrid_of(self.model))}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if id(parameter) in rows]
+                if own:
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in rows]
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> tuple:
         """As in Trainer; rows that accelerate repeats do not count."""

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -59,6 +60,7 @@ _INSTRUCTIONS = {
     "fusion_config", "kernel_config", "use_kernels", "allow_all_kernels", "distributed_config", "device_map",
     "backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone", "gguf_file", "trust_remote_code",
     "keys_to_ignore_at_inference", "ignore_keys_at_rope_validation", "custom_generate", "output_attentions",
+    "attn_implementation_internal", "experts_implementation_internal",
     *(key for key, kind in PreTrainedConfig.__annotations__.items() if "ClassVar" in str(kind) and key != "model_type"),
 }  # fmt: skip
 
@@ -256,6 +258,27 @@ def check_hybrid(what: str, values: dict) -> None:
         raise ManticoreError(f"{what}: {reason}. Quantise the hybrid when you load it (quantization_config=...).")
 
 
+_MOST_ROWS = 1024  # that generation may make of one
+
+
+def check_generation(what: str, values: dict) -> None:
+    """Raises ManticoreError if what generation is to do by a repository's generation_config.json is beyond any sense.
+
+    Args:
+        what: How a message calls the model.
+        values: The settings.
+    """
+    check_plain(what, values)
+    for key in ("num_beams", "num_beam_groups", "num_return_sequences", "num_assistant_tokens"):
+        value = values.get(key)
+        if value is not None and not (type(value) is int and value <= _MOST_ROWS):
+            raise ManticoreError(
+                f"{what}: {key}={show(value)} is no number that anyone generates with; it may be at most {_MOST_ROWS}. "
+                "Repair or do not use this file."
+            )
+    check_sizes(what, values)
+
+
 def _nested(config):
     """The settings of a configuration and of those inside it."""
     todo, seen = [config], []
@@ -352,6 +375,11 @@ class Defence(Guard):
         try:
             yield
         except (OSError, TypeError, AttributeError, KeyError, RecursionError) as err:
+            if isinstance(err, OSError) and isinstance(err.__context__, HFValidationError):
+                raise OSError(
+                    f"{str(source)!r} is not there: it is no directory, and no repository id of the Hub "
+                    "('organisation/name')."
+                ) from err
             if isinstance(err, OSError) and not isinstance(err.__context__, ValueError):
                 raise  # there is no such file, or no connection
             raise ManticoreError(

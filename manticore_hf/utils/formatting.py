@@ -1,11 +1,24 @@
-"""How numbers and strangers' text are printed, in cards, reports and plans."""
+"""How numbers and strangers' text are printed, in cards, reports and plans.
 
+Whatever a stranger wrote passes through one function, `printable`: to a terminal by `printable_output`, which the
+command line is run in, and by ManticoreError; to Markdown by `escape`; to HTML by `html_environment`.
+"""
+
+import contextlib
+import logging
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
-from typing import Any
+from typing import Any, TextIO
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from manticore_hf.modeling.settings_manticore import printable
+
+_LONGEST_LINE = 10_000
+_OF_PROGRESS_BARS = ("\r", "\n", "\x1b[A")  # at the ends of what tqdm writes
 
 
 class Safe(str):
@@ -19,8 +32,8 @@ def escape(value: Any) -> Safe:
     """A value as Markdown that shows it and formats nothing, in one line; what is Markdown already stays as it is."""
     if isinstance(value, Safe):
         return value
-    text = "".join(c if c.isprintable() else " " for c in str(value))
-    return Safe(re.sub(r"([\\`*\[\]<>|~])", r"\\\1", " ".join(text.split())))
+    text = printable(" ".join(str(value).split()))
+    return Safe(re.sub(r"([\\`*\[\]<>|~])", r"\\\1", text))
 
 
 def link(text: str, url: str) -> Safe:
@@ -30,6 +43,7 @@ def link(text: str, url: str) -> Safe:
 
 def fence(text: str, language: str = "") -> Safe:
     """A fenced block of Markdown that its text cannot end; `language` is what it is highlighted as."""
+    text = printable(text, "\n")
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
     return Safe(f"{marks}{language}\n{text.strip()}\n{marks}")
@@ -37,7 +51,70 @@ def fence(text: str, language: str = "") -> Safe:
 
 def code(text: Any) -> Safe:
     """Text inside a quoted string of a code example."""
-    return Safe(" ".join(str(text).split()).replace("\\", "\\\\").replace('"', '\\"').replace("`", ""))
+    return Safe(printable(" ".join(str(text).split())).replace("\\", "\\\\").replace('"', '\\"').replace("`", ""))
+
+
+class _Printable:
+    """A stream that writes nothing but what is printable, line breaks, and the moves of progress bars."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a text; lines beyond any sense are cut."""
+        start, stop = 0, len(text)
+        while move := next((one for one in _OF_PROGRESS_BARS if text.startswith(one, start)), ""):
+            start += len(move)
+        while move := next((one for one in _OF_PROGRESS_BARS if text.endswith(one, start, stop)), ""):
+            stop -= len(move)
+        self.stream.write(text[:start] + shown(text[start:stop]) + text[stop:])
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def shown(text: str) -> str:
+    """Lines of text as a terminal may have them: printable, and none longer than 10,000 characters."""
+    lines = text.split("\n")
+    cut = [one if len(one) <= _LONGEST_LINE else f"{one[:_LONGEST_LINE]}... ({len(one)} characters)" for one in lines]
+    return printable("\n".join(cut), "\n\t")
+
+
+@contextlib.contextmanager
+def printable_output() -> Iterator[None]:
+    """Context in which whatever is printed, to stdout and stderr, by libraries too, commands no terminal."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Printable, before)
+    loggers = [logging.root, *(one for one in logging.root.manager.loggerDict.values() if hasattr(one, "handlers"))]
+    handlers = {one: one.stream for logger in loggers for one in logger.handlers if hasattr(one, "setStream")}
+    handlers = {one: stream for one, stream in handlers.items() if stream in before}
+    for handler, stream in handlers.items():
+        handler.setStream(_Printable(stream))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for handler, stream in handlers.items():
+            handler.setStream(stream)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value that was read from a file is a number that one can calculate with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def html_environment() -> Environment:
+    """Jinja's environment for HTML: whatever is printed is escaped, but for markup that was made here."""
+    folder = files("manticore_hf.hub_cards")
+    return Environment(
+        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        finalize=lambda value: value if isinstance(value, Markup) else printable(value, "\n"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+    )
 
 
 def markdown_environment() -> Environment:
@@ -93,6 +170,12 @@ def short_duration(seconds: float | None, unknown: str = "not recorded") -> str:
     if seconds < 2 * 3600:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / (24 * 3600):.1f} days"
+
+
+def listed_some(names: Iterable[str], most: int = 20) -> str:
+    """Names with commas between: the first of them, each cut where it is longer than any name."""
+    names = list(names)
+    return ", ".join([str(one)[:200] for one in names[:most]] + ["..."] * (len(names) > most))
 
 
 def listed(names: Iterable[str]) -> str:

@@ -82,13 +82,16 @@ def plot_losses(losses: Mapping[str, float], path: str | os.PathLike) -> None:
     _save(figure, path)
 
 
-def plot_differences(rows: Sequence[Mapping], hybrid: str, path: str | os.PathLike) -> None:
+def plot_differences(
+    rows: Sequence[Mapping], hybrid: str, path: str | os.PathLike, per_byte: float | None = None
+) -> None:
     """Draws how much each baseline loses against a hybrid, with its interval.
 
     Args:
         rows: Rows of a comparison: name, kind, difference (nats per token), difference_interval (its low and high end).
         hybrid: Name of the hybrid that all are compared with.
         path: PNG to write.
+        per_byte: Bits per byte in a nat per token, for a second scale; None for none.
     """
     shown = sorted((row for row in rows if "difference" in row), key=lambda row: row["difference"], reverse=True)
     figure = Figure(figsize=(9, 1.2 + 0.3 * len(shown)))
@@ -104,6 +107,9 @@ def plot_differences(rows: Sequence[Mapping], hybrid: str, path: str | os.PathLi
     axis.grid(alpha=0.3, axis="x")
     text = f"loss minus that of '{hybrid}', nats per token (right of 0: the hybrid is better)"
     axis.set_xlabel(text, fontsize="small")
+    if per_byte is not None:
+        top = axis.secondary_xaxis("top", functions=(lambda x: x * per_byte, lambda x: x / per_byte))
+        top.set_xlabel("bits per byte", fontsize="small")
     _save(figure, path)
 
 

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from manticore_hf.compose.convert.gguf import gguf_tokenizer, load_gguf
+from manticore_hf.compose.convert.gguf import load_gguf
+from manticore_hf.compose.convert.gguf_tokenizer import SAMPLE, read_gguf_tokenizer
 from manticore_hf.compose.convert.mamba_ssm import TOKENIZER, is_mamba_ssm, mamba_config, mamba_weights
 from manticore_hf.compose.convert.sources import find_source, read_tensors
 from manticore_hf.compose.tokenizers import TOKENIZER_FILES
@@ -26,6 +27,7 @@ from manticore_hf.modeling.bounds_manticore import build_config, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES
 from manticore_hf.modeling.saving_manticore import whole_directory
+from manticore_hf.utils.formatting import escape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,7 +40,7 @@ Converted by manticore-hf from {source} ({how}). The weights are the source's{ro
 * Revision: {revision}
 * Licence, as stated there: {license}
 * Tokenizer: {tokenizer}
-"""
+{note}"""
 
 
 def convert(
@@ -63,7 +65,7 @@ def convert(
 
     Returns:
         {"source", "revision" (commit, or None), "how", "model_type", "parameters", "dtype", "license" (or None),
-        "tokenizer"}.
+        "tokenizer", "note" (what is not known of the tokenizer, or None)}.
 
     Raises:
         ManticoreError: Names the source and why it cannot be converted; nothing is written.
@@ -77,7 +79,7 @@ def convert(
     stored = None if gguf_file is None else found.file(gguf_file, needed=True)
     values = _read_config(found) if stored is None else None
     read = None if stored is None else _read(found, values, stored)  # whether a GGUF file can be read shows here only
-    tokens, tokens_from = _tokenizer(found, values, stored, tokenizer)
+    tokens, tokens_from, note = _tokenizer(found, values, stored, tokenizer)
     how, config, tensors, generation, license = read or _read(found, values, stored)
     if values is not None and is_mamba_ssm(values):
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the classes' defaults are of other tokenizers
@@ -96,7 +98,7 @@ def convert(
         "source": found.repo_id or found.folder.resolve().name, "revision": found.revision, "how": how,
         "model_type": config.model_type, "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."), "license": license or read_license(found.file("README.md")),
-        "tokenizer": tokens_from,
+        "tokenizer": tokens_from, "note": note,
     }  # fmt: skip
     with whole_directory(output, True) as scratch:
         model.save_pretrained(scratch)
@@ -104,6 +106,7 @@ def convert(
         rounded = "" if torch.promote_types(model.dtype, stored_in) == model.dtype else f", rounded to {dtype}"
         Path(scratch, "README.md").write_text(_card(result, output.resolve().name, rounded))
         _check_saved(found.what, model, scratch)
+        _check_saved_tokenizer(found.what, tokens, scratch)
     return result
 
 
@@ -140,9 +143,10 @@ def _read(source, values, stored):
 
 
 def _tokenizer(source, values, stored, given):
-    """(the tokenizer, what it is called)."""
+    """(the tokenizer, what it is called, a sentence on what is not known of it or None)."""
     if given is None and stored is not None:
-        return gguf_tokenizer(source.what, stored), stored.name
+        tokenizer, note = read_gguf_tokenizer(source.what, stored)
+        return tokenizer, stored.name, note
     name, options = given, {}
     if given is None:
         has_one = any([source.file(file) is not None for file in TOKENIZER_FILES])  # fetches all there are
@@ -159,7 +163,7 @@ def _tokenizer(source, values, stored, given):
             "(--tokenizer)."
         ) from err
     # A directory's place is no one else's business: the card says its name
-    return tokenizer, os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else str(name)
+    return tokenizer, os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else str(name), None
 
 
 def _widest(what, tensors):
@@ -212,6 +216,16 @@ def _check_saved(what, model, directory):
         )
 
 
+def _check_saved_tokenizer(what, tokenizer, directory):
+    """Raises ManticoreError unless the tokenizer that was written, read back, cuts text as it did."""
+    loaded = AutoTokenizer.from_pretrained(directory)
+    if loaded(SAMPLE)["input_ids"] != tokenizer(SAMPLE)["input_ids"]:
+        raise ManticoreError(
+            f"{what}: its tokenizer, a {type(tokenizer).__name__}, cuts text otherwise once it is saved and loaded: "
+            "give another (--tokenizer)."
+        )
+
+
 def _card(result, title, rounded):
     license, source = result["license"], result["source"]
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
@@ -220,12 +234,13 @@ def _card(result, title, rounded):
     if result["revision"] is not None:
         lines.append(f"base_model: {source}")
     body = _CARD.format(
-        title=title,
-        how=result["how"],
-        source=f"`{source}`",
+        title=escape(title),
+        how=escape(result["how"]),
+        source=escape(source),
         revision=result["revision"] or "none (local files)",
-        license=license or "none",
-        tokenizer=f"`{result['tokenizer']}`",
+        license=escape(license or "none"),
+        tokenizer=escape(result["tokenizer"]),
         rounded=rounded,
+        note=f"\n{result['note']}\n" if result["note"] else "",
     )
     return "\n".join([*lines, "---", "", body])

@@ -39,4 +39,6 @@ def main(args: argparse.Namespace) -> None:
         f"{result['model_type']}, {result['parameters']:,} parameters in {result['dtype']}, licence "
         f"{result['license'] or 'not stated'}, tokenizer {result['tokenizer']}"
     )
+    if result["note"]:
+        print(result["note"])
     print(f"written to {args.output_dir}; read back, it gives the same logits")

@@ -1,17 +1,15 @@
 """Models from GGUF files: Transformers dequantises them; what it would leave out raises."""
 
+import math
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.compose.convert.gguf_header import check_header
+from manticore_hf.hub.licenses import stated_license
+from manticore_hf.modeling.bounds_manticore import ManticoreError, build_component, check_component
+from manticore_hf.utils.defence import check_memory
 
 
 def load_gguf(
@@ -33,20 +31,26 @@ def load_gguf(
     """
     path = Path(path)
     try:
-        from gguf import GGUFReader
+        from gguf import GGML_QUANT_SIZES, GGUFReader
     except ImportError as err:
         raise ManticoreError(
             "Reading GGUF files needs the package gguf: pip install 'manticore-hf[gguf]' (or pip install gguf)."
         ) from err
+    sizes = {int(kind): two for kind, two in GGML_QUANT_SIZES.items()}
+    header = check_header(what, path, sizes)
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     except Exception as err:  # it reads a stranger's bytes as offsets and sizes
         raise ManticoreError(f"{what}: {path.name} is no readable GGUF file ({_brief(err)}); fetch it again.") from err
     try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        _check_size(what, path, header, config)
         model, found = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            path.parent, gguf_file=path.name, config=config, dtype=torch.float32, output_loading_info=True
         )
+    except ManticoreError:
+        raise
     except Exception as err:  # of an architecture or quantisation that it does not know, it says so in many ways
         raise ManticoreError(
             f"{what}: Transformers cannot read {path.name} (architecture {fields.get('general.architecture')!r}): "
@@ -60,23 +64,21 @@ def load_gguf(
     for key in ("quantization_config", "_model_name_or_path"):  # how it was stored, not what it is
         if hasattr(config, key):
             delattr(config, key)
-    license = fields.get("general.license")
-    return config, model.state_dict(), model.generation_config, license if isinstance(license, str) else None
+    return config, model.state_dict(), model.generation_config, stated_license(fields.get("general.license"))
 
 
-def gguf_tokenizer(what: str, path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file.
-
-    Raises:
-        ManticoreError: It has none that Transformers can read.
-    """
-    path = Path(path)
-    try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as err:
+def _check_size(what, path, header, config):
+    """Raises ManticoreError if the configuration asks for another amount of numbers than the file holds."""
+    check_component("gguf", config)
+    with torch.device("meta"):
+        asked = sum(one.numel() for one in build_component(f"{what}: {path.name}", config).parameters())
+    there = sum(math.prod(dims) for dims, *_ in header.tensors.values())
+    if asked > 2 * there:
         raise ManticoreError(
-            f"{what}: Transformers cannot read the tokenizer in {path.name} ({_brief(err)}); give --tokenizer."
-        ) from err
+            f"{what}: {path.name} holds {there:,} numbers, its configuration asks for {asked:,}: sizes are missing "
+            "there or wrong. Take the model's safetensors."
+        )
+    check_memory(f"{what}: {path.name}", [torch.empty(asked, dtype=torch.float32, device="meta")])
 
 
 def _check_all_read(what, path, reader, fields, model):

@@ -2,7 +2,7 @@
 
     manticore-hf lra listops --hybrid llama,mamba --designed --min-len 10 --max-len 40 --num-train 6400 --output-dir lra
 
-How they are trained: see `comparison`. Every model, a single one too, is a hybrid with score heads
+How they are trained: see `baselines`. Every model, a single one too, is a hybrid with score heads
 (`ManticoreForSequenceClassification`), which with one component is that component with a linear head on its last state.
 Numbers compare with each other; the benchmark's own models read in both directions, and pool in other ways.
 """

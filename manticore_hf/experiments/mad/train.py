@@ -2,7 +2,7 @@
 
     manticore-hf mad in-context-recall --hybrid llama,mamba --epochs 20 --output-dir mad
 
-As the benchmark does it (see `comparison`) but for its bfloat16 and its steps of the schedule (per epoch there, per
+As the benchmark does it (see `baselines`) but for its bfloat16 and its steps of the schedule (per epoch there, per
 batch here), and without its stop at 99.9 % on the test set. Families are Transformers' own, MLPs included, so the
 numbers compare with each other and not with those of the MAD paper.
 """

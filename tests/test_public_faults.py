@@ -1,0 +1,122 @@
+"""Two public faults of Transformers, tried on the configurations of hybrids and of components.
+
+CVE-2026-4372: a field of a configuration loads a kernel, that is code, from the Hub. CVE-2026-5241: a configuration
+inside another says that remote code is trusted, whatever the caller said.
+"""
+
+import json
+
+import pytest
+import transformers
+from hub_models import ids, publish, publish_hybrid, tiny
+from transformers import AutoModelForCausalLM
+from transformers.integrations import hub_kernels
+
+from manticore_hf import ManticoreError, ManticoreForCausalLM, cli
+
+KERNEL = "attacker/kernel"
+LOADS = {
+    **{key: KERNEL for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+                               "experts_implementation", "_experts_implementation_internal", "_flash_attn_2_enabled")},
+    "attn_implementation_internal": f"{KERNEL}@main:flash", "use_kernels": True, "allow_all_kernels": True,
+    "kernel_config": {"kernel_mapping": {"RMSNorm": f"{KERNEL}:RMSNorm"}}, "fusion_config": {"x": KERNEL},
+    "custom_generate": KERNEL, "transformers_weights": f"{KERNEL}/model.safetensors",
+}  # fmt: skip
+CODE = {
+    "trust_remote_code": True, "code_revision": "main", "_commit_hash": "0" * 40, "custom_pipelines": {"x": {}},
+    "auto_map": {"AutoConfig": "attacker/code--evil.Config", "AutoModelForCausalLM": "attacker/code--evil.Model"},
+}  # fmt: skip
+EVIL = "import pathlib\npathlib.Path({!r}).touch()\nclass Config: pass\nclass Model: pass\n"
+
+
+@pytest.fixture
+def watched(hub, owner, tmp_path, monkeypatch):
+    """The attacker's code is there to be fetched, and would leave a file; whoever asks for a kernel is caught."""
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(EVIL.format(str(tmp_path / "ran")))
+    hub.add_repo("attacker/code", tmp_path / "evil")
+    asked = []
+
+    def ask(*args, **kwargs):
+        asked.append(args)
+        raise RuntimeError("a kernel was asked for")
+
+    for name in ("load_and_register_attn_kernel", "get_kernel", "lazy_load_kernel"):
+        for module in (hub_kernels, transformers.modeling_utils):
+            if hasattr(module, name) and name != "lazy_load_kernel":
+                monkeypatch.setattr(module, name, ask)
+    hub.clear_requests()
+
+    def check():
+        assert not asked and not (tmp_path / "ran").exists()
+        assert not [path for _, path in hub.requests if "attacker" in path and "/api/models" not in path]
+        assert not [path for _, path in hub.requests if "attacker" in path]
+
+    return check
+
+
+def spread(values, extra, inside="extra_config"):
+    """A configuration with `extra` at its top, in a configuration inside it, and in one inside that."""
+    inner = {"model_type": values.get("model_type", "gpt2"), **extra}
+    return {**values, **extra, inside: {**inner, "sub_config": inner}}
+
+
+def edit(folder, change):
+    file = folder / "config.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+@pytest.mark.parametrize("extra", [LOADS, CODE], ids=["kernels", "code"])
+def test_a_components_own_configuration(hub, owner, tmp_path, watched, extra, capsys):
+    for name, family, inside in (("a", "gpt_neox", "extra"), ("b", "mamba", "extra"), ("c", "gpt2", "text_config")):
+        change = lambda folder: edit(folder, lambda values: spread(values, extra, inside))  # noqa: B023, E731
+        publish(hub, f"{owner}/{name}", tiny(family), tmp_path / "src", edit=change)
+    hub.clear_requests()
+    model = ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"])
+    model(input_ids=ids())
+    model.save_pretrained(tmp_path / "out")
+    ManticoreForCausalLM.from_pretrained(tmp_path / "out")(input_ids=ids())
+    said = (tmp_path / "out" / "config.json").read_text()
+    assert "attacker" not in said and "trust_remote_code" not in said
+    with pytest.raises(ManticoreError, match="its config.json has a part"):
+        ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/c"])
+    cli.main(["convert", f"{owner}/a", "--output-dir", str(tmp_path / "converted")])
+    watched()
+
+
+@pytest.mark.parametrize("extra", [LOADS, CODE], ids=["kernels", "code"])
+def test_a_hybrids_configuration(hub, owner, tmp_path, watched, extra):
+    """At its top, in a component's configuration, and inside that; one at a time, so that no refusal hides another."""
+    for name, family in (("a", "gpt_neox"), ("b", "mamba")):
+        publish(hub, f"{owner}/{name}", tiny(family), tmp_path / "src")
+    ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"]).save_pretrained(tmp_path / "out")
+    original = (tmp_path / "out" / "config.json").read_text()
+
+    def in_component(values, one):
+        entry = values["components"][0]
+        holder = entry if isinstance(entry.get("config"), dict) else values
+        key = "config" if holder is entry else entry["name"]
+        holder[key] = spread(holder[key], one)
+        return values
+
+    hub.clear_requests()
+    worked = 0
+    for key, value in extra.items():
+        for change in (lambda values, one: spread(values, one), in_component):
+            (tmp_path / "out" / "config.json").write_text(original)
+            edit(tmp_path / "out", lambda values: change(values, {key: value}))  # noqa: B023
+            for load in (ManticoreForCausalLM, AutoModelForCausalLM):
+                try:
+                    load.from_pretrained(tmp_path / "out")(input_ids=ids())
+                    worked += 1
+                except ManticoreError:
+                    pass
+            cli.main(["inspect", str(tmp_path / "out")])
+    watched()
+    assert worked > len(extra)  # it is not refused as a whole, whatever is in it
+    publish_hybrid(hub, f"{owner}/h", tmp_path / "out")
+    hub.clear_requests()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked whether code may run"))
+        AutoModelForCausalLM.from_pretrained(f"{owner}/h")
+    watched()

@@ -1,0 +1,71 @@
+"""A report on a directory that was downloaded reads what is in it and what its reader names, nothing else."""
+
+import os
+import shutil
+
+import pytest
+from tiny_hybrid import mixed_hybrid, save
+
+from manticore_hf import ManticoreError
+from manticore_hf.report.facts import gather, held_out
+from manticore_hf.training import recipe as recipes
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save(mixed_hybrid(num_blocks=1), tmp_path_factory.mktemp("saved") / "hybrid")
+
+
+@pytest.fixture
+def theirs(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "theirs")
+    for name in ("private.txt", "theirs/text.txt"):
+        (tmp_path / name).write_text("the cat sat")
+    return tmp_path / "theirs"
+
+
+def recipe(folder, data, own=None):
+    text = f"components: [a, b]\ndata: {{data: {data}}}\nstages:\n- finetune: {{data: {own or {}}}}\n"
+    (folder / "recipe.yaml").write_text(text)
+    return text
+
+
+def test_text_outside_is_read_only_if_its_reader_says_so(theirs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    private = tmp_path / "private.txt"
+    for source in (private, "../private.txt", "private.txt"):
+        for own in ({}, {"data": str(source)}):
+            recipe(theirs, "text.txt" if own else source, own)
+            with pytest.raises(ManticoreError, match="--allow-outside"):
+                held_out(gather(theirs))
+            settings, split = held_out(gather(theirs), allow_outside=True)
+            assert os.path.samefile(settings.data, private) and split
+            settings, split = held_out(gather(theirs), private)
+            assert settings.data == str(private) and not split
+    for source in ("text.txt", theirs / "text.txt"):
+        recipe(theirs, source)
+        assert os.path.samefile(held_out(gather(theirs))[0].data, theirs / "text.txt")
+    recipe(theirs, "org/texts")
+    assert held_out(gather(theirs))[0].data == "org/texts"
+
+
+def test_a_recipe_that_was_run_here_names_what_its_person_named(theirs, tmp_path):
+    text = recipe(theirs, "private.txt")
+    assert held_out(gather(theirs))[0].data == "private.txt"  # nothing of that name is here
+    recipes._remember(text, tmp_path)  # as `run_recipe` does
+    assert os.path.samefile(held_out(gather(theirs))[0].data, tmp_path / "private.txt")
+    recipe(theirs, "../private.txt")  # another text is another recipe
+    with pytest.raises(ManticoreError, match="--allow-outside"):
+        held_out(gather(theirs))
+
+
+def test_links_that_leave_the_directory_are_not_followed(theirs, tmp_path):
+    (tmp_path / "secret.json").write_text('{"losses": {"hybrid": 1, "secret": 2}}')
+    for name in ("evaluation.json", "stage.json", "recipe.yaml", "comparison.json", "README.md"):
+        (theirs / name).symlink_to(tmp_path / "secret.json")
+        with pytest.raises(ManticoreError, match=f"{name}' is a link to .*secret.json', which is not in the directory"):
+            gather(theirs)
+        (theirs / name).unlink()
+    (theirs / "evaluation.json").symlink_to("text.json")
+    (theirs / "text.json").write_text('{"losses": {"hybrid": 1, "other": 2}}')
+    assert gather(theirs).results[0].losses == {"hybrid": 1.0, "other": 2.0}

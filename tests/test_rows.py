@@ -1,0 +1,198 @@
+"""Several documents in one row, and padding anywhere: every document, and every row, is what it is alone."""
+
+import pytest
+import torch
+from families import FAMILIES, PAIRS, hybrid, tokens
+from hub_models import tiny as tiny_lm
+from manticore_hf.modeling import rows_manticore as rows
+from transformers import DataCollatorWithFlattening
+
+from manticore_hf import ComponentSpec, ManticoreError, ManticoreForSequenceClassification
+from manticore_hf.families import contract
+from manticore_hf.families.contract import close
+
+LENGTHS = (6, 1, 5, 4)
+QUICK = ("gpt_neox+mamba", "gpt_neo+mamba2+opt", "recurrent_gemma", "bloom")
+
+
+def packed():
+    """(ids [1, 16], position_ids, seq_idx, cu_seq_lens) of four documents."""
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    numbers = torch.cat([torch.full((n,), i) for i, n in enumerate(LENGTHS)])[None].int()
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    return tokens(1, sum(LENGTHS), 3), positions, numbers, ends
+
+
+def alone(model, ids, lengths=LENGTHS):
+    return torch.cat([model(input_ids=one, use_cache=False).logits for one in ids.split(lengths, 1)], 1)
+
+
+@pytest.mark.parametrize("few", [rows.FEW, 0], ids=["one pass", "several"])
+def test_documents_are_as_alone(few, monkeypatch):
+    monkeypatch.setattr(rows, "FEW", few)
+    for name in QUICK:
+        contract.check_documents(hybrid(name, num_blocks=1))
+    contract.check_documents(hybrid(QUICK[0], preset="paper", num_blocks=3))
+    contract.check_documents(hybrid(QUICK[0], num_blocks=2).train())
+
+
+def test_padding_inside_is_as_if_it_were_not_there():
+    for name in ("recurrent_gemma", "llama+falcon_mamba"):
+        contract.check_padding_inside(hybrid(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FAMILIES, *PAIRS])
+def test_every_family(name):
+    contract.check_documents(hybrid(name))
+    contract.check_padding_inside(hybrid(name))
+
+
+@torch.no_grad()
+def test_all_ways_to_say_where_documents_begin():
+    ids, positions, numbers, ends = packed()
+    model = hybrid("gpt_neox+mamba")
+    wanted = alone(model, ids)
+    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    given = flat([{"input_ids": one[0].tolist()} for one in ids.split(LENGTHS, 1)], return_tensors="pt")
+    assert given.pop("labels") is not None and {"seq_idx", "cu_seq_lens_q", "position_ids"} <= given.keys()
+    ways = [
+        {"position_ids": positions},
+        {"seq_idx": numbers},
+        {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 6, "max_length_k": 6},
+        {"position_ids": positions, "attention_mask": torch.ones_like(ids)},
+        {"seq_idx": numbers, "inputs_embeds": model.get_input_embeddings()(ids)},
+        given,
+    ]
+    for way in ways:
+        if "inputs_embeds" not in way:
+            way = {"input_ids": ids, **way}
+        out = model(**way, output_hidden_states=True)
+        close(out.logits, wanted)
+        assert out.cache is None and all(state.shape[:2] == ids.shape for state in out.hidden_states)
+    # Positions that say nothing of documents change nothing
+    whole = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(model(input_ids=ids, position_ids=torch.arange(16)[None], use_cache=False).logits, whole)
+    assert (whole - wanted).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_padding_inside_of_documents():
+    ids, positions, numbers, _ = packed()
+    model, mask = hybrid("gpt_neox+mamba"), torch.ones_like(ids)
+    mask[0, [0, 3, 6, 9, 15]] = 0  # the second document is nothing but padding
+    kept = mask[0].bool()
+    wanted = alone(model, ids[:, kept], (4, 4, 3))
+    got = model(input_ids=ids, attention_mask=mask, seq_idx=numbers, use_cache=False).logits
+    close(got[:, kept], wanted)
+
+
+def test_no_loss_leads_out_of_a_document():
+    ids, positions, numbers, ends = packed()
+    labels = ids.clone()
+    labels[0, 2] = -100
+    model = hybrid("gpt_neox+mamba", component_loss_weight=0.5)
+    parts = list(zip(ids.split(LENGTHS, 1), labels.split(LENGTHS, 1)))
+    losses = [(model(input_ids=one, labels=own, use_cache=False), (own[:, 1:] != -100).sum()) for one, own in parts]
+    total = sum(count for _, count in losses)
+    wanted = sum(out.loss * count for out, count in losses if count) / total
+    shifted = torch.cat([torch.nn.functional.pad(own[:, 1:], (0, 1), value=-100) for _, own in parts], 1)
+    careless = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    for given in (
+        {"labels": labels},
+        {"labels": labels, "shift_labels": shifted},
+        {"labels": labels, "shift_labels": careless},
+    ):
+        for way in ({"position_ids": positions}, {"cu_seq_lens_q": ends}):
+            close(model(input_ids=ids, **given, **way).loss, wanted)
+        close(model(input_ids=ids, **given, seq_idx=numbers, num_items_in_batch=2 * total).loss, wanted / 2)
+
+
+def test_groups_bound_the_padding():
+    generator = torch.Generator().manual_seed(0)
+    for low, high, count in ((1, 2000, 40), (100, 120, 30), (5, 5, 3), (1, 60, 200)):
+        lengths = torch.randint(low, high + 1, (count,), generator=generator)
+        documents = rows.Documents(torch.arange(int(lengths.sum())), lengths, (1, int(lengths.sum())))
+        groups = documents.groups(together=False)
+        assert sorted(i for group in groups for i in group) == list(range(count))
+        for group in groups:
+            own = lengths[group]
+            assert own.max() * len(own) - own.sum() <= max(own.sum() // rows.SPARE, rows.FEW)
+        assert len(documents.groups(together=True)) == 1
+
+
+@torch.no_grad()
+def test_masks_of_other_types():
+    model, (ids, mask, _) = hybrid("gpt_neox+mamba"), contract.left_padded()
+    mask[1, 4] = 0
+    wanted = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    least = torch.finfo(torch.float16).min
+    added = [mask.logical_not() * value for value in (torch.finfo(torch.float32).min, -1e9, least)]
+    added.append(torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask == 0, -torch.inf))
+    for given in (mask.bool(), mask.float(), mask.half(), mask.int(), mask.byte(), *added):
+        assert torch.equal(model(input_ids=ids, attention_mask=given, use_cache=False).logits, wanted)
+    for given, message in (
+        (mask * 2, "attention_mask holds 2; it may hold 1"),
+        (mask.float() * 0.5, "attention_mask holds 0.5"),
+        (torch.zeros_like(mask, dtype=torch.float32), "attention_mask is torch.float32 and 0 throughout"),
+    ):
+        with pytest.raises(ManticoreError, match=message):
+            model(input_ids=ids, attention_mask=given, use_cache=False)
+
+
+def test_what_cannot_be_right_is_refused():
+    ids, positions, numbers, ends = packed()
+    model = hybrid("gpt_neox+mamba").eval()
+    for given in ({"use_cache": True}, {"cache": model.make_cache()}):
+        with pytest.raises(ManticoreError, match="several documents in one row, and a cache goes on from one"):
+            model(input_ids=ids, position_ids=positions, **given)
+    with pytest.raises(ManticoreError, match=r"cu_seq_lens_q ends at 16,.* there are 1 \* 15 tokens"):
+        model(input_ids=ids[:, :15], cu_seq_lens_q=ends)
+    parts = [ComponentSpec(tiny_lm("gpt_neox"), name="one")]
+    with pytest.raises(ManticoreError, match="A row of several documents has no one score"):
+        classifier = ManticoreForSequenceClassification.from_components(parts, num_labels=2, verify=False)
+        classifier(input_ids=ids, position_ids=positions)
+    mask = torch.ones_like(ids)
+    mask[0, 5] = 0
+    mamba = hybrid("mamba")
+    cache = mamba(input_ids=ids[:, :8]).cache
+    with pytest.raises(ManticoreError, match="attention_mask is not what it was for tokens that the cache holds"):
+        mamba(input_ids=ids[:, 8:], attention_mask=mask, cache=cache)
+    cache = mamba(input_ids=ids[:, :8], attention_mask=mask[:, :8]).cache
+    with pytest.raises(ManticoreError, match="attention_mask is not what it was for tokens that the cache holds"):
+        mamba(input_ids=ids[:, 8:], cache=cache)
+    with pytest.raises(ManticoreError, match="which a static or quantised cache cannot hold"):
+        model(input_ids=ids, attention_mask=mask, cache=model.make_cache(32))
+
+
+def test_a_second_turn_after_rows_that_ended_at_different_times():
+    """`generate` feeds a row that has ended its padding as text; then all is read again."""
+    model, prompts, turn = hybrid("gpt_neox+mamba"), tokens(2, 6, 1), tokens(2, 3, 9)
+    say = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "max_new_tokens": 6}
+    said = model.generate(prompts, attention_mask=torch.ones_like(prompts), eos_token_id=98, **say).sequences
+    end = int(said[1, 8])
+    out = model.generate(prompts, attention_mask=torch.ones_like(prompts), eos_token_id=end, **say)
+    stop = [int((row[6:] == end).nonzero()[0]) + 7 if (row[6:] == end).any() else len(row) for row in out.sequences]
+    mask = (torch.arange(out.sequences.shape[1]) < torch.tensor(stop)[:, None]).long()
+    assert mask[1].sum() < out.sequences.shape[1]
+    ids, mask = torch.cat([out.sequences, turn], 1), torch.cat([mask, torch.ones_like(turn)], 1)
+    cache = out.cache
+    more = model.generate(ids, attention_mask=mask, cache=cache, eos_token_id=98, **say)
+    assert more.cache is cache and cache.get_seq_length() == more.sequences.shape[1] - 1
+    for row, before, here, after in zip(out.sequences, stop, turn, more.sequences):
+        text = torch.cat([row[:before], here])[None]
+        lone = model.generate(text, attention_mask=torch.ones_like(text), eos_token_id=98, **say).sequences[0]
+        assert torch.equal(after[ids.shape[1] :], lone[text.shape[1] :])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled():
+    ids, positions, _, _ = packed()
+    model = hybrid("mamba", num_blocks=1)
+    compiled = torch.compile(model, backend="eager")
+    close(compiled(input_ids=ids, position_ids=positions, use_cache=False).logits, alone(model, ids))
+    mask = torch.ones_like(ids)
+    mask[0, 5] = 0
+    with pytest.raises(RuntimeError, match="attention_mask has padding between a row's tokens"):
+        compiled(input_ids=ids, attention_mask=mask, use_cache=False)

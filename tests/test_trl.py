@@ -1,0 +1,354 @@
+"""TRL's trainers on hybrids: three steps of a hybrid of one component are the same steps of the component alone.
+
+A hybrid of several components has no plain twin: what TRL reads of it is compared with its logits, taken by hand.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from manticore_hf.modeling import modeling_manticore
+from processes import launch, results, same
+from tiny_hybrid import QUIET, WORDS, mixed_hybrid, neox, word_tokenizer
+from transformers import AutoModelForCausalLM, GPTNeoXForSequenceClassification
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+    clone_chat_template,
+)
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from manticore_hf import ComponentSpec, ManticoreForCausalLM, ManticoreForSequenceClassification
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+PROMPTS = ["the cat", "a mat and two", "dogs", "the dogs saw a"]
+PROMPTED = [{"prompt": one, "completion": " sat on a mat <end>" if i % 2 else " run <end>"}
+            for i, one in enumerate(PROMPTS * 3)]  # fmt: skip
+PAIRS = [{"prompt": one["prompt"], "chosen": one["completion"], "rejected": " a a saw"} for one in PROMPTED]
+MARKED = [{**one, "label": i % 3 == 0} for i, one in enumerate(PROMPTED)]
+TALKS = [{"messages": [{"role": "the", "content": one["prompt"]}, {"role": "cat", "content": one["completion"]}]}
+         for one in PROMPTED]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer(
+        [*WORDS, "user", "assistant", "<pad>"], pad_token="<pad>", model_max_length=64, padding_side="left"
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tokenizer):
+    """Folders of one component and of the hybrid made of it, with their tokenizer."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("saved")
+    with torch.no_grad():
+        model = neox(hidden_dropout=0.0, attention_dropout=0.0)
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    folders = {"plain": place / "plain", "hybrid": place / "hybrid"}
+    model.save_pretrained(folders["plain"])
+    ManticoreForCausalLM.from_components([ComponentSpec(folders["plain"], name="one")]).save_pretrained(
+        folders["hybrid"]
+    )
+    for folder in folders.values():
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+LOGGED = ("loss", "entropy", "logits", "rewards", "kl", "mean_token")
+
+
+def steps(trainer, config, model, rows, folder, tokenizer, more=(), logged=LOGGED, **settings):
+    """(what was logged of losses and policy, the trained model) of three steps; Adam would enlarge rounding."""
+    values = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.1, "logging_steps": 1,
+              "optim": "sgd", "bf16": False, "gradient_checkpointing": False, **QUIET, **settings}  # fmt: skip
+    torch.manual_seed(0)
+    args = config(str(folder), **values)
+    run = trainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **dict(more))
+    run.train()
+    kept = [{k: v for k, v in one.items() if k.startswith(logged)}
+            for one in run.state.log_history]  # fmt: skip
+    return [one for one in kept if one], run.model
+
+
+def close(one, two):
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and "loss" in a
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=2e-4, rel=2e-4), key
+
+
+def same_steps(saved, tmp_path, *what, load=AutoModelForCausalLM.from_pretrained, parts=("one.", ""), **settings):
+    found, start = {}, None
+    for kind, folder in saved.items():
+        model = load(folder)
+        start = start or {key: value.clone() for key, value in model.state_dict().items()}
+        found[kind] = steps(what[0], what[1], model, *what[2:], folder=tmp_path / kind, **settings)
+    close(found["hybrid"][0], found["plain"][0])
+    hybrid, plain = (dict(found[kind][1].named_parameters()) for kind in ("hybrid", "plain"))
+    for key, value in plain.items():
+        torch.testing.assert_close(hybrid[parts[0] + key], value, atol=2e-5, rtol=1e-4, msg=key)
+    assert any((value - start[key]).abs().max() > 1e-4 for key, value in plain.items())
+    return found
+
+
+TEXTS = [{"text": one["prompt"] + one["completion"]} for one in PROMPTED]
+
+
+def test_sft(saved, tmp_path, tokenizer):
+    """Texts, prompts, talks; DFT; with TRL's own checkpointing of activations; what changes the loss or the input."""
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = TEMPLATE
+    for name, rows, settings in (
+        ("text", TEXTS, {"max_length": 8, "gradient_checkpointing": True}),
+        ("prompts", PROMPTED, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+        ("chat", TALKS, {}),
+        ("dft", TEXTS, {"loss_type": "dft"}),
+        ("smoothed", TEXTS, {"label_smoothing_factor": 0.1}),
+        ("neftune", TEXTS, {"neftune_noise_alpha": 5.0}),
+    ):
+        own = talking if name == "chat" else tokenizer
+        same_steps(saved, tmp_path / name, SFTTrainer, SFTConfig, rows, tokenizer=own, **settings)
+
+
+def test_dpo(saved, tmp_path, tokenizer):
+    """With a reference model that TRL loads from the hybrid's own address."""
+    for name, settings in (("plain", {}), ("weighted", {"use_weighting": True}), ("ipo", {"loss_type": ["ipo"]})):
+        same_steps(saved, tmp_path / name, DPOTrainer, DPOConfig, PAIRS, tokenizer=tokenizer, **settings)
+
+
+def test_kto(saved, tmp_path, tokenizer):
+    same_steps(saved, tmp_path, KTOTrainer, KTOConfig, MARKED, tokenizer=tokenizer)
+
+
+def _brevity(completion_ids, **kwargs):
+    return [-float(len(one)) - 0.01 * sum(one) for one in completion_ids]
+
+
+ONLINE = {"num_generations": 4, "max_completion_length": 6, "more": {"reward_funcs": _brevity}.items()}
+
+
+def test_grpo(saved, tmp_path, tokenizer):
+    """Sampled by either model; with a reference model and an entropy bonus, at a temperature that is not 1."""
+    for name, settings in (("plain", {}), ("more", {"beta": 0.1, "temperature": 0.5})):
+        same_steps(saved, tmp_path / name, GRPOTrainer, GRPOConfig, PROMPTED, tokenizer=tokenizer, **ONLINE, **settings)
+
+
+def test_rloo(saved, tmp_path, tokenizer):
+    settings = {**ONLINE, "beta": 0.1, "temperature": 0.7}
+    same_steps(saved, tmp_path, RLOOTrainer, RLOOConfig, PROMPTED, tokenizer=tokenizer, **settings)
+
+
+def test_orpo_and_cpo(saved, tmp_path, tokenizer):
+    """Their means of logits are over padding, too, where a hybrid counts positions from the mask."""
+    settings = {"max_length": 32, "logged": ("loss", "rewards", "logps", "nll")}
+    for kind, config in ((ORPOTrainer, ORPOConfig), (CPOTrainer, CPOConfig)):
+        same_steps(saved, tmp_path / kind.__name__, kind, config, PAIRS, tokenizer=tokenizer, **settings)
+
+
+def test_gkd_with_a_hybrid_as_student_and_as_teacher(saved, tmp_path, tokenizer):
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = TEMPLATE
+    found = []
+    for teacher in saved:
+        more = {"teacher_model": AutoModelForCausalLM.from_pretrained(saved[teacher])}
+        with torch.no_grad():
+            for key, parameter in more["teacher_model"].named_parameters():
+                if key.endswith("embed_in.weight"):
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        settings = {"lmbda": 0.5, "max_new_tokens": 6, "more": more.items()}
+        both = same_steps(saved, tmp_path / teacher, GKDTrainer, GKDConfig, TALKS, tokenizer=talking, **settings)
+        found.append(both["hybrid"][0])
+    close(*found)
+
+
+def test_reward(saved, tmp_path, tokenizer):
+    score = torch.randn(1, 24, generator=torch.Generator().manual_seed(1))
+    plain = GPTNeoXForSequenceClassification.from_pretrained(saved["plain"], num_labels=1)
+    hybrid = ManticoreForSequenceClassification.from_pretrained(saved["hybrid"], num_labels=1)
+    with torch.no_grad():
+        plain.score.weight.copy_(score)
+        hybrid.score.heads["one-0"].weight.copy_(score)
+    rows = [{"chosen": one["prompt"] + one["chosen"], "rejected": one["prompt"] + one["rejected"]} for one in PAIRS]
+    found = [steps(RewardTrainer, RewardConfig, one, rows, tmp_path, tokenizer) for one in (plain, hybrid)]
+    close(found[1][0], found[0][0])
+    own = {
+        f"one.{key}" if key != "score.weight" else "score.heads.one-0.weight": p for key, p in plain.named_parameters()
+    }
+    for key, value in own.items():
+        torch.testing.assert_close(dict(hybrid.named_parameters())[key], value, atol=2e-5, rtol=1e-4, msg=key)
+    assert (plain.score.weight - score).abs().max() > 1e-4
+
+
+# ---- hybrids of several components, by hand --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["logprob", "prob"])
+def test_the_policy_is_the_mixture_at_the_temperature_that_was_asked_for(tmp_path, tokenizer, space):
+    """GRPO's log-probabilities and entropies, and the gradients of both, with losses of components in the hybrid."""
+    model = mixed_hybrid(mixture_space=space, mix_loss_weight=0.3, component_loss_weight=1.0)
+    args = GRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, temperature=0.5, bf16=False,
+                      gradient_checkpointing=False, **QUIET)  # fmt: skip
+    trainer = GRPOTrainer(
+        model, _brevity, args=args, train_dataset=Dataset.from_list(PROMPTED), processing_class=tokenizer
+    )
+    ids = torch.randint(2, 13, (3, 12), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def gradients(log_probs, entropy):
+        model.zero_grad()
+        (log_probs.sum() + 2 * entropy.sum()).backward()
+        return {key: one.grad.clone() for key, one in model.named_parameters() if one.grad is not None}
+
+    found, entropy, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, 6, compute_entropy=True)
+    logp = (model(ids, attention_mask=mask, use_cache=False).logits[:, :-1] / 0.5).log_softmax(-1)[:, -6:]
+    right = logp.gather(-1, ids[:, -6:, None])[..., 0], -(logp.exp() * logp).sum(-1)
+    torch.testing.assert_close(found, right[0])
+    torch.testing.assert_close(entropy, right[1])
+    mine, by_hand = gradients(found, entropy), gradients(*right)
+    assert mine.keys() == by_hand.keys()
+    for key in mine:
+        torch.testing.assert_close(mine[key], by_hand[key], atol=1e-5, rtol=1e-4, msg=key)
+    # the trainer that comes next has a temperature of its own
+    SFTTrainer(
+        model,
+        SFTConfig(str(tmp_path), bf16=False, **QUIET),
+        train_dataset=Dataset.from_list(TEXTS),
+        processing_class=tokenizer,
+    )
+    assert model.fused_settings[0] == copy.deepcopy(model).fused_settings[0] == 1.0
+
+
+def test_every_field_is_what_trl_gives_for_a_plain_model(saved):
+    ids = torch.randint(2, 13, (3, 12), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[0, :5] = -100
+    fields = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    out = []
+    for folder in saved.values():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        add_fused_lm_head(model, temperature=0.6, outputs=fields)
+        out.append(model(ids, labels=labels, fused_lm_head=True))
+        add_fused_lm_head(model)
+        assert model(ids, labels=labels, fused_lm_head=True).entropy is None  # not asked for, not computed
+    for key in (*fields, "loss", "label_mask"):
+        torch.testing.assert_close(out[1][key], out[0][key], msg=key)
+
+
+def test_what_is_infinite_has_no_part_in_the_entropy(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved["hybrid"])
+    with torch.no_grad():
+        head = model.component("one").get_output_embeddings()
+        head.bias = torch.nn.Parameter(torch.zeros(16))
+        head.bias[3] = -torch.inf
+    ids = torch.tensor([[4, 5, 6, 7]])
+    out = model(ids, labels=ids, fused_lm_head=True)
+    kept = torch.arange(16) != 3
+    probs = model(ids).logits[:, :-1, kept].softmax(-1)
+    torch.testing.assert_close(out.entropy, -(probs * probs.log()).sum(-1))
+    out.entropy.sum().backward()
+    assert all(
+        one.grad.isfinite().all() for key, one in model.named_parameters() if one.grad is not None and "bias" not in key
+    )
+
+
+def test_component_losses_are_said_to_have_no_effect(monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_manticore.logger, "warning_once", said.append)
+    add_fused_lm_head(mixed_hybrid())
+    assert not said
+    model = mixed_hybrid(component_loss_weight=1.0)
+    add_fused_lm_head(model)
+    assert len(said) == 1 and "component_loss_weight have no effect" in said[0]
+
+
+def test_the_fields_are_the_mixtures_and_the_loss_is_the_hybrids_own():
+    model = mixed_hybrid(mix_loss_weight=0.3, component_loss_weight=0.7)
+    ids = torch.randint(2, 12, (3, 9), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    own = model(ids, labels=labels)
+    fused = model(ids, labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(fused.loss, own.loss)
+    torch.testing.assert_close(-fused.log_probs.sum() / fused.label_mask.sum(), own.mixture_loss)
+    assert fused.label_mask.sum() == (labels[:, 1:] != -100).sum()
+    assert torch.equal(fused.is_top1, (own.logits[:, :-1].argmax(-1) == labels[:, 1:]) & fused.label_mask)
+    whole = model(ids, shift_labels=labels, num_items_in_batch=7, fused_lm_head=True)
+    assert whole.log_probs.shape == labels.shape
+    shifted = model(ids, shift_labels=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), fused_lm_head=True)
+    torch.testing.assert_close(shifted.log_probs[:, :-1], fused.log_probs)
+
+
+def test_sft_trains_every_part(tmp_path, tokenizer):
+    """Two blocks, with and without prompts that are no labels; TRL checkpoints activations by itself."""
+    for rows in (TEXTS, PROMPTED):
+        model = mixed_hybrid(num_blocks=2)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        _, model = steps(
+            SFTTrainer, SFTConfig, model, rows, tmp_path, tokenizer, gradient_checkpointing=True, max_length=16
+        )
+        changed = {
+            key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+        }
+        assert changed == {"hybrid_mixer", "part_0", "part_1"}
+
+
+def test_a_chat_template_is_cloned_with_its_tokens(tmp_path):
+    source = word_tokenizer([*WORDS, "<user>", "<assistant>"], pad_token="<end>")
+    source.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    source.chat_template = TEMPLATE
+    source.save_pretrained(tmp_path)
+    model = mixed_hybrid()
+    model, tokenizer, added = clone_chat_template(model, word_tokenizer(), str(tmp_path), resize_to_multiple_of=8)
+    assert tokenizer.chat_template == TEMPLATE and added
+    assert model.vocab_size == len(tokenizer.vocab) == model(torch.tensor([added])).logits.shape[-1]
+
+
+def test_who_wants_one_state_and_one_matrix_is_told(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved["hybrid"])
+    out = model(torch.tensor([[3, 4]]))
+    with pytest.raises(AttributeError, match="TRL's GKDTrainer instead of DistillationTrainer"):
+        print(out.last_hidden_state)
+    assert not hasattr(out, "last_hidden_state") and "last_hidden_state" not in out
+
+
+def test_a_hybrid_in_memory_has_no_reference_that_could_be_loaded(tmp_path, tokenizer):
+    """As any model in memory: save it first, or hand DPO its reference."""
+    args = DPOConfig(str(tmp_path), bf16=False, **QUIET)
+    data = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tokenizer}
+    for make in (mixed_hybrid, neox):
+        with pytest.raises(OSError, match="Repo id must use"):
+            DPOTrainer(make(), args=args, **data)
+    model = mixed_hybrid()
+    DPOTrainer(model, ref_model=copy.deepcopy(model), args=args, **data)
+
+
+@pytest.mark.slow
+def test_sft_in_two_processes_is_that_of_one(tmp_path):
+    """With one block, and activations checkpointed as TRL does by default."""
+    found = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        launch([Path(__file__).with_name("trl_parallel.py"), folder], processes=count)
+        found += results(folder, count)
+    assert found[1] == found[2]
+    same(found[1], found[0])
