@@ -83,11 +83,8 @@ class Aligner:
 
     def read(self, model, name, inputs):
         """The Reading of a component of what a call gives it."""
-        mapping, segment, config = (
-            self.mapping(model, name),
-            model.segments.segment(name, 0),
-            model.component(name).config,
-        )
+        mapping, segment = self.mapping(model, name), model.segments.segment(name, 0)
+        config = model.component(name).config
         batch, time = inputs.shape
         ids = inputs.ids.flatten().tolist()
         if inputs.documents is not None:  # each a text of its own, without padding
@@ -254,10 +251,8 @@ class Piece:
                     b, a, group = mapping.pairs(cover.rest, cover.ahead, position.last)
                     sparse.append((number, local(offset + node), place, b, a, group, cover.without))
         self.nodes = torch.tensor(list(nodes), dtype=torch.long)
-        self.covers, self.weights = (
-            torch.tensor(covers, dtype=torch.long),
-            torch.tensor(weights, dtype=torch.long).view(-1, 3).T,
-        )
+        self.covers = torch.tensor(covers, dtype=torch.long)
+        self.weights = torch.tensor(weights, dtype=torch.long).view(-1, 3).T
         self.never, self.blocked = _flat(never, size), blocked
         self.sparse = _join(sparse, size)
 
@@ -285,7 +280,7 @@ class Piece:
         weight = (weight - most[covers]).exp()
 
         # Where the tokens of both end: all pairs at once
-        number, node, place = torch.tensor(self.dense, device=device).T
+        number, node, place = torch.tensor(self.dense, dtype=torch.long, device=device).view(-1, 3).T
         probs = log_probs[node].exp() * weight[number, None]
         probs = probs if len(probs) == rows else probs.new_zeros(rows, width).index_add(0, place, probs)
         blocked = _flat(self.blocked, width).to(device)

@@ -68,6 +68,10 @@ class ByteTokenizer:
                 self.inside[codes[:-1], codes[1:]] = True
         self._cuts = Memo(_KEPT)
 
+    def bytes_of(self, numbers):
+        """The bytes that some tokens stand for together; special and unknown ones stand for none."""
+        return b"".join((self.table[i] or b"") if i < self.size else b"" for i in numbers)
+
     def starting_with(self, data):
         """(first, last) of the range of `sorted_bytes` that begin with some bytes."""
         low = bisect.bisect_left(self.sorted_bytes, data)
@@ -193,6 +197,9 @@ class Mapping:
         self._covers = Memo(_KEPT)
         self._pairs, self._never, self._blocked = Memo(_NUMBERS), Memo(_NUMBERS), Memo(_NUMBERS)
         self._boundary, self._opens, self._firsts = {}, {}, None
+        # What a tokenizer puts before a text is no text to the other, unless both do
+        same = a.prefix == b.prefix
+        self.put_before, self.begins_with = (b"", b"") if same else (a.prefix, b.prefix)
 
     # ---- the component's paths -----------------------------------------------------------------------------------
 
@@ -206,6 +213,12 @@ class Mapping:
         key = (word, opens)
         found = self._covers.get(key)
         return self._covers.keep(key, self._find_covers(word, opens)) if found is None else found
+
+    def first_covers(self):
+        """The Covers before any text."""
+        if self.put_before:
+            return [Cover((), b"", self.put_before)]
+        return self.covers(self.begins_with, False)
 
     def _find_covers(self, word, opens):
         path, found, at = self.b.cut(word) if word else (), [], 0
@@ -283,7 +296,7 @@ class Mapping:
             size, first = len(rest), len(last)
             while first and size > 0:
                 first -= 1
-                size -= len(self.a.table[last[first]] or b"")
+                size -= len(self.a.bytes_of(last[first : first + 1]))
             last = last[first:]
         key = (rest, ahead, last if rest else ())
         found = self._pairs.get(key)
@@ -341,7 +354,7 @@ class Mapping:
         low += low < high and b.sorted_bytes[low] == rest
         numbers = [int(i) for i in b.sorted_ids[low:high]]
         left = [data[len(rest) :] for data in b.sorted_bytes[low:high]]
-        follow, before = self._follow(b, numbers), b"".join(a.table[i] for i in last)
+        follow, before = self._follow(b, numbers), a.bytes_of(last)
         cuts = a.cut_all([before + data + more for data, more in zip(left, follow)])
         # Only what A would cut so that its tokens so far are those that were read.
         kept = [(i, data, cut[len(last)]) for i, data, cut in zip(numbers, left, cuts) if cut[: len(last)] == last]

@@ -113,7 +113,7 @@ def grow(mapping, row, ids):
     word, read, begun, texts = row.word, row.read, row.begun, row.texts
     if not begun and len(ids):
         tree.extend(b.start)
-        word, begun = b.prefix, True
+        word, begun = mapping.begins_with, True
     for number in ids:
         data = a.table[number] if number < a.size else b""
         if data is None:
@@ -121,36 +121,30 @@ def grow(mapping, row, ids):
             if text is None:
                 if texts or not anew:
                     tree.extend((*(b.cut(word) if texts else ()), *tokens))
-                    word, read = b.prefix if anew else b"", ()
+                    word, read = mapping.begins_with if anew else b"", ()
                 texts = not anew
             data = text
+        elif not texts:
+            data, texts = data.removeprefix(mapping.put_before), True
         if data:
             texts = True
             done, word = mapping.grow(word, data)
             if done:
                 tree.extend(b.cut(done))
             read, size = (*read, number), len(word)
-            sizes = [len(a.table[i] or b"") for i in read]
             first = len(read)
             while first and size > 0:
                 first -= 1
-                size -= sizes[first]
+                size -= len(a.bytes_of(read[first : first + 1]))
             read = read[first:]
-        elif text_free(data):
-            read = (*read, number)
         tree.positions.append(_position(mapping, tree, word, read or (number,), texts))
     after = Row(word=word, read=read, begun=begun, texts=texts, depth=tree.depths[tree.end])
     return tree, after
 
 
-def text_free(data):
-    """Whether a token stands for no bytes at all."""
-    return data == b""
-
-
 def _position(mapping, tree, word, last, texts):
     covers, node = [], tree.end
-    for cover in mapping.covers(word, bool(mapping.opens(last[-1])) if texts else False):
+    for cover in mapping.covers(word, mapping.opens(last[-1])) if texts else mapping.first_covers():
         at, edges = tree.end, []
         for token in cover.path:
             edges.append((at, token))
