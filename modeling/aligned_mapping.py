@@ -232,11 +232,21 @@ class Mapping:
                 found.append(Cover(path[:length], rest, without=without))
             if length < len(path):
                 at += len(self.b.table[path[length]] or b"")
+        if len(path) > 1:
+            found += self._shorter(path)
         if word[-1:].isspace():
             self._before_a_letter(word, found)
         if beyond and beyond[: len(path)] != path:
             found.append(Cover(beyond, b"", b" "))
         return found
+
+    def _shorter(self, path):
+        """Of a word that is cut already: its last token may turn out shorter, and the next one begin within it."""
+        last = self.b.table[path[-1]] or b""
+        for end in range(len(last) - 1, 0, -1):
+            if (head := self.b.surfaces.ids.get(last[:end])) is not None and self.continues(last[end:]):
+                return [Cover((*path[:-1], head), last[end:])]
+        return []
 
     def _before_a_letter(self, word, found):
         """Adds what B makes of spaces at the end of a word if a letter comes after them, where that is another path."""
