@@ -224,7 +224,7 @@ class HybridMixer(nn.Module):
 
     def _touched(self, weights, *unused):
         """Mixture weights, with gradients of zero for what they replace: DDP stops at a parameter without one."""
-        trained = [one.sum() for one in unused if one.requires_grad and self.training]
+        trained = [one.sum() for one in unused if one.requires_grad and self.training and one.numel()]
         return weights + 0.0 * sum(trained) if trained else weights
 
     def _gated(self, projector, states, alpha):

@@ -20,6 +20,12 @@ SPARE, FEW = 8, 128
 """Documents share a pass while their padding is at most 1/SPARE of its tokens, or FEW tokens (what a pass costs)."""
 
 
+IN_PARTS = (
+    "output_attentions=True: rows with several documents, or with padding between tokens, are run in parts, whose "
+    "attention weights are not of the whole row; give each text a row of its own."
+)
+
+
 def has_values(*tensors) -> bool:
     """Whether numbers of these tensors (or None) may be looked at: not while a graph is made of them."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -247,10 +253,10 @@ def run_cut(run, inputs):
         )
     cuts, padded, passes = [0, time], padded.cpu(), []
     if has_padding:
-        cache.has_padding, cuts[1:1] = (
-            cache.has_padding or is_inside,
-            (padded.diff().any(0).nonzero()[:, 0] + 1).tolist(),
-        )
+        if inputs.attentions is not None:
+            raise ManticoreError(IN_PARTS)
+        cache.has_padding = cache.has_padding or is_inside
+        cuts[1:1] = (padded.diff().any(0).nonzero()[:, 0] + 1).tolist()
     for start, stop in zip(cuts, cuts[1:]):
         rows = padded[:, start].nonzero()[:, 0]
         kept = [

@@ -64,7 +64,7 @@ def test_attention_weights_are_those_of_the_components():
     again = model(ids, output_attentions=True)  # hooks are installed once, whoever asks
     part(ids, output_attentions=True)
     assert len(again.attentions) == len(model(ids, output_attentions=True).attentions) == 5
-    first = model(ids[:, :6], output_attentions=True)
+    first = model(ids[:, :6], output_attentions=True, use_cache=True)
     rest = model(ids[:, 6:], cache=first.cache, output_attentions=True).attentions
     torch.testing.assert_close(rest[0][..., -6:], part(ids, output_attentions=True).attentions[0][:, :, 6:, -6:])
     part.config.layer_norm_eps, part.config.output_attentions = 1e-4, True  # a layout that is looked for anew
@@ -93,6 +93,24 @@ def test_attention_weights_come_block_by_block():
     for cls in (ManticoreForSequenceClassification, ManticoreForTokenClassification):
         scored = cls.from_causal_lm(cut, num_labels=2)(ids, attention_mask=torch.ones_like(ids), output_attentions=True)
         assert all(torch.equal(*two) for two in zip(scored.attentions, got))
+
+
+@torch.no_grad()
+def test_attention_weights_of_padded_rows():
+    model, ids = join("llama", "mamba", eager=True)[0], tokens(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    wanted = model(ids[:1, 2:], output_attentions=True).attentions
+    for use_cache in (False, True):
+        got = model(ids, attention_mask=mask, use_cache=use_cache, output_attentions=True).attentions
+        assert len(got) == len(wanted)
+        for one, other in zip(got, wanted):
+            torch.testing.assert_close(one[:1, :, 2:, 2:], other)
+        right = model(ids, attention_mask=mask.flip(1), output_attentions=True)  # which makes no cache by itself
+        assert right.cache is None and len(right.attentions) == len(wanted)
+        mask[0, 3] = 0
+        with pytest.raises(ManticoreError, match="padding between tokens"):
+            model(ids, attention_mask=mask, use_cache=use_cache, output_attentions=True)
+        mask[0, 3] = 1
 
 
 def test_no_attention_weights_without_a_word(monkeypatch):
@@ -290,7 +308,8 @@ def test_exporters_take_hybrids_and_their_caches():
     from transformers.exporters.utils import get_leaf_tensors
 
     for families, settings in ((("gpt_neox", "mamba"), BLOCKS[0]), (("gpt_neox", "llama"), BLOCKS[2])):
-        model, ids = join(*families, **settings)[0], tokens()
+        parts = [tiny(family, num_hidden_layers=2) for family in families]
+        model, ids = ManticoreForCausalLM.from_components(parts, **settings), tokens()
         out = model(ids)
         leaves = get_leaf_tensors(out)
         assert any(key.startswith("cache") for key in leaves) and torch.equal(leaves["logits"], out.logits)

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import clean_process
 import pytest
 import torch
 from hub_models import publish as put
@@ -47,6 +48,19 @@ def tables(text):
     """Rows of all Markdown tables, as lists of cells."""
     lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in cells] for cells in lines]
+
+
+def test_the_code_of_the_card_runs_as_it_stands(saved, hub, tmp_path):
+    """In a fresh process without the package: nothing is asked, and no file of code is listed in a warning."""
+    tokenizer().save_pretrained(saved[1])
+    card, *_ = made(saved[1])
+    (tmp_path / "repo").mkdir()
+    hub.add_repo("me/hybrid", saved[1])
+    code = re.search(r"```python\n(.*?)```", card.sections["load"], re.S)[1]
+    done = clean_process.run(["-c", code], cwd=tmp_path / "repo", modules=clean_process.TORCH)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "custom code" not in done.stdout + done.stderr
+    assert "new version of the following files" not in done.stderr
 
 
 def test_the_components_are_those_of_the_configuration(saved):

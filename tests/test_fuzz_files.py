@@ -50,7 +50,12 @@ STATE = {
         {"eval_loss": 2.3, "step": 20}, {"loss": 2.2, "step": 40}, {"train_runtime": 12.5, "step": 40},
     ],
 }  # fmt: skip
-EVALUATION = [{"losses": {"hybrid": 2.1, "a": 2.2}, "data": "org/texts", "tokens": 512, "own": "hybrid"}]
+EVALUATION = [
+    {
+        "losses": {"hybrid": 2.1, "a": 2.2}, "data": "org/texts", "tokens": 512, "own": "hybrid", "bytes": 2048,
+        "bits_per_byte": {"hybrid": 1.1, "a": 1.2}, "differences": {"a": [0.1, 0.05, 0.15]}, "missing": {"b": "why"},
+    },
+]  # fmt: skip
 
 
 def _row(name, kind, loss):
@@ -108,7 +113,7 @@ def test_indices_of_shards(tmp_path, random):
         found = shards(written(tmp_path / "index.json", INDEX, random), ("The index", "do without it."))
         assert all("/" not in name and name.endswith(".safetensors") for name in found)
 
-    outcome(run, seconds=10)
+    outcome(run)
 
 
 @fuzzed(2000)
@@ -129,7 +134,7 @@ def test_headers_of_safetensors(tmp_path, random):
         except (ValueError, RecursionError):
             pass
 
-    outcome(run, seconds=10)
+    outcome(run)
 
 
 GGUF = gguf(
@@ -174,7 +179,7 @@ def test_gguf_headers(tmp_path, random):
         except ManticoreError as err:
             assert "x.gguf" in str(err)
 
-    outcome(run, seconds=10)
+    outcome(run)
 
 
 @fuzzed(2000)
@@ -192,7 +197,7 @@ def test_cards(tmp_path, random):
         text, kept = merge(CARD, choose(present, whole))
         assert isinstance(text, str) and isinstance(kept, list)
 
-    outcome(run, seconds=10)
+    outcome(run)
 
 
 def _rendered(saved, folder):
@@ -205,8 +210,7 @@ def _rendered(saved, folder):
         comparison=read_comparison(folder / "comparison.json"),
         comparison_path=folder / "comparison.json",
     )
-    run = one_run(facts)
-    pages = render(facts, decide(facts.comparison, facts.found["settings"], "compare", run and run[:2]))
+    pages = render(facts, decide(facts.comparison, facts.found["settings"], "compare", one_run(facts)))
     for page in pages:
         assert all(c.isprintable() or c in "\n\t" for c in page)
     return pages
@@ -225,4 +229,4 @@ def test_stage_evaluation_and_comparison_files(saved, tmp_path, random):
             written(tmp_path / name, values, random)
         else:
             (tmp_path / name).write_text(json.dumps(values))
-    outcome(_rendered, saved, tmp_path, seconds=20)
+    outcome(_rendered, saved, tmp_path)

@@ -16,7 +16,13 @@ from manticore_hf.training.recipe import Recipe
 ROOMS = "compare compose demo evaluation experiments families hub kernels plan report testing training utils".split()
 ROOMS = [f"manticore_hf.{room}" for room in ROOMS]
 # Of modules that import neither torch nor datasets, so that a command's help is quick
-LATER = {"Dataset": datasets.Dataset, "Image": typing.Any, "LoraConfig": typing.Any, "Recipe": Recipe}
+LATER = {
+    "Dataset": datasets.Dataset,
+    "Image": typing.Any,
+    "LoraConfig": typing.Any,
+    "PromptLearningConfig": typing.Any,
+    "Recipe": Recipe,
+}
 
 
 def modules(room):

@@ -129,7 +129,7 @@ def test_equal_tokenizers_are_left_alone(hub, owner, tmp_path):
 def test_from_components_names_the_remedy_and_checks_what_it_is_given(composed, hub, owner):
     model, _, _ = composed
     with pytest.raises(ManticoreError, match="Transplant.*compose --transplant auto"):
-        ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"], vocab_size=316)
+        ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"], tokenizers="transplant")
     entry = model.config.components[1]["transplant"]
     other = ComponentSpec(f"{owner}/b", model=model.b, transplant={**entry, "vocabulary": "0" * 64})
     with pytest.raises(ManticoreError, match="have different vocabularies; components must share"):

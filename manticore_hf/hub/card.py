@@ -170,10 +170,10 @@ def read_results(directory: str | os.PathLike) -> list[Result]:
                     data,
                     {str(label): float(loss) for label, loss in losses.items()},
                     str(value.get("own", "hybrid")),
-                    tokens if type(tokens) is int and is_number(tokens) else None,
+                    tokens if _is_count(tokens) else None,
                     note if isinstance(note, str) else None,
                     _known(value.get("bits_per_byte"), is_number),
-                    value["bytes"] if type(value.get("bytes")) is int and is_number(value["bytes"]) else None,
+                    value["bytes"] if _is_count(value.get("bytes")) else None,
                     _known(value.get("differences"), _is_difference),
                 )
             )
@@ -184,6 +184,10 @@ def _known(values, fits):
     """The values of a dictionary that have the right form."""
     values = values if isinstance(values, dict) else {}
     return {str(key): value for key, value in values.items() if fits(value)}
+
+
+def _is_count(value):
+    return type(value) is int and is_number(value) and value > 0
 
 
 def _is_difference(value):

@@ -158,8 +158,11 @@ class Rehearsal:
         def run(ids):
             for name in self.config.component_names:
                 self.hybrid.component(name)(input_ids=ids, labels=ids, use_cache=False)
+            # Every token, by its numbers: which values of a mask are true cannot be told without storage
+            numbers = torch.meshgrid(torch.arange(ids.shape[0]), torch.arange(ids.shape[1]), indexing="ij")
+            batches = [(ids, ids, tuple(one.flatten() for one in numbers))]
             with contextlib.redirect_stderr(io.StringIO()):  # its bar
-                _collect(self.hybrid, [ids], self.config.reference_component, 2)
+                _collect(self.hybrid, batches, self.config.reference_component, 2)
 
         try:
             cost = self._count(run, batch, length)

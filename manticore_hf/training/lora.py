@@ -28,7 +28,7 @@ from manticore_hf.modeling.dtypes_manticore import (
 from manticore_hf.utils.unwrap import hybrid_of
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PromptLearningConfig
 
 TASK_TYPES = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
@@ -113,7 +113,9 @@ def lora_config(
     return config
 
 
-def prompt_config(model, kind=None, num_virtual_tokens=20, **kwargs):
+def prompt_config(
+    model: nn.Module, kind: type | None = None, num_virtual_tokens: int = 20, **kwargs: object
+) -> "PromptLearningConfig":
     """A configuration of soft prompts for a hybrid, as wide as what it reads (`get_input_embeddings`).
 
     PEFT would take the hidden size for that width, and ask for a number of attention heads, which a hybrid lacks and
@@ -145,7 +147,7 @@ def prompt_config(model, kind=None, num_virtual_tokens=20, **kwargs):
     return kind(**{"task_type": task_type, "num_virtual_tokens": num_virtual_tokens, **sizes, **kwargs})
 
 
-def end_modules(model):
+def end_modules(model: nn.Module) -> dict[str, tuple[str | None, str | None]]:
     """{component: (name of its embeddings, name of its head)} in a hybrid; None for a head that it lacks."""
     names = {id(module): name for name, module in model.named_modules()}
     parts = {name: model.component(name) for name in model.config.component_names}
