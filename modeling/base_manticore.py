@@ -91,7 +91,7 @@ class HybridEmbedding(nn.Module):
     def readers(self) -> list[str]:
         """Names of the components that read the tokens: all of them, or the first on a pruned hybrid's path."""
         config = self._owner[0].config
-        return config.route[:1] if config.route else config.component_names
+        return config.route[:1] if config.route else [n for n in config.component_names if n not in config.aligned]
 
     @property
     def weight(self) -> nn.Parameter:
@@ -100,10 +100,7 @@ class HybridEmbedding(nn.Module):
         name = model.config.tokenizer_component
         return model.component(name if name in self.readers else self.readers[0]).get_input_embeddings().weight
 
-    @property
-    def word_embeddings(self) -> "HybridEmbedding":
-        """Itself: PEFT's prompts look for `model.embeddings.word_embeddings` before they guess."""
-        return self
+    word_embeddings = property(lambda self: self)  # of `model.embeddings`, which PEFT's prompts look for
 
     @property
     def is_watched(self) -> bool:
@@ -170,11 +167,10 @@ class ManticoreModel(ManticorePreTrainedModel):
     def init_parallel_plans(self) -> None:
         """As in Transformers, without what a component no longer has (its head, in a classifier)."""
         super().init_parallel_plans()
-        parts = (name for name, module in self.named_modules() if not isinstance(module, Dropped))
-        there = {*map(replace_layer_number_by_wildcard, (*parts, *(name for name, _ in self.named_parameters())))}
-        for plan in (self._tp_plan, self._ep_plan):
-            for name in set(plan) - there:
-                del plan[name]
+        names = [name for name, module in self.named_modules() if not isinstance(module, Dropped)]
+        there = {*map(replace_layer_number_by_wildcard, (*names, *(name for name, _ in self.named_parameters())))}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in there}
+        self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in there}
 
     # ---- the parts -------------------------------------------------------------------------------------------------
 
@@ -292,17 +288,14 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     # ---- embeddings ------------------------------------------------------------------------------------------------
 
+    embeddings = property(lambda self: self.get_input_embeddings())  # where PEFT's prompts look first
+
     def get_input_embeddings(self) -> HybridEmbedding:
         """One module for the embeddings of all components."""
         if self.input_embedding._owner[0] is not self:  # a replica on another device: its parts, the same hooks
             self.__dict__["input_embedding"] = copy.copy(self.input_embedding)
             self.input_embedding._owner = (self,)
         return self.input_embedding
-
-    @property
-    def embeddings(self) -> HybridEmbedding:
-        """What `get_input_embeddings` gives; see `HybridEmbedding.word_embeddings`."""
-        return self.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Raises ManticoreError: there are several."""
@@ -320,6 +313,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> HybridEmbedding:
         """Resizes the vocabulary of every component; ManticoreError for a pruned hybrid of several."""
+        if self.config.aligned:
+            raise ManticoreError("The components have tokenizers of their own: resize each before it is composed.")
         if self.config.route is not None and len(self.config.component_names) > 1:
             raise ManticoreError("A pruned hybrid cannot be resized: resize the soft one, then prune it.")
         before = self.config.vocab_size
@@ -364,6 +359,12 @@ class ManticoreModel(ManticorePreTrainedModel):
         parts = {name: self.component(name) for name in self.config.component_names}
         configs = {name: part.config for name, part in parts.items()}
         cache = ManticoreCache(configs, self.segments.ranges, max_cache_len, offloading, quantized)
+        cache.is_plain &= not self.config.aligned
+        if self.config.aligned and max_cache_len is not None:
+            raise ManticoreError(
+                f"Components {list(self.config.aligned)} read text by tokenizers of their own, which needs a cache "
+                "that grows; leave cache_implementation at its default."
+            )
         for name, part in parts.items() if max_cache_len is not None else ():
             if cache.attends(name) and not part._can_compile_fullgraph:
                 raise ManticoreError(

@@ -81,6 +81,7 @@ class ManticoreCache(Cache):
     ):
         layers, self._views, self.options = [], {}, (max_cache_len, offloading, quantized)
         self.max_cache_len, self.seen = max_cache_len, 0
+        self.readers = {}  # of components with tokenizers of their own: {name: how far each row has been read}
         self.mask, self.has_padding = None, False  # of what was read (None: all real), and whether any was in between
         # Whether nothing in it depends on where padding stands: neither GPT-Neo's windows nor MPT's biases count places
         self.is_plain = not any(
@@ -125,9 +126,8 @@ class ManticoreCache(Cache):
 
     def attends(self, name: str) -> bool:
         """Whether a component has layers with keys and values."""
-        found = [one[1:] for key, one in self._views.items() if key.rpartition("-")[0] == name]
-        layers = [layer for first, start, stop in found for layer in self.layers[first : first + stop - start]]
-        return any(isinstance(layer, CacheLayerMixin) for layer in layers)
+        views = [self.view(*key.rsplit("-", 1)) for key in self._views if key.rpartition("-")[0] == name]
+        return any(isinstance(layer, CacheLayerMixin) for view in views for layer in view.layers)
 
     def stretch(self, mask, name: str, block: int, batch: int, time: int, device) -> torch.Tensor | None:
         """The mask [batch, past + time] of a segment, to the end of a static cache (Bloom's biases are as long)."""
@@ -152,7 +152,7 @@ class ManticoreCache(Cache):
     def reset(self) -> None:
         """Forgets everything and keeps the memory."""
         super().reset()
-        self.seen, self.mask, self.has_padding = 0, None, False
+        self.seen, self.mask, self.has_padding, self.readers = 0, None, False, {}
 
     def restart(self, empty: Cache) -> None:
         """Becomes a new cache of the same hybrid, `empty`, for the sake of whoever holds this one."""
@@ -163,9 +163,16 @@ class ManticoreCache(Cache):
         super().reorder_cache(beam_idx)
         if self.mask is not None:
             self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
+        self._pick_readers(beam_idx)
+
+    def _pick_readers(self, rows):
+        for name, found in self.readers.items():
+            self.readers[name] = [found[row].copy() for row in rows.tolist()]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
+        if self.readers and tokens_to_remove:
+            raise ManticoreError("A component with a tokenizer of its own cannot take back tokens that it has read.")
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)
         self.mask = None if self.mask is None else self.mask[:, : self.seen]
@@ -179,6 +186,8 @@ class ManticoreCache(Cache):
         self._pick_rows("batch_select_indices", indices, lambda rows: indices)
 
     def _pick_rows(self, method, argument, chosen):
+        for rows in list(self.readers.values())[:1]:
+            self._pick_readers(chosen(len(rows)))
         if self.mask is not None:
             self.mask = self.mask.index_select(0, chosen(len(self.mask)).to(self.mask.device))
         for layer in self.layers:
@@ -220,7 +229,7 @@ def _behind(model, cache):
     if is_hybrids(cache):
         return cache
     found = model.make_cache(offloading=cache.offloading) if type(cache) is DynamicCache else None
-    if found is not None and not found.is_recurrent:
+    if found is not None and not found.is_recurrent and not model.config.aligned:
         if cache.get_seq_length() == 0:
             cache.layers, cache.layer_class_to_replicate = found.layers, None
         if [*map(type, cache.layers)] == [*map(type, found.layers)]:
@@ -277,21 +286,14 @@ def cache_for_generation(
         return given
     if settings.use_cache is False:
         return None
-    options = {}
-    if "offloaded" in (kind or ""):
-        if model.device.type == "cpu":
-            raise ManticoreError(
-                f"cache_implementation={kind!r} keeps keys and values in the CPU's memory, where those of a hybrid on "
-                "the CPU are anyway; leave it out."
-            )
-        options["offloading"] = True
-    if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS:
-        options["max_cache_len"] = max(max_cache_length, settings.max_cache_len or 0)
-    elif kind == "quantized":
-        options["quantized"] = {"backend": "quanto", **(settings.cache_config or {})}
-    elif kind not in (None, "dynamic", "offloaded"):
-        raise ManticoreError(f"cache_implementation={kind!r} is not supported; use 'dynamic' or 'static'.")
-    cache = model.make_cache(**options)
+    offloading = "offloaded" in (kind or "")
+    if offloading and model.device.type == "cpu":
+        raise ManticoreError(
+            f"cache_implementation={kind!r}: the hybrid is on the CPU, and its cache too; leave it out."
+        )
+    length = max(max_cache_length, settings.max_cache_len or 0) if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None
+    quantized = {"backend": "quanto", **(settings.cache_config or {})} if kind == "quantized" else None
+    cache = model.make_cache(length, offloading, quantized)
     if settings.is_assistant:  # what it drafts may be refused
         cache.activate_past_recording()
     return cache

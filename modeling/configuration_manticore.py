@@ -49,7 +49,8 @@ class ManticoreConfig(PreTrainedConfig):
             `model_type`), and where its weights live: `repo_id`, `revision` (40-hex commit), `subfolder`, `weights`
             ("reference": read from that repo; "embedded": kept in the hybrid's own file), `files` (of a reference:
             `{safetensors file: its SHA-256}`), `license` (as the component's card states it), `transplant` (how its
-            embedding and head were made for another tokenizer, which are then the hybrid's own; else None).
+            embedding and head were made for another tokenizer, which are then the hybrid's own; else None), `tokenizer`
+            (of a hybrid with several: `{"files": {file: its SHA-256}}`; else None).
         calibration: What the projectors were solved from (tokens and reference component), or None.
         objective: What of mixture_space and the loss weights is not given, but for the first training stage of a
             one-block hybrid to choose, by whether the components' strengths differ: {"open": [...]}; then what it
@@ -125,7 +126,14 @@ class ManticoreConfig(PreTrainedConfig):
         self.mixture_weights = self._check_mixture_weights(given.mixture_weights)
 
         subs = [getattr(self, name) for name in self._component_names]
-        sizes, vocab_size = {name: sub.vocab_size for name, sub in zip(self._component_names, subs)}, given.vocab_size
+        if self.aligned and (self.num_blocks > 1 or self.embeddings != "native" or self.route):
+            raise ManticoreError(
+                f"Components {list(self.aligned)} have tokenizers of their own, which works in one block with "
+                f"embeddings 'native'; this hybrid has num_blocks={self.num_blocks}, embeddings={self.embeddings!r}, "
+                f"route={show(self.route)}. Transplant their vocabularies instead (tokenizers='transplant')."
+            )
+        sizes = {name: getattr(self, name).vocab_size for name in self._component_names if name not in self.aligned}
+        vocab_size = given.vocab_size
         if vocab_size is None and len(set(sizes.values())) == 1:
             vocab_size = min(sizes.values())
         fits = type(vocab_size) is int and 0 < vocab_size <= min(sizes.values(), default=0)
@@ -259,6 +267,12 @@ class ManticoreConfig(PreTrainedConfig):
         return list(self._component_names)
 
     @property
+    def aligned(self) -> tuple[str, ...]:
+        """Names of the components that read text by tokenizers of their own."""
+        own = [entry["name"] for entry in self.__dict__.get("components", ()) if entry.get("tokenizer") is not None]
+        return tuple(name for name in own if name != self.tokenizer_component)
+
+    @property
     def sub_configs(self) -> dict[str, type]:
         """Class of each component's configuration by component name (Transformers walks these)."""
         return {name: type(getattr(self, name)) for name in self.__dict__.get("_component_names", [])}
@@ -305,7 +319,8 @@ class ManticoreConfig(PreTrainedConfig):
                 sub.pop(private, None)
             entry["config"] = sub
             out.pop(entry["name"], None)
-        out["auto_map"] = dict(AUTO_MAP)
+        code = "aligned_hybrid." if self.aligned else "modeling_manticore."
+        out["auto_map"] = {key: value.replace("modeling_manticore.", code) for key, value in AUTO_MAP.items()}
         return out
 
 
@@ -314,7 +329,18 @@ def component_depth(config: PreTrainedConfig) -> int:
     return config.get_text_config().num_hidden_layers
 
 
-_ENTRY_KEYS = ("name", "repo_id", "revision", "subfolder", "weights", "files", "license", "code", "transplant")
+_ENTRY_KEYS = (
+    "name",
+    "repo_id",
+    "revision",
+    "subfolder",
+    "weights",
+    "files",
+    "license",
+    "code",
+    "transplant",
+    "tokenizer",
+)
 
 
 def _list_of_dicts(components):

@@ -114,14 +114,14 @@ class ManticoreClassifier(ManticoreModel):
         inputs = read_inputs(self, *given, {**kwargs, "output_attentions": output_attentions})
         at = self._where_to_score(inputs)
         found = run(self, inputs, shared=not native)
+        row = found.weights[-1]
+        if config.mixture == "token" and not isinstance(row[0], float):
+            row = (self.hybrid_mixer(HybridMixer.gate_rest) + 0.0 * sum(row)).unbind()
         if native:
-            row = found.weights[-1]
-            if config.mixture == "token" and not isinstance(row[0], float):
-                row = self.hybrid_mixer(HybridMixer.gate_rest).unbind()
             weights = [w for name, w in zip(config.component_names, row) if name in found.states]
             states = {f"{name}-{config.num_blocks - 1}": state for name, state in found.states.items()}
         else:
-            weights, states = [1.0], {"shared": found.shared}
+            weights, states = [1.0 + 0.0 * sum(row)], {"shared": found.shared}
         logits, own = self.score(*place((states, weights), there))
         if at is not None:
             rows = torch.arange(len(logits), device=logits.device), at.to(logits.device)

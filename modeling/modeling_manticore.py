@@ -20,7 +20,7 @@ from .devices_manticore import place
 from .heads_manticore import ManticoreForSequenceClassification, ManticoreForTokenClassification
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
-from .outputs_manticore import TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_temperature, fused_output
+from .outputs_manticore import FIELDS, TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_by_trl, fused_output
 from .running_manticore import active_in, read_inputs, run
 from .segments_manticore import width_of
 
@@ -32,8 +32,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
 
     # Set by trainers that log them: compute the losses of the parts and of the plain ensemble in every call.
     report_parts = False
-    # Set by TRL, with the forward that it would give the model.
-    fused_temperature = 1.0
+    # The temperature and the fields that TRL last asked for, with the forward that it would give the model.
+    fused_settings = (1.0, FIELDS)
 
     @can_return_tuple
     @takes_old_cache
@@ -68,12 +68,17 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             if kwargs.get("shift_labels") is not None:
                 kwargs["shift_labels"] = inputs.documents.labels(kwargs["shift_labels"], True)
         found = run(self, inputs, shared=False)
-        weights, states = self._what_heads_read(found, logits_to_keep)
-        own = {name: self.segments.logits(name, state) for name, state in states.items()}
+        # -0 is 0: all of them
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        weights, states = self._what_heads_read(found, kept)
+        if found.own_logits is None:
+            own = {name: self.segments.logits(name, state) for name, state in states.items()}
+        else:
+            own = found.own_logits(kept)
         logits, token_weights = self.mix(weights, list(states.values()), list(own.values()))
         if fused:
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
-            return fused_output(self.config, logits, list(own.values()), self.fused_temperature, **labelling)
+            return fused_output(self.config, logits, list(own.values()), self.fused_settings, **labelling)
         loss, parts = (None, {}) if labels is None else self._losses(logits, own, labels, kwargs)
         kept = found.cache, found.hidden_states, found.attentions
         return ManticoreCausalLMOutput(loss, logits, *kept, weights=token_weights, **parts)
@@ -87,11 +92,9 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             out["past_key_values"] = out.pop("cache")
         return out
 
-    def _what_heads_read(self, found, logits_to_keep=0):
+    def _what_heads_read(self, found, kept=slice(None)):
         """(K' mixture weights, {component: [batch, kept, width]}) of the K' heads that are mixed, from a Pass."""
         config = self.config
-        # -0 is 0: all of them
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         row = found.weights[-1 if config.embeddings == "native" or config.head_mixture == "last" else 0]
         active = active_in(self, row)
         if config.embeddings == "native":
@@ -116,6 +119,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         if self.config.mixture == "token" and not isinstance(weights[0], float):
             sure, norms = zip(*[sureness(one) for one in own])
             token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure)))
+            # The gate stands for alpha, which gets a gradient of zeros: DDP waits for all that may be trained.
+            token_weights = token_weights + 0.0 * sum(weights)
             weights = list(token_weights.split(1, -1))
         return SPACES[self.config.mixture_space](weights, [widen(one) for one in own], norms), token_weights
 
@@ -153,10 +158,10 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
 
     def __setattr__(self, name, value):
         # TRL (>= 1.0) would replace the forward by one that assumes a single output matrix: see `FusedOutput`.
-        temperature = asked_temperature(value) if name == "forward" else None
-        if temperature is None:
+        asked = asked_by_trl(value) if name == "forward" else None
+        if asked is None:
             return super().__setattr__(name, value)
-        self.fused_temperature = temperature
+        self.fused_settings = asked
         if (self.config.mix_loss_weight, self.config.component_loss_weight) != (1.0, 0.0):
             logger.warning_once(TRL_LOSS)
 

@@ -58,12 +58,20 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
     ensemble_loss: torch.Tensor | None = None
     weights: torch.Tensor | None = None
 
+    @property
+    def last_hidden_state(self):
+        """Not there; see the error's message."""
+        raise AttributeError(
+            "A hybrid's logits are a mixture of several heads: no single state and output matrix give them. Use what "
+            "reads logits (to distil, TRL's GKDTrainer instead of DistillationTrainer)."
+        )
+
 
 @dataclass
 class FusedOutput(ModelOutput):
     """Per-token fields [batch, time - 1] ([batch, time] with `shift_labels`), zero where the label is -100.
 
-    All are of the mixture, which is the policy of whoever asks, at the temperature that was asked for.
+    All are of the mixture, which is the policy of whoever asks; None if they were not asked for.
 
     Attributes:
         loss: The hybrid's own loss, that of its components included: a sum over the labelled tokens, divided by
@@ -86,58 +94,66 @@ class FusedOutput(ModelOutput):
     aux_loss: torch.Tensor | None = None
 
 
+FIELDS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # computed only if they are asked for
+
+
+def asked_by_trl(forward: Any) -> tuple[float, tuple[str, ...]] | None:
+    """(temperature, FIELDS wanted) of the forward that TRL would put in a model's place; None if it is another one."""
+    code = getattr(getattr(forward, "__func__", None), "__code__", None)
+    if code is None or "fused_lm_head" not in code.co_varnames:
+        return None
+    given = dict(zip(code.co_freevars, forward.__func__.__closure__))
+    return given["temperature"].cell_contents, given["outputs"].cell_contents
+
+
 def fused_output(
     config: PreTrainedConfig,
     logits: torch.Tensor,
     own: list[torch.Tensor],
-    temperature: float = 1.0,
+    asked: tuple[float, tuple[str, ...]],
     labels: torch.Tensor | None = None,
     shift_labels: torch.Tensor | None = None,
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> FusedOutput:
     """The fields TRL reads, of logits [batch, time, vocabulary] of the mixture and of each component's own head.
 
-    All logits are divided by `temperature`. `labels` [batch, time] are shifted here, `shift_labels` were before;
-    `num_items_in_batch` counts the labelled tokens of the whole batch, over all micro-batches and processes.
+    `asked`: (what all logits are divided by, FIELDS wanted). `labels` [batch, time] are shifted here, `shift_labels`
+    were before; `num_items_in_batch` counts the labelled tokens of the whole batch, over micro-batches and processes.
     """
+    temperature, wanted = asked
     if shift_labels is None:
         shift_labels, logits, own = labels[:, 1:], logits[:, :-1], [one[:, :-1] for one in own]
     mask, index = shift_labels != -100, shift_labels.clamp(min=0)[..., None]
 
-    def log_probs(values):
-        values = widen(values)
-        return (values if temperature == 1.0 else values / temperature).log_softmax(-1)
+    def scaled(values):
+        return widen(values) if temperature == 1.0 else widen(values) / temperature
 
     def pick(values):
         return values.gather(-1, index)[..., 0].masked_fill(~mask, 0.0)
 
-    logprobs = log_probs(logits)
-    # Recomputed in backward: who trains on the entropy (GRPO) need not keep the probabilities beside their logarithms.
-    entropy = checkpoint(_entropy, logprobs, use_reentrant=False, preserve_rng_state=False)
+    logits = scaled(logits)
+    logprobs = logits.log_softmax(-1)
     chosen = pick(logprobs)
     objective = config.mix_loss_weight * chosen
     if config.component_loss_weight > 0:
-        objective = objective + config.component_loss_weight * sum(pick(log_probs(one)) for one in own)
+        objective = objective + config.component_loss_weight * sum(pick(scaled(one).log_softmax(-1)) for one in own)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    fixed = logprobs.detach()
+    makers = {
+        # Recomputed in backward: whoever trains on it (GRPO) need not keep probabilities beside their logarithms.
+        "entropy": lambda: checkpoint(_entropy, logprobs, use_reentrant=False, preserve_rng_state=False),
+        "log_sum_sq_probs": lambda: (2 * fixed).logsumexp(-1),
+        "mean_logits": lambda: logits.detach().mean(-1),
+        "is_top1": lambda: fixed.argmax(-1) == shift_labels,
+    }
     return FusedOutput(
         loss=-objective.sum() / count,
         log_probs=chosen,
-        entropy=entropy.masked_fill(~mask, 0.0),
-        log_sum_sq_probs=(2 * logprobs.detach()).logsumexp(-1).masked_fill(~mask, 0.0),
-        mean_logits=(widen(logits.detach()).mean(-1) / temperature).masked_fill(~mask, 0.0),
-        is_top1=(logprobs.argmax(-1) == shift_labels) & mask,
         label_mask=mask,
+        **{name: make().masked_fill(~mask, 0) for name, make in makers.items() if name in wanted},
     )
 
 
 def _entropy(logprobs):
     finite = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0 times minus infinity is no number
     return -(finite.exp() * finite).sum(-1)
-
-
-def asked_temperature(forward: Any) -> float | None:
-    """The temperature in the forward that TRL would put in a model's place, or None if it is no such forward."""
-    code = getattr(getattr(forward, "__func__", None), "__code__", None)
-    if code is None or "fused_lm_head" not in code.co_varnames:
-        return None
-    return dict(zip(code.co_freevars, forward.__func__.__closure__))["temperature"].cell_contents

@@ -69,13 +69,13 @@ def component_files(entry: dict, hub: dict) -> list[str]:
         if not is_commit(entry["revision"]):
             _pin(entry, hub)
         if entry.get("files"):  # recorded when it was composed: nothing else is read
-            return [_fetch(entry, file, hub) for file in sorted(entry["files"]) if file.endswith(".safetensors")]
+            return [fetch(entry, file, hub) for file in sorted(entry["files"]) if file.endswith(".safetensors")]
         try:
-            return [_fetch(entry, WEIGHT_FILES[0], hub)]
+            return [fetch(entry, WEIGHT_FILES[0], hub)]
         except (LocalEntryNotFoundError, EntryNotFoundError):
-            index = _fetch(entry, WEIGHT_FILES[1], hub)
+            index = fetch(entry, WEIGHT_FILES[1], hub)
         said = f"{where(entry)}: {WEIGHT_FILES[1]}", "use another commit of the component."
-        return [_fetch(entry, shard, hub) for shard in shards(index, said)]
+        return [fetch(entry, shard, hub) for shard in shards(index, said)]
     except ManticoreError:
         raise
     except Exception as err:  # the HTTP library's own errors among them
@@ -136,7 +136,7 @@ def shards(index: str | os.PathLike, what: tuple) -> list[str]:
     return found
 
 
-def _fetch(entry, file, hub):
+def fetch(entry, file, hub):
     """Path of one file of a component, checked against what was recorded and what the Hub says it is."""
     path = _download(entry, file, hub)
     recorded, stated = (entry.get("files") or {}).get(file), lfs_id(path)

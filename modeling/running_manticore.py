@@ -5,6 +5,7 @@
 whole components side by side, nothing cut).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,6 +74,7 @@ class Pass:
         shared: [batch, time, d], the shared state after the last block; None where nobody asked and no head reads it.
         hidden_states: The shared states at the blocks' boundaries, if they were wanted.
         cache: The cache, with the new tokens; None without.
+        own_logits: Where heads alone do not give them: (positions to keep) -> {component: its logits}.
         attentions: The layers' attention weights, if they were wanted.
     """
 
@@ -82,6 +84,11 @@ class Pass:
     hidden_states: tuple | None
     cache: Cache | None = None
     attentions: tuple | None = None
+    own_logits: Callable | None = None
+
+
+RUNNERS = {}
+"""Ways to run that other files add: "aligned", for components with tokenizers of their own."""
 
 
 def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, told=None):
@@ -158,7 +165,7 @@ def run(model, inputs, shared=True):
             "for each adapter, or train adapters without a mixer (lora_config(model, train_mixer=False))."
         )
     try:
-        found = run_any(model, inputs, shared)
+        found = RUNNERS["aligned" if model.config.aligned else "shared"](model, inputs, shared)
     except IndexError as err:
         largest = -1 if inputs.ids is None else int(inputs.ids.max())
         if largest < model.config.vocab_size:
@@ -183,22 +190,30 @@ def run(model, inputs, shared=True):
     return found
 
 
-def run_any(model, inputs, shared):
-    """`run`, whatever the rows are."""
+def run_any(model, inputs, shared, weights=None):
+    """`run`, whatever the rows are, of components that read the same tokens.
+
+    Args:
+        model, inputs, shared: As in `run`.
+        weights: S rows of K mixture weights; None: the hybrid's.
+    """
     if inputs.documents is not None:
         if inputs.attentions is not None:
             raise ManticoreError(IN_PARTS)
-        return inputs.documents.run(lambda part: run_rows(model, part, shared), inputs, takes_turns(model))
+        return inputs.documents.run(lambda part: run_rows(model, part, shared, weights), inputs, takes_turns(model))
     cache, mask = inputs.cache, inputs.mask
     if cache is not None and cache.mask is not None and mask is None:
         mask = torch.ones(inputs.shape[0], cache.seen + inputs.shape[1], dtype=torch.long, device=cache.mask.device)
         inputs = replace(inputs, mask=mask)
     if cache is None or mask is None or cache.is_plain:
-        return run_rows(model, inputs, shared)
+        return run_rows(model, inputs, shared, weights)
     if not has_values(mask):
         cache.mask = mask
-        return run_rows(model, inputs, shared)
-    return run_cut(lambda part: run_rows(model, part, shared), inputs)
+        return run_rows(model, inputs, shared, weights)
+    return run_cut(lambda part: run_rows(model, part, shared, weights), inputs)
+
+
+RUNNERS["shared"] = run_any
 
 
 def takes_turns(model):
@@ -209,10 +224,10 @@ def takes_turns(model):
     return kept or any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())
 
 
-def run_rows(model, inputs, shared):
+def run_rows(model, inputs, shared, weights=None):
     """`run`, of rows that are one text each, with padding on the left or right only."""
     config, segments, cache = model.config, model.segments, inputs.cache
-    weights, (_, time) = mixture_rows(model), inputs.shape
+    weights, (_, time) = weights or mixture_rows(model), inputs.shape
     length = time if cache is None else cache.max_cache_len or cache.get_seq_length() + time
     running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
     check_positions(running, inputs.positions, length, inputs.explicit)
@@ -301,11 +316,11 @@ def active_in(model, row):
 
 def native_inputs(model, inputs, row):
     """{component: what its first segment reads}: its own embeddings; the token ids, where it is run whole."""
-    config, segments = model.config, model.segments
+    segments = model.segments
     if inputs.embeds is None:
         whole = {name: segments.segment(name, 0).is_whole for name in active_in(model, row)}
         return {name: inputs.ids if whole[name] else model.embed(name, inputs.ids) for name in whole}
-    names = config.route[:1] if config.route else config.component_names
+    names = model.get_input_embeddings().readers
     widths = [width_of(model.component(name).get_input_embeddings()) for name in names]
     if inputs.embeds.shape[-1] != sum(widths):
         raise ManticoreError(

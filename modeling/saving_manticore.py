@@ -33,10 +33,18 @@ _PATIENCE = 600.0  # seconds that another process may take to move its files
 _WEIGHT_FILE = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 
 
-def copy_code(directory: str | os.PathLike) -> None:
+BESIDE = []
+"""What other files write beside a hybrid's weights: functions of (model, directory)."""
+
+CODE = re.compile(r"\w+_manticore\.py|aligned_\w+\.py")
+"""Names of the code files of a hybrid; those that align tokenizers are carried by hybrids that do."""
+
+
+def copy_code(directory: str | os.PathLike, aligned: bool = False) -> None:
     """Copies the code files of this folder, so that the saved hybrid loads where the package is not installed."""
-    for file in Path(__file__).parent.glob("*_manticore.py"):
-        shutil.copyfile(file, Path(directory) / file.name)
+    for file in Path(__file__).parent.glob("*.py"):
+        if CODE.fullmatch(file.name) and (aligned or not file.name.startswith("aligned_")):
+            shutil.copyfile(file, Path(directory) / file.name)
 
 
 @contextlib.contextmanager
@@ -61,29 +69,35 @@ def whole_directory(target: str | os.PathLike, active: bool) -> Iterator[str]:
         inner.mkdir()
         yield str(inner)
         if active:
-            _put(inner, target)
+            _move(inner, target)
     finally:
         if not _is_promised(scratch, target):
             shutil.rmtree(scratch, ignore_errors=True)
         _let_go(held)
 
 
-def check_whole(directory: str | os.PathLike) -> None:
-    """Raises ManticoreError if a save was cut off while its files were moved in; what is left of it is moved first."""
+def check_whole(directory: str | os.PathLike) -> bool:
+    """Whether no save is moving files into a directory, or was cut off while it did; the rest is moved first.
+
+    Raises:
+        ManticoreError: It was so, and config.json may have been read before it changed.
+    """
     target = Path(os.path.realpath(directory))
-    if os.path.lexists(target / _NOTE):
-        try:
-            with _one_at_a_time(target):
-                done = _finish(target)
-        except OSError:  # it cannot be written here
-            done = False
-        raise ManticoreError(
-            f"{str(directory)!r} was being saved when it was loaded, or an earlier save was interrupted. "
-            + ("It is complete now: load it again." if done else "Its files are of two saves: save it again.")
-        )
+    if not os.path.lexists(target / _NOTE):
+        return True
+    same = _promised(target)[2]
+    with contextlib.suppress(OSError), _one_at_a_time(target):  # it may not be ours to write
+        _finish(target)
+    done = not os.path.lexists(target / _NOTE)
+    if done and same:
+        return False
+    raise ManticoreError(
+        f"{str(directory)!r} was being saved when it was loaded, or an earlier save was interrupted. "
+        + ("It is complete now: load it again." if done else "Its files are of two saves: save it again.")
+    )
 
 
-def _put(inner, target):
+def _move(inner, target):
     if not target.exists():
         try:
             return os.replace(inner, target)
@@ -97,14 +111,16 @@ def _put(inner, target):
             raise ManticoreError(f"{str(target)!r} has a folder that is a link out of it; remove the link, then save.")
         note = inner.with_name(_NOTE)
         at = Path(os.path.relpath(inner, target)).as_posix()
-        note.write_text(json.dumps({"from": at, "files": files}), encoding="utf-8")
+        both = [folder / "config.json" for folder in (inner, target)]
+        same = all(map(Path.is_file, both)) and both[0].read_bytes() == both[1].read_bytes()
+        note.write_text(json.dumps({"from": at, "files": files, "same": same}), encoding="utf-8")
         os.replace(note, target / _NOTE)
         _finish(target)
 
 
 def _finish(target):
     """Moves what the note of a directory promises; False if that is not there (any more)."""
-    inner, files = _promised(target)
+    inner, files, _ = _promised(target)
     if inner is None or not inner.is_dir():  # what is missing there has been moved
         return False
     for name in files:
@@ -121,7 +137,7 @@ def _finish(target):
 
 
 def _promised(target):
-    """(scratch directory, names of files) of the note in a directory, (None, []) without a note that one can follow."""
+    """(scratch directory, files, whether config.json stays as it is) of a directory's note, if there is one."""
     try:
         note = json.loads((target / _NOTE).read_text(encoding="utf-8"))
         place, files = note["from"].removeprefix("../"), note["files"]
@@ -131,8 +147,8 @@ def _promised(target):
         ours = ours and not os.path.islink(inner) and not os.path.islink(inner.parent)
         plain = all(_is_below(root, name) for name in files for root in (inner, target))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None, []
-    return (inner, files) if ours and plain else (None, [])
+        return None, [], False
+    return (inner, files, note.get("same") is True) if ours and plain else (None, [], False)
 
 
 def _is_below(root, name):

@@ -31,7 +31,7 @@ from .dtypes_manticore import (
 )
 from .layer_stack_manticore import backbone_name
 from .references_manticore import commit_in, component_files, lfs_id, open_files, verify, where
-from .saving_manticore import check_whole, copy_code, whole_directory
+from .saving_manticore import BESIDE, check_whole, copy_code, whole_directory
 
 logger = logging.get_logger(__name__)
 
@@ -145,7 +145,8 @@ class ReferencedWeights:
                         verify(file, stated, f"The hybrid's own {os.path.basename(file)}")
                 model._loaded_from = os.path.dirname(os.path.abspath(files[0]))
                 state_dict = open_files(files, stack, "The hybrid's own weights")
-                check_whole(model._loaded_from)
+                while not check_whole(model._loaded_from):  # files were moved meanwhile
+                    state_dict = open_files(files, stack, "The hybrid's own weights")
             quantizer = load_config.hf_quantizer
             packed = quantizer if quantizer is not None and quantizer.pre_quantized else None
             rename, ties = Renamer(model, packed=packed), tie_groups(model)
@@ -225,8 +226,10 @@ class ReferencedWeights:
         try:
             with whole_directory(target, writes) as directory:
                 if writes:
-                    copy_code(directory)
+                    copy_code(directory, bool(self.config.aligned))
                     self._save_beside(directory, target)
+                    for write in BESIDE:
+                        write(self, directory)
                 super().save_pretrained(directory, is_main_process, state_dict=state_dict, **kwargs)
                 written = set(os.listdir(directory))
         finally:

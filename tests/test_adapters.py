@@ -307,7 +307,7 @@ def test_an_enlarged_vocabulary_comes_back_with_the_adapter(tmp_path):
 
     ids = torch.arange(VOCAB - 4, VOCAB + 4)[None]
     with pytest.raises(
-        ManticoreError, match=r"resized to 64 .* without the embeddings and heads of \['llama', 'mamba'\]"
+        ManticoreError, match=r"resized after loading, and embeddings and heads of \['llama', 'mamba'\]"
     ):
         get_peft_model(load(0), LoraConfig(target_modules=["q_proj"]))
     model = load(1)
@@ -370,7 +370,7 @@ def test_soft_prompts_are_read_where_the_tokens_are(tmp_path, settings):
         embeds = torch.cat([tuned.get_prompt(2), model.get_input_embeddings()(ids)], 1)
         given = {"inputs_embeds": embeds, "attention_mask": torch.cat([torch.ones(2, 3).long(), mask], 1)}
         assert torch.equal(tuned(input_ids=ids, attention_mask=mask).logits, model(**given).logits)
-        tuned(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        tuned(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         trained = {key for key, one in tuned.named_parameters() if one.grad is not None and one.grad.any()}
         assert trained and all(key.startswith("prompt_encoder.") for key in trained)
         ways = [{"use_cache": use, "num_beams": beams} for beams in (1, 2) for use in (True, False)]

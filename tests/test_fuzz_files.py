@@ -113,7 +113,7 @@ def test_indices_of_shards(tmp_path, random):
         found = shards(written(tmp_path / "index.json", INDEX, random), ("The index", "do without it."))
         assert all("/" not in name and name.endswith(".safetensors") for name in found)
 
-    outcome(run, seconds=10)
+    outcome(run)
 
 
 @fuzzed(2000)
@@ -134,7 +134,7 @@ def test_headers_of_safetensors(tmp_path, random):
         except (ValueError, RecursionError):
             pass
 
-    outcome(run, seconds=10)
+    outcome(run)
 
 
 GGUF = gguf(
@@ -179,7 +179,7 @@ def test_gguf_headers(tmp_path, random):
         except ManticoreError as err:
             assert "x.gguf" in str(err)
 
-    outcome(run, seconds=10)
+    outcome(run)
 
 
 @fuzzed(2000)
@@ -197,7 +197,7 @@ def test_cards(tmp_path, random):
         text, kept = merge(CARD, choose(present, whole))
         assert isinstance(text, str) and isinstance(kept, list)
 
-    outcome(run, seconds=10)
+    outcome(run)
 
 
 def _rendered(saved, folder):
@@ -229,4 +229,4 @@ def test_stage_evaluation_and_comparison_files(saved, tmp_path, random):
             written(tmp_path / name, values, random)
         else:
             (tmp_path / name).write_text(json.dumps(values))
-    outcome(_rendered, saved, tmp_path, seconds=20)
+    outcome(_rendered, saved, tmp_path)

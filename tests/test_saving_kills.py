@@ -117,6 +117,14 @@ def test_killed_again_while_what_was_promised_is_moved(tmp_path):
     assert step > 4 and not killed
 
 
+def test_where_the_configuration_stays_a_load_goes_on(tmp_path):
+    """What it has read of config.json is right before and after."""
+    folder = fill(tmp_path / "out", OLD)
+    assert killed_at(12, folder.parent, partial(save, folder, {**NEW, "config.json": "old"}))
+    assert not check_whole(folder) and check_whole(folder)
+    assert content(folder) == {**AFTER, "config.json": "old"}
+
+
 def test_what_was_promised_and_is_gone_is_said(tmp_path):
     folder = fill(tmp_path / "out", OLD)
     assert killed_at(12, folder.parent, partial(save, folder, NEW))

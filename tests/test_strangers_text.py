@@ -199,10 +199,19 @@ def test_stage_and_evaluation_files_of_any_numbers(folder, capsys):
     facts = gather(folder)
     assert facts.results == [] and facts.stages[0].flops is None and facts.stages[0].series("loss") == {}
     assert cli.main(["report", str(folder), "--no-measure"]) == 0
-    row = {"name": "h", "kind": "hybrid", "loss": big}
-    (folder / "comparison.json").write_text(json.dumps({"version": 1, "hybrid": "h", "rows": [row]}))
-    with pytest.raises(ManticoreError, match="which is no number"):
-        read_comparison(folder / "comparison.json")
+    row = {"name": "h", "kind": "hybrid", "loss": 1.0}
+    for more, message in (
+        ({"loss": big}, "no number"),
+        ({"kind": "x" * 10**6}, "has kind"),
+        ({"name": ["x"]}, "no name"),
+    ):
+        values = {"version": 1, "hybrid": "h", "rows": [{**row, **more}]}
+        (folder / "comparison.json").write_text(json.dumps(values))
+        with pytest.raises(ManticoreError, match=message) as caught:
+            read_comparison(folder / "comparison.json")
+        assert len(str(caught.value)) < 1000
+    (folder / "comparison.json").write_text(json.dumps({"version": 1, "hybrid": "h", "rows": [{**row, "losses": 3}]}))
+    assert read_comparison(folder / "comparison.json")["rows"][0]["losses"] == []
 
 
 def test_a_generation_config_beyond_any_sense_is_refused(folder):

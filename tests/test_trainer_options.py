@@ -255,3 +255,16 @@ def test_losses_of_components_are_counted_in_micro_batches_as_in_one_batch(tmp_p
     by_hand = [cross_entropy(one[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()) for one in
                (model(batch["input_ids"]).logits, *states)]  # fmt: skip
     torch.testing.assert_close(model(**batch).loss, 0.7 * by_hand[0] + 0.5 * (by_hand[1] + by_hand[2]))
+
+
+def test_every_parameter_gets_a_gradient(tmp_path):
+    """As DDP expects where activations are checkpointed; TRL's trainers do that by default, the gate replaces alpha."""
+    batch = collated()
+    for way in ({}, {"mixture": "static"}, *WAYS[1:], {"preset": "paper"}, {"mixture_space": "prob"}):
+        model = mixed_hybrid(**way).train()
+        model.save_pretrained(tmp_path)
+        scores = ManticoreForSequenceClassification.from_pretrained(tmp_path, num_labels=2).train()
+        for one, labels in ((model, batch["labels"]), (scores, torch.tensor([0, 1, 0, 1]))):
+            one(batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+            lacking = [key for key, parameter in one.named_parameters() if parameter.grad is None]
+            assert not lacking, (way, type(one).__name__, lacking)

@@ -4,11 +4,13 @@ A hybrid of several components has no plain twin: what TRL reads of it is compar
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from manticore_hf.modeling import modeling_manticore
+from processes import launch, results, same
 from tiny_hybrid import QUIET, WORDS, mixed_hybrid, neox, word_tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoXForSequenceClassification
 from trl import (
@@ -232,7 +234,7 @@ def test_the_policy_is_the_mixture_at_the_temperature_that_was_asked_for(tmp_pat
         train_dataset=Dataset.from_list(TEXTS),
         processing_class=tokenizer,
     )
-    assert (model.fused_temperature, copy.deepcopy(model).fused_temperature) == (1.0, 1.0)
+    assert model.fused_settings[0] == copy.deepcopy(model).fused_settings[0] == 1.0
 
 
 def test_every_field_is_what_trl_gives_for_a_plain_model(saved):
@@ -245,6 +247,8 @@ def test_every_field_is_what_trl_gives_for_a_plain_model(saved):
         model = AutoModelForCausalLM.from_pretrained(folder)
         add_fused_lm_head(model, temperature=0.6, outputs=fields)
         out.append(model(ids, labels=labels, fused_lm_head=True))
+        add_fused_lm_head(model)
+        assert model(ids, labels=labels, fused_lm_head=True).entropy is None  # not asked for, not computed
     for key in (*fields, "loss", "label_mask"):
         torch.testing.assert_close(out[1][key], out[0][key], msg=key)
 
@@ -318,6 +322,14 @@ def test_a_chat_template_is_cloned_with_its_tokens(tmp_path):
     assert model.vocab_size == len(tokenizer.vocab) == model(torch.tensor([added])).logits.shape[-1]
 
 
+def test_who_wants_one_state_and_one_matrix_is_told(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved["hybrid"])
+    out = model(torch.tensor([[3, 4]]))
+    with pytest.raises(AttributeError, match="TRL's GKDTrainer instead of DistillationTrainer"):
+        print(out.last_hidden_state)
+    assert not hasattr(out, "last_hidden_state") and "last_hidden_state" not in out
+
+
 def test_a_hybrid_in_memory_has_no_reference_that_could_be_loaded(tmp_path, tokenizer):
     """As any model in memory: save it first, or hand DPO its reference."""
     args = DPOConfig(str(tmp_path), bf16=False, **QUIET)
@@ -327,3 +339,16 @@ def test_a_hybrid_in_memory_has_no_reference_that_could_be_loaded(tmp_path, toke
             DPOTrainer(make(), args=args, **data)
     model = mixed_hybrid()
     DPOTrainer(model, ref_model=copy.deepcopy(model), args=args, **data)
+
+
+@pytest.mark.slow
+def test_sft_in_two_processes_is_that_of_one(tmp_path):
+    """With one block, and activations checkpointed as TRL does by default."""
+    found = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        launch([Path(__file__).with_name("trl_parallel.py"), folder], processes=count)
+        found += results(folder, count)
+    assert found[1] == found[2]
+    same(found[1], found[0])

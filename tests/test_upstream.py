@@ -171,8 +171,29 @@ def test_upstream_still_replaces_the_forward_of_what_it_trains():
     from trl.trainer.utils import add_fused_lm_head
 
     model = tiny("gpt2")
-    add_fused_lm_head(model)
-    assert "fused_lm_head" in model.forward.__func__.__code__.co_varnames
+    add_fused_lm_head(model, temperature=0.5)
+    code = model.forward.__func__.__code__
+    assert "fused_lm_head" in code.co_varnames and {"temperature", "outputs"} <= set(code.co_freevars)
+
+
+def test_upstream_still_reads_soft_prompts_again_with_every_token():
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(tiny("gpt_neox"), config).eval()
+    settings = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    said = [model.generate(input_ids=IDS, use_cache=use, **settings).logits[1] for use in (True, False)]
+    assert (said[0] - said[1]).abs().max() > 1e-3
+
+
+def test_upstream_still_shifts_smoothed_labels_by_the_name_of_a_class(tmp_path):
+    model = tiny("gpt2").eval()
+    args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    losses = []
+    for name in ("GPT2LMHeadModel", "FSDPGPT2LMHeadModel"):
+        model.__class__ = type(name, (type(model),), {})
+        losses.append(Trainer(model, args).compute_loss(model, {"input_ids": IDS, "labels": IDS}).item())
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_upstream_still_convolves_with_weights_that_are_not_there():

@@ -55,7 +55,7 @@ def test_losses_are_over_the_rows_of_all(tmp_path):
 def test_really_different_vocabularies_are_refused(tmp_path):
     parts = [_save(tmp_path, "neox", 20), _save(tmp_path, "mamba", 16, WORDS[::-1])]
     with pytest.raises(ManticoreError, match="different vocabularies"):
-        ManticoreForCausalLM.from_components(parts)
+        ManticoreForCausalLM.from_components(parts, num_blocks=2)
 
 
 def test_a_component_without_rows_for_all_tokens_is_refused(tmp_path):

@@ -90,6 +90,7 @@ class Resolved:
     license: str | None = None
     code: dict | None = None
     transplant: dict | None = None
+    tokenizer: dict | None = None
 
     def entry(self) -> dict:
         """The component's entry in ManticoreConfig(components=...)."""
@@ -103,6 +104,7 @@ class Resolved:
             "license": self.license,
             "code": self.code,
             "transplant": self.transplant,
+            "tokenizer": self.tokenizer,
             "config": self.config,
         }
 

@@ -18,15 +18,15 @@ from transformers.modeling_utils import local_torch_dtype
 from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.dtypes import cast, stored_dtype
-from manticore_hf.compose.tokenizers import check_tokenizers
+from manticore_hf.compose.tokenizers import align, check_tokenizers, record_tokenizer
 from manticore_hf.hub.upload import KeepsCard
-from manticore_hf.modeling import modeling_manticore
+from manticore_hf.modeling import aligned_hybrid, modeling_manticore  # noqa: F401 - which lets such hybrids run
 from manticore_hf.modeling.bounds_manticore import reason
 from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.references_manticore import component_files
-from manticore_hf.modeling.settings_manticore import HybridSettings
+from manticore_hf.modeling.settings_manticore import PRESETS, HybridSettings
 from manticore_hf.utils.defence import check_generation
 from manticore_hf.utils.task_types import CAUSAL
 from manticore_hf.utils.unwrap import is_hybrid
@@ -72,6 +72,7 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
         cache_dir: str | None = None,
         local_files_only: bool = False,
         verify: bool = True,
+        tokenizers: str | None = None,
         **settings: object,
     ) -> "ManticoreForCausalLM":
         """Composes a hybrid from pretrained causal LMs.
@@ -84,6 +85,9 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
                 converted in place.
             token, cache_dir, local_files_only: As in `from_pretrained`.
             verify: Run a few tokens through each component, cut and uncut, and raise if they differ.
+            tokenizers: What is done where the components' tokenizers differ: "aligned" (each reads the text by its own,
+                and its predictions are mapped to those of `tokenizer_component`; the default in one block), or
+                "transplant" (raises here; see `compose_transplanted`).
             **settings: Keys of ManticoreConfig: preset, num_blocks, block_layers, gate, mixture, embeddings, ...
 
         Returns:
@@ -107,13 +111,21 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
             raise ManticoreError(f"dtype={dtype!r} is no dtype of torch; give for example 'bfloat16'.")
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         found = [resolve(ComponentSpec.of(item), hub) for item in components]
-        padded = len({one.config.vocab_size for one in found}) > 1 and "vocab_size" not in settings
+        preset = PRESETS.get(settings.get("preset", "default"), {})
+        native = (settings.get("embeddings") or preset.get("embeddings")) == "native"
+        own = align(found, hub, tokenizers, native and settings.get("num_blocks", 1) == 1)
+        home = settings.get("tokenizer_component") or found[0].name
+        for one in found if home in own else ():
+            if one.name == home or own[one.name].get_vocab() != own[home].get_vocab():
+                one.tokenizer = record_tokenizer(one, hub)
+        same = [one for one in found if one.tokenizer is None or one.name == home]
+        padded = len({one.config.vocab_size for one in same}) > 1 and "vocab_size" not in settings
         if padded:  # or really different: then there is no common size, and the configuration raises
-            settings["vocab_size"] = check_tokenizers(found, hub)
+            settings["vocab_size"] = check_tokenizers(same, hub)
         config = cls.config_class(components=[one.entry() for one in found], **settings)
         settle_attention(config)
         if not padded:
-            check_tokenizers(found, hub)
+            check_tokenizers(same, hub)
         files = {}
         for one, entry in zip(found, config.components):
             if one.repo_id is not None:  # fetched here, where what arrives is checked
@@ -139,6 +151,7 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
         if first.device.type != "meta":  # as where weights wait on a disk
             model.hybrid_mixer.to(first.device)
         model._component_cache_dir = cache_dir
+        model._tokenizers = own
         model.generation_config = type(first.generation_config).from_dict(first.generation_config.to_dict())
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(first.config, key, None) is not None:
@@ -158,9 +171,9 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
             ManticoreError: A component whose segments are not the component, or that is not causal, or that a cache or
                 padding on the left changes.
         """
-        ids = torch.arange(5, device=self.device)[None] * 7 % self.config.vocab_size
         for name in self.config.component_names:
             component = self.component(name)
+            ids = torch.arange(5, device=self.device)[None] * 7 % component.config.vocab_size
             what = f"Component {name!r} ({component.config.model_type})"
             whole = component(input_ids=ids, use_cache=False).logits
             if _differ(self._read(name, ids, [5]), whole, component.dtype):

@@ -7,7 +7,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
 from manticore_hf.compose.components import Resolved
+from manticore_hf.modeling.aligned_tokenizers import FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.references_manticore import sha256
 
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"
@@ -47,6 +49,52 @@ def find_tokenizer(found: Resolved, hub: dict) -> PreTrainedTokenizerBase | None
             f"Component {found.address}: its tokenizer cannot be loaded, so it is not compared with others ({err})."
         )
         return None
+
+
+def align(components: list[Resolved], hub: dict, wanted: str | None, possible: bool) -> dict:
+    """The tokenizers of components that are to read text each by its own.
+
+    Args:
+        components: Resolved components.
+        hub: Keyword arguments of the Hub client.
+        wanted: "aligned", "transplant", or None: aligned where the tokenizers differ and that is possible.
+        possible: Whether the hybrid's other settings allow it.
+
+    Returns:
+        {component: its tokenizer}; empty if all have the same, or it is not wanted.
+
+    Raises:
+        ManticoreError: It is wanted and cannot be done, or is no choice.
+    """
+    if wanted not in (None, "aligned", "transplant"):
+        raise ManticoreError(f"tokenizers={wanted!r} is unknown; choose 'aligned' or 'transplant'.")
+    if wanted == "transplant" or not possible or len(components) < 2 or any(one.transplant for one in components):
+        if wanted == "aligned":
+            raise ManticoreError(
+                "tokenizers='aligned' needs two components or more, none with a transplanted vocabulary, in one block "
+                "with embeddings 'native'."
+            )
+        return {}
+    found = {one.name: find_tokenizer(one, hub) for one in components}
+    missing = [one.address for one in components if found[one.name] is None]
+    if missing:
+        if wanted == "aligned":
+            raise ManticoreError(
+                f"Component {missing[0]} comes without a tokenizer that can be read, so it cannot read text by "
+                "its own; put its tokenizer files beside its weights and give the directory or repository."
+            )
+        return {}
+    vocabularies = [one.get_vocab() for one in found.values()]
+    return found if any(one != vocabularies[0] for one in vocabularies) else {}
+
+
+def record_tokenizer(found: Resolved, hub: dict) -> dict:
+    """What a component's entry records of its tokenizer: the SHA-256 of each file; of one without an address, none."""
+    if found.repo_id is None:
+        return {"files": None}
+    where = {"subfolder": found.subfolder or "", "revision": found.revision, **hub}
+    paths = {file: cached_file(found.repo_id, file, **_QUIETLY, **where) for file in FILES}
+    return {"files": {file: sha256(path) for file, path in paths.items() if path is not None}}
 
 
 def check_tokenizers(components: list, hub: dict) -> int | None:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 from manticore_hf import modeling
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import verify, where
+from manticore_hf.modeling.saving_manticore import CODE
 from manticore_hf.utils.formatting import listed_some
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -46,8 +47,8 @@ def repository(source: str, revision: str | None = None) -> dict:
         out = {"commit": info.sha, "private": info.private, "gated": bool(info.gated)}
         files = {file.rfilename: file.size or 0 for file in info.siblings}
         blobs = {file.rfilename: file.blob_id for file in info.siblings if file.rfilename.endswith(".py")}
-    ours = Path(modeling.__file__).parent.glob("*_manticore.py")
-    installed = {path.name: _git_hash(path.read_bytes()) for path in ours}
+    ours = Path(modeling.__file__).parent.glob("*.py")
+    installed = {path.name: _git_hash(path.read_bytes()) for path in ours if CODE.fullmatch(path.name)}
     code = {
         name: "unknown" if name not in installed else "same" if blobs[name] == installed[name] else "different"
         for name in blobs

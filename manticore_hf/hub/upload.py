@@ -11,18 +11,21 @@ from huggingface_hub import HfApi, get_token, hf_hub_download, try_to_load_from_
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from manticore_hf.modeling.aligned_tokenizers import FILES, folder_of
 from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
 from manticore_hf.modeling.references_manticore import where
-from manticore_hf.modeling.saving_manticore import copy_code
+from manticore_hf.modeling.saving_manticore import CODE, copy_code
 from manticore_hf.utils.files import stays_inside
 
 _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 _TAKEN = re.compile(
-    r"config\.json|generation_config\.json|[a-z0-9_]+_manticore\.py|recipe\.yaml|evaluation\.json|LICENSE(\.\w+)?|NOTICE"
+    r"config\.json|generation_config\.json|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|recipe\.yaml|evaluation\.json|LICENSE(\.\w+)?|NOTICE"
 )
 _FOLDERS = ("plots", "additional_chat_templates")  # below the directory, of which something may be published
 _PLOT = re.compile(r"[\w.-]+\.png")
-REPLACED = re.compile(r"model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|[a-z0-9_]+_manticore\.py|plots/[\w.-]+\.png")
+REPLACED = re.compile(
+    r"model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|plots/[\w.-]+\.png"
+)
 """Files of an earlier push that would be read, or shown, beside those of this one."""
 
 _ITEM_BITS = {
@@ -84,13 +87,16 @@ def collect(
         }
     )
     made.mkdir(parents=True, exist_ok=True)
-    copy_code(made)
-    theirs = {name: path for name, path in files.items() if name.endswith("_manticore.py")}
+    for name in config.aligned:  # tokenizers without an address
+        kept = sorted((directory / folder_of(name)).glob("*"))
+        files.update({f"{folder_of(name)}/{path.name}": path for path in kept if path.name in FILES})
+    copy_code(made, bool(config.aligned))
+    theirs = {name: path for name, path in files.items() if CODE.fullmatch(name)}
     if theirs:  # the code that the configuration was written by, whole
-        ours = {path.name: path.read_bytes() for path in made.glob("*_manticore.py")}
+        ours = {path.name: path.read_bytes() for path in made.glob("*.py")}
         if ours != {name: path.read_bytes() for name, path in theirs.items()}:
             notices.append("The code in the directory is not the installed manticore-hf's; it is published as it is.")
-        for path in made.glob("*_manticore.py"):
+        for path in made.glob("*.py"):
             path.unlink()
     notices += _add_tokenizer(directory, made, config, tokenizer, token)
     return files, notices

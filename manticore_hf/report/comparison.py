@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.utils.formatting import is_number
 
 FILE = "comparison.json"
@@ -74,7 +74,7 @@ def read_comparison(path: str | os.PathLike) -> dict[str, Any]:
     if len(set(names)) < len(names):
         wrong("two rows have one name")
     if values.get("hybrid") not in names:
-        wrong(f"its hybrid {values.get('hybrid')!r} is none of its rows")
+        wrong(f"its hybrid {show(values.get('hybrid'))} is none of its rows")
     tokens = {key: _count(values.get(key)) for key in ("tokens", "test_tokens", "test_bytes")}
     texts = {key: str(values.get(key) or "not recorded") for key in ("data", "test", "machine")}
     seeds = values.get("seeds") if isinstance(values.get("seeds"), list) else []
@@ -87,26 +87,27 @@ def _row(row, wrong):
         wrong("a row has no name")
     row = {**row, "kind": OLD_KINDS.get(str(row.get("kind")), row.get("kind"))}
     if row["kind"] not in KINDS:
-        wrong(f"row {name!r} has kind {row.get('kind')!r}; known are {list(KINDS)}")
+        wrong(f"row {show(name)} has kind {show(row.get('kind'))}; known are {list(KINDS)}")
     if not is_number(row.get("loss")):
-        wrong(f"row {name!r} has loss {row.get('loss')!r}, which is no number")
+        wrong(f"row {show(name)} has loss {show(row.get('loss'))}, which is no number")
     out = {"name": name, "kind": row["kind"], "loss": float(row["loss"]), "needs": str(row.get("needs") or "")}
     for key in _NUMBERS:
         if row.get(key) is not None and not is_number(row[key]):
-            wrong(f"row {name!r} has {key} {row[key]!r}, which is no number")
+            wrong(f"row {show(name)} has {key} {show(row[key])}, which is no number")
         out[key] = row.get(key)
     for key in ("interval", "difference_interval"):
         pair = row.get(key)
         fits = isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) and pair[0] <= pair[1]
         if pair is not None and not fits:
-            wrong(f"row {name!r} has {key} {pair!r}, which is no pair of ascending numbers")
+            wrong(f"row {show(name)} has {key} {show(pair)}, which is no pair of ascending numbers")
         out[key] = pair
     kinds = row.get("by_kind") or {}
     if not isinstance(kinds, dict) or not all(map(is_number, kinds.values())):
-        wrong(f"row {name!r} has by_kind {kinds!r}, which is no loss by kind of text")
+        wrong(f"row {show(name)} has by_kind {show(kinds)}, which is no loss by kind of text")
     out["by_kind"] = {str(kind): float(loss) for kind, loss in kinds.items()}
     out["seeds"] = row["seeds"] if isinstance(row.get("seeds"), list) else []
-    out["losses"] = [float(x) for x in row.get("losses") or [] if is_number(x)]
+    losses = row.get("losses") if isinstance(row.get("losses"), list) else []
+    out["losses"] = [float(x) for x in losses if is_number(x)]
     out["seeds_won"] = _count(row.get("seeds_won"))
     return out
 

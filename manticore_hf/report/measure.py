@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from manticore_hf.compose.hybrid import ManticoreModel
 from manticore_hf.evaluation.losses import inner_baselines
+from manticore_hf.utils.distributed import component_runner
 
 
 def batches(
@@ -78,7 +79,7 @@ def token_losses(
     for ids, labels in tqdm(list(batches(rows, batch_size, model.device)), desc="Token losses", leave=False):
         mean = 0.0
         for name in names:
-            logprobs = model.component(name)(input_ids=ids, use_cache=False).logits
+            logprobs = component_runner(model, name)(input_ids=ids, use_cache=False).logits
             logprobs = logprobs[..., : model.config.vocab_size].float().log_softmax(-1)
             out[name].append(_losses_of(logprobs, labels))
             mean = mean + logprobs / len(names)

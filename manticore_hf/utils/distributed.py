@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -174,7 +175,12 @@ def ready_for_shards(trainer: Trainer) -> None:
 
 
 def component_runner(model: nn.Module, name: str) -> Callable[..., Any]:
-    """The component of that name as a callable that also runs where FSDP2 has sharded the hybrid."""
+    """The component of that name as a callable that also runs where FSDP2 has sharded the hybrid.
+
+    One that reads text by a tokenizer of its own runs inside the hybrid, alone, and predicts the hybrid's tokens.
+    """
+    if name in getattr(model.config, "aligned", ()):
+        return partial(_run_alone, model, name)
     component = model.component(name)
     if not is_sharded(model):
         return component
@@ -185,6 +191,15 @@ def component_runner(model: nn.Module, name: str) -> Callable[..., Any]:
         model._run_component = types.MethodType(lambda self, which, **inputs: self.component(which)(**inputs), model)
         register_fsdp_forward_method(model, "_run_component")
     return lambda **inputs: model._run_component(name, **inputs)
+
+
+def _run_alone(model, name, **inputs):
+    kept = model.config.mixture_weights
+    model.set_mixture_weights(name)
+    try:
+        return model(**inputs)
+    finally:
+        model.config.mixture_weights = kept
 
 
 def gathered(trainer: Trainer, model: nn.Module, kept: Unrounded | None = None) -> dict[str, torch.Tensor] | None:

@@ -1,0 +1,164 @@
+"""A tokenizer as bytes: what each token stands for, and how bytes that go on with a text are cut.
+
+Byte-level BPE (GPT-2, GPT-NeoX, Llama 3) writes each byte as a letter of its own, SentencePiece (Llama 2, Gemma) writes
+a space as a mark and a rare byte as `<0x0A>`, WordPiece marks what goes on with a word. Which of them a tokenizer is
+can be read from its decoder, which must know it to turn tokens into text.
+"""
+
+import json
+
+from .bounds_manticore import ManticoreError
+
+ROLES = ("bos", "eos", "pad", "unk")
+_SPACE_MARK = "\u2581"
+_CONTINUES = "##"
+
+
+def _byte_letters():
+    """The letter that byte-level BPE writes for each byte: its own if it is visible, else the next one from 256 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)}
+
+
+_LETTER_OF = _byte_letters()
+_BYTE_OF = {letter: byte for byte, letter in _LETTER_OF.items()}
+
+
+class Surfaces:
+    """The surface form of every token of a tokenizer.
+
+    Args:
+        tokenizer: A tokenizer of Transformers, backed by the tokenizers library.
+        rows: Rows of a model's embedding; tokens beyond them are passed over. None: all have one.
+
+    Attributes:
+        size: Rows that an embedding of it has at least: the largest id and one.
+        bytes: For each id the bytes it stands for; None for special tokens, and for ids without a token.
+        special: {text: id} of the special tokens.
+        roles: {"bos", "eos", "pad" or "unk": id}, those that the tokenizer has.
+        ids: {bytes: id}; of several tokens with the same bytes the one that the tokenizer writes.
+
+    Raises:
+        ManticoreError: The tokenizer shows no tokens.
+    """
+
+    def __init__(self, tokenizer, rows=None):
+        core = getattr(tokenizer, "backend_tokenizer", None)
+        if core is None:
+            raise ManticoreError(
+                f"{type(tokenizer).__name__} is not backed by the tokenizers library, which alone shows what its "
+                "tokens stand for; load it with AutoTokenizer, from a repository with tokenizer.json."
+            )
+        vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if not rows or number < rows}
+        if not vocabulary:
+            raise ManticoreError(f"The tokenizer {tokenizer.name_or_path!r} is empty: it has no tokens.")
+        self._model, self._kind = core.model, _kind(json.loads(core.to_str()))
+        self.size = max(vocabulary.values()) + 1
+        self.roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
+        self.roles = {
+            role: number for role, number in self.roles.items() if number is not None and not (rows and number >= rows)
+        }
+        added = tokenizer.added_tokens_decoder
+        special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+        self.special = {token: number for token, number in vocabulary.items() if number in special}
+        self.bytes, ranks = [None] * self.size, {}
+        for token, number in vocabulary.items():
+            if number not in special:
+                self.bytes[number] = token.encode() if number in added else self._read(token)
+                single = self._kind == "sentencepiece" and _byte_token(token) is not None
+                # Text is cut at added tokens first; byte tokens are written where there is no other.
+                ranks[number] = (number in added, not single, -number)
+        self.ids = {}
+        for number in sorted(ranks, key=ranks.get):
+            if self.bytes[number]:
+                self.ids[self.bytes[number]] = number
+        self._longest = max(map(len, self.ids), default=0)
+
+    def _read(self, token):
+        """The bytes of a token as the vocabulary spells it."""
+        if self._kind == "byte-level":
+            if all(letter in _BYTE_OF for letter in token):
+                return bytes(_BYTE_OF[letter] for letter in token)
+        elif self._kind == "sentencepiece":
+            single = _byte_token(token)
+            return bytes([single]) if single is not None else token.replace(_SPACE_MARK, " ").encode()
+        elif self._kind == "wordpiece":
+            return (token.removeprefix(_CONTINUES) if token.startswith(_CONTINUES) else f" {token}").encode()
+        return token.encode()
+
+    def spell(self, data):
+        """The tokens that together stand for some bytes, as the tokenizer itself cuts them where that can be told.
+
+        Args:
+            data: Bytes.
+
+        Returns:
+            List of ids, empty if the tokenizer has no tokens for them.
+        """
+        text = None
+        if self._kind == "byte-level":
+            text = "".join(_LETTER_OF[byte] for byte in data)
+        elif self._kind == "sentencepiece":
+            text = _decoded(data)
+            text = None if text is None else text.replace(" ", _SPACE_MARK)
+        if text is not None:
+            ids = [piece.id for piece in self._model.tokenize(text)]
+            if b"".join(self.bytes[number] or b"" for number in ids) == data:
+                return ids
+        return self.longest_first(data)
+
+    def longest_first(self, data):
+        """The longest token first, from left to right; empty if the tokenizer has no tokens for the bytes."""
+        out, at = [], 0
+        while at < len(data):
+            for end in range(min(len(data), at + self._longest), at, -1):
+                if data[at:end] in self.ids:
+                    out.append(self.ids[data[at:end]])
+                    at = end
+                    break
+            else:
+                return []
+        return out
+
+
+def _kind(parts):
+    """Which way of spelling a serialised tokenizer has."""
+    for stage in ("decoder", "pre_tokenizer"):
+        found = list(_stages(parts.get(stage)))
+        kinds = {one["type"] for one in found}
+        if "ByteLevel" in kinds:
+            return "byte-level"
+        if "Metaspace" in kinds or any(_SPACE_MARK in str(one.get("pattern")) for one in found):
+            return "sentencepiece"
+        if "WordPiece" in kinds:
+            return "wordpiece"
+    return "plain"
+
+
+def _stages(stage):
+    """A stage of a serialised tokenizer, or those of a sequence."""
+    if stage is None:
+        return
+    if stage.get("type") == "Sequence":
+        for one in stage.get("decoders") or stage.get("pretokenizers") or stage.get("normalizers") or ():
+            yield from _stages(one)
+    else:
+        yield stage
+
+
+def _byte_token(token):
+    """The byte that SentencePiece's `<0x0A>` stands for, or None."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return int(token[3:5], 16)
+        except ValueError:
+            return None
+    return None
+
+
+def _decoded(data):
+    try:
+        return data.decode()
+    except UnicodeDecodeError:  # part of a letter
+        return None

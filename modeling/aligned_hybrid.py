@@ -1,0 +1,374 @@
+"""Aligned hybrids: components that read the same bytes through tokenizers of their own.
+
+The hybrid has the tokenizer of one component, A, and is an ordinary causal LM over it. Any other component B reads the
+bytes of A's tokens as its own tokens (`aligned_reading`), and what it predicts is mapped to A's vocabulary
+(`aligned_mapping`): the probability, under B, of the text going on so that A's next token is this one. Of each row
+these are
+
+    q(a) = sum over covers c of  P(c) * sum over b of  P(b | c) * share(a | b)
+
+normalised, where a cover is one way in which B may have cut the bytes so far, b is B's next token, and share(a | b) is
+one where the bytes of b alone say what A's next token is. Approximations: covers are only those along B's canonical
+tokens of the bytes so far; where A's token goes on beyond b, its share is A's own probability among the tokens of A
+that b may begin; tokens that A would never write after its last one get nothing, and with them B's tokens whose bytes
+begin like them keep BLOCKED of their weight. A part TRUST of the result is A's own prediction, so that no token is
+impossible.
+
+Loading this file lets `running_manticore` run such hybrids; repositories that align nothing do not carry it.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .aligned_mapping import ByteTokenizer, Mapping
+from .aligned_reading import Row, can_read_trees, grow, read_trees, read_trunk, walk
+from .aligned_tokenizers import tokenizer_of
+from .configuration_manticore import ManticoreConfig, ManticoreError  # noqa: F401 - for the Auto classes of a published repository
+from .mixing_manticore import resize
+from .mixture_manticore import without_autocast
+from .modeling_manticore import (  # noqa: F401 - likewise
+    ManticoreForCausalLM,
+    ManticoreForSequenceClassification,
+    ManticoreForTokenClassification,
+    ManticoreModel,
+)
+from .running_manticore import RUNNERS, active_in, mix_native, mixture_rows, run_any
+from .segments_manticore import check_positions
+
+TRUST = 1e-6
+BLOCKED = 0.05
+PIECE = 1 << 24
+"""Numbers of one tensor over both vocabularies that are worked with at once."""
+
+
+@dataclass
+class Reading:
+    """What a component has read of a batch.
+
+    Attributes:
+        positions: Of the flattened batch: (where the nodes of the row begin, its Position), None for padding.
+        states: [nodes of all rows, width].
+        shape: (batch, time).
+    """
+
+    positions: list
+    states: torch.Tensor
+    shape: tuple
+
+
+class Aligner:
+    """What the components of one hybrid need to read the same bytes; made on first use.
+
+    Args:
+        home: The component whose tokenizer is the hybrid's.
+    """
+
+    def __init__(self, home):
+        self.home, self.byte_tokenizers, self.mappings, self.trees, self.bags = home, {}, {}, {}, {}
+
+    def mapping(self, model, name):
+        """The `Mapping` of a component to the hybrid's tokenizer."""
+        if name not in self.mappings:
+            self.mappings[name] = Mapping(self.bytes_of(model, self.home), self.bytes_of(model, name))
+        return self.mappings[name]
+
+    def bytes_of(self, model, name):
+        if name not in self.byte_tokenizers:
+            rows = getattr(model.config, name).vocab_size
+            self.byte_tokenizers[name] = ByteTokenizer(tokenizer_of(model, name), rows)
+        return self.byte_tokenizers[name]
+
+    def read(self, model, name, inputs):
+        """The Reading of a component of what a call gives it."""
+        mapping, segment = self.mapping(model, name), model.segments.segment(name, 0)
+        config = model.component(name).config
+        batch, time = inputs.shape
+        ids = inputs.ids.flatten().tolist()
+        if inputs.documents is not None:  # each a text of its own, without padding
+            places = [one.tolist() for one in inputs.documents.index.split(inputs.documents.lengths.tolist())]
+        else:
+            places = [list(range(row * time, (row + 1) * time)) for row in range(batch)]
+            if inputs.mask is not None:
+                real = inputs.mask[:, -time:].flatten().tolist()
+                places = [[place for place in row if real[place]] for row in places]
+        rows = [Row() for _ in places]
+        if inputs.cache is not None:
+            rows = inputs.cache.readers.setdefault(name, rows)
+        if len(rows) != len(places):
+            raise ManticoreError(f"The cache holds {len(rows)} rows; input_ids has {batch}.")
+        grown = [grow(mapping, row, [ids[place] for place in one]) for row, one in zip(rows, places)]
+        trees, after = [tree for tree, _ in grown], [row for _, row in grown]
+        for tree in trees:
+            depths = torch.tensor([tree.depths])
+            check_positions([(name, segment)], depths, max(tree.depths) + 1, True)
+        fresh = all(row.cache is None for row in rows) and any(len(tree.parents) > 1 for tree in trees)
+        if fresh and self.reads_trees(name, segment, config):
+            states = read_trees(segment, trees)
+            for tree, row, found in zip(trees, after, states) if inputs.cache is not None else ():
+                if tree.trunk:
+                    row.cache, row.state = read_trunk(segment, config, tree), found[tree.end]
+        else:
+            kept = [row if inputs.cache is not None else None for row in after]
+            states = [self._walk(segment, config, *one) for one in zip(trees, rows, kept)]
+        if inputs.cache is not None:
+            inputs.cache.readers[name] = after
+        width = max((one.shape[-1] for one in states if one is not None), default=config.hidden_size)
+        parameter = next(p for p in segment.stack.parameters() if p.is_floating_point())
+        states = [parameter.new_zeros(1, width) if one is None else one for one in states]
+        positions, offset = [None] * (batch * time), 0
+        for tree, one, found in zip(trees, places, states):
+            for place, position in zip(one, tree.positions):
+                positions[place] = (offset, position)
+            offset += len(found)
+        return Reading(positions, torch.cat(states), (batch, time))
+
+    @staticmethod
+    def _walk(segment, config, tree, row, after):
+        if len(tree.parents) == 1 and row.state is None:  # nothing but padding so far
+            return None
+        if len(tree.parents) == 1:
+            if after is not None:
+                after.cache, after.state, after.ahead = row.cache, row.state, row.ahead
+            return row.state[None]
+        return walk(segment, config, tree, row, after)
+
+    def reads_trees(self, name, segment, config):
+        """Whether a component reads a tree in one call."""
+        key = config._attn_implementation
+        if self.trees.get(name, (None,))[0] != key:
+            self.trees[name] = (key, key in ("sdpa", "eager") and can_read_trees(segment, config))
+        return self.trees[name][1]
+
+    def states_at(self, reading):
+        """[batch, time, width]: the component's state after the bytes of each of the hybrid's positions."""
+        nodes = [0 if one is None else one[0] + one[1].node for one in reading.positions]
+        return reading.states[torch.tensor(nodes, device=reading.states.device)].unflatten(0, reading.shape)
+
+    # ---- predictions -------------------------------------------------------------------------------------------------
+
+    def log_probs(self, model, name, reading, logits, kept):
+        """A component's log-probabilities over the hybrid's vocabulary.
+
+        Args:
+            model: The hybrid.
+            name: The component.
+            reading: Its Reading.
+            logits: [batch, kept, vocabulary] of the component whose tokenizer is the hybrid's.
+            kept: Slice, or indices, of the positions that are wanted.
+
+        Returns:
+            [batch, kept, vocabulary], in float32 or wider; rows of padding have the other component's.
+        """
+        mapping, states = self.mapping(model, name), model.together(reading.states)
+        places = torch.arange(len(reading.positions)).view(reading.shape)[:, kept].flatten().tolist()
+        own = logits.detach().float() if logits.dtype in (torch.float16, torch.bfloat16) else logits.detach()
+        own, wanted = own.flatten(0, 1), [reading.positions[place] for place in places]
+        out, width = [], own.shape[-1] + getattr(model.config, name).vocab_size
+        size = max(1, PIECE // width)
+        needs_grad = torch.is_grad_enabled() and (
+            states.requires_grad
+            or any(p.requires_grad for p in model.component(name).get_output_embeddings().parameters())
+        )
+        for start in range(0, len(wanted), size):
+            piece = Piece(self, mapping, model.segments.head(name), wanted[start : start + size], own.shape[-1])
+            mine = own[start : start + size]
+            if needs_grad:
+                out.append(checkpoint(piece, states, mine, use_reentrant=False))
+            else:
+                out.append(piece(states, mine))
+        return torch.cat(out).view(logits.shape)
+
+    def sums(self, mapping, device):
+        """For `_sum`: from tokens of the component to the hybrid's, where the tokens of both end; and back."""
+        key = (id(mapping), device)
+        if key not in self.bags:
+            b, a, _ = mapping.at_boundary()
+            self.bags[key] = [_bag(*pair, device) for pair in ((b, a), (a, b))]
+        return self.bags[key]
+
+
+def _bag(source, target, device):
+    """(ids of the source sorted by target, ids of the target, where each begins) for embedding_bag."""
+    order = np.argsort(target, kind="stable")
+    names, starts = np.unique(target[order], return_index=True)
+    return tuple(torch.from_numpy(x).to(device) for x in (source[order], names, starts))
+
+
+class _Sum(torch.autograd.Function):
+    """out[:, t] = sum of values[:, s] over the pairs (s, t)."""
+
+    @staticmethod
+    def forward(ctx, values, size, to, back):
+        ctx.to, ctx.back, ctx.size = to, back, values.shape[1]
+        return _sum(values, size, to)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _sum(grad, ctx.size, ctx.back), None, None, None
+
+
+def _sum(values, size, bag):
+    source, names, starts = bag
+    sums = torch.nn.functional.embedding_bag(source, values.T.contiguous(), starts, mode="sum")
+    return values.new_zeros(values.shape[0], size).index_copy_(1, names, sums.T)
+
+
+class Piece:
+    """The mapping at some positions: called with (states of nodes, A's logits), gives log-probabilities.
+
+    Args:
+        aligner: The Aligner.
+        mapping: The component's Mapping.
+        head: Its Head.
+        wanted: Of each position (where the row's nodes begin, Position), or None.
+        size: The hybrid's vocabulary.
+    """
+
+    def __init__(self, aligner, mapping, head, wanted, size):
+        self.aligner, self.mapping, self.head, self.size = aligner, mapping, head, size
+        self.there = [i for i, one in enumerate(wanted) if one is not None]
+        nodes, self.dense, weights, covers = {}, [], [], []
+        never, blocked, sparse = [], [], []
+
+        def local(node):
+            return nodes.setdefault(node, len(nodes))
+
+        for place, i in enumerate(self.there):
+            offset, position = wanted[i]
+            last = position.last[-1]
+            never.append((place, mapping.never(last)))
+            blocked.append((place, mapping.blocked(last)))
+            for node, edges, cover in position.covers:
+                number = len(covers)
+                covers.append(place)
+                weights += [(number, local(offset + parent), token) for parent, token in edges]
+                if not cover.rest and not cover.ahead:
+                    self.dense.append((number, local(offset + node), place))
+                else:
+                    b, a, group = mapping.pairs(cover.rest, cover.ahead, position.last)
+                    sparse.append((number, local(offset + node), place, b, a, group, cover.without))
+        self.nodes = torch.tensor(list(nodes), dtype=torch.long)
+        self.covers = torch.tensor(covers, dtype=torch.long)
+        self.weights = torch.tensor(weights, dtype=torch.long).view(-1, 3).T
+        self.never, self.blocked = _flat(never, size), blocked
+        self.sparse = _join(sparse, size)
+
+    def __call__(self, states, own):
+        device = own.device
+        with without_autocast(device.type):
+            share = own.softmax(-1)
+            if not self.there:
+                return own.log_softmax(-1)
+            there = torch.tensor(self.there, device=device)
+            found = self._map(states[self.nodes.to(states.device)], share[there].clamp_min(1e-30))
+            if len(self.there) == len(own):
+                return found
+            return own.log_softmax(-1).index_copy(0, there, found)
+
+    def _map(self, states, share):
+        device, rows = share.device, len(share)
+        logits = self.head(states[None])[0].to(device)
+        log_probs = logits.to(share.dtype).log_softmax(-1)
+        width = log_probs.shape[-1]
+        number, node, token = self.weights.to(device)
+        covers = self.covers.to(device)
+        weight = share.new_zeros(len(covers)).index_add(0, number, log_probs[node, token])
+        most = share.new_full((rows,), -torch.inf).scatter_reduce(0, covers, weight.detach(), "amax")
+        weight = (weight - most[covers]).exp()
+
+        # Where the tokens of both end: all pairs at once
+        number, node, place = torch.tensor(self.dense, dtype=torch.long, device=device).view(-1, 3).T
+        probs = log_probs[node].exp() * weight[number, None]
+        probs = probs if len(probs) == rows else probs.new_zeros(rows, width).index_add(0, place, probs)
+        blocked = _flat(self.blocked, width).to(device)
+        if len(blocked):
+            probs = probs.flatten().index_add(0, blocked, probs.flatten()[blocked] * (BLOCKED - 1)).view(rows, width)
+        to, back = self.aligner.sums(self.mapping, device)
+        total = _sum(share, width, back).clamp_min(1e-30)
+        out = _Sum.apply(probs / total, self.size, to, back) * share
+
+        # Elsewhere B's next token begins within bytes that were read, or A's does
+        if self.sparse is not None:
+            number, node, place, b, a, group, groups, kept = (
+                one.to(device) if isinstance(one, torch.Tensor) else one for one in self.sparse
+            )
+            mine = share.flatten()[place * self.size + a]
+            total = share.new_zeros(groups).index_add_(0, group, mine)
+            values = log_probs.flatten()[node * width + b].exp() * mine / total[group] * weight[number] * kept
+            out = out.flatten().index_add(0, place * self.size + a, values).view(rows, self.size)
+        never = self.never.to(device)
+        if len(never):
+            out = out.flatten().index_fill(0, never, 0.0).view(rows, self.size)
+        total = out.sum(-1, keepdim=True)
+        known = total > 1e-30
+        out = torch.where(known, out / total.clamp_min(1e-30), share / share.sum(-1, keepdim=True))
+        return torch.lerp(out, share, TRUST).log()
+
+
+def _flat(found, width):
+    """Indices into a flattened [rows, width] of (row, ids)."""
+    parts = [row * width + ids for row, ids in found if len(ids)]
+    return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.long)
+
+
+def _join(sparse, size):
+    """The pairs of several covers as one list; None without any."""
+    sparse = [one for one in sparse if len(one[3])]
+    if not sparse:
+        return None
+    lengths = [len(one[3]) for one in sparse]
+    repeated = [torch.from_numpy(np.repeat([one[i] for one in sparse], lengths)) for i in (0, 1, 2)]
+    b, a = (torch.from_numpy(np.concatenate([one[i] for one in sparse])) for i in (3, 4))
+    counts = [int(one[5][-1]) + 1 for one in sparse]
+    starts = np.cumsum([0, *counts])
+    group = torch.from_numpy(np.concatenate([one[5] + start for one, start in zip(sparse, starts)]))
+    kept = torch.from_numpy(np.concatenate([(one[3] != one[6]).astype(np.float32) for one in sparse]))
+    return *repeated, b, a, group, int(starts[-1]), kept
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def aligner_of(model):
+    """The Aligner of a hybrid."""
+    found = model.__dict__.get("_aligner")
+    if found is None or found.home != model.config.tokenizer_component:
+        found = model.__dict__["_aligner"] = Aligner(model.config.tokenizer_component)
+    return found
+
+
+def run_aligned(model, inputs, shared):
+    """One block whose components read the same bytes; see `running_manticore.run`."""
+    config, segments, aligner, weights = model.config, model.segments, aligner_of(model), mixture_rows(model)
+    if inputs.ids is None:
+        raise ManticoreError(
+            "A hybrid whose components have several tokenizers reads input_ids: embeddings are of one tokenizer's "
+            "tokens."
+        )
+    active = active_in(model, weights[0])
+    plain = [
+        float(name not in config.aligned and (name in active or name == aligner.home))
+        for name in config.component_names
+    ]
+    found = run_any(model, replace(inputs, keep=False), False, [plain])
+    states, readings = dict(found.states), {}
+    for name in config.aligned:
+        if name in active:
+            readings[name] = aligner.read(model, name, inputs)
+            states[name] = aligner.states_at(readings[name])
+    state = mix_native(model, weights[0], states) if shared or inputs.keep else None
+    boundaries = (resize(model.embed(aligner.home, inputs.ids), config.hidden_size), state) if inputs.keep else None
+
+    def own_logits(kept):
+        logits = {n: segments.logits(n, x[:, kept]) for n, x in found.states.items()}
+        for name, reading in readings.items():
+            logits[name] = aligner.log_probs(model, name, reading, logits[aligner.home], kept)
+        return {name: logits[name] for name in active}
+
+    return replace(found, states=states, weights=weights, shared=state, hidden_states=boundaries, own_logits=own_logits)
+
+
+RUNNERS["aligned"] = run_aligned

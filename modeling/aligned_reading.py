@@ -1,0 +1,365 @@
+"""How a component reads a row of the hybrid's tokens through its own tokenizer: as a tree of its tokens.
+
+The trunk of the tree are tokens that can no longer change: those of whole words. At each of the hybrid's positions the
+growing word hangs on it as one or more paths (`aligned_mapping.Cover`). Most of them are where the trunk goes next, so
+the tree has few nodes more than the text has tokens. A component with attention alone reads the tree at once, by a mask
+that shows each node its ancestors; any other reads the trunk with a cache, and the paths from copies of it.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+_WINDOWED = ("sliding_attention", "full_attention")
+
+
+@dataclass
+class Position:
+    """What a component's prediction at one of the hybrid's positions is made of.
+
+    Attributes:
+        node: The node that has read all bytes so far: its state is the component's here.
+        covers: [(node, edges from the beginning of the word as (node, token), Cover)].
+        last: The hybrid's tokens that the growing word lies in, as a tuple; the last one is the last that was read.
+    """
+
+    node: int
+    covers: list
+    last: tuple
+
+
+@dataclass
+class Tree:
+    """New nodes of a row; node 0 is where an earlier call ended, or before all tokens.
+
+    Attributes:
+        parents, tokens, depths: Of each node; the depth of the first token of all is 0.
+        trunk: Nodes that can no longer change, in order.
+        end: The last of them, or 0.
+        positions: A Position for each of the hybrid's tokens.
+    """
+
+    depths: list
+    parents: list = field(default_factory=lambda: [-1])
+    tokens: list = field(default_factory=lambda: [0])
+    trunk: list = field(default_factory=list)
+    end: int = 0
+    positions: list = field(default_factory=list)
+    known: dict = field(default_factory=dict)
+
+    def add(self, parent, token):
+        """The node of a token after another node, made if need be."""
+        key = (parent, token)
+        if key not in self.known:
+            self.known[key] = len(self.parents)
+            self.parents.append(parent)
+            self.tokens.append(token)
+            self.depths.append(self.depths[parent] + 1)
+        return self.known[key]
+
+    def extend(self, tokens):
+        """Lets the trunk grow."""
+        for token in tokens:
+            self.end = self.add(self.end, token)
+            self.trunk.append(self.end)
+
+
+@dataclass
+class Row:
+    """How far a component has read a row.
+
+    Attributes:
+        word: Bytes of the growing word.
+        read: The hybrid's tokens, from one that the growing word begins in.
+        begun: Whether the component's own start tokens have been read.
+        texts: Whether any text has come after them.
+        depth: Depth of the last token of the trunk; -1: none.
+        cache: The component's cache of the trunk, None before the first token.
+        state: [width] after the trunk, None before.
+        ahead: (tokens, cache after them, their states) of the growing word, from the trunk on; None: not kept.
+    """
+
+    word: bytes = b""
+    read: tuple = ()
+    begun: bool = False
+    texts: bool = False
+    depth: int = -1
+    cache: object = None
+    state: torch.Tensor | None = None
+    ahead: tuple | None = None
+
+    def copy(self):
+        """One that can be read on by itself."""
+        out = copy.copy(self)
+        out.cache = None if self.cache is None else fork(self.cache)
+        return out
+
+
+def grow(mapping, row, ids):
+    """Reads tokens of the hybrid into a row.
+
+    Args:
+        mapping: The component's `Mapping`.
+        row: The Row before them.
+        ids: The tokens.
+
+    Returns:
+        (the Tree of what the component reads, the Row after them, without states and cache).
+    """
+    a, b, tree = mapping.a, mapping.b, Tree([row.depth])
+    word, read, begun, texts = row.word, row.read, row.begun, row.texts
+    if not begun and len(ids):
+        tree.extend(b.start)
+        word, begun = mapping.begins_with, True
+    for number in ids:
+        data = a.table[number] if number < a.size else b""
+        if data is None:
+            text, tokens, anew = mapping.read_special(number)
+            if text is None:
+                if texts or not anew:
+                    tree.extend((*(b.cut(word) if texts else ()), *tokens))
+                    word, read = mapping.begins_with if anew else b"", ()
+                texts = not anew
+            data = text
+        elif not texts:
+            data, texts = data.removeprefix(mapping.put_before), True
+        if data:
+            texts = True
+            done, word = mapping.grow(word, data)
+            if done:
+                tree.extend(b.cut(done))
+            read, size = (*read, number), len(word)
+            first = len(read)
+            while first and size > 0:
+                first -= 1
+                size -= len(a.bytes_of(read[first : first + 1]))
+            read = read[first:]
+        tree.positions.append(_position(mapping, tree, word, read or (number,), texts))
+    after = Row(word=word, read=read, begun=begun, texts=texts, depth=tree.depths[tree.end])
+    return tree, after
+
+
+def _position(mapping, tree, word, last, texts):
+    covers, node = [], tree.end
+    for cover in mapping.covers(word, mapping.opens(last[-1])) if texts else mapping.first_covers():
+        at, edges = tree.end, []
+        for token in cover.path:
+            edges.append((at, token))
+            at = tree.add(at, token)
+        covers.append((at, edges, cover))
+        if not cover.rest and not cover.ahead and node == tree.end:
+            node = at
+    return Position(node, covers, last)
+
+
+# ---- states of the nodes -------------------------------------------------------------------------------------------
+
+
+def read_trees(segment, trees):
+    """Last states of all nodes of several trees that begin with nothing, in one call of an attention-only component.
+
+    Args:
+        segment: The component as a `Whole`.
+        trees: The Trees of the rows.
+
+    Returns:
+        List of [nodes, width], of each tree; node 0 is none, and has zeros.
+    """
+    device = segment.device or next(segment.stack.parameters()).device
+    size = max(len(tree.parents) for tree in trees) - 1
+    ids = torch.zeros(len(trees), size, dtype=torch.long)
+    depths, sees = torch.zeros_like(ids), torch.eye(size, dtype=torch.bool).repeat(len(trees), 1, 1)
+    for row, tree in enumerate(trees):
+        count = len(tree.parents) - 1
+        ids[row, :count] = torch.tensor(tree.tokens[1:])
+        depths[row, :count] = torch.tensor(tree.depths[1:])
+        for node in range(count):
+            if (parent := tree.parents[node + 1] - 1) >= 0:
+                sees[row, node] |= sees[row, parent]
+    ids, depths, sees = ids.to(device), depths.to(device), sees.to(device)
+    states = segment(ids, _masks(segment, sees, depths), depths, None)
+    return [torch.cat([states.new_zeros(1, states.shape[-1]), one]) for one in states]
+
+
+def _masks(segment, sees, depths):
+    """What Transformers' attention is given for `sees` [batch, query, key]; one for each kind of layers."""
+    config, dtype = segment.stack.config, next(p.dtype for p in segment.stack.parameters() if p.is_floating_point())
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+
+    def added(shown):
+        out = torch.zeros(shown.shape, dtype=dtype, device=shown.device)
+        return out.masked_fill_(~shown, torch.finfo(dtype).min)[:, None]
+
+    full = added(sees)
+    if not window or (kinds is not None and "sliding_attention" not in kinds):
+        return full
+    near = added(sees & (depths[:, :, None] - depths[:, None, :] < window))
+    return near if kinds is None else {"full_attention": full, "sliding_attention": near}
+
+
+def read_trunk(segment, config, tree):
+    """The component's cache after the trunk of a tree that begins with nothing."""
+    device = segment.device or next(segment.stack.parameters()).device
+    cache = DynamicCache(config=config)
+    ids, depths = (
+        torch.tensor([[of[node] for node in tree.trunk]], device=device) for of in (tree.tokens, tree.depths)
+    )
+    segment(ids, None, depths, cache)
+    return cache
+
+
+def walk(segment, config, tree, row, after):
+    """Last states of all nodes of a tree, by reading its trunk with a cache and its paths from copies of it.
+
+    Args:
+        segment: The component as a `Whole`.
+        config: Its configuration.
+        tree: The Tree.
+        row: The Row before it.
+        after: The Row after it, which gets cache, state and what was read ahead; None: they are not wanted.
+
+    Returns:
+        [nodes, width]; node 0 has the state of the row before, or zeros.
+    """
+    device = segment.device or next(segment.stack.parameters()).device
+    cache = fork(row.cache) if row.cache is not None else DynamicCache(config=config)
+    states, children = [None] * len(tree.parents), {}
+    states[0] = row.state
+    # Steps of one token overwrite states that gradients need, in some classes: there no step is shorter than two
+    careful = torch.is_grad_enabled() and after is None and not segment.layout.attends
+    trunk = set(tree.trunk)
+    for node, parent in enumerate(tree.parents):
+        if parent >= 0 and node not in trunk:
+            children.setdefault(parent, []).append(node)
+
+    def read(nodes, cache):
+        """Reads a chain of nodes; gives the cache after it."""
+        if torch.is_grad_enabled():
+            cache = fork(cache)  # states are changed in place
+        ids, depths = [tree.tokens[node] for node in nodes], [tree.depths[node] for node in nodes]
+        if careful and len(nodes) == 1:  # and then nothing reads on from this cache
+            ids, depths = [*ids, *ids], [*depths, depths[0] + 1]
+        found = segment(torch.tensor([ids], device=device), None, torch.tensor([depths], device=device), cache)[0]
+        for node, state in zip(nodes, found):
+            states[node] = state
+        return cache
+
+    def leaves(node, path):
+        below = children.get(node, ())
+        if not below and path:
+            yield path
+        for child in below:
+            yield from leaves(child, [*path, child])
+
+    pending, at = list(tree.trunk), 0
+    if row.ahead is not None and pending:
+        tokens, further, found = row.ahead
+        if tuple(tree.tokens[node] for node in pending[: len(tokens)]) == tokens:
+            cache = fork(further)
+            for node, state in zip(pending, found):
+                states[node] = state
+            at = len(tokens)
+            # Nodes inside what was read ahead have no cache of their own: paths from there are read anew.
+            if any(node in children for node in (0, *pending[: at - 1])):
+                cache, at = fork(row.cache) if row.cache is not None else DynamicCache(config=config), 0
+    start = at
+    ahead = None
+
+    def branch(node, before=()):
+        nonlocal ahead
+        for path in leaves(node, []):
+            after_path = read([*before, *path], fork(cache))
+            if node == tree.end:
+                ahead = ahead or (tuple(tree.tokens[one] for one in path), after_path, [states[one] for one in path])
+
+    if start == 0:
+        branch(0)
+    elif pending[start - 1] in children:
+        branch(pending[start - 1])
+    while at < len(pending):
+        is_end = at == len(pending) - 1
+        if careful and at == start and pending[at] in children:
+            branch(pending[at], pending[start : at + 1])
+        elif pending[at] in children or is_end:
+            cache = read(pending[start : at + 1], cache)
+            start = at + 1
+            branch(pending[at])
+        at += 1
+    if after is not None:
+        after.cache, after.ahead, after.state = cache, ahead, states[tree.end]
+    width = next(state.shape[-1] for state in states if state is not None)
+    empty = next(state for state in states if state is not None).new_zeros(width)
+    return torch.stack([empty if state is None else state for state in states])
+
+
+def fork(cache):
+    """A copy of a component's cache that can be read on by itself; what is never changed in place is shared."""
+    out = copy.copy(cache)
+    out.layers = [_fork_layer(layer) for layer in cache.layers]
+    return out
+
+
+def _fork_layer(layer):
+    if not isinstance(layer, (DynamicLayer, LinearAttentionCacheLayerMixin)):
+        return copy.deepcopy(layer)
+    kind = type(layer)
+    if torch.is_grad_enabled() and isinstance(layer, LinearAttentionCacheLayerMixin) and not issubclass(kind, _Kept):
+        kind = _kept.setdefault(kind, type(kind.__name__, (_Kept, kind), {}))
+    out = kind.__new__(kind)
+    for key, value in vars(layer).items():
+        if isinstance(value, dict):
+            value = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in value.items()}
+        out.__dict__[key] = value
+    return out
+
+
+class _Kept:
+    """Mixin of recurrent layers of a cache whose states gradients go through: none is overwritten in place."""
+
+    def update_conv_state(self, conv_states, state_idx=0, **kwargs):
+        if self.conv_states[state_idx] is not None:
+            self.conv_states[state_idx] = self.conv_states[state_idx].clone()
+        return super().update_conv_state(conv_states, state_idx=state_idx, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+        if not self.is_recurrent_states_initialized[state_idx]:
+            self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
+        self.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
+
+
+_kept = {}
+
+
+@torch.no_grad()
+def can_read_trees(segment, config):
+    """Whether a component reads a tree as it reads each of its paths: tried on a few tokens."""
+    if not segment.layout.attends or not segment.layout.positions:
+        return False
+    if any(kind not in _WINDOWED for kind in getattr(config, "layer_types", None) or ()):
+        return False
+    if any(not isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers):
+        return False
+    tree = Tree([-1])
+    tree.extend((1, 2, 3))
+    paths = [(4, 5), (6,)]
+    ends = []
+    for path in paths:
+        at = tree.end
+        for token in path:
+            at = tree.add(at, token)
+        ends.append(at)
+    device = segment.device or next(segment.stack.parameters()).device
+    try:
+        found = read_trees(segment, [tree])[0]
+        for end, path in zip(ends, paths):
+            ids = torch.tensor([[1, 2, 3, *path]], device=device)
+            alone = segment(ids, None, torch.arange(ids.shape[1], device=device)[None], None)[0, -1]
+            if not torch.allclose(found[end].float(), alone.float(), atol=1e-2, rtol=1e-2):
+                return False
+    except Exception:  # of the component's class, or its attention
+        return False
+    return True

@@ -1,0 +1,117 @@
+"""The tokenizers of an aligned hybrid's components: from their pinned commits, checked like weights, code refused.
+
+A component's entry in the configuration records the SHA-256 of each of its tokenizer's files. The tokenizer of a
+component that has no address is kept in the hybrid's own directory.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from transformers import AutoTokenizer
+
+from .bounds_manticore import ManticoreError, reason, show
+from .references_manticore import fetch, where
+from .saving_manticore import BESIDE
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+
+
+def folder_of(name):
+    """Where in a hybrid's directory the tokenizer of a component without an address is."""
+    return f"tokenizer_{name}"
+
+
+def tokenizer_of(model, name):
+    """The tokenizer of a component.
+
+    Raises:
+        ManticoreError: It cannot be had, or is not the one that the hybrid was made with.
+    """
+    held = model.__dict__.setdefault("_tokenizers", {})
+    if name not in held:
+        entry = next(one for one in model.config.components if one["name"] == name)
+        with tempfile.TemporaryDirectory() as folder:
+            if entry["repo_id"] is not None:
+                _from_component(entry, model._component_cache_dir, folder)
+            else:
+                _from_hybrid(model, name, folder)
+            (Path(folder) / "config.json").write_text(
+                json.dumps({"model_type": getattr(model.config, name).model_type})
+            )
+            try:
+                held[name] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            except Exception as err:  # of the tokenizers library
+                raise ManticoreError(f"Component {name!r}: its tokenizer cannot be loaded: {reason(err)}") from err
+    return held[name]
+
+
+def _from_component(entry, cache_dir, folder):
+    files = (entry["tokenizer"] or {}).get("files")
+    known = (
+        isinstance(files, dict)
+        and files
+        and all(one in FILES and re.fullmatch(r"[0-9a-f]{64}", str(value)) for one, value in files.items())
+    )
+    if not known:
+        raise ManticoreError(f"{where(entry)}: tokenizer={show(entry['tokenizer'])} names no tokenizer files.")
+    for file in files:
+        try:
+            path = fetch({**entry, "files": files}, file, {} if cache_dir is None else {"cache_dir": cache_dir})
+        except ManticoreError:
+            raise
+        except Exception as err:  # the HTTP library's own errors among them
+            raise ManticoreError(
+                f"{where(entry)}: {file} of its tokenizer cannot be read: {reason(err)} Go online once, or log in with "
+                "an account that may read the repository."
+            ) from err
+        shutil.copyfile(path, Path(folder) / file)
+
+
+def _from_hybrid(model, name, folder):
+    for file in FILES:
+        path = None
+        if (home := model.__dict__.get("_loaded_from")) is not None:
+            path = os.path.join(home, folder_of(name), file)
+        if (path is None or not os.path.isfile(path)) and model.__dict__.get("_own_commit"):
+            try:
+                path = hf_hub_download(
+                    model.name_or_path,
+                    file,
+                    subfolder=folder_of(name),
+                    revision=model._own_commit,
+                    cache_dir=model._component_cache_dir,
+                )
+            except Exception:  # it has no such file, or the Hub is out of reach
+                path = None
+        if path is not None and os.path.isfile(path):
+            shutil.copyfile(path, Path(folder) / file)
+    if not os.listdir(folder):
+        raise ManticoreError(
+            f"Component {name!r} reads text by a tokenizer that was kept in {folder_of(name)}/ of the hybrid's "
+            "directory, which is not there; copy it from where the hybrid was saved."
+        )
+
+
+def keep_tokenizers(model, directory):
+    """Writes the tokenizers that a saved hybrid needs and that have no address."""
+    for entry in model.config.components if model.config.aligned else ():
+        if entry["tokenizer"] is not None and entry["repo_id"] is None:
+            tokenizer_of(model, entry["name"]).save_pretrained(os.path.join(directory, folder_of(entry["name"])))
+
+
+BESIDE.append(keep_tokenizers)
