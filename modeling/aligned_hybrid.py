@@ -185,7 +185,7 @@ class Aligner:
         """For `_sum`: from tokens of the component to the hybrid's, where the tokens of both end; and back."""
         key = (id(mapping), device)
         if key not in self.bags:
-            b, a, _ = mapping.at_boundary()
+            b, a = mapping.at_boundary()[:2]
             self.bags[key] = [_bag(*pair, device) for pair in ((b, a), (a, b))]
         return self.bags[key]
 
@@ -248,8 +248,8 @@ class Piece:
                 if not cover.rest and not cover.ahead:
                     self.dense.append((number, local(offset + node), place))
                 else:
-                    b, a, group = mapping.pairs(cover.rest, cover.ahead, position.last)
-                    sparse.append((number, local(offset + node), place, b, a, group, cover.without))
+                    pairs = mapping.pairs(cover.rest, cover.ahead, position.last)
+                    sparse.append((number, local(offset + node), place, *pairs, cover.without))
         self.nodes = torch.tensor(list(nodes), dtype=torch.long)
         self.covers = torch.tensor(covers, dtype=torch.long)
         self.weights = torch.tensor(weights, dtype=torch.long).view(-1, 3).T
@@ -292,10 +292,10 @@ class Piece:
 
         # Elsewhere B's next token begins within bytes that were read, or A's does
         if self.sparse is not None:
-            number, node, place, b, a, group, groups, kept = (
+            number, node, place, b, a, group, groups, part, kept = (
                 one.to(device) if isinstance(one, torch.Tensor) else one for one in self.sparse
             )
-            mine = share.flatten()[place * self.size + a]
+            mine = share.flatten()[place * self.size + a] * part
             total = share.new_zeros(groups).index_add_(0, group, mine)
             values = log_probs.flatten()[node * width + b].exp() * mine / total[group] * weight[number] * kept
             out = out.flatten().index_add(0, place * self.size + a, values).view(rows, self.size)
@@ -325,8 +325,9 @@ def _join(sparse, size):
     counts = [int(one[5][-1]) + 1 for one in sparse]
     starts = np.cumsum([0, *counts])
     group = torch.from_numpy(np.concatenate([one[5] + start for one, start in zip(sparse, starts)]))
-    kept = torch.from_numpy(np.concatenate([(one[3] != one[6]).astype(np.float32) for one in sparse]))
-    return *repeated, b, a, group, int(starts[-1]), kept
+    part = torch.from_numpy(np.concatenate([one[6] for one in sparse]))
+    kept = torch.from_numpy(np.concatenate([(one[3] != one[8]) * one[7] for one in sparse]))
+    return *repeated, b, a, group, int(starts[-1]), part, kept
 
 
 # ---- running -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ LONGEST_WORD = 64
 """Bytes after which a word without any certain boundary is cut where its tokens no longer seem to change."""
 
 _SPACES = b" \t\n\r"
+UNSURE = 0.1
+"""What is kept of a way that only an unlikely rest of the word would open."""
 FEW = 64
 """Longer tokens that are looked through one by one for what cannot follow a token."""
 _KEPT = 1 << 16  # cuts of words that are remembered
@@ -290,7 +292,8 @@ class Mapping:
             last: A's last tokens, as a tuple; those that the rest lies in are looked at.
 
         Returns:
-            (ids of B, ids of A, number of B's id among those that occur), int64 arrays.
+            (ids of B, ids of A, number of B's id among those that occur), int64 arrays, and float32 arrays: by how much
+            A's own probability counts where B's is shared, and how much of B's probability is kept.
         """
         if rest:
             size, first = len(rest), len(last)
@@ -315,8 +318,10 @@ class Mapping:
         a, b = self.a, self.b
         numbers = [i for i in b.sorted_ids.tolist() if not ahead or not b.table[i].startswith(b" ")]
         firsts = np.full(b.size, -1, dtype=np.int64)
-        texts = [ahead + b.table[i] + more for i, more in zip(numbers, self._follow(b, numbers))]
-        firsts[numbers] = [cut[0] if cut else -1 for cut in a.cut_all(texts)]
+        follow = self._follow(b, numbers)
+        texts = [ahead + b.table[i] + more for i, more in zip(numbers, follow)]
+        cuts = zip(a.cut_all(texts), texts, follow)
+        firsts[numbers] = [cut[0] if self._is_sure(cut[:1], text, more) else -1 for cut, text, more in cuts]
         if not ahead:
             self._firsts = firsts
         theirs = np.flatnonzero(firsts >= 0)
@@ -338,6 +343,10 @@ class Mapping:
                 found.add((cut[0], number))
         return sorted(found)
 
+    def _is_sure(self, cut, text, more):
+        """Whether A's first tokens of a text end before the letter that stands for any at its end (`_follow`)."""
+        return bool(cut) and len(self.a.bytes_of(cut)) <= len(text) - bool(more)
+
     @staticmethod
     def _follow(of, numbers):
         """What follows each token, so that its tokenizer would write it; of interest where it ends with a space."""
@@ -355,19 +364,31 @@ class Mapping:
         numbers = [int(i) for i in b.sorted_ids[low:high]]
         left = [data[len(rest) :] for data in b.sorted_bytes[low:high]]
         follow, before = self._follow(b, numbers), a.bytes_of(last)
-        cuts = a.cut_all([before + data + more for data, more in zip(left, follow)])
-        # Only what A would cut so that its tokens so far are those that were read.
-        kept = [(i, data, cut[len(last)]) for i, data, cut in zip(numbers, left, cuts) if cut[: len(last)] == last]
+        texts = [before + data + more for data, more in zip(left, follow)]
+        cuts = a.cut_all(texts)
+        pairs, longer = [], []  # (id of B, id of A, its part of the share, what is left of the probability)
+        for i, data, cut, text, more in zip(numbers, left, cuts, texts, follow):
+            fits = cut[: len(last)] == last and len(cut) > len(last)
+            if not fits and b.table[i] in a.surfaces.ids:
+                continue  # A would have written it as one token
+            kept = 1.0 if fits else UNSURE
+            longer.append((len(data), i, data, kept))
+            if fits and self._is_sure(cut[: len(last) + 1], text, more):
+                pairs.append((i, cut[len(last)], 1.0, kept))
+            # More of the word may follow, and then A may cut it otherwise
+            for end in range(1, len(data) + 1):
+                if (first := a.surfaces.ids.get(data[:end])) is not None and not (fits and first == cut[len(last)]):
+                    pairs.append((i, first, UNSURE, kept))
         # Longer tokens of A: each belongs to the longest of these that it begins with.
         owner = np.full(len(a.sorted_ids), -1, dtype=np.int64)
-        for i, data, _ in sorted(kept, key=lambda one: len(one[1])):
+        part = np.zeros(len(a.sorted_ids))
+        for _, i, data, kept in sorted(longer):
             first, end = a.starting_with(data)
-            owner[first:end] = i
-        owned = owner >= 0
-        mine = [(i, first) for i, _, first in kept]
-        return _unique(
-            [*owner[owned].tolist(), *(i for i, _ in mine)], [*a.sorted_ids[owned].tolist(), *(x for _, x in mine)]
-        )
+            first += first < end and a.sorted_bytes[first] == data
+            owner[first:end], part[first:end] = i, kept
+        owned = np.flatnonzero(owner >= 0)
+        pairs += zip(owner[owned].tolist(), a.sorted_ids[owned].tolist(), [1.0] * len(owned), part[owned].tolist())
+        return _sorted(pairs)
 
     # ---- what A itself would not write ---------------------------------------------------------------------------
 
@@ -443,9 +464,18 @@ class Mapping:
         return name.encode(), (), False
 
 
+def _sorted(pairs):
+    """Columns of (id of B, id of A, its part of the share, what is left of B's probability), sorted; see `pairs`."""
+    pairs = sorted(pairs)
+    b, a = (np.array([pair[side] for pair in pairs], dtype=np.int64) for side in (0, 1))
+    parts = tuple(np.array([pair[side] for pair in pairs], dtype=np.float32) for side in (2, 3))
+    return b, a, np.cumsum(np.diff(b, prepend=b[:1]) != 0), *parts
+
+
 def _unique(left, right):
-    """The different pairs of two lists, sorted, and the number of each left one; int64 arrays."""
+    """The different pairs of two lists, sorted, and the number of each left one; see `pairs`."""
     left, right = np.array(left, dtype=np.int64), np.array(right, dtype=np.int64)
     width = int(right.max(initial=0)) + 1
     left, right = np.divmod(np.unique(left * width + right), width)
-    return left, right, np.cumsum(np.diff(left, prepend=left[:1]) != 0)
+    ones = np.ones(len(left), dtype=np.float32)
+    return left, right, np.cumsum(np.diff(left, prepend=left[:1]) != 0), ones, ones
