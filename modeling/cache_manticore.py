@@ -83,7 +83,12 @@ class ManticoreCache(Cache):
         self.max_cache_len, self.seen = max_cache_len, 0
         self.readers = {}  # of components with tokenizers of their own: {name: how far each row has been read}
         self.mask, self.has_padding = None, False  # of what was read (None: all real), and whether any was in between
-        self.is_plain = not any("local" in getattr(config, "attention_layers", ()) for config in configs.values())
+        # Whether nothing in it depends on where padding stands: neither GPT-Neo's windows nor MPT's biases count places
+        self.is_plain = not any(
+            "local" in getattr(one, "attention_layers", ())
+            or getattr(getattr(one, "attn_config", None), "alibi", False)
+            for one in configs.values()
+        )
         for name, config in configs.items():
             part = _part(name, config, max_cache_len, offloading, quantized)
             for block, (start, stop) in ((block, pair) for (other, block), pair in ranges.items() if other == name):

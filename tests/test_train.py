@@ -13,7 +13,7 @@ from tiny_hybrid import WORDS, pair, save, write_text
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
-from manticore_hf.evaluation.data import DataArguments, load_rows
+from manticore_hf.evaluation.data import DataArguments, load_rows, read_records
 from manticore_hf.training.trained_stages import last_whole_checkpoint, take_mixture
 
 
@@ -227,6 +227,14 @@ def test_bad_data_is_refused_by_name(tmp_path, tokenizer, content, arguments, me
     file.write_text(content)
     with pytest.raises(ManticoreError, match=message):
         load_rows(DataArguments(data=str(file), **arguments), tokenizer)
+
+
+def test_records_in_another_encoding(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes('{"text": "caf\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(ManticoreError, match="a.jsonl' cannot be read"):
+        list(read_records(DataArguments(str(file))))
+    assert list(read_records(DataArguments(str(file), encoding="latin-1"))) == [{"text": "caf\u00e9"}]
 
 
 def test_a_search_starts_from_equal_alpha_unless_told_to_keep_it(start, tmp_path):

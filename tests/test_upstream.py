@@ -5,15 +5,16 @@ then the test. Other tests of this kind stand beside what they are about; UPSTRE
 """
 
 import os
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
 from families import tiny
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from safetensors.torch import save_file
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import DynamicCache, PreTrainedConfig, Trainer, TrainingArguments
 from transformers.cache_utils import LinearAttentionLayer
 
 IDS = torch.arange(3, 11)[None]
@@ -66,6 +67,11 @@ def test_upstream_still_reads_a_text_again_after_a_cache_without_attention(monke
 
 
 # ---- Transformers: loading, saving, training -------------------------------------------------------------------------
+
+
+def test_upstream_still_reads_settings_through_python():
+    assert isinstance(PreTrainedConfig.__getattribute__, FunctionType)
+    assert not isinstance(ManticoreConfig.__getattribute__, FunctionType)
 
 
 def test_upstream_still_looks_into_the_first_file_for_what_is_offloaded(tmp_path):

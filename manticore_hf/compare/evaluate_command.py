@@ -25,7 +25,7 @@ def add_options(parser: Parser) -> None:
         "--components",
         nargs="+",
         metavar="DIR_OR_REPO",
-        help="--data: the components as they came, in order (default: the addresses that the hybrid knows)",
+        help="the components as they came, in order (default: the addresses that the hybrid knows)",
     )
     parser.add_argument("--max-tokens", type=int, help="use at most so many tokens (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> None:
             args.limit,
             args.output_dir,
             args.seed,
+            args.components,
         )
         return
     from manticore_hf.compare.evaluate import run_evaluate

@@ -15,7 +15,11 @@ from transformers import AutoTokenizer
 
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.compose.untouched import as_it_came
+from manticore_hf.evaluation.losses import inner_baselines
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.training.recipe import recipe_sources
+from manticore_hf.utils.claims import AS_IT_CAME
 from manticore_hf.utils.files import write_json
 
 RESULTS = "tasks.json"
@@ -30,8 +34,12 @@ def run_tasks(
     limit: int | None = None,
     output: str | Path | None = None,
     seed: int = 0,
+    components: Sequence[str] | None = None,
 ) -> dict[str, dict[str, dict[str, list[float | None]]]]:
-    """Runs tasks of the harness on a hybrid, on each of its components and on their ensemble, and prints the scores.
+    """Runs tasks of the harness on a hybrid and its baselines, and prints the scores.
+
+    The baselines are its components and their ensemble, and each component as it came, with its own tokenizer, where
+    its address is known.
 
     Args:
         source: Hybrid: directory or Hub repo.
@@ -42,9 +50,11 @@ def run_tasks(
         limit: Use only so many documents of each task.
         output: Directory for `tasks.json`; what is in it already is not run again.
         seed: Of the few-shot examples.
+        components: Where the components as they came are, in order. Default: the addresses that the hybrid knows, or
+            those of the recipe beside it.
 
     Returns:
-        {model: {task: {metric: [value, standard error or None]}}}. A pruned hybrid has none of its baselines left.
+        {model: {task: {metric: [value, standard error or None]}}}. A pruned hybrid has no baselines inside it any more.
 
     Raises:
         ManticoreError: The harness is not installed, or does not know a task.
@@ -66,11 +76,13 @@ def run_tasks(
     model = ManticoreForCausalLM.from_pretrained(source, dtype="auto").eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    for label, part in _models(model):
+    sources = components or recipe_sources(source, model.config)
+    for label, load in _models(model, tokenizer, sources):
         if label not in kept:
+            part, own = load()
             print(f"{label} on {', '.join(tasks)}", flush=True)
             lm = lm_eval.models.huggingface.HFLM(
-                pretrained=part, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)
+                pretrained=part, tokenizer=own, batch_size=batch_size, device=str(model.device)
             )
             found = lm_eval.simple_evaluate(
                 model=lm,
@@ -90,26 +102,36 @@ def run_tasks(
     return kept
 
 
-def _models(model):
-    """(label, causal LM) of the hybrid and its baselines, one after the other."""
-    yield "hybrid", model
-    if model.config.route:
-        return
-    names = model.config.component_names
+def _models(model, tokenizer, sources):
+    """(label, function that gives a causal LM and its tokenizer) of the hybrid and its baselines."""
+    yield "hybrid", lambda: (model, tokenizer)
+    names = inner_baselines(model)
     for name in names:
-        yield name, model.component(name)
+        yield name, lambda name=name: (model.component(name), tokenizer)
     if len(names) > 1:
-        parts = [ComponentSpec(model.component(name), name=name) for name in names]
-        ensemble = ManticoreForCausalLM.from_components(
-            parts,
-            dtype=model.dtype,
-            num_blocks=1,
-            mixture="static",
-            mixture_space="logprob",
-            vocab_size=model.config.vocab_size,
-            verify=False,
-        )
-        yield "ensemble", ensemble
+        yield "ensemble", lambda: (_ensemble(model, names), tokenizer)
+
+    def untouched(entry, source):
+        part, own = as_it_came(entry, source, model.dtype)
+        return part.to(model.device), own
+
+    for entry, source in zip(model.config.components, sources or [None] * len(model.config.components)):
+        if source is not None or entry["repo_id"] is not None and entry.get("code") is None:
+            label = AS_IT_CAME.format(entry["name"])
+            yield label, lambda entry=entry, source=source: untouched(entry, source)
+
+
+def _ensemble(model, names):
+    parts = [ComponentSpec(model.component(name), name=name) for name in names]
+    return ManticoreForCausalLM.from_components(
+        parts,
+        dtype=model.dtype,
+        num_blocks=1,
+        mixture="static",
+        mixture_space="logprob",
+        vocab_size=model.config.vocab_size,
+        verify=False,
+    )
 
 
 def _harness():

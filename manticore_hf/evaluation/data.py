@@ -119,7 +119,7 @@ def read_records(arguments: DataArguments) -> Iterable[dict[str, Any]]:
         arguments: DataArguments.
 
     Returns:
-        Dictionaries with the columns of the source; a text file is one record. What is streamed can be read once.
+        Dictionaries with the columns of the source, to be read once; a text file is one record.
 
     Raises:
         ManticoreError: The source cannot be read (of a stream: when it is read); names it.
@@ -141,9 +141,10 @@ def read_records(arguments: DataArguments) -> Iterable[dict[str, Any]]:
     if arguments.encoding is not None and kind in ("csv", "json"):
         options["encoding"] = arguments.encoding
     try:
-        return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+        records = load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except Exception as err:
         raise _unreadable(arguments, err) from err
+    return _watched(records, arguments)  # whether bytes are text shows when they are read
 
 
 def _read_text(file, encoding):

@@ -24,11 +24,12 @@ for the reason given.
 {rest}
 A type passes if tiny random models of it, cut into one, two and three blocks, alone and beside a Llama, do what the
 type does uncut in Transformers: running the segments in sequence equals running the model, and a hybrid whose mixture
-is one component equals that component, both bit for bit; a left-padded row gives what the row gives alone; decoding
-with a cache (greedy, beams, in chunks, two texts in turns; static caches where the type supports them) equals decoding
-without one; gradients equal those of the uncut model; a model that was saved and loaded is unchanged. (Decoding and
-gradients are compared to 2e-5 in float32. Larger differences are examined again in float64, where they must stay below
-1e-9: chunked recurrences round, and rounding decides between experts that score nearly the same.) Gemma 4 (text) is
+is one component equals that component, both bit for bit; a padded row, also with padding between its tokens, gives
+what the row gives alone, and documents in one row what each gives alone (logits, loss, gradients); decoding with a
+cache (greedy, beams, in chunks, two texts in turns; static caches where the type supports them) equals decoding without
+one; gradients equal those of the uncut model; a model that was saved and loaded is unchanged. (Decoding and gradients
+are compared to 2e-5 in float32. Larger differences are examined again in float64, where they must stay below 1e-9:
+chunked recurrences round, and rounding decides between experts that score nearly the same.) Gemma 4 (text) is
 tested in the form of its larger models, without per-layer embeddings; models with them are unsupported, like Gemma 3n.
 Passing says nothing about how good a hybrid of the type is; real checkpoints are checked again when they are composed,
 on five tokens (`verify`).
