@@ -61,7 +61,7 @@ def tokenizer_of(model, name):
 
 
 def _from_component(entry, cache_dir, folder):
-    files = (entry["tokenizer"] or {}).get("files")
+    files = (entry.get("tokenizer") or {}).get("files")
     known = (
         isinstance(files, dict)
         and files
@@ -110,7 +110,7 @@ def _from_hybrid(model, name, folder):
 def keep_tokenizers(model, directory):
     """Writes the tokenizers that a saved hybrid needs and that have no address."""
     for entry in model.config.components if model.config.aligned else ():
-        if entry["tokenizer"] is not None and entry["repo_id"] is None:
+        if entry.get("tokenizer") is not None and entry["repo_id"] is None:
             tokenizer_of(model, entry["name"]).save_pretrained(os.path.join(directory, folder_of(entry["name"])))
 
 

@@ -191,7 +191,10 @@ class ManticoreConfig(PreTrainedConfig):
         guard().entry(name, entry)
         if weights == "reference" or entry.get("repo_id") is not None:
             check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
-        entry = {key: entry.get(key) for key in _ENTRY_KEYS}
+        own = (
+            {} if entry.get("tokenizer") is None else {"tokenizer": entry["tokenizer"]}
+        )  # as earlier versions write it
+        entry = {key: entry.get(key) for key in _ENTRY_KEYS} | own
         setattr(self, name, sub)
         self.components.append(entry)
         self._component_names.append(name)
@@ -329,18 +332,7 @@ def component_depth(config: PreTrainedConfig) -> int:
     return config.get_text_config().num_hidden_layers
 
 
-_ENTRY_KEYS = (
-    "name",
-    "repo_id",
-    "revision",
-    "subfolder",
-    "weights",
-    "files",
-    "license",
-    "code",
-    "transplant",
-    "tokenizer",
-)
+_ENTRY_KEYS = "name", "repo_id", "revision", "subfolder", "weights", "files", "license", "code", "transplant"
 
 
 def _list_of_dicts(components):

@@ -152,7 +152,8 @@ def test_vocabularies_of_different_size(hub, owner, a, tmp_path, refuse):
 
 def test_different_tokenizers_of_the_same_size(hub, owner, a, tmp_path, refuse):
     publish(hub, f"{owner}/b", tiny("gpt2"), tmp_path / "src", tokenizer(["other"]))
-    refuse([a, f"{owner}/b"], f"'a' ({owner}/a)", f"'b' ({owner}/b)", "'other' has id", "one tokenizer")
+    words = f"'a' ({owner}/a)", f"'b' ({owner}/b)", "'other' has id", "one tokenizer"
+    refuse([a, f"{owner}/b"], *words, num_blocks=2)  # in one block each reads the text through its own
 
 
 def test_components_without_a_tokenizer_are_compared_by_size(hub, owner, a, tmp_path):
