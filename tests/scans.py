@@ -1,6 +1,7 @@
 """The selective scan's naive twin, inputs for it, and tiny models that scan; shared by the tests of the scan."""
 
 import contextlib
+import faulthandler
 import functools
 import importlib
 import importlib.util
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from manticore_hf.modeling.layer_stack_manticore import cache_argument
 from manticore_hf.modeling.mixers_manticore import OwnForward
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from manticore_hf.families.tiny import tokens
 
 BATCH, D, N, TIME = 2, 5, 3, 37
 SMALL = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -150,3 +153,23 @@ def chunked(model, model_type, ids, mask, size, full_mask=False):
                 kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, s:e]
         outputs.append(model(ids[:, s:e], **kwargs).logits)
     return torch.cat(outputs, 1), cache
+
+
+@torch.no_grad()
+def read(model, sizes=(4, 3, 1, 1)):
+    """Logits of nine tokens read in calls of these sizes with a cache; of one size, without."""
+    name, parts, start = cache_argument(model.forward), [], 0
+    make = getattr(model, "make_cache", lambda: DynamicCache(config=model.config))
+    given = {name: make(), "use_cache": True} if len(sizes) > 1 else {"use_cache": False}
+    for part in (tokens() % SMALL["vocab_size"]).split(list(sizes), 1):
+        if model.config.model_type == "bamba":  # it counts from 0 in every call
+            given["position_ids"] = torch.arange(start, start + part.shape[1])[None]
+        parts.append(model(input_ids=part, **given).logits)
+        start += part.shape[1]
+    return torch.cat(parts, 1)
+
+
+def read_elsewhere(_, model, path):
+    """What a spawned process does. It stands here, since such a process cannot import a test module (importlib mode)."""
+    faulthandler.dump_traceback_later(300, exit=True)
+    torch.save((len(mixers(model)), read(model)), path)

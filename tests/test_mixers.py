@@ -1,7 +1,6 @@
 """Mixers get forwards of their own: nothing else in the process changes, and copies, pickles and hooks keep them."""
 
 import copy
-import faulthandler
 import functools
 import inspect
 import pickle
@@ -13,9 +12,9 @@ import clean_process
 import pytest
 import torch
 from manticore_hf.modeling import mixers_manticore as mm
-from manticore_hf.modeling.layer_stack_manticore import cache_argument
 from scans import (
     BATCH,
+    SMALL,
     TIME,
     D,
     another_package,
@@ -28,9 +27,11 @@ from scans import (
     naive_scan,
     own_globals,
     padded_inputs,
+    read,
+    read_elsewhere,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import is_kernels_available
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
@@ -47,22 +48,6 @@ FAMILIES = (
     "nemotron_h",
     "zamba2",
 )
-
-VOCABULARY = 61  # of the smallest models here
-
-
-@torch.no_grad()
-def read(model, sizes=(4, 3, 1, 1)):
-    """Logits of nine tokens read in calls of these sizes with a cache; of one size, without."""
-    name, parts, start = cache_argument(model.forward), [], 0
-    make = getattr(model, "make_cache", lambda: DynamicCache(config=model.config))
-    given = {name: make(), "use_cache": True} if len(sizes) > 1 else {"use_cache": False}
-    for part in (tokens() % VOCABULARY).split(list(sizes), 1):
-        if model.config.model_type == "bamba":  # it counts from 0 in every call
-            given["position_ids"] = torch.arange(start, start + part.shape[1])[None]
-        parts.append(model(input_ids=part, **given).logits)
-        start += part.shape[1]
-    return torch.cat(parts, 1)
 
 
 def identities(model):
@@ -188,7 +173,7 @@ def test_a_fresh_process_restores_the_forwards(tmp_path):
     mm.repair_mixers(model)
     torch.save({"model": model, "wanted": read(model)}, tmp_path / "model.pt")
     program = (
-        "import sys, torch; sys.path.insert(0, sys.argv[2]); from test_mixers import mixers, read\n"
+        "import sys, torch; sys.path.insert(0, sys.argv[2]); from scans import mixers, read\n"
         "found = torch.load(sys.argv[1], weights_only=False)\n"
         "assert len(mixers(found['model'])) == 2\n"
         "torch.testing.assert_close(read(found['model']), found['wanted']); print('same')"
@@ -198,16 +183,11 @@ def test_a_fresh_process_restores_the_forwards(tmp_path):
     assert done.stdout.strip() == "same", done.stderr
 
 
-def _in_another_process(_, model, path):
-    faulthandler.dump_traceback_later(300, exit=True)
-    torch.save((len(mixers(model)), read(model)), path)
-
-
 def test_spawned_processes(tmp_path):
     """The model is an argument of the process: a pool that loses its worker while unpickling a task waits for ever."""
     model = build("mamba")
     mm.repair_mixers(model)
-    torch.multiprocessing.spawn(_in_another_process, (model, tmp_path / "read.pt"))
+    torch.multiprocessing.spawn(read_elsewhere, (model, tmp_path / "read.pt"))
     count, logits = torch.load(tmp_path / "read.pt")
     assert count == 2
     torch.testing.assert_close(logits, read(model))
@@ -462,7 +442,7 @@ def test_the_graph_is_as_whole_as_it_was(family):
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(lambda x: forward(x, use_cache=False).logits, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(tokens() % VOCABULARY), expected)
+        torch.testing.assert_close(compiled(tokens() % SMALL["vocab_size"]), expected)
 
 
 # ---- with the package `kernels` --------------------------------------------------------------------------------------
