@@ -262,9 +262,13 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     def train(self, mode: bool = True) -> "ManticoreModel":
         """As in torch, for the shells of the segments, too."""
+        went_on = self.training  # as in every step of the Trainer
         super().train(mode)
-        if mode and hasattr(self, "peft_config"):  # of adapters that came after the first
-            check_adapted(self)
+        if mode and hasattr(self, "peft_config"):  # adapters that came after the first
+            adapters = [*self.peft_config.items(), self.is_resized]
+            if not went_on or adapters != self.__dict__.get("_checked_adapters"):
+                check_adapted(self)
+            self.__dict__["_checked_adapters"] = adapters
         if "input_embedding" in self.__dict__:
             self.input_embedding.train(mode)
         if "hybrid_mixer" in self._modules:

@@ -131,8 +131,9 @@ class ManticoreCache(Cache):
 
     def stretch(self, mask, name: str, block: int, batch: int, time: int, device) -> torch.Tensor | None:
         """The mask [batch, past + time] of a segment, to the end of a static cache (Bloom's biases are as long)."""
-        layers = self.view(name, block).layers
-        if self.max_cache_len is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        if self.max_cache_len is None:
+            return mask
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.view(name, block).layers):
             return mask
         mask = torch.ones(batch, self.seen + time, dtype=torch.long, device=device) if mask is None else mask
         return F.pad(mask, (0, self.max_cache_len - mask.shape[1]))
@@ -161,13 +162,14 @@ class ManticoreCache(Cache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Puts rows in another order."""
         super().reorder_cache(beam_idx)
-        if self.mask is not None:
-            self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
-        self._pick_readers(beam_idx)
+        self._pick_beside_layers(lambda rows: beam_idx)
 
-    def _pick_readers(self, rows):
+    def _pick_beside_layers(self, chosen):
+        """Keeps rows of the mask and of the readers; `chosen` gives their numbers for how many rows there are."""
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, chosen(len(self.mask)).to(self.mask.device))
         for name, found in self.readers.items():
-            self.readers[name] = [found[row].copy() for row in rows.tolist()]
+            self.readers[name] = [found[row].copy() for row in chosen(len(found)).tolist()]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
@@ -186,10 +188,7 @@ class ManticoreCache(Cache):
         self._pick_rows("batch_select_indices", indices, lambda rows: indices)
 
     def _pick_rows(self, method, argument, chosen):
-        for rows in list(self.readers.values())[:1]:
-            self._pick_readers(chosen(len(rows)))
-        if self.mask is not None:
-            self.mask = self.mask.index_select(0, chosen(len(self.mask)).to(self.mask.device))
+        self._pick_beside_layers(chosen)
         for layer in self.layers:
             if isinstance(layer, CacheLayerMixin):
                 getattr(layer, method)(argument)

@@ -116,7 +116,7 @@ class ManticoreClassifier(ManticoreModel):
         found = run(self, inputs, shared=not native)
         row = found.weights[-1]
         if config.mixture == "token" and not isinstance(row[0], float):
-            row = (self.hybrid_mixer(HybridMixer.gate_rest) + 0.0 * sum(row)).unbind()
+            row = self.hybrid_mixer(HybridMixer.gate_rest).unbind()
         if native:
             weights = [w for name, w in zip(config.component_names, row) if name in found.states]
             states = {f"{name}-{config.num_blocks - 1}": state for name, state in found.states.items()}
