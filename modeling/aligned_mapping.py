@@ -74,6 +74,14 @@ class ByteTokenizer:
         """The bytes that some tokens stand for together; special and unknown ones stand for none."""
         return b"".join((self.table[i] or b"") if i < self.size else b"" for i in numbers)
 
+    def ending(self, numbers, size):
+        """The last of some tokens, those that the last `size` bytes lie in."""
+        first = len(numbers)
+        while first and size > 0:
+            first -= 1
+            size -= len(self.bytes_of(numbers[first : first + 1]))
+        return numbers[first:]
+
     def starting_with(self, data):
         """(first, last) of the range of `sorted_bytes` that begin with some bytes."""
         low = bisect.bisect_left(self.sorted_bytes, data)
@@ -305,13 +313,8 @@ class Mapping:
             (ids of B, ids of A, number of B's id among those that occur), int64 arrays, and float32 arrays: by how much
             A's own probability counts where B's is shared, and how much of B's probability is kept.
         """
-        if rest:
-            size, first = len(rest), len(last)
-            while first and size > 0:
-                first -= 1
-                size -= len(self.a.bytes_of(last[first : first + 1]))
-            last = last[first:]
-        key = (rest, ahead, last if rest else ())
+        last = self.a.ending(last, len(rest))
+        key = (rest, ahead, last)
         found = self._pairs.get(key)
         if found is None:
             found = self._pairs_of_rest(rest, last) if rest else self._pairs_at_boundary(ahead)

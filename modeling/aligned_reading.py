@@ -131,12 +131,7 @@ def grow(mapping, row, ids):
             done, word = mapping.grow(word, data)
             if done:
                 tree.extend(b.cut(done))
-            read, size = (*read, number), len(word)
-            first = len(read)
-            while first and size > 0:
-                first -= 1
-                size -= len(a.bytes_of(read[first : first + 1]))
-            read = read[first:]
+            read = a.ending((*read, number), len(word))
         tree.positions.append(_position(mapping, tree, word, read or (number,), texts))
     after = Row(word=word, read=read, begun=begun, texts=texts, depth=tree.depths[tree.end])
     return tree, after
@@ -155,6 +150,10 @@ def _position(mapping, tree, word, last, texts):
     return Position(node, covers, last)
 
 
+def _device_of(segment):
+    return segment.device or next(segment.stack.parameters()).device
+
+
 # ---- states of the nodes -------------------------------------------------------------------------------------------
 
 
@@ -168,7 +167,7 @@ def read_trees(segment, trees):
     Returns:
         List of [nodes, width], of each tree; node 0 is none, and has zeros.
     """
-    device = segment.device or next(segment.stack.parameters()).device
+    device = _device_of(segment)
     size = max(len(tree.parents) for tree in trees) - 1
     ids = torch.zeros(len(trees), size, dtype=torch.long)
     depths, sees = torch.zeros_like(ids), torch.eye(size, dtype=torch.bool).repeat(len(trees), 1, 1)
@@ -202,7 +201,7 @@ def _masks(segment, sees, depths):
 
 def read_trunk(segment, config, tree):
     """The component's cache after the trunk of a tree that begins with nothing."""
-    device = segment.device or next(segment.stack.parameters()).device
+    device = _device_of(segment)
     cache = DynamicCache(config=config)
     ids, depths = (
         torch.tensor([[of[node] for node in tree.trunk]], device=device) for of in (tree.tokens, tree.depths)
@@ -224,7 +223,7 @@ def walk(segment, config, tree, row, after):
     Returns:
         [nodes, width]; node 0 has the state of the row before, or zeros.
     """
-    device = segment.device or next(segment.stack.parameters()).device
+    device = _device_of(segment)
     cache = fork(row.cache) if row.cache is not None else DynamicCache(config=config)
     states, children = [None] * len(tree.parents), {}
     states[0] = row.state
@@ -352,7 +351,7 @@ def can_read_trees(segment, config):
         for token in path:
             at = tree.add(at, token)
         ends.append(at)
-    device = segment.device or next(segment.stack.parameters()).device
+    device = _device_of(segment)
     try:
         found = read_trees(segment, [tree])[0]
         for end, path in zip(ends, paths):

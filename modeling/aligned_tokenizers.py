@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoTokenizer
 
 from .bounds_manticore import ManticoreError, reason, show
-from .references_manticore import fetch, where
+from .references_manticore import fetch, refusal, where
 from .saving_manticore import BESIDE
 
 FILES = (
@@ -61,24 +61,23 @@ def tokenizer_of(model, name):
 
 
 def _from_component(entry, cache_dir, folder):
-    files = (entry.get("tokenizer") or {}).get("files")
+    recorded = entry.get("tokenizer")
+    files = (recorded or {}).get("files")
     known = (
         isinstance(files, dict)
         and files
         and all(one in FILES and re.fullmatch(r"[0-9a-f]{64}", str(value)) for one, value in files.items())
     )
     if not known:
-        raise ManticoreError(f"{where(entry)}: tokenizer={show(entry['tokenizer'])} names no tokenizer files.")
+        raise ManticoreError(f"{where(entry)}: tokenizer={show(recorded)} names no tokenizer files.")
     for file in files:
         try:
             path = fetch({**entry, "files": files}, file, {} if cache_dir is None else {"cache_dir": cache_dir})
         except ManticoreError:
             raise
         except Exception as err:  # the HTTP library's own errors among them
-            raise ManticoreError(
-                f"{where(entry)}: {file} of its tokenizer cannot be read: {reason(err)} Go online once, or log in with "
-                "an account that may read the repository."
-            ) from err
+            said = refusal(err, entry["repo_id"])
+            raise ManticoreError(f"{where(entry)}: {file} of its tokenizer cannot be read: {said}") from err
         shutil.copyfile(path, Path(folder) / file)
 
 
