@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_hybrid import QUIET, WORDS, pair, save, word_tokenizer, write_text
+from tiny_hybrid import QUIET_RECIPE, WORDS, pair, save, word_tokenizer, write_text
 from transformers import AutoModelForCausalLM
 
 import manticore_hf.compare.contenders as contenders
@@ -37,8 +37,7 @@ def place(tmp_path_factory):
 
 
 def _recipe(path, stages=("calibrate", "pretrain", "finetune"), **data):
-    quiet = {key: value for key, value in QUIET.items() if key != "report_to"}  # which a recipe may not say
-    training = {**quiet, "num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    training = {**QUIET_RECIPE, "num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
     settings = {"calibrate": {"tokens": 300}, "pretrain": training, "finetune": training}
     values = {
         "components": ["attention", "state"], "hybrid": {"num_blocks": 1, "dtype": "float32"},

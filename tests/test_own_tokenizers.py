@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_hybrid import QUIET
+from tiny_hybrid import QUIET_RECIPE
 from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -142,8 +142,7 @@ def test_with_new_embeddings_the_baselines_are_untouched(place, tmp_path):
 
 def test_compare_takes_models_of_any_tokenizer(place, tmp_path):
     folder, parts = place
-    quiet = {key: value for key, value in QUIET.items() if key != "report_to"}  # which a recipe may not say
-    training = {**quiet, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    training = {**QUIET_RECIPE, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
     recipe = {
         "components": [str(folder / "a"), str(folder / "b")],
         "hybrid": {"num_blocks": 1, "dtype": "float32", "transplant": "mean"},

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from families import FAMILIES, components, hybrid, randomise, tiny, tokens
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from test_train import _kill_when, _run, _same, start  # noqa: F401  (a fixture)
+from test_train import _command, _kill_when, _run, _same, start  # noqa: F401  (a fixture)
 from tiny_hybrid import QUIET
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -292,33 +292,7 @@ def test_distillation_is_normalised_by_tokens(tmp_path):
 @pytest.mark.slow
 def test_the_command_survives_a_kill(start, tmp_path):  # noqa: F811
     def command(output):
-        return [
-            "-m",
-            "manticore_hf.cli",
-            "prune",
-            "--model",
-            str(start / "hybrid"),
-            "--data",
-            str(start / "text.txt"),
-            "--block_size",
-            "16",
-            "--output_dir",
-            str(output),
-            "--route",
-            "loss",
-            "--max_steps",
-            "4",
-            "--per_device_train_batch_size",
-            "4",
-            "--learning_rate",
-            "1e-2",
-            "--save_steps",
-            "2",
-            "--seed",
-            "3",
-            "--use_cpu",
-            "true",
-        ]
+        return _command("prune", start, output, "--route", "loss", "--max_steps", "4")
 
     done = _run(command(tmp_path / "whole"))
     for row in ("soft hybrid", "ensemble", "pruned, before distillation", "pruned, distilled", "of the soft hybrid's"):

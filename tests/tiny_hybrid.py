@@ -15,6 +15,7 @@ WORDS = "the cat sat on a mat and saw two dogs run".split()
 
 # Settings of a trainer that only trains: no log but its own, no device, no bar, no checkpoint
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+QUIET_RECIPE = {key: value for key, value in QUIET.items() if key != "report_to"}  # which a recipe may not say
 
 
 def neox(**settings):

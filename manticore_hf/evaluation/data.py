@@ -1,49 +1,30 @@
 """Text to blocks of tokens that every causal LM trainer takes.
 
-Sources: a text, jsonl, csv or parquet file (or a folder of them), or a data set of the Hub. Plain text is packed into
-blocks; records with a prompt and a completion become one row each, the prompt masked out of the loss.
+Plain text is packed into blocks; records with a prompt and a completion become one row each, the prompt masked out of
+the loss. Where the records come from is in `sources.py`.
 Every row, and every document in it, begins with what the tokenizer begins texts with, and is closed by the end-of-text
 token; documents in one row are separate texts: their `position_ids` begin at 0. Nothing else joins them (the paper's
 code joins the characters of Penn Treebank with spaces; numbers made that way compare with nothing).
 """
 
-import codecs
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import (
-    Dataset,
-    Features,
-    IterableDataset,
-    List,
-    Value,
-    concatenate_datasets,
-    load_dataset,
-    load_dataset_builder,
-)
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from datasets.iterable_dataset import ExamplesIterable
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.data_arguments import DataArguments as DataArguments
+from manticore_hf.evaluation.sources import read_records, text_of
+from manticore_hf.evaluation.sources import read_texts as read_texts
 from manticore_hf.evaluation.starts import start_tokens
-from manticore_hf.modeling.bounds_manticore import ManticoreError, show
+from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.utils.distributed import bar, is_main
 
-_FORMATS = {
-    ".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
-    ".tsv": "csv", ".parquet": "parquet",
-}  # fmt: skip
 _BATCH = 64  # documents tokenised at once: enough for a tokenizer's threads, and few to read beyond a limit
-_MARKS = {
-    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
-}  # fmt: skip
 NO_LOSS = -100
 
 
@@ -84,155 +65,6 @@ def load_rows(
         )
     parts = rows.train_test_split(test_size=held_out, seed=arguments.split_seed)
     return parts["train"], parts["test"]
-
-
-def read_texts(arguments: DataArguments, size: int) -> list[str]:
-    """The first documents of a source, as they are; the last one cut.
-
-    Args:
-        arguments: DataArguments; prompts and their completions are joined by nothing.
-        size: Bytes to read.
-
-    Returns:
-        List of texts.
-
-    Raises:
-        ManticoreError: The source cannot be read or has no such column; names it.
-    """
-    names = [arguments.text_column]
-    if arguments.prompt_column is not None:
-        names = [arguments.prompt_column, arguments.completion_column]
-    texts = []
-    for record in read_records(arguments):
-        text = "".join(text_of(record, name, arguments) for name in names)
-        texts.append(text.encode()[:size].decode(errors="ignore"))
-        size -= len(text.encode())
-        if size <= 0:
-            break
-    return texts
-
-
-def read_records(arguments: DataArguments) -> Iterable[dict[str, Any]]:
-    """The records of a source: files, a folder of them, or a data set of the Hub.
-
-    Args:
-        arguments: DataArguments.
-
-    Returns:
-        Dictionaries with the columns of the source, to be read once; a text file is one record.
-
-    Raises:
-        ManticoreError: The source cannot be read (of a stream: when it is read); names it.
-    """
-    path = Path(arguments.data)
-    if not path.exists():
-        return _hub_records(arguments)
-    files = sorted(f for f in path.rglob("*") if f.suffix in _FORMATS) if path.is_dir() else [path]
-    kinds = {_FORMATS.get(file.suffix) for file in files}
-    if len(kinds) != 1 or None in kinds:
-        raise ManticoreError(
-            f"{arguments.data!r} holds no files of one known format (found {sorted({f.suffix for f in files})}); "
-            f"known are {sorted(_FORMATS)}."
-        )
-    kind = kinds.pop()
-    if kind == "text":  # whole files: a line is no document
-        return [{arguments.text_column: _read_text(file, arguments.encoding)} for file in files]
-    options = {"delimiter": "\t"} if any(file.suffix == ".tsv" for file in files) else {}
-    if arguments.encoding is not None and kind in ("csv", "json"):
-        options["encoding"] = arguments.encoding
-    try:
-        records = load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
-    except Exception as err:
-        raise _unreadable(arguments, err) from err
-    return _watched(records, arguments)  # whether bytes are text shows when they are read
-
-
-def _read_text(file, encoding):
-    """A text file's text: in the encoding that its byte order mark tells or the user says, else in UTF-8."""
-    data = file.read_bytes()
-    mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")  # UTF-32's begins with UTF-16's
-    encoding = _MARKS.get(mark) or encoding or "utf-8"
-    try:
-        text = data[len(mark) :].decode(encoding)
-    except LookupError:
-        raise ManticoreError(f"encoding={encoding!r} is none that Python knows; give for example 'latin-1'.") from None
-    except UnicodeDecodeError as err:
-        raise ManticoreError(
-            f"{str(file)!r} is no {encoding} text (byte {len(mark) + err.start:,} is 0x{err.object[err.start]:02x}): "
-            "convert it to UTF-8, or say what it is (encoding, for example latin-1)."
-        ) from None
-    if "\0" in text:
-        raise ManticoreError(
-            f"{str(file)!r} holds zero bytes, so it is no {encoding} text: convert it to UTF-8, or say what it is "
-            "(encoding, for example utf-16-le)."
-        )
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _hub_records(arguments):
-    revision = arguments.data_revision
-    # `datasets` also takes names of its readers, which read whatever lies in the working directory (one of them
-    # pickles), addresses and patterns; what names the data may be a stranger's recipe.
-    plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", arguments.data)
-    if not plain or ".." in arguments.data or arguments.data in _PACKAGED_DATASETS_MODULES:
-        raise ManticoreError(
-            f"data={show(arguments.data)} is no file or folder here, and no data set of the Hub ('owner/name')."
-        )
-    try:
-        builder = load_dataset_builder(arguments.data, arguments.data_config, revision=revision)
-        # Where the Hub does not answer, `datasets` takes what it prepared last, of whatever revision.
-        if revision is not None and type(builder).__name__ == "Cache" and not builder.hash.startswith(revision):
-            raise ManticoreError(f"the Hub gives no such revision, and the copy in the cache is of {builder.hash}")
-        if arguments.streaming:
-            return _watched(builder.as_streaming_dataset(arguments.data_split), arguments)
-        builder.download_and_prepare()
-        return builder.as_dataset(arguments.data_split)
-    except Exception as err:
-        raise _unreadable(arguments, err) from err
-
-
-def _watched(records, arguments):
-    """The records of a stream, one by one: much of what can go wrong there goes wrong only when they are read."""
-    try:
-        yield from records
-    except Exception as err:
-        raise _unreadable(arguments, err) from err
-
-
-def _unreadable(arguments, err):
-    cause = err.__cause__ if type(err).__name__ == "DatasetGenerationError" and err.__cause__ else err
-    # In one line, and without the client's advice on calls that the user did not write.
-    reason = " ".join(str(cause).partition("Example of usage")[0].split())
-    if Path(arguments.data).exists():
-        return ManticoreError(f"{arguments.data!r} cannot be read: {reason}")
-    asked = ", ".join(f"{key}={getattr(arguments, key)!r}" for key in ("data_config", "data_split", "data_revision"))
-    return ManticoreError(
-        f"data={arguments.data!r} is no file or folder here, and cannot be read as a Hub data set with {asked}: "
-        f"{reason}"
-    )
-
-
-def text_of(record: Mapping[str, Any], name: str, arguments: DataArguments) -> str:
-    """The text in a column of a record; of several texts there (ELI5's answers), joined by spaces.
-
-    Args:
-        record: A record of `read_records`.
-        name: The column; "answers.text" for what is nested in a column.
-        arguments: DataArguments, for the message.
-
-    Raises:
-        ManticoreError: There is no such column, or no text in it.
-    """
-    outer, _, inner = name.partition(".")
-    nested = isinstance(record.get(outer), Mapping) and inner in record[outer]
-    if name not in record and not nested:
-        raise ManticoreError(f"{arguments.data!r} has no column {name!r}; it has {sorted(record)}.")
-    text = record[name] if name in record else record[outer][inner]
-    if isinstance(text, list) and text and all(isinstance(one, str) for one in text):
-        return " ".join(text)
-    if not isinstance(text, str):
-        raise ManticoreError(f"{arguments.data!r}: column {name!r} holds {type(text).__name__}, not text.")
-    return text
 
 
 def pack(
@@ -489,12 +321,10 @@ def text_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
         (text, prompt or "", the prompt's tokens, the text's tokens), without what stands before and after a text; only
         where there is text.
     """
-    start, end, texts = start_tokens(tokenizer), tokenizer.eos_token_id, rows["texts"]
+    start, end = start_tokens(tokenizer), tokenizer.eos_token_id
     prompts = rows["prompt"] if "prompt" in rows.column_names else None
-    last, place = None, 0
-    for number, ids, labels in _pieces(rows):
-        last, place = number, place + 1 if number == last else 0
-        text, first = texts[number][place], len(start)
+    for number, text, ids, labels in _kept_texts(rows):
+        first = len(start)
         if prompts is not None:
             first = next(i for i, label in enumerate(labels) if label != NO_LOSS)
         read = ids[first : -1 if ids[-1] == end else None]
@@ -519,22 +349,23 @@ def rows_for(
             for row in rows.select_columns(["prompt", "texts"])
         )
         return mask_prompts(records, other, arguments)
-    texts, end = rows["texts"], tokenizer.eos_token_id
-
-    def pieces():
-        last, place = None, 0
-        for number, ids, _ in _pieces(rows):
-            last, place = number, place + 1 if number == last else 0
-            if texts[number][place]:
-                yield {"text": texts[number][place], "closed": ids[-1] == end}
-
+    end = tokenizer.eos_token_id
+    pieces = ({"text": text, "closed": ids[-1] == end} for _, text, ids, _ in _kept_texts(rows) if text)
     packer = _Packer(other, arguments.block_size, arguments.special_tokens, False)
-    found = _collect(pieces(), packer, None, packer.features)
+    found = _collect(pieces, packer, None, packer.features)
     if found is None:
         raise ManticoreError(
             f"{arguments.data!r} is shorter than one row of {arguments.block_size} tokens of {other.name_or_path!r}."
         )
     return found
+
+
+def _kept_texts(rows):
+    """(row, text, ids, labels) of each text in rows made with `keep_text`."""
+    texts, last, place = rows["texts"], None, 0
+    for number, ids, labels in _pieces(rows):
+        last, place = number, place + 1 if number == last else 0
+        yield number, texts[number][place], ids, labels
 
 
 def _pieces(rows):

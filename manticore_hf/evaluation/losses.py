@@ -69,16 +69,7 @@ def _row_nats(model, rows, batch_size, desc, baselines):
     runners = {name: component_runner(model, name) for name in names}
     batches = length_batches([len(ids) for ids in rows["input_ids"]], batch_size)
     for numbers, share in bar(list(shares(batches)), desc=desc, unit="batch", leave=False):
-        part = rows[numbers]
-        ids = pad(part["input_ids"], 0).to(model.device)
-        labels = pad(part["labels"], NO_LOSS)[:, 1:].to(model.device)
-
-        def nats(logits, labels=labels):
-            losses = F.cross_entropy(
-                logits[:, :-1].transpose(1, 2).float(), labels, reduction="none", ignore_index=NO_LOSS
-            )
-            return losses.double().sum(1).cpu()
-
+        ids, nats = _batch(rows, numbers, model.device)
         found, mean = {}, 0.0
         for name in names:
             logits = runners[name](input_ids=ids, use_cache=False).logits
@@ -93,6 +84,19 @@ def _row_nats(model, rows, batch_size, desc, baselines):
     model.train(was_training)
     sums = all_reduce(sums.to(model.device)).cpu() if torch.distributed.is_initialized() else sums
     return dict(zip(order, sums.numpy()))
+
+
+def _batch(rows, numbers, device):
+    """(ids [batch, time] of some rows, function from logits of them to [batch] nats)."""
+    part = rows[numbers]
+    ids, labels = pad(part["input_ids"], 0).to(device), pad(part["labels"], NO_LOSS)[:, 1:].to(device)
+
+    def nats(logits):
+        logits = logits[:, :-1].transpose(1, 2).float()
+        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LOSS)
+        return losses.double().sum(1).cpu()
+
+    return ids, nats
 
 
 # ---- in bits per byte ------------------------------------------------------------------------------------------------
@@ -265,12 +269,9 @@ def ensemble_nats(models: Sequence[Callable], passages: Passages, size: int, bat
     out, device = np.zeros(len(passages)), models[0].device
     with torch.no_grad():
         for numbers in length_batches([len(ids) for ids in passages.rows["input_ids"]], batch_size):
-            part = passages.rows[numbers]
-            ids, labels = pad(part["input_ids"], 0).to(device), pad(part["labels"], NO_LOSS)[:, 1:].to(device)
-            logits = [one(input_ids=ids, use_cache=False).logits[:, :-1, :size].float() for one in models]
-            mean = sum(one.log_softmax(-1) for one in logits) / len(models)
-            losses = F.cross_entropy(mean.transpose(1, 2), labels, reduction="none", ignore_index=NO_LOSS)
-            out[numbers] = losses.double().sum(1).cpu().numpy()
+            ids, nats = _batch(passages.rows, numbers, device)
+            logits = [one(input_ids=ids, use_cache=False).logits[..., :size].float() for one in models]
+            out[numbers] = nats(sum(one.log_softmax(-1) for one in logits) / len(models)).numpy()
     return out
 
 

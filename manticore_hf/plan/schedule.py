@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from manticore_hf.evaluation.data import load_rows, read_texts
+from manticore_hf.evaluation.data import load_rows
 from manticore_hf.evaluation.data_arguments import DataArguments
+from manticore_hf.evaluation.sources import read_texts
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plan.memory import weigh
