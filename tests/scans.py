@@ -170,6 +170,6 @@ def read(model, sizes=(4, 3, 1, 1)):
 
 
 def read_elsewhere(_, model, path):
-    """What a spawned process does. It stands here, since such a process cannot import a test module (importlib mode)."""
+    """What a spawned process does; here, since such a process cannot import a test module (importlib mode)."""
     faulthandler.dump_traceback_later(300, exit=True)
     torch.save((len(mixers(model)), read(model)), path)
