@@ -52,7 +52,7 @@ def test_text_outside_is_read_only_if_its_reader_says_so(theirs, tmp_path, monke
 def test_a_recipe_that_was_run_here_names_what_its_person_named(theirs, tmp_path):
     text = recipe(theirs, "private.txt")
     assert held_out(gather(theirs))[0].data == "private.txt"  # nothing of that name is here
-    recipes._remember(text, tmp_path)  # as `run_recipe` does
+    recipes.remember_recipe(text, tmp_path)  # as `run_recipe` does
     assert os.path.samefile(held_out(gather(theirs))[0].data, tmp_path / "private.txt")
     recipe(theirs, "../private.txt")  # another text is another recipe
     with pytest.raises(ManticoreError, match="--allow-outside"):

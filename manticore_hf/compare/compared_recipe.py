@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 from manticore_hf.compare.arguments import stage_settings
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.training.recipe import Recipe, find_beside, load_recipe
+from manticore_hf.training.recipe import Recipe, find_beside, home_of, load_recipe
+from manticore_hf.training.runtime import RESULT
 
 VALIDATION = 0.1  # share of the training text that settings are chosen on, where the recipe holds out none
 GATE = {"num_train_epochs": 1, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 5}
@@ -17,6 +18,8 @@ _TRAINING = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
 
 def read_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
     """A recipe that can be compared, with its local paths made absolute and a validation split.
+
+    A copy that a run has left in its directories counts them from where the recipe was.
 
     Args:
         path: Its file.
@@ -27,6 +30,8 @@ def read_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
     """
     path = Path(path)
     recipe = load_recipe(path)
+    if any((path.parent / name).exists() for name in (RESULT, "0-compose")):
+        recipe.path = (home_of(recipe) or path.parent) / path.name
     recipe.allow_outside = allow_outside
     stages = [stage for stage, _ in recipe.stages]
     if "finetune" not in stages:
