@@ -271,6 +271,7 @@ def _numbers(config, found, facts, alpha):
     return {
         "components": components,
         "cost": cost,
+        "cost_note": found["note"],
         "names": names,
         "route": config.route,
         "tokens": _FLOP_TOKENS,

@@ -273,7 +273,8 @@ def feature_similarity(model: PreTrainedModel, rows: Dataset, batch_size: int = 
         for ids, labels in tqdm(list(batches(rows, batch_size, model.device)), desc="Similarity", leave=False):
             seen.clear()
             run = ManticoreModel.forward(model, input_ids=ids, use_cache=False, return_dict=True)
-            seen.update({(0, name): (model.embed(name, ids), False) for name in names})
+            mine = [name for name in names if name not in model.config.aligned]  # others embed other tokens
+            seen.update({(0, name): (model.embed(name, ids), False) for name in mine})
             for name, state in run.states.items():
                 if (last, name) not in seen:
                     seen[last, name] = (state, False)

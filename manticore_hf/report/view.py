@@ -127,6 +127,14 @@ def _running(facts):
             f"Measured on {speed['device']}, {speed['threads']} thread(s), {speed['dtype']}: one sequence, a prompt of "
             f"{speed['prompt_tokens']} tokens, then {speed['new_tokens']}; median of {speed['repeats']} in turn."
         )
+        others = {
+            name: one["tokens_for_one"] for name, one in speed["models"].items() if one.get("tokens_for_one", 1) != 1
+        }
+        if others:
+            ratios = listed([f"{ratio:.2f} of {name}'s" for name, ratio in others.items()])
+            out["note"] += f" Speeds are in tokens of the hybrid's tokenizer: one is {ratios} here."
+    if facts.found["note"]:
+        out["note"] += f" {facts.found['note']}"
     return out
 
 
