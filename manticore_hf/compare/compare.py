@@ -133,6 +133,9 @@ class Comparison:
         out.append(self._gate("token gate over the tuned components", "gate", parts, "token", gates))
         many = len(shop.names)
         out += [self._tuned(name, f"{name}, tuned {many} times as long", "single", grid, many) for name in shop.names]
+        if shop.earlier:
+            label = "{}, tuned on the earlier stages' text, then on this"
+            out += [self._tuned_in_turn(name, label.format(name), grid) for name in shop.names]
         labels = {source: f"{Path(source).name} (single)" for source in self.arguments.singles}
         replaced = {source: name for name, source in zip(shop.names, shop.sources) if name not in aligned}
         labels |= {one: f"{replaced[one]} with its own tokenizer" for one in others if one in replaced}
@@ -174,6 +177,20 @@ class Comparison:
             return self.shop.train_plain(model, rows, options, seed, folder, passes, own)
 
         return Contender(label, kind, train, self.shop.load_plain, grid, tokenizer=own and (lambda: own))
+
+    def _tuned_in_turn(self, name, label, grid):
+        """A component tuned on each text that the recipe's stages read, in their order: what the hybrid has seen."""
+        own = self.shop.own_tokenizers.get(name)
+
+        def train(options, seed, folder):
+            model, spent = self.shop.component(name), {}
+            for text in (*self.shop.earlier, None):
+                rows = self.shop.rows_of(own, text)
+                cost = self.shop.train_plain(model, rows, options, seed, folder, tokenizer=own)
+                spent = {key: spent.get(key, 0) + value for key, value in cost.items()}
+            return spent
+
+        return Contender(label, "single", train, self.shop.load_plain, grid, tokenizer=own and (lambda: own))
 
     def _as_it_came(self, name, source):
         def load(run):

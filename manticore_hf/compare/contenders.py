@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from manticore_hf.compare.arguments import stage_settings
-from manticore_hf.compare.compared_recipe import only_training, training_settings
+from manticore_hf.compare.compared_recipe import earlier_texts, only_training, training_settings
 from manticore_hf.compare.scores import forward_flops
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
@@ -114,6 +114,7 @@ class Workshop:
         self.own_tokenizers = {name: tokenizer_of(untuned, name) for name in config.aligned}
         rows = load_rows(DataArguments(**recipe.data), self.tokenizer, keep_text=True)
         self.train_texts, self.validation_texts = rows
+        self.earlier = earlier_texts(recipe)
         self.train_rows, self.validation_rows = (without_text(part) for part in rows)
 
     def untuned(self) -> ManticoreForCausalLM:
@@ -165,11 +166,17 @@ class Workshop:
         """The validation text, for models of other tokenizers."""
         return make_passages(self.validation_texts, self.tokenizer)
 
-    def rows_of(self, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
-        """The training text as rows of a tokenizer; None for the hybrid's."""
-        if tokenizer is None:
-            return self.train_rows
-        return rows_for(self.train_texts, self.tokenizer, tokenizer, DataArguments(**self.recipe.data))
+    def rows_of(self, tokenizer: PreTrainedTokenizerBase | None, text: dict | None = None) -> Dataset:
+        """A training text as rows of a tokenizer.
+
+        Args:
+            tokenizer: None for the hybrid's.
+            text: Keys of DataArguments, of one that a stage has to itself; None for the finetune stage's.
+        """
+        texts, data = self.train_texts, DataArguments(**(self.recipe.data if text is None else text))
+        if text is not None:
+            texts = load_rows(data, self.tokenizer, keep_text=True)[0]
+        return without_text(texts) if tokenizer is None else rows_for(texts, self.tokenizer, tokenizer, data)
 
     # ---- single models -----------------------------------------------------------------------------------------------
 
@@ -292,7 +299,8 @@ class Workshop:
                 flops += result["tokens"] * forward
                 continue
             through = THROUGH if model.config.num_blocks > 1 or model.config.embeddings != "native" else NONE
-            seen = self._tokens(result["steps"], _arguments(last, **only_training(settings)), self.train_rows)
+            rows = self.rows_of(None, settings["data"]) if "data" in settings else self.train_rows
+            seen = self._tokens(result["steps"], _arguments(last, **only_training(settings)), rows)
             tokens += seen
             flops += (through if STAGES[name].trains == "projectors" else ALL) * seen * forward
         for stage, _ in results[:-1]:  # the last one is loaded; of the others the results stay
