@@ -118,6 +118,9 @@ def test_both_files_say_the_same(written, folder):
     assert verdict.word == "GO" and f"{verdict.word}. {verdict.headline}." in text
     for sentence in (*verdict.reasons, *verdict.steps):
         assert sentence in text and sentence in plain
+    said = text.split("To say in a meeting ")[1].split(" The rules of the verdict")[0]
+    assert said.count(".") > 4 and "Without" in said and page.index("hybrid better, ") < page.index("The rules")
+    assert said.split(". ")[0] in plain
     measured = json.loads((folder / "hybrid" / "report.json").read_text())["parts"]
     numbers = [f"{measured['losses']['losses'][name]:.3f}" for name in measured["losses"]["losses"]]
     numbers += [f"{value['loss']:.3f}" for key, value in measured.items() if key.startswith("without/")]

@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.compare.arguments import CompareArguments
 from manticore_hf.compare.compared_recipe import read_recipe
@@ -225,7 +226,7 @@ class Comparison:
         data = DataArguments(**data)
         return data, load_rows(data, self.shop.tokenizer, keep_text=True)[0]
 
-    def all_rows(self, tokenizer):
+    def all_rows(self, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
         """The rows that are trained on, and those of the components' own training text; see `rows_of`."""
         data, more = self._more
         more = without_text(more) if tokenizer is None else rows_for(more, self.shop.tokenizer, tokenizer, data)

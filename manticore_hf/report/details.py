@@ -15,6 +15,7 @@ _KINDS = {
     "hybrid": "a hybrid", "pruned": "a pruned hybrid", "untuned": "as it is, not tuned",
 }  # fmt: skip
 _MOST_CHARTS = 8
+_WEIGHTS = "Mixture weights, blocks by components"
 
 
 def mixture(facts: Facts) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def mixture(facts: Facts) -> dict[str, Any]:
             {"name": label, "weights": ["–" if w is None else f"{w:.3f}" for w in row]}
             for label, row in zip(labels, weights)
         ],
-        "chart": charts.heat(weights, labels, names, "{:.3f}", label="Mixture weights, blocks by components"),
+        "chart": None if token and blocks == 1 else charts.heat(weights, labels, names, "{:.3f}", label=_WEIGHTS),
     }
 
 
