@@ -14,6 +14,7 @@ from transformers.integrations import hub_kernels
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, cli
 
+pytestmark = pytest.mark.usefixtures("uncounted")
 KERNEL = "attacker/kernel"
 LOADS = {
     **{key: KERNEL for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal",
