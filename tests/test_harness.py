@@ -28,7 +28,7 @@ metric_list:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_environment():
-    """Of every model the harness writes down the machine's packages, by `pip list`, which takes longer than the model."""
+    """Of every model the harness writes down the packages, by `pip list`, which takes longer than the model."""
     import lm_eval.evaluator
 
     with pytest.MonkeyPatch.context() as patch:
