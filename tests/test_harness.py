@@ -26,6 +26,16 @@ metric_list:
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_environment():
+    """Of every model the harness writes down the packages, by `pip list`, which takes longer than the model."""
+    import lm_eval.evaluator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def questions():
     """Questions of different lengths with two answers of one word."""
@@ -143,11 +153,18 @@ def test_a_pruned_hybrid_has_no_baselines_left(start, tmp_path):
     assert list(evaluate((None, tmp_path / "hard", start[2]), tmp_path, "--limit", "4")) == ["hybrid"]
 
 
-@pytest.mark.parametrize("tasks", ["", "tiny_choice,no_such_task"])
-def test_unknown_tasks_are_named(start, capsys, tasks):
-    command = ["evaluate", "--model", str(start[1]), "--include-path", str(start[2]), "--tasks", tasks]
-    assert main(command) == 2
-    assert ("'no_such_task'" in (err := capsys.readouterr().err)) == bool(tasks) and "--tasks" in err
+@pytest.mark.parametrize("own", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_unknown_tasks_are_named(start, tmp_path, capsys, monkeypatch, own):
+    """What the directory lacks is looked for among the harness's own: ten thousand files, in the quick test one."""
+    theirs = "hellaswag"
+    if own == "few":
+        theirs = "of_the_harness"
+        (tmp_path / "own.yaml").write_text((start[2] / "tiny.yaml").read_text().replace("tiny_choice", theirs))
+        monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "manager.py"))
+    for tasks in ("", f"tiny_choice,no_such_task,{theirs}"):
+        command = ["evaluate", "--model", str(start[1]), "--include-path", str(start[2]), "--tasks", tasks]
+        assert main(command) == 2
+        assert ("knows no task 'no_such_task';" in (err := capsys.readouterr().err)) == bool(tasks) and "--tasks" in err
 
 
 def test_without_the_harness_it_says_what_to_install(start, monkeypatch, capsys):

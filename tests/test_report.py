@@ -24,6 +24,7 @@ def few_repeats():
         yield
 
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 EVIL = "<script>alert(1)</script> | **x** [y](http://evil.example)"
 
 

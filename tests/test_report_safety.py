@@ -10,6 +10,8 @@ from manticore_hf import ManticoreError
 from manticore_hf.report.facts import gather, held_out
 from manticore_hf.training import recipe as recipes
 
+pytestmark = pytest.mark.usefixtures("uncounted")
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
