@@ -91,6 +91,12 @@ def single(text="", size=257):
     return byte_level(text, size, bos_token="<|end|>", eos_token="<|end|>", unk_token="<|end|>")
 
 
+# A Gemma 3 whose window is shorter than a word's bytes
+WINDOWS = dict(
+    hidden_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, head_dim=8,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=4,
+    max_position_embeddings=512,
+)  # fmt: skip
 TOKENIZERS = {"gpt": gpt, "roles": roles, "gemma": gemma, "neox": neox, "llama": llama, "single": single}
 
 
@@ -105,6 +111,7 @@ def model(family, kind, seed=0):
     """A tiny model for a tokenizer, with weights so strong that differences show."""
     size = max(tokenizer(kind).get_vocab().values()) + 1
     changes = {"max_position_embeddings": 512} if family in ("llama", "gpt_neox") else {}
+    changes = WINDOWS if family == "gemma3_text" else changes
     out = tiny(family, seed=seed, vocabulary=size, **changes)
     with torch.no_grad():
         out.get_output_embeddings().weight.mul_(8)

@@ -22,6 +22,7 @@ PAIRS = {
     "recurrent": (("llama", "gemma"), ("mamba", "gpt")),
     "three": (("llama", "gpt"), ("gpt_neox", "gemma"), ("mamba", "roles")),
     "prefix": (("gpt_neox", "llama"), ("llama", "neox")),
+    "windows": (("llama", "gpt"), ("gemma3_text", "gemma")),
 }
 KINDS = ("gpt", "neox", "gemma", "llama")
 
@@ -117,7 +118,8 @@ def test_what_every_hybrid_must_do_with_a_cache(hybrids, kind):
 def test_documents_in_a_row(hybrids, kind):
     made = hybrids(kind)
     made.to(torch.float64)
-    contract.check_documents(made)
+    with Float64():
+        contract.check_documents(made)
     made.to(torch.float32)
 
 
@@ -160,7 +162,7 @@ def test_gradients_of_the_other_component_are_measured_slopes(tmp_path, kind):
     settings = {"mix_loss_weight": 1.0, "component_loss_weight": 0.5}
     made = doubled(hybrid(tmp_path, PAIRS[kind], **settings)).train()
     name = made.config.aligned[0]
-    one = ids_of(kind, CODE[:60])
+    one = ids_of(kind, CODE[:24])
     ids = torch.tensor([one, one[::-1]])
 
     def compare(trained, parameters):
