@@ -8,6 +8,7 @@ import sys
 import venv
 from pathlib import Path
 
+import aligned_pairs
 import clean_process
 import pytest
 import torch
@@ -284,13 +285,13 @@ def ids(rows=2):
     return torch.randint(3, 48, (2, 8), generator=torch.Generator().manual_seed(1))[:rows]
 
 
-def facts(model):
+def facts(model, given=None):
     """What the scripts compute of a model, here."""
     model.eval()
-    mask = torch.ones(1, ids().shape[1], dtype=torch.long)
+    given = ids() if given is None else given
     with torch.no_grad():
-        logits = model(input_ids=ids()).logits
-        text = model.generate(ids(1), max_new_tokens=6, do_sample=False, attention_mask=mask)
+        logits = model(input_ids=given).logits
+        text = model.generate(given[:1], max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(given[:1]))
     return {"logits": logits, "text": text}
 
 
@@ -352,6 +353,48 @@ def test_life_without_the_package(published, run, hub, owner, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(where)
         assert type(loaded) is ManticoreForCausalLM
         assert_facts({"chunked": trained["chunked"], **facts(loaded)}, trained)
+
+
+WRONG_FILE = """
+try:
+    AutoModelForCausalLM.from_pretrained(repo, **trust)(input_ids=ids)
+except Exception as err:
+    torch.save({"kind": type(err).__name__, "said": str(err)}, output)
+"""
+
+
+def test_aligned_tokenizers_without_the_package(run, hub, owner, tmp_path):
+    """Components' tokenizers come from their repositories, at the pinned commit, and are checked."""
+    for name, family, kind in (("a", "llama", "gpt"), ("b", "gpt_neox", "gemma"), ("c", "mamba", "llama")):
+        publish(
+            hub, f"{owner}/{name}", aligned_pairs.model(family, kind), tmp_path / "src", aligned_pairs.tokenizer(kind)
+        )
+    model = ManticoreForCausalLM.from_components([f"{owner}/{name}" for name in "abc"])
+    assert model.config.aligned == ("b", "c")
+    home = aligned_pairs.tokenizer("gpt")
+    model.save_pretrained(tmp_path / "out")
+    home.save_pretrained(tmp_path / "out")
+    publish_hybrid(hub, f"{owner}/hybrid", tmp_path / "out")
+    torch.save(home("two dogs ran and a cat", return_tensors="pt").input_ids, tmp_path / "ids.pt")
+    expected = facts(model, torch.load(tmp_path / "ids.pt"))
+    # Another tokenizer on the main branch, later
+    publish(hub, f"{owner}/b", aligned_pairs.model("gpt_neox", "gemma"), tmp_path / "later", home)
+    found = run(LOAD_FOUR_WAYS, f"{owner}/hybrid", tmp_path / "saved", f"{owner}/again")
+    assert_facts(found, expected)
+    assert found["pipeline"].startswith("w5 w6 w7") and len(found["pipeline"]) > len("w5 w6 w7")
+    for folder in (tmp_path / "saved", tmp_path / "out"):
+        names = {file.name for file in folder.iterdir()}
+        assert {file.name for file in CODE.glob("aligned_*.py")} <= names and not list(folder.glob("tokenizer_*/*"))
+        assert "aligned_hybrid." in read_json(folder)["auto_map"]["AutoModelForCausalLM"]
+    again = run(LOAD, f"{owner}/again", tmp_path / "saved")
+    for where in (f"{owner}/again", tmp_path / "saved"):
+        assert_facts(again[str(where)], found["trained"])
+    # A file that is not the recorded one
+    config = read_json(tmp_path / "out")
+    config["components"][1]["tokenizer"]["files"]["tokenizer.json"] = "0" * 64
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    refused = run(WRONG_FILE, tmp_path / "out")
+    assert refused["kind"] == "ManticoreError" and "tokenizer.json" in refused["said"]
 
 
 def test_quantised_without_the_package(published, run, hub, owner, tmp_path, monkeypatch):
