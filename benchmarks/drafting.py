@@ -1,6 +1,6 @@
 """Would self-drafting pay? One component drafts tokens, the soft hybrid verifies them in one pass.
 
-    manticore-hf demo --output-dir demo && python benchmarks/drafting.py demo/demo_one_block/2-finetune \
+    manticore-hf demo --output-dir demo && python benchmarks/drafting.py demo/one_block/2-finetune \
         --text demo/text/train.jsonl --output benchmarks/results/drafting.json
 
 Measures what decides it, without building it. How often a component's next token is what the hybrid takes (greedy:

@@ -23,13 +23,14 @@ SAID = ("bits per byte better than", "bits per byte worse than", "shows no diffe
 def _command(place, *given):
     """A command as a user types it in a directory."""
     done = subprocess.run(
-        [sys.executable, "-m", "manticore_hf.cli", *given], capture_output=True, text=True, timeout=580, cwd=place
+        [sys.executable, "-m", "manticore_hf.cli", *given], capture_output=True, text=True, timeout=1800, cwd=place
     )
     assert done.returncode == 0, (given, done.stderr[-3000:])
     return done
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_demo(tmp_path, hub, owner):
     given = ("demo", "--tokens", "8000", "--seed", "3")
     done = _command(tmp_path, *given)
@@ -65,7 +66,7 @@ def test_the_demo(tmp_path, hub, owner):
     assert [one[1] for one in commands] == ["compare", "report", "inspect", "push"]
     (compare, report, inspect, push) = (one[1:] for one in commands)
     _command(tmp_path, *compare, "--learning-rates", "1e-3", "--gate-learning-rates", "1e-3")
-    assert "bits per byte" in _command(tmp_path, *report).stdout
+    assert "Written: manticore-demo" in _command(tmp_path, *report).stdout
     assert "neox_prose" in _command(tmp_path, *inspect).stdout
     _command(tmp_path, *[f"{owner}/first" if one == "you/my-first-hybrid" else one for one in push])
     assert ManticoreForCausalLM.from_pretrained(f"{owner}/first").config.component_names == ["neox_prose", "mamba_code"]

@@ -53,6 +53,16 @@ def test_go_needs_all_baselines_beaten_surely_and_by_enough():
     assert any("prune" in step for step in found.steps)
 
 
+def test_one_seed_carries_no_decision():
+    """Not even where the intervals over documents say that it is worse, or better."""
+    for gain in (-0.3, 0.3):
+        rows = [{**row(name, "ensemble", gain), "seeds": [0]} for name in ("ours", "it")]
+        rows[0] |= {"kind": "hybrid", "loss": LOSS, "difference": None, "difference_interval": None}
+        found = decide({"hybrid": "ours", "rows": rows, "tokens": 60_000}, {}, "compare this")
+        assert (found.word, found.decided) == ("TRY", False) and "One seed" in found.reasons[1]
+        assert "3 seeds or more (1 seed now)" in found.steps[0]
+
+
 @pytest.mark.parametrize("kind", ["component", "ensemble", "gate", "untuned", "designed"])
 def test_no_go_where_a_baseline_ties_or_wins(kind):
     for gain in (-0.03, 0.0, 0.01):  # even the upper end is below 1 % of 2.03

@@ -202,6 +202,16 @@ def test_upstream_still_shifts_smoothed_labels_by_the_name_of_a_class(tmp_path):
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
+def test_upstream_still_drops_the_streamer_of_a_custom_generate():
+    def choose(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **kwargs):
+        found.append(streamer)
+        return input_ids
+
+    model, found, streamer = tiny("gpt_neox"), [], SimpleNamespace(put=lambda ids: None, end=lambda: None)
+    model.generate(IDS, max_new_tokens=2, do_sample=True, custom_generate=choose, streamer=streamer)
+    assert found == [None]
+
+
 def test_upstream_still_convolves_with_weights_that_are_not_there():
     """With weights on the meta device torch's convolution returns memory as it finds it, where others raise."""
     values, weights = torch.randn(1, 2, 4), torch.empty(2, 1, 2, device="meta")

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from .registry import Load, Rows, Values, bold, table, values, versions
+from .registry import Load, Rows, Values, bold, span, table, values, versions
 
 REASONS = {
     "an encoder-decoder, or saved as another task type": r"encoder-decoder|not as a causal LM",
@@ -82,6 +82,41 @@ def vllm(load: Load) -> Rows:
         )
         rows.append(["the component of a pruned hybrid, saved by itself", name, found])
     return rows
+
+
+@table("mixture-sampling-lag")
+def sampling_lag(load: Load) -> Rows:
+    lines = [line for line in load("mixture_sampling") if line["what"] == "lag"]
+    lags = list(lines[0]["losses"])
+    rows = [["gate asked every", *(f"seed {line['seed']}" for line in lines)]]
+    rows.append([f"{lags[0]} token (loss)", *(f"{line['losses'][lags[0]]:.4f}" for line in lines)])
+    for lag in lags[1:]:
+        costs = [line["losses"][lag] - line["losses"][lags[0]] for line in lines]
+        ends = [span(line["cost_95"][lag], "+.4f") for line in lines]
+        rows.append([f"{lag} tokens (more)", *(f"{cost:+.4f} ({end})" for cost, end in zip(costs, ends))])
+    return rows
+
+
+@table("mixture-sampling-speed")
+def sampling_speed(load: Load) -> Rows:
+    line = next(line for line in load("mixture_sampling") if line["what"] == "speed")
+    took = line["seconds_per_token"]
+    one = (took["gpt_neox"] + took["mamba"]) / 2
+    rows = [["way to write", "ms per token", "of one component"]]
+    return rows + [[name, f"{1000 * value:.1f}", f"{value / one:.2f}"] for name, value in took.items()]
+
+
+@values
+def sampling_values(load: Load) -> Values:
+    lines = load("mixture_sampling")
+    draws = next(line for line in lines if line["what"] == "draws")
+    yield "sampling.draws", f"{draws['drawn']:,}"
+    yield "sampling.chi", " and ".join(f"{value:.1f}" for value in draws["chi_square"])
+    yield "sampling.limit", f"{draws['limit_95']:.1f}"
+    took = next(line for line in lines if line["what"] == "speed")["seconds_per_token"]
+    one = (took["gpt_neox"] + took["mamba"]) / 2
+    yield "sampling.ratio", f"{took['drawn, gate asked every 16'] / one:.2f}"
+    yield "sampling.saved", f"{took['hybrid'] / took['drawn, gate asked every 16']:.2f}"
 
 
 @values

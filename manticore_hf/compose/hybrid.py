@@ -8,6 +8,7 @@ import copy
 import difflib
 import os
 from dataclasses import fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from transformers.modeling_utils import local_torch_dtype
 from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.dtypes import cast, stored_dtype
+from manticore_hf.compose.mixture_sampling import GATE_LAG, sample_components
 from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
 from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import aligned_hybrid, modeling_manticore  # noqa: F401 - which lets such hybrids run
@@ -60,6 +62,29 @@ class ManticoreModel(KeepsCard, modeling_manticore.ManticoreModel):
 
 class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.ManticoreForCausalLM):
     """A hybrid as a causal LM, which `from_components` composes; see `manticore_hf.modeling.modeling_manticore`."""
+
+    def generate(
+        self, *args: object, mixture_sampling: bool = False, gate_lag: int = GATE_LAG, **kwargs: object
+    ) -> object:
+        """As in Transformers, and with `mixture_sampling` at the price of one component per token.
+
+        Args:
+            *args: As in Transformers.
+            mixture_sampling: Draw for each token which component writes it, and run that one alone; with
+                do_sample=True, and without what changes probabilities (top_k is 0 unless given).
+            gate_lag: Tokens for which a gate's weights are kept then. Of static weights, and of a gate with a lag of 1,
+                samples are exactly the mixture's.
+            **kwargs: As in Transformers.
+
+        Raises:
+            ManticoreError: The hybrid cannot be sampled so.
+        """
+        if mixture_sampling:
+            # Transformers (5.24) does not hand a streamer on to a callable
+            given = {"gate_lag": gate_lag, "streamer": kwargs.get("streamer")}
+            kwargs["custom_generate"] = partial(sample_components, **given)
+            kwargs.setdefault("top_k", 0)
+        return super().generate(*args, **kwargs)
 
     @classmethod
     @whole_weights()

@@ -106,6 +106,11 @@ def decide(
     if not free:
         reason = "The comparison has no baseline that could be used today: no component, ensemble or gate."
         return Verdict("TRY", None, [reason], [f"Measure the baselines: {command}"] if command else [], decided=False)
+    if len(hybrid["seeds"]) < 2:
+        reason = "One seed carries no decision, however narrow the interval over documents is."
+        best = min(free, key=lambda row: row["loss"])
+        step = f"Compare with 3 seeds or more ({_seeds(hybrid)} now)."
+        return Verdict("TRY", best, [say(best, hybrid), reason], [step], decided=False)
     retrained = [row for row in others if row["needs"] and row["kind"] == "single" and _not_beaten(row)]
     verdict = _against(hybrid, free, comparison, settings or {})
     if retrained:
