@@ -209,10 +209,10 @@ class Workshop:
 
     # ---- mixtures of models that were trained apart ------------------------------------------------------------------
 
-    def mixture(self, runs: list[dict | None], mixture: str, space: str = "logprob") -> ManticoreForCausalLM:
-        """The one-block hybrid of tuned components (None: untuned), at its start: their plain ensemble."""
+    def mixture(self, runs: list[dict | None], mixture: str, space: str = "logprob", **more) -> ManticoreForCausalLM:
+        """The one-block hybrid of tuned components (None: untuned), at its start; `more` settings of its mixture."""
         parts = [ComponentSpec(self.component(name, run), name=name) for name, run in zip(self.names, runs)]
-        settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native"}
+        settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native", **more}
         return ManticoreForCausalLM.from_components(parts, num_blocks=1, dtype=self.dtype, verify=False, **settings)
 
     def train_gate(self, runs: list[dict], mixture: str, options: dict, seed: int, folder: Path) -> dict:
