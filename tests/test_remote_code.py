@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import manticore_hf
-from manticore_hf import ManticoreForCausalLM, lora_config, modeling
+from manticore_hf import ComponentSpec, ManticoreForCausalLM, lora_config, modeling
 
 CODE = Path(modeling.__file__).parent
 FILES = sorted(CODE.glob("*_manticore.py"))
@@ -395,6 +395,28 @@ def test_aligned_tokenizers_without_the_package(run, hub, owner, tmp_path):
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     refused = run(WRONG_FILE, tmp_path / "out")
     assert refused["kind"] == "ManticoreError" and "tokenizer.json" in refused["said"]
+
+
+ONLINE = """
+model = AutoModelForCausalLM.from_pretrained(repo, **trust)
+found = facts(model)
+model.save_pretrained(more[0])
+again = AutoModelForCausalLM.from_pretrained(more[0], **trust)
+torch.save({**found, "again": facts(again)["logits"]}, output)
+"""
+
+
+def test_an_online_mixture_without_the_package(run, tmp_path):
+    """Its repository carries the file that others do not, and so does what is saved there."""
+    parts = [ComponentSpec(tiny(family), name=family) for family in ("gpt_neox", "mamba")]
+    model = ManticoreForCausalLM.from_components(parts, mixture="online", online_eta=0.9)
+    model.save_pretrained(tmp_path / "out")
+    torch.save(ids(), tmp_path / "ids.pt")
+    found, wanted = run(ONLINE, tmp_path / "out", tmp_path / "again"), facts(model)
+    assert_facts(found, wanted)
+    assert torch.equal(found["again"], wanted["logits"])
+    names = [{file.name for file in (tmp_path / folder).glob("*.py")} for folder in ("out", "again")]
+    assert names[0] == names[1] == {*(file.name for file in FILES), "past_losses.py"}
 
 
 def test_quantised_without_the_package(published, run, hub, owner, tmp_path, monkeypatch):
