@@ -19,7 +19,7 @@ ROOMS = (
     "modeling", "manticore_hf", "manticore_hf/kernels", "manticore_hf/utils", "manticore_hf/evaluation",
     "manticore_hf/hub", "manticore_hf/compose", "manticore_hf/training", "manticore_hf/families",
     "manticore_hf/experiments", "manticore_hf/compare", "manticore_hf/report", "manticore_hf/plan",
-    "manticore_hf/testing", "manticore_hf/demo",
+    "manticore_hf/testing", "manticore_hf/demo", "manticore_hf/app",
 )  # fmt: skip
 
 

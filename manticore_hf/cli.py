@@ -60,6 +60,10 @@ COMMANDS: dict[str, Command] = {
         "manticore_hf.report.report_command",
         "is a hybrid worth it, what does it cost, why this mixture, what next: one HTML file, and Markdown",
     ),
+    "app": Command(
+        "manticore_hf.app.app_command",
+        "a page to try a hybrid in a browser, here or as a Space: who had the weight, what each expected and writes",
+    ),
     "evaluate": Command(
         "manticore_hf.compare.evaluate_command",
         "losses or task scores of a hybrid beside those of its components and their ensemble",

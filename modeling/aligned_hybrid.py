@@ -35,6 +35,7 @@ from .modeling_manticore import (  # noqa: F401 - likewise
     ManticoreForTokenClassification,
     ManticoreModel,
 )
+from .past_losses import Past  # noqa: F401 - which lets their mixture go by past losses
 from .running_manticore import RUNNERS, active_in, mix_native, mixture_rows, run_any
 from .segments_manticore import check_positions
 

@@ -18,7 +18,7 @@ from manticore_hf.compare.compare import Comparison
 from manticore_hf.compare.summary import as_markdown, verdict
 from manticore_hf.evaluation.data import DataArguments, load_rows, without_text
 
-GRID = {"learning_rates": (1e-3, 1e-2), "seeds": (0, 1)}
+GRID = {"learning_rates": (1e-3, 1e-2), "seeds": (0, 1), "online_etas": (0.3, 2.0), "online_decays": (0.8,)}
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,11 @@ def test_every_baseline_is_there(compared):
         "attention, untuned",
         "state, untuned",
         "ensemble, untuned",
+        "online mixture, untuned",
         "attention, tuned",
         "state, tuned",
         "ensemble of the tuned components",
+        "online mixture of the tuned components",
         "weighted ensemble of the tuned components",
         "token gate over the tuned components",
         "attention, tuned 2 times as long",
@@ -137,6 +139,10 @@ def test_the_grid_is_chosen_on_the_validation_text_alone(compared):
     assert len(ensembles) == 2
     best = min(ensembles, key=lambda run: run["validation"])["options"]
     assert _row(result, "ensemble of the tuned components")["options"] == best
+    online = [run for run in _runs(output, "online mixture of the tuned components") if run["seed"] == 0]
+    assert len(online) == 4  # two rates of the components, two of the mixture
+    best = min(online, key=lambda run: run["validation"])["options"]
+    assert _row(result, "online mixture of the tuned components")["options"] == best and best["online_decay"] == 0.8
     best = min(first, key=lambda run: run["validation"])
     # What was not chosen keeps its numbers and not its weights
     dropped = next(run for run in first if run is not best)

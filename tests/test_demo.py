@@ -12,9 +12,11 @@ from manticore_hf import ManticoreForCausalLM
 from manticore_hf.training.recipe import load_recipe
 
 ROWS = (
-    "neox_prose", "mamba_code", "ensemble", "hybrid, 1 block, gate trained", "hybrid, 2 blocks, calibrated only",
+    "neox_prose", "mamba_code", "ensemble", "online mixture", "hybrid, 1 block, gate trained",
+    "hybrid, 2 blocks, calibrated only",
     "hybrid, 2 blocks, projectors and gate trained", "neox_prose, tuned alone", "mamba_code, tuned alone",
-    "ensemble of the tuned components", "token gate over the tuned components", "hybrid, 1 block, tuned jointly",
+    "ensemble of the tuned components", "online mixture of the tuned components",
+    "token gate over the tuned components", "hybrid, 1 block, tuned jointly",
     "hybrid, 2 blocks, searched and tuned",
 )  # fmt: skip
 SAID = ("bits per byte better than", "bits per byte worse than", "shows no difference from")

@@ -94,8 +94,11 @@ def test_scores_are_those_of_one_request_after_the_other(start, questions, tmp_p
     parts = {name: (lambda ids, name=name: model.component(name)(input_ids=ids).logits) for name in names}
     ensemble = lambda ids: sum(part(ids).log_softmax(-1) for part in parts.values()) / len(parts)  # noqa: E731
     baselines = {"hybrid": lambda ids: model(input_ids=ids).logits, **parts, "ensemble": ensemble}
+    apart = [ComponentSpec(model.component(name), name=name) for name in names]
+    online = ManticoreForCausalLM.from_components(apart, num_blocks=1, mixture="online", verify=False)
+    baselines["online mixture"] = lambda ids: online(input_ids=ids).logits
     scores = evaluate(start, tmp_path, "--batch-size", "5")
-    assert list(scores) == ["hybrid", "gpt_neox", "mamba", "ensemble"]
+    assert list(scores) == ["hybrid", "gpt_neox", "mamba", "ensemble", "online mixture"]
     for label, logits_of in baselines.items():
         assert scores[label]["tiny_choice"]["acc"][0] == pytest.approx(accuracy(logits_of, questions, tokenizer)), label
     assert len({row["tiny_choice"]["acc"][0] for row in scores.values()}) > 1
@@ -111,7 +114,7 @@ def test_components_as_they_came_answer_with_their_own_tokenizers(start, questio
         part.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     scores = evaluate(start, tmp_path, "--components", str(tmp_path / "one"), str(tmp_path / "two"))
-    assert list(scores)[4:] == ["gpt_neox as it came", "mamba as it came"]
+    assert list(scores)[5:] == ["gpt_neox as it came", "mamba as it came"]
     for label, part, tokenizer in (("gpt_neox", parts[0], word_tokenizer()), ("mamba", parts[1], other)):
         by_hand = accuracy(lambda ids, part=part: part.eval()(input_ids=ids).logits, questions, tokenizer)
         assert scores[f"{label} as it came"]["tiny_choice"]["acc"][0] == pytest.approx(by_hand)

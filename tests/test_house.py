@@ -18,7 +18,7 @@ FLOORS = [
     {"compose"},
     {"training"},
     {"families", "experiments", "compare", "report", "plan"},
-    {"demo"},
+    {"demo", "app"},
     {"cli"},
 ]
 MODELING_MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub"}

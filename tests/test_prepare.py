@@ -207,6 +207,6 @@ def test_evaluate_prints_the_baselines(start, tmp_path, capsys):  # noqa: F811
     command = ["evaluate", "--model", str(start / "hybrid"), "--data", str(start / "text.txt"), "--block-size", "16"]
     assert main([*command, "--max-tokens", "800", "--output-dir", str(tmp_path)]) == 0
     out, losses = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())["losses"]
-    assert list(losses) == ["gpt_neox", "mamba", "ensemble", "hybrid"] and "800 tokens" in out
+    assert list(losses) == ["gpt_neox", "mamba", "ensemble", "online mixture", "hybrid"] and "800 tokens" in out
     for name, loss in losses.items():
         assert name in out and f"{loss:.4f}" in out

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import manticore_hf
-from manticore_hf import ManticoreForCausalLM, lora_config, modeling
+from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreForCausalLM, lora_config, modeling
 
 CODE = Path(modeling.__file__).parent
 FILES = sorted(CODE.glob("*_manticore.py"))
@@ -397,6 +397,28 @@ def test_aligned_tokenizers_without_the_package(run, hub, owner, tmp_path):
     assert refused["kind"] == "ManticoreError" and "tokenizer.json" in refused["said"]
 
 
+ONLINE = """
+model = AutoModelForCausalLM.from_pretrained(repo, **trust)
+found = facts(model)
+model.save_pretrained(more[0])
+again = AutoModelForCausalLM.from_pretrained(more[0], **trust)
+torch.save({**found, "again": facts(again)["logits"]}, output)
+"""
+
+
+def test_an_online_mixture_without_the_package(run, tmp_path):
+    """Its repository carries the file that others do not, and so does what is saved there."""
+    parts = [ComponentSpec(tiny(family), name=family) for family in ("gpt_neox", "mamba")]
+    model = ManticoreForCausalLM.from_components(parts, mixture="online", online_eta=0.9)
+    model.save_pretrained(tmp_path / "out")
+    torch.save(ids(), tmp_path / "ids.pt")
+    found, wanted = run(ONLINE, tmp_path / "out", tmp_path / "again"), facts(model)
+    assert_facts(found, wanted)
+    assert torch.equal(found["again"], wanted["logits"])
+    names = [{file.name for file in (tmp_path / folder).glob("*.py")} for folder in ("out", "again")]
+    assert names[0] == names[1] == {*(file.name for file in FILES), "past_losses.py"}
+
+
 def test_quantised_without_the_package(published, run, hub, owner, tmp_path, monkeypatch):
     modules = pytest.importorskip("bitsandbytes.nn.modules")
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
@@ -549,6 +571,9 @@ def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_stil
         assert told[name].startswith("ManticoreError: ") and message in told[name], (name, told[name])
 
 
+SINCE_THEN = ("gate_past_losses", "online_decay", "online_eta", "online_share")  # settings that version 0.1 had not
+
+
 def earlier():
     """{name: (directory, logits then)}."""
     logits = load_file(EARLIER / "logits.safetensors")
@@ -572,7 +597,8 @@ def test_the_package_loads_what_version_0_1_published(tmp_path):
         written = [read_json(one) for one in (folder, tmp_path / name)]
         for values in written:
             values.pop("transformers_version")
-        assert written[0] == written[1]
+        since = {key: value for key, value in ManticoreConfig().to_dict().items() if key in SINCE_THEN}
+        assert {**since, **written[0]} == written[1]
 
 
 def test_this_code_in_a_repository_loads_what_version_0_1_published(run, tmp_path):

@@ -127,9 +127,12 @@ class Comparison:
         others = [source for source in shop.sources if shop.other_tokenizer(source)]
         out += [self._as_it_came(shop.names[shop.sources.index(source)], source) for source in others]
         out.append(self._mixture("ensemble, untuned", "untuned", None, "static"))
+        out.append(self._mixture("online mixture, untuned", "untuned", None, "online", self.arguments.online_grid()))
         out += [self._tuned(name, f"{name}, tuned", "component", grid) for name in shop.names]
         parts = [one.name for one in out[-len(shop.names) :]]
         out.append(self._mixture("ensemble of the tuned components", "ensemble", parts, "static", grid))
+        online = [{**one, **chosen} for one in grid for chosen in self.arguments.online_grid()]
+        out.append(self._mixture("online mixture of the tuned components", "ensemble", parts, "online", online))
         out.append(self._gate("weighted ensemble of the tuned components", "ensemble", parts, "static", gates))
         out.append(self._gate("token gate over the tuned components", "gate", parts, "token", gates))
         many = len(shop.names)
@@ -241,7 +244,9 @@ class Comparison:
 
     def _mixture(self, label, kind, names, mixture, options=None):
         def load(run):
-            return self.shop.mixture(self._parts(names, run["seed"], run["options"]), mixture)
+            own = {key: value for key, value in run["options"].items() if key.startswith("online_")}
+            own |= {"space": "prob"} if mixture == "online" else {}
+            return self.shop.mixture(self._parts(names, run["seed"], run["options"]), mixture, **own)
 
         return Contender(label, kind, _nothing, load, options or [{}], base=names or [], seeded=names is not None)
 

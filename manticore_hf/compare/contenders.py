@@ -227,9 +227,11 @@ class Workshop:
 
     # ---- mixtures of models that were trained apart ------------------------------------------------------------------
 
-    def mixture(self, runs: list[dict | None], mixture: str, space: str = "logprob") -> ManticoreForCausalLM:
-        """The one-block hybrid of tuned components (None: untuned), at its start: their plain ensemble."""
-        settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native"}
+    def mixture(
+        self, runs: list[dict | None], mixture: str, space: str = "logprob", **more: object
+    ) -> ManticoreForCausalLM:
+        """The one-block hybrid of tuned components (None: untuned), at its start; `more` settings of its mixture."""
+        settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native", **more}
         if self.own_tokenizers:  # which are at the components' addresses, and beside what was tuned
             where = [one if run is None else run["folder"] / "model" for one, run in zip(self.sources, runs)]
             parts = [ComponentSpec(one, name=name) for one, name in zip(where, self.names)]

@@ -22,7 +22,7 @@ from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.mixture_sampling import GATE_LAG, sample_components
 from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
 from manticore_hf.hub.upload import KeepsCard
-from manticore_hf.modeling import aligned_hybrid, modeling_manticore  # noqa: F401 - which lets such hybrids run
+from manticore_hf.modeling import aligned_hybrid, modeling_manticore, past_losses  # noqa: F401 - which lets such hybrids run
 from manticore_hf.modeling.bounds_manticore import reason
 from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError

@@ -35,7 +35,7 @@ from transformers.utils import logging
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 from manticore_hf.demo.text import documents
 from manticore_hf.evaluation.data import load_rows, pack, pad
-from manticore_hf.evaluation.losses import Measured, make_passages, measure
+from manticore_hf.evaluation.losses import ONLINE, Measured, make_passages, measure
 from manticore_hf.hub.publish import publish
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.mixers_manticore import repair_mixers
@@ -267,6 +267,7 @@ def _rows_after_tuning(recipe, stages, test, scratch, seed):
     for name in apart.config.component_names:
         rows[f"{name}, tuned alone"] = losses[name]
     rows["ensemble of the tuned components"] = losses["ensemble"]
+    rows[f"{ONLINE} of the tuned components"] = losses[ONLINE]
     rows["token gate over the tuned components"] = losses["hybrid"]
     for label, folder in (
         ("hybrid, 1 block, tuned jointly", stages[1]["finetune"]),

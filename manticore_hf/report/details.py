@@ -52,10 +52,11 @@ def mixture(facts: Facts) -> dict[str, Any]:
                     "chart": charts.lines(gate, "optimizer step", "weight", 0, 1, "Mean gate weight"),
                 }
             )
-    token = facts.found["settings"]["mixture"] == "token" and not route
+    token, online = (facts.found["settings"]["mixture"] == kind and not route for kind in ("token", "online"))
     return {
         "names": names,
         "token": token,
+        "online": online,
         "trajectories": out,
         "rows": [
             {"name": label, "weights": ["–" if w is None else f"{w:.3f}" for w in row]}

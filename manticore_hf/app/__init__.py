@@ -1,0 +1,1 @@
+"""A page to try a hybrid in a browser, here or as a Space: `manticore-hf app`."""

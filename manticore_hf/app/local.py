@@ -1,0 +1,63 @@
+"""The page for a hybrid on this machine: its own code is not run, the package's is."""
+
+import os
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from manticore_hf.app.hybrid_page.reading import Hybrid
+from manticore_hf.modeling.settings_manticore import ManticoreError
+
+
+def load(
+    source: str | os.PathLike, revision: str | None = None, tokenizer: str | None = None, device: str | None = None
+) -> Hybrid:
+    """A hybrid for the page.
+
+    Args:
+        source: Directory or repository.
+        revision: Of a repository.
+        tokenizer: Directory or repository of the tokenizer; default: `source`.
+        device: Where it runs; default: cuda where there is a GPU, else cpu.
+
+    Raises:
+        ManticoreError: It is no hybrid that writes text, or has no tokenizer.
+    """
+    at = {} if revision is None else {"revision": revision}
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **at)
+    if config.model_type != "manticore":
+        raise ManticoreError(f"{str(source)!r} holds a model of type {config.model_type!r}, no hybrid.")
+    if any("Classification" in name for name in config.architectures or ()):
+        raise ManticoreError(f"{str(source)!r} is a classifier ({config.architectures[0]}); the page is for text.")
+    try:
+        own = AutoTokenizer.from_pretrained(tokenizer or source, trust_remote_code=False, **({} if tokenizer else at))
+    except Exception as err:  # of the tokenizers library, too
+        own, why = None, f": {' '.join(str(err).split())[:300]}"
+    else:
+        why = ""
+    if own is None or not len(own):
+        raise ManticoreError(
+            f"{str(tokenizer or source)!r} has no tokenizer that can be read (--tokenizer names one){why}"
+        )
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **at)
+    return Hybrid(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), own)
+
+
+def serve(
+    source: str, revision: str | None, tokenizer: str | None, device: str | None, host: str, port: int | None
+) -> None:
+    """Serves the page until it is ended; the arguments are those of `load`, and where to listen.
+
+    Raises:
+        ManticoreError: The hybrid cannot be shown, or the port is taken.
+    """
+    from manticore_hf.app.hybrid_page.serving import build, launch
+
+    hybrid = load(source, revision, tokenizer, device)
+    title = source if not os.path.isdir(source) else os.path.basename(os.path.abspath(source))
+    try:
+        launch(build(hybrid, title), host, port)
+    except OSError as err:
+        raise ManticoreError(f"{host}:{port or '7860 and those after it'} cannot be listened at: {err}") from err
+    except KeyboardInterrupt:
+        pass
