@@ -137,6 +137,7 @@ def test_what_would_change_the_mixture_is_refused():
     for settings, said in (
         ({"mixture_space": "logprob"}, "mixture_space is 'logprob'"),
         ({"embeddings": "mixed"}, "embeddings='mixed'"),
+        ({"gate_past_losses": True}, "gate_past_losses=True. follow what each component lost"),
     ):
         with pytest.raises(ManticoreError, match=said):
             sample(one_block(**settings))

@@ -146,6 +146,12 @@ def _check(model, logits_processor, generation_config, synced_gpus, lag):
             f"mixture_sampling draws from the arithmetic mean of the components, and mixture_space is "
             f"{config.mixture_space!r}: generate without it, or train the hybrid with mixture_space='prob'."
         )
+    if config.reads_past_losses:
+        raise ManticoreError(
+            f"mixture_sampling needs weights that are known before a token is read; this hybrid's (mixture="
+            f"{config.mixture!r}, gate_past_losses={config.gate_past_losses}) follow what each component lost on it: "
+            "generate without it."
+        )
     if not generation_config.do_sample or generation_config.num_beams > 1:
         raise ManticoreError("mixture_sampling samples: give do_sample=True and num_beams=1.")
     if len(logits_processor):
