@@ -23,8 +23,15 @@ def settings() -> str:
     heads = ["setting", "values", *(f"`{name}`" for name in PRESETS), "meaning"]
     rows = []
     for field in dataclasses.fields(HybridSettings):
-        names = {"int": "integer", "float": "number", "str": "name", "dict": "mapping", "list": "rows"}
-        kind = re.search("int|float|str|dict|list", str(field.type))[0]
+        names = {
+            "int": "integer",
+            "float": "number",
+            "str": "name",
+            "bool": "`true`, `false`",
+            "dict": "mapping",
+            "list": "rows",
+        }
+        kind = re.search("int|float|str|bool|dict|list", str(field.type))[0]
         values = ", ".join(f"`{one}`" for one in CHOICES.get(field.name, ())) or names[kind]
         filled = [f"`{preset[field.name]}`" if field.name in preset else "" for preset in PRESETS.values()]
         rows.append([f"`{field.name}`", values, *filled, field.metadata["help"].replace("|", "\\|")])

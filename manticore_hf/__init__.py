@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from manticore_hf._version import __version__
 from manticore_hf.training import programs
-from manticore_hf.utils import renamed
+from manticore_hf.utils import quiet, renamed
 
 if TYPE_CHECKING:  # the same as `_PUBLIC`, for editors
     from manticore_hf.compose.components import ComponentSpec
@@ -96,6 +96,11 @@ def __dir__() -> list[str]:
 
 def register() -> None:
     """Registers the classes with Transformers' Auto classes; importing the package does it."""
+    with quiet.quiet_optional_packages():
+        _register()
+
+
+def _register():
     import transformers
 
     from manticore_hf import kernels

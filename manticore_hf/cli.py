@@ -16,6 +16,7 @@ from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.training.stages import OLD_NAMES, STAGES
 from manticore_hf.utils.formatting import printable_output
 from manticore_hf.utils.options import Parser, RawHelp
+from manticore_hf.utils.quiet import quiet_optional_packages
 from manticore_hf.utils.renamed import warn_renamed
 
 
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The help was asked for, or there is no such command or option (status 2).
     """
-    with printable_output():
+    with printable_output(), quiet_optional_packages():
         return _main(sys.argv[1:] if argv is None else list(argv))
 
 

@@ -24,7 +24,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .aligned_mapping import ByteTokenizer, Mapping
-from .aligned_reading import Row, can_read_trees, grow, read_trees, read_trunk, walk
+from .aligned_reading import Row, can_read_trees, grow, read_trees, walk
 from .aligned_tokenizers import tokenizer_of
 from .configuration_manticore import ManticoreConfig, ManticoreError  # noqa: F401 - for the Auto classes of a published repository
 from .mixing_manticore import resize
@@ -35,6 +35,7 @@ from .modeling_manticore import (  # noqa: F401 - likewise
     ManticoreForTokenClassification,
     ManticoreModel,
 )
+from .past_losses import Past  # noqa: F401 - which lets their mixture go by past losses
 from .running_manticore import RUNNERS, active_in, mix_native, mixture_rows, run_any
 from .segments_manticore import check_positions
 
@@ -104,12 +105,10 @@ class Aligner:
         for tree in trees:
             depths = torch.tensor([tree.depths])
             check_positions([(name, segment)], depths, max(tree.depths) + 1, True)
-        fresh = all(row.cache is None for row in rows) and any(len(tree.parents) > 1 for tree in trees)
-        if fresh and self.reads_trees(name, segment, config):
-            states = read_trees(segment, trees)
-            for tree, row, found in zip(trees, after, states) if inputs.cache is not None else ():
-                if tree.trunk:
-                    row.cache, row.state = read_trunk(segment, config, tree), found[tree.end]
+        if any(len(tree.parents) > 1 for tree in trees) and self.reads_trees(name, segment, config):
+            states, caches = read_trees(segment, config, trees, rows if inputs.cache is not None else None)
+            for tree, before, row, found, cache in zip(trees, rows, after, states, caches or ()):
+                row.cache, row.state = cache, found[tree.end] if tree.trunk else before.state
         else:
             kept = [row if inputs.cache is not None else None for row in after]
             states = [self._walk(segment, config, *one) for one in zip(trees, rows, kept)]

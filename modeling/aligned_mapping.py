@@ -313,7 +313,7 @@ class Mapping:
             (ids of B, ids of A, number of B's id among those that occur), int64 arrays, and float32 arrays: by how much
             A's own probability counts where B's is shared, and how much of B's probability is kept.
         """
-        last = self.a.ending(last, len(rest))
+        last = tuple(i for i in self.a.ending(last, len(rest)) if self.a.bytes_of((i,)))  # before a text: none
         key = (rest, ahead, last)
         found = self._pairs.get(key)
         if found is None:

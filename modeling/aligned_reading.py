@@ -157,15 +157,17 @@ def _device_of(segment):
 # ---- states of the nodes -------------------------------------------------------------------------------------------
 
 
-def read_trees(segment, trees):
-    """Last states of all nodes of several trees that begin with nothing, in one call of an attention-only component.
+def read_trees(segment, config, trees, rows=None):
+    """Last states of all nodes of several trees, in one call of an attention-only component.
 
     Args:
         segment: The component as a `Whole`.
+        config: Its configuration.
         trees: The Trees of the rows.
+        rows: The Rows before them, where caches are wanted; None: the trees begin with nothing.
 
     Returns:
-        List of [nodes, width], of each tree; node 0 is none, and has zeros.
+        ([nodes, width] of each tree; of node 0 the state of the row before, or zeros; caches of the trunks, or None).
     """
     device = _device_of(segment)
     size = max(len(tree.parents) for tree in trees) - 1
@@ -179,35 +181,92 @@ def read_trees(segment, trees):
             if (parent := tree.parents[node + 1] - 1) >= 0:
                 sees[row, node] |= sees[row, parent]
     ids, depths, sees = ids.to(device), depths.to(device), sees.to(device)
-    states = segment(ids, _masks(segment, sees, depths), depths, None)
-    return [torch.cat([states.new_zeros(1, states.shape[-1]), one]) for one in states]
+    beside = None
+    if rows is not None:
+        beside = DynamicCache()
+        kept = zip(*(row.cache.layers for row in rows if row.cache is not None))
+        fresh = [[None] * len(rows) for _ in DynamicCache(config=config).layers]
+        places = [i for i, row in enumerate(rows) if row.cache is not None]
+        for one, found in zip(fresh, kept):
+            for place, layer in zip(places, found):
+                one[place] = layer
+        beside.layers = [_Beside(layers) for layers in fresh]
+    ends = torch.tensor([tree.depths[0] for tree in trees], device=device)
+    states = segment(ids, _masks(segment, sees, depths, ends, beside), depths, beside)
+    befores = [None if rows is None else row.state for row in rows or trees]
+    zeros = states.new_zeros(states.shape[-1])
+    states = [torch.cat([(zeros if one is None else one)[None], found]) for one, found in zip(befores, states)]
+    return states, None if rows is None else [_grown(config, *one, beside) for one in enumerate(zip(rows, trees))]
 
 
-def _masks(segment, sees, depths):
-    """What Transformers' attention is given for `sees` [batch, query, key]; one for each kind of layers."""
+def _grown(config, number, pair, beside):
+    """The cache of a row with the trunk's new nodes."""
+    row, tree = pair
+    if not tree.trunk:
+        return row.cache
+    out = DynamicCache(config=config) if row.cache is None else fork(row.cache)
+    for layer, new in zip(out.layers, beside.layers):
+        if new.keys is not None:  # layers that share another's have none
+            picked = torch.tensor(tree.trunk, device=new.keys.device) - 1
+            layer.update(*(one[number : number + 1].index_select(2, picked) for one in (new.keys, new.values)))
+    return out
+
+
+class _Beside(DynamicLayer):
+    """Layer of a cache that shows trunks of several rows to the nodes of trees, and keeps those nodes alone.
+
+    Args:
+        trunks: Layers of the rows' caches; None: a row that begins.
+    """
+
+    def __init__(self, trunks):
+        super().__init__()
+        self.keys = self.values = None
+        self.trunks = [None if one is None or one.keys is None else one for one in trunks]
+        self.lengths = [0 if one is None else one.keys.shape[-2] for one in self.trunks]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys, self.values = key_states, value_states
+        longest = max(self.lengths)
+        if not longest:
+            return key_states, value_states
+
+        def shown(name, new):
+            past = new.new_zeros(*new.shape[:2], longest, new.shape[-1])
+            for row, (trunk, length) in enumerate(zip(self.trunks, self.lengths)):
+                if length:
+                    past[row, :, longest - length :] = getattr(trunk, name)[0]
+            return torch.cat([past, new], -2)
+
+        return shown("keys", key_states), shown("values", value_states)
+
+
+def _masks(segment, sees, depths, ends, beside):
+    """What Transformers' attention is given for `sees` [batch, query, key]; one for each kind of layers.
+
+    Args:
+        segment, sees, depths: Of the nodes.
+        ends: [batch] depths of the last tokens before them.
+        beside: Cache whose layers show those tokens, or None.
+    """
     config, dtype = segment.stack.config, next(p.dtype for p in segment.stack.parameters() if p.is_floating_point())
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
 
-    def added(shown):
+    def mask(number, near):
+        shown, at = sees, depths
+        lengths = torch.tensor(beside.layers[number].lengths if beside is not None else [0], device=sees.device)
+        if longest := int(lengths.max()):
+            back = torch.arange(longest - 1, -1, -1, device=sees.device)  # how far before the last one
+            there = (back < lengths[:, None])[:, None].expand(-1, sees.shape[1], -1)
+            shown, at = torch.cat([there, sees], -1), torch.cat([ends[:, None] - back, depths], -1)
+        if near:
+            shown = shown & (depths[:, :, None] - at[:, None, :] < window)
         out = torch.zeros(shown.shape, dtype=dtype, device=shown.device)
         return out.masked_fill_(~shown, torch.finfo(dtype).min)[:, None]
 
-    full = added(sees)
-    if not window or (kinds is not None and "sliding_attention" not in kinds):
-        return full
-    near = added(sees & (depths[:, :, None] - depths[:, None, :] < window))
-    return near if kinds is None else {"full_attention": full, "sliding_attention": near}
-
-
-def read_trunk(segment, config, tree):
-    """The component's cache after the trunk of a tree that begins with nothing."""
-    device = _device_of(segment)
-    cache = DynamicCache(config=config)
-    ids, depths = (
-        torch.tensor([[of[node] for node in tree.trunk]], device=device) for of in (tree.tokens, tree.depths)
-    )
-    segment(ids, None, depths, cache)
-    return cache
+    if kinds is None:
+        return mask(0, bool(window))
+    return {kind: mask(kinds.index(kind), kind == "sliding_attention") for kind in dict.fromkeys(kinds)}
 
 
 def walk(segment, config, tree, row, after):
@@ -342,23 +401,26 @@ def can_read_trees(segment, config):
         return False
     if any(not isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers):
         return False
-    tree = Tree([-1])
-    tree.extend((1, 2, 3))
     paths = [(4, 5), (6,)]
-    ends = []
-    for path in paths:
-        at = tree.end
-        for token in path:
-            at = tree.add(at, token)
-        ends.append(at)
     device = _device_of(segment)
     try:
-        found = read_trees(segment, [tree])[0]
-        for end, path in zip(ends, paths):
-            ids = torch.tensor([[1, 2, 3, *path]], device=device)
-            alone = segment(ids, None, torch.arange(ids.shape[1], device=device)[None], None)[0, -1]
-            if not torch.allclose(found[end].float(), alone.float(), atol=1e-2, rtol=1e-2):
-                return False
+        row = Row()
+        for trunk in ((1, 2, 3), (7, 8)):  # the second after a cache of the first
+            tree, ends = Tree([row.depth]), []
+            tree.extend(trunk)
+            for path in paths:
+                at = tree.end
+                for token in path:
+                    at = tree.add(at, token)
+                ends.append(at)
+            (found,), (cache,) = read_trees(segment, config, [tree], [row])
+            before = () if row.depth < 0 else (1, 2, 3)
+            for end, path in zip(ends, paths):
+                ids = torch.tensor([[*before, *trunk, *path]], device=device)
+                alone = segment(ids, None, torch.arange(ids.shape[1], device=device)[None], None)[0, -1]
+                if not torch.allclose(found[end].float(), alone.float(), atol=1e-2, rtol=1e-2):
+                    return False
+            row = Row(depth=tree.depths[tree.end], cache=cache, state=found[tree.end])
     except Exception:  # of the component's class, or its attention
         return False
     return True

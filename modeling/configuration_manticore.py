@@ -97,6 +97,11 @@ class ManticoreConfig(PreTrainedConfig):
             if key not in CHOICES:
                 value = _nonnegative(key, value)
             setattr(self, key, value)
+        for key in ("online_eta", "online_decay", "online_share"):
+            setattr(self, key, _nonnegative(key, getattr(given, key), None if key == "online_eta" else 1))
+        self.gate_past_losses = given.gate_past_losses
+        if not isinstance(self.gate_past_losses, bool):
+            raise ManticoreError(f"gate_past_losses={show(self.gate_past_losses)} must be true or false.")
         left = ["mixture_space"] * (given.mixture_space is None)
         left += ["loss_weights"] * (given.mix_loss_weight is given.component_loss_weight is None)
         self.objective = {"open": left} if left and given.preset == "default" else objective
@@ -276,6 +281,11 @@ class ManticoreConfig(PreTrainedConfig):
         return tuple(name for name in own if name != self.tokenizer_component)
 
     @property
+    def reads_past_losses(self) -> bool:
+        """Whether the output mixture goes by what each component has lost on the tokens so far."""
+        return self.route is None and (self.mixture == "online" or self.mixture == "token" and self.gate_past_losses)
+
+    @property
     def sub_configs(self) -> dict[str, type]:
         """Class of each component's configuration by component name (Transformers walks these)."""
         return {name: type(getattr(self, name)) for name in self.__dict__.get("_component_names", [])}
@@ -322,7 +332,9 @@ class ManticoreConfig(PreTrainedConfig):
                 sub.pop(private, None)
             entry["config"] = sub
             out.pop(entry["name"], None)
-        code = "aligned_hybrid." if self.aligned else "modeling_manticore."
+        code = (
+            "aligned_hybrid." if self.aligned else "past_losses." if self.reads_past_losses else "modeling_manticore."
+        )
         out["auto_map"] = {key: value.replace("modeling_manticore.", code) for key, value in AUTO_MAP.items()}
         return out
 
@@ -343,7 +355,8 @@ def _list_of_dicts(components):
     return components
 
 
-def _nonnegative(key, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ManticoreError(f"{key}={show(value)} must be a non-negative number.")
+def _nonnegative(key, value, most=None):
+    number = not isinstance(value, bool) and isinstance(value, (int, float))
+    if not number or not 0 <= value < float("inf") or (most is not None and value > most):
+        raise ManticoreError(f"{key}={show(value)} must be a non-negative number{f' up to {most}' if most else ''}.")
     return float(value)

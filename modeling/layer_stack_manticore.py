@@ -126,7 +126,8 @@ def find_layout(component: PreTrainedModel) -> StackLayout:
         ManticoreError: No list of `num_hidden_layers` layers was found, or the model takes no `inputs_embeds`.
     """
     modules = tuple((name, type(module)) for name, module in component.named_modules())
-    description = json.dumps(component.config.to_dict(), sort_keys=True, default=repr), modules
+    values = {**component.config.to_dict(), "_name_or_path": None}  # where it came from does not matter
+    description = json.dumps(values, sort_keys=True, default=repr), modules
     if description not in _FOUND:
         _FOUND[description] = _find_layout(component)
     return _FOUND[description]

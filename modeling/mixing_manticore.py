@@ -16,7 +16,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .devices_manticore import device_of, onloaded, place
-from .mixture_manticore import widen, without_autocast
+from .mixture_manticore import PAST, widen, without_autocast
 
 
 def resize(states, width):
@@ -88,7 +88,7 @@ def _framework_init(linear):
     init.uniform_(linear.bias, -bound, bound)
 
 
-class _Float32Linear(nn.Linear):
+class Float32Linear(nn.Linear):
     """An affine map that is kept and computed in float32, whatever it is given.
 
     As a module of its own, called as such, so that whatever hooks into modules (sharding) finds its weight.
@@ -111,20 +111,23 @@ class TokenGate(nn.Module):
 
     def __init__(self, widths):
         super().__init__()
-        self.linear = _Float32Linear(sum(widths) + 2 * len(widths), len(widths))
+        self.linear = Float32Linear(sum(widths) + 2 * len(widths), len(widths))
 
     def reset(self):
         init.zeros_(self.linear.weight)
         init.zeros_(self.linear.bias)
 
-    def forward(self, states, sureness):
+    def forward(self, *given):
         """states: K x [batch, time, d_k]; sureness: K x [batch, time, 2] -> [batch, time, K], summing to 1."""
+        with without_autocast(given[0][0].device.type):
+            return self.scores(*given).softmax(-1)
+
+    def scores(self, states, sureness):
         features = []
-        with without_autocast(states[0].device.type):
-            for state, one in zip(states, sureness):
-                state = widen(state)
-                features += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), one]
-            return self.linear(torch.cat(features, -1)).softmax(-1)
+        for state, one in zip(states, sureness):
+            state = widen(state)
+            features += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), one]
+        return self.linear(torch.cat(features, -1))
 
 
 class HybridMixer(nn.Module):
@@ -164,7 +167,8 @@ class HybridMixer(nn.Module):
                     self.into[f"{name}-{block}"] = make(self.width, widths_in[name] if first else widths[name])
                 if not (native and last):
                     self.out_of[f"{name}-{block}"] = make(widths_out[name] if last else widths[name], self.width)
-        self.token_gate = TokenGate([widths_out[n] for n in self.names]) if config.mixture == "token" else None
+        gate = PAST["gate"] if config.gate_past_losses and config.mixture == "token" else TokenGate
+        self.token_gate = gate([widths_out[n] for n in self.names]) if config.mixture == "token" else None
 
     def _only_the_route(self, config, widths_in, widths, widths_out, native):
         route, last = config.route, config.num_blocks - 1
@@ -209,18 +213,19 @@ class HybridMixer(nn.Module):
         """A pruned hybrid's state [batch, time, d_j] -> what the component of `block` reads [batch, time, d_k]."""
         return self._gated(self.across[str(block)], state, 0.0)
 
-    def gate_tokens(self, states, sureness):
+    def gate_tokens(self, *given):
         """The token gate's weights [batch, time, K]; see `TokenGate`.
 
         They stand for the last block's row of alpha.
         """
-        return self._touched(self.token_gate(states, sureness), self.alpha_logits)
+        return self._touched(self.token_gate(*given), self.alpha_logits)
 
     def gate_rest(self):
         """The part of the token gate that does not depend on the token, softmax(b): [K], in float32."""
         linear = self.token_gate.linear
         with onloaded(linear):
-            return self._touched(widen(linear.bias).softmax(-1), self.alpha_logits, linear.weight)
+            unused = [one for one in self.token_gate.parameters() if one is not linear.bias]
+            return self._touched(widen(linear.bias).softmax(-1), self.alpha_logits, *unused)
 
     def _touched(self, weights, *unused):
         """Mixture weights, with gradients of zero for what they replace: DDP stops at a parameter without one."""

@@ -5,6 +5,7 @@ pass through the blocks is in running_manticore, the cut components in segments_
 heads_manticore. Weights come by reference: see weights_manticore.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .configuration_manticore import ManticoreConfig
 from .devices_manticore import place
 from .heads_manticore import ManticoreForSequenceClassification, ManticoreForTokenClassification
 from .mixing_manticore import HybridMixer, resize
-from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
+from .mixture_manticore import PAST, SPACES, sum_to_one, sureness, weighted_sum, widen
 from .outputs_manticore import FIELDS, TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_by_trl, fused_output
 from .running_manticore import active_in, read_inputs, run
 from .segments_manticore import width_of
@@ -70,12 +71,11 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         found = run(self, inputs, shared=False)
         # -0 is 0: all of them
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        weights, states = self._what_heads_read(found, kept)
-        if found.own_logits is None:
-            own = {name: self.segments.logits(name, state) for name, state in states.items()}
-        else:
-            own = found.own_logits(kept)
-        logits, token_weights = self.mix(weights, list(states.values()), list(own.values()))
+        weights, states, own = self._heads(found, kept)
+        past = None
+        if self.config.reads_past_losses:
+            past = partial(PAST["read"], self, inputs, kept, lambda places: self._heads(found, places)[2])
+        logits, token_weights = self.mix(weights, list(states.values()), list(own.values()), past)
         if fused:
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
             return fused_output(self.config, logits, list(own.values()), self.fused_settings, **labelling)
@@ -92,35 +92,44 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             out["past_key_values"] = out.pop("cache")
         return out
 
-    def _what_heads_read(self, found, kept=slice(None)):
-        """(K' mixture weights, {component: [batch, kept, width]}) of the K' heads that are mixed, from a Pass."""
+    def _heads(self, found, kept):
+        """(K' mixture weights, {component: what its head reads}, {component: its logits}) of the K' that are mixed."""
         config = self.config
         row = found.weights[-1 if config.embeddings == "native" or config.head_mixture == "last" else 0]
         active = active_in(self, row)
         if config.embeddings == "native":
-            return list(active.values()), {name: found.states[name][:, kept] for name in active}
-        shared, heads = found.shared[:, kept], {name: self.component(name).get_output_embeddings() for name in active}
-        return list(active.values()), {name: resize(shared, width_of(head)) for name, head in heads.items()}
+            states = {name: found.states[name][:, kept] for name in active}
+        else:
+            widths = {name: width_of(self.component(name).get_output_embeddings()) for name in active}
+            states = {name: resize(found.shared[:, kept], width) for name, width in widths.items()}
+        if found.own_logits is not None:
+            return list(active.values()), states, found.own_logits(kept)
+        return list(active.values()), states, {name: self.segments.logits(name, one) for name, one in states.items()}
 
-    def mix(self, weights: list, states: list, own: list) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def mix(self, weights: list, states: list, own: list, past: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output mixture.
 
         Args:
             weights: The last block's mixture weights of the K' components that were run.
             states: What their heads read, [batch, time, width] each.
             own: Their logits [batch, time, vocabulary].
+            past: Gives, of those logits and what normalises them, the losses so far, where the mixture goes by them.
 
         Returns:
-            (logits [batch, time, vocabulary], the token gate's weights [batch, time, K'] or None).
+            (logits [batch, time, vocabulary], weights [batch, time, K'] that depend on the token, or None).
         """
         if len(own) == 1:
             return own[0], None
         token_weights = norms = None
-        if self.config.mixture == "token" and not isinstance(weights[0], float):
+        if self.config.mixture != "static" and not isinstance(weights[0], float):
             sure, norms = zip(*[sureness(one) for one in own])
-            token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure)))
-            # The gate stands for alpha, which gets a gradient of zeros: DDP waits for all that may be trained.
-            token_weights = token_weights + 0.0 * sum(weights)
+            losses = [] if past is None else [past(own, norms)]
+            if self.config.mixture == "online":
+                token_weights = PAST["online"](self.config, weights, *losses)
+            else:
+                token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure), *losses))
+                # The gate stands for alpha, which gets a gradient of zeros: DDP waits for all that may be trained.
+                token_weights = token_weights + 0.0 * sum(weights)
             weights = list(token_weights.split(1, -1))
         return SPACES[self.config.mixture_space](weights, [widen(one) for one in own], norms), token_weights
 

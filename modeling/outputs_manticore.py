@@ -50,7 +50,7 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
         component_losses: [K], cross-entropy of each component's own head, NaN where it was not run (if
             component_loss_weight > 0, or `report_parts` is set on the model).
         ensemble_loss: Cross-entropy of the plain ensemble of the heads (if `report_parts` is set).
-        weights: [batch, time, K], the token gate's weights (mixture="token").
+        weights: [batch, time, K], the mixture weights of each prediction (mixture="token" or "online").
     """
 
     mixture_loss: torch.Tensor | None = None

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .settings_manticore import ManticoreError
@@ -36,14 +37,16 @@ _WEIGHT_FILE = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.in
 BESIDE = []
 """What other files write beside a hybrid's weights: functions of (model, directory)."""
 
-CODE = re.compile(r"\w+_manticore\.py|aligned_\w+\.py")
-"""Names of the code files of a hybrid; those that align tokenizers are carried by hybrids that do."""
+CODE = re.compile(r"\w+_manticore\.py|aligned_\w+\.py|past_losses\.py")
+"""Names of the code files of a hybrid; others than *_manticore.py are carried by hybrids that need them."""
 
 
-def copy_code(directory: str | os.PathLike, aligned: bool = False) -> None:
-    """Copies the code files of this folder, so that the saved hybrid loads where the package is not installed."""
+def copy_code(directory: str | os.PathLike, config: PreTrainedConfig | None = None) -> None:
+    """Copies the code files that a hybrid needs, so that what is saved loads where the package is not installed."""
+    aligned, past = bool(config and config.aligned), bool(config and config.reads_past_losses)
     for file in Path(__file__).parent.glob("*.py"):
-        if CODE.fullmatch(file.name) and (aligned or not file.name.startswith("aligned_")):
+        needed = aligned or (past and not file.name.startswith("aligned_")) or file.name.endswith("_manticore.py")
+        if CODE.fullmatch(file.name) and needed:
             shutil.copyfile(file, Path(directory) / file.name)
 
 

@@ -226,7 +226,7 @@ class ReferencedWeights:
         try:
             with whole_directory(target, writes) as directory:
                 if writes:
-                    copy_code(directory, bool(self.config.aligned))
+                    copy_code(directory, self.config)
                     self._save_beside(directory, target)
                     for write in BESIDE:
                         write(self, directory)

@@ -8,6 +8,10 @@ import itertools
 import math
 import random
 
+import torch
+from manticore_hf.modeling.aligned_hybrid import Aligner, Piece
+from manticore_hf.modeling.aligned_reading import Row, grow
+
 
 class Language:
     """All texts made of one piece from each list, with random probabilities.
@@ -57,3 +61,24 @@ def bits(language, cut, end, predict):
         ids = (*cut(text), end)
         total -= weight * sum(math.log2(max(predict(ids[:i]).get(ids[i], 0.0), 1e-30)) for i in range(len(ids)))
     return total
+
+
+def mapped(mapping, ideal, share):
+    """What the product makes of a perfect component, as a function of the hybrid's tokens so far."""
+    a, b, found = mapping.a, mapping.b, {}
+
+    def predict(ids):
+        ids = tuple(ids)
+        if ids not in found:
+            tree, _ = grow(mapping, Row(), [a.surfaces.roles["bos"], *ids])
+            paths, logits = [()], torch.full((len(tree.parents), b.size), -60.0)
+            for node in range(1, len(tree.parents)):
+                paths.append((*paths[tree.parents[node]], tree.tokens[node]))
+                for number, probability in ideal(paths[node][len(b.start) :]).items():
+                    logits[node, number] = math.log(probability)
+            piece = Piece(Aligner("a"), mapping, lambda states: states, [(0, tree.positions[-1])], a.size)
+            found[ids] = piece(logits, share(ids)[None])[0].exp()
+            assert abs(found[ids].sum() - 1) < 1e-4
+        return dict(enumerate(found[ids].tolist()))
+
+    return predict

@@ -1,10 +1,10 @@
 """Clean processes without their imports: forked from a server that has nothing but these, and no state of a test.
 
-`run` and `start` do what `subprocess.run` and `subprocess.Popen` do with `python ARGUMENTS`. There are two servers in a
-test process, each started when it is first needed: one has imported only torch (`TORCH`), for processes in whose
-environment something differs that Transformers or the Hub's client read at import; one, a fork of the first, has
-imported the package (`PACKAGE`). Whether
-something can be imported at all, in which order, and under another hash seed are questions for a process of their own.
+`run` and `start` do what `subprocess.run` and `subprocess.Popen` do with `python ARGUMENTS`. There are three servers in
+a test process, each a fork of the one before and started when it is first needed: one has imported only torch
+(`TORCH`), for processes in whose environment something differs that Transformers or the Hub's client read at import;
+one Transformers (`TRANSFORMERS`), for those without the package; one the package (`PACKAGE`). Whether something can be
+imported at all, in which order, and under another hash seed are questions for a process of their own.
 """
 
 import atexit
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 PACKAGE = ("manticore_hf.cli", "manticore_hf.training.recipe", "transformers.trainer", "datasets", "peft")
+TRANSFORMERS = ("transformers.trainer", "transformers.pipelines")
 TORCH = ("torch", "torch._dynamo", "torch.distributed.tensor", "torch.export", "scipy.optimize", "numpy")
 # Read when a module is imported, which is before the fork
 READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "MANTICORE_", "TOKENIZERS_")
@@ -148,12 +149,14 @@ class Process:
 
 
 _SERVERS = {}
+_PARENTS = {PACKAGE: TRANSFORMERS, TRANSFORMERS: TORCH}
 
 
 def server(modules=PACKAGE):
     """The server of this test process that has imported these modules."""
     if modules not in _SERVERS:
-        _SERVERS[modules] = Server(modules, parent=None if modules == TORCH else server(TORCH))
+        parent = _PARENTS.get(modules)
+        _SERVERS[modules] = Server(modules, parent=parent and server(parent))
     return _SERVERS[modules]
 
 

@@ -9,33 +9,59 @@ import itertools
 import json
 import os
 import tempfile
+import time
+import types
 
 import pytest
 from manticore_hf_testing import start_hub
 
 _HOME = tempfile.TemporaryDirectory(prefix="manticore-tests-", ignore_cleanup_errors=True)
-HUB = start_hub(_HOME.name)
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
-
-import torch  # noqa: E402
-
-torch.set_num_threads(1)
-
 _COUNT = itertools.count()
 
 
+def pytest_configure(config):
+    if config.getoption("numprocesses", None) and not config.option.collectonly:
+        return  # xdist's own process, which runs no test: its imports would take the others' time
+    config.hub = start_hub(_HOME.name)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
+    os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")  # lm_eval sets it when it is imported: then, or before
+
+    import torch
+    from accelerate.utils import memory
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    torch.set_num_threads(1)
+    # It collects garbage at every training, among a million objects, which took longer than the training
+    memory.gc = types.SimpleNamespace(collect=lambda: 0)
+    # The client waits for seconds between its attempts; the Hub on loopback is as busy as a test wants it to be
+    for module in (_http, file_download):
+        module.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(seconds / 100)})
+
+
 def pytest_collection_finish():
-    """Half a million objects of modules are looked at no more: accelerate collects garbage at every training."""
+    gc.set_threshold(100_000, 50, 50)  # a tenth of the time went into looking for cycles in models
+    _settle()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    yield
+    if nextitem is None or nextitem.path != item.path:  # the fixtures of the file are gone: what is left stays
+        _settle()
+
+
+def _settle():
+    """What is there is looked at no more."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 50, 50)  # a tenth of the time went into looking for cycles in models
 
 
 @pytest.fixture(scope="session")
-def hub():
+def hub(pytestconfig):
     """The LocalHub of this process."""
-    return HUB
+    return pytestconfig.hub
 
 
 @pytest.fixture
@@ -54,6 +80,14 @@ def counted_once(monkeypatch):
         monkeypatch.setattr(inspection, name, functools.partial(_counted_once, getattr(inspection, name)))
 
 
+@pytest.fixture
+def uncounted(monkeypatch):
+    """For tests that do not look at FLOPs: `inspect` says one, and counts none."""
+    from manticore_hf.hub import inspection
+
+    monkeypatch.setattr(inspection, "_count", lambda run, tokens: 1)
+
+
 _COUNTED = {}
 
 
@@ -69,4 +103,6 @@ def _counted_once(count, model, *args):
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ FAMILIES = {
 def tiny(family, seed=0, vocabulary=VOCABULARY, **changes):
     """A random causal LM of a family."""
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **ids, "vocab_size": vocabulary, **changes})
+    config = AutoConfig.for_model(family, **{**FAMILIES.get(family, {}), **ids, "vocab_size": vocabulary, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).eval()

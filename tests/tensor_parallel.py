@@ -18,7 +18,7 @@ ids = torch.arange(24).view(2, 12) % 60 + 3
 result = model(ids, labels=ids)
 result.loss.backward()
 with torch.no_grad():
-    tokens = model.generate(ids[:1], max_new_tokens=8, do_sample=False)
+    tokens = model.generate(ids[:1], max_new_tokens=4, do_sample=False)
 cut = [name for name, p in model.named_parameters() if isinstance(p, DTensor) and p.to_local().numel() < p.numel()]
 grads = {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()}
 if world()[0] == 0:

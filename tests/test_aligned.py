@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from aligned_language import Ideal, Language, bits
+from aligned_language import Ideal, Language, bits, mapped
 from aligned_pairs import TEXTS, hybrid, tokenizer
 from hub_models import publish
-from manticore_hf.modeling.aligned_hybrid import Aligner, Piece, aligner_of
+from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.modeling.aligned_mapping import ByteTokenizer, Mapping
 from manticore_hf.modeling.aligned_reading import Row, grow
 from manticore_hf.modeling.bounds_manticore import ManticoreError
@@ -40,27 +40,6 @@ def hybrids(tmp_path_factory):
 
 def ids_of(kind, text, **kwargs):
     return tokenizer(PAIRS[kind][0][1])(text, return_tensors="pt", add_special_tokens=False, **kwargs)
-
-
-def mapped(mapping, ideal, share):
-    """What the product makes of a perfect component, as a function of the hybrid's tokens so far."""
-    a, b, found = mapping.a, mapping.b, {}
-
-    def predict(ids):
-        ids = tuple(ids)
-        if ids not in found:
-            tree, _ = grow(mapping, Row(), [a.surfaces.roles["bos"], *ids])
-            paths, logits = [()], torch.full((len(tree.parents), b.size), -60.0)
-            for node in range(1, len(tree.parents)):
-                paths.append((*paths[tree.parents[node]], tree.tokens[node]))
-                for number, probability in ideal(paths[node][len(b.start) :]).items():
-                    logits[node, number] = math.log(probability)
-            piece = Piece(Aligner("a"), mapping, lambda states: states, [(0, tree.positions[-1])], a.size)
-            found[ids] = piece(logits, share(ids)[None])[0].exp()
-            assert abs(found[ids].sum() - 1) < 1e-4
-        return dict(enumerate(found[ids].tolist()))
-
-    return predict
 
 
 @pytest.mark.parametrize("home, other", [("gpt", "gemma"), ("gemma", "gpt"), ("gpt", "roles")])

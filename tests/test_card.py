@@ -57,7 +57,7 @@ def test_the_code_of_the_card_runs_as_it_stands(saved, hub, tmp_path):
     (tmp_path / "repo").mkdir()
     hub.add_repo("me/hybrid", saved[1])
     code = re.search(r"```python\n(.*?)```", card.sections["load"], re.S)[1]
-    done = clean_process.run(["-c", code], cwd=tmp_path / "repo", modules=clean_process.TORCH)
+    done = clean_process.run(["-c", code], cwd=tmp_path / "repo", modules=clean_process.TRANSFORMERS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "custom code" not in done.stdout + done.stderr
     assert "new version of the following files" not in done.stderr

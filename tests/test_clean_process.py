@@ -20,12 +20,13 @@ print(sys.argv, __name__, sys.path[0])
 def test_nothing_of_a_test_is_in_it(tmp_path):
     """One after the other are alike, and like one that was started; what another has drawn is not."""
     done = subprocess.run([sys.executable, "-c", STATE, "x"], capture_output=True, text=True, check=True, cwd=tmp_path)
-    for modules in (clean_process.PACKAGE, clean_process.TORCH):
+    for modules in (clean_process.PACKAGE, clean_process.TRANSFORMERS, clean_process.TORCH):
         for _ in range(2):
             found = clean_process.run(["-c", STATE, "x"], cwd=tmp_path, modules=modules)
             assert found.returncode == 0 and found.stdout == done.stdout, found
     loaded = "import sys; print('manticore_hf' in sys.modules, 'transformers' in sys.modules)"
     assert clean_process.run(["-c", loaded]).stdout == "True True\n"
+    assert clean_process.run(["-c", loaded], modules=clean_process.TRANSFORMERS).stdout == "False True\n"
     assert clean_process.run(["-c", loaded], modules=clean_process.TORCH).stdout == "False False\n"
     code = "import random, numpy, torch\nprint(random.random(), numpy.random.rand(), torch.rand(1).item())"
     drawn = [clean_process.run(["-c", code]).stdout.split() for _ in range(3)]

@@ -231,7 +231,7 @@ def test_shipped_recipes_are_found_by_name(tmp_path, monkeypatch):
 def test_the_demo_finds_what_is_shipped():
     for name in demo.KINDS:
         assert (demo.COMPONENTS / name / "model.safetensors").is_file()
-    assert all(recipe.is_file() for recipe in demo.RECIPES.values())
+    assert all((files("manticore_hf.recipes") / recipe).is_file() for recipe in demo.SHIPPED.values())
 
 
 def test_one_list_of_a_hybrids_settings():

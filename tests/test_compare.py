@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_hybrid import QUIET_RECIPE, WORDS, pair, save, word_tokenizer, write_text
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import manticore_hf.compare.contenders as contenders
 from manticore_hf import ManticoreError, ManticoreForCausalLM
@@ -16,9 +16,9 @@ from manticore_hf.cli import main
 from manticore_hf.compare import CompareArguments, run_compare
 from manticore_hf.compare.compare import Comparison
 from manticore_hf.compare.summary import as_markdown, verdict
-from manticore_hf.evaluation.data import DataArguments, load_rows
+from manticore_hf.evaluation.data import DataArguments, load_rows, without_text
 
-GRID = {"learning_rates": (1e-3, 1e-2), "seeds": (0, 1)}
+GRID = {"learning_rates": (1e-3, 1e-2), "seeds": (0, 1), "online_etas": (0.3, 2.0), "online_decays": (0.8,)}
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,11 @@ def test_every_baseline_is_there(compared):
         "attention, untuned",
         "state, untuned",
         "ensemble, untuned",
+        "online mixture, untuned",
         "attention, tuned",
         "state, tuned",
         "ensemble of the tuned components",
+        "online mixture of the tuned components",
         "weighted ensemble of the tuned components",
         "token gate over the tuned components",
         "attention, tuned 2 times as long",
@@ -90,6 +92,36 @@ def test_every_baseline_is_there(compared):
         "hybrid, 1 block",
         "oracle: the best tuned component for each document",
     }
+
+
+def test_stages_with_texts_of_their_own(place, tmp_path):
+    """All are tuned on the finetune stage's text; one baseline reads all that the hybrid has read, in that order."""
+    values = json.loads((place / "recipe.yaml").read_text())
+    values["stages"][1]["pretrain"] |= {"data": {"data": "more.txt", "block_size": 8}}
+    values["stages"][2]["finetune"] |= {"data": {"block_size": 12}}
+    (place / "own_texts.yaml").write_text(json.dumps(values))
+    arguments = CompareArguments(test=str(place / "test.jsonl"), seeds=(0,), learning_rates=(1e-2,))
+    comparison = Comparison(place / "own_texts.yaml", arguments, tmp_path / "compared")
+    shop, contenders = comparison.shop, {one.name: one for one in comparison._contenders()}
+    assert len(shop.train_rows[0]["input_ids"]) == 12 and len(shop.rows_of(None, shop.earlier[0])[0]["input_ids"]) == 8
+    one = contenders["attention, tuned on the earlier stages' text, then on this"]
+    twin, tokens = AutoModelForCausalLM.from_pretrained(place / "attention"), 0
+    for text, size in ((place / "more.txt", 8), (place / "train.txt", 12)):
+        rows = without_text(load_rows(DataArguments(str(text), block_size=size), shop.tokenizer)[0])
+        given = {key: value for key, value in values["stages"][2]["finetune"].items() if key != "data"}
+        training = TrainingArguments(str(tmp_path / "twin"), report_to="none", seed=0, **given)
+        Trainer(twin, training, train_dataset=rows).train()
+        tokens += len(rows) * size
+    folder = tmp_path / "run"
+    folder.mkdir()
+    cost = one.train(one.options[0], 0, folder)
+    found = one.load({"folder": folder})
+    assert cost["training_tokens"] == tokens
+    ids = torch.tensor([shop.train_rows[0]["input_ids"]])
+    torch.testing.assert_close(found(ids).logits, twin.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    hybrid = contenders["hybrid, 1 block"]
+    (tmp_path / "hybrid").mkdir()
+    assert hybrid.train(hybrid.options[0], 0, tmp_path / "hybrid")["training_tokens"] == tokens
 
 
 def test_the_grid_is_chosen_on_the_validation_text_alone(compared):
@@ -107,6 +139,10 @@ def test_the_grid_is_chosen_on_the_validation_text_alone(compared):
     assert len(ensembles) == 2
     best = min(ensembles, key=lambda run: run["validation"])["options"]
     assert _row(result, "ensemble of the tuned components")["options"] == best
+    online = [run for run in _runs(output, "online mixture of the tuned components") if run["seed"] == 0]
+    assert len(online) == 4  # two rates of the components, two of the mixture
+    best = min(online, key=lambda run: run["validation"])["options"]
+    assert _row(result, "online mixture of the tuned components")["options"] == best and best["online_decay"] == 0.8
     best = min(first, key=lambda run: run["validation"])
     # What was not chosen keeps its numbers and not its weights
     dropped = next(run for run in first if run is not best)

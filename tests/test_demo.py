@@ -1,7 +1,8 @@
-"""The demo as a user runs it, on a tenth of its text."""
+"""The demo as a user runs it, on a fifth of its text, and what it says to do next."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -11,38 +12,68 @@ from manticore_hf import ManticoreForCausalLM
 from manticore_hf.training.recipe import load_recipe
 
 ROWS = (
-    "neox_prose", "mamba_code", "ensemble", "hybrid, 1 block, gate trained", "hybrid, 2 blocks, calibrated only",
+    "neox_prose", "mamba_code", "ensemble", "online mixture", "hybrid, 1 block, gate trained",
+    "hybrid, 2 blocks, calibrated only",
     "hybrid, 2 blocks, projectors and gate trained", "neox_prose, tuned alone", "mamba_code, tuned alone",
-    "ensemble of the tuned components", "token gate over the tuned components", "hybrid, 1 block, tuned jointly",
+    "ensemble of the tuned components", "online mixture of the tuned components",
+    "token gate over the tuned components", "hybrid, 1 block, tuned jointly",
     "hybrid, 2 blocks, searched and tuned",
 )  # fmt: skip
+SAID = ("bits per byte better than", "bits per byte worse than", "shows no difference from")
+
+
+def _command(place, *given):
+    """A command as a user types it in a directory."""
+    done = subprocess.run(
+        [sys.executable, "-m", "manticore_hf.cli", *given], capture_output=True, text=True, timeout=580, cwd=place
+    )
+    assert done.returncode == 0, (given, done.stderr[-3000:])
+    return done
 
 
 @pytest.mark.slow
-def test_the_demo(tmp_path):
-    command = [sys.executable, "-m", "manticore_hf.cli", "demo", "--tokens", "8000", "--seed", "3"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    done = subprocess.run(
-        [*command, "--output-dir", str(tmp_path)], capture_output=True, text=True, timeout=580, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("logits equal to the last bit: yes") == 2
+def test_the_demo(tmp_path, hub, owner):
+    given = ("demo", "--tokens", "8000", "--seed", "3")
+    done = _command(tmp_path, *given)
+    for noise in ("{'loss'", "torchao", "bitsandbytes", "gemm_4bit", "_pytree"):
+        assert noise not in done.stdout + done.stderr, noise
     for row in ROWS:
         assert f"\n{row} " in done.stdout, row
-    said = (
-        "bits per byte better than the best",
-        "bits per byte worse than the best",
-        "shows no difference from the best",
-    )
-    assert any(words in done.stdout for words in said)
-    assert (tmp_path / "losses.png").stat().st_size > 10_000
-    for name in ("demo", "demo_one_block"):
-        recipe = load_recipe(tmp_path / name / "recipe.yaml")
+    found, next_steps = done.stdout.split("\nWhat was found\n")[1].split("\nNext\n")
+    lines = found.splitlines()
+    assert [any(said in line for said in SAID) for line in lines] == [True] * 3 + [False] * 3
+    assert [line.endswith("logits equal to the last bit: yes.") for line in lines[4:]] == [True, True]
+    assert "2,400 bytes of weights (the components by reference" in lines[4]
+
+    kept = tmp_path / "manticore-demo"
+    assert (kept / "losses.png").stat().st_size > 10_000
+    for name in ("one_block", "two_blocks"):
+        recipe = load_recipe(kept / name / "recipe.yaml")
         assert recipe.seed == 3
-        folders = ["0-compose", *(f"{n}-{stage}" for n, (stage, _) in enumerate(recipe.stages, 1))]
-        for folder in folders:
-            assert json.loads((tmp_path / name / folder / "stage.json").read_text())["stage"] == folder[2:]
-    searched = ManticoreForCausalLM.from_pretrained(tmp_path / "demo" / "3-search")
-    tuned = ManticoreForCausalLM.from_pretrained(tmp_path / "demo" / "4-finetune")
+        for number, stage in enumerate(["compose", *(stage for stage, _ in recipe.stages)]):
+            folder = kept / name / f"{number}-{stage}"
+            assert json.loads((folder / "stage.json").read_text())["stage"] == stage
+            logged = (folder / "training.log").read_text() if stage not in ("compose", "calibrate") else ""
+            assert all(json.loads(line)["step"] for line in logged.splitlines())
+            assert bool(logged) == (stage not in ("compose", "calibrate"))
+    searched = ManticoreForCausalLM.from_pretrained(kept / "two_blocks" / "3-search")
+    tuned = ManticoreForCausalLM.from_pretrained(kept / "two_blocks" / "4-finetune")
     assert tuned.config.mixture_weights[0] == pytest.approx(searched.mixture_weights()[0].tolist(), abs=1e-6)
-    assert (tmp_path / "demo" / "3-search" / "plots" / "alpha.png").is_file()
+    assert (kept / "two_blocks" / "3-search" / "plots" / "alpha.png").is_file()
+    report = (kept / "one_block" / "report.html").read_text()
+    assert report.count("<svg") > 1 and (kept / "one_block" / "report.html").as_uri() in done.stdout
+
+    commands = [shlex.split(line) for line in next_steps.splitlines() if line.startswith("  manticore-hf ")]
+    assert [one[1] for one in commands] == ["compare", "report", "inspect", "push"]
+    (compare, report, inspect, push) = (one[1:] for one in commands)
+    _command(tmp_path, *compare, "--learning-rates", "1e-3", "--gate-learning-rates", "1e-3")
+    assert "bits per byte" in _command(tmp_path, *report).stdout
+    assert "neox_prose" in _command(tmp_path, *inspect).stdout
+    _command(tmp_path, *[f"{owner}/first" if one == "you/my-first-hybrid" else one for one in push])
+    assert ManticoreForCausalLM.from_pretrained(f"{owner}/first").config.component_names == ["neox_prose", "mamba_code"]
+
+    other = subprocess.run(
+        [sys.executable, "-m", "manticore_hf.cli", "demo", "--tokens", "9000"], cwd=tmp_path, capture_output=True,
+        text=True, env=dict(os.environ),
+    )  # fmt: skip
+    assert other.returncode == 2 and "holds a demo on other text" in other.stderr

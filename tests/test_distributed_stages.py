@@ -111,7 +111,7 @@ def test_sharded(alone, tmp_path):
         assert component_keys(folder) == set()
     assert component_keys(output / "4-finetune")
     done = clean_process.run(
-        ["-c", STRANGER, output / "4-finetune", tmp_path / "logits.pt"], modules=clean_process.TORCH
+        ["-c", STRANGER, output / "4-finetune", tmp_path / "logits.pt"], modules=clean_process.TRANSFORMERS
     )
     assert done.returncode == 0, done.stderr[-3000:]
     model = ManticoreForCausalLM.from_pretrained(output / "4-finetune")

@@ -72,8 +72,13 @@ def of_component(found, name):
     return {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
 
 
+# Attention that is computed in float32 or scaled, recurrent states of three kinds, experts
+QUICK = ["gemma3_text", "gpt2", "gpt_neox", "jamba", "mamba", "mamba2", "recurrent_gemma"]
+OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in families.FAMILIES if family not in QUICK]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", [*QUICK, *OTHERS])
 def test_one_hot_in_half_precision_is_the_component(family, dtype, tmp_path):
     """However the component comes: as files, as an instance in float32, as one that `.to()` has rounded.
 

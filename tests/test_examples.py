@@ -24,7 +24,7 @@ SETTINGS = {
     "sft": ["--examples", "8"],
     "train": ["--rows", "8"],
 }
-BASELINES = {"neox_prose", "mamba_code", "ensemble"}
+BASELINES = {"neox_prose", "mamba_code", "ensemble", "mixture"}
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,16 @@ metric_list:
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_environment():
+    """Of every model the harness writes down the packages, by `pip list`, which takes longer than the model."""
+    import lm_eval.evaluator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def questions():
     """Questions of different lengths with two answers of one word."""
@@ -84,8 +94,11 @@ def test_scores_are_those_of_one_request_after_the_other(start, questions, tmp_p
     parts = {name: (lambda ids, name=name: model.component(name)(input_ids=ids).logits) for name in names}
     ensemble = lambda ids: sum(part(ids).log_softmax(-1) for part in parts.values()) / len(parts)  # noqa: E731
     baselines = {"hybrid": lambda ids: model(input_ids=ids).logits, **parts, "ensemble": ensemble}
+    apart = [ComponentSpec(model.component(name), name=name) for name in names]
+    online = ManticoreForCausalLM.from_components(apart, num_blocks=1, mixture="online", verify=False)
+    baselines["online mixture"] = lambda ids: online(input_ids=ids).logits
     scores = evaluate(start, tmp_path, "--batch-size", "5")
-    assert list(scores) == ["hybrid", "gpt_neox", "mamba", "ensemble"]
+    assert list(scores) == ["hybrid", "gpt_neox", "mamba", "ensemble", "online mixture"]
     for label, logits_of in baselines.items():
         assert scores[label]["tiny_choice"]["acc"][0] == pytest.approx(accuracy(logits_of, questions, tokenizer)), label
     assert len({row["tiny_choice"]["acc"][0] for row in scores.values()}) > 1
@@ -101,7 +114,7 @@ def test_components_as_they_came_answer_with_their_own_tokenizers(start, questio
         part.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     scores = evaluate(start, tmp_path, "--components", str(tmp_path / "one"), str(tmp_path / "two"))
-    assert list(scores)[4:] == ["gpt_neox as it came", "mamba as it came"]
+    assert list(scores)[5:] == ["gpt_neox as it came", "mamba as it came"]
     for label, part, tokenizer in (("gpt_neox", parts[0], word_tokenizer()), ("mamba", parts[1], other)):
         by_hand = accuracy(lambda ids, part=part: part.eval()(input_ids=ids).logits, questions, tokenizer)
         assert scores[f"{label} as it came"]["tiny_choice"]["acc"][0] == pytest.approx(by_hand)
@@ -143,11 +156,18 @@ def test_a_pruned_hybrid_has_no_baselines_left(start, tmp_path):
     assert list(evaluate((None, tmp_path / "hard", start[2]), tmp_path, "--limit", "4")) == ["hybrid"]
 
 
-@pytest.mark.parametrize("tasks", ["", "tiny_choice,no_such_task"])
-def test_unknown_tasks_are_named(start, capsys, tasks):
-    command = ["evaluate", "--model", str(start[1]), "--include-path", str(start[2]), "--tasks", tasks]
-    assert main(command) == 2
-    assert ("'no_such_task'" in (err := capsys.readouterr().err)) == bool(tasks) and "--tasks" in err
+@pytest.mark.parametrize("own", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_unknown_tasks_are_named(start, tmp_path, capsys, monkeypatch, own):
+    """What the directory lacks is looked for among the harness's own: ten thousand files, in the quick test one."""
+    theirs = "hellaswag"
+    if own == "few":
+        theirs = "of_the_harness"
+        (tmp_path / "own.yaml").write_text((start[2] / "tiny.yaml").read_text().replace("tiny_choice", theirs))
+        monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "manager.py"))
+    for tasks in ("", f"tiny_choice,no_such_task,{theirs}"):
+        command = ["evaluate", "--model", str(start[1]), "--include-path", str(start[2]), "--tasks", tasks]
+        assert main(command) == 2
+        assert ("knows no task 'no_such_task';" in (err := capsys.readouterr().err)) == bool(tasks) and "--tasks" in err
 
 
 def test_without_the_harness_it_says_what_to_install(start, monkeypatch, capsys):

@@ -36,6 +36,12 @@ def as_parquet(documents, column="text"):
     return buffer.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """A stream that was cut off is opened again after five seconds."""
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0.05)
+
+
 CONFIGURATIONS = {"code": "code.jsonl", "prose": "p.jsonl"}
 FORMATS = {"jsonl": as_jsonl, "parquet": as_parquet}
 

@@ -17,8 +17,12 @@ from manticore_hf.cli import main
 from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.training.prune import prune
 
+# Attention, without and with windows and tables of positions; states of both kinds; both; experts; its own memory
+QUICK = ["gemma2", "jamba", "mamba2", "opt_projected", "recurrent_gemma"]
+OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in sorted(FAMILIES) if family not in QUICK]
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+
+@pytest.mark.parametrize("family", [*QUICK, *OTHERS])
 def test_every_family(family, tmp_path):
     model = hybrid(family)
     model.save_pretrained(tmp_path)
@@ -98,7 +102,7 @@ def test_nothing_is_downloaded_and_no_code_is_run(hub, owner, tmp_path, capsys):
 
 
 @pytest.fixture
-def published(hub, owner, tmp_path):
+def published(hub, owner, tmp_path, counted_once):
     """A hybrid on the Hub that has one tensor of its own of component a. Returns its repo id."""
     publish(hub, f"{owner}/a", tiny("gpt_neox"), tmp_path / "src", tokenizer())
     publish(hub, f"{owner}/b", tiny("mamba"), tmp_path / "src")

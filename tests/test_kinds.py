@@ -27,6 +27,7 @@ from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.report.write import write_report
 from manticore_hf.utils.task_types import KINDS, kind_of, labels_of
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 TASKS = {"sequence": "text-classification", "token": "token-classification"}
 AUTO = {"sequence": "AutoModelForSequenceClassification", "token": "AutoModelForTokenClassification"}
 LABELS = {0: "no", 1: "yes", 2: "per|haps *"}

@@ -29,6 +29,7 @@ def looks(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_once_for_all_that_are_equal(family, looks):
     one, two = tiny(family, seed=0), tiny(family, seed=1)
+    two.config._name_or_path = "another/place"
     with torch.device("meta"):
         three = type(one)(one.config).to(torch.bfloat16)
     found = find_layout(one)

@@ -434,7 +434,14 @@ def test_tracing_uses_upstreams_path():
     assert "manticore" not in str(traced.graph)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# The scans of Mamba and Mamba-2, and both layers and attention; a family's own forward comes with the slow tests
+COMPILED = [
+    family if family in ("jamba", "mamba", "mamba2") else pytest.param(family, marks=pytest.mark.slow)
+    for family in FAMILIES
+]
+
+
+@pytest.mark.parametrize("family", COMPILED)
 def test_the_graph_is_as_whole_as_it_was(family):
     model = tiny_model(tiny_config(family))
     mm.repair_mixers(model)

@@ -106,7 +106,7 @@ def test_evaluate_prints_the_components_as_they_came(place, tmp_path, capsys):
     assert main([*words, "--components", str(folder / "a"), str(folder / "b")]) == 0
     said, result = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())
     bits = result["bits_per_byte"]
-    assert list(bits) == ["a", "b", "ensemble", "hybrid", "a as it came", "b as it came"]
+    assert list(bits) == ["a", "b", "ensemble", "online mixture", "hybrid", "a as it came", "b as it came"]
     assert bits["a as it came"] == pytest.approx(bits["a"], rel=1e-5)  # the tokenizer is its own
     assert bits["b as it came"] != pytest.approx(bits["b"], rel=1e-2)  # transplanted
     passages = make_passages(rows_of(folder, 64), first())
@@ -133,10 +133,12 @@ def test_with_new_embeddings_the_baselines_are_untouched(place, tmp_path):
     words = ["--model", tmp_path / "fresh", "--data", folder / "text.txt", "--block-size", 64, "--output-dir", tmp_path]
     assert main(["evaluate", *map(str, words), "--components", str(folder / "a"), str(same)]) == 0
     bits = json.loads((tmp_path / "evaluation.json").read_text())["bits_per_byte"]
-    assert list(bits) == ["hybrid", "a as it came", "c as it came", "ensemble as they came"]
+    together = ["ensemble as they came", "online mixture as they came"]
+    assert list(bits) == ["hybrid", "a as it came", "c as it came", *together]
     plain = ManticoreForCausalLM.from_components([folder / "a", same], num_blocks=1, mixture="static")
     found = measure(plain, make_passages(rows_of(folder, 64), first()))
     assert bits["ensemble as they came"] == pytest.approx(found.bits_per_byte["ensemble"], rel=1e-5)
+    assert bits[together[1]] == pytest.approx(found.bits_per_byte["online mixture"], rel=1e-5)
     assert bits["a as it came"] == pytest.approx(found.bits_per_byte["a"], rel=1e-5)
 
 

@@ -18,7 +18,6 @@ from manticore_hf.training.prune import prune
 
 BF16 = torch.bfloat16
 CASES = [  # pair, blocks, stage, mixed precision, checkpointing, (batch, length)
-    ("gpt_neox+mamba", 1, "finetune", None, False, (2, 96)),
     ("gpt_neox+mamba", 1, "finetune", BF16, True, (2, 96)),
     ("gpt_neox+mamba", 2, "projectors", BF16, False, (2, 96)),
     ("llama+mamba2", 2, "search", None, True, (4, 64)),
@@ -26,6 +25,7 @@ CASES = [  # pair, blocks, stage, mixed precision, checkpointing, (batch, length
 ]
 # Every stage, family and way of these two is in one of those above
 MORE = [
+    ("gpt_neox+mamba", 1, "finetune", None, False, (2, 96)),
     ("gpt_neox+mamba", 1, "projectors", None, False, (2, 96)),
     ("llama+mamba2", 1, "finetune", BF16, False, (1, 128)),
 ]
@@ -46,7 +46,7 @@ def test_a_micro_batch_takes_what_the_allocator_gives(pair, blocks, stage, autoc
     assert cost.with_gradients == pytest.approx(allocated(run), rel=0.05)
 
 
-@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("numba", [pytest.param(True, marks=pytest.mark.slow), False])  # the quick cases above have it
 def test_the_scan_s_own_memory_is_counted(numba, monkeypatch):
     if not numba:
         monkeypatch.setenv("MANTICORE_NUMBA", "0")
@@ -85,8 +85,15 @@ def test_distillation_counts_its_teacher(tmp_path):
     "pair, stage, ways",
     [
         ("gpt_neox+mamba", "projectors", [(None, False), (BF16, False)]),
-        ("gpt_neox+mamba", "finetune", [(None, False), (None, True), (BF16, False), (BF16, True)]),
-        ("gemma2+jamba", "finetune", [(BF16, True)]),  # layers of two and of four kinds in turn, some with experts
+        ("gemma2+mamba", "finetune", [(None, False), (BF16, True)]),  # layers of two kinds in turn
+        pytest.param(
+            "gpt_neox+mamba",
+            "finetune",
+            [(None, False), (None, True), (BF16, False), (BF16, True)],
+            marks=pytest.mark.slow,
+        ),
+        # Of four kinds, some with experts
+        pytest.param("gemma2+jamba", "finetune", [(BF16, True)], marks=pytest.mark.slow),
     ],
 )
 def test_three_periods_stand_for_all_layers(pair, stage, ways):
@@ -97,7 +104,9 @@ def test_three_periods_stand_for_all_layers(pair, stage, ways):
         assert short.micro_batch(2, 64, *way) == whole.micro_batch(2, 64, *way)
 
 
-@pytest.mark.parametrize("checkpointing, size", [(True, (2, 64)), (False, (1, 256))])
+@pytest.mark.parametrize(
+    "checkpointing, size", [(True, (2, 64)), pytest.param(False, (1, 256), marks=pytest.mark.slow)]
+)
 def test_gradients_of_layers_are_divided_as_they_come(checkpointing, size):
     """With many devices hardly anything of a layer's gradient stays; those outside layers stay to the end."""
     config = config_of("gpt_neox+mamba", vocabulary=64, mixture="static")

@@ -123,6 +123,21 @@ def test_a_stage_calibrates_what_was_composed_for_it(parts, start, tmp_path, cap
         assert not awaits_calibration(ManticoreForCausalLM.from_components(parts, **settings))
 
 
+def test_a_stage_shows_one_bar_and_logs_to_a_file(parts, start, tmp_path, capfd):  # noqa: F811
+    data = DataArguments(data=str(start / "text.txt"), block_size=16)
+    for verbose in (False, True):
+        settings = {"output_dir": str(tmp_path / f"out-{verbose}"), "max_steps": 3, "logging_steps": 1, "use_cpu": True}
+        training = TrainingArguments(**settings, report_to="none", save_strategy="no", disable_tqdm=False)
+        run_stage("pretrain", StageArguments(str(start / "hybrid"), verbose=verbose), data, training)
+        said, log = capfd.readouterr(), tmp_path / f"out-{verbose}" / "training.log"
+        assert ("{'loss'" in said.out + said.err) == verbose and log.is_file() != verbose
+        assert ("pretrain: 100%" in said.err and "3/3" in said.err and "loss=" in said.err) != verbose
+    steps = [json.loads(line) for line in (tmp_path / "out-False" / "training.log").read_text().splitlines()]
+    state = json.loads((tmp_path / "out-False" / "trainer_state.json").read_text())
+    assert [one["step"] for one in steps] == [1, 2, 3, 3]
+    assert [one["loss"] for one in steps[:3]] == [one["loss"] for one in state["log_history"][:3]]
+
+
 def test_rows_of_different_lengths_calibrate(parts):
     model = ManticoreForCausalLM.from_components(parts, num_blocks=2)
     rows = [list(range(2, 2 + length)) for length in (3, 9, 5, 7) * 40]
@@ -192,6 +207,6 @@ def test_evaluate_prints_the_baselines(start, tmp_path, capsys):  # noqa: F811
     command = ["evaluate", "--model", str(start / "hybrid"), "--data", str(start / "text.txt"), "--block-size", "16"]
     assert main([*command, "--max-tokens", "800", "--output-dir", str(tmp_path)]) == 0
     out, losses = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())["losses"]
-    assert list(losses) == ["gpt_neox", "mamba", "ensemble", "hybrid"] and "800 tokens" in out
+    assert list(losses) == ["gpt_neox", "mamba", "ensemble", "online mixture", "hybrid"] and "800 tokens" in out
     for name, loss in losses.items():
         assert name in out and f"{loss:.4f}" in out

@@ -14,6 +14,7 @@ from transformers.integrations import hub_kernels
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, cli
 
+pytestmark = pytest.mark.usefixtures("uncounted")
 KERNEL = "attacker/kernel"
 LOADS = {
     **{key: KERNEL for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal",
@@ -101,19 +102,19 @@ def test_a_hybrids_configuration(hub, owner, tmp_path, watched, extra):
 
     hub.clear_requests()
     worked = 0
-    for key, value in extra.items():
-        for change in (lambda values, one: spread(values, one), in_component):
+    for number, (key, value) in enumerate(extra.items()):
+        for place, change in enumerate((lambda values, one: spread(values, one), in_component)):
             (tmp_path / "out" / "config.json").write_text(original)
             edit(tmp_path / "out", lambda values: change(values, {key: value}))  # noqa: B023
-            for load in (ManticoreForCausalLM, AutoModelForCausalLM):
-                try:
-                    load.from_pretrained(tmp_path / "out")(input_ids=ids())
-                    worked += 1
-                except ManticoreError:
-                    pass
+            load = (ManticoreForCausalLM, AutoModelForCausalLM)[(number + place) % 2]  # by turns
+            try:
+                load.from_pretrained(tmp_path / "out")(input_ids=ids())
+                worked += 1
+            except ManticoreError:
+                pass
             cli.main(["inspect", str(tmp_path / "out")])
     watched()
-    assert worked > len(extra)  # it is not refused as a whole, whatever is in it
+    assert worked > len(extra) / 2  # it is not refused as a whole, whatever is in it
     publish_hybrid(hub, f"{owner}/h", tmp_path / "out")
     hub.clear_requests()
     with pytest.MonkeyPatch.context() as patch:

@@ -8,6 +8,7 @@ import sys
 import venv
 from pathlib import Path
 
+import aligned_pairs
 import clean_process
 import pytest
 import torch
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 import manticore_hf
-from manticore_hf import ManticoreForCausalLM, lora_config, modeling
+from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreForCausalLM, lora_config, modeling
 
 CODE = Path(modeling.__file__).parent
 FILES = sorted(CODE.glob("*_manticore.py"))
@@ -284,13 +285,13 @@ def ids(rows=2):
     return torch.randint(3, 48, (2, 8), generator=torch.Generator().manual_seed(1))[:rows]
 
 
-def facts(model):
+def facts(model, given=None):
     """What the scripts compute of a model, here."""
     model.eval()
-    mask = torch.ones(1, ids().shape[1], dtype=torch.long)
+    given = ids() if given is None else given
     with torch.no_grad():
-        logits = model(input_ids=ids()).logits
-        text = model.generate(ids(1), max_new_tokens=6, do_sample=False, attention_mask=mask)
+        logits = model(input_ids=given).logits
+        text = model.generate(given[:1], max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(given[:1]))
     return {"logits": logits, "text": text}
 
 
@@ -352,6 +353,70 @@ def test_life_without_the_package(published, run, hub, owner, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(where)
         assert type(loaded) is ManticoreForCausalLM
         assert_facts({"chunked": trained["chunked"], **facts(loaded)}, trained)
+
+
+WRONG_FILE = """
+try:
+    AutoModelForCausalLM.from_pretrained(repo, **trust)(input_ids=ids)
+except Exception as err:
+    torch.save({"kind": type(err).__name__, "said": str(err)}, output)
+"""
+
+
+def test_aligned_tokenizers_without_the_package(run, hub, owner, tmp_path):
+    """Components' tokenizers come from their repositories, at the pinned commit, and are checked."""
+    for name, family, kind in (("a", "llama", "gpt"), ("b", "gpt_neox", "gemma"), ("c", "mamba", "llama")):
+        publish(
+            hub, f"{owner}/{name}", aligned_pairs.model(family, kind), tmp_path / "src", aligned_pairs.tokenizer(kind)
+        )
+    model = ManticoreForCausalLM.from_components([f"{owner}/{name}" for name in "abc"])
+    assert model.config.aligned == ("b", "c")
+    home = aligned_pairs.tokenizer("gpt")
+    model.save_pretrained(tmp_path / "out")
+    home.save_pretrained(tmp_path / "out")
+    publish_hybrid(hub, f"{owner}/hybrid", tmp_path / "out")
+    torch.save(home("two dogs ran and a cat", return_tensors="pt").input_ids, tmp_path / "ids.pt")
+    expected = facts(model, torch.load(tmp_path / "ids.pt"))
+    # Another tokenizer on the main branch, later
+    publish(hub, f"{owner}/b", aligned_pairs.model("gpt_neox", "gemma"), tmp_path / "later", home)
+    found = run(LOAD_FOUR_WAYS, f"{owner}/hybrid", tmp_path / "saved", f"{owner}/again")
+    assert_facts(found, expected)
+    assert found["pipeline"].startswith("w5 w6 w7") and len(found["pipeline"]) > len("w5 w6 w7")
+    for folder in (tmp_path / "saved", tmp_path / "out"):
+        names = {file.name for file in folder.iterdir()}
+        assert {file.name for file in CODE.glob("aligned_*.py")} <= names and not list(folder.glob("tokenizer_*/*"))
+        assert "aligned_hybrid." in read_json(folder)["auto_map"]["AutoModelForCausalLM"]
+    again = run(LOAD, f"{owner}/again", tmp_path / "saved")
+    for where in (f"{owner}/again", tmp_path / "saved"):
+        assert_facts(again[str(where)], found["trained"])
+    # A file that is not the recorded one
+    config = read_json(tmp_path / "out")
+    config["components"][1]["tokenizer"]["files"]["tokenizer.json"] = "0" * 64
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    refused = run(WRONG_FILE, tmp_path / "out")
+    assert refused["kind"] == "ManticoreError" and "tokenizer.json" in refused["said"]
+
+
+ONLINE = """
+model = AutoModelForCausalLM.from_pretrained(repo, **trust)
+found = facts(model)
+model.save_pretrained(more[0])
+again = AutoModelForCausalLM.from_pretrained(more[0], **trust)
+torch.save({**found, "again": facts(again)["logits"]}, output)
+"""
+
+
+def test_an_online_mixture_without_the_package(run, tmp_path):
+    """Its repository carries the file that others do not, and so does what is saved there."""
+    parts = [ComponentSpec(tiny(family), name=family) for family in ("gpt_neox", "mamba")]
+    model = ManticoreForCausalLM.from_components(parts, mixture="online", online_eta=0.9)
+    model.save_pretrained(tmp_path / "out")
+    torch.save(ids(), tmp_path / "ids.pt")
+    found, wanted = run(ONLINE, tmp_path / "out", tmp_path / "again"), facts(model)
+    assert_facts(found, wanted)
+    assert torch.equal(found["again"], wanted["logits"])
+    names = [{file.name for file in (tmp_path / folder).glob("*.py")} for folder in ("out", "again")]
+    assert names[0] == names[1] == {*(file.name for file in FILES), "past_losses.py"}
 
 
 def test_quantised_without_the_package(published, run, hub, owner, tmp_path, monkeypatch):
@@ -506,6 +571,9 @@ def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_stil
         assert told[name].startswith("ManticoreError: ") and message in told[name], (name, told[name])
 
 
+SINCE_THEN = ("gate_past_losses", "online_decay", "online_eta", "online_share")  # settings that version 0.1 had not
+
+
 def earlier():
     """{name: (directory, logits then)}."""
     logits = load_file(EARLIER / "logits.safetensors")
@@ -529,7 +597,8 @@ def test_the_package_loads_what_version_0_1_published(tmp_path):
         written = [read_json(one) for one in (folder, tmp_path / name)]
         for values in written:
             values.pop("transformers_version")
-        assert written[0] == written[1]
+        since = {key: value for key, value in ManticoreConfig().to_dict().items() if key in SINCE_THEN}
+        assert {**since, **written[0]} == written[1]
 
 
 def test_this_code_in_a_repository_loads_what_version_0_1_published(run, tmp_path):

@@ -24,6 +24,7 @@ def few_repeats():
         yield
 
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 EVIL = "<script>alert(1)</script> | **x** [y](http://evil.example)"
 
 
@@ -118,13 +119,16 @@ def test_both_files_say_the_same(written, folder):
     assert verdict.word == "GO" and f"{verdict.word}. {verdict.headline}." in text
     for sentence in (*verdict.reasons, *verdict.steps):
         assert sentence in text and sentence in plain
+    said = text.split("To say in a meeting ")[1].split(" The rules of the verdict")[0]
+    assert said.count(".") > 4 and "Without" in said and page.index("hybrid better, ") < page.index("The rules")
+    assert said.split(". ")[0] in plain
     measured = json.loads((folder / "hybrid" / "report.json").read_text())["parts"]
     numbers = [f"{measured['losses']['losses'][name]:.3f}" for name in measured["losses"]["losses"]]
     numbers += [f"{value['loss']:.3f}" for key, value in measured.items() if key.startswith("without/")]
     numbers += [f"{one['loss']:.3f}" for one in measured["mixtures"]]
     numbers += [f"{one['cka']:.3f}" for one in measured["similarity"]]
     numbers += [f"{one['decode']:,.1f}" for one in measured["speed"]["models"].values()]
-    assert len(numbers) == 4 + 4 + 1 + 3 + 3
+    assert len(numbers) == 5 + 4 + 1 + 3 + 3
     assert [number for number in numbers if number not in text or number not in plain] == []
     for baseline in measured["losses"]["where"].values():
         assert f"{abs(baseline['gain']):.3f} nats per token" in text
@@ -174,7 +178,7 @@ def test_pruned_and_three_components(tmp_path):
     for name, count in (("hard", 0), ("soft", 3)):
         written = write_report(tmp_path / name, tmp_path / "text.txt", **options)
         parts = json.loads((tmp_path / name / "report.json").read_text())["parts"]
-        assert len(parts["similarity"]) == 3 * count and len(parts["losses"]["losses"]) == (5 if count else 1)
+        assert len(parts["similarity"]) == 3 * count and len(parts["losses"]["losses"]) == (6 if count else 1)
         assert ("pruned to one component per block" in Page(written[1].read_text()).text) == (count == 0)
         # A hybrid's number is never there without its baselines'
         own = f"{parts['losses']['losses']['hybrid']:.3f}"
@@ -228,7 +232,7 @@ def test_a_run_is_reported_as_a_whole(tmp_path):
     assert "2 stages" in text and "1-search, block 1" in text and "2-finetune, block 1" not in text
     # The recipe beside it says where the components are as they came: what was measured for the report has them
     found = json.loads((tmp_path / "run" / "report.json").read_text())["parts"]["losses"]
-    names = ["ensemble", *results[-1][1]["components"]]
+    names = ["ensemble", "online mixture", *results[-1][1]["components"]]
     names += [f"{name} as it came" for name in results[-1][1]["components"]]
     bits, losses = found["bits_per_byte"], found["losses"]
     assert sorted(bits) == sorted([*names, "hybrid"])

@@ -6,7 +6,7 @@ from datasets import Dataset
 from manticore_hf.modeling.mixture_manticore import sureness
 from tiny_hybrid import mixed_hybrid, neox, pair, rows_of, word_tokenizer
 
-from manticore_hf import ManticoreModel, prune
+from manticore_hf import ComponentSpec, ManticoreForCausalLM, ManticoreModel, prune
 from manticore_hf.report import measure
 from manticore_hf.report.passages import document_gains, documents_of, kind_gains, where_it_differs
 from manticore_hf.report.speed import measure_speed
@@ -111,7 +111,10 @@ def test_token_losses_are_the_models(monkeypatch):
         for name in found
         if name in model.config.component_names
     }
+    apart = [ComponentSpec(model.component(name), name=name) for name in every]
+    online = ManticoreForCausalLM.from_components(apart, num_blocks=1, mixture="online", verify=False).eval()
     every["ensemble"] = sum(one.log_softmax(-1) for one in every.values()) / 2
+    every["online mixture"] = online(ids).logits
     out = model(ids)
     every["hybrid"] = out.logits
     for name, logits in every.items():
@@ -203,7 +206,7 @@ def test_gains_are_sorted_and_sum_to_the_difference():
     names = model.config.component_names
     where = where_it_differs(losses, rows, tokenizer, gate, names, top_tokens=1000, top_documents=1000)
     assert sum(any(token == 0 for token in ids[:-1]) for ids in rows["input_ids"]) > 1, "rows of several documents"
-    for baseline in (*names, "ensemble"):
+    for baseline in (*names, "ensemble", "online mixture"):
         gain = losses[baseline] - losses["hybrid"]
         for found in (document_gains(gain, documents), kind_gains(gain, targets)):
             sums = [one[1] for one in found]

@@ -10,6 +10,8 @@ from manticore_hf import ManticoreError
 from manticore_hf.report.facts import gather, held_out
 from manticore_hf.training import recipe as recipes
 
+pytestmark = pytest.mark.usefixtures("uncounted")
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -52,7 +54,7 @@ def test_text_outside_is_read_only_if_its_reader_says_so(theirs, tmp_path, monke
 def test_a_recipe_that_was_run_here_names_what_its_person_named(theirs, tmp_path):
     text = recipe(theirs, "private.txt")
     assert held_out(gather(theirs))[0].data == "private.txt"  # nothing of that name is here
-    recipes._remember(text, tmp_path)  # as `run_recipe` does
+    recipes.remember_recipe(text, tmp_path)  # as `run_recipe` does
     assert os.path.samefile(held_out(gather(theirs))[0].data, tmp_path / "private.txt")
     recipe(theirs, "../private.txt")  # another text is another recipe
     with pytest.raises(ManticoreError, match="--allow-outside"):

@@ -1,6 +1,7 @@
 """The rules of the verdict, each by a comparison made for it; reading a comparison; the charts' arithmetic."""
 
 import json
+import types
 
 import pytest
 
@@ -8,6 +9,7 @@ from manticore_hf import ManticoreError
 from manticore_hf.report import charts
 from manticore_hf.report.comparison import find_comparison, read_comparison
 from manticore_hf.report.facts import OneRun
+from manticore_hf.report.gains import gains, phrases
 from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say
 
 LOSS = 2.0  # the hybrid's; baselines are said by how much worse they are
@@ -216,6 +218,42 @@ def test_what_is_wrong_with_a_comparison_is_named(tmp_path, where, value, said):
     (tmp_path / "comparison.json").write_text(json.dumps(values))
     with pytest.raises(ManticoreError, match="comparison.json.*" + said):
         read_comparison(tmp_path / "comparison.json")
+
+
+# ---- what is said to others ------------------------------------------------------------------------------------------
+
+
+def facts_of(*baselines, bits=1.0):
+    hybrid = row("ours", "hybrid", 0.0, bits_per_byte=bits) | {"difference": None, "difference_interval": None}
+    values = {"hybrid": "ours", "rows": [hybrid, *baselines], "test_bytes": 9_000}
+    return types.SimpleNamespace(comparison=values, measured={}, found={"components": []})
+
+
+def test_gains_are_in_bits_per_byte_where_these_are_known():
+    parts = row("b", "component", 0.4), row("a", "component", 0.2), row("e", "ensemble", -0.1, bits_per_byte=0.9)
+    found, unit = gains(facts_of(*parts))
+    assert unit == "bits per byte" and list(found) == ["e", "a", "b"]  # 2 nats per token are 1 bit per byte
+    assert found["a"] == pytest.approx([0.1, 0.0975, 0.1025]) and found["e"] == pytest.approx([-0.05, -0.0525, -0.0475])
+    found, unit = gains(facts_of(*parts, bits=None))
+    assert unit == "nats per token" and found["a"] == pytest.approx([0.2, 0.195, 0.205])
+
+
+def test_phrases_say_what_is_lost_too():
+    parts = row("a", "component", 0.2), row("e", "ensemble", -0.1)
+    said = phrases(facts_of(*parts), "It costs.", "It may be used. ")
+    assert said[0].startswith(
+        "The hybrid is 0.0500 bits per byte worse than the best of what there is without it (e) (95"
+    )
+    assert said[1].startswith("The hybrid is 0.1000 bits per byte better than the best single model (a) (95")
+    assert said[2:] == ["It costs.", "It may be used."]
+    facts = facts_of(*parts, bits=None)
+    facts.measured = {
+        "losses": {"losses": {"hybrid": 2.0}}, "without/0/a": {"loss": 2.5}, "without/0/b": {"loss": 1.9},
+        "without/1/a": {"loss": None},
+    }  # fmt: skip
+    assert phrases(facts, "", "Mine.") == [
+        "Without a in block 1 it is 0.500 nats per token worse, without b in block 1 0.100 better.", "Mine."
+    ]  # fmt: skip
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------

@@ -268,5 +268,5 @@ print(numba_scan._found != [])
 
 def test_remote_code_finds_what_the_package_registers():
     """A hybrid that runs its repo's code, before the package is imported: nothing is missing, and nothing is stale."""
-    done = clean_process.run(["-c", REMOTE_FIRST, Path(sm.__file__).parent], modules=clean_process.TORCH)
+    done = clean_process.run(["-c", REMOTE_FIRST, Path(sm.__file__).parent], modules=clean_process.TRANSFORMERS)
     assert done.stdout.strip() == "True", done.stderr

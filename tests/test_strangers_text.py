@@ -27,6 +27,8 @@ from manticore_hf.utils.formatting import (
     shown,
 )
 
+pytestmark = pytest.mark.usefixtures("uncounted")
+
 # Clears the screen, sets the window's title, writes a link, rings, turns the reading order, hides, ends a line
 COMMANDS = "a\x1b[2J\x1b]0;owned\x07\x1b]8;;http://x\x1b\\b\x9b31m\u202ec\u2066d\u200be\ufefff\x00\r\x08\u2028g\ud800"
 

@@ -291,7 +291,7 @@ def test_a_recipe_transplants_and_measures_on_its_own_data(hub, owner, tmp_path)
     assert main(["run", str(recipe), "--output-dir", str(tmp_path / "other")]) == 2
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "search", "finetune"])
+@pytest.mark.parametrize("stage", [pytest.param("pretrain", marks=pytest.mark.slow), "search", "finetune"])
 def test_new_rows_have_a_learning_rate_of_their_own_and_can_be_frozen(stage, tmp_path):
     """A rate of 0 leaves them as they are; another moves them by that rate, and nothing else by it."""
     for kind, tokenizer in (("neox", first()), ("mamba", second())):

@@ -31,6 +31,13 @@ class CompareArguments:
     gate_learning_rates: tuple[float, ...] | None = field(
         default=None, metadata={"help": "Of gates and weights over tuned components, which are trained alone."}
     )
+    online_etas: tuple[float, ...] = field(
+        default=(0.1, 0.3, 1.0),
+        metadata={"help": "online_eta of the online mixtures, of which validation text chooses."},
+    )
+    online_decays: tuple[float, ...] = field(
+        default=(0.8, 0.95), metadata={"help": "online_decay of the online mixtures, likewise."}
+    )
     epochs: tuple[float, ...] | None = field(default=None, metadata={"help": "Passes over the text in fine-tuning."})
     blocks: tuple[int, ...] | None = field(default=None, metadata={"help": "Numbers of blocks of the hybrids."})
     projectors: tuple[str, ...] | None = field(
@@ -72,7 +79,14 @@ class CompareArguments:
     def __post_init__(self):
         if not self.seeds:
             raise ManticoreError("seeds is empty; give at least one, three or more for a result.")
-        for name in ("seeds", "blocks", "epochs", "learning_rates", "gate_learning_rates"):
+        for name in ("online_etas", "online_decays"):
+            if not getattr(self, name) or not max(getattr(self, name)) <= (1 if name == "online_decays" else 1e6):
+                raise ManticoreError(
+                    f"{name}={list(getattr(self, name))} must be numbers, at least one, decays up to 1."
+                )
+        for name in (
+            "seeds", "blocks", "epochs", "learning_rates", "gate_learning_rates", "online_etas", "online_decays"
+        ):  # fmt: skip
             values = getattr(self, name) or ()
             low = 0 if name == "seeds" else 1 if name == "blocks" else 1e-12
             if len(set(values)) != len(values) or any(value < low for value in values):
@@ -94,6 +108,10 @@ class CompareArguments:
         rates = [{"gate_learning_rate": rate} for rate in self.gate_learning_rates or ()] or [{}]
         spaces = [{"mixture_space": space} for space in self.spaces or CHOICES["mixture_space"]]
         return [{**space, **rate} for space in spaces for rate in rates]
+
+    def online_grid(self) -> list[dict]:
+        """Settings of online mixtures to choose from."""
+        return [{"online_eta": eta, "online_decay": decay} for eta in self.online_etas for decay in self.online_decays]
 
     def hybrid_grid(self, recipe: "Recipe") -> list[dict]:
         """Settings of hybrids to choose from: those of fine-tuning, with every space and pair of loss weights."""

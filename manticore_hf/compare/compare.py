@@ -21,15 +21,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.compare.arguments import CompareArguments
 from manticore_hf.compare.compared_recipe import read_recipe
 from manticore_hf.compare.contenders import Contender, Workshop, read_run
-from manticore_hf.compare.scores import forward_flops, load_documents, score, score_text
+from manticore_hf.compare.scores import load_documents, score, score_text
 from manticore_hf.compare.summary import summarise, write_summary
-from manticore_hf.evaluation.data import DataArguments, load_rows, without_text
+from manticore_hf.compose.tokenizers import can_align
+from manticore_hf.evaluation.data import DataArguments, load_rows, rows_for, without_text
 from manticore_hf.evaluation.losses import compare_losses, own_nats
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.claims import AS_IT_CAME
@@ -62,6 +64,7 @@ class Comparison:
         self.output.mkdir(parents=True, exist_ok=True)
         self.identity = self._identify()
         self.shop = Workshop(self.recipe, self.output / "untuned")
+        self._check_aligned()
         data = DataArguments(**self.recipe.data)
         test = {"data": arguments.test, "data_split": arguments.test_split, "max_tokens": arguments.max_test_tokens}
         test |= {"block_size": data.block_size, "text_column": data.text_column, "validation_fraction": 0.0}
@@ -82,6 +85,20 @@ class Comparison:
             raise ManticoreError(f"{self.output} compares another recipe ({file}); give another --output-dir.")
         write_json(file, what)
         return what
+
+    def _check_aligned(self):
+        """Raises where a contender could not be made of components that read text by tokenizers of their own."""
+        names = list(self.shop.own_tokenizers)
+        if names and not all(can_align({**self.recipe.hybrid, **changed}) for changed, _ in self._variants()):
+            raise ManticoreError(
+                f"Components {names} have tokenizers of their own, which works in one block with embeddings 'native': "
+                "compare such a hybrid, or write `transplant: auto` into the recipe's hybrid."
+            )
+        if names and self.arguments.prune:
+            raise ManticoreError(
+                f"Components {names} have tokenizers of their own: pruned to one of them the hybrid would be another "
+                "model with another tokenizer, which is compared as it came; leave --prune out."
+            )
 
     def run(self) -> dict:
         """Trains, tests and summarises; the comparison, as `comparison.json` has it."""
@@ -105,19 +122,27 @@ class Comparison:
     def _contenders(self):
         shop, grid = self.shop, self.arguments.grid(self.recipe)
         gates = [{**one, **gate} for one in grid for gate in self.arguments.gate_grid()]
-        out = [self._untuned(name) for name in shop.names]
+        aligned = shop.own_tokenizers  # such a component by itself is the model that it came as
+        out = [self._untuned(name) for name in shop.names if name not in aligned]
         others = [source for source in shop.sources if shop.other_tokenizer(source)]
         out += [self._as_it_came(shop.names[shop.sources.index(source)], source) for source in others]
         out.append(self._mixture("ensemble, untuned", "untuned", None, "static"))
+        out.append(self._mixture("online mixture, untuned", "untuned", None, "online", self.arguments.online_grid()))
         out += [self._tuned(name, f"{name}, tuned", "component", grid) for name in shop.names]
         parts = [one.name for one in out[-len(shop.names) :]]
         out.append(self._mixture("ensemble of the tuned components", "ensemble", parts, "static", grid))
+        online = [{**one, **chosen} for one in grid for chosen in self.arguments.online_grid()]
+        out.append(self._mixture("online mixture of the tuned components", "ensemble", parts, "online", online))
         out.append(self._gate("weighted ensemble of the tuned components", "ensemble", parts, "static", gates))
         out.append(self._gate("token gate over the tuned components", "gate", parts, "token", gates))
         many = len(shop.names)
         out += [self._tuned(name, f"{name}, tuned {many} times as long", "single", grid, many) for name in shop.names]
+        if shop.earlier:
+            label = "{}, tuned on the earlier stages' text, then on this"
+            out += [self._tuned_in_turn(name, label.format(name), grid) for name in shop.names]
         labels = {source: f"{Path(source).name} (single)" for source in self.arguments.singles}
-        labels |= {source: f"{shop.names[shop.sources.index(source)]} with its own tokenizer" for source in others}
+        replaced = {source: name for name, source in zip(shop.names, shop.sources) if name not in aligned}
+        labels |= {one: f"{replaced[one]} with its own tokenizer" for one in others if one in replaced}
         out += [self._other(source, f"{label}, tuned", grid) for source, label in labels.items()]
         if self.arguments.all_text is not None:
             wanted = self.arguments.retrain or shop.names
@@ -149,10 +174,27 @@ class Comparison:
         return Contender(f"{name}, untuned", "untuned", _nothing, load, seeded=False)
 
     def _tuned(self, name, label, kind, grid, passes=1):
-        def train(options, seed, folder):
-            return self.shop.train_plain(self.shop.component(name), self.shop.train_rows, options, seed, folder, passes)
+        own = self.shop.own_tokenizers.get(name)
 
-        return Contender(label, kind, train, self.shop.load_plain, grid)
+        def train(options, seed, folder):
+            model, rows = self.shop.component(name), self.shop.rows_of(own)
+            return self.shop.train_plain(model, rows, options, seed, folder, passes, own)
+
+        return Contender(label, kind, train, self.shop.load_plain, grid, tokenizer=own and (lambda: own))
+
+    def _tuned_in_turn(self, name, label, grid):
+        """A component tuned on each text that the recipe's stages read, in their order: what the hybrid has seen."""
+        own = self.shop.own_tokenizers.get(name)
+
+        def train(options, seed, folder):
+            model, spent = self.shop.component(name), {}
+            for text in (*self.shop.earlier, None):
+                rows = self.shop.rows_of(own, text)
+                cost = self.shop.train_plain(model, rows, options, seed, folder, tokenizer=own)
+                spent = {key: spent.get(key, 0) + value for key, value in cost.items()}
+            return spent
+
+        return Contender(label, "single", train, self.shop.load_plain, grid, tokenizer=own and (lambda: own))
 
     def _as_it_came(self, name, source):
         def load(run):
@@ -171,19 +213,27 @@ class Comparison:
         return Contender(label, "single", train, self.shop.load_plain, grid, tokenizer=tokenizer)
 
     def _retrained(self, name, grid):
-        def train(options, seed, folder):
-            rows = self.all_rows.shuffle(seed=seed)
-            return self.shop.train_plain(self.shop.component(name), rows, options, seed, folder)
+        own = self.shop.own_tokenizers.get(name)
 
-        needs = "the components' training text"
-        return Contender(f"{name}, retrained on all text", "single", train, self.shop.load_plain, grid, needs)
+        def train(options, seed, folder):
+            rows = self.all_rows(own).shuffle(seed=seed)
+            return self.shop.train_plain(self.shop.component(name), rows, options, seed, folder, tokenizer=own)
+
+        needs, label = "the components' training text", f"{name}, retrained on all text"
+        return Contender(label, "single", train, self.shop.load_plain, grid, needs, tokenizer=own and (lambda: own))
 
     @functools.cached_property
-    def all_rows(self):
-        """The rows that are trained on, and those of the components' own training text."""
+    def _more(self):
+        """The components' own training text: (DataArguments, rows with their text)."""
         data = {**self.recipe.data, "data": self.arguments.all_text, "validation_fraction": 0.0, "max_tokens": None}
-        more, _ = load_rows(DataArguments(**data), self.shop.tokenizer)
-        return concatenate_datasets([self.shop.train_rows, more])
+        data = DataArguments(**data)
+        return data, load_rows(data, self.shop.tokenizer, keep_text=True)[0]
+
+    def all_rows(self, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
+        """The rows that are trained on, and those of the components' own training text; see `rows_of`."""
+        data, more = self._more
+        more = without_text(more) if tokenizer is None else rows_for(more, self.shop.tokenizer, tokenizer, data)
+        return concatenate_datasets([self.shop.rows_of(tokenizer), more])
 
     def _parts(self, names, seed, options, weights=True):
         """The tuned components of a mixture: their runs with the mixture's own choice from the grid."""
@@ -194,7 +244,9 @@ class Comparison:
 
     def _mixture(self, label, kind, names, mixture, options=None):
         def load(run):
-            return self.shop.mixture(self._parts(names, run["seed"], run["options"]), mixture)
+            own = {key: value for key, value in run["options"].items() if key.startswith("online_")}
+            own |= {"space": "prob"} if mixture == "online" else {}
+            return self.shop.mixture(self._parts(names, run["seed"], run["options"]), mixture, **own)
 
         return Contender(label, kind, _nothing, load, options or [{}], base=names or [], seeded=names is not None)
 
@@ -265,7 +317,7 @@ class Comparison:
             model = contender.load({**run, "folder": folder})
             run["validation"] = self._validate(contender, model)
             run["parameters"] = sum(p.numel() for p in model.parameters())
-            run["flops_per_token"] = forward_flops(model)
+            run["flops_per_token"] = self.shop.flops(model) * self._tokens_for_one(contender)
             if hasattr(model, "mixture_weights"):
                 run["mixture_weights"] = model.mixture_weights().tolist()
             write_json(folder / "run.json", run)
@@ -283,6 +335,15 @@ class Comparison:
             return compare_losses(model, rows, desc="Validating", baselines=False)["hybrid"]
         passages = self.shop.validation_passages
         return float(own_nats(model, own, passages).sum() / passages.tokens.sum())
+
+    def _tokens_for_one(self, contender):
+        """How many tokens a model reads where the hybrid reads one, on the validation text."""
+        own = contender.tokenizer and contender.tokenizer()
+        if own is None:
+            return 1.0
+        passages = self.shop.validation_passages
+        ids = own(passages.texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return sum(map(len, ids)) / int(passages.tokens.sum())
 
     def _drop_unused(self, contenders):
         """A run that nothing tested is made of keeps its numbers, not its weights."""

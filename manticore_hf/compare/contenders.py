@@ -30,13 +30,14 @@ from transformers import (
 )
 
 from manticore_hf.compare.arguments import stage_settings
-from manticore_hf.compare.compared_recipe import only_training, training_settings
+from manticore_hf.compare.compared_recipe import earlier_texts, only_training, training_settings
 from manticore_hf.compare.scores import forward_flops
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.tokenizers import find_tokenizer
 from manticore_hf.evaluation.data import DataArguments, load_rows, rows_for, without_text
 from manticore_hf.evaluation.losses import Passages, make_passages
+from manticore_hf.modeling.aligned_tokenizers import tokenizer_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixers_manticore import repair_mixers
 from manticore_hf.training.distill import run_prune
@@ -87,6 +88,9 @@ class Workshop:
         recipe: As `read_recipe` gives it.
         folder: Where the untuned hybrid of one block is kept, whose components are the starting points.
         dtype: Of all weights in training.
+
+    Attributes:
+        own_tokenizers: {component: tokenizer} of those that read text by another than the hybrid's (aligned hybrids).
     """
 
     def __init__(self, recipe: Recipe, folder: str | Path, dtype: str = "float32"):
@@ -106,8 +110,11 @@ class Workshop:
             f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] and not entry["subfolder"] else source
             for entry, source in zip(config.components, recipe.components)
         ]
+        self.home, untuned = config.tokenizer_component, self.untuned() if config.aligned else None
+        self.own_tokenizers = {name: tokenizer_of(untuned, name) for name in config.aligned}
         rows = load_rows(DataArguments(**recipe.data), self.tokenizer, keep_text=True)
         self.train_texts, self.validation_texts = rows
+        self.earlier = earlier_texts(recipe)
         self.train_rows, self.validation_rows = (without_text(part) for part in rows)
 
     def untuned(self) -> ManticoreForCausalLM:
@@ -159,11 +166,17 @@ class Workshop:
         """The validation text, for models of other tokenizers."""
         return make_passages(self.validation_texts, self.tokenizer)
 
-    def rows_of(self, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
-        """The training text as rows of a tokenizer; None for the hybrid's."""
-        if tokenizer is None:
-            return self.train_rows
-        return rows_for(self.train_texts, self.tokenizer, tokenizer, DataArguments(**self.recipe.data))
+    def rows_of(self, tokenizer: PreTrainedTokenizerBase | None, text: dict | None = None) -> Dataset:
+        """A training text as rows of a tokenizer.
+
+        Args:
+            tokenizer: None for the hybrid's.
+            text: Keys of DataArguments, of one that a stage has to itself; None for the finetune stage's.
+        """
+        texts, data = self.train_texts, DataArguments(**(self.recipe.data if text is None else text))
+        if text is not None:
+            texts = load_rows(data, self.tokenizer, keep_text=True)[0]
+        return without_text(texts) if tokenizer is None else rows_for(texts, self.tokenizer, tokenizer, data)
 
     # ---- single models -----------------------------------------------------------------------------------------------
 
@@ -198,7 +211,12 @@ class Workshop:
         shutil.rmtree(scratch, ignore_errors=True)
         model.eval()
         tokens = self._tokens(trainer.state.global_step, arguments, rows)
-        return {"training_tokens": tokens, "training_flops": factor * tokens * forward_flops(model)}
+        return {"training_tokens": tokens, "training_flops": factor * tokens * self.flops(model)}
+
+    def flops(self, model: PreTrainedModel) -> float:
+        """FLOPs of a forward pass per token of the model's own tokenizer; of an aligned hybrid on the training text."""
+        text = self.train_rows[0]["input_ids"] if getattr(model.config, "aligned", ()) else None
+        return forward_flops(model, text=text)
 
     def _tokens(self, steps, arguments, rows):
         """Tokens that were trained on; the last batch of a pass may be smaller."""
@@ -209,10 +227,17 @@ class Workshop:
 
     # ---- mixtures of models that were trained apart ------------------------------------------------------------------
 
-    def mixture(self, runs: list[dict | None], mixture: str, space: str = "logprob") -> ManticoreForCausalLM:
-        """The one-block hybrid of tuned components (None: untuned), at its start: their plain ensemble."""
-        parts = [ComponentSpec(self.component(name, run), name=name) for name, run in zip(self.names, runs)]
-        settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native"}
+    def mixture(
+        self, runs: list[dict | None], mixture: str, space: str = "logprob", **more: object
+    ) -> ManticoreForCausalLM:
+        """The one-block hybrid of tuned components (None: untuned), at its start; `more` settings of its mixture."""
+        settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native", **more}
+        if self.own_tokenizers:  # which are at the components' addresses, and beside what was tuned
+            where = [one if run is None else run["folder"] / "model" for one, run in zip(self.sources, runs)]
+            parts = [ComponentSpec(one, name=name) for one, name in zip(where, self.names)]
+            settings |= {"tokenizers": "aligned", "tokenizer_component": self.home}
+        else:
+            parts = [ComponentSpec(self.component(name, run), name=name) for name, run in zip(self.names, runs)]
         return ManticoreForCausalLM.from_components(parts, num_blocks=1, dtype=self.dtype, verify=False, **settings)
 
     def train_gate(self, runs: list[dict], mixture: str, options: dict, seed: int, folder: Path) -> dict:
@@ -270,13 +295,14 @@ class Workshop:
         last = results[-1][0]
         flops, tokens = 0.0, 0
         model = ManticoreForCausalLM.from_pretrained(last, dtype=self.dtype)
-        forward = forward_flops(model)
+        forward = self.flops(model)
         for (name, settings), (_, result) in zip([next(iter(s.items())) for s in stages], results[1:]):
             if STAGES[name].trains is None:
                 flops += result["tokens"] * forward
                 continue
             through = THROUGH if model.config.num_blocks > 1 or model.config.embeddings != "native" else NONE
-            seen = self._tokens(result["steps"], _arguments(last, **only_training(settings)), self.train_rows)
+            rows = self.rows_of(None, settings["data"]) if "data" in settings else self.train_rows
+            seen = self._tokens(result["steps"], _arguments(last, **only_training(settings)), rows)
             tokens += seen
             flops += (through if STAGES[name].trains == "projectors" else ALL) * seen * forward
         for stage, _ in results[:-1]:  # the last one is loaded; of the others the results stay
@@ -301,7 +327,7 @@ class Workshop:
         result = run_prune(start, DataArguments(**self.recipe.data), arguments)
         hard, whole = (ManticoreForCausalLM.from_pretrained(p) for p in (folder / "model", start.model))
         tokens = self._tokens(result["steps"], arguments, self.train_rows)
-        flops = tokens * (ALL * forward_flops(hard) + forward_flops(whole))
+        flops = tokens * (ALL * self.flops(hard) + self.flops(whole))
         return {"training_tokens": tokens, "training_flops": flops}
 
 

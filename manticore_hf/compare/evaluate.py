@@ -32,8 +32,9 @@ def run_evaluate(
 ) -> dict[str, Any]:
     """Prints (and writes) what a saved hybrid and its baselines lose on a text.
 
-    The baselines are its components by their own heads inside it, their plain ensemble, and each component as it came,
-    with its own tokenizer.
+    The baselines are its components by their own heads inside it, their plain ensemble, their online mixture (weights
+    from their losses on the tokens before, by the hybrid's online_eta, online_decay and online_share), and each
+    component as it came, with its own tokenizer.
 
     Args:
         source: Hybrid: directory or Hub repo.

@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness: a hybrid beside its components and their plain ensemble.
+"""Tasks of the lm-evaluation-harness: a hybrid beside its components, their plain ensemble and their online mixture.
 
     manticore-hf evaluate --model org/hybrid --tasks arc_easy,hellaswag
 
@@ -6,17 +6,21 @@ The harness alone runs on a hybrid, too: `lm_eval --model hf --model_args pretra
 This adds the baselines, without which a hybrid's number says little.
 """
 
+import copy
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
+from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import as_it_came
-from manticore_hf.evaluation.losses import inner_baselines
+from manticore_hf.evaluation.losses import ONLINE, inner_baselines
+from manticore_hf.modeling.aligned_tokenizers import tokenizer_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.recipe import recipe_sources
 from manticore_hf.utils.claims import AS_IT_CAME
@@ -38,8 +42,8 @@ def run_tasks(
 ) -> dict[str, dict[str, dict[str, list[float | None]]]]:
     """Runs tasks of the harness on a hybrid and its baselines, and prints the scores.
 
-    The baselines are its components and their ensemble, and each component as it came, with its own tokenizer, where
-    its address is known.
+    The baselines are its components, their ensemble and online mixture, and each component as it came, with its own
+    tokenizer, where its address is known.
 
     Args:
         source: Hybrid: directory or Hub repo.
@@ -108,9 +112,12 @@ def _models(model, tokenizer, sources):
     yield "hybrid", lambda: (model, tokenizer)
     names = inner_baselines(model)
     for name in names:
-        yield name, lambda name=name: (model.component(name), tokenizer)
+        aligned = name in model.config.aligned  # by itself it reads the text as it came, not the hybrid's tokens
+        own = partial(tokenizer_of, model, name) if aligned else lambda: tokenizer
+        yield name, lambda name=name, own=own: (model.component(name), own())
     if len(names) > 1:
-        yield "ensemble", lambda: (_ensemble(model, names), tokenizer)
+        yield "ensemble", lambda: (_ensemble(model, names, "static", "logprob"), tokenizer)
+        yield ONLINE, lambda: (_ensemble(model, names, "online", "prob"), tokenizer)
 
     def untouched(entry, source):
         part, own = as_it_came(entry, source, model.dtype)
@@ -122,14 +129,23 @@ def _models(model, tokenizer, sources):
             yield label, lambda entry=entry, source=source: untouched(entry, source)
 
 
-def _ensemble(model, names):
+def _ensemble(model, names, mixture, space):
+    online = {key: getattr(model.config, key) for key in ("online_eta", "online_decay", "online_share")}
+    if model.config.aligned:  # instances have no tokenizers: a hybrid of the same components, with theirs
+        config = copy.deepcopy(model.config)
+        config.mixture, config.mixture_space, config.mixture_weights = mixture, space, None
+        with local_torch_dtype(model.dtype):
+            out = type(model)(config, {name: model.component(name) for name in names})
+        out._tokenizers = {name: tokenizer_of(model, name) for name in names}
+        return out.to(model.device).eval()
     parts = [ComponentSpec(model.component(name), name=name) for name in names]
     return ManticoreForCausalLM.from_components(
         parts,
         dtype=model.dtype,
         num_blocks=1,
-        mixture="static",
-        mixture_space="logprob",
+        mixture=mixture,
+        mixture_space=space,
+        **online,
         vocab_size=model.config.vocab_size,
         verify=False,
     )

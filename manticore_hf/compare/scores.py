@@ -6,6 +6,7 @@ tokenizers read the same pieces of text.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,12 +150,23 @@ def score_text(
     return {"nll": nll.tolist(), "correct": None}
 
 
-def forward_flops(model: PreTrainedModel, tokens: int = 128) -> float:
+def forward_flops(model: PreTrainedModel, tokens: int = 128, text: Sequence[int] | None = None) -> float:
     """FLOPs per token of a forward pass without a past, as `count_flops` counts them.
 
     Args:
         model: A causal LM, which is run once on its device.
         tokens: Length of the pass.
+        text: Ids of a text, of which `tokens` are read. Only an aligned hybrid needs them: how many tokens its other
+            components read of a text depends on the text.
+
+    Raises:
+        ManticoreError: An aligned hybrid is given no text.
     """
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    return count_flops(lambda: model(input_ids=ids, use_cache=False)) / tokens
+    if text is None and getattr(model.config, "aligned", ()):
+        raise ManticoreError(
+            f"Components {list(model.config.aligned)} have tokenizers of their own: what the hybrid computes for a "
+            "token depends on the text, so give one."
+        )
+    ids = [0] * tokens if text is None else list(text)[:tokens]
+    given = torch.tensor([ids], device=model.device)
+    return count_flops(lambda: model(input_ids=given, use_cache=False)) / len(ids)

@@ -100,8 +100,9 @@ def _oracle(tuned, documents, own, rows):
     best = nll.argmin(0)
     row = {"name": ORACLE, "kind": "oracle", "needs": "the answer", "options": {}, "seeds": rows[0]["seeds"]}
     row |= _losses(nll.min(0), documents, own, False)
-    correct = np.take_along_axis(np.stack([row["correct"] for row in tuned]), best[None], 0)[0]
-    row["accuracy"] = float(correct.mean(0).sum() / documents.tokens.sum())
+    if all(one["correct"] is not None for one in tuned):
+        correct = np.take_along_axis(np.stack([one["correct"] for one in tuned]), best[None], 0)[0]
+        row["accuracy"] = float(correct.mean(0).sum() / documents.tokens.sum())
     parts = [one for one in rows if one["kind"] == "component"]
     for key in ("parameters", "training_flops", "training_tokens", "seconds"):
         row[key] = sum(one[key] for one in parts)

@@ -18,15 +18,15 @@ from transformers.modeling_utils import local_torch_dtype
 from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.dtypes import cast, stored_dtype
-from manticore_hf.compose.tokenizers import align, check_tokenizers, record_tokenizer
+from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
 from manticore_hf.hub.upload import KeepsCard
-from manticore_hf.modeling import aligned_hybrid, modeling_manticore  # noqa: F401 - which lets such hybrids run
+from manticore_hf.modeling import aligned_hybrid, modeling_manticore, past_losses  # noqa: F401 - which lets such hybrids run
 from manticore_hf.modeling.bounds_manticore import reason
 from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.references_manticore import component_files
-from manticore_hf.modeling.settings_manticore import PRESETS, HybridSettings
+from manticore_hf.modeling.settings_manticore import HybridSettings
 from manticore_hf.utils.defence import check_generation
 from manticore_hf.utils.task_types import CAUSAL
 from manticore_hf.utils.unwrap import is_hybrid
@@ -111,9 +111,7 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
             raise ManticoreError(f"dtype={dtype!r} is no dtype of torch; give for example 'bfloat16'.")
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         found = [resolve(ComponentSpec.of(item), hub) for item in components]
-        preset = PRESETS.get(settings.get("preset", "default"), {})
-        native = (settings.get("embeddings") or preset.get("embeddings")) == "native"
-        own = align(found, hub, tokenizers, native and settings.get("num_blocks", 1) == 1)
+        own = align(found, hub, tokenizers, can_align(settings))
         home = settings.get("tokenizer_component") or found[0].name
         for one in found if home in own else ():
             if one.name == home or own[one.name].get_vocab() != own[home].get_vocab():

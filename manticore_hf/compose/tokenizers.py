@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
@@ -10,6 +11,7 @@ from manticore_hf.compose.components import Resolved
 from manticore_hf.modeling.aligned_tokenizers import FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import sha256
+from manticore_hf.modeling.settings_manticore import PRESETS
 
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"
@@ -49,6 +51,13 @@ def find_tokenizer(found: Resolved, hub: dict) -> PreTrainedTokenizerBase | None
             f"Component {found.address}: its tokenizer cannot be loaded, so it is not compared with others ({err})."
         )
         return None
+
+
+def can_align(settings: Mapping) -> bool:
+    """Whether a hybrid's settings (keys of ManticoreConfig) allow several tokenizers: one block, native embeddings."""
+    preset = PRESETS.get(settings.get("preset", "default"), {})
+    native = (settings.get("embeddings") or preset.get("embeddings")) == "native"
+    return native and settings.get("num_blocks", 1) == 1
 
 
 def align(components: list[Resolved], hub: dict, wanted: str | None, possible: bool) -> dict:

@@ -12,7 +12,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixers_manticore import repair_mixers
 from manticore_hf.utils.claims import AS_IT_CAME
 
-ENSEMBLE = "ensemble as they came"
+AS_THEY_CAME = "{} as they came"
 
 
 def as_it_came(
@@ -66,8 +66,8 @@ def measure_as_they_came(
         sources: Where the components are, in order; default: the addresses that the hybrid knows.
         batch_size: Texts per forward pass.
         device: Where they are run.
-        ensemble: Also their plain ensemble, "ensemble as they came", if all have the hybrid's vocabulary; then all of
-            them are in memory at once.
+        ensemble: Also "ensemble as they came" and "online mixture as they came", if all have the hybrid's vocabulary;
+            then all of them are in memory at once.
     """
     models = []
     for entry, source in zip(config.components, sources or [None] * len(config.components)):
@@ -83,5 +83,6 @@ def measure_as_they_came(
             models.append(model)
         del model
     if ensemble and len(models) == len(config.components) > 1:
-        found.nats[ENSEMBLE] = ensemble_nats(models, passages, config.vocab_size, batch_size)
+        both = ensemble_nats(models, passages, config, batch_size)
+        found.nats |= {AS_THEY_CAME.format(name): nats for name, nats in both.items()}
     return found

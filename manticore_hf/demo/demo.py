@@ -2,15 +2,19 @@
 
     manticore-hf demo
 
-Runs against the Hub that the environment names; `manticore-hf demo` starts one on loopback for it. The components are
-the two shipped with the package, the text is that of the running Python's standard library (modules the components
-have not seen). Both are published to that Hub, and the recipes `demo.yaml` (two blocks) and `demo_one_block.yaml` are
-run as `manticore-hf run` runs them. The numbers are what they are: baselines are printed beside the hybrids.
+The components are the two shipped with the package, the text is that of the running Python's standard library (modules
+the components have not seen). Both are written beside the recipes, `one_block.yaml` and `two_blocks.yaml`, which are
+run as `manticore-hf run` runs them. What is published goes to the Hub that the environment names; `manticore-hf demo`
+starts one on loopback for it. The numbers are what they are: baselines are printed beside the hybrids.
 """
 
 import argparse
 import json
 import random
+import shlex
+import shutil
+import sys
+import tempfile
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -18,83 +22,138 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 from manticore_hf.demo.text import documents
-from manticore_hf.evaluation.data import DataArguments, load_rows, pack, pad
-from manticore_hf.evaluation.losses import Measured, make_passages, measure
+from manticore_hf.evaluation.data import load_rows, pack, pad
+from manticore_hf.evaluation.losses import ONLINE, Measured, make_passages, measure
 from manticore_hf.hub.publish import publish
+from manticore_hf.modeling.bounds_manticore import ManticoreError
+from manticore_hf.modeling.mixers_manticore import repair_mixers
+from manticore_hf.report.write import write_report
 from manticore_hf.training.freezing import set_stage
-from manticore_hf.training.recipe import load_recipe, run_recipe
+from manticore_hf.training.progress import show_progress
+from manticore_hf.training.recipe import load_recipe, run_recipe, stage_data
+from manticore_hf.training.runtime import training_defaults
 from manticore_hf.utils.claims import claim
+from manticore_hf.utils.objective import OBJECTIVE
 from manticore_hf.utils.plots import plot_losses
 
 COMPONENTS = Path(__file__).parent.parent / "demo_components"
 ORGANISATION = "manticore-demo"
+TESTED, REPORTED = 40, 8_000  # rows of each kind of text that all is tested on; tokens that the report measures on
 TUNED = "everything tuned"
 KINDS = {"neox-prose": "prose", "mamba-code": "code"}
-RECIPES = {1: files("manticore_hf.recipes") / "demo_one_block.yaml", 2: files("manticore_hf.recipes") / "demo.yaml"}
+NAMES = {1: "one_block", 2: "two_blocks"}
+SHIPPED = {1: "demo_one_block.yaml", 2: "demo.yaml"}
+TRAIN, TEST = "text/train.jsonl", "text/test.jsonl"
 PROMPTS = {"prose": "Return the name of the", "code": "def close(self):\n    self."}
 
 
-def run(output_dir: Path, tokens: int, seed: int) -> int:
+def run(output_dir: Path, tokens: int, seed: int, scratch: Path, verbose: bool = False) -> int:
     """Runs the demo.
 
     Args:
         output_dir: Where everything is kept.
         tokens: Training tokens of every model and hybrid.
         seed: Random seed.
+        scratch: For what is not kept: the Trainers' own files, what is published.
+        verbose: Whether the training stages print what they log at every step.
 
     Returns:
         The exit status: 0 if what was published came back equal to the last bit.
+
+    Raises:
+        ManticoreError: The directory holds a demo on other text.
     """
     start = time.time()
     logging.set_verbosity_error()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    api, tokenizer = HfApi(), AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose")
-    recipe = load_recipe(RECIPES[1])
-    for name in KINDS:
-        repo_id = api.create_repo(f"{ORGANISATION}/{name}", exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo_id, folder_path=COMPONENTS / name)
-    _publish_text(api, recipe.data["data"], tokenizer, tokens, seed, output_dir / "text")
+    tokenizer = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose")
+    recipes = prepare(output_dir, tokenizer, tokens, seed)
+    recipe = load_recipe(recipes[1])
     block = recipe.data["block_size"]
-    packed = {kind: pack(documents(kind, "test"), tokenizer, block, 60, keep_text=True) for kind in PROMPTS}
+    packed = {kind: pack(documents(kind, "test"), tokenizer, block, TESTED, keep_text=True) for kind in PROMPTS}
     test = {kind: make_passages(rows, tokenizer) for kind, rows in packed.items()}
     tested = sum(int(text.tokens.sum()) for text in test.values())
     _say(f"About {tokens:,} training tokens, {tested:,} test tokens, half prose and half code.")
 
     stages = {}
-    for blocks, path in RECIPES.items():
-        _say(f"manticore-hf run recipes/{path.name}")
-        results = run_recipe(path, output_dir / path.stem, seed)
+    for blocks, path in recipes.items():
+        _say(f"manticore-hf run {shlex.quote(str(path))} --output-dir {shlex.quote(str(path.with_suffix('')))}")
+        results = run_recipe(path, path.with_suffix(""), seed, verbose=verbose)
         stages[blocks] = {result["stage"]: folder for folder, result in results}
     frozen = _rows_before_tuning(stages, test)
-    tuned = _rows_after_tuning(recipe, stages, test, output_dir, seed)
+    tuned = _rows_after_tuning(recipe, stages, test, scratch, seed)
     _print_table("components as they are", frozen, test)
     _print_table("everything tuned on the same tokens", tuned, test)
     _say("Passes over the text: 1 for a component, 2 with a gate (alone, then all), 3 with a search before that.")
-    _verdict({**frozen, **tuned}, test)
     plot_losses(_measured({**frozen, **tuned}, test).losses, output_dir / "losses.png")
-    model = ManticoreForCausalLM.from_pretrained(stages[1]["finetune"])
-    _print_mixture(model, test)
 
-    same = True
+    found = [*_verdicts(frozen, tuned, test), _gate(ManticoreForCausalLM.from_pretrained(stages[1]["finetune"]), test)]
+    for repo in KINDS:
+        HfApi().create_repo(f"{ORGANISATION}/{repo}")
+        HfApi().upload_folder(repo_id=f"{ORGANISATION}/{repo}", folder_path=COMPONENTS / repo)
     for label, stage, rows in (("components as they are", "pretrain", frozen), (TUNED, "finetune", tuned)):
-        loaded, equal = _publish(stages[1][stage], label, test, rows)
-        same &= equal
+        loaded, said, same = _publish(stages[1][stage], label, test, rows, scratch)
+        found.append(said)
+        if not same:
+            _say(said)
+            return 1
     for kind, prompt in PROMPTS.items():
         given = tokenizer(prompt, return_tensors="pt")
         set_seed(seed)
         out = loaded.generate(**given, max_new_tokens=48, do_sample=True, temperature=0.7, top_k=40)
         print(f"--- {kind} ---\n{tokenizer.decode(out[0], skip_special_tokens=True)}")
-    _say(f"Done in {time.time() - start:.0f} s.")
-    return 0 if same else 1
+    _, html, _ = write_report(recipes[1].with_suffix(""), data=output_dir / TEST, max_tokens=REPORTED, block_size=block)
+    print("\nWhat was found")
+    for line in found:
+        print(f"  {line}")
+    print("Next")
+    for what, command in next_commands(output_dir):
+        print(f"  # {what}\n  {command}")
+    _say(f"Done in {time.time() - start:.0f} s. The report: {html.absolute().as_uri()}")
+    return 0
 
 
-def _publish_text(api, repo_id, tokenizer, tokens, seed, folder):
-    """A data set repo with as many tokens of prose as of code, document by document in random order."""
+def next_commands(output_dir: Path) -> list[tuple[str, str]]:
+    """(what it does, command) of what can be done with what the demo leaves."""
+    place = {name: shlex.quote(str(output_dir / name)) for name in (f"{NAMES[1]}.yaml", NAMES[1], TEST)}
+    recipe, run_of, test = place.values()
+    return [
+        (
+            "every baseline at equal budget, over seeds, and a verdict (one seed; without --seeds 0, three)",
+            f"manticore-hf compare {recipe} --test {test} --output-dir {run_of}/compared --seeds 0",
+        ),
+        ("the report again, with that verdict", f"manticore-hf report {run_of} --data {test}"),
+        ("what is in it, and what it costs", f"manticore-hf inspect {run_of}/2-finetune"),
+        ("publish it (log in first: hf auth login)", f"manticore-hf push {run_of}/2-finetune you/my-first-hybrid"),
+    ]
+
+
+def prepare(output_dir: Path, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> dict[int, Path]:
+    """Writes what the recipes name, and the recipes, with paths that count from where they are.
+
+    Args:
+        output_dir: Directory.
+        tokenizer: That tokens are counted with.
+        tokens: Of the training text, half prose and half code, document by document in random order.
+        seed: Of that order.
+
+    Returns:
+        {number of blocks: path of the recipe}.
+
+    Raises:
+        ManticoreError: The directory holds a demo on other text.
+    """
     chosen = []
     for kind in PROMPTS:
         left = tokens // 2
@@ -105,16 +164,36 @@ def _publish_text(api, repo_id, tokenizer, tokens, seed, folder):
             if left <= 0:
                 break
     random.Random(seed).shuffle(chosen)
-    folder.mkdir(exist_ok=True)
-    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chosen))
-    api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
-    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder)
+    tested = [{"kind": kind, "text": text} for kind in PROMPTS for text in documents(kind, "test")]
+    for name, records in ((TRAIN, chosen), (TEST, tested)):
+        file, text = output_dir / name, "".join(json.dumps(record) + "\n" for record in records)
+        if file.exists() and file.read_text() != text:
+            raise ManticoreError(
+                f"{output_dir} holds a demo on other text (other --tokens, --seed or Python): remove it, or give "
+                "another --output-dir."
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    for name in KINDS:
+        shutil.copytree(COMPONENTS / name, output_dir / "components" / name, dirs_exist_ok=True)
+    recipes = {}
+    for blocks, shipped in SHIPPED.items():
+        text = (files("manticore_hf.recipes") / shipped).read_text()
+        for name in KINDS:
+            text = text.replace(f"{ORGANISATION}/{name}", f"components/{name}")
+        recipes[blocks] = output_dir / f"{NAMES[blocks]}.yaml"
+        recipes[blocks].write_text(text.replace(f"{ORGANISATION}/prose-and-code", TRAIN))
+    return recipes
 
 
-def _publish(folder, label, test, rows):
-    """Publishes a stage's directory and loads it back: the hybrid, and whether its logits are equal to the last bit.
+def _publish(folder, label, test, rows, scratch):
+    """Publishes the hybrid of a stage's directory by reference, and loads it back.
 
-    The card gets the losses of this hybrid and of its baselines on the test text.
+    The directory holds the weights of its components; on the Hub they are repositories of their own, and the hybrid's
+    has what differs from them. The card gets the losses of this hybrid and of its baselines on the test text.
+
+    Returns:
+        (the hybrid that was loaded, a line about it, whether its logits are equal to the last bit).
     """
     own = next(row for row in rows if row.startswith("hybrid, 1 block"))
     shown = {row: losses for row, losses in rows.items() if row == own or not row.startswith("hybrid")}
@@ -130,16 +209,31 @@ def _publish(folder, label, test, rows):
         for kind in test
     ]
     (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
-    out = publish(folder, f"{ORGANISATION}/hybrid-{label.replace(' ', '-')}")
-    repo_id = out.repo_id
-    model, loaded = (AutoModelForCausalLM.from_pretrained(where, dtype="float32") for where in (folder, repo_id))
-    weights, total = (folder / "model.safetensors").stat().st_size, sum(p.numel() for p in model.parameters()) * 4
-    _say(f"Published {repo_id}@{out.commit[:7]}: {weights:,} bytes of weights, of {total:,} ({label}).")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    parts = [
+        ComponentSpec(f"{ORGANISATION}/{repo}", name=name, model=model.component(name))
+        for repo, name in zip(KINDS, model.config.component_names)
+    ]
+    hybrid = ManticoreForCausalLM.from_components(parts, num_blocks=model.config.num_blocks)
+    hybrid.hybrid_mixer.load_state_dict(model.hybrid_mixer.state_dict())
+    hybrid.config.update({key: getattr(model.config, key) for key in OBJECTIVE})
+    place = scratch / folder.name
+    shutil.copytree(folder, place, ignore=shutil.ignore_patterns("*.safetensors*", "*.log"))
+    hybrid.save_pretrained(place)
+    out = publish(place, f"{ORGANISATION}/hybrid-{label.replace(' ', '-')}")
+    loaded = AutoModelForCausalLM.from_pretrained(out.repo_id, dtype="float32")
+    weights, total = (sum(file.stat().st_size for file in one.glob("*.safetensors")) for one in (place, folder))
     ids = pad(test["code"].rows[:2]["input_ids"], 0)
     with torch.no_grad():
         equal = torch.equal(loaded(ids).logits, model(ids).logits)
-    _say(f"Loaded it back through AutoModelForCausalLM; logits equal to the last bit: {'yes' if equal else 'NO'}.")
-    return loaded, equal
+    what = "the components were tuned, so their weights go along"
+    if weights < total:
+        what = f"the components by reference, {total:,} with them"
+    said = (
+        f"Published to a Hub on this machine, {label}: {weights:,} bytes of weights ({what}); loaded back, logits "
+        f"equal to the last bit: {'yes' if equal else 'NO'}."
+    )
+    return loaded, said, equal
 
 
 def _rows_before_tuning(stages, test):
@@ -157,21 +251,23 @@ def _rows_before_tuning(stages, test):
     return rows
 
 
-def _rows_after_tuning(recipe, stages, test, output_dir, seed):
+def _rows_after_tuning(recipe, stages, test, scratch, seed):
     """The hybrids trained end to end, and their baselines trained with the same settings on the same rows."""
     tokenizer = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose")
-    train, _ = load_rows(DataArguments(**recipe.data), tokenizer)
+    train, _ = load_rows(stage_data(recipe, {}), tokenizer)
     settings, rows, parts = dict(recipe.stages), {}, []
-    for repo_id in recipe.components:
-        part = AutoModelForCausalLM.from_pretrained(repo_id, dtype="float32")
-        _train(part, train, output_dir / "baselines", seed, settings["finetune"])
-        parts.append(ComponentSpec(part, name=repo_id.split("/")[-1].replace("-", "_")))
-    apart = ManticoreForCausalLM.from_components(parts)
-    _train(set_stage(apart, "projectors"), train, output_dir / "baselines", seed, settings["pretrain"])
+    for repo in KINDS:
+        part, name = AutoModelForCausalLM.from_pretrained(COMPONENTS / repo, dtype="float32"), repo.replace("-", "_")
+        repair_mixers(part)  # as a hybrid does: the same results, sooner
+        _train(part, train, scratch, seed, settings["finetune"], f"{name}, tuned alone")
+        parts.append(ComponentSpec(part, name=name))
+    apart = set_stage(ManticoreForCausalLM.from_components(parts), "projectors")
+    _train(apart, train, scratch, seed, settings["pretrain"], "token gate over the tuned components")
     losses = _evaluate(apart, test, "tuned components")
     for name in apart.config.component_names:
         rows[f"{name}, tuned alone"] = losses[name]
     rows["ensemble of the tuned components"] = losses["ensemble"]
+    rows[f"{ONLINE} of the tuned components"] = losses[ONLINE]
     rows["token gate over the tuned components"] = losses["hybrid"]
     for label, folder in (
         ("hybrid, 1 block, tuned jointly", stages[1]["finetune"]),
@@ -199,24 +295,32 @@ def _measured(rows, test, kinds=None):
     return Measured(nats, *(np.concatenate([getattr(test[k], key) for k in kinds]) for key in ("tokens", "bytes")))
 
 
-def _train(model, dataset, output_dir, seed, settings):
+def _train(model, dataset, scratch, seed, settings, name):
     """Trains a baseline with a stage's settings."""
-    _say(f"Training a baseline: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters.")
-    defaults = {"seed": seed, "report_to": "none", "use_cpu": not torch.accelerator.is_available()}
     set_seed(seed)
-    arguments = TrainingArguments(output_dir=str(output_dir), **defaults, **settings)
-    Trainer(model=model, args=arguments, train_dataset=dataset).train()
+    place = {"output_dir": str(scratch / "baselines"), "seed": seed}
+    trainer = Trainer(model, TrainingArguments(**place, **training_defaults(), **settings), train_dataset=dataset)
+    show_progress(trainer, f"Baseline: {name}", scratch)
+    trainer.train()
     model.eval()
 
 
-def _verdict(rows, test):
-    """Says how the best hybrid does against the best of everything a user has without one."""
+def _verdicts(frozen, tuned, test):
+    """Sentences on the best hybrid and the best of what a user has without one: of all, and untuned; and on blocks."""
+    for rows, of in (({**frozen, **tuned}, ""), (frozen, " with nothing but untuned components")):
+        bits = _measured(rows, test).bits_per_byte
+        one, other = (
+            min((row for row in rows if row.startswith("hybrid") == hybrid), key=bits.get) for hybrid in (True, False)
+        )
+        yield _compared(rows, one, other, f"the best baseline{of}", "The best hybrid", test)
+    one, two = (next(row for row in tuned if row.startswith(f"hybrid, {n} block")) for n in (1, 2))
+    yield _compared(tuned, two, one, "that of one", "The hybrid of two blocks", test)
+
+
+def _compared(rows, one, other, name, what, test):
     found = _measured(rows, test)
-    hybrids = {label: bits for label, bits in found.bits_per_byte.items() if label.startswith("hybrid")}
-    baselines = {label: bits for label, bits in found.bits_per_byte.items() if label not in hybrids}
-    one, other = min(hybrids, key=hybrids.get), min(baselines, key=baselines.get)
-    size, difference = int(found.bytes.sum()), found.differences(one)[other]
-    _say(claim(f"the best baseline ({other})", difference, size, f"The best hybrid ({one})") + "\n")
+    difference = found.differences(one)[other]
+    return claim(f"{name} ({other})", difference, int(found.bytes.sum()), f"{what} ({one})")
 
 
 def _print_table(title, rows, test):
@@ -232,14 +336,14 @@ def _print_table(title, rows, test):
 
 
 @torch.no_grad()
-def _print_mixture(model, test):
-    names = model.config.component_names
-    print("Mixture weights of the tuned one-block hybrid, mean over tokens: " + " / ".join(names))
+def _gate(model, test):
+    """A line on the mean weights over the tokens of each kind of text."""
+    said, names = [], model.config.component_names
     for kind in PROMPTS:
         ids = [one for one in test[kind].rows["input_ids"] if len(one) > 64][:16]
         weights = torch.cat([model(torch.tensor([one])).weights[0] for one in ids]).mean(0)
-        print(f"  on {kind}: " + " / ".join(f"{w:.2f}" for w in weights.tolist()))
-    print()
+        said.append(f"on {kind} " + ", ".join(f"{w:.2f} to {name}" for name, w in zip(names, weights.tolist())))
+    return f"The gate of the tuned one-block hybrid gives {'; '.join(said)}."
 
 
 def _say(text):
@@ -247,14 +351,17 @@ def _say(text):
 
 
 def main() -> None:
-    """`python -m manticore_hf.demo.demo`, against the Hub of the environment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The process that `manticore-hf demo` starts, whose environment names the Hub."""
+    parser = argparse.ArgumentParser(prog="manticore-hf demo")
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=80_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
-    raise SystemExit(run(args.output_dir, args.tokens, args.seed))
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        with tempfile.TemporaryDirectory(prefix="manticore-demo-") as scratch:
+            status = run(args.output_dir, args.tokens, args.seed, Path(scratch), args.verbose)
+    except ManticoreError as err:
+        print(f"manticore-hf demo: {err}", file=sys.stderr)
+        status = 2
+    raise SystemExit(status)

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.data import NO_LOSS, DataArguments, length_batches, pad, separate, text_rows
 from manticore_hf.evaluation.metrics.scoring import token_logprobs
 from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.evaluation.statistics import bootstrap
+from manticore_hf.modeling.past_losses import MOST, decayed_sums, online_weights
 from manticore_hf.utils.distributed import all_reduce, bar, component_runner, shares
 from manticore_hf.utils.renamed import takes_old_name
 
+ONLINE = "online mixture"
 _UNITS = 8, 500  # fewest that are resampled for an interval, and about how many are enough
 
 
@@ -29,7 +31,7 @@ _UNITS = 8, 500  # fewest that are resampled for an interval, and about how many
 def compare_losses(
     model: PreTrainedModel, dataset: Dataset, batch_size: int = 16, desc: str = "Evaluating", baselines: bool = True
 ) -> dict[str, float]:
-    """Mean next-token loss of a hybrid, of each component alone, and of their plain ensemble, in one pass.
+    """Mean next-token loss of a hybrid, each component alone, their plain ensemble and online mixture, in one pass.
 
     Several processes each run a share of the rows; all of them must call this.
 
@@ -42,8 +44,9 @@ def compare_losses(
         baselines: Also run the components; False where their losses on this text are known already.
 
     Returns:
-        {component name: loss, ..., "ensemble": loss, "hybrid": loss} in nats per token; the ensemble is the normalised
-        geometric mean of the components' distributions with equal weights. A pruned hybrid has lost parts of its
+        {component name: loss, ..., "ensemble": loss, "online mixture": loss, "hybrid": loss} in nats per token; the
+        ensemble is the normalised geometric mean of the components' distributions with equal weights, the online
+        mixture as in `online_nats`. A pruned hybrid has lost parts of its
         components, and one with new embeddings gives its components embeddings that are not theirs, so only "hybrid"
         is there: their baselines come from the soft one, or from the components as they came.
     """
@@ -61,23 +64,25 @@ def inner_baselines(model: PreTrainedModel) -> list[str]:
 
 @torch.no_grad()
 def _row_nats(model, rows, batch_size, desc, baselines):
-    """{model: [rows] nats}: of the hybrid, and of its components and their ensemble."""
+    """{model: [rows] nats}: of the hybrid, and of its components, their ensemble and online mixture."""
     was_training, names = model.training, inner_baselines(model) if baselines else []
     model.eval()
-    order = [*names, *(["ensemble"] if names else []), "hybrid"]
+    order = [*names, *(["ensemble", ONLINE] if names else []), "hybrid"]
     sums = torch.zeros(len(order), len(rows), dtype=torch.float64)
     runners = {name: component_runner(model, name) for name in names}
     batches = length_batches([len(ids) for ids in rows["input_ids"]], batch_size)
     for numbers, share in bar(list(shares(batches)), desc=desc, unit="batch", leave=False):
         ids, nats = _batch(rows, numbers, model.device)
-        found, mean = {}, 0.0
+        found, mean, own = {}, 0.0, []
         for name in names:
             logits = runners[name](input_ids=ids, use_cache=False).logits
             logprobs = logits[..., : model.config.vocab_size].float().log_softmax(-1)  # without rows that only pad
             found[name] = nats(logprobs)
             mean = mean + logprobs / len(names)
+            own.append(_token_nats(logprobs, ids))
         if names:
             found["ensemble"] = nats(mean)
+            found[ONLINE] = nats(online=online_nats(torch.stack(own, -1), model.config))
         found["hybrid"] = nats(model(input_ids=ids, use_cache=False).logits)
         if share:
             sums[:, numbers] = torch.stack([found[name] for name in order])
@@ -87,16 +92,41 @@ def _row_nats(model, rows, batch_size, desc, baselines):
 
 
 def _batch(rows, numbers, device):
-    """(ids [batch, time] of some rows, function from logits of them to [batch] nats)."""
+    """(ids [batch, time] of some rows, function from logits of them, or nats of each token, to [batch] nats)."""
     part = rows[numbers]
     ids, labels = pad(part["input_ids"], 0).to(device), pad(part["labels"], NO_LOSS)[:, 1:].to(device)
 
-    def nats(logits):
+    def nats(logits=None, online=None):
+        if online is not None:
+            return online.masked_fill(labels == NO_LOSS, 0.0).double().sum(1).cpu()
         logits = logits[:, :-1].transpose(1, 2).float()
         losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LOSS)
         return losses.double().sum(1).cpu()
 
     return ids, nats
+
+
+def _token_nats(logprobs, ids):
+    """[batch, time - 1] nats of each token but the first."""
+    return -logprobs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def online_nats(nats: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """What the online mixture of models loses: weighed by what each has lost on the tokens before (`past_losses`).
+
+    Everybody who has the models has it, without any training.
+
+    Args:
+        nats: [batch, time, K] of each token, by each model.
+        config: A hybrid's, for eta, decay and share; the prior is uniform, and probabilities are mixed.
+
+    Returns:
+        [batch, time] nats.
+    """
+    sums = decayed_sums(nats.clamp(max=MOST), torch.full_like(nats, config.online_decay))
+    prior = nats.new_full(nats.shape[-1:], 1 / nats.shape[-1])
+    weights = online_weights(prior, F.pad(sums[:, :-1], (0, 0, 1, 0)), config.online_eta, config.online_share)
+    return -(weights.log() - nats).logsumexp(-1)
 
 
 # ---- in bits per byte ------------------------------------------------------------------------------------------------
@@ -201,7 +231,9 @@ class Measured:
 def measure(
     model: PreTrainedModel, passages: Passages, batch_size: int = 8, desc: str = "Evaluating", baselines: bool = True
 ) -> Measured:
-    """What a hybrid, its components (by their own heads inside it) and their plain ensemble lose on passages.
+    """What a hybrid, its components (by their own heads inside it) and two mixtures of those lose on passages.
+
+    The mixtures are their plain ensemble and their online mixture, which needs no training either.
 
     Args:
         model, batch_size, desc, baselines: As `compare_losses` takes them; on every rank.
@@ -257,21 +289,26 @@ def text_nats(
     return np.array([-sum(values) for values in scores])
 
 
-def ensemble_nats(models: Sequence[Callable], passages: Passages, size: int, batch_size: int = 8) -> np.ndarray:
-    """[passages] nats of the plain ensemble of models that share the hybrid's tokenizer.
+def ensemble_nats(
+    models: Sequence[Callable], passages: Passages, config: PreTrainedConfig, batch_size: int = 8
+) -> dict[str, np.ndarray]:
+    """{"ensemble", "online mixture": [passages] nats} of models that share the hybrid's tokenizer.
 
     Args:
         models: Causal LMs.
         passages: Passages.
-        size: Of the vocabulary, without rows that only pad.
+        config: The hybrid's, for the size of its vocabulary and for `online_nats`.
         batch_size: Passages per forward pass.
     """
-    out, device = np.zeros(len(passages)), models[0].device
+    out, device = {name: np.zeros(len(passages)) for name in ("ensemble", ONLINE)}, models[0].device
     with torch.no_grad():
         for numbers in length_batches([len(ids) for ids in passages.rows["input_ids"]], batch_size):
             ids, nats = _batch(passages.rows, numbers, device)
-            logits = [one(input_ids=ids, use_cache=False).logits[..., :size].float() for one in models]
-            out[numbers] = nats(sum(one.log_softmax(-1) for one in logits) / len(models)).numpy()
+            logits = [one(input_ids=ids, use_cache=False).logits[..., : config.vocab_size] for one in models]
+            logprobs = [one.float().log_softmax(-1) for one in logits]
+            own = torch.stack([_token_nats(one, ids) for one in logprobs], -1)
+            out["ensemble"][numbers] = nats(sum(logprobs) / len(models)).numpy()
+            out[ONLINE][numbers] = nats(online=online_nats(own, config)).numpy()
     return out
 
 
@@ -285,6 +322,7 @@ def how_measured(data: DataArguments) -> str:
     """A sentence on how losses on a text were measured."""
     part = f"{data.validation_fraction:.0%} of it, held out" if data.validation_fraction else "All of it"
     return (
-        f"{part}; for every component its own head inside this hybrid, for the ensemble their plain mean; a component "
-        "as it came reads the same text through its own tokenizer, untrained. Nats per token count the hybrid's tokens."
+        f"{part}; for every component its own head inside this hybrid, for the ensemble their plain mean, for the "
+        "online mixture weights that follow their losses on the tokens before; a component as it came reads the same "
+        "text through its own tokenizer, untrained. Nats per token count the hybrid's tokens."
     )

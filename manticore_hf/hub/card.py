@@ -277,6 +277,7 @@ def _numbers(config, found, facts, alpha):
     return {
         "components": components,
         "cost": cost,
+        "cost_note": found["note"],
         "names": names,
         "route": config.route,
         "tokens": _FLOP_TOKENS,
@@ -289,6 +290,7 @@ def _numbers(config, found, facts, alpha):
         "quantization": found["quantization"],
         # A classifier's mixture is the part of the gate that does not depend on the token.
         "token": config.mixture == "token" and not config.route and not kind.labels,
+        "online": config.mixture == "online" and not config.route and not kind.labels,
         "context": config.max_position_embeddings,
         "tokenizer_component": None if home else config.tokenizer_component,
         "vocab_size": config.vocab_size,

@@ -80,7 +80,7 @@ def code_update(repo_id: str, revision: str | None = None, token: str | bool | N
         config = ManticoreConfig.from_pretrained(repo_id, revision=info.sha, token=token)  # this version reads it
         new = {}
         with tempfile.TemporaryDirectory() as folder:
-            copy_code(folder, bool(config.aligned))
+            copy_code(folder, config)
             for path in sorted(Path(folder).iterdir()):
                 new[path.name] = path.read_text(encoding="utf-8")
         classes = config.to_dict()["auto_map"]

@@ -32,7 +32,7 @@ from manticore_hf.hub.provenance import (
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.saving_manticore import check_whole
 from manticore_hf.utils.flops import count_flops
-from manticore_hf.utils.formatting import listed_some, printable_output
+from manticore_hf.utils.formatting import listed, listed_some, printable_output
 from manticore_hf.utils.objective import say_objective
 from manticore_hf.utils.task_types import KINDS, kind_of, labels_of, quantization_of
 
@@ -55,7 +55,7 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
         `blocks` has one row per block and component: layers, alpha (None where it cannot be read), parameters, FLOPs
         per token, bytes of cache per token and of constant state. `parts` has the same totals for each component alone,
         with its own head or score head, and the hybrid. Bytes are those of floating point, also where linear maps are
-        packed (`quantization`).
+        packed (`quantization`). "note" is "", or says whose tokens are counted where there are several tokenizers.
     """
     if os.path.isdir(source):
         check_whole(source)
@@ -75,7 +75,7 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
                 row = {"block": block + 1, "component": name, **_segment(model, name, block, tokens)}
                 blocks.append({**row, "alpha": None if alpha is None or alpha[block] is None else alpha[block][k]})
     parts = [] if config.route else [_component(model, name, blocks, tokens) for name in config.component_names]
-    parts.append(_hybrid(model, blocks, tokens))
+    parts.append(_hybrid(model, blocks, tokens, parts))
     keys = ("num_blocks", "embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space",
             "mix_loss_weight", "component_loss_weight", "route", "reference_component", "tokenizer_component",
             "vocab_size", "max_position_embeddings")  # fmt: skip
@@ -85,6 +85,7 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
     return {
         "task": {"name": kind.task, "architecture": kind.architecture, **(labels_of(config) if kind.labels else {})},
         "quantization": quantization_of(config),
+        "note": _note(config),
         "components": components,
         "blocks": blocks,
         "parts": parts,
@@ -130,11 +131,25 @@ def _component(model, name, blocks, tokens):
     return {"part": name, **_size(component, own), "flops_per_token": flops, **_sum_memory(rows)}
 
 
-def _hybrid(model, blocks, tokens):
+def _hybrid(model, blocks, tokens, parts):
     def run(mask):
         model(input_ids=torch.zeros(1, tokens, device="meta", dtype=torch.long), attention_mask=mask, use_cache=False)
 
-    return {"part": "hybrid", **_size(model), "flops_per_token": _count(run, tokens), **_sum_memory(blocks)}
+    if model.config.aligned:  # what it runs depends on the text
+        flops = sum(part["flops_per_token"] for part in parts)
+    else:
+        flops = _count(run, tokens)
+    return {"part": "hybrid", **_size(model), "flops_per_token": flops, **_sum_memory(blocks)}
+
+
+def _note(config):
+    if not config.aligned:
+        return ""
+    return (
+        f"{listed(config.aligned)} read{'s' if len(config.aligned) == 1 else ''} text by another tokenizer: FLOPs and "
+        "cache are per token of each model's own, and the hybrid's are their sums, one token of each, without what is "
+        "read again inside words."
+    )
 
 
 def _size(*modules):
@@ -253,6 +268,8 @@ def print_inspection(source: str, found: dict[str, Any]) -> None:
     print(f"\n{'whole':{width + 7}}  {'':>15}" + "".join(f"{h:>15}" for h in heads))
     for row in found["parts"]:
         print(f"{row['part']:{width + 7}}  {'':>15}" + _numbers(row))
+    if found["note"]:
+        print(found["note"])
 
 
 def _numbers(row):

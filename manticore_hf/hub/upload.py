@@ -19,12 +19,12 @@ from manticore_hf.utils.files import stays_inside
 
 _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 _TAKEN = re.compile(
-    r"config\.json|generation_config\.json|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|recipe\.yaml|evaluation\.json|LICENSE(\.\w+)?|NOTICE"
+    r"config\.json|generation_config\.json|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|past_losses\.py|recipe\.yaml|evaluation\.json|LICENSE(\.\w+)?|NOTICE"
 )
 _FOLDERS = ("plots", "additional_chat_templates")  # below the directory, of which something may be published
 _PLOT = re.compile(r"[\w.-]+\.png")
 REPLACED = re.compile(
-    r"model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|plots/[\w.-]+\.png"
+    r"model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|past_losses\.py|plots/[\w.-]+\.png"
     r"|\.eval_results/manticore-hf\.yaml"
 )
 """Files of an earlier push that would be read, or shown, beside those of this one."""
@@ -91,7 +91,7 @@ def collect(
     for name in config.aligned:  # tokenizers without an address
         kept = sorted((directory / folder_of(name)).glob("*"))
         files.update({f"{folder_of(name)}/{path.name}": path for path in kept if path.name in FILES})
-    copy_code(made, bool(config.aligned))
+    copy_code(made, config)
     theirs = {name: path for name, path in files.items() if CODE.fullmatch(name)}
     if theirs:  # the code that the configuration was written by, whole
         ours = {path.name: path.read_bytes() for path in made.glob("*.py")}

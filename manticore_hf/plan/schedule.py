@@ -144,7 +144,7 @@ def _fixed(config):
         count = len(config.component_names)
         rows = config.mixture_weights or [None] * config.num_blocks
         rows = [[1 / count] * count if row is None else row for row in rows]
-        rows[-1] = None if config.mixture == "token" else rows[-1]
+        rows[-1] = rows[-1] if config.mixture == "static" else None
         config.mixture_weights = rows if any(row is not None for row in rows) else None
     return config
 

@@ -17,7 +17,7 @@ from manticore_hf.plan import kernels
 from manticore_hf.plan.ledger import Ledger
 from manticore_hf.plan.memory import layers_of, weigh
 from manticore_hf.plan.shrink import shrink
-from manticore_hf.training.calibrate import _collect
+from manticore_hf.training.calibrate import _collect, loss_alone
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.trainer import PartSums
 
@@ -157,7 +157,7 @@ class Rehearsal:
         @torch.no_grad()
         def run(ids):
             for name in self.config.component_names:
-                self.hybrid.component(name)(input_ids=ids, labels=ids, use_cache=False)
+                loss_alone(self.hybrid, name, ids, ids)
             # Every token, by its numbers: which values of a mask are true cannot be told without storage
             numbers = torch.meshgrid(torch.arange(ids.shape[0]), torch.arange(ids.shape[1]), indexing="ij")
             batches = [(ids, ids, tuple(one.flatten() for one in numbers))]

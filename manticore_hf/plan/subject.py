@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import HTTPError
 
 from manticore_hf.compose.components import ComponentSpec, Resolved, resolve
-from manticore_hf.compose.tokenizers import check_tokenizers, find_tokenizer
+from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, find_tokenizer
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.training.programs import program_of
@@ -67,6 +67,7 @@ def load_subject(source: str | Path, configs: str | Path | None = None, allow_ou
         ) from err
     if not config.component_names:
         raise ManticoreError(f"{str(source)!r} is no hybrid; to plan joining models, write a recipe that names them.")
+    _refuse_aligned(config.aligned)
     return Subject(str(source), config, [("finetune", {})])
 
 
@@ -83,8 +84,10 @@ def _from_recipe(recipe, configs):
         settings.update(mixture="static", mixture_weights=[[1 / len(found)] * len(found)] * rows)
     if "transplant" in recipe.hybrid:
         _transplant(found, entries, home, recipe.hybrid["transplant"], notes)
-    elif len({one.config.vocab_size for one in found}) > 1 and "vocab_size" not in settings:
-        settings["vocab_size"] = _common_size(found, notes)
+    else:
+        _refuse_aligned(_aligned(found, home, settings))
+        if len({one.config.vocab_size for one in found}) > 1 and "vocab_size" not in settings:
+            settings["vocab_size"] = _common_size(found, notes)
     dtypes = {one.config.dtype for one in found}
     config = ManticoreConfig(components=entries, **settings)
     config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -97,6 +100,21 @@ def _from_recipe(recipe, configs):
     if not recipe.stages:
         notes.append("the recipe has no stages: planned is a finetune with Transformers' defaults")
     return Subject(recipe.name, config, stages, recipe, home, notes)
+
+
+def _aligned(found, home, settings):
+    """Names of the components that would read text by tokenizers of their own."""
+    own = align(found, {}, None, can_align(settings))
+    return [name for name, one in own.items() if one.get_vocab() != own[home.name].get_vocab()]
+
+
+def _refuse_aligned(names):
+    if names:
+        raise ManticoreError(
+            f"Components {list(names)} have tokenizers of their own: what a step reads and takes depends on the text, "
+            "which a plan does not have. Measure a few steps (max_steps: 3), or plan with `transplant: auto` in the "
+            "recipe's hybrid."
+        )
 
 
 def _find(item, recipe, configs):

@@ -72,6 +72,7 @@ def forest(
     rows: Sequence[tuple[str, float, Sequence[float] | None]],
     needed: float | None = None,
     label: str = "Differences with confidence intervals",
+    unit: str = "nats per token",
 ) -> Markup:
     """Differences with their intervals around a line at 0.
 
@@ -79,6 +80,7 @@ def forest(
         rows: [(name, difference, [low, high] or None)]: positive is to the right.
         needed: Where to draw the line of what is worth having, or None.
         label: For screen readers.
+        unit: Of the differences.
     """
     left, right, top, step = 245, 20, 8, 24
     numbers = [0.0, needed or 0.0] + [x for _, difference, pair in rows for x in (difference, *(pair or ()))]
@@ -107,7 +109,7 @@ def forest(
             Markup('<circle cx="{}" cy="{}" r="3" class="dot {}"/>').format(_short(at(difference)), _short(y), sure)
         )
     parts.append(_text(at(0) - 6, bottom + 32, "← baseline better", "end", "tick"))
-    parts.append(_text(at(0) + 6, bottom + 32, "hybrid better, nats per token →", "start", "tick"))
+    parts.append(_text(at(0) + 6, bottom + 32, f"hybrid better, {unit} →", "start", "tick"))
     return _svg(_WIDTH, height, parts, label)
 
 
@@ -159,7 +161,7 @@ def lines(
     high: float | None = None,
     label: str = "Curves",
 ) -> Markup:
-    """Curves with a legend; colours c0, c1, ... repeat with another dash pattern.
+    """Curves with a legend, by colour and dash pattern: of two that are equal, one shows through the other's gaps.
 
     Args:
         series: {name: (x values, y values)}.
@@ -201,17 +203,18 @@ def lines(
     for i, name, lx, lrow in legend:
         y = 14 + 18 * lrow
         parts += [
-            _line(lx, y - 4, lx + 20, y - 4, f"curve c{i % 6} d{i // 6}"),
+            _line(lx, y - 4, lx + 20, y - 4, f"curve c{i % 6} d{i % 3}"),
             _text(lx + 25, y, _clip(name, 40), title=name),
         ]
     for i, (one, other) in enumerate(series.values()):
         points = [at(a, b) for a, b in zip(one, other) if math.isfinite(b)]
         path = " ".join(f"{_short(px)},{_short(py)}" for px, py in points)
-        parts.append(Markup('<polyline points="{}" class="curve c{} d{}"/>').format(path, i % 6, i // 6))
+        parts.append(Markup('<polyline points="{}" class="curve c{} d{}"/>').format(path, i % 6, i % 3))
         if len(points) < 16:
             parts += [
                 Markup('<circle cx="{}" cy="{}" r="3" class="point c{}"/>').format(_short(px), _short(py), i % 6)
                 for px, py in points
             ]
-    parts.append(_text(left, top + plot + 34, f"{x_label} →; upwards: {y_label}", "start", "tick"))
+    from_zero = "" if y_low <= 0 else " (does not start at 0)"
+    parts.append(_text(left, top + plot + 34, f"{x_label} →; upwards: {y_label}{from_zero}", "start", "tick"))
     return _svg(_WIDTH, top + plot + 40, parts, label)

@@ -15,6 +15,7 @@ _KINDS = {
     "hybrid": "a hybrid", "pruned": "a pruned hybrid", "untuned": "as it is, not tuned",
 }  # fmt: skip
 _MOST_CHARTS = 8
+_WEIGHTS = "Mixture weights, blocks by components"
 
 
 def mixture(facts: Facts) -> dict[str, Any]:
@@ -51,16 +52,17 @@ def mixture(facts: Facts) -> dict[str, Any]:
                     "chart": charts.lines(gate, "optimizer step", "weight", 0, 1, "Mean gate weight"),
                 }
             )
-    token = facts.found["settings"]["mixture"] == "token" and not route
+    token, online = (facts.found["settings"]["mixture"] == kind and not route for kind in ("token", "online"))
     return {
         "names": names,
         "token": token,
+        "online": online,
         "trajectories": out,
         "rows": [
             {"name": label, "weights": ["–" if w is None else f"{w:.3f}" for w in row]}
             for label, row in zip(labels, weights)
         ],
-        "chart": charts.heat(weights, labels, names, "{:.3f}", label="Mixture weights, blocks by components"),
+        "chart": None if token and blocks == 1 else charts.heat(weights, labels, names, "{:.3f}", label=_WEIGHTS),
     }
 
 

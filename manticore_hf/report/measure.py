@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from manticore_hf.compose.hybrid import ManticoreModel
-from manticore_hf.evaluation.losses import inner_baselines
+from manticore_hf.evaluation.losses import ONLINE, inner_baselines, online_nats
 from manticore_hf.utils.distributed import component_runner
 
 
@@ -62,7 +62,9 @@ def _losses_of(logits, labels):
 def token_losses(
     model: PreTrainedModel, rows: Dataset, batch_size: int = 8
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Loss of every token under the hybrid, each component (its own head, inside this hybrid) and their plain ensemble.
+    """Loss of every token under the hybrid, each component (its own head, inside this hybrid) and two mixtures of them.
+
+    These are their plain ensemble, and their online mixture.
 
     Args:
         model: A hybrid in evaluation mode.
@@ -74,17 +76,19 @@ def token_losses(
         baselines are no longer inside.
     """
     names = inner_baselines(model)
-    out = {name: [] for name in [*names, *(["ensemble"] if names else []), "hybrid"]}
+    out = {name: [] for name in [*names, *(["ensemble", ONLINE] if names else []), "hybrid"]}
     gate = []
     for ids, labels in tqdm(list(batches(rows, batch_size, model.device)), desc="Token losses", leave=False):
-        mean = 0.0
+        mean, own = 0.0, []
         for name in names:
             logprobs = component_runner(model, name)(input_ids=ids, use_cache=False).logits
             logprobs = logprobs[..., : model.config.vocab_size].float().log_softmax(-1)
             out[name].append(_losses_of(logprobs, labels))
             mean = mean + logprobs / len(names)
+            own.append(-logprobs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0])
         if names:
             out["ensemble"].append(_losses_of(mean, labels))
+            out[ONLINE].append(online_nats(torch.stack(own, -1), model.config)[labels[:, 1:] != -100].double().cpu())
         run = model(input_ids=ids, use_cache=False)
         out["hybrid"].append(_losses_of(run.logits, labels))
         if run.weights is not None:
@@ -273,7 +277,8 @@ def feature_similarity(model: PreTrainedModel, rows: Dataset, batch_size: int = 
         for ids, labels in tqdm(list(batches(rows, batch_size, model.device)), desc="Similarity", leave=False):
             seen.clear()
             run = ManticoreModel.forward(model, input_ids=ids, use_cache=False, return_dict=True)
-            seen.update({(0, name): (model.embed(name, ids), False) for name in names})
+            mine = [name for name in names if name not in model.config.aligned]  # others embed other tokens
+            seen.update({(0, name): (model.embed(name, ids), False) for name in mine})
             for name, state in run.states.items():
                 if (last, name) not in seen:
                     seen[last, name] = (state, False)

@@ -11,6 +11,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from manticore_hf.modeling.aligned_hybrid import aligner_of
+from manticore_hf.modeling.bounds_manticore import ManticoreError
+
 
 @torch.no_grad()
 def measure_speed(
@@ -28,36 +31,60 @@ def measure_speed(
         {"device", "dtype", "threads", "prompt_tokens", "new_tokens", "repeats", "models": {name:
         {"prefill": tokens per second read, "decode": tokens per second written, "first": seconds to the first token,
         "weights": bytes, "working": largest bytes in use beside the weights while running, or None where this machine
-        does not tell}}}; the hybrid is "hybrid". A pruned one has no whole components: it stands alone.
+        does not tell, "tokens_for_one"}}}; the hybrid is "hybrid". A pruned one has no whole components: it stands
+        alone. Tokens are the hybrid's for all: a component that reads text by a tokenizer of its own reads the prompt's
+        text, and what it reads and writes is divided by `tokens_for_one`, its tokens of that text for one of the
+        hybrid's (1 for the others).
+
+    Raises:
+        ManticoreError: A component has a tokenizer of its own, and the prompt has no text.
     """
     names = [] if model.config.route else model.config.component_names
     models = {**{name: model.component(name) for name in names}, "hybrid": model}
-    ids = torch.as_tensor(prompt, device=model.device)[None]
+    prompts = {name: list(prompt) for name in models}
+    ratios = dict.fromkeys(models, 1.0)
+    for name in model.config.aligned:
+        prompts[name], ratios[name] = _own_prompt(model, name, prompts[name])
+    given = {name: torch.as_tensor(one, device=model.device)[None] for name, one in prompts.items()}
     times = {name: ([], []) for name in models}
     working = dict.fromkeys(models)
     steps = [(repeat, name) for repeat in range(repeats + 1) for name in models]
     for repeat, name in tqdm(steps, desc="Speed", leave=False):
         if repeat == 0:  # warms up, and is the one whose memory is watched: watching takes time
-            working[name] = _watched_memory(lambda one=models[name]: _generate(one, ids, new_tokens + 1), model.device)
+            working[name] = _watched_memory(
+                lambda name=name: _generate(models[name], given[name], new_tokens + 1), model.device
+            )
             continue
         for count, kept in zip((1, new_tokens + 1), times[name]):
-            kept.append(_generate(models[name], ids, count))
+            kept.append(_generate(models[name], given[name], count))
     rows = {}
     for name, one in models.items():
         first, whole = (statistics.median(kept) for kept in times[name])
         rows[name] = {
-            "prefill": ids.shape[1] / first, "decode": new_tokens / max(whole - first, 1e-9), "first": first,
+            "prefill": len(prompt) / first, "decode": new_tokens / ratios[name] / max(whole - first, 1e-9),
+            "first": first, "tokens_for_one": ratios[name],
             "weights": sum(p.numel() * p.element_size() for p in one.parameters()), "working": working[name],
         }  # fmt: skip
     return {
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "prompt_tokens": ids.shape[1],
+        "prompt_tokens": len(prompt),
         "new_tokens": new_tokens,
         "repeats": repeats,
         "models": rows,
     }
+
+
+def _own_prompt(model, name, prompt):
+    """(a component's own tokens of a prompt, behind its start; how many it needs for one of the hybrid's)."""
+    aligner = aligner_of(model)
+    home, own = aligner.bytes_of(model, model.config.tokenizer_component), aligner.bytes_of(model, name)
+    kept = [one for one in prompt if home.bytes_of([one])]
+    if not kept:
+        raise ManticoreError(f"Component {name!r} has a tokenizer of its own: the prompt to measure with needs text.")
+    ids = own.cut(home.bytes_of(kept))
+    return [*own.start, *ids], len(ids) / len(kept)
 
 
 def _generate(model, ids, count):

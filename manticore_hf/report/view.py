@@ -4,8 +4,9 @@ from importlib import metadata
 from typing import Any
 
 from manticore_hf.hub.licenses import DUTIES, LICENSES
-from manticore_hf.report import details
+from manticore_hf.report import charts, details
 from manticore_hf.report.facts import Facts, one_run
+from manticore_hf.report.gains import gains, phrases
 from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_difference
 from manticore_hf.utils.formatting import listed, short_bytes, short_count, short_duration
 
@@ -16,7 +17,7 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
     """Facts and Verdict as the templates print them."""
     settings = facts.found["settings"]
     kinds = {entry["name"]: entry["model_type"] for entry in facts.found["components"]}
-    blocks = settings["num_blocks"]
+    blocks, running, licences = settings["num_blocks"], _running(facts), _licences(facts)
     return {
         "name": facts.name,
         "what": f"{listed([f'{name} ({kind})' for name, kind in kinds.items()])} joined in {_plural(blocks, 'block')}"
@@ -24,9 +25,10 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
         "verdict": verdict,
         "rules": RULES,
         "standing": _standing(facts),
-        "running": _running(facts),
+        "phrases": phrases(facts, running["sentence"], " ".join((licences["sentence"], licences["commercial"]))),
+        "running": running,
         "making": _making(facts),
-        "licences": _licences(facts),
+        "licences": licences,
         "mixture": details.mixture(facts),
         "why": details.why(facts),
         "where": details.where(facts),
@@ -59,7 +61,7 @@ def _standing(facts):
     else:
         if (run := one_run(facts)) is None:
             note = "No loss of this hybrid is shown, because no baseline's was measured beside it."
-            return {"note": note, "rows": [], "all": []}
+            return {"note": note, "rows": [], "all": [], "chart": None}
         own, note = run.own, run.note
         note += "".join(f" {name}: not measured. {why}" for name, why in run.missing.items())
         found = [(name, loss, run.bits.get(name), {}) for name, loss in run.losses.items()]
@@ -79,7 +81,10 @@ def _standing(facts):
     ]
     place = next(i for i, row in enumerate(rows) if row["own"])
     shown = rows[:_ON_TOP] if place < _ON_TOP else rows[: _ON_TOP - 1] + [rows[place]]
-    return {"note": note, "rows": shown, "all": rows}
+    found, unit = gains(facts)
+    bars = [(name, gain, None if None in ends else ends) for name, (gain, *ends) in found.items()]
+    chart = charts.forest(bars, label="What the hybrid gains over each baseline", unit=unit) if bars else None
+    return {"note": note, "rows": shown, "all": rows, "chart": chart}
 
 
 def _running(facts):
@@ -127,6 +132,14 @@ def _running(facts):
             f"Measured on {speed['device']}, {speed['threads']} thread(s), {speed['dtype']}: one sequence, a prompt of "
             f"{speed['prompt_tokens']} tokens, then {speed['new_tokens']}; median of {speed['repeats']} in turn."
         )
+        others = {
+            name: one["tokens_for_one"] for name, one in speed["models"].items() if one.get("tokens_for_one", 1) != 1
+        }
+        if others:
+            ratios = listed([f"{ratio:.2f} of {name}'s" for name, ratio in others.items()])
+            out["note"] += f" Speeds are in tokens of the hybrid's tokenizer: one is {ratios} here."
+    if facts.found["note"]:
+        out["note"] += f" {facts.found['note']}"
     return out
 
 

@@ -78,19 +78,19 @@ def write_report(
         arguments, split = held_out(facts, data, block_size, allow_outside)
         facts.measured = _measure(facts, arguments, split, output / NAMES[2], max_tokens, batch_size)
     run = one_run(facts)
-    verdict = decide(facts.comparison, facts.found["settings"], compare_command(facts), run)
+    verdict = decide(facts.comparison, facts.found["settings"], compare_command(facts, data), run)
     html, markdown = render(facts, verdict)
     for name, text in zip(NAMES, (html, markdown)):
         replace_text(output / name, text)
     return verdict, output / NAMES[0], output / NAMES[1]
 
 
-def compare_command(facts: Facts) -> str:
-    """The command that makes the comparison this report lacks, where the report will find it."""
+def compare_command(facts: Facts, test: str | os.PathLike | None = None) -> str:
+    """The command that makes the comparison this report lacks, where the report will find it; `test`: held-out text."""
     run = facts.folder.parent if (facts.folder.parent / "recipe.yaml").is_file() else facts.folder
     recipe = facts.recipe or "RECIPE.yaml"
-    output = shlex.quote(str(run / FOLDER))
-    return f"manticore-hf compare {shlex.quote(str(recipe))} --test HELD_OUT.jsonl --output-dir {output}"
+    output, test = (shlex.quote(str(one)) for one in (run / FOLDER, test or "HELD_OUT.jsonl"))
+    return f"manticore-hf compare {shlex.quote(str(recipe))} --test {test} --output-dir {output}"
 
 
 def _measure(facts, arguments, split, path, max_tokens, batch_size):

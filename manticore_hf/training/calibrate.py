@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
-from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, world
+from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, component_runner, world
 from manticore_hf.utils.task_types import refuse_classifier
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -205,9 +206,16 @@ def _losses(model, batches):
         kept = int((labels[:, 1:] != NO_LOSS).sum())
         count += kept
         for name in names:
-            sums[name] += kept * model.component(name)(input_ids=ids, labels=labels, use_cache=False).loss.item()
+            sums[name] += loss_alone(model, name, ids, labels).item()
     *sums, count = all_reduce_dict({**sums, "": count}, model.device).items()
     return {name: loss / count[1] for name, loss in sums}
+
+
+def loss_alone(model: torch.nn.Module, name: str, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What a component alone loses on tokens [batch, time], in nats: the sum over those with a label."""
+    logits = component_runner(model, name)(input_ids=ids, use_cache=False).logits
+    logits = logits[:, :-1, : model.config.vocab_size].flatten(0, 1).float()
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum", ignore_index=NO_LOSS)
 
 
 def _change_reference(model, reference):
@@ -228,6 +236,8 @@ def _change_reference(model, reference):
 def _collect(model, batches, reference, every):
     """{(side, name, block): (moments to fit, moments held out)} of every projector that has parameters."""
     mixer, pairs, (rank, size) = model.hybrid_mixer, {}, world()
+    if not any(isinstance(one, LinearProjector) for one in (*mixer.into.values(), *mixer.out_of.values())):
+        return pairs
     for number, (ids, _, real) in enumerate(bar(batches, desc="Calibrating", unit="batch", leave=False)):
         mine = number % size == rank
         if not mine and number:  # the first one shows every rank which maps there are

@@ -62,7 +62,7 @@ def new_rows(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def fix_alpha(model: torch.nn.Module, weights: torch.Tensor | None = None) -> torch.nn.Module:
-    """Fixes the static mixture weights exactly; a token mixture keeps its gate, which is trained like any weight.
+    """Fixes the static mixture weights exactly; a mixture per token keeps its gate or prior, trained like any weight.
 
     Args:
         model: A hybrid.
@@ -72,7 +72,7 @@ def fix_alpha(model: torch.nn.Module, weights: torch.Tensor | None = None) -> to
         The model.
     """
     rows = (model.mixture_weights() if weights is None else weights).double().tolist()
-    if model.config.mixture == "token":
+    if model.config.mixture != "static":
         rows[-1] = None
     if any(row is not None for row in rows):
         model.set_mixture_weights(rows)

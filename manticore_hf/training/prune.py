@@ -124,6 +124,7 @@ def pick_route(
         raise ManticoreError("Choosing a route by loss needs held-out text: give a dataset.")
     if model.config.route is not None:
         raise ManticoreError(f"This hybrid is pruned already, to the route {model.config.route}.")
+    _refuse_aligned(model.config, by)
     costs = torch.tensor(segment_costs(model, cost), dtype=torch.float64)
     share = costs / costs.sum()
     scores = model.mixture_weights().double().cpu().clamp(min=1e-12).log()
@@ -281,6 +282,8 @@ def prune(
         raise ManticoreError(f"This hybrid is pruned already, to the route {model.config.route}.")
     if len(route) != blocks or not set(route) <= set(names):
         raise ManticoreError(f"route={route!r} must name one of {names} for each of the {blocks} block(s).")
+    if set(route) & set(model.config.aligned):
+        _refuse_aligned(model.config, route)
     values = model.config.to_dict()
     values["components"] = [entry for entry in values["components"] if entry["name"] in route]
     values["block_layers"] = {name: model.config.block_layers[name] for name in names if name in route}
@@ -303,6 +306,16 @@ def prune(
         _merge(crossing, leave, enter)
     hard.generation_config = copy.deepcopy(model.generation_config)
     return hard.eval()
+
+
+def _refuse_aligned(config, route):
+    """Raises for a hybrid with several tokenizers: a choice between its components is one between tokenizers."""
+    if config.aligned:
+        raise ManticoreError(
+            f"route={route!r}: components {list(config.aligned)} have tokenizers of their own, and pruned to one of "
+            f"them the hybrid would be that model as it came; prune to {config.tokenizer_component!r}, whose tokenizer "
+            "is the hybrid's."
+        )
 
 
 def _merge(crossing, leave, enter):

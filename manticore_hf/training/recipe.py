@@ -341,6 +341,7 @@ def run_recipe(
     seed: int | None = None,
     outside: OutsideArguments | None = None,
     allow_outside: bool = False,
+    verbose: bool = False,
 ) -> list[tuple[Path, dict]]:
     """Runs all stages of a recipe, skipping those that are finished.
 
@@ -350,6 +351,7 @@ def run_recipe(
         seed: Random seed instead of the recipe's.
         outside: What every training stage does outside of that directory; default: nothing.
         allow_outside: Whether the recipe's relative paths may leave the folder that it is in.
+        verbose: Whether the training stages print what they log at every step.
 
     Returns:
         [(directory, result)] of the stages, in order.
@@ -375,6 +377,8 @@ def run_recipe(
     for number, (stage, settings) in enumerate(recipe.stages, 1):  # whatever is wrong is said before anything is run
         known = STAGES[stage]
         own = {key: settings[key] for key in settings if key in _types(known.arguments)}
+        if verbose and known.trains is not None:
+            own["verbose"] = True
         training = {key: settings[key] for key in settings if key not in own and key != "data"}
         told = outside.given() if outside is not None and known.trains is not None else {}
         given = {"output_dir": str(output / f"{number}-{stage}"), **defaults, **training, **told}
@@ -382,7 +386,7 @@ def run_recipe(
         stages.append((known, own, stage_data(recipe, settings.get("data", {})), given))
     output.mkdir(parents=True, exist_ok=True)
     on_main(replace_text, kept, text)
-    on_main(_remember, text, recipe.path.parent)
+    on_main(remember_recipe, text, recipe.path.parent)
     hybrid, program = dict(recipe.hybrid), None
     programs = program_of(hybrid.get("mixture"))
     if programs is not None:
@@ -411,8 +415,13 @@ def run_recipe(
     return results
 
 
-def _remember(text, folder):
-    """Notes, in this user's own files, that a recipe of that text was run from a folder."""
+def remember_recipe(text: str, folder: Path) -> None:
+    """Notes, in this user's own files, that a recipe was run by this user: what it names may be read again.
+
+    Args:
+        text: Of the recipe.
+        folder: That its relative paths count from.
+    """
     with contextlib.suppress(OSError):
         note = _note_of(text)
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -421,6 +430,14 @@ def _remember(text, folder):
 
 def _note_of(text):
     return Path(constants.HF_HOME) / "manticore" / "recipes" / hashlib.sha256(text.encode()).hexdigest()
+
+
+def home_of(recipe: Recipe) -> Path | None:
+    """The folder that a recipe was run from by this user on this machine, if it was: stages have copies of it."""
+    try:
+        return Path(_note_of(_read(recipe.path)).read_text(encoding="utf-8"))
+    except OSError:
+        return None
 
 
 def load_kept_recipe(path: str | Path, directory: str | Path, allow_outside: bool = False) -> Recipe:
@@ -437,11 +454,10 @@ def load_kept_recipe(path: str | Path, directory: str | Path, allow_outside: boo
         ManticoreError: The recipe is invalid, or names a file that is not to be used.
     """
     recipe = load_recipe(path)
-    try:
-        home = Path(_note_of(_read(recipe.path)).read_text(encoding="utf-8"))
+    home = home_of(recipe)
+    if home is not None:
         return dataclasses.replace(recipe, path=home / recipe.path.name, allow_outside=True)
-    except OSError:
-        recipe.allow_outside = allow_outside
+    recipe.allow_outside = allow_outside
     named = [recipe.data, *(settings.get("data", {}) for _, settings in recipe.stages)]
     for source in {one["data"] for one in named if "data" in one}:
         if not allow_outside and os.path.exists(source) and not stays_inside(source, directory):

@@ -18,6 +18,9 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--allow-outside", action="store_true", help="let the recipe's relative paths leave the folder that it is in"
     )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print what the Trainer logs at every step, instead of one bar a stage"
+    )
     group = parser.add_argument_group("outside of that directory, which no recipe may say")
     add_fields(group, OutsideArguments, switches=True)
 
@@ -27,4 +30,4 @@ def main(args: argparse.Namespace) -> None:
     from manticore_hf.training.recipe import run_recipe
 
     outside = from_namespace(OutsideArguments, args)
-    run_recipe(args.recipe, args.output_dir, args.seed, outside, args.allow_outside)
+    run_recipe(args.recipe, args.output_dir, args.seed, outside, args.allow_outside, args.verbose)

@@ -28,6 +28,7 @@ from manticore_hf.evaluation.data import load_rows, without_text
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.evaluation.losses import Passages, make_passages
 from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
+from manticore_hf.training.progress import show_progress
 from manticore_hf.utils.deepspeed import Unrounded, take_precision
 from manticore_hf.utils.distributed import broadcast_object, gathered, is_main, main_first, on_main, print_main
 from manticore_hf.utils.files import write_json
@@ -46,6 +47,7 @@ class StageRun:
         tokenizer: The hybrid's, once it is loaded; saved with the model.
         train, validation: Rows of text as `load_rows` gives them, once they are loaded.
         passages: The texts of the validation rows, to measure on; None where there are none.
+        verbose: Whether the Trainer prints what it logs, in the place of one bar and `training.log`.
     """
 
     stage: str
@@ -55,6 +57,7 @@ class StageRun:
     train: Dataset | None = None
     validation: Dataset | None = None
     passages: Passages | None = None
+    verbose: bool = False
 
     @property
     def output(self) -> Path:
@@ -123,11 +126,14 @@ class StageRun:
             collator = DataCollatorForSeq2Seq(self.tokenizer, padding=True, label_pad_token_id=-100)
         given = {"args": self.arguments, "train_dataset": self.train, "processing_class": self.tokenizer, **kwargs}
         try:
-            return cls(model=model, data_collator=collator, **given)
+            trainer = cls(model=model, data_collator=collator, **given)
         except ManticoreError:
             raise
         except (ValueError, TypeError, ImportError) as err:  # so says Transformers
             raise ManticoreError(" ".join(str(err).split())) from err
+        if not self.verbose:
+            show_progress(trainer, self.stage, self.output)
+        return trainer
 
     def fit(self, trainer: Trainer) -> Unrounded:
         """Trains, from the last whole checkpoint if there is one; what it returns is for `save`. On every rank."""
@@ -189,8 +195,11 @@ class StageRun:
 
 
 def training_defaults() -> dict[str, Any]:
-    """What the stages set in TrainingArguments where nothing is given: no trackers; the CPU where there is no other."""
-    return {"report_to": "none", "use_cpu": not torch.accelerator.is_available()}
+    """What the stages set in TrainingArguments where nothing is given.
+
+    No trackers; a bar, however little Transformers logs; the CPU where there is no other device.
+    """
+    return {"report_to": "none", "use_cpu": not torch.accelerator.is_available(), "disable_tqdm": False}
 
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")

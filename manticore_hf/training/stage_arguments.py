@@ -126,6 +126,10 @@ class StageArguments:
             "0 freezes them. Default: the learning rate of everything."
         },
     )
+    verbose: bool = field(
+        default=False,
+        metadata={"help": "Print what the Trainer logs at every step, instead of one bar and a file (training.log)."},
+    )
 
 
 @dataclass
@@ -175,6 +179,10 @@ class PruneArguments:
         },
     )
     train_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
+    verbose: bool = field(
+        default=False,
+        metadata={"help": "Print what the Trainer logs at every step, instead of one bar and a file (training.log)."},
+    )
 
     def __post_init__(self):
         if not 0 <= self.distil_weight <= 1:

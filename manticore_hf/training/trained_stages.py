@@ -54,7 +54,7 @@ def run_stage(stage: str, start: StageArguments, data: DataArguments, arguments:
     """
     if stage not in _NAMES:
         raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(_NAMES)}.")
-    return StageRun(stage, arguments, data).perform(partial(_train, start), _summary)
+    return StageRun(stage, arguments, data, verbose=start.verbose).perform(partial(_train, start), _summary)
 
 
 run_pretrain = partial(run_stage, "pretrain")
@@ -122,13 +122,13 @@ def _plot(trainer, result: dict, output: Path) -> None:
 
 
 def take_mixture(model: ManticoreForCausalLM, source: str | Path) -> None:
-    """Fixes a hybrid's mixture weights at those of another, searched one; a token gate goes on from the other's.
+    """Fixes a hybrid's mixture weights at those of another, searched one; a gate or prior goes on from the other's.
 
     Raises:
         ManticoreError: The other hybrid has other components or blocks.
     """
     other, mine = ManticoreConfig.from_pretrained(source), model.config
-    for what in ("component_names", "num_blocks", "mixture"):
+    for what in ("component_names", "num_blocks", "mixture", "gate_past_losses"):
         if getattr(other, what) != getattr(mine, what):
             raise ManticoreError(
                 f"{source!r} has {what} {getattr(other, what)}, this hybrid {getattr(mine, what)}: its mixture weights "
@@ -138,6 +138,8 @@ def take_mixture(model: ManticoreForCausalLM, source: str | Path) -> None:
     fix_alpha(model, searched.mixture_weights())
     if mine.mixture == "token":
         model.hybrid_mixer.token_gate.load_state_dict(searched.hybrid_mixer.token_gate.state_dict())
+    elif mine.mixture == "online":
+        model.hybrid_mixer.alpha_logits.data[-1] = searched.hybrid_mixer.alpha_logits.data[-1]
 
 
 def _summary(result: dict) -> Iterator[str]:

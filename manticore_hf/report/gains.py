@@ -1,0 +1,81 @@
+"""What a hybrid gains over each baseline, as numbers for a chart and as sentences that may be said."""
+
+from manticore_hf.report.facts import Facts, one_run
+from manticore_hf.utils.claims import AS_IT_CAME, claim
+
+
+def gains(facts: Facts) -> tuple[dict[str, list[float | None]], str]:
+    """What the hybrid gains over each baseline.
+
+    Returns:
+        {baseline: [gain, low, high]}, the best baseline first, the ends None where there is no interval; and the unit,
+        bits per byte if they are known, else nats per token.
+    """
+    if facts.comparison is not None:
+        rows = {row["name"]: row for row in sorted(facts.comparison["rows"], key=lambda row: row["loss"])}
+        own = rows.pop(facts.comparison["hybrid"])
+        known = own["bits_per_byte"] is not None and own["loss"] > 0
+        unit = own["bits_per_byte"] / own["loss"] if known else 1.0  # all rows are of one text
+        found = {}
+        for name, row in rows.items():
+            if row["difference"] is not None:
+                low, high = row["difference_interval"] or (None, None)
+                found[name] = [None if one is None else one * unit for one in (row["difference"], low, high)]
+        return found, "bits per byte" if known else "nats per token"
+    run = one_run(facts)
+    if run is None:
+        return {}, "bits per byte"
+    names = [name for name in sorted(run.losses, key=run.losses.get) if name != run.own]
+    if run.differences:
+        return {name: list(run.differences[name]) for name in names if name in run.differences}, "bits per byte"
+    known = set(run.bits) == set(run.losses)
+    losses = run.bits if known else run.losses
+    return {name: [losses[name] - losses[run.own], None, None] for name in names}, (
+        "bits per byte" if known else "nats per token"
+    )
+
+
+def phrases(facts: Facts, costs: str, licence: str) -> list[str]:
+    """What may be said of a hybrid to others, with its numbers, where it loses as well as where it gains.
+
+    Args:
+        facts: Facts.
+        costs: A sentence on what it costs to run; "" if nothing is known.
+        licence: On what may be done with it.
+    """
+    found, unit = gains(facts)
+    out = []
+    if found and unit == "bits per byte":
+        size = facts.comparison["test_bytes"] if facts.comparison is not None else one_run(facts).size
+        best, one = next(iter(found)), next((name for name in found if _is_one_model(name, facts)), None)
+        out.append(claim(f"the best of what there is without it ({best})", found[best], size, "The hybrid"))
+        if one not in (None, best):
+            out.append(claim(f"the best single model ({one})", found[one], size, "The hybrid"))
+    out += [costs] if costs else []
+    worth = _worth(facts)
+    if worth:
+        added, name, block = max(worth)
+        less, other, at = min(worth)
+        told = f"{less:.3f} worse" if less > 0 else f"{-less:.3f} better"
+        said = f"Without {name} in block {block} it is {added:.3f} nats per token worse"
+        out.append(f"{said}, without {other} in block {at} {told}.")
+    return [*out, licence.strip()]
+
+
+def _worth(facts):
+    """[(nats per token that the hybrid loses without it, component, block)]."""
+    out = []
+    for key, value in facts.measured.items():
+        if key.startswith("without/") and value["loss"] is not None:
+            _, block, name = key.split("/")
+            out.append((value["loss"] - facts.measured["losses"]["losses"]["hybrid"], name, int(block) + 1))
+    return out
+
+
+def _is_one_model(name, facts):
+    """Whether a baseline is a single model that one could use instead: as it came, tuned, retrained."""
+    if facts.comparison is not None:
+        row = next(row for row in facts.comparison["rows"] if row["name"] == name)
+        return row["kind"] in ("component", "single") or row["kind"] == "untuned" and "ensemble" not in name
+    parts = {entry["name"] for entry in facts.found["components"]}
+    return name in parts or any(name == AS_IT_CAME.format(part) for part in parts)
