@@ -195,7 +195,7 @@ class Comparison:
         own = self.shop.own_tokenizers.get(name)
 
         def train(options, seed, folder):
-            rows = self.all_rows(own).shuffle(seed=seed)
+            rows = self._all_rows(own).shuffle(seed=seed)
             return self.shop.train_plain(self.shop.component(name), rows, options, seed, folder, tokenizer=own)
 
         needs, label = "the components' training text", f"{name}, retrained on all text"
@@ -208,7 +208,7 @@ class Comparison:
         data = DataArguments(**data)
         return data, load_rows(data, self.shop.tokenizer, keep_text=True)[0]
 
-    def all_rows(self, tokenizer):
+    def _all_rows(self, tokenizer):
         """The rows that are trained on, and those of the components' own training text; see `rows_of`."""
         data, more = self._more
         more = without_text(more) if tokenizer is None else rows_for(more, self.shop.tokenizer, tokenizer, data)

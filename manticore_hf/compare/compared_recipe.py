@@ -38,6 +38,8 @@ def read_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
     recipe.data = dict(recipe.data)
     recipe.data["data"] = _absolute(recipe.data["data"], recipe)
     recipe.components = [_absolute(source, recipe) for source in recipe.components]
+    if "tokenizer_data" in recipe.hybrid:
+        recipe.hybrid = {**recipe.hybrid, "tokenizer_data": _absolute(recipe.hybrid["tokenizer_data"], recipe)}
     if not recipe.data.get("validation_fraction", DataArguments.validation_fraction):
         recipe.data["validation_fraction"] = VALIDATION
     return recipe
