@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .bounds_manticore import build_component, construct, trying
+from .bounds_manticore import TESTED, VERSION, build_component, construct, trying
 from .cache_manticore import ManticoreCache, cache_for_generation
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
@@ -30,6 +30,10 @@ from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 takes_old_cache = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
 """Lets a forward take its `cache` as `past_key_values`, as the forwards of Transformers' own models do until then."""
+UNTESTED = (
+    "This hybrid's code was tested with Transformers {}.{} to {}.{}, and a newer one is installed: if something is "
+    "wrong, install one of these, or bring the repository's code up to date (manticore-hf push --code-only)."
+).format(*TESTED[0], *TESTED[1])
 
 
 class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreTrainedModel):
@@ -51,6 +55,8 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
     @whole_weights()
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """As in Transformers, with references to components resolved and checked."""
+        if VERSION > TESTED[1]:
+            logging.get_logger(__name__).warning_once(UNTESTED)
         return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()

@@ -17,7 +17,9 @@ from functools import partial
 import torch
 import transformers
 
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 24):
+TESTED = (5, 24), (5, 24)  # first and last minor version of Transformers that the tests ran with
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+if VERSION < TESTED[0]:
     raise ImportError(
         f"A manticore hybrid needs Transformers 5.24 or newer; {transformers.__version__} is installed: "
         "pip install -U 'transformers>=5.24,<6'"

@@ -62,6 +62,15 @@ def test_a_reading_is_what_the_models_say(hybrid, found):
     assert set(found.likely) == set(models)
 
 
+def test_a_mixture_that_goes_by_past_losses_is_shown_token_by_token():
+    model = mixed_hybrid(num_blocks=1, mixture="online")
+    found = Hybrid(model, word_tokenizer()).read(TEXT)
+    ids = torch.tensor([[0, *word_tokenizer()(TEXT)["input_ids"]]])
+    assert found.per_token
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(found.weights), model(ids).weights[0])
+
+
 def test_what_is_written_is_what_generate_gives(hybrid):
     ids = word_tokenizer()("the cat", return_tensors="pt")["input_ids"]
     written = list(hybrid.write("the cat", 6))

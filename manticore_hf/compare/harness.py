@@ -76,7 +76,7 @@ def run_tasks(
             "directory of your own."
         )
     settings = {"tasks": sorted(tasks), "num_fewshot": num_fewshot, "limit": limit, "seed": seed, "model": str(source)}
-    kept = _read(output, settings)
+    kept, datasets = _read(output, settings)
     model = ManticoreForCausalLM.from_pretrained(source, dtype="auto").eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -101,7 +101,8 @@ def run_tasks(
                 fewshot_random_seed=seed,
             )
             kept[label] = _scores(found["results"])
-            _write(output, settings, kept)
+            datasets |= _datasets(found.get("configs") or {})
+            _write(output, settings, kept, datasets)
     _print(kept)
     return kept
 
@@ -177,22 +178,28 @@ def _scores(results):
 
 
 def _read(output, settings):
-    """What was measured already with these settings."""
+    """What was measured already with these settings, and the tasks' data sets."""
     try:
         values = json.loads((Path(output) / RESULTS).read_text()) if output is not None else {}
     except FileNotFoundError:
-        return {}
+        return {}, {}
     except ValueError as err:
         raise ManticoreError(f"{Path(output) / RESULTS} is damaged ({err}); remove it to measure again.") from err
     if values and values.get("settings") != settings:
         raise ManticoreError(f"{Path(output) / RESULTS} is of another evaluation; give another --output-dir.")
-    return values.get("scores", {})
+    return values.get("scores", {}), values.get("datasets", {})
 
 
-def _write(output, settings, scores):
+def _datasets(configs):
+    """{task: [data set, its configuration or None]}, as the harness's own definitions of the tasks say."""
+    wanted = ("dataset_path", "dataset_name")
+    return {task: [one.get(key) for key in wanted] for task, one in configs.items() if one.get("dataset_path")}
+
+
+def _write(output, settings, scores, datasets):
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
-        write_json(Path(output) / RESULTS, {"settings": settings, "scores": scores})
+        write_json(Path(output) / RESULTS, {"settings": settings, "datasets": datasets, "scores": scores})
 
 
 def _print(scores):

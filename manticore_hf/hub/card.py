@@ -108,15 +108,8 @@ def make_card(
     """
     directory = Path(directory)
     config, found = ManticoreConfig.from_pretrained(directory), inspect_hybrid(directory, _FLOP_TOKENS)
-    recipe, notices, kind = _read(directory / "recipe.yaml"), [], kind_of(config)
-    results = []
-    for result in read_results(directory):
-        if kind.labels:
-            notices.append(f"The loss on {result.data!r} is not shown: it is a language model's, this one classifies.")
-        elif set(result.losses) - {result.own} and result.own in result.losses:
-            results.append(result)
-        else:
-            notices.append(f"The loss on {result.data!r} is not shown: no baseline's was measured beside it.")
+    recipe, kind = _read(directory / "recipe.yaml"), kind_of(config)
+    results, notices = shown_results(directory)
     combined = facts.combined or combine(facts.licenses)
     alpha = _alpha(config, found)
     context = {
@@ -138,6 +131,19 @@ def make_card(
         license_text = markdown_environment().get_template("license.md.jinja").render(context)
     card = Card(_metadata(config, kind, facts, results, recipe, own_license, combined.name), shown)
     return card, license_text, alpha, notices
+
+
+def shown_results(directory: str | os.PathLike) -> tuple[list[Result], list[str]]:
+    """Of what was measured in a hybrid's directory, what may be shown; and sentences on what may not, and why."""
+    kind, results, notices = kind_of(ManticoreConfig.from_pretrained(directory)), [], []
+    for result in read_results(directory):
+        if kind.labels:
+            notices.append(f"The loss on {result.data!r} is not shown: it is a language model's, this one classifies.")
+        elif set(result.losses) - {result.own} and result.own in result.losses:
+            results.append(result)
+        else:
+            notices.append(f"The loss on {result.data!r} is not shown: no baseline's was measured beside it.")
+    return results, notices
 
 
 def read_results(directory: str | os.PathLike) -> list[Result]:

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +30,10 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from manticore_hf.hub.card import LICENSE_FILE, Facts, make_card
+from manticore_hf.hub.card import LICENSE_FILE, Facts, make_card, shown_results
 from manticore_hf.hub.card_merge import choose, merge
+from manticore_hf.hub.eval_results import FILE as EVAL_RESULTS
+from manticore_hf.hub.eval_results import eval_results
 from manticore_hf.hub.licenses import check, read_license
 from manticore_hf.hub.upload import REPLACED, collect, own_weights, refuse_links, refuse_tokens
 from manticore_hf.modeling.bounds_manticore import build_component
@@ -113,7 +116,7 @@ def publish(
     if card not in ("merge", "local", "hub"):
         raise ManticoreError(f"card={card!r} is unknown; choose 'merge', 'local' or 'hub'.")
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory(prefix="manticore-publish-") as scratch, _explained(repo_id):
+    with tempfile.TemporaryDirectory(prefix="manticore-publish-") as scratch, explained(repo_id):
         directory = _directory(model, Path(scratch) / "model")
         refuse_links(directory)
         config = ManticoreConfig.from_pretrained(directory)
@@ -129,6 +132,7 @@ def publish(
         weights = _weights(files.values(), config, sizes)
         facts = Facts(repo_id, licenses, license, *weights, access, list(datasets), list(tags), combined)
         notices += write_card(directory, made, facts, choose(_read(directory / "README.md"), remote, card))
+        notices += _write_results(directory, made, repo_id, api)
         files.update({path.relative_to(made).as_posix(): path for path in made.rglob("*") if path.is_file()})
         refuse_tokens(files, token)
         _validate((made / "README.md").read_text(encoding="utf-8"))
@@ -162,7 +166,7 @@ def update_card(
         ManticoreError: The Hub cannot be asked, or the present card cannot be read.
     """
     directory, api = Path(directory), HfApi(token=token)
-    with _explained(repo_id):
+    with explained(repo_id):
         config = ManticoreConfig.from_pretrained(directory)
         licenses, sizes, access = look_at_components(config, api)
         weights = _weights(directory.glob("model*.safetensors"), config, sizes)
@@ -240,6 +244,15 @@ def write_card(directory: Path, made: Path, facts: Facts, present: str | None) -
         names = ManticoreConfig.from_pretrained(directory).component_names
         plot_mixture(alpha, names, made / "plots" / "mixture.png")
     return notices + kept
+
+
+def _write_results(directory, made, repo_id, api):
+    """Writes the results that the card shows as the Hub's pages read them; returns sentences for the publisher."""
+    text, notices = eval_results(directory, shown_results(directory)[0], repo_id, api)
+    if text is not None:
+        (made / EVAL_RESULTS).parent.mkdir(parents=True, exist_ok=True)
+        (made / EVAL_RESULTS).write_text(text, encoding="utf-8")
+    return notices
 
 
 def _weights(paths, config, sizes):
@@ -371,7 +384,8 @@ def _keep_card(card, directory):
 
 
 @contextlib.contextmanager
-def _explained(repo_id):
+def explained(repo_id: str) -> Iterator[None]:
+    """Context in which what the Hub or its client says is said as a ManticoreError."""
     try:
         yield
     except HFValidationError as err:

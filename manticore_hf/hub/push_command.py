@@ -2,6 +2,7 @@
 
 import argparse
 
+from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.utils.options import Parser
 
 
@@ -11,8 +12,14 @@ def add_options(parser: Parser) -> None:
         "Publishes a saved hybrid. Component weights that it references are not uploaded. The card is made "
         "from what is measured in the directory, and keeps what people wrote into it. Licences that conflict stop it."
     )
-    parser.add_argument("model", help="directory of the hybrid")
-    parser.add_argument("repo_id", help="repository on the Hub, made if it is not there: you/name")
+    parser.add_argument("model", help="directory of the hybrid; with --code-only the repository")
+    parser.add_argument("repo_id", nargs="?", help="repository on the Hub, made if it is not there: you/name")
+    parser.add_argument(
+        "--code-only",
+        action="store_true",
+        help="bring the code of a published hybrid up to this version: shows what changes, asks, leaves weights alone",
+    )
+    parser.add_argument("--yes", action="store_true", help="with --code-only: do not ask")
     parser.add_argument("--private", action=argparse.BooleanOptionalAction, help="whether a new repository is private")
     parser.add_argument("--revision", help="branch, made from main if it is not there")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
@@ -39,6 +46,19 @@ def add_options(parser: Parser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Publishes the hybrid and says where."""
+    if args.code_only:
+        if args.repo_id is not None:
+            raise ManticoreError(
+                f"--code-only takes the repository alone: manticore-hf push {args.repo_id} --code-only"
+            )
+        from manticore_hf.hub.code_only import push_code
+
+        push_code(args.model, args.revision, args.create_pr, args.dry_run, args.yes, args.commit_message)
+        return
+    if args.repo_id is None:
+        raise ManticoreError(
+            f"Where {args.model!r} is to be published is missing: manticore-hf push DIRECTORY you/name"
+        )
     from manticore_hf.hub.publish import print_published, publish
 
     tokenizer = None

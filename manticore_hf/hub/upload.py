@@ -25,6 +25,7 @@ _FOLDERS = ("plots", "additional_chat_templates")  # below the directory, of whi
 _PLOT = re.compile(r"[\w.-]+\.png")
 REPLACED = re.compile(
     r"model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|past_losses\.py|plots/[\w.-]+\.png"
+    r"|\.eval_results/manticore-hf\.yaml"
 )
 """Files of an earlier push that would be read, or shown, beside those of this one."""
 

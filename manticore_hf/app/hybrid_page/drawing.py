@@ -17,23 +17,25 @@ CSS = """
 .hp-text{white-space:pre-wrap;line-height:2.1;font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;
  font-size:.9rem;border:1px solid var(--border-color-primary,#ccc);border-radius:.5rem;padding:.5rem .8rem;
  max-height:28rem;overflow-y:auto}
-.hp-t{cursor:pointer;border-radius:.2rem;text-decoration:underline 2px;text-underline-offset:.3em}
+.hp-t{cursor:pointer;border-radius:.2rem;text-underline-offset:.3em}
 .hp-t:hover,.hp-t.hp-on{outline:2px solid currentColor}
 .hp-n{opacity:.55}
 .hp-key{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:.4rem 0 .6rem;padding:0;list-style:none}
 .hp-key li{margin:0}
 .hp-key .hp-t{cursor:default;padding:0 .35rem}
 .hp-wide{overflow-x:auto}
+.hp-cards+.hp-wide{margin-top:.8rem}
 .hp table{border-collapse:collapse;width:100%;margin:.3rem 0;font-variant-numeric:tabular-nums}
-.hp th,.hp td{padding:.2rem .6rem .2rem .2rem;text-align:left;vertical-align:top;overflow-wrap:normal;
- border:0 solid var(--border-color-primary,#ddd)!important;border-bottom-width:1px!important}
+.hp table,.hp tr{border-width:0!important}
+.hp th,.hp td{padding:.2rem .6rem .2rem .2rem!important;text-align:left;vertical-align:top;overflow-wrap:normal;
+ border-width:0 0 1px!important;border-color:var(--border-color-primary,#ddd)!important}
 .hp tr:last-child>td{border-bottom-width:0!important}
 .hp td code{overflow-wrap:anywhere}
 .hp td.hp-r,.hp th.hp-r{text-align:right;white-space:nowrap}
 .hp code{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre-wrap;font-size:.88em}
 .hp-cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(16rem,100%),1fr));gap:.8rem}
 .hp-card{border:1px solid var(--border-color-primary,#ccc);border-radius:.5rem;padding:.5rem .8rem}
-.hp-narrow{grid-template-columns:repeat(auto-fit,minmax(min(9.5rem,100%),1fr))}
+.hp-narrow{grid-template-columns:repeat(auto-fit,minmax(min(8.2rem,100%),1fr))}
 .hp-card h4{margin:.1rem 0 .4rem}
 .hp-bar{position:relative;z-index:0}
 .hp-bar::before{content:"";position:absolute;z-index:-1;inset:2px auto 2px 0;width:var(--w);border-radius:.2rem;
@@ -42,7 +44,7 @@ CSS = """
 .hp-note{opacity:.8}
 .hp-out{white-space:pre-wrap;font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.88rem}
 """ + "\n".join(
-    f".hp-{k}{{--c:{colour};text-decoration-color:{colour};text-decoration-style:{line};"
+    f".hp-{k}{{--c:{colour};text-decoration:underline 2px {line} {colour};"
     "background:color-mix(in srgb,var(--c) var(--a,35%),transparent)}"
     for k, (colour, line) in enumerate(zip(COLOURS, LINES))
 )
@@ -196,7 +198,7 @@ def bits_table(found: Reading) -> str:
     )
     return (
         '<div class="hp"><h2>How well each predicts the whole text</h2><table id="hp-bits"><tr><th>model</th>'
-        '<th class="hp-r">bits per byte of this text</th></tr>'
+        '<th class="hp-r">bits per byte</th></tr>'
         f'{rows}</table><p class="hp-note">Fewer is better. One text says little: the report of '
         "<code>manticore-hf report</code> measures many.</p></div>"
     )

@@ -156,7 +156,7 @@ class Hybrid:
                 likely={},
                 chances={},
                 bits={},
-                notes=notes,
+                notes=[*notes, *self._how_read()],
             )
             self._keep(found, "hybrid", out.logits[0, -n - 1 :], ids, read)
             del out
@@ -166,6 +166,11 @@ class Hybrid:
                 if name in config.aligned:
                     found.bits[name] = self._own_bits(name, read)
             return found
+
+    def _how_read(self):
+        """A sentence for whom a component's tokens are not the hybrid's."""
+        own = ", ".join(self.model.config.aligned)
+        return [f"Read through a tokenizer of its own, and shown in the hybrid's tokens: {own}."] if own else []
 
     def _component(self, name, ids):
         """Logits [1, time, vocabulary of the hybrid] of a component; of one with its own tokenizer, mapped."""

@@ -56,10 +56,10 @@ def build(hybrid: Hybrid, title: str) -> gr.Blocks:
         hidden = {"api_visibility": "private"}
 
         def on_read(value):
-            found = _read(hybrid, value)
-            if found is None:
-                return [gr.skip()] * 6 + [gr.HTML(drawing.said("There is no text to read."), visible=True)]
-            reading, text_html, slider, *rest = found
+            try:
+                reading, text_html, slider, *rest = _read(hybrid, value)
+            except ValueError as err:
+                return [gr.skip()] * 6 + [gr.HTML(_reason(err), visible=True)]
             return [reading, text_html, gr.Slider(**slider), *rest, gr.HTML("", visible=False)]
 
         def on_click(reading, event: gr.EventData):
@@ -80,7 +80,7 @@ def build(hybrid: Hybrid, title: str) -> gr.Blocks:
                     done.append(one)
                     yield drawing.continuations(done, hybrid.names)
             except ValueError as err:
-                yield drawing.said(" ".join(str(err).split())[:500])
+                yield _reason(err)
 
         shows = [state, seen, place, expected, bits, table, notice]
         read.click(on_read, text, shows, **hidden)
@@ -105,15 +105,17 @@ def _place(reading, number):
     return n if number is None else _within(number, 0, n)
 
 
+def _reason(err):
+    return drawing.said(" ".join(str(err).split())[:500])
+
+
 def _read(hybrid, text):
-    """(Reading, text, settings of the slider, what is expected, bits, table); None of an empty text."""
-    text = _clean(text)
-    if not text:
-        return None
-    found = hybrid.read(text)
+    """(Reading, text, settings of the slider, what is expected, bits, table)."""
+    found = hybrid.read(_clean(text))
     n = len(found.pieces)
     slider = {"minimum": 1, "maximum": n + 1, "value": n + 1}
-    return found, *_at(found, n)[:1], slider, _at(found, n)[1], drawing.bits_table(found), drawing.token_table(found)
+    seen, expected = _at(found, n)
+    return found, seen, slider, expected, drawing.bits_table(found), drawing.token_table(found)
 
 
 def _at(found: Reading, place):
