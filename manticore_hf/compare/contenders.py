@@ -209,7 +209,9 @@ class Workshop:
 
     # ---- mixtures of models that were trained apart ------------------------------------------------------------------
 
-    def mixture(self, runs: list[dict | None], mixture: str, space: str = "logprob", **more) -> ManticoreForCausalLM:
+    def mixture(
+        self, runs: list[dict | None], mixture: str, space: str = "logprob", **more: float
+    ) -> ManticoreForCausalLM:
         """The one-block hybrid of tuned components (None: untuned), at its start; `more` settings of its mixture."""
         parts = [ComponentSpec(self.component(name, run), name=name) for name, run in zip(self.names, runs)]
         settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native", **more}
