@@ -230,7 +230,7 @@ class Workshop:
     # ---- mixtures of models that were trained apart ------------------------------------------------------------------
 
     def mixture(
-        self, runs: list[dict | None], mixture: str, space: str = "logprob", **more: object
+        self, runs: list[dict | None], mixture: str, space: str = "logprob", **more: float
     ) -> ManticoreForCausalLM:
         """The one-block hybrid of tuned components (None: untuned), at its start; `more` settings of its mixture."""
         settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native", **more}
