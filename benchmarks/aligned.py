@@ -52,7 +52,6 @@ def measure(hybrid, text):
     mapping = aligner.mapping(hybrid, other)
     mapping.at_boundary()
     out = {"bytes": len(text.encode())}
-    out["home"], out["tokens"] = own_bits(hybrid.component(home), a, text)
     out["own"], out["own_tokens"] = own_bits(hybrid.component(other), b, text)
     ids = list(a.cut(a.prefix + text.encode()))
     seen, whole = {}, hybrid.mix
@@ -68,6 +67,7 @@ def measure(hybrid, text):
     order = [name for name in hybrid.config.component_names]
     logs = [seen["own"][order.index(name)][0, first:-1].float().log_softmax(-1) for name in (home, other)]
     picked = [one.gather(-1, torch.tensor(ids)[:, None])[:, 0].double() for one in logs]
+    out["home"], out["tokens"] = -picked[0].sum().item() / math.log(2), len(ids)  # it reads the hybrid's tokens
     out["mapped"] = -picked[1].sum().item() / math.log(2)
     out["mixture"] = -(torch.stack(picked).logsumexp(0) - math.log(2)).sum().item() / math.log(2)
     out["nodes"] = len(seen["reading"].states) - 1
@@ -84,19 +84,19 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     done = json.loads(options.results.read_text()) if options.results.exists() else {}
-    for home, other in ((0, 1), (1, 0)):
-        specs = [ComponentSpec(options.models[i], name=options.names[i]) for i in (home, other)]
-        hybrid = None
-        for pair in options.texts:
-            kind, _, path = pair.partition("=")
+    hybrids = {}
+    for pair in options.texts:
+        kind, _, path = pair.partition("=")
+        text = Path(path).read_text(encoding="utf-8").encode()[: options.bytes].decode(errors="ignore")
+        for home, other in ((0, 1), (1, 0)):
             key = f"{options.names[other]} on {options.names[home]}'s tokenizer: {kind}"
             if key in done:
                 continue
-            if hybrid is None:
+            if home not in hybrids:
+                specs = [ComponentSpec(options.models[i], name=options.names[i]) for i in (home, other)]
                 settings = {"mixture": "static", "mixture_space": "prob", "verify": False}
-                hybrid = ManticoreForCausalLM.from_components(specs, dtype=torch.float32, **settings)
-            text = Path(path).read_text(encoding="utf-8").encode()[: options.bytes].decode(errors="ignore")
-            parts = [measure(hybrid, part) for part in windows(text, options.window)]
+                hybrids[home] = ManticoreForCausalLM.from_components(specs, dtype=torch.float32, **settings)
+            parts = [measure(hybrids[home], part) for part in windows(text, options.window)]
             total = {name: sum(part[name] for part in parts) for name in parts[0]}
             size = total["bytes"]
             row = {name: round(total[name] / size, 4) for name in ("home", "own", "mapped", "mixture")}

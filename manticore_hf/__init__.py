@@ -13,6 +13,7 @@ from manticore_hf.training import programs
 from manticore_hf.utils import quiet, renamed
 
 if TYPE_CHECKING:  # the same as `_PUBLIC`, for editors
+    from manticore_hf.compose.choose_tokenizer import measure_tokenizers
     from manticore_hf.compose.components import ComponentSpec
     from manticore_hf.compose.convert.convert import convert
     from manticore_hf.compose.hybrid import (
@@ -49,6 +50,7 @@ _PUBLIC = {
     "convert": "compose.convert.convert",
     "prune": "training.prune",
     "lora_config": "training.lora",
+    "measure_tokenizers": "compose.choose_tokenizer",
     "pick_route": "training.prune",
     "prompt_config": "training.lora",
     "publish": "hub.publish",
@@ -73,6 +75,7 @@ __all__ = [
     "convert",
     "prune",
     "lora_config",
+    "measure_tokenizers",
     "pick_route",
     "prompt_config",
     "publish",

@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
     StaticLayer,
 )
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
@@ -29,6 +30,21 @@ class _Hole(DummyLayer):
     """
 
     is_sliding = None
+
+
+def _keeping(cls):
+    """A class of recurrent layers, but that a state which a backward pass needs is not overwritten by the next."""
+
+    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+        old = self.recurrent_states[state_idx]
+        if old is not None and recurrent_states.requires_grad:
+            self.recurrent_states[state_idx] = torch.empty_like(old)
+        return cls.update_recurrent_state(self, recurrent_states, state_idx, **kwargs)
+
+    return type(cls.__name__, (cls,), {"update_recurrent_state": update_recurrent_state, "__module__": __name__})
+
+
+_KEEPING = {cls: _keeping(cls) for cls in (LinearAttentionLayer, *LinearAttentionLayer.__subclasses__())}
 
 
 class SegmentCache(Cache):
@@ -218,7 +234,14 @@ def is_hybrids(cache: Cache) -> bool:
 
 
 def _part(name, config, max_cache_len, offloading, quantized):
-    """A component's own cache, as its class makes it."""
+    """A component's own cache, as its class makes it, with recurrent layers that keep what gradients need."""
+    part = _made(name, config, max_cache_len, offloading, quantized)
+    for layer in part.layers:
+        layer.__class__ = _KEEPING.get(type(layer), type(layer))
+    return part
+
+
+def _made(name, config, max_cache_len, offloading, quantized):
     if max_cache_len is not None:
         # Transformers (5.24) fails where all layers slide and only others are to be offloaded
         return StaticCache(config, max_cache_len, offloading=offloading, offload_only_non_sliding=False)

@@ -67,7 +67,7 @@ class ManticoreConfig(PreTrainedConfig):
     model_type = "manticore"
     keys_to_ignore_at_inference = [
         "cache", "past_key_values", "hidden_states", "attentions", "mixture_loss", "component_losses", "ensemble_loss",
-        "weights",
+        "weights", "head_state",
     ]  # fmt: skip
     # Transformers 5.24 asks at every read whether layers differ; decoding reads some 80 times a token, and has no such.
     __getattribute__ = object.__getattribute__

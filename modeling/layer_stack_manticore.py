@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -271,7 +272,7 @@ def _watch_children(component, stack, layout):
 class _FindsNothing(TorchDispatchMode):
     """Lets a search for values find none where there are no values: which expert gets which token, for one.
 
-    On the meta device, where nothing else does, it knows what follows from the mask and the positions alone.
+    It knows what follows from the mask and the positions alone: rotary angles may depend on how far positions go.
     """
 
     def __init__(self):
@@ -283,10 +284,11 @@ class _FindsNothing(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((0, args[0].ndim), dtype=torch.long)
         if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self.known:
-            return self.known[id(args[0])][1].item()
+            with unset_fake_temporarily():
+                return self.known[id(args[0])][1].item()
         out = func(*args, **kwargs)
-        if isinstance(out, torch.Tensor) and out.is_meta and not out.is_floating_point():
-            with contextlib.suppress(KeyError):
+        if isinstance(out, torch.Tensor) and (out.is_meta or is_fake(out)) and not out.is_floating_point():
+            with contextlib.suppress(KeyError), unset_fake_temporarily():
                 args, kwargs = tree_map(self._value, (args, kwargs))
                 self.known[id(out)] = out, func(*args, **kwargs)
         return out

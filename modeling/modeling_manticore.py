@@ -5,10 +5,12 @@ pass through the blocks is in running_manticore, the cut components in segments_
 heads_manticore. Weights come by reference: see weights_manticore.
 """
 
+import sys
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from transformers import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -16,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .base_manticore import ManticoreModel, takes_old_cache
 from .cache_manticore import ManticoreCache
-from .configuration_manticore import ManticoreConfig
+from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import place
 from .heads_manticore import ManticoreForSequenceClassification, ManticoreForTokenClassification
 from .mixing_manticore import HybridMixer, resize
@@ -81,7 +83,29 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             return fused_output(self.config, logits, list(own.values()), self.fused_settings, **labelling)
         loss, parts = (None, {}) if labels is None else self._losses(logits, own, labels, kwargs)
         kept = found.cache, found.hidden_states, found.attentions
-        return ManticoreCausalLMOutput(loss, logits, *kept, weights=token_weights, **parts)
+        state = None if self.get_output_embeddings() is None else states.popitem()[1]
+        return ManticoreCausalLMOutput(loss, logits, *kept, weights=token_weights, head_state=state, **parts)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The matrix that alone gives the logits, of `head_state`; None where there is no such."""
+        config, row = self.config, self.config.mixture_weights
+        names = config.component_names
+        if len(names) > 1:
+            row = row and row[-1 if config.embeddings == "native" or config.head_mixture == "last" else 0]
+            names = [name for name, weight in zip(names, row or ()) if weight > 0]
+        if len(names) != 1 or getattr(config, names[0]).vocab_size != config.vocab_size:
+            return None
+        return self.component(names[0]).get_output_embeddings() if self.segments.head(names[0]).is_linear else None
+
+    @property
+    def lm_head(self) -> NoReturn:
+        """Not there: the heads are the components'. Whoever would cast it (TRL's GRPO) gets a ManticoreError."""
+        if sys._getframe(1).f_code.co_name == "_cast_lm_head_to_fp32":
+            raise ManticoreError(
+                "cast_lm_head_to_fp32=True: a hybrid has no lm_head but one head in each component. Leave it out, or "
+                "train in float32 (model.float())."
+            )
+        raise AttributeError("lm_head")
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         out = super().prepare_inputs_for_generation(*args, **kwargs)

@@ -51,19 +51,25 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
             component_loss_weight > 0, or `report_parts` is set on the model).
         ensemble_loss: Cross-entropy of the plain ensemble of the heads (if `report_parts` is set).
         weights: [batch, time, K], the mixture weights of each prediction (mixture="token" or "online").
+        head_state: [batch, time, d] of which the one matrix of `get_output_embeddings` makes the logits; None where
+            heads are mixed, or do more than that.
     """
 
     mixture_loss: torch.Tensor | None = None
     component_losses: torch.Tensor | None = None
     ensemble_loss: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    head_state: torch.Tensor | None = None
 
     @property
     def last_hidden_state(self):
-        """Not there; see the error's message."""
+        """`head_state`, for those who multiply it by the output matrix themselves; AttributeError where it is None."""
+        if self.head_state is not None:
+            return self.head_state
         raise AttributeError(
-            "A hybrid's logits are a mixture of several heads: no single state and output matrix give them. Use what "
-            "reads logits (to distil, TRL's GKDTrainer instead of DistillationTrainer)."
+            "This hybrid's logits are a mixture of several heads, or its head does more than multiply: no single state "
+            "and output matrix give them. Use what reads logits (to distil, TRL's GKDTrainer instead of "
+            "DistillationTrainer)."
         )
 
 

@@ -291,8 +291,10 @@ def _tensors(layer):
 
 def _put_rows_back(layer, rows, states):
     """Makes of rows what they were; what has grown is filled on the left, with what the mask leaves out."""
-    for where, one in _tensors(layer):
-        old = states.get(where, one.new_zeros(()))
+    for (name, key), one in list(_tensors(layer)):
+        old = states.get((name, key), one.new_zeros(()))
         for dim in range(1, old.ndim):
             old = F.pad(old, [0, 0] * (old.ndim - 1 - dim) + [one.shape[dim] - old.shape[dim], 0])
-        one[rows.to(one.device)] = old
+        whole = one.clone() if one.requires_grad else one  # a backward pass may need what was there
+        whole[rows.to(one.device)] = old
+        setattr(layer, name, whole) if key is None else getattr(layer, name).update({key: whole})

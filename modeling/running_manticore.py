@@ -238,8 +238,26 @@ def run_rows(model, inputs, shared, weights=None):
     else:
         found = run_all(model, inputs, weights, shared)
     if cache is not None:
+        if time == 1 and cache.seen and cache.is_recurrent and torch.is_grad_enabled() and has_values():
+            found.states = {name: _NoGradient.apply(state) for name, state in found.states.items()}
+            found.shared = None if found.shared is None else _NoGradient.apply(found.shared)
         cache.advance(time)
     return found
+
+
+class _NoGradient(torch.autograd.Function):
+    """Stands behind recurrent layers that wrote their new state over the one that gradients would need."""
+
+    @staticmethod
+    def forward(ctx, state):
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ManticoreError(
+            "A backward pass reached a call with one new token and a cache, in which recurrent components keep no "
+            "gradients: call the model with use_cache=False, or with several tokens at a time."
+        )
 
 
 def run_straight(model, inputs, weights, shared):

@@ -317,6 +317,13 @@ class _Backbone(nn.Module):
         return _BackboneOutput(inputs_embeds)
 
 
+# What classes do to their logits after the matrix
+_LOGITS = (
+    "final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier",
+    "output_multiplier",
+)  # fmt: skip
+
+
 class Head:
     """A component's own head on given last states: its class's forward with the backbone taken out.
 
@@ -339,6 +346,12 @@ class Head:
             self.backbone = _Backbone(source, self.path)
         self.shell.own = {"_modules": {**self.component._modules, prefix: self.backbone}}
         self.shell.follow()
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether its matrix (and bias) alone give the logits."""
+        config = self.component.config.get_text_config()
+        return all(getattr(config, key, None) in (None, 1.0) for key in _LOGITS)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """[batch, time, width] -> logits [batch, time, vocabulary]."""

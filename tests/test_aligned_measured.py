@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,18 @@ from datasets import Dataset
 from hub_models import folder_of
 from tiny_hybrid import QUIET_RECIPE
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 from two_tokenizers import FIRST, SECOND
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, prune
+from manticore_hf.cli import main
 from manticore_hf.compare import CompareArguments
 from manticore_hf.compare.compare import Comparison
 from manticore_hf.compare.harness import _models
 from manticore_hf.compare.scores import forward_flops
+from manticore_hf.compose.choose_tokenizer import measure_tokenizers
+from manticore_hf.evaluation.data import DataArguments, load_rows
+from manticore_hf.evaluation.losses import make_passages
 from manticore_hf.hub.inspection import inspect_hybrid, print_inspection
 from manticore_hf.plan.plan import make_plan
 from manticore_hf.report import speed
@@ -253,6 +259,46 @@ def test_costs_are_of_each_models_own_tokens(made, saved, capsys):
 def test_similarity_is_of_states_at_the_same_places(made):
     rows = Dataset.from_dict({"input_ids": [tokenizer("gpt")(CODE).input_ids]})
     assert [(row["boundary"], row["components"]) for row in feature_similarity(made, rows)] == [(1, [HOME, OTHER])]
+
+
+def test_the_tokenizer_is_chosen_by_a_text(recipe, tmp_path, capsys):
+    parts, text = [str(recipe / "a"), str(recipe / "b")], "two dogs and a cat ran."
+    found = measure_tokenizers(parts, [text], mixture="static")
+    for name, kind in (("a", "gpt"), ("b", "gemma")):
+        whole = ManticoreForCausalLM.from_components(parts, tokenizer_component=name, mixture="static")
+        ids = tokenizer(kind)(text).input_ids
+        ids = [tokenizer(kind).eos_token_id, *ids] if name == "a" else ids  # it begins texts with nothing
+        nats = naive_nats(whole, ids, 1)
+        assert found[name] == pytest.approx(nats / math.log(2) / len(text), rel=1e-4), name
+    (tmp_path / "text.txt").write_text(text)
+    command = ["compose", *parts, "--tokenizer-data", str(tmp_path / "text.txt"), "--mixture", "static"]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    best, kinds = min(found, key=found.get), {"a": "gpt", "b": "gemma"}
+    made = ManticoreForCausalLM.from_pretrained(tmp_path / "out")
+    assert made.config.tokenizer_component == best and made.config.aligned == ({"a": "b", "b": "a"}[best],)
+    kept = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    assert kept == tokenizer(kinds[best]).get_vocab()
+    said = capsys.readouterr().out
+    assert all(f"with {name}'s tokenizer {bits:.4f} bits per byte" in said for name, bits in found.items())
+    # The README's next command: the table, with the components mapped, and as they came
+    data = {"data": str(tmp_path / "text.txt"), "block_size": 4, "validation_fraction": 0.0}
+    rows, _ = load_rows(DataArguments(**data), AutoTokenizer.from_pretrained(tmp_path / "out"), keep_text=True)
+    pieces = make_passages(rows, AutoTokenizer.from_pretrained(tmp_path / "out")).texts
+    table = ["evaluate", "--model", str(tmp_path / "out"), "--data", data["data"], "--block-size", "4"]
+    assert main([*table, "--components", *parts, "--output-dir", str(tmp_path / "table")]) == 0
+    bits = json.loads((tmp_path / "table" / "evaluation.json").read_text())["bits_per_byte"]
+    assert list(bits) == ["a", "b", "ensemble", "hybrid", "a as it came", "b as it came"]
+    by_hand = sum(naive_nats(model("gpt_neox", "gemma"), gemma_ids(piece), 1) for piece in pieces)
+    assert bits["b as it came"] == pytest.approx(by_hand / math.log(2) / len("".join(pieces)), rel=1e-4)
+    assert bits[best] == pytest.approx(bits[f"{best} as it came"], rel=1e-4)
+    capsys.readouterr()
+    for wrong, message in (
+        ([*command, "--tokenizer-component", "a"], "no tokenizer to choose"),
+        ([*command, "--transplant", "mean"], "drop one"),
+        (["compose", parts[0], parts[0], *command[3:]], "none to choose|named 'a'"),
+    ):
+        assert main([*wrong, "--output-dir", str(tmp_path / "wrong")]) == 2
+        assert re.search(message, capsys.readouterr().err), message
 
 
 def test_plans_are_refused(recipe, saved):

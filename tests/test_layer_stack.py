@@ -5,7 +5,10 @@ import torch
 from families import FAMILIES, tiny
 from manticore_hf.modeling import layer_stack_manticore
 from manticore_hf.modeling.layer_stack_manticore import NoPosition, find_layout
+from tiny_hybrid import neox
 from torch import nn
+
+from manticore_hf import ComponentSpec, ManticoreForCausalLM
 
 
 class Unlearned(nn.Embedding):
@@ -59,3 +62,20 @@ def test_a_refusal_is_not_remembered(looks):
         with pytest.raises(layer_stack_manticore.ManticoreError, match="no list of its 5 layers"):
             find_layout(broken)
     assert len(looks) == 2
+
+
+def test_angles_that_depend_on_how_far_positions_go():
+    """Transformers compares positions with numbers there, which has to be possible where nothing is computed."""
+    ids = torch.randint(2, 16, (2, 20), generator=torch.Generator().manual_seed(1))
+    factors = {"short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 3.0, 4.0]}
+    for rope in ({"rope_type": "dynamic", "factor": 4.0}, {"rope_type": "longrope", "factor": 4.0, **factors}):
+        torch.manual_seed(0)
+        rope |= {"rope_theta": 1e4, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 12}
+        part = neox(rope_parameters=rope, max_position_embeddings=12, initializer_range=0.2).eval()
+        with torch.device("meta"):
+            layer_stack_manticore._find_layout(type(part)(part.config))
+        spec = ComponentSpec(part, name="one")
+        model = ManticoreForCausalLM.from_components([spec], num_blocks=2, projector="none", mixture="static").eval()
+        for time in (8, 20, 8):
+            with torch.no_grad():
+                torch.testing.assert_close(model(ids[:, :time]).logits, part(ids[:, :time]).logits)

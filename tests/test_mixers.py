@@ -183,6 +183,7 @@ def test_a_fresh_process_restores_the_forwards(tmp_path):
     assert done.stdout.strip() == "same", done.stderr
 
 
+@pytest.mark.slow
 def test_spawned_processes(tmp_path):
     """The model is an argument of the process: a pool that loses its worker while unpickling a task waits for ever."""
     model = build("mamba")

@@ -32,12 +32,18 @@ pytestmark = pytest.mark.usefixtures("counted_once")
 ENDS = {"b.backbone.embeddings.weight"}  # tied: the head is the same tensor
 
 
+@pytest.fixture(scope="module")
+def composed_once(hub, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("src")
+    publish(hub, "transplanted/a", component("neox", first(), extra=6), folder, first())
+    publish(hub, "transplanted/b", component("mamba", second(), extra=2), folder, second())
+    return compose_transplanted(["transplanted/a", "transplanted/b"], progress=False)
+
+
 @pytest.fixture
-def composed(hub, owner, tmp_path):
+def composed(composed_once):
     """A GPT-NeoX with a tokenizer and padding rows, a Mamba with another tokenizer; the hybrid reads the first's."""
-    publish(hub, f"{owner}/a", component("neox", first(), extra=6), tmp_path / "src", first())
-    publish(hub, f"{owner}/b", component("mamba", second(), extra=2), tmp_path / "src", second())
-    return compose_transplanted([f"{owner}/a", f"{owner}/b"], progress=False)
+    return copy.deepcopy(composed_once)
 
 
 def ids(seed=1):
@@ -50,16 +56,16 @@ def edit(folder, change):
     (folder / "config.json").write_text(json.dumps(values))
 
 
-def test_only_embedding_and_head_are_the_hybrids_own(composed, hub, owner, tmp_path):
+def test_only_embedding_and_head_are_the_hybrids_own(composed, hub, tmp_path):
     model, tokenizer, reports = composed
     assert list(reports) == ["b"] and reports["b"].method == "omp" and reports["b"].rows == (327, 310)
     assert model.config.vocab_size == 310 and model.config.tokenizer_component == "a"
     assert model.config.eos_token_id == model.b.config.eos_token_id == tokenizer.eos_token_id == 0
     entry = model.config.components[1]
-    address = {"repo_id": f"{owner}/a", "revision": hub.head(f"{owner}/a"), "subfolder": None}
+    address = {"repo_id": "transplanted/a", "revision": hub.head("transplanted/a"), "subfolder": None}
     vocabulary = digest(first().get_vocab())
     assert entry["transplant"] == {"method": "omp", "tokenizer": address, "vocabulary": vocabulary, "vocab_size": 327}
-    assert entry["weights"] == "reference" and entry["repo_id"] == f"{owner}/b"
+    assert entry["weights"] == "reference" and entry["repo_id"] == "transplanted/b"
     model.save_pretrained(tmp_path / "out")
     assert component_keys(tmp_path / "out") == ENDS
     size = model.b.get_input_embeddings().weight.nbytes
@@ -75,7 +81,7 @@ def test_a_push_counts_what_is_referenced_and_not_the_table_that_nobody_reads(co
     out = publish_hybrid(model, f"{owner}/h", tokenizer=tokenizer, dry_run=True)
     body = sum(value.nbytes for key, value in model.b.state_dict().items() if key.startswith("backbone.layers"))
     body += model.b.backbone.norm_f.weight.nbytes
-    files = {name: len(hub.files(f"{owner}/{name}")[MODEL]) for name in "ab"}
+    files = {name: len(hub.files(f"transplanted/{name}")[MODEL]) for name in "ab"}
     assert abs(out.referenced_bytes - files["a"] - body) < 0.1 * body  # a share of the header of so small a file
     assert files["b"] - body > 327 * model.b.config.hidden_size * 4 - 1  # its own table, which is not counted
 
@@ -126,20 +132,20 @@ def test_equal_tokenizers_are_left_alone(hub, owner, tmp_path):
     assert not component_keys(tmp_path / "out")
 
 
-def test_from_components_names_the_remedy_and_checks_what_it_is_given(composed, hub, owner):
+def test_from_components_names_the_remedy_and_checks_what_it_is_given(composed):
     model, _, _ = composed
     with pytest.raises(ManticoreError, match="Transplant.*compose --transplant auto"):
-        ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"], tokenizers="transplant")
+        ManticoreForCausalLM.from_components(["transplanted/a", "transplanted/b"], tokenizers="transplant")
     entry = model.config.components[1]["transplant"]
-    other = ComponentSpec(f"{owner}/b", model=model.b, transplant={**entry, "vocabulary": "0" * 64})
+    other = ComponentSpec("transplanted/b", model=model.b, transplant={**entry, "vocabulary": "0" * 64})
     with pytest.raises(ManticoreError, match="have different vocabularies; components must share"):
-        ManticoreForCausalLM.from_components([f"{owner}/a", other])
+        ManticoreForCausalLM.from_components(["transplanted/a", other])
     with pytest.raises(ManticoreError, match="model= is a GPTNeoXForCausalLM; give a causal LM of model type 'mamba'"):
-        ManticoreForCausalLM.from_components([f"{owner}/a", ComponentSpec(f"{owner}/b", model=model.a)])
+        ManticoreForCausalLM.from_components(["transplanted/a", ComponentSpec("transplanted/b", model=model.a)])
     with pytest.raises(ManticoreError, match="instantiated model, which has no tokenizer"):
-        compose_transplanted([f"{owner}/a", component("mamba", second())])
+        compose_transplanted(["transplanted/a", component("mamba", second())])
     with pytest.raises(ManticoreError, match="method='nearest' is unknown"):
-        compose_transplanted([f"{owner}/a", f"{owner}/b"], "nearest")
+        compose_transplanted(["transplanted/a", "transplanted/b"], "nearest")
 
 
 def test_trained_tensors_and_a_resumed_state_are_kept(composed, tmp_path):

@@ -12,8 +12,17 @@ from datasets import Dataset
 from manticore_hf.modeling import modeling_manticore
 from processes import launch, results, same
 from tiny_hybrid import QUIET, WORDS, mixed_hybrid, neox, word_tokenizer
-from transformers import AutoModelForCausalLM, GPTNeoXForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Gemma2Config,
+    GPTNeoXForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -33,15 +42,25 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from manticore_hf import ComponentSpec, ManticoreForCausalLM, ManticoreForSequenceClassification
+from manticore_hf import (
+    ComponentSpec,
+    ManticoreError,
+    ManticoreForCausalLM,
+    ManticoreForSequenceClassification,
+    lora_config,
+    prune,
+)
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ ' ' }}{% endfor %}"
+)
 PROMPTS = ["the cat", "a mat and two", "dogs", "the dogs saw a"]
 PROMPTED = [{"prompt": one, "completion": " sat on a mat <end>" if i % 2 else " run <end>"}
             for i, one in enumerate(PROMPTS * 3)]  # fmt: skip
 PAIRS = [{"prompt": one["prompt"], "chosen": one["completion"], "rejected": " a a saw"} for one in PROMPTED]
 MARKED = [{**one, "label": i % 3 == 0} for i, one in enumerate(PROMPTED)]
-TALKS = [{"messages": [{"role": "the", "content": one["prompt"]}, {"role": "cat", "content": one["completion"]}]}
+TALKS = [{"messages": [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": one["completion"]}]}
          for one in PROMPTED]  # fmt: skip
 
 
@@ -112,19 +131,30 @@ def same_steps(saved, tmp_path, *what, load=AutoModelForCausalLM.from_pretrained
 TEXTS = [{"text": one["prompt"] + one["completion"]} for one in PROMPTED]
 
 
-def test_sft(saved, tmp_path, tokenizer):
+SFT = {
+    "text": (TEXTS, {"max_length": 8, "gradient_checkpointing": True}),
+    "prompts": (PROMPTED, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    "chat": (TALKS, {}),
+    "dft": (TEXTS, {"loss_type": "dft"}),
+    "smoothed": (TEXTS, {"label_smoothing_factor": 0.1}),
+    "neftune": (TEXTS, {"neftune_noise_alpha": 5.0}),
+}
+SLOW_SFT = {
+    "packed": (TEXTS, {"packing": True, "max_length": 24, "per_device_train_batch_size": 1}),
+    "wrapped": (TEXTS, {"packing": True, "packing_strategy": "wrapped", "max_length": 12}),
+    "no padding": (PROMPTED, {"padding_free": True, "max_length": None}),
+    "answers": (TALKS, {"assistant_only_loss": True}),
+    "prompts, too": (PROMPTED, {"completion_only_loss": False}),
+}
+
+
+@pytest.mark.parametrize("cases", [SFT, pytest.param(SLOW_SFT, marks=pytest.mark.slow)], ids=["usual", "other"])
+def test_sft(saved, tmp_path, tokenizer, cases):
     """Texts, prompts, talks; DFT; with TRL's own checkpointing of activations; what changes the loss or the input."""
     talking = copy.deepcopy(tokenizer)
     talking.chat_template = TEMPLATE
-    for name, rows, settings in (
-        ("text", TEXTS, {"max_length": 8, "gradient_checkpointing": True}),
-        ("prompts", PROMPTED, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
-        ("chat", TALKS, {}),
-        ("dft", TEXTS, {"loss_type": "dft"}),
-        ("smoothed", TEXTS, {"label_smoothing_factor": 0.1}),
-        ("neftune", TEXTS, {"neftune_noise_alpha": 5.0}),
-    ):
-        own = talking if name == "chat" else tokenizer
+    for name, (rows, settings) in cases.items():
+        own = talking if rows is TALKS else tokenizer
         same_steps(saved, tmp_path / name, SFTTrainer, SFTConfig, rows, tokenizer=own, **settings)
 
 
@@ -142,6 +172,8 @@ def _brevity(completion_ids, **kwargs):
     return [-float(len(one)) - 0.01 * sum(one) for one in completion_ids]
 
 
+GEMMA = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8,
+         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
 ONLINE = {"num_generations": 4, "max_completion_length": 6, "more": {"reward_funcs": _brevity}.items()}
 
 
@@ -177,6 +209,51 @@ def test_gkd_with_a_hybrid_as_student_and_as_teacher(saved, tmp_path, tokenizer)
         both = same_steps(saved, tmp_path / teacher, GKDTrainer, GKDConfig, TALKS, tokenizer=talking, **settings)
         found.append(both["hybrid"][0])
     close(*found)
+
+
+def test_distillation_with_a_hybrid_as_student_and_as_teacher(saved, tmp_path, tokenizer):
+    """It multiplies what the model says is its last state by what it says is its output matrix."""
+    found = []
+    for teacher in saved:
+        more = {"teacher_model": AutoModelForCausalLM.from_pretrained(saved[teacher])}
+        with torch.no_grad():
+            for key, parameter in more["teacher_model"].named_parameters():
+                if key.endswith("embed_in.weight"):
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        settings = {"max_completion_length": 6, "temperature": 0.7, "beta": 0.5, "more": more.items()}
+        both = same_steps(saved, tmp_path / teacher, DistillationTrainer, DistillationConfig,
+                          [{"prompt": one["prompt"]} for one in PROMPTED], tokenizer=tokenizer, **settings)  # fmt: skip
+        found.append(both["hybrid"][0])
+    close(*found)
+
+
+@torch.no_grad()
+def test_one_matrix_gives_the_logits_where_there_is_one():
+    """A hybrid of one component, a pruned one, one with one-hot weights; not where heads are mixed or do more."""
+    ids = torch.tensor([[3, 4, 5, 6]])
+    lone = ManticoreForCausalLM.from_components([ComponentSpec(neox(), name="one")], num_blocks=2).eval()
+    pruned = prune(mixed_hybrid(num_blocks=2), ["part_0", "part_1"])
+    one_hot = mixed_hybrid()
+    one_hot.set_mixture_weights("part_0")
+    for model in (lone, pruned, one_hot):
+        out, head = model(ids, logits_to_keep=3), model.get_output_embeddings()
+        torch.testing.assert_close(head(out.last_hidden_state), out.logits)
+        assert out.logits.shape[1] == 3
+    capped = AutoModelForCausalLM.from_config(Gemma2Config(**GEMMA)).eval()
+    capped = ManticoreForCausalLM.from_components([ComponentSpec(capped, name="one")]).eval()
+    for model in (mixed_hybrid(), mixed_hybrid(num_blocks=2, preset="paper"), capped):
+        assert model.get_output_embeddings() is None
+        with pytest.raises(AttributeError, match="TRL's GKDTrainer instead of DistillationTrainer"):
+            print(model(ids).last_hidden_state)
+
+
+def test_a_mixture_of_heads_is_no_student_or_teacher_of_distillation(saved, tmp_path, tokenizer):
+    args = DistillationConfig(str(tmp_path), max_steps=1, max_completion_length=4, bf16=False, **QUIET)
+    data = {"train_dataset": Dataset.from_list([{"prompt": one} for one in PROMPTS * 2]), "processing_class": tokenizer}
+    plain = AutoModelForCausalLM.from_pretrained(saved["plain"])
+    for student, teacher in ((mixed_hybrid(), plain), (plain, mixed_hybrid())):
+        with pytest.raises(AttributeError, match="TRL's GKDTrainer instead of DistillationTrainer"):
+            DistillationTrainer(student, teacher, args=args, **data).train()
 
 
 def test_reward(saved, tmp_path, tokenizer):
@@ -322,23 +399,72 @@ def test_a_chat_template_is_cloned_with_its_tokens(tmp_path):
     assert model.vocab_size == len(tokenizer.vocab) == model(torch.tensor([added])).logits.shape[-1]
 
 
-def test_who_wants_one_state_and_one_matrix_is_told(saved):
-    model = AutoModelForCausalLM.from_pretrained(saved["hybrid"])
-    out = model(torch.tensor([[3, 4]]))
-    with pytest.raises(AttributeError, match="TRL's GKDTrainer instead of DistillationTrainer"):
-        print(out.last_hidden_state)
-    assert not hasattr(out, "last_hidden_state") and "last_hidden_state" not in out
-
-
 def test_a_hybrid_in_memory_has_no_reference_that_could_be_loaded(tmp_path, tokenizer):
-    """As any model in memory: save it first, or hand DPO its reference."""
-    args = DPOConfig(str(tmp_path), bf16=False, **QUIET)
+    """Save it first, or hand over the reference; with adapters the hybrid without them is the reference."""
     data = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tokenizer}
-    for make in (mixed_hybrid, neox):
-        with pytest.raises(OSError, match="Repo id must use"):
-            DPOTrainer(make(), args=args, **data)
+    told = "This hybrid was composed in memory and has no address, .*ref_model=copy.deepcopy"
+    quiet = {"bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": 4, **QUIET}
+    args = DPOConfig(str(tmp_path), max_steps=2, logging_steps=1, **quiet)
+    for trainer, config, more, settings in (
+        (DPOTrainer, DPOConfig, {}, {}),
+        (KTOTrainer, KTOConfig, {"train_dataset": Dataset.from_list(MARKED)}, {}),
+        (GRPOTrainer, GRPOConfig, {"reward_funcs": _brevity}, {"beta": 0.1, "num_generations": 4}),
+        (RLOOTrainer, RLOOConfig, {"reward_funcs": _brevity}, {"beta": 0.1, "num_generations": 4}),
+    ):
+        with pytest.raises(ManticoreError, match=told):
+            trainer(mixed_hybrid(), args=config(str(tmp_path), **settings, **quiet), **{**data, **more})
+    with pytest.raises(ManticoreError, match=told):
+        SFTTrainer(mixed_hybrid(), args=SFTConfig(str(tmp_path), **quiet), train_dataset=Dataset.from_list(TEXTS))
     model = mixed_hybrid()
-    DPOTrainer(model, ref_model=copy.deepcopy(model), args=args, **data)
+    run = DPOTrainer(model, ref_model=copy.deepcopy(model), args=args, **data)
+    run.train()
+    assert run.state.log_history[0]["rewards/chosen"] == 0 != run.state.log_history[1]["rewards/chosen"]
+    model = mixed_hybrid()
+    run = DPOTrainer(model, args=args, peft_config=lora_config(model, r=2), **data)
+    run.train()
+    assert run.ref_model is None and run.state.log_history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    address = mixed_hybrid().config._name_or_path
+    assert address == "" and copy.deepcopy(address) == "" and not address
+
+
+def test_a_head_that_would_be_cast_alone_is_not_there(tmp_path, tokenizer):
+    args = GRPOConfig(str(tmp_path), cast_lm_head_to_fp32=True, num_generations=4, bf16=False, **QUIET)
+    model = mixed_hybrid()
+    with pytest.raises(ManticoreError, match="cast_lm_head_to_fp32=True: a hybrid has no lm_head but one head in each"):
+        GRPOTrainer(model, _brevity, args=args, train_dataset=Dataset.from_list(PROMPTED), processing_class=tokenizer)
+    assert not hasattr(model, "lm_head")
+
+
+TWO = pytest.param({"num_blocks": 2, "preset": "paper"}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("settings", [{"num_blocks": 1}, TWO])
+def test_packed_documents_train_as_apart(tmp_path, tokenizer, settings):
+    """Of a hybrid with recurrent layers and a gate: in one row, without padding, or each in a row of its own."""
+    rows = [{"text": one["prompt"] + one["completion"]} for one in PROMPTED[:4]]
+    ways = {
+        "apart": {"per_device_train_batch_size": 4},
+        "packed": {"packing": True, "max_length": 40, "per_device_train_batch_size": 1},
+        "no padding": {"padding_free": True, "max_length": None, "per_device_train_batch_size": 4},
+    }
+    found = {
+        way: steps(SFTTrainer, SFTConfig, mixed_hybrid(**settings), rows, tmp_path / way, tokenizer, **own)
+        for way, own in ways.items()
+    }
+    tokens = [{"input_ids": tokenizer(one["text"])["input_ids"]} for one in rows]
+    args = TrainingArguments(str(tmp_path / "flat"), per_device_train_batch_size=4, max_steps=3, learning_rate=0.1,
+                             logging_steps=1, optim="sgd", **QUIET)  # fmt: skip
+    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    run = Trainer(mixed_hybrid(**settings), args, train_dataset=Dataset.from_list(tokens), data_collator=flat)
+    run.train()
+    found["flat"] = [one for one in run.state.log_history if "loss" in one], run.model
+    start, (losses, right) = mixed_hybrid(**settings), found.pop("apart")
+    right = dict(right.named_parameters())
+    for way, (mine, model) in found.items():
+        assert [one["loss"] for one in mine] == pytest.approx([one["loss"] for one in losses], 1e-4), way
+        for key, value in model.named_parameters():
+            torch.testing.assert_close(value, right[key], atol=2e-5, rtol=1e-4, msg=f"{way} {key}")
+    assert any(not torch.equal(value, right[key]) for key, value in start.named_parameters())
 
 
 @pytest.mark.slow

@@ -94,6 +94,9 @@ UNFIT = {
 }
 """Tests that ask for what hybrids are not."""
 
+OF_COMPONENTS_WITH_ROPE = ("test_model_rope_scaling_from_config", "test_model_rope_with_partial_rotation")
+"""Tests that set RoPE's parameters in a configuration and all that are in it, which has to show in what is computed."""
+
 # ---- what is tested --------------------------------------------------------------------------------------------------
 
 _SIZES = {
@@ -148,14 +151,17 @@ class Tester:
     num_attention_heads = 4
 
     def __init__(self, kind, module):
-        self.kind, self.module, self.is_tied = kind, module, False
+        self.kind, self.module, self.is_tied, self.has_rope = kind, module, False, False
         if len(KINDS[kind]) > 1:  # as many attentions as layers attend, as many states as blocks have boundaries
             self.num_hidden_layers = _layers(kind) * sum(name != "mamba" for name in KINDS[kind])
             self.expected_num_hidden_layers = 3 if "blocks" in kind else 2
 
     def get_config(self):
         """A new configuration."""
-        return configuration(self.kind, self.is_tied)
+        config = configuration(self.kind, self.is_tied)
+        if self.has_rope:  # by which the tests see whether they can be run; what is computed is the components'
+            config.rope_parameters = dict(getattr(config, config.component_names[0]).rope_parameters)
+        return config
 
     def prepare_config_and_inputs_for_common(self):
         """(configuration, {argument of a forward: value})."""
@@ -172,6 +178,11 @@ def case(kind, module):
         def setUp(self):
             self.all_model_classes = classes(kind)
             self.model_tester = Tester(kind, module)
+            if len(KINDS[kind]) > 1:
+                # Each component has an attention implementation of its own, and the hybrid's is that of all: what is
+                # asked of composite models and what is asked of others holds for both.
+                self._is_composite = "composite" in self.id() and "non_composite" not in self.id()
+                self.model_tester.has_rope = self.id().rpartition(".")[2].startswith(OF_COMPONENTS_WITH_ROPE)
 
         def test_tied_weights_keys(self):
             # Whether its weights are tied says each component's configuration

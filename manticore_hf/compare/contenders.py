@@ -95,7 +95,7 @@ class Workshop:
 
     def __init__(self, recipe: Recipe, folder: str | Path, dtype: str = "float32"):
         self.recipe, self.folder, self.dtype = recipe, Path(folder), dtype
-        keys = ("tokenizer_component", "transplant", "transplant_data")
+        keys = ("tokenizer_component", "tokenizer_data", "transplant", "transplant_data")
         settings = {key: recipe.hybrid[key] for key in keys if key in recipe.hybrid}
         if "transplant" in settings:
             settings.setdefault("transplant_data", DataArguments(**recipe.data))
@@ -110,6 +110,8 @@ class Workshop:
             f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] and not entry["subfolder"] else source
             for entry, source in zip(config.components, recipe.components)
         ]
+        if recipe.hybrid.pop("tokenizer_data", None) is not None:  # it was chosen, once for all
+            recipe.hybrid["tokenizer_component"] = config.tokenizer_component
         self.home, untuned = config.tokenizer_component, self.untuned() if config.aligned else None
         self.own_tokenizers = {name: tokenizer_of(untuned, name) for name in config.aligned}
         rows = load_rows(DataArguments(**recipe.data), self.tokenizer, keep_text=True)

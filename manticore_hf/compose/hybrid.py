@@ -41,6 +41,17 @@ _WAYS = (
 )
 
 
+class _NoAddress(str):
+    """The address of a hybrid in memory: empty, and whoever loads something from there (TRL's trainers do) is told."""
+
+    def __str__(self):
+        raise ManticoreError(
+            "This hybrid was composed in memory and has no address, from which a reference model, a teacher or a "
+            "tokenizer could be loaded. Save it and load it from there, or hand over what is wanted "
+            "(ref_model=copy.deepcopy(model), processing_class=tokenizer)."
+        )
+
+
 class _ChecksGeneration:
     """Mixin: what a repository's generation_config.json says is a stranger's word, too."""
 
@@ -148,6 +159,7 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
             model = cls(config, components=parts)
         if first.device.type != "meta":  # as where weights wait on a disk
             model.hybrid_mixer.to(first.device)
+        config._name_or_path = _NoAddress()
         model._component_cache_dir = cache_dir
         model._tokenizers = own
         model.generation_config = type(first.generation_config).from_dict(first.generation_config.to_dict())

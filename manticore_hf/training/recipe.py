@@ -51,7 +51,7 @@ class Recipe:
         name: Name of the experiment.
         seed: Random seed of all stages.
         components: As `from_components` takes them.
-        hybrid: Keys of ManticoreConfig, dtype, transplant and transplant_data; `mixture` may be "mad:TASK+TASK", an
+        hybrid: Keys of ManticoreConfig and of HybridArguments; `mixture` may be "mad:TASK+TASK", an
             alpha programmed with MAD.
         program: Keys of ProgramSettings, of a mixture that is programmed.
         data: Keys of DataArguments.
@@ -290,7 +290,7 @@ def _types(cls):
 
 def _hybrid_types():
     """Keys under `hybrid:`; ManticoreConfig checks the values of most itself."""
-    checked = ("dtype", "transplant", "transplant_data")
+    checked = ("dtype", "transplant", "transplant_data", "tokenizer_data")
     return {f.name: str if f.name in checked else object for f in dataclasses.fields(HybridArguments)}
 
 
@@ -396,6 +396,8 @@ def run_recipe(
     if "transplant" in hybrid and "data" in recipe.data:
         given = hybrid.get("transplant_data")
         hybrid["transplant_data"] = stage_data(recipe, {} if given is None else {"data": given})
+    if "tokenizer_data" in hybrid:
+        hybrid["tokenizer_data"] = stage_data(recipe, {"data": hybrid["tokenizer_data"]})
     results = [(folder, STAGES["compose"].run(components, arguments, program=program, **hybrid))]
     before_search, searched = folder, None
     for known, own, data, training in stages:

@@ -72,6 +72,13 @@ class HybridArguments(HybridSettings):
             "or Hub data set. Default: none; in a recipe, its data."
         },
     )
+    tokenizer_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text by which the tokenizer component is chosen where tokenizers differ: the one with which the "
+            "untrained hybrid reads it best. A file, folder or Hub data set. Default: none; the first component's."
+        },
+    )
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights, for example bfloat16."})
 
     def settings(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, TrainingArguments
 
+from manticore_hf.compose.choose_tokenizer import MEASURED_BYTES, measure_tokenizers
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.transplant import TransplantReport, compose_transplanted
 from manticore_hf.evaluation.data_arguments import DataArguments
@@ -41,8 +42,8 @@ def run_compose(
         arguments: TrainingArguments: `output_dir`, and `seed` of the initial projectors.
         program: What finds the alpha that the hybrid is fixed at: `program_alpha` with all arguments but the model
             types of the components and `num_blocks`. Default: alpha is as ManticoreConfig says.
-        **settings: Keys of ManticoreConfig, `dtype`, and `transplant` (a method) with `transplant_data` (DataArguments,
-            or a source of text).
+        **settings: Keys of ManticoreConfig, `dtype`, `transplant` (a method) with `transplant_data`, and
+            `tokenizer_data` (each DataArguments, or a source of text).
 
     Returns:
         The stage's result: components, blocks, parameters, bytes of the hybrid's own weights, transplants; of a
@@ -58,6 +59,8 @@ def run_compose(
 def _composed(result: dict) -> Iterator[str]:
     names = result["components"]
     yield f"\ncompose: {' + '.join(names)} in {result['num_blocks']} block(s)"
+    for name, bits in result.get("tokenizers", {}).items():
+        yield f"with {name}'s tokenizer {bits:.4f} bits per byte, untrained"
     for name, report in result.get("transplants", {}).items():
         yield f"vocabulary of {name} transplanted by {TransplantReport(**report)}"
     yield (
@@ -71,6 +74,15 @@ def _composed(result: dict) -> Iterator[str]:
 def _compose(components, settings, program, run: StageRun) -> dict:
     """Composes and writes; on rank 0."""
     method, source, reports = settings.pop("transplant", None), settings.pop("transplant_data", None), {}
+    chosen_by, found = settings.pop("tokenizer_data", None), None
+    if chosen_by is not None:
+        if method is not None:
+            raise ManticoreError(
+                "tokenizer_data chooses among tokenizers, and transplant replaces all but one; drop one."
+            )
+        chosen_by = DataArguments(chosen_by) if isinstance(chosen_by, str) else chosen_by
+        found = measure_tokenizers(components, read_texts(chosen_by, MEASURED_BYTES), **settings)
+        settings["tokenizer_component"] = min(found, key=found.get)
     if method is None:
         if source is not None:
             raise ManticoreError(f"transplant_data={source!r} is given, but no transplant; give --transplant auto.")
@@ -81,6 +93,8 @@ def _compose(components, settings, program, run: StageRun) -> dict:
         model, run.tokenizer, reports = compose_transplanted(components, method, texts=texts, **settings)
     names = model.config.component_names
     result = {"components": names, "num_blocks": model.config.num_blocks}
+    if found is not None:
+        result["tokenizers"] = found
     if reports:
         result["transplants"] = {name: report.to_dict() for name, report in reports.items()}
     result["parameters"] = model.num_parameters()
