@@ -16,7 +16,7 @@ from .bounds_manticore import TESTED, VERSION, build_component, construct, tryin
 from .cache_manticore import ManticoreCache, cache_for_generation
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
-from .devices_manticore import device_of, onloaded, place, whole_weights
+from .devices_manticore import check_whole_rows, device_of, onloaded, place, whole_weights
 from .dtypes_manticore import MixedDtypes, Quantizable, check_adapted
 from .layer_stack_manticore import check_cut
 from .mixers_manticore import follow_kernels
@@ -268,6 +268,7 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     def train(self, mode: bool = True) -> "ManticoreModel":
         """As in torch, for the shells of the segments, too."""
+        check_whole_rows()
         went_on = self.training  # as in every step of the Trainer
         super().train(mode)
         if mode and hasattr(self, "peft_config"):  # adapters that came after the first

@@ -13,6 +13,8 @@ import warnings
 
 from hypothesis import HealthCheck, Phase, settings
 
+from manticore_hf import ManticoreError
+
 HOSTILE_VALUES = [
     None, True, False, 0, 1, -1, 2, 3, 7, 0.0, -0.5, 1.5, 1e308, float("nan"), float("inf"), -float("inf"),
     2**16, 2**31, 2**63, -(2**63), 10**12, 10**30, "", "x", "0", "1e9", "none", "\x00\u202e\ud800é", "ü" * 200_000,
@@ -80,7 +82,7 @@ def outcome(run, *args, seconds=30):
         logging.disable(logging.CRITICAL)
         try:
             run(*args)
-        except ValueError as err:
+        except ManticoreError as err:
             assert str(err).strip(), f"{type(err).__name__} without a message"
             assert len(str(err)) < 5000, f"a message of {len(str(err))} characters"
             return False

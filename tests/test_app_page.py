@@ -5,10 +5,13 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
+import aligned_pairs
 import pytest
+from huggingface_hub import snapshot_download
 from published import parts, saved  # noqa: F401 - fixtures
 from tiny_hybrid import mixed_hybrid, word_tokenizer
 
@@ -66,6 +69,26 @@ def served():
     page = serving.build(hybrid, "tiny <hybrid>")
     yield hybrid, serving.launch(page, "127.0.0.1", wait=False)
     page.close()
+
+
+@contextlib.contextmanager
+def started(arguments, **options):
+    """A process that serves a page: (process, address)."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+    )
+    try:
+        lines, url = [], None
+        for line in process.stdout:
+            lines.append(line)
+            if found := re.search(r"Open (http://127\.0\.0\.1:\d+/)", line):
+                url = found[1]
+                break
+        assert url, "".join(lines)
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
 
 
 def read(tab, text):
@@ -135,33 +158,30 @@ def test_it_fits(browser, served, width, scheme):
 
 def test_the_written_space_serves_without_the_package(browser, saved, hub, owner, tmp_path):  # noqa: F811
     commit = publish(saved[1], f"{owner}/h").commit
-    publish_space(f"{owner}/h", space=f"{owner}/try", directory=tmp_path / "space")
-    from huggingface_hub import snapshot_download
-
+    publish_space(f"{owner}/h", space=f"{owner}/try")
     folder = snapshot_download(f"{owner}/try", repo_type="space", local_dir=tmp_path / "cloned")
     code = (
         "import runpy, sys; sys.path.insert(0, '.'); sys.modules['manticore_hf'] = None; "
         "runpy.run_path('app.py', run_name='__main__')"
     )
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=folder, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        lines, url = [], None
-        for line in process.stdout:
-            lines.append(line)
-            if found := re.search(r"Open (http://127\.0\.0\.1:\d+/)", line):
-                url = found[1]
-                break
-        assert url, "".join(lines)
+    with started(["-c", code], cwd=folder, env=environment) as (_, url), opened(browser, url) as tab:
+        assert tab.inner_text("h1") == f"{owner}/h"
+        read(tab, "w3 w4 w5 w6")
+        tab.click("#write")
+        tab.wait_for_selector("#hp-costs tr:nth-child(4)")
+    assert list((tmp_path / "modules").rglob(f"*{commit}*/modeling_manticore.py"))
+
+
+def test_the_command_serves_a_hybrid_with_several_tokenizers_until_it_is_interrupted(browser, tmp_path):
+    model = aligned_pairs.hybrid(tmp_path)
+    model.save_pretrained(tmp_path / "several")
+    aligned_pairs.tokenizer("gpt").save_pretrained(tmp_path / "several")
+    with started(["-m", "manticore_hf.cli", "app", str(tmp_path / "several")]) as (process, url):
         with opened(browser, url) as tab:
-            assert tab.inner_text("h1") == f"{owner}/h"
-            read(tab, "w3 w4 w5 w6")
+            assert tab.inner_text("h1") == "several" and "tokenizer of its own" in tab.inner_text("#seen")
             tab.click("#write")
             tab.wait_for_selector("#hp-costs tr:nth-child(4)")
-        assert list((tmp_path / "modules").rglob(f"*{commit}*/modeling_manticore.py"))
-    finally:
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "Traceback" not in rest

@@ -14,7 +14,8 @@ from families import tiny, tokens
 from hub_models import tokenizer
 from processes import launch
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModel, DynamicCache, QuantizedCache, pipeline
+from transformers import AutoModel, CompileConfig, DynamicCache, QuantizedCache, pipeline
+from transformers.generation import utils as generation_utils
 from transformers.utils import logging
 
 from manticore_hf import (
@@ -244,6 +245,21 @@ def test_a_quantised_cache():
     assert pair.generate(ids, **how, **new).shape == (2, 15)
     with pytest.raises(ManticoreError, match="component 'mistral' .*sliding_attention"):
         join("mistral")[0].generate(ids, **how, **new)
+
+
+@torch.no_grad()
+def test_a_static_cache_is_not_compiled_and_who_asks_is_told(monkeypatch):
+    """Its counter is a number of Python's, so `generate` never compiles by itself; who asks for it gets a warning."""
+    said, ids, new = [], tokens(2, 9), {"max_new_tokens": 4, "do_sample": False}
+    monkeypatch.setattr(generation_utils.logger, "warning_once", said.append)
+    compiled = CompileConfig(backend="eager")
+    compiled._compile_all_devices = True
+    model = join("llama", "mamba")[0]
+    wanted = model.generate(ids, **new)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **new), wanted) and not said
+    found = model.generate(ids, cache_implementation="static", compile_config=compiled, **new)
+    assert torch.equal(found, wanted) and "Compilation will be skipped" in said[0]
+    assert not model._can_compile_fullgraph
 
 
 class Stream(contextlib.nullcontext):

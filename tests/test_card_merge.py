@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from manticore_hf import ManticoreError
 from manticore_hf.hub.card_merge import Card, _sections, choose, merge, split
+from manticore_hf.hub.licenses import read_license
 
 DATA = {"license": "mit", "tags": ["manticore", "merge"], "base_model": ["a/x", "b/y"], "library_name": "transformers"}
 SECTIONS = {"title": "# Hybrid", "results": "Loss 1.5\n\n| a | b |\n|---|---|", "limits": "- none"}
@@ -294,3 +295,42 @@ def test_whatever_is_cut_from_a_card_the_next_one_settles():
         assert merge(card(), out)[0] == out, text
         settled += 1
     assert settled > 200
+
+
+@pytest.mark.parametrize(
+    "block, message",
+    [
+        ("- " * 2000, "more than 16 levels"),
+        ("[" * 100_000, "more than 16 levels"),
+        ("tags: [" + "1, " * 20_000 + "1]", "more than 20000 values"),
+        (
+            "a1: &a1 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(2, 40)),
+            "aliases written",
+        ),
+        ("a: &a [*a]", "aliases written out"),
+        ("a: " + "x " * 60_000, "a text of more than 100000 characters"),
+        ("a: " + ":".join(["1"] * 5_000), "an integer of"),
+        ("a: " + "9" * 5_000, "no YAML"),
+        ("a: 2001-99-99", "month must be in"),
+        ("a: !!omap [b: 1]", "no YAML"),
+        ("a: !!set {b}", "no YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "no YAML"),
+        ("1: 2", "no mapping of names to values"),
+        ("null: 2", "no mapping of names to values"),
+        ("[1, 2]", "no mapping of names to values"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_metadata_of_strangers(block, message, tmp_path):
+    """The card may be anyone's; of a component, only its licence is wanted."""
+    text = f"---\nlicense: mit\n{block}\n---\n\nWords." if ":" in block[:9] else f"---\n{block}\n---\n\nWords."
+    with pytest.raises(ManticoreError, match=message) as caught:
+        merge(card(), text)
+    assert len(str(caught.value)) < 500
+    (tmp_path / "README.md").write_text(text)
+    assert read_license(tmp_path / "README.md") is None
+
+
+def test_keys_that_are_names_of_arguments_stay():
+    text = merge(card(), "---\nself: 1\nignore_metadata_errors: x\ndate: 2026-01-01\n---\n\nWords.")[0]
+    assert "\nself: 1\n" in text and "\nignore_metadata_errors: x\n" in text and "\ndate: 2026-01-01\n" in text

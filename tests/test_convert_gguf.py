@@ -1,6 +1,7 @@
 """GGUF files, converted: written here tensor by tensor, and the real SmolLM2 where it is installed (slow)."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy
@@ -157,12 +158,26 @@ def test_the_files_own_merges_are_applied(tmp_path, refuse, monkeypatch):
     other = write(tmp_path / "other.gguf", model, merges=["t h", "1 2"])
 
     class Wrong:
-        from_pretrained = staticmethod(lambda folder, gguf_file: asked.from_pretrained(folder, gguf_file=other.name))
+        from_pretrained = staticmethod(lambda *_, **__: asked.from_pretrained(tmp_path, gguf_file=other.name))
 
     monkeypatch.setattr(gguf_tokenizer, "AutoTokenizer", Wrong)
     refuse(path, "the tokenizer in tiny.gguf, as Transformers reads it, cuts ['th', 'e'", "own merges give ['the'")
     pieces = ["\u2581the", "\u2581\u2581", "x"]
     assert list(gguf_tokenizer._parts("".join(pieces), {"\u2581\u2581", "\u2581\u2581\u2581"})) == pieces
+
+
+def test_what_lies_beside_the_file_is_not_read(tmp_path):
+    """An adapter would name another model to load, a tokenizer's configuration code to run."""
+    path = write(tmp_path / "tiny.gguf", tiny("llama", **SIZES))
+    convert(path, tmp_path / "alone")
+    asked = {"base_model_name_or_path": str(tmp_path / "private"), "peft_type": "LORA", "r": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(asked))
+    code = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(code))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"num_beams": 7}))
+    convert(path, tmp_path / "beside")
+    for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "beside" / name).read_bytes()
 
 
 def test_from_the_hub(hub, owner, tmp_path, capsys):

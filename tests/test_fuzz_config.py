@@ -25,6 +25,14 @@ HYBRIDS = {
 }
 
 
+GENERATION = {
+    "num_beams": 2, "max_new_tokens": 8, "do_sample": True, "temperature": 0.7, "top_k": 5, "eos_token_id": [1, 2],
+    "num_return_sequences": 1, "repetition_penalty": 1.1, "suppress_tokens": [3], "stop_strings": ["x"],
+    "watermarking_config": {"greenlist_ratio": 0.25}, "compile_config": {"mode": "default"},
+    "cache_implementation": None, "transformers_version": "5.24.0", "custom_generate": None, "generation_kwargs": {},
+}  # fmt: skip
+
+
 class Saved(dict):
     """{name: (directory, its config.json as text)} of small hybrids."""
 
@@ -32,22 +40,26 @@ class Saved(dict):
         return "saved"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def save_hybrids(root):
+    """Small hybrids of several kinds, saved below `root`."""
     out = Saved()
     for name, choices in HYBRIDS.items():
         families = ["gpt_neox", "mamba"] if name == "pruned" else name.split("+")
         parts = [ComponentSpec(tiny(family, seed=i), name=family) for i, family in enumerate(families)]
         model = ManticoreForCausalLM.from_components(parts, **{"num_blocks": 2, **choices})
         model = prune(model, families) if name == "pruned" else model
-        folder = tmp_path_factory.mktemp("saved") / name
+        folder = root / name
         model.save_pretrained(folder)
         out[name] = folder, (folder / "config.json").read_text()
     return out
 
 
-@pytest.fixture
-def folder(saved, tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_hybrids(tmp_path_factory.mktemp("saved"))
+
+
+def with_configuration(saved, tmp_path):
     """Function (name, text of a config.json) -> a hybrid's directory with that configuration."""
 
     def make(name, text):
@@ -61,6 +73,11 @@ def folder(saved, tmp_path):
         return target
 
     return make
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return with_configuration(saved, tmp_path)
 
 
 def changed(text, random):
@@ -131,13 +148,17 @@ def test_garbled_text(saved, folder, name, random):
     outcome(on_meta, folder(name, garbled(saved[name][1], random, times=random.choice([1, 1, 3]))))
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
+def save_parts(root):
     """{family: directory} of components."""
-    folders = {family: tmp_path_factory.mktemp("parts") / family for family in FAMILIES}
+    folders = {family: root / family for family in FAMILIES}
     for family, folder in folders.items():
         tiny(family).save_pretrained(folder)
     return folders
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return save_parts(tmp_path_factory.mktemp("parts"))
 
 
 @fuzzed(150)
@@ -150,9 +171,25 @@ def test_components(parts, tmp_path, family, random, garble):
     outcome(lambda: ManticoreForCausalLM.from_components([ComponentSpec(target, name="one")]))
 
 
+def load_all(saved):
+    """{name: the hybrid}."""
+    return {name: ManticoreForCausalLM.from_pretrained(folder) for name, (folder, _) in saved.items()}
+
+
+@fuzzed(60)
+@given(name=st.sampled_from(sorted(HYBRIDS)), random=st.randoms())
+def test_generation_configurations(saved, folder, name, random):
+    target = folder(name, saved[name][1])
+    values = {**json.loads((saved[name][0] / "generation_config.json").read_text()), **GENERATION}
+    text = json.dumps(mutated(values, random, times=random.choice([1, 1, 3])))
+    (target / "generation_config.json").unlink()
+    (target / "generation_config.json").write_text(garbled(text, random) if random.randrange(4) == 0 else text)
+    outcome(ManticoreForCausalLM.from_pretrained, target)
+
+
 @pytest.fixture(scope="module")
 def models(saved):
-    return {name: ManticoreForCausalLM.from_pretrained(folder) for name, (folder, _) in saved.items()}
+    return load_all(saved)
 
 
 @fuzzed(100)

@@ -7,22 +7,35 @@ The seeds are made here, by code. Configurations and recipes have files of their
 import dataclasses
 import io
 import json
+import re
+import shutil
 import struct
 
 import pytest
+from families import tiny as tiny_llama
 from fuzzing import fuzzed, garbled, mutated, outcome
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from manticore_hf.modeling.references_manticore import shards
+from manticore_hf.modeling.saving_manticore import check_whole
+from test_convert_gguf import SIZES as LLAMA_SIZES
+from test_convert_gguf import write
 from test_gguf_header import GOOD, SIZES, array, field, gguf, tensor, text
 from tiny_hybrid import mixed_hybrid, save
 
 from manticore_hf import ManticoreError
+from manticore_hf.compose.convert.convert import _read_config
+from manticore_hf.compose.convert.gguf import load_gguf
 from manticore_hf.compose.convert.gguf_header import check_header, read_header
+from manticore_hf.compose.convert.gguf_tokenizer import read_gguf_tokenizer
+from manticore_hf.compose.convert.mamba_ssm import is_mamba_ssm, mamba_config
+from manticore_hf.compose.convert.sources import Source
 from manticore_hf.hub import provenance
 from manticore_hf.hub.card import read_results
 from manticore_hf.hub.card_merge import Card, choose, merge
 from manticore_hf.hub.licenses import combine, describe, read_license
+from manticore_hf.hub.publish import _validate
 from manticore_hf.report import facts as facts_module
 from manticore_hf.report.comparison import read_comparison
 from manticore_hf.report.facts import gather, one_run
@@ -72,6 +85,21 @@ COMPARISON = {
     "hybrid": "hybrid, 1 block", "machine": "x86_64",
     "rows": [_row("hybrid, 1 block", "hybrid", 2.4), _row("a, tuned", "component", 2.5), _row("e", "ensemble", 2.45)],
 }  # fmt: skip
+MAMBA_SSM = {
+    "d_model": 16, "d_intermediate": 0, "n_layer": 2, "vocab_size": 64, "ssm_cfg": {"layer": "Mamba2", "d_state": 4},
+    "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
+    "pad_vocab_size_multiple": 16, "tie_embeddings": True,
+}  # fmt: skip
+METADATA = {
+    "license": "mit", "license_name": "x", "tags": ["hybrid"], "datasets": ["org/texts"], "base_model": ["a/b"],
+    "language": ["en"], "library_name": "transformers", "pipeline_tag": "text-generation", "date": "2026-01-01",
+    "model-index": [{"name": "x", "results": [{
+        "task": {"type": "text-generation", "name": "x"}, "dataset": {"type": "org/texts", "name": "org/texts"},
+        "metrics": [{"type": "loss", "value": 2.5, "name": "loss", "verified": False}],
+        "source": {"name": "x", "url": "https://x.example"},
+    }]}],
+    "widget": [{"text": "x"}], "extra_gated_fields": {"name": "text"}, "self": 1,
+}  # fmt: skip
 CARD = Card(
     {"license": "mit", "tags": ["hybrid"], "library_name": "transformers"}, {"title": "# A", "results": "| x |"}
 )
@@ -87,10 +115,14 @@ def written(path, values, random):
     return path
 
 
+def gather_saved(root):
+    """What is known of a saved hybrid."""
+    return gather(save(mixed_hybrid(num_blocks=1, mixture="static"), root / "hybrid"))
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """What is known of a saved hybrid."""
-    return gather(save(mixed_hybrid(num_blocks=1, mixture="static"), tmp_path_factory.mktemp("saved") / "hybrid"))
+    return gather_saved(tmp_path_factory.mktemp("saved"))
 
 
 def test_the_seeds_themselves_are_read(tmp_path, saved):
@@ -172,12 +204,50 @@ def test_gguf_headers(tmp_path, random):
     (tmp_path / "x.gguf").write_bytes(data)
 
     def run():
-        header = read_header(tmp_path / "x.gguf", SIZES)
-        assert header.begin <= len(data) + 2**20
+        try:
+            assert read_header(tmp_path / "x.gguf", SIZES).begin <= len(data) + 2**20
+        except ValueError:
+            pass
         try:
             check_header("x", tmp_path / "x.gguf", SIZES)
         except ManticoreError as err:
             assert "x.gguf" in str(err)
+            raise
+
+    outcome(run)
+
+
+def write_gguf(root):
+    """A GGUF file that can be converted, and where its header ends: (bytes, offset)."""
+    sizes = {**LLAMA_SIZES, "max_position_embeddings": 64}
+    path = write(root / "whole.gguf", tiny_llama("llama", **sizes))
+    return path.read_bytes(), check_header("x", path, SIZES).begin
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("gguf"))
+
+
+@fuzzed(40)
+@given(random=st.randoms())
+def test_gguf_files(whole, tmp_path, random):
+    """What passes as a header is read by libraries that believe it."""
+    data, end = bytearray(whole[0]), whole[1]
+    for _ in range(random.choice([1, 1, 2, 3])):
+        at, kind = random.randrange(end - 8), random.randrange(3)
+        if kind == 0:
+            data[at] ^= 1 << random.randrange(8)
+        elif kind == 1:
+            data[at : at + 4] = struct.pack("<I", random.choice([0, 1, 3, 63, 2**16, 2**31 - 1, 2**32 - 1]))
+        else:  # a number that belongs to a key
+            at = random.choice([found.end() for found in re.finditer(rb"llama\.[a-z_.]+\x04\0\0\0", data)])
+            data[at : at + 4] = struct.pack("<I", random.choice([0, 1, 2, 3, 5, 2**20, 2**31 - 1, 2**32 - 1]))
+    (tmp_path / "x.gguf").write_bytes(data)
+
+    def run():
+        load_gguf("x", tmp_path / "x.gguf")
+        read_gguf_tokenizer("x", tmp_path / "x.gguf")
 
     outcome(run)
 
@@ -186,7 +256,11 @@ def test_gguf_headers(tmp_path, random):
 @given(random=st.randoms())
 def test_cards(tmp_path, random):
     whole, _ = merge(CARD)
-    present = garbled(whole, random, times=random.choice([1, 2, 6]))
+    if random.randrange(2):
+        present = garbled(whole, random, times=random.choice([1, 2, 6]))
+    else:
+        values = mutated(METADATA, random, times=random.choice([1, 1, 2, 5]))
+        present = f"---\n{json.dumps(values)}\n---\n{whole.split('---', 2)[2]}"
     file = tmp_path / "README.md"
     file.write_text(present, encoding="utf-8", errors="surrogatepass")
 
@@ -194,8 +268,46 @@ def test_cards(tmp_path, random):
         license = read_license(file)
         assert license is None or license.isprintable()
         describe(combine({"a": license}))
-        text, kept = merge(CARD, choose(present, whole))
+        text, kept = merge(CARD, choose(present, None))
         assert isinstance(text, str) and isinstance(kept, list)
+        _validate(text)
+        merge(CARD, choose(present, whole))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelCard, "validate", lambda card: None)  # which asks the Hub
+        outcome(run)
+
+
+@fuzzed(500)
+@given(random=st.randoms())
+def test_notes_of_unfinished_saves(tmp_path, random):
+    """A stranger's directory may have one: nothing outside of it is moved, and nothing in it but what it names."""
+    inner = tmp_path / ".out.saving-x" / "out"
+    for place, files in ((tmp_path / "out", ("config.json", "mine")), (inner, ("config.json", "plots/x.png"))):
+        shutil.rmtree(place, ignore_errors=True)
+        for name in files:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text("x")
+    (tmp_path / "secret").write_text("x")
+    note = {"from": "../.out.saving-x/out", "files": ["config.json", "plots/x.png", "../secret"], "same": True}
+    if random.randrange(3):
+        note["files"].pop()
+    written(tmp_path / "out" / ".saving", note, random)
+    outcome(check_whole, tmp_path / "out")
+    assert (tmp_path / "secret").is_file() and (tmp_path / "out" / "mine").is_file()
+
+
+@fuzzed(500)
+@given(random=st.randoms())
+def test_configurations_of_mamba_ssm(tmp_path, random):
+    """As `convert` reads them."""
+    file = written(tmp_path / "config.json", MAMBA_SSM, random)
+    shutil.copyfile(file, tmp_path / "config.json.old")
+
+    def run():
+        values = _read_config(Source(tmp_path))
+        if is_mamba_ssm(values):
+            mamba_config("x", values)
 
     outcome(run)
 

@@ -99,6 +99,7 @@ def test_tags_construct_nothing(tmp_path, name, tag, random):
         ("components: [a]\nname: " + "x" * 20_000, "a text of more than 10000 characters"),
         ("components: [a]\nseed: " + ":".join(["1"] * 50_000), "a text of more than 10000 characters"),
         ("components: [a]\nseed: " + "9" * 9_000, "not of its YAML type: .*9000 digits"),
+        ("components: [a]\nseed: " + ":".join(["1"] * 4_000), "not of its YAML type: .*an integer of"),
         ("components: [a]\nseed: 4294967296", r"seed: is 4294967296, must be an integer in \[0"),
         ("components: [a]\nname: 2001-99-99", "not of its YAML type"),
         ("components: [a]\nname: !!bool x", "not of its YAML type"),

@@ -169,6 +169,13 @@ def test_text_files_in_other_encodings(tmp_path, tok):
     assert read_records(DataArguments(str(file), encoding="latin-1"))[0]["text"] == text
     with pytest.raises(ManticoreError, match="encoding='latin-one' is none that Python knows"):
         read_records(DataArguments(str(file), encoding="latin-one"))
+    for encoding in ("undefined", "idna", "hex", "zlib", "rot13", "a\0b", "x" * 5000):  # of no text, or none at all
+        with pytest.raises(ManticoreError, match="none that Python knows for texts|is no idna text"):
+            read_records(DataArguments(str(file), encoding=encoding))
+    for encoding, data in (("utf-7", b"+2AA-"), ("raw_unicode_escape", rb"\ud800")):
+        file.write_bytes(data)
+        with pytest.raises(ManticoreError, match="it holds half of a character|is no utf-7 text"):
+            read_records(DataArguments(str(file), encoding=encoding))
     file.write_bytes("no mark".encode("utf-16-le"))
     with pytest.raises(ManticoreError, match="holds zero bytes, so it is no utf-8 text"):
         read_records(DataArguments(str(file)))

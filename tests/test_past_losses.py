@@ -23,6 +23,7 @@ from manticore_hf import (
 )
 from manticore_hf.families import contract
 from manticore_hf.families.contract import close
+from manticore_hf.training.trained_stages import take_mixture
 
 ONLINE = {"mixture": "online", "online_eta": 0.7, "online_decay": 0.85, "online_share": 0.05}
 GATE = {"mixture": "token", "gate_past_losses": True}
@@ -327,6 +328,18 @@ def test_a_gates_new_weights_are_trained():
     ).train()
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1])).loss.backward()
     assert all(one.grad is not None for one in model.hybrid_mixer.token_gate.parameters())  # DDP waits for all
+
+
+@torch.no_grad()
+def test_a_search_leaves_its_alpha_as_the_prior(tmp_path):
+    searched, new = (hybrid("gpt_neox+mamba", num_blocks=2, **ONLINE) for _ in range(2))
+    searched.save_pretrained(tmp_path / "searched")
+    new.hybrid_mixer.alpha_logits.zero_()
+    take_mixture(new, tmp_path / "searched")
+    assert new.config.mixture_weights[1] is None and new.config.mixture_weights[0] is not None
+    close(new.mixture_weights(), searched.mixture_weights())
+    first = new(input_ids=tokens(1, 1)).weights  # of a text of which nothing is known
+    close(first[0, 0], searched.mixture_weights()[1])
 
 
 @torch.no_grad()

@@ -4,15 +4,19 @@ CVE-2026-4372: a field of a configuration loads a kernel, that is code, from the
 inside another says that remote code is trusted, whatever the caller said.
 """
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 import transformers
-from hub_models import ids, publish, publish_hybrid, tiny
+from hub_models import ids, publish, publish_hybrid, tiny, tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.integrations import hub_kernels
 
+import manticore_hf
 from manticore_hf import ManticoreError, ManticoreForCausalLM, cli
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 pytestmark = pytest.mark.usefixtures("uncounted")
 KERNEL = "attacker/kernel"
@@ -121,3 +125,53 @@ def test_a_hybrids_configuration(hub, owner, tmp_path, watched, extra):
         patch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked whether code may run"))
         AutoModelForCausalLM.from_pretrained(f"{owner}/h")
     watched()
+
+
+# ---- of the same kind ------------------------------------------------------------------------------------------------
+
+
+def test_code_of_a_tokenizer_is_not_run_and_nobody_is_asked_about_it(tmp_path, monkeypatch):
+    """Transformers asks on the terminal, and runs it at a "y"."""
+    tokenizer().save_pretrained(tmp_path)
+    read_tokenizer(tmp_path)
+    source = EVIL.format(str(tmp_path / "ran")).replace("Config", "Evil")
+    (tmp_path / "evil.py").write_text(source)
+    edit_to = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **edit_to}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked whether code may run"))
+    try:
+        read_tokenizer(tmp_path)  # Transformers may still have a class of its own for the files
+    except ManticoreError as err:
+        assert "needs code of its own repository, which is not run" in str(err)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_else_reads_tokenizers_or_configurations():
+    """Who calls Transformers' Auto classes for tokenizers and configurations says that no code is to be run."""
+    home, found = Path(manticore_hf.__file__).parent, []
+    for file in home.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in ("AutoTokenizer.from_pretrained", "AutoConfig.from_pretrained"):
+                said = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                safe = said.get("trust_remote_code") == "False" or "COMPONENTS" in ast.unparse(node)
+                found.append((file.relative_to(home).as_posix(), node.lineno, safe))
+    assert len(found) > 3 and not [one for one in found if not one[2]]
+
+
+def test_an_adapter_beside_a_component_loads_no_other_model(hub, owner, tmp_path):
+    """Transformers loads the model that adapter_config.json names, from wherever that is, in the place of this one."""
+    tiny("gpt_neox", 5).save_pretrained(tmp_path / "private")
+    asked = {"base_model_name_or_path": str(tmp_path / "private"), "peft_type": "LORA", "r": 1}
+
+    def add(folder):
+        (folder / "adapter_config.json").write_text(json.dumps(asked))
+
+    publish(hub, f"{owner}/a", tiny("gpt_neox"), tmp_path / "src", edit=add)
+    publish(hub, f"{owner}/b", tiny("mamba"), tmp_path / "src")
+    tiny("gpt_neox").save_pretrained(tmp_path / "local")
+    add(tmp_path / "local")
+    for source in (f"{owner}/a", str(tmp_path / "local")):
+        with pytest.raises(ManticoreError, match="has an adapter beside its weights"):
+            ManticoreForCausalLM.from_components([source, f"{owner}/b"])

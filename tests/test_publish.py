@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, prune, publish
 from manticore_hf.cli import main
+from manticore_hf.hub.provenance import component_state, print_state
 from manticore_hf.training.trained_stages import HybridTrainer
 
 parts, saved = published.parts, published.saved
@@ -331,6 +332,18 @@ def test_a_component_that_is_gone_stops_it(saved, owner):
     HfApi().delete_repo(f"{owner}/b")
     with pytest.raises(ManticoreError, match=f"'b' .{owner}/b@.*nobody could load.*embed=True"):
         publish(saved[1], f"{owner}/h")
+    assert not exists(f"{owner}/h")
+
+
+def test_what_the_hub_answers_for_a_component_is_said_with_what_to_do(saved, hub, owner):
+    for status, remedy in ((403, "ask its owner for access"), (429, "too many requests"), (503, "has trouble")):
+        hub.fault(f"/api/models/{owner}/b", "status", times=-1, status=status)
+        with pytest.raises(ManticoreError, match=rf"'b' .{owner}/b@.*nothing was published.*{status}: .*{remedy}"):
+            publish(saved[1], f"{owner}/h")
+        entry = next(one for one in read_json(saved[1])["components"] if one["name"] == "b")
+        state = component_state(entry)
+        assert state["access"] == "unknown" and f"the Hub answers {status}: " in print_state(state)
+        hub.clear_faults()
     assert not exists(f"{owner}/h")
 
 

@@ -16,6 +16,7 @@ from published import exists
 from safetensors.torch import load_file, save_file
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, publish
+from manticore_hf.hub.publish import update_card
 
 parts, saved = published.parts, published.saved
 pytestmark = pytest.mark.usefixtures("counted_once")
@@ -132,6 +133,12 @@ def test_links_that_leave_the_directory_are_refused_by_name(saved, hub, owner, t
         publish(folder, f"{owner}/h")
     assert not exists(f"{owner}/h")
     (folder / "plots" / "x.png").unlink()
+    (folder / "tokenizer_a").mkdir()  # of a component that reads text by a tokenizer of its own
+    (folder / "tokenizer_a" / "vocab.json").symlink_to("../../id_rsa")
+    for look in (lambda: publish(folder, f"{owner}/h"), lambda: update_card(folder, f"{owner}/h")):
+        with pytest.raises(ManticoreError, match="tokenizer_a/vocab.json in .* is a link"):
+            look()
+    (folder / "tokenizer_a" / "vocab.json").unlink()
     (folder / "LICENSE").write_text("theirs")
     (folder / "NOTICE").symlink_to("LICENSE")  # stays inside
     publish(folder, f"{owner}/h")

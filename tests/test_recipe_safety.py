@@ -9,7 +9,7 @@ import pytest
 from tiny_hybrid import save_pair
 from transformers import TrainingArguments
 
-from manticore_hf import ManticoreError, cli
+from manticore_hf import ManticoreError, ManticoreForCausalLM, cli
 from manticore_hf.compare.compared_recipe import read_recipe
 from manticore_hf.evaluation.data import DataArguments, read_records
 from manticore_hf.plan.subject import load_subject
@@ -161,3 +161,10 @@ def test_training_arguments_that_can_be_used_pass(tmp_path):
     given = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
     for more in ({"optim": "adafactor"}, {"lr_scheduler_type": "cosine", "warmup_steps": 0.1}, {"max_steps": 3}):
         assert check_training("x", SearchArguments, {**given, **more}).output_dir == str(tmp_path)
+
+
+def test_what_must_be_a_name_is_one():
+    for key in ("preset", "tokenizer_component"):
+        for value in ([], ["x"], {"a": 1}, 3):
+            with pytest.raises(ManticoreError, match=rf"{key}=.* must be a name"):
+                ManticoreForCausalLM.from_components(["nobody/asks"], **{key: value})

@@ -68,6 +68,33 @@ def test_links_that_leave_the_directory_are_not_followed(theirs, tmp_path):
         with pytest.raises(ManticoreError, match=f"{name}' is a link to .*secret.json', which is not in the directory"):
             gather(theirs)
         (theirs / name).unlink()
+    for name in ("checkpoint-3/trainer_state.json", "compared/comparison.json"):
+        (theirs / name).parent.mkdir()
+        (theirs / name).symlink_to(tmp_path / "secret.json")
+        with pytest.raises(ManticoreError, match=f"{name}' is a link to .*secret.json', which is not in the directory"):
+            gather(theirs)
+        shutil.rmtree((theirs / name).parent)
     (theirs / "evaluation.json").symlink_to("text.json")
     (theirs / "text.json").write_text('{"losses": {"hybrid": 1, "other": 2}}')
     assert gather(theirs).results[0].losses == {"hybrid": 1.0, "other": 2.0}
+
+
+def test_folders_that_are_links_are_not_followed(theirs, tmp_path, monkeypatch):
+    """The stages of a run, and a folder of text that the recipe names in full."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(theirs, run / "0-compose")
+    (run / "0-compose" / "stage.json").write_text('{"stage": "compose"}')
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "stage.json").write_text('{"stage": "finetune", "note": "private"}')
+    assert len(gather(run).stages) == 1
+    (run / "1-finetune").symlink_to(tmp_path / "mine")
+    with pytest.raises(ManticoreError, match="1-finetune' is a link to .*mine', which is not in the directory"):
+        gather(run)
+    (tmp_path / "link").symlink_to(theirs)  # what the person names may be one
+    assert gather(tmp_path / "link").folder == tmp_path / "link"
+    (theirs / "texts").mkdir()
+    (theirs / "texts" / "a.txt").symlink_to(tmp_path / "private.txt")
+    recipe(theirs, theirs / "texts")
+    with pytest.raises(ManticoreError, match="--allow-outside"):
+        held_out(gather(theirs))

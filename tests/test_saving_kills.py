@@ -90,16 +90,18 @@ def loaded(folder):
 AFTER = {**NEW, "optimizer.pt": "mine"}
 
 
-def test_killed_at_every_change_of_a_file_it_is_the_old_one_or_the_new_one(tmp_path):
-    seen = []
+@pytest.mark.parametrize("old, new", [(OLD, NEW), (NEW, OLD)], ids=["to one file", "to shards"])
+def test_killed_at_every_change_of_a_file_it_is_the_old_one_or_the_new_one(tmp_path, old, new):
+    seen, others = [], {name: text for name, text in old.items() if "safetensors" not in name}
+    after = {**others, **new}
     for step in range(1, 60):
-        folder = fill(tmp_path / f"{step}" / "out", OLD)
-        killed = killed_at(step, folder.parent, partial(save, folder, NEW))
+        folder = fill(tmp_path / f"{step}" / "out", old)
+        killed = killed_at(step, folder.parent, partial(save, folder, new))
         found = loaded(folder)
-        assert found in (OLD, AFTER), step
-        seen.append("old" if found == OLD else "new")
-        save(folder, NEW)  # and the next save goes on as if nothing had been
-        assert content(folder) == AFTER and [path.name for path in folder.parent.iterdir()] == ["out"]
+        assert found in (old, after), step
+        seen.append("old" if found == old else "new")
+        save(folder, new)  # and the next save goes on as if nothing had been
+        assert content(folder) == after and [path.name for path in folder.parent.iterdir()] == ["out"]
         if not killed:
             break
     assert not killed and seen == sorted(seen, reverse=True) and {"old", "new"} == set(seen)  # one change of them all

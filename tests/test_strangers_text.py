@@ -85,6 +85,27 @@ def test_a_command_line_commands_no_terminal():
     assert commands(err.getvalue().removesuffix("\r 50%|█████     | 1/2\n\x1b[A")) == []
 
 
+def test_markdown_formats_nothing():
+    """Neither marks, nor entities and formulas, nor addresses that the Hub makes links of by themselves."""
+    hostile = "_x_ __y__ a_b &lt; &#60; A&B $$z$$ $5 HTTPS://evil.example http://a www.evil.example mailto:x@y.z"
+    marked, addresses = r"\_x\_ \_\_y\_\_ a_b \&lt; \&#60; A&B \$\$z\$\$ $5 ", r"HTTPS\://evil.example http\://a "
+    assert escape(hostile) == marked + addresses + r"www\.evil.example mailto\:x@y.z"
+    assert escape(escape("_x_")) == r"\_x\_" and escape("12:30 ftp://x") == r"12:30 ftp\://x"
+
+
+def test_a_terminal_of_fewer_characters_is_no_error():
+    raw = io.BytesIO()
+    narrow, before = io.TextIOWrapper(raw, "ascii"), sys.stdout
+    sys.stdout = narrow
+    try:
+        with printable_output():
+            print("é 猫")
+            sys.stdout.flush()
+    finally:
+        sys.stdout = before
+    assert raw.getvalue() == b"\\xe9 \\u732b\n"
+
+
 def test_numbers_that_are_none():
     for value in (10**400, -(10**400), float("inf"), float("nan"), True, None, "1", [1]):
         assert not is_number(value)

@@ -7,12 +7,14 @@ import copy
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
 from tiny_hybrid import QUIET, mixed_hybrid, neox, rows_of
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
-from manticore_hf import ComponentSpec, ManticoreForCausalLM, ManticoreForSequenceClassification
+from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, ManticoreForSequenceClassification
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,7 @@ SLOW = {
     "sorted by length": {"train_sampling_strategy": "group_by_length"},
     "metrics by batch": {"metrics": True, "batch_eval_metrics": True, "eval_accumulation_steps": 1},
     "losses only": {"prediction_loss_only": True},
+    "evaluation in fp16": {"fp16_full_eval": True},
 }  # fmt: skip
 
 
@@ -113,7 +116,7 @@ def test_every_option_does_on_a_hybrid_what_it_does_on_its_component(saved, tmp_
         for kind, folder in saved.items():
             own = {**settings, "metrics": Metrics() if "metrics" in settings else None}
             out[kind] = trained(AutoModelForCausalLM.from_pretrained(folder), tmp_path, **own)
-        tolerance = 2e-3 if "bf16" in name else 2e-5
+        tolerance = 2e-3 if "f16" in name or "fp16" in name else 2e-5
         agree(out["hybrid"][0], out["plain"][0], name, tolerance)
         for key, value in out["plain"][1].items():
             mine = out["hybrid"][1][f"one.{key}"]
@@ -122,6 +125,43 @@ def test_every_option_does_on_a_hybrid_what_it_does_on_its_component(saved, tmp_
     changing = [name for name in losses if name.startswith(("label", "NEFTune", "clipping"))]
     usual = losses["nothing" if "nothing" in losses else "metrics"]
     assert all(losses[name] != pytest.approx(usual, abs=1e-5) for name in changing), losses
+
+
+def test_half_precision(saved):
+    """Three steps under autocast with scaled gradients, as `fp16=True` takes them where there is an accelerator."""
+    found, batch = {}, default_data_collator(list(rows())[:4])
+    for kind, folder in saved.items():
+        model = AutoModelForCausalLM.from_pretrained(folder).train()
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=256.0)
+        losses = []
+        torch.manual_seed(0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+        found[kind] = losses, dict(model.named_parameters())
+    assert found["hybrid"][0] == pytest.approx(found["plain"][0], abs=2e-3)
+    assert found["plain"][0][0] != pytest.approx(found["plain"][0][2], abs=1e-2)
+    for key, value in found["plain"][1].items():
+        torch.testing.assert_close(found["hybrid"][1][f"one.{key}"], value, atol=2e-3, rtol=2e-3, msg=key)
+
+
+def test_parts_of_rows_are_refused(monkeypatch):
+    """What accelerate knows where a `parallelism_config` asks for context or sequence parallelism."""
+    model = mixed_hybrid()
+    for sizes, told in (({"cp_size": 2}, "cp_size=2"), ({"sp_size": 2, "sp_backend": "deepspeed"}, "sp_size=2"),
+                        ({"tp_size": 2}, None), ({"dp_replicate_size": 2}, None)):  # fmt: skip
+        monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(**sizes))
+        if told is None:
+            assert model.train().training and not model.eval().training
+            continue
+        for mode in (model.train, model.eval):
+            with pytest.raises(ManticoreError, match=f"{told}: each process would get a part of every row"):
+                mode()
 
 
 # ---- hybrids of several components, by hand --------------------------------------------------------------------------

@@ -182,7 +182,8 @@ def case(kind, module):
                 # Each component has an attention implementation of its own, and the hybrid's is that of all: what is
                 # asked of composite models and what is asked of others holds for both.
                 self._is_composite = "composite" in self.id() and "non_composite" not in self.id()
-                self.model_tester.has_rope = self.id().rpartition(".")[2].startswith(OF_COMPONENTS_WITH_ROPE)
+                asks = self.id().rpartition(".")[2].startswith(OF_COMPONENTS_WITH_ROPE)
+                self.model_tester.has_rope = asks and "mamba" not in KINDS[kind]
 
         def test_tied_weights_keys(self):
             # Whether its weights are tied says each component's configuration

@@ -35,7 +35,7 @@ from manticore_hf.evaluation.data import DataArguments, load_rows, rows_for, wit
 from manticore_hf.evaluation.losses import compare_losses, own_nats
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.claims import AS_IT_CAME
-from manticore_hf.utils.files import write_json
+from manticore_hf.utils.files import read_json, write_json
 
 
 def run_compare(recipe: str | Path, arguments: CompareArguments, output_dir: str | Path) -> dict:
@@ -81,7 +81,7 @@ class Comparison:
         recipe = dataclasses.asdict(self.recipe)
         what = {key: recipe[key] for key in ("components", "hybrid", "program", "data", "stages") if recipe[key]}
         file = self.output / "recipe.json"
-        if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(what)):
+        if file.is_file() and read_json(file) != json.loads(json.dumps(what)):
             raise ManticoreError(f"{self.output} compares another recipe ({file}); give another --output-dir.")
         write_json(file, what)
         return what
@@ -363,7 +363,7 @@ class Comparison:
                 own, model = contender.tokenizer and contender.tokenizer(), contender.load(run)
                 found = score(model, self.documents) if own is None else score_text(model, own, self.documents)
                 write_json(file, found)
-            scores.append(json.loads(file.read_text()))
+            scores.append(read_json(file))
         values = {"nll": np.array([one["nll"] for one in scores], dtype=float), "correct": None}
         if all(one["correct"] is not None for one in scores):
             values["correct"] = np.array([one["correct"] for one in scores], dtype=float)

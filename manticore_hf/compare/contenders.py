@@ -21,7 +21,6 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -47,6 +46,7 @@ from manticore_hf.training.runtime import last_whole_checkpoint, training_defaul
 from manticore_hf.training.stage_arguments import PruneArguments
 from manticore_hf.training.stages import STAGES
 from manticore_hf.training.untrained_stages import run_compose
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 # FLOPs of training a token, in forward passes: all weights trained; through frozen layers to what is before or between
 # them; no gradient through the components at all.
@@ -102,7 +102,7 @@ class Workshop:
         with contextlib.redirect_stdout(io.StringIO()):
             arguments = TrainingArguments(output_dir=str(self.folder), seed=recipe.seed, **training_defaults())
             run_compose(recipe.components, arguments, num_blocks=1, dtype=dtype, **settings)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.tokenizer = read_tokenizer(self.folder)
         config = self.untuned().config
         self.names = config.component_names
         # A branch that moves while the comparison runs must not change what is compared.
@@ -230,7 +230,7 @@ class Workshop:
     # ---- mixtures of models that were trained apart ------------------------------------------------------------------
 
     def mixture(
-        self, runs: list[dict | None], mixture: str, space: str = "logprob", **more: object
+        self, runs: list[dict | None], mixture: str, space: str = "logprob", **more: float
     ) -> ManticoreForCausalLM:
         """The one-block hybrid of tuned components (None: untuned), at its start; `more` settings of its mixture."""
         settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native", **more}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import measure_as_they_came
@@ -19,6 +18,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.recipe import recipe_sources
 from manticore_hf.utils.claims import claim
 from manticore_hf.utils.files import write_json
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 RESULT = "evaluation.json"
 
@@ -53,7 +53,7 @@ def run_evaluate(
     """
     model = ManticoreForCausalLM.from_pretrained(source, dtype="float32")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, config = AutoTokenizer.from_pretrained(source), model.config
+    tokenizer, config = read_tokenizer(source), model.config
     if components is not None and len(components) != len(config.components):
         raise ManticoreError(f"components: {len(components)} are given, the hybrid has {config.component_names}.")
     rows, _ = load_rows(data, tokenizer, keep_text=True)

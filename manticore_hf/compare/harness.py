@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.compose.components import ComponentSpec
@@ -25,6 +24,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.recipe import recipe_sources
 from manticore_hf.utils.claims import AS_IT_CAME
 from manticore_hf.utils.files import write_json
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 RESULTS = "tasks.json"
 
@@ -79,7 +79,7 @@ def run_tasks(
     kept, datasets = _read(output, settings)
     model = ManticoreForCausalLM.from_pretrained(source, dtype="auto").eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = read_tokenizer(source)
     sources = components or recipe_sources(source, model.config)
     for label, load in _models(model, tokenizer, sources):
         if label not in kept:

@@ -144,6 +144,9 @@ def _resolve_address(spec, hub, weights):
         _read_config(found, folder)
         if weights:
             _check_weight_files(found, lambda file: os.path.isfile(os.path.join(folder, file)))
+            _refuse_adapter(
+                found, lambda file: any(os.path.isfile(os.path.join(one, file)) for one in (folder, source))
+            )
         found.license = read_license(os.path.join(source, "README.md"))
         return found
     return _resolve_repo(spec, source, hub, weights)
@@ -230,8 +233,8 @@ def _resolve_repo(spec, source, hub, weights):
     found.revision = commit[1]
     _read_config(found, os.path.dirname(config_file), spec.trust_remote_code, hub.get("token"))
 
-    def exists(file):
-        path = os.path.join(spec.subfolder, file) if spec.subfolder else file
+    def exists(file, folder=spec.subfolder):
+        path = os.path.join(folder, file) if folder else file
         known = try_to_load_from_cache(repo_id, path, cache_dir=hub.get("cache_dir"), revision=found.revision)
         if isinstance(known, str):
             return True
@@ -241,6 +244,7 @@ def _resolve_repo(spec, source, hub, weights):
 
     if weights:
         _check_weight_files(found, exists)
+        _refuse_adapter(found, lambda file: exists(file) or spec.subfolder and exists(file, ""))
     found.license = read_license(get("README.md", required=False, commit=found.revision, folder=None))
     return found
 
@@ -338,6 +342,15 @@ def _check_weight_files(found, exists):
                 "Convert it to safetensors first: `manticore-hf convert`."
             )
     raise ManticoreError(f"Component {found.address} has no {WEIGHT_FILES[0]} and no {WEIGHT_FILES[1]}.")
+
+
+def _refuse_adapter(found, exists):
+    if exists("adapter_config.json"):
+        raise ManticoreError(
+            f"Component {found.address} has an adapter beside its weights (adapter_config.json), which names the model "
+            "that Transformers would load in its place, wherever that is. Choose a component without one, or merge it "
+            "(merge_and_unload) and save the model."
+        )
 
 
 def load(found: Resolved, dtype: torch.dtype, hub: dict) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from manticore_hf.compose.mixture_sampling import GATE_LAG, sample_components
 from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
 from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import aligned_hybrid, modeling_manticore, past_losses  # noqa: F401 - which lets such hybrids run
-from manticore_hf.modeling.bounds_manticore import reason
+from manticore_hf.modeling.bounds_manticore import reason, show
 from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
@@ -145,6 +145,9 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
                 )
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ManticoreError(f"dtype={dtype!r} is no dtype of torch; give for example 'bfloat16'.")
+        for key in ("preset", "tokenizer_component"):
+            if not isinstance(settings.get(key), (str, type(None))):
+                raise ManticoreError(f"{key}={show(settings[key])} must be a name.")
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         found = [resolve(ComponentSpec.of(item), hub) for item in components]
         own = align(found, hub, tokenizers, can_align(settings))

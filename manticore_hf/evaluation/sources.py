@@ -90,12 +90,20 @@ def _read_text(file, encoding):
     encoding = _MARKS.get(mark) or encoding or "utf-8"
     try:
         text = data[len(mark) :].decode(encoding)
-    except LookupError:
-        raise ManticoreError(f"encoding={encoding!r} is none that Python knows; give for example 'latin-1'.") from None
+        text.encode()  # some encodings write half of a pair of surrogates, which is no character
+    except UnicodeEncodeError:
+        raise ManticoreError(
+            f"{str(file)!r} is no {encoding} text: it holds half of a character. Convert it to UTF-8, or say what "
+            "it is (encoding, for example latin-1)."
+        ) from None
     except UnicodeDecodeError as err:
         raise ManticoreError(
             f"{str(file)!r} is no {encoding} text (byte {len(mark) + err.start:,} is 0x{err.object[err.start]:02x}): "
             "convert it to UTF-8, or say what it is (encoding, for example latin-1)."
+        ) from None
+    except (LookupError, ValueError):  # no encoding, or one that is not of texts
+        raise ManticoreError(
+            f"encoding={show(encoding)} is none that Python knows for texts; give for example 'latin-1'."
         ) from None
     if "\0" in text:
         raise ManticoreError(

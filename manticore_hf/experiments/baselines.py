@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, default_da
 
 from manticore_hf.experiments.models import DESIGNED, from_scratch, hybrid_from_scratch, scratch_config
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.utils.files import write_json
+from manticore_hf.utils.files import read_json, write_json
 
 MIN_LEARNING_RATE = 1e-6
 
@@ -220,7 +220,7 @@ class Benchmark:
         weights = file.with_suffix(".safetensors")
         if not file.is_file():
             return None
-        result = json.loads(file.read_text())
+        result = read_json(file)
         return None if result.get("weights") and not weights.is_file() else result
 
     def _run(self, name, what, build, keep=False):

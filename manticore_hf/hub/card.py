@@ -13,13 +13,13 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import yaml
 from huggingface_hub import EvalResult, ModelCardData, constants
 
 from manticore_hf.hub.card_merge import Card
 from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.hub.licenses import DUTIES, LICENSES, Combined, combine
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+from manticore_hf.utils.bounded_yaml import load_yaml
 from manticore_hf.utils.claims import AS_IT_CAME, claim
 from manticore_hf.utils.formatting import (
     Safe,
@@ -377,11 +377,11 @@ def _alpha(config, found):
 def _datasets_of(recipe):
     """Data sets of the Hub that a recipe trains on."""
     try:
-        values = yaml.safe_load(recipe or "") or {}
+        values = load_yaml(recipe or "") or {}
         sources = [values.get("data") or {}]
         sources += [(settings or {}).get("data") or {} for stage in values["stages"] for settings in stage.values()]
         return [one["data"] for one in sources if isinstance(one.get("data"), str) and _is_dataset(one["data"])]
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, RecursionError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         return []
 
 

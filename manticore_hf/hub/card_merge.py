@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from huggingface_hub import CardData, ModelCard, ModelCardData
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.bounded_yaml import load_yaml
 
 # The metadata: between a line of three dashes before any text, and the next such line.
 _BLOCK_START = re.compile(r"\s*---([\r\n]+)")
@@ -81,7 +81,9 @@ def merge(card: Card, present: str | None = None) -> tuple[str, list[str]]:
         body = ""
     merged = _merge_metadata(card.metadata, metadata, (stamp or {}).get("metadata", {}), notices)
     body = _merge_sections(card.sections, body, (stamp or {}).get("sections", []), notices)
-    block = CardData(**merged).to_yaml(line_break="\n")
+    data = CardData()
+    vars(data).update(merged)  # whose keys may be names of its arguments
+    block = data.to_yaml(line_break="\n")
     text = f"---\n{block}\n---\n\n{body.strip()}\n"
     return text + _stamp(card, text), notices
 
@@ -95,12 +97,12 @@ def split(text: str) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
     text = text.replace("\r\n", "\n")
     block, body = _cut_block(text)
     try:
-        metadata = yaml.safe_load(block)
-    except (yaml.YAMLError, RecursionError) as err:
+        metadata = load_yaml(block, values=20_000, length=100_000)
+    except ValueError as err:
         reason = " ".join(str(err).split())[:300]
         raise ManticoreError(f"The metadata of the present README.md are no YAML ({reason}); repair them.") from err
-    if not isinstance(metadata or {}, dict):
-        raise ManticoreError("The metadata of the present README.md are no mapping of keys to values; repair them.")
+    if not isinstance(metadata or {}, dict) or not all(isinstance(key, str) for key in metadata or {}):
+        raise ManticoreError("The metadata of the present README.md are no mapping of names to values; repair them.")
     found = None
     for match in _STAMP.finditer(body):
         found = _read_stamp(match[1] or "")

@@ -8,9 +8,9 @@ unknown, never guessed.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from huggingface_hub import metadata_load
-
+from manticore_hf.hub.card_merge import split
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 
 # What a licence asks of those who pass a work, or one made from it, on to others.
@@ -250,8 +250,8 @@ def read_license(card: str | os.PathLike | None) -> str | None:
     if card is None or not os.path.isfile(card):
         return None
     try:
-        data = metadata_load(card) or {}
-    except Exception:  # whatever a stranger wrote there, a broken card is no reason not to use the model
+        data = split(Path(card).read_text(encoding="utf-8"))[0]
+    except (OSError, ValueError):  # whatever a stranger wrote there, a broken card is no reason not to use the model
         return None
     stated = data.get("license")
     if stated == "other":

@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 
 from manticore_hf import modeling
 from manticore_hf.modeling.bounds_manticore import ManticoreError
-from manticore_hf.modeling.references_manticore import verify, where
+from manticore_hf.modeling.references_manticore import refusal, verify, where
 from manticore_hf.modeling.saving_manticore import CODE
 from manticore_hf.utils.formatting import listed_some
 
@@ -70,7 +70,7 @@ def component_state(entry: dict) -> dict:
         entry: Its entry in the configuration.
 
     Returns:
-        {"access": "public", "gated", "private", "missing" or "unknown" (the Hub does not answer), "bytes": of its
+        {"access": "public", "gated", "private", "missing" or "unknown" (then "reason" says why), "bytes": of its
         recorded files or None, "changed": recorded files that the Hub now states another SHA-256 for}.
     """
     state = {"access": "unknown", "bytes": None, "changed": []}
@@ -80,8 +80,9 @@ def component_state(entry: dict) -> dict:
         return {**state, "access": "gated"}
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return {**state, "access": "missing"}
-    except (HTTPError, OSError):
-        return state
+    except (HTTPError, OSError) as err:
+        said = refusal(err, entry["repo_id"])
+        return {**state, "reason": said if said.startswith("the Hub answers") else "the Hub does not answer"}
     folder, recorded = f"{entry['subfolder']}/" if entry["subfolder"] else "", entry["files"] or {}
     there = {file.rfilename: file for file in info.siblings}
     stated = {
@@ -189,7 +190,8 @@ def print_state(state: dict) -> str:
     """What `component_state` found, as the end of a line."""
     size = "" if state["bytes"] is None else f", {state['bytes']:,} bytes"
     changed = f", NOT the recorded files: {', '.join(state['changed'])}" if state["changed"] else ""
-    access = {"missing": "MISSING: the hybrid cannot be loaded", "unknown": "the Hub does not answer"}
+    why = state.get("reason", "").rstrip(".")
+    access = {"missing": "MISSING: the hybrid cannot be loaded", "unknown": why}
     return f"{access.get(state['access'], state['access'])}{size}{changed}{_print_cache(state.get('cache'))}"
 
 

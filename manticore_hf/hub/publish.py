@@ -23,7 +23,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -38,7 +37,7 @@ from manticore_hf.hub.licenses import check, read_license
 from manticore_hf.hub.upload import REPLACED, collect, own_weights, refuse_links, refuse_tokens
 from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.references_manticore import where
+from manticore_hf.modeling.references_manticore import refusal, where
 from manticore_hf.modeling.saving_manticore import check_whole
 from manticore_hf.modeling.weights_manticore import end_names
 
@@ -166,6 +165,7 @@ def update_card(
         ManticoreError: The Hub cannot be asked, or the present card cannot be read.
     """
     directory, api = Path(directory), HfApi(token=token)
+    refuse_links(directory)
     with explained(repo_id):
         config = ManticoreConfig.from_pretrained(directory)
         licenses, sizes, access = look_at_components(config, api)
@@ -204,8 +204,13 @@ def look_at_components(config: ManticoreConfig, api: HfApi) -> tuple[dict, dict,
                 f"{where(entry)}: the Hub has no such repository or commit that your token opens, so nobody could load "
                 "the hybrid. Embed the component's weights instead (ComponentSpec(..., embed=True))."
             ) from err
+        except (HTTPError, ConnectionError) as err:
+            raise ManticoreError(
+                f"{where(entry)}: nothing was published, since the Hub does not say whether anybody could load it: "
+                f"{refusal(err, entry['repo_id'])}"
+            ) from err
         if entry["license"] is None:
-            with contextlib.suppress(RemoteEntryNotFoundError, RepositoryNotFoundError):  # no card, or behind a gate
+            with contextlib.suppress(HTTPError, LocalEntryNotFoundError):  # no card, behind a gate, or not now
                 path = hf_hub_download(entry["repo_id"], "README.md", revision=entry["revision"], token=api.token)
                 licenses[entry["name"]] = read_license(path)
         if reference:
@@ -284,7 +289,7 @@ def _validate(text):
     """Raises ManticoreError if the Hub, or its client, would refuse a card."""
     try:
         ModelCard(text).validate()
-    except ValueError as err:
+    except (ValueError, TypeError, LookupError, AttributeError) as err:  # its keys and values may be anyone's
         reason = " ".join(str(err).split())
         raise ManticoreError(f"The metadata of README.md are refused: {reason} Repair them.") from err
 

@@ -63,9 +63,9 @@ def main(args: argparse.Namespace) -> None:
 
     tokenizer = None
     if args.tokenizer is not None:
-        from manticore_hf.hub.upload import load_tokenizer
+        from manticore_hf.utils.tokenizers import read_tokenizer
 
-        tokenizer = load_tokenizer(args.tokenizer)
+        tokenizer = read_tokenizer(args.tokenizer)
     same = (
         "recipe",
         "private",

@@ -21,7 +21,7 @@ _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(
 _TAKEN = re.compile(
     r"config\.json|generation_config\.json|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|past_losses\.py|recipe\.yaml|evaluation\.json|LICENSE(\.\w+)?|NOTICE"
 )
-_FOLDERS = ("plots", "additional_chat_templates")  # below the directory, of which something may be published
+_FOLDERS = ("plots", "additional_chat_templates", "tokenizer_*")  # of which something may be published
 _PLOT = re.compile(r"[\w.-]+\.png")
 REPLACED = re.compile(
     r"model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|past_losses\.py|plots/[\w.-]+\.png"
@@ -155,18 +155,6 @@ def own_weights(paths: list, names: list) -> dict[str, int]:
     return out
 
 
-def load_tokenizer(source: str | os.PathLike) -> object:
-    """A tokenizer from a directory or repository.
-
-    Raises:
-        ManticoreError: It cannot be read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as err:
-        raise ManticoreError(f"The tokenizer {source!r} cannot be read: {' '.join(str(err).split())[:500]}") from err
-
-
 def refuse_tokens(files: dict, token: str | bool | None = None) -> None:
     """Raises ManticoreError if a file holds an access token: every byte that goes is looked at, whatever its name.
 
@@ -191,7 +179,7 @@ def refuse_links(directory: str | os.PathLike) -> None:
         directory: Where the hybrid is.
     """
     directory = Path(directory)
-    below = [path for name in _FOLDERS for path in (directory / name).rglob("*")]
+    below = [path for name in _FOLDERS for folder in directory.glob(name) for path in folder.rglob("*")]
     for path in [*directory.iterdir(), *below]:
         if not stays_inside(path, directory):
             name, to = path.relative_to(directory), os.path.realpath(path)

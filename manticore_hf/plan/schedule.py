@@ -5,7 +5,6 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from manticore_hf.evaluation.data import load_rows
 from manticore_hf.evaluation.data_arguments import DataArguments
@@ -17,6 +16,7 @@ from manticore_hf.plan.step import meta_hybrid
 from manticore_hf.plan.subject import Subject
 from manticore_hf.training.recipe import stage_data
 from manticore_hf.training.stages import STAGES
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 _COUNTED = 20_000_000  # bytes of text that are tokenised to count tokens; of more, a sample is
 _SAMPLE = 2_000_000
@@ -207,6 +207,6 @@ def _tokenizer(home):
     if home is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(home.directory or home.repo_id, revision=home.revision or "main")
+        return read_tokenizer(home.directory or home.repo_id, revision=home.revision or "main")
     except (OSError, ValueError):
         return None

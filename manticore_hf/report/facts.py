@@ -11,7 +11,7 @@ from manticore_hf.hub.card import read_results
 from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.hub.licenses import combine
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.report.comparison import find_comparison, read_comparison
+from manticore_hf.report.comparison import FILE, FOLDER, find_comparison, read_comparison
 from manticore_hf.training.recipe import load_kept_recipe, stage_data
 from manticore_hf.training.search import alpha_history
 from manticore_hf.utils.claims import AS_IT_CAME
@@ -19,6 +19,7 @@ from manticore_hf.utils.files import stays_inside
 from manticore_hf.utils.formatting import is_number, listed
 
 _STAGE = re.compile(r"(\d+)-([a-z]+)")
+_SHOWN = ("*.json", "*.yaml", "*.md", "checkpoint-*/*.json", f"{FOLDER}/{FILE}")
 
 
 @dataclass
@@ -112,7 +113,7 @@ def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = 
     """
     directory = Path(directory)
     folder, stages = _stages(directory)
-    _refuse_links(directory, {directory, folder, *(stage.folder for stage in stages)})
+    _refuse_links({directory, folder, *(stage.folder for stage in stages)}, directory)
     found = inspect_hybrid(str(folder))
     licenses = {entry["name"]: entry["license"] for entry in found["components"]}
     path = find_comparison(directory, comparison)
@@ -134,10 +135,12 @@ def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = 
     )
 
 
-def _refuse_links(directory, folders):
+def _refuse_links(folders, named):
     """A downloaded directory may have links to files of its reader's, pieces of which would be shown."""
-    for path in (path for folder in folders for path in folder.glob("*.*")):
-        if path.suffix in (".json", ".yaml", ".md") and not stays_inside(path, path.parent):
+    found = [(folder, folder.parent) for folder in folders if folder != named]
+    found += [(path, folder) for folder in folders for pattern in _SHOWN for path in folder.glob(pattern)]
+    for path, home in found:
+        if not stays_inside(path, home):
             raise ManticoreError(
                 f"{str(path)!r} is a link to {os.path.realpath(path)!r}, which is not in the directory: replace it by "
                 "a copy if it belongs to the hybrid, or remove it."

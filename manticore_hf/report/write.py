@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import measure_as_they_came
@@ -33,6 +32,7 @@ from manticore_hf.report.verdict import Verdict, decide
 from manticore_hf.training.recipe import recipe_sources
 from manticore_hf.utils.files import replace_text
 from manticore_hf.utils.task_types import refuse_classifier
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 NAMES = ("report.html", "report.md", "report.json")
 _PROMPT, _NEW_TOKENS, _REPEATS = 256, 32, 5
@@ -95,7 +95,7 @@ def compare_command(facts: Facts, test: str | os.PathLike | None = None) -> str:
 
 def _measure(facts, arguments, split, path, max_tokens, batch_size):
     """{name: measurement} on held-out text; what `path` holds already is not measured again."""
-    tokenizer = AutoTokenizer.from_pretrained(facts.folder)
+    tokenizer = read_tokenizer(facts.folder)
     try:
         train, validation = load_rows(arguments, tokenizer, keep_text=True)
     except ManticoreError as err:

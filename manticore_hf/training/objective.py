@@ -6,7 +6,6 @@ wrong. Where they are alike, their own losses keep all good, and a mean of log-p
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.trainer import hybrid_of
 from manticore_hf.utils.distributed import bar, broadcast_object, component_runner, is_main, print_main
-from manticore_hf.utils.files import write_json
+from manticore_hf.utils.files import read_json, write_json
 from manticore_hf.utils.objective import ALIKE, DIFFERENT, OBJECTIVE, SPECIALISTS, say_objective
 
 WINDOW = 64
@@ -111,7 +110,7 @@ class ObjectiveWhenSharded(TrainerCallback):
         if not awaits_objective(hybrid):
             return
         config = hybrid.config
-        known = broadcast_object(json.loads(self.file.read_text()) if is_main() and self.file.is_file() else None)
+        known = broadcast_object(read_json(self.file) if is_main() and self.file.is_file() else None)
         if known is None:
             choose_objective(hybrid, self.rows, batch_size=self.batch_size)
             if is_main():

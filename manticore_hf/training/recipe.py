@@ -32,6 +32,7 @@ from manticore_hf.training.runtime import check_training, training_defaults
 from manticore_hf.training.search import STRATEGIES
 from manticore_hf.training.stage_arguments import RECIPE_MAY_SAY, HybridArguments, OutsideArguments
 from manticore_hf.training.stages import AFTER_COMPOSE, OLD_NAMES, STAGES
+from manticore_hf.utils.bounded_yaml import BoundedLoader
 from manticore_hf.utils.distributed import on_main, print_main
 from manticore_hf.utils.files import replace_text, stays_inside
 from manticore_hf.utils.renamed import warn_renamed
@@ -39,7 +40,7 @@ from manticore_hf.utils.renamed import warn_renamed
 TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
 _MOST = 2**63  # of a number
-_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH, _MAX_TEXT = 200_000, 5_000, 16, 10_000
+_MAX_BYTES = 200_000
 
 
 @dataclass
@@ -103,16 +104,14 @@ def load_recipe(path: str | Path) -> Recipe:
     path = find_recipe(path)
     text = _read(path)
     try:
-        loader = _BoundedLoader(text)
+        loader = BoundedLoader(text)
         node = loader.get_single_node()
         lines = _lines(node)  # before the construction, which writes merged keys (<<) into the nodes
-        values = None if node is None else loader.construct_document(node)
+        values = loader.construct(node)
     except yaml.YAMLError as err:
         raise ManticoreError(f"Recipe {str(path)!r} is no valid YAML: {err}") from err
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
-        # A date or number that is none, or a tag on what is none: the library's constructors do not check.
-        reason = show(f"{type(err).__name__}: {err}")
-        raise ManticoreError(f"Recipe {str(path)!r} has a value that is not of its YAML type: {reason}") from err
+    except ValueError as err:
+        raise ManticoreError(f"Recipe {str(path)!r} has a value that is not of its YAML type: {err}") from err
 
     def wrong(where, message):
         line = next((lines[where[:n]] for n in range(len(where), -1, -1) if where[:n] in lines), 1)
@@ -162,34 +161,6 @@ def _read(path):
         return content.decode("utf-8")
     except UnicodeDecodeError as err:
         raise ManticoreError(f"Recipe {str(path)!r} is no UTF-8 text ({err}); save it as such.") from err
-
-
-class _BoundedLoader(yaml.SafeLoader):
-    """YAML's safe loader, which alone follows any depth and any repetition of aliases (a billion from ten lines)."""
-
-    def __init__(self, text):
-        super().__init__(text)
-        self.depth, self.sizes = 0, {}
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        alias, mark = isinstance(event, yaml.AliasEvent), event.start_mark
-        self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_DEPTH} levels of nesting", problem_mark=mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        if not alias:  # else it has been counted, unless it is inside itself
-            parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
-            parts = [one for pair in parts for one in pair] if isinstance(node, yaml.MappingNode) else parts
-            self.sizes[id(node)] = 1 + sum(self.sizes[id(one)] for one in parts)
-        if self.sizes.get(id(node), _MAX_VALUES + 1) > _MAX_VALUES:
-            problem = f"more than {_MAX_VALUES} values, aliases written out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-        if isinstance(node, yaml.ScalarNode) and len(node.value) > _MAX_TEXT:
-            problem = f"a text of more than {_MAX_TEXT} characters"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-        return node
 
 
 def _stage(entry, i, wrong):
@@ -462,7 +433,7 @@ def load_kept_recipe(path: str | Path, directory: str | Path, allow_outside: boo
     recipe.allow_outside = allow_outside
     named = [recipe.data, *(settings.get("data", {}) for _, settings in recipe.stages)]
     for source in {one["data"] for one in named if "data" in one}:
-        if not allow_outside and os.path.exists(source) and not stays_inside(source, directory):
+        if not allow_outside and os.path.exists(source) and not _all_inside(Path(source), directory):
             raise ManticoreError(
                 f"{recipe.path}: its text {show(source)} is not in {str(directory)!r}, and the recipe was not run by "
                 "you on this machine. Give a text with --data FILE, or --allow-outside if you trust the recipe."
@@ -495,13 +466,19 @@ def find_beside(source: str, recipe: Recipe) -> str:
     found = next((one for one in (folder / path, path) if one.exists()), None) if len(source) < 4096 else None
     if found is None or path.is_absolute():
         return source
-    inside = [found, *found.rglob("*")] if found.is_dir() else [found]
-    if not recipe.allow_outside and not all(stays_inside(one, folder) for one in inside):
+    if not recipe.allow_outside and not _all_inside(found, folder):
         raise ManticoreError(
             f"{recipe.path}: {show(source)} is not below the recipe's folder. If you mean this file, give its full "
             "path in the recipe, or --allow-outside (allow_outside=True)."
         )
     return str(found)
+
+
+def _all_inside(path, folder):
+    """Whether a file, or a folder and all that is below it, is in a folder, links followed."""
+    if not stays_inside(path, folder):
+        return False
+    return all(stays_inside(one, folder) for one in path.rglob("*")) if path.is_dir() else True
 
 
 def recipe_sources(folder: str | Path, config: PreTrainedConfig) -> list[str] | None:

@@ -4,7 +4,6 @@ A stage is a function of a StageRun. It loads, trains and saves through it, and 
 start, load model and text, go on from the last whole checkpoint, save, record the result, print it.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
     Trainer,
@@ -31,7 +29,8 @@ from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
 from manticore_hf.training.progress import show_progress
 from manticore_hf.utils.deepspeed import Unrounded, take_precision
 from manticore_hf.utils.distributed import broadcast_object, gathered, is_main, main_first, on_main, print_main
-from manticore_hf.utils.files import write_json
+from manticore_hf.utils.files import read_json, write_json
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 RESULT = "stage.json"
 
@@ -78,7 +77,16 @@ class StageRun:
         if result is None:
             set_seed(self.arguments.seed)
             result = work(self)
-        for line in summary(result):
+            lines = list(summary(result))
+        else:
+            try:
+                lines = list(summary(result))
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
+                raise ManticoreError(
+                    f"{str(self.output / RESULT)!r} is no result of this stage ({reason(err)}); delete it, then run "
+                    "again."
+                ) from err
+        for line in lines:
             print_main(line)
         return result
 
@@ -97,7 +105,7 @@ class StageRun:
             raise ManticoreError(f"{dtype!r} is no dtype of torch to load the weights in; give for example 'bfloat16'.")
         model = ManticoreForCausalLM.from_pretrained(source, dtype=dtype)
         with main_first():
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.tokenizer = read_tokenizer(source)
             rows = load_rows(self.data, self.tokenizer, keep_text=True)
         if rows[1] is not None:
             self.passages = make_passages(rows[1], self.tokenizer)
@@ -245,7 +253,7 @@ def check_training(what: str, cls: type[TrainingArguments], given: dict[str, Any
 def finished(output: str | Path) -> dict | None:
     """The result of a stage that has ended in this directory, or None; on every rank the same."""
     file = Path(output) / RESULT
-    result = broadcast_object(json.loads(file.read_text()) if is_main() and file.is_file() else None)
+    result = broadcast_object(read_json(file) if is_main() and file.is_file() else None)
     if result is not None:
         print_main(f"{output}: this stage is finished; delete {RESULT} there to run it again.")
     return result
@@ -265,7 +273,9 @@ def last_whole_checkpoint(output: str | Path) -> str | None:
     found = []
     for folder in Path(output).glob("checkpoint-*"):
         try:
-            found.append((json.loads((folder / "trainer_state.json").read_text())["global_step"], folder))
-        except (OSError, ValueError, KeyError):
+            step = read_json(folder / "trainer_state.json")["global_step"]
+        except (OSError, ManticoreError, KeyError):
             continue
+        if type(step) is int:
+            found.append((step, folder))
     return str(max(found)[1]) if found else None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
 from manticore_hf.compose.choose_tokenizer import MEASURED_BYTES, measure_tokenizers
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
@@ -28,6 +28,7 @@ from manticore_hf.training.runtime import training_defaults as training_defaults
 from manticore_hf.training.stage_arguments import CalibrateArguments
 from manticore_hf.training.stage_arguments import HybridArguments as HybridArguments
 from manticore_hf.utils.distributed import on_main
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 _MEASURED_BYTES = 200_000  # of text on which transplants are measured
 
@@ -108,7 +109,7 @@ def _compose(components, settings, program, run: StageRun) -> dict:
     def tokenizer_and_sizes(result):
         if run.tokenizer is None:
             try:
-                tokenizer = AutoTokenizer.from_pretrained(source, revision=entry["revision"] or "main")
+                tokenizer = read_tokenizer(source, revision=entry["revision"] or "main")
                 tokenizer.save_pretrained(run.output)
             except (OSError, ValueError) as err:
                 print(f"No tokenizer was saved: {source} has none that can be read ({err}).", file=sys.stderr)

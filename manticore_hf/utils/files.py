@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from manticore_hf.modeling.settings_manticore import ManticoreError
+
 
 def stays_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
     """Whether a path, all links followed, is in a folder; in a snapshot of the Hub's cache, links to its blobs are.
@@ -16,6 +18,29 @@ def stays_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
     path, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
     return any(path.is_relative_to(home) for home in homes)
+
+
+def read_json(path: str | os.PathLike, form: type = dict) -> Any:
+    """The values of a JSON file that a run has written, and goes on from.
+
+    Args:
+        path: The file.
+        form: What it holds.
+
+    Raises:
+        ManticoreError: It is damaged, or another's.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as err:
+        raise ManticoreError(
+            f"{str(path)!r} is damaged ({' '.join(str(err).split())}); delete it, then run again."
+        ) from err
+    if not isinstance(values, form):
+        raise ManticoreError(
+            f"{str(path)!r} holds a {type(values).__name__}, no {form.__name__}; delete it, then run again."
+        )
+    return values
 
 
 def replace_text(path: str | os.PathLike, text: str) -> None:

@@ -18,6 +18,12 @@ from markupsafe import Markup
 from manticore_hf.modeling.settings_manticore import printable
 
 _LONGEST_LINE = 10_000
+# What Markdown, as the Hub shows it, takes for more than text: marks, entities, formulas, and addresses by themselves
+_FORMATS = re.compile(
+    r"[\\`*\[\]<>|~]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|\$(?=\$)|(?<=\$)\$|(?<=http):(?=//)|(?<=https):(?=//)"
+    r"|(?<=ftp):(?=//)|(?<=mailto):|(?<=\bwww)\.",
+    re.IGNORECASE,
+)
 _OF_PROGRESS_BARS = ("\r", "\n", "\x1b[A")  # at the ends of what tqdm writes
 
 
@@ -33,7 +39,7 @@ def escape(value: Any) -> Safe:
     if isinstance(value, Safe):
         return value
     text = printable(" ".join(str(value).split()))
-    return Safe(re.sub(r"([\\`*\[\]<>|~])", r"\\\1", text))
+    return Safe(_FORMATS.sub(r"\\\g<0>", text))
 
 
 def link(text: str, url: str) -> Safe:
@@ -67,7 +73,9 @@ class _Printable:
             start += len(move)
         while move := next((one for one in _OF_PROGRESS_BARS if text.endswith(one, start, stop)), ""):
             stop -= len(move)
-        self.stream.write(text[:start] + shown(text[start:stop]) + text[stop:])
+        out = text[:start] + shown(text[start:stop]) + text[stop:]
+        known = getattr(self.stream, "encoding", None) or "utf-8"  # a terminal may have fewer characters
+        self.stream.write(out.encode(known, "backslashreplace").decode(known))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

@@ -16,7 +16,8 @@ def add(first, second):
     """Return the sum of two numbers."""
     return first + second
 '''
-MOST = 256
+MOST, LONGEST = 256, 100_000
+"""Tokens that are written, and letters that are taken, at most."""
 _CLICK = """element.addEventListener('click', event => {
   const token = event.target.closest('[data-place]');
   if (token) trigger('click', {place: Number(token.dataset.place)});
@@ -35,7 +36,7 @@ def build(hybrid: Hybrid, title: str) -> gr.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.HTML(f'<div class="hp"><h1>{drawing.shown(title)}</h1><p>A hybrid of {drawing.shown(parts)}.</p></div>')
         state = gr.State(first[0], time_to_live=3600)
-        text = gr.Textbox(EXAMPLE, label="Text", lines=6, max_lines=14, max_length=100_000, elem_id="text")
+        text = gr.Textbox(EXAMPLE, label="Text", lines=6, max_lines=14, max_length=LONGEST, elem_id="text")
         with gr.Row():
             read = gr.Button("Read", variant="primary", elem_id="read")
             write = gr.Button("Go on writing", elem_id="write")
@@ -92,8 +93,8 @@ def build(hybrid: Hybrid, title: str) -> gr.Blocks:
 
 
 def _clean(text):
-    """Text that has an encoding: a browser may send halves of letters."""
-    return str(text or "").encode("utf-8", "replace").decode("utf-8")
+    """Text that has an encoding, and an end: whoever sends it need not use the page."""
+    return str(text or "")[:LONGEST].encode("utf-8", "replace").decode("utf-8")
 
 
 def _within(value, low, high):

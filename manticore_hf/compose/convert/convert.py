@@ -9,8 +9,11 @@ purpose. Pickles are read with weights_only, and must hold nothing but tensors. 
 is used exactly once, each of the model's is filled, and what was written, read back, gives the same logits to the bit.
 """
 
+import contextlib
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES
 from manticore_hf.modeling.saving_manticore import whole_directory
 from manticore_hf.utils.formatting import escape
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -78,8 +82,9 @@ def convert(
     found, gguf_file = find_source(source, revision, gguf_file)
     stored = None if gguf_file is None else found.file(gguf_file, needed=True)
     values = _read_config(found) if stored is None else None
-    read = None if stored is None else _read(found, values, stored)  # whether a GGUF file can be read shows here only
-    tokens, tokens_from, note = _tokenizer(found, values, stored, tokenizer)
+    with contextlib.nullcontext() if stored is None else _alone(stored) as stored:
+        read = None if stored is None else _read(found, values, stored)  # whether a GGUF file can be read shows here
+        tokens, tokens_from, note = _tokenizer(found, values, stored, tokenizer)
     how, config, tensors, generation, license = read or _read(found, values, stored)
     if values is not None and is_mamba_ssm(values):
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the classes' defaults are of other tokenizers
@@ -108,6 +113,18 @@ def convert(
         _check_saved(found.what, model, scratch)
         _check_saved_tokenizer(found.what, tokens, scratch)
     return result
+
+
+@contextlib.contextmanager
+def _alone(file):
+    """A GGUF file in a folder of its own: Transformers believes other files beside it (an adapter's, a tokenizer's)."""
+    with tempfile.TemporaryDirectory(prefix="manticore-convert-") as folder:
+        place = Path(folder) / Path(file).name
+        try:
+            place.symlink_to(os.path.realpath(file))
+        except OSError:  # Windows, without the right to make links
+            shutil.copyfile(file, place)
+        yield place
 
 
 def _read_config(source):
@@ -218,7 +235,7 @@ def _check_saved(what, model, directory):
 
 def _check_saved_tokenizer(what, tokenizer, directory):
     """Raises ManticoreError unless the tokenizer that was written, read back, cuts text as it did."""
-    loaded = AutoTokenizer.from_pretrained(directory)
+    loaded = read_tokenizer(directory)
     if loaded(SAMPLE)["input_ids"] != tokenizer(SAMPLE)["input_ids"]:
         raise ManticoreError(
             f"{what}: its tokenizer, a {type(tokenizer).__name__}, cuts text otherwise once it is saved and loaded: "

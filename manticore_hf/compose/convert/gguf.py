@@ -44,7 +44,7 @@ def load_gguf(
     except Exception as err:  # it reads a stranger's bytes as offsets and sizes
         raise ManticoreError(f"{what}: {path.name} is no readable GGUF file ({_brief(err)}); fetch it again.") from err
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         _check_size(what, path, header, config)
         model, found = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, config=config, dtype=torch.float32, output_loading_info=True

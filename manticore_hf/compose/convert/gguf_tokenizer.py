@@ -53,7 +53,7 @@ def read_gguf_tokenizer(what: str, path: str | Path) -> tuple[PreTrainedTokenize
     try:
         from gguf import GGUFReader
 
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         fields = GGUFReader(path).fields
         keys = ("model", "pre", "tokens", "merges", "scores", "token_type", "add_bos_token", "add_space_prefix")
         found = {key: fields[f"tokenizer.ggml.{key}"].contents() for key in keys if f"tokenizer.ggml.{key}" in fields}

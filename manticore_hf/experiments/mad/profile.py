@@ -85,7 +85,7 @@ def _families(model):
     if model in CONFIG_MAPPING and model != ManticoreConfig.model_type:
         return {model: model}
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as err:
         raise ManticoreError(
             f"model={show(model)} is no model type of Transformers (llama, mamba, ...), and no directory or Hub repo "

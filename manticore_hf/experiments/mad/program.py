@@ -39,7 +39,7 @@ from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.modeling.configuration_manticore import PRESETS
 from manticore_hf.training.search import STRATEGIES, SearchArguments, SearchTrainer
 from manticore_hf.utils.distributed import world
-from manticore_hf.utils.files import write_json
+from manticore_hf.utils.files import read_json, write_json
 from manticore_hf.utils.unwrap import hybrid_of
 
 PREFIX = "mad:"
@@ -212,7 +212,7 @@ def _run(families, task, num_blocks, settings, seed, output, quiet):
     say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     if file.is_file():
         say(f"{task.name}, seed {seed}: searched before, {file}")
-        return json.loads(file.read_text())
+        return read_json(file)
     say(f"{task.name}, seed {seed}: searching alpha of {' + '.join(families)}, {settings.steps} steps")
     start = time.time()
     sizes = (task.vocab_size, layers, settings.hidden_size, task.seq_len + 1)

@@ -1,0 +1,30 @@
+"""Tokenizers of hybrids and components, which may be strangers': no code of theirs is run, and nobody is asked to."""
+
+import os
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
+
+
+def read_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer from a directory or repository.
+
+    Args:
+        source: Directory, or repository of the Hub.
+        options: For the Hub's client (revision, subfolder, token), or gguf_file.
+
+    Raises:
+        ManticoreError: It cannot be read, or needs code of its repository.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as err:  # a stranger's files fail in many ways, in two libraries
+        what = f"The tokenizer {str(source)!r} cannot be read"
+        if "trust_remote_code" in str(err):
+            raise ManticoreError(
+                f"{what}: it needs code of its own repository, which is not run. Put a tokenizer of Transformers' own "
+                "classes in its place."
+            ) from err
+        raise ManticoreError(f"{what}: {reason(err)}") from err
