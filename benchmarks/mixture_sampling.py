@@ -4,7 +4,7 @@
 
 Three questions, each result a line of the output; what is there is not measured again.
 
-* "draws": 10,000 first and second tokens of a tiny hybrid against the model's own distribution (chi-square).
+* "draws": 100,000 first and second tokens of a tiny hybrid against the model's own distribution (chi-square).
 * "lag": the demo's pair, its gate trained on 40,000 tokens (three seeds); nats per token on the test text if the gate
   is asked at every token, or every 4, 16 or 64.
 * "trained": the same with gates trained with the lag that they are tested with, by gradients of the mixture's loss on
@@ -181,7 +181,7 @@ def main():
     """Measures what the output does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="benchmarks/results/mixture_sampling.jsonl")
-    parser.add_argument("--draws", type=int, default=10_000)
+    parser.add_argument("--draws", type=int, default=100_000)
     args = parser.parse_args()
     lines = read_lines(args.output)
     known = {(line["what"], line.get("seed")) for line in lines}

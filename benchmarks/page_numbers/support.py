@@ -86,14 +86,15 @@ def vllm(load: Load) -> Rows:
 
 @table("mixture-sampling-lag")
 def sampling_lag(load: Load) -> Rows:
-    lines = [line for line in load("mixture_sampling") if line["what"] == "lag"]
-    lags = list(lines[0]["losses"])
-    rows = [["gate asked every", *(f"seed {line['seed']}" for line in lines)]]
-    rows.append([f"{lags[0]} token (loss)", *(f"{line['losses'][lags[0]]:.4f}" for line in lines)])
-    for lag in lags[1:]:
-        costs = [line["losses"][lag] - line["losses"][lags[0]] for line in lines]
-        ends = [span(line["cost_95"][lag], "+.4f") for line in lines]
-        rows.append([f"{lag} tokens (more)", *(f"{cost:+.4f} ({end})" for cost, end in zip(costs, ends))])
+    rows = [["gate trained", "asked every", "seed 0", "seed 1", "seed 2"]]
+    for what, said in (("lag", "as usual"), ("trained", "with the lag")):
+        lines = [line for line in load("mixture_sampling") if line["what"] == what]
+        one, *lags = lines[0]["losses"]
+        rows.append([said, "token (the loss)", *(f"{line['losses'][one]:.4f}" for line in lines)])
+        for lag in lags:
+            costs = [line["losses"][lag] - line["losses"][one] for line in lines]
+            ends = [span(line["cost_95"][lag], "+.3f") for line in lines]
+            rows.append([said, f"{lag} tokens", *(f"{cost:+.4f} ({end})" for cost, end in zip(costs, ends))])
     return rows
 
 
@@ -113,6 +114,9 @@ def sampling_values(load: Load) -> Values:
     yield "sampling.draws", f"{draws['drawn']:,}"
     yield "sampling.chi", " and ".join(f"{value:.1f}" for value in draws["chi_square"])
     yield "sampling.limit", f"{draws['limit_95']:.1f}"
+    for what, key in (("lag", "lost"), ("trained", "lost_trained")):
+        costs = [line["losses"]["16"] - line["losses"]["1"] for line in lines if line["what"] == what]
+        yield f"sampling.{key}", f"{sum(costs) / len(costs):.3f}"
     took = next(line for line in lines if line["what"] == "speed")["seconds_per_token"]
     one = (took["gpt_neox"] + took["mamba"]) / 2
     yield "sampling.ratio", f"{took['drawn, gate asked every 16'] / one:.2f}"
