@@ -117,7 +117,11 @@ def _main(argv: list[str]) -> int:
         args = parser.parse_args(given)
         manticore_hf.register()
         return importlib.import_module(COMMANDS[command].module).main(args) or 0
-    except (ManticoreError, OSError) as err:  # also files that are not there, and no connection
+    except Exception as err:
+        from safetensors import SafetensorError  # so says a full disk when weights are written
+
+        if not isinstance(err, (ManticoreError, OSError, SafetensorError)):  # files that are not there, no connection
+            raise
         if isinstance(err, BrokenPipeError):  # `manticore-hf ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1

@@ -12,7 +12,8 @@ from manticore_hf.families.contract import randomise
 from manticore_hf.families.tiny import VOCABULARY, tiny_model, tokens
 
 __all__ = [
-    "FAMILIES", "PAIRS", "VOCABULARY", "components", "hybrid", "randomise", "tiny", "tiny_config", "tokens", "uneven",
+    "FAMILIES", "PAIRS", "VOCABULARY", "components", "hybrid", "randomise", "representatives", "tiny", "tiny_config",
+    "tokens", "uneven",
 ]  # fmt: skip
 
 _COMMON = {
@@ -86,6 +87,22 @@ PAIRS = {
     "llama+falcon_mamba": ("llama", "falcon_mamba"),
     "gemma2+jamba": ("gemma2", "jamba"),
 }
+
+# Learned, rotary and linear positions, tables of them that are shifted, windows, scaled states, every kind of recurrent
+# state; the pairs have families with experts, soft caps and partial rotations besides.
+_REPRESENTATIVE = {
+    "gpt2", "gpt_neo", "bloom", "opt_projected", "llama", "qwen3", "granite", "mamba", "mamba2", "recurrent_gemma",
+    *PAIRS,
+}  # fmt: skip
+
+
+def representatives(names):
+    """Names as parameters of a test: those that no other stands for are quick, all of them are in the slow tests."""
+    import pytest  # other processes import this file without
+
+    slow = pytest.mark.slow
+    return [name if name in _REPRESENTATIVE else pytest.param(name, marks=slow) for name in names]
+
 
 # What a member of a pair has instead of width 32 and 5 layers
 _OTHER_SIZE = {

@@ -247,6 +247,7 @@ def test_costs_are_of_each_models_own_tokens(made, saved, capsys):
         wanted = count_flops(lambda part=part: part(ids, use_cache=False)) / 16
         assert parts[name]["flops_per_token"] == wanted
     assert parts["hybrid"]["flops_per_token"] == parts[HOME]["flops_per_token"] + parts[OTHER]["flops_per_token"]
+    assert found["settings"]["aligned"] == [OTHER]
     print_inspection("saved", found)
     assert f"{OTHER} reads text by another tokenizer" in capsys.readouterr().out
     with pytest.raises(ManticoreError, match="depends on the text"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import clean_process
 import pytest
 from manticore_hf.modeling.settings_manticore import FILLED, PRESETS, HybridSettings
+from safetensors import SafetensorError
 from tiny_hybrid import pair, save, write_text
 from transformers import TrainingArguments
 
@@ -215,6 +216,17 @@ def test_a_bug_shows_its_traceback(monkeypatch):
         monkeypatch.setattr(module, "main", broken)
         with pytest.raises(type(error)):
             main(["inspect", "x"])
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch, capsys):
+    """Also where it is safetensors that meets it."""
+
+    def full(args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("manticore_hf.hub.inspect_command.main", full)
+    assert main(["inspect", "x"]) == 2
+    assert "inspect: Error while serializing: I/O error: No space left on device" in capsys.readouterr().err
 
 
 def test_shipped_recipes_are_found_by_name(tmp_path, monkeypatch):

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from families import FAMILIES, PAIRS, hybrid, tokens
+from families import FAMILIES, PAIRS, hybrid, representatives, tokens
 
 from manticore_hf import ManticoreError
 from manticore_hf.families import contract
 from manticore_hf.families.contract import close, generate, naive_greedy
 
 PRESETS = {"default": {}, "paper": {"preset": "paper", "num_blocks": 3}}
-CASES = [(name, "default") for name in [*FAMILIES, *PAIRS]]
 # The paper's way of joining does not depend on the family: the quick tests have it with two components and with three.
-CASES += [(name, "paper") for name in ("gpt_neox+mamba", "gpt_neo+mamba2+opt")]
-SLOW = [(name, "paper") for name in PAIRS if (name, "paper") not in CASES]
-CASES += [pytest.param(case, marks=pytest.mark.slow) for case in SLOW]
+QUICK = [(name, "default") for name in representatives([*FAMILIES, *PAIRS]) if isinstance(name, str)]
+QUICK += [(name, "paper") for name in ("gpt_neox+mamba", "gpt_neo+mamba2+opt")]
+ALL = [(name, "default") for name in [*FAMILIES, *PAIRS]] + [(name, "paper") for name in PAIRS]
+CASES = [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in ALL]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)

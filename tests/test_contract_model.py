@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, PAIRS, components, hybrid, tiny, tokens
+from families import FAMILIES, PAIRS, components, hybrid, representatives, tiny, tokens
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
 
@@ -15,7 +15,7 @@ NAMES = [*FAMILIES, *PAIRS]
 ONE_ATTENTION = {"gpt_neo", "gptj", "bloom", "mamba", "mamba2", "falcon_mamba", "gemma2"}
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=representatives(NAMES))
 def model(request):
     model = hybrid(request.param)  # as the other contracts have it: built once
     model.config.component_loss_weight = 0.5

@@ -237,6 +237,13 @@ def test_what_the_hub_answers_is_said_with_what_to_do(saved, hub, owner, tmp_pat
             with pytest.raises(ManticoreError, match=rf"Component 'a' \({owner}/a@.*answers {status}: .*{remedy}"):
                 source(**options)
         hub.clear_faults()
+        if status != 404:
+            hub.fault(f"HEAD /{owner}/b/resolve/.*safetensors", "status", times=-1, status=status)
+            with pytest.raises(
+                ManticoreError, match=rf"Component 'b' .*safetensors: the Hub answers {status}: .*{remedy}"
+            ):
+                ManticoreForCausalLM.from_components([f"{owner}/b"], cache_dir=tmp_path / f"e{status}")
+            hub.clear_faults()
         hub.fault(f"/{owner}/b/resolve/.*config.json", "status", times=-1, status=status)
         with pytest.raises(ManticoreError, match=rf"Component 'b' \({owner}/b\).*({remedy}|no such|no config.json)"):
             ManticoreForCausalLM.from_components([f"{owner}/b"], cache_dir=tmp_path / f"d{status}")

@@ -107,7 +107,10 @@ def test_many_labels_are_not_all_shown(tmp_path, capsys):
     assert "150 labels: LABEL_0, " in (out := capsys.readouterr().out) and "LABEL_19, ...; one label for each" in out
 
 
-@pytest.mark.parametrize("kind, settings", [("sequence", {"mixture": "token"}), ("token", {"preset": "paper"})])
+@pytest.mark.parametrize(
+    "kind, settings",
+    [("sequence", {"mixture": "token"}), pytest.param("token", {"preset": "paper"}, marks=pytest.mark.slow)],
+)
 def test_inspect_counts_what_is_there(kind, settings, tmp_path, capsys):
     model = BOTH[kind].from_causal_lm(hybrid("gpt_neox+mamba", **settings), id2label=LABELS)
     model.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from families import FAMILIES, components, hybrid, randomise, tiny, tokens
+from families import FAMILIES, components, hybrid, randomise, representatives, tiny, tokens
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from test_train import _command, _kill_when, _run, _same, start  # noqa: F401  (a fixture)
 from tiny_hybrid import QUIET
@@ -72,7 +72,7 @@ def test_every_route_gives_what_was_measured_for_it(settings, tmp_path):
     assert all(torch.equal(before[key], value) for key, value in soft.state_dict().items())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", representatives(sorted(FAMILIES)))
 def test_every_family(family, tmp_path):
     """Cached, padded, saved, trained: with every family at the beginning, in the middle and at the end of a route."""
     other = "gpt2" if family == "llama" else "llama"

@@ -115,7 +115,7 @@ def expected_maps(plain, settings):
 # ---- what is left out ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", families.representatives(families.FAMILIES))
 def test_every_quantiser_is_told_what_to_leave_out(family):
     """As Transformers' quantisers ask: by the names of modules, or of their weights; the user's list is longer."""
     model = families.hybrid(family, num_blocks=1, mixture="token", projector="mlp", verify=False)

@@ -51,6 +51,9 @@ def test_go_needs_all_baselines_beaten_surely_and_by_enough():
     assert "between 0.025 and 0.035" in found.reasons[0] and "3 of 3 seeds" in found.reasons[0]
     assert "perplexity 7.39 instead of 7.61" in found.reasons[0]
     assert any("prune" in step for step in found.steps)
+    # Pruned, a hybrid of components with tokenizers of their own would be one of them
+    found = verdict(*PARTS, row("gate", "gate", 0.03), settings={"aligned": ["b"]})
+    assert found.word == "GO" and not any("prune" in step for step in found.steps)
 
 
 def test_one_seed_carries_no_decision():

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -15,6 +16,7 @@ import torch
 from hub_models import logits, nudge, publish, tiny
 from manticore_hf.modeling import saving_manticore
 from manticore_hf.modeling.saving_manticore import check_whole, whole_directory
+from safetensors import SafetensorError
 
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf import publish as publish_hybrid
@@ -307,6 +309,14 @@ def which(folder, old, new):
 def test_a_hybrid_killed_on_either_side_of_the_one_rename(pair, tmp_path):
     source, old, other, new = pair
     target, found = tmp_path / "target", {}
+    shutil.copytree(source, target)
+
+    def starved():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as a disk that is full while weights are written
+        with pytest.raises((OSError, SafetensorError), match="too large"):
+            other.save_pretrained(target)
+
+    assert in_child(starved) == 0 and not which(target, old, new)
     for name in (".saving", "config.json", "model.safetensors"):
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)

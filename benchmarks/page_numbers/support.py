@@ -1,4 +1,4 @@
-"""What works: the sweep of model types, transplants (transplant.py), servers (serving.py, vllm_engine.py)."""
+"""What works: the sweep of model types, other tokenizers (transplant, aligned), servers (serving, vllm_engine)."""
 
 import re
 from collections import Counter
@@ -33,6 +33,29 @@ def transplant(load: Load) -> Rows:
     for line in load("transplant"):
         cells = [f"{line[when]:.3f}" for when in ("before", "after", "tuned")]
         rows.append([line["head"], labels.get(line["rows"], f"`{line['rows']}`"), *cells])
+    return rows
+
+
+@table("aligned")
+def aligned(load: Load) -> Rows:
+    """Bits per byte of each text and direction that was measured."""
+    head = [
+        "text",
+        "bytes",
+        "the model that is mapped",
+        "its own tokenizer",
+        "mapped",
+        "loss",
+        "home model",
+        "both, mixed",
+    ]
+    rows = [[*head, "nodes read / own tokens"]]
+    for key, one in load("aligned").items():
+        pair, _, text = key.partition(": ")
+        size = f"{one['bytes']:,}"
+        bits = [f"{one['own']:.3f}", f"{one['mapped']:.3f}", bold(f"{one['loss']:+.4f}")]
+        bits += [f"{one['home']:.3f}", f"{one['mixture']:.3f}"]
+        rows.append([text, size, pair, *bits, f"{one['nodes'] / one['own_tokens']:.2f}"])
     return rows
 
 

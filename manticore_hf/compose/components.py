@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -240,7 +241,10 @@ def _resolve_repo(spec, source, hub, weights):
             return True
         if hub.get("local_files_only") or os.environ.get("HF_HUB_OFFLINE", "0") in ("1", "ON", "YES", "TRUE"):
             return False
-        return HfApi(token=hub.get("token")).file_exists(repo_id, path, revision=found.revision)
+        try:
+            return HfApi(token=hub.get("token")).file_exists(repo_id, path, revision=found.revision)
+        except HTTPError as err:
+            raise ManticoreError(f"Component {found.address}: {file}: {refusal(err, repo_id)}") from err
 
     if weights:
         _check_weight_files(found, exists)

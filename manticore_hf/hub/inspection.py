@@ -79,6 +79,8 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
     keys = ("num_blocks", "embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space",
             "mix_loss_weight", "component_loss_weight", "route", "reference_component", "tokenizer_component",
             "vocab_size", "max_position_embeddings")  # fmt: skip
+    settings = {key: getattr(config, key) for key in keys}
+    settings |= {"aligned": list(config.aligned)} if config.aligned else {}
     kinds = {name: getattr(config, name).model_type for name in config.component_names}
     components = [{**entry, "model_type": kinds[entry["name"]]} for entry in config.components]
     trained_on = say_objective(config)
@@ -89,7 +91,7 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
         "components": components,
         "blocks": blocks,
         "parts": parts,
-        "settings": {**{k: getattr(config, k) for k in keys}, **({} if kind.labels else {"objective": trained_on})},
+        "settings": {**settings, **({} if kind.labels else {"objective": trained_on})},
     }
 
 

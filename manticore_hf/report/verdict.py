@@ -161,7 +161,7 @@ def _against(hybrid, baselines, comparison, settings):
         )
         return Verdict("PRUNE", best, reasons, [f"Use {small['name']}: it costs about as much as one model."])
     steps = ["Use it where the text is like the text it was tested on; test again where it is not."]
-    if not any(row["kind"] == "pruned" for row in comparison["rows"]):
+    if not settings.get("aligned") and not any(row["kind"] == "pruned" for row in comparison["rows"]):
         steps.append("Prune it (manticore-hf prune) and compare again: if the gain stays, it costs about one model.")
     return Verdict("GO", best, reasons, steps + _other_hybrid(hybrid, hybrid, comparison))
 
