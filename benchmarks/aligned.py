@@ -55,7 +55,7 @@ def measure(hybrid, text):
     out["own"], out["own_tokens"] = own_bits(hybrid.component(other), b, text)
     ids = list(a.cut(a.prefix + text.encode()))
     seen, whole = {}, hybrid.mix
-    hybrid.mix = lambda weights, states, own: (seen.update(own=own), whole(weights, states, own))[1]
+    hybrid.mix = lambda weights, states, own, *past: (seen.update(own=own), whole(weights, states, own, *past))[1]
     read, began = aligner.read, time.perf_counter()
     aligner.read = lambda *args: seen.setdefault("reading", read(*args))
     try:
