@@ -1,4 +1,4 @@
-"""What works: the sweep of model types, other tokenizers (transplant.py, aligned.py), servers (serving.py, vllm_engine.py)."""
+"""What works: the sweep of model types, other tokenizers (transplant.py, aligned.py), servers."""
 
 import re
 from collections import Counter
