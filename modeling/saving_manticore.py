@@ -148,10 +148,11 @@ def _promised(target):
         # It may be a stranger's directory: nothing is moved but from scratch directories of this one.
         ours = place.startswith(_prefix(target)) and place.split("/")[1:] == [target.name]
         ours = ours and not os.path.islink(inner) and not os.path.islink(inner.parent)
-        plain = all(_is_below(root, name) for name in files for root in (inner, target))
+        ours = ours and isinstance(files, list) and len(files) < 10_000
+        plain = ours and all(_is_below(root, name) for name in files for root in (inner, target))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None, [], False
-    return (inner, files, note.get("same") is True) if ours and plain else (None, [], False)
+    return (inner, files, note.get("same") is True) if plain else (None, [], False)
 
 
 def _is_below(root, name):

@@ -154,6 +154,7 @@ BASELINES = {
     "pruning": "baseline: tuned plainly",
     "paths": "baseline: neox prose alone",
     "gpu-run": "their plain ensemble",
+    "aligned": "its own tokenizer|home model",
 }
 NO_LOSS_OF_A_HYBRID = {
     "mad-profile", "mad-generation", "speed", "parts", "scan", "drafting", "plan", "plan-processes", "plan-cuda",

@@ -153,6 +153,8 @@ def test_a_strangers_note_moves_nothing(tmp_path):
         ("../.out.saving-x/out", ["/etc/passwd"]),
         (3, []),
         ("../.out.saving-x/out", 3),
+        ("../.out.saving-x/out", "x" * 200_000),  # of which each would be looked for
+        ("../.out.saving-x/out", ["x"] * 200_000),
     ):
         folder = fill(tmp_path / "out", {"config.json": "{}", ".saving": json.dumps({"from": place, "files": files})})
         with pytest.raises(ManticoreError, match="save it again"):

@@ -204,7 +204,7 @@ def look_at_components(config: ManticoreConfig, api: HfApi) -> tuple[dict, dict,
                 f"{where(entry)}: the Hub has no such repository or commit that your token opens, so nobody could load "
                 "the hybrid. Embed the component's weights instead (ComponentSpec(..., embed=True))."
             ) from err
-        except (HTTPError, ConnectionError) as err:
+        except HfHubHTTPError as err:
             raise ManticoreError(
                 f"{where(entry)}: nothing was published, since the Hub does not say whether anybody could load it: "
                 f"{refusal(err, entry['repo_id'])}"
