@@ -17,10 +17,10 @@ from manticore_hf.training.calibrate import calibrate_projectors
 BLOCK = 256  # tokens of a row
 
 
-def compose_pair(blocks: int = 1, train: Dataset | None = None) -> ManticoreForCausalLM:
-    """The hybrid of the demo's components; calibrated on `train` if it has several blocks."""
+def compose_pair(blocks: int = 1, train: Dataset | None = None, **settings) -> ManticoreForCausalLM:
+    """The hybrid of the demo's components, with settings of its own; calibrated on `train` if it has several blocks."""
     parts = [str(COMPONENTS / name) for name in KINDS]
-    model = ManticoreForCausalLM.from_components(parts, num_blocks=blocks, dtype="float32")
+    model = ManticoreForCausalLM.from_components(parts, num_blocks=blocks, dtype="float32", **settings)
     if blocks > 1:
         calibrate_projectors(model, train, tokens=30_000)
     return model

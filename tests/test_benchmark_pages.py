@@ -155,6 +155,8 @@ BASELINES = {
     "paths": "baseline: neox prose alone",
     "gpu-run": "their plain ensemble",
     "aligned": "its own tokenizer|home model",
+    "past-losses": "neox prose alone|uniform, log-probabilities|best static, probabilities",
+    "past-losses-gate": "gate without past losses",
 }
 NO_LOSS_OF_A_HYBRID = {
     "mad-profile", "mad-generation", "speed", "parts", "scan", "drafting", "plan", "plan-processes", "plan-cuda",

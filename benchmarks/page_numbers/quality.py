@@ -150,3 +150,61 @@ def quality_values(load: Load) -> Values:
     yield "smollm2.hybrid", f"{losses['hybrid']:.3f}"
     yield "smollm2.r2", f"{result['calibration']['r2']['out_of:mamba-0']:.3f}"
     yield "smollm2.predicted", f"{result['calibrated']['tokens']:,}"
+
+
+# ---- weights from past losses (benchmarks/past_losses.py) ------------------------------------------------------------
+
+TEXTS = ("mixed", "shifted")
+
+
+def _past(load: Load, what: str, **wanted) -> list[dict]:
+    """The lines of benchmarks/past_losses.py of a kind, with these values."""
+    wanted |= {"what": what}
+    return [line for line in load("past_losses") if all(line.get(key) == value for key, value in wanted.items())]
+
+
+@table("past-losses")
+def past_losses(load: Load) -> Rows:
+    found = {text: {line["name"]: line for line in _past(load, "untrained", text=text)} for text in TEXTS}
+    names = {name: name.replace("-", " ") + " alone" for name in ("neox-prose", "mamba-code")}
+    rows = [["mixture, untrained", *(f"{text} text" for text in TEXTS)]]
+    for name in found["mixed"]:
+        losses = [found[text][name]["loss"] for text in TEXTS]
+        least = [min(line["loss"] for line in found[text].values()) for text in TEXTS]
+        rows.append([names.get(name, name), *(bold(f"{x:.3f}", x == low) for x, low in zip(losses, least))])
+    return rows
+
+
+@table("past-losses-gate")
+def past_losses_gate(load: Load) -> Rows:
+    rows = [
+        ["text", "training tokens", "gate without past losses", "with them", "gain", "95 % interval", "p", "seeds won"]
+    ]
+    for text in TEXTS:
+        for line in _past(load, "past", text=text):
+            pair = [
+                _past(load, "gate", text=text, tokens=line["tokens"], past_losses=past)[0] for past in (False, True)
+            ]
+            cells = best_bold([one["loss"] for one in pair], ".3f")
+            won = f"{line['seeds_won']} of {line['seeds']}"
+            numbers = [f"{line['gain']:+.3f}", span(line["interval"]), f"{line['p']:.4f}", won]
+            rows.append([text, f"{line['tokens']:,}", *cells, *numbers])
+    return rows
+
+
+@values
+def past_losses_values(load: Load) -> Values:
+    for text in TEXTS:
+        for line in _past(load, "over static", text=text):
+            name = "default" if "default" in line["name"] else "chosen"
+            yield f"online.{text}.{name}", f"{line['gain']:+.3f}"
+            yield f"online.{text}.{name}.interval", span(line["interval"])
+        chosen = _past(load, "untrained", text=text, name="online, chosen on validation text")[0]["settings"]
+        for key, value in chosen.items():
+            yield f"online.{text}.{key}", f"{value:g}"
+        for line in _past(load, "past", text=text):
+            yield f"past.{text}.{line['tokens']}", f"{line['gain']:+.3f}"
+        for line in _past(load, "users", text=text):  # float32 sums of a row do not show less
+            yield f"past.{text}.users", f"{max(1e-6, *line['difference'].values()):.0e}"
+    for key, value in _past(load, "untrained", text="mixed", name="online, defaults")[0]["settings"].items():
+        yield f"online.{key}", f"{value:g}"
