@@ -157,10 +157,12 @@ BASELINES = {
     "aligned": "its own tokenizer|home model",
     "past-losses": "neox prose alone|uniform, log-probabilities|best static, probabilities",
     "past-losses-gate": "gate without past losses",
+    "mixture-sampling-lag": "token (the loss)",  # the same gate, asked as ever
 }
 NO_LOSS_OF_A_HYBRID = {
     "mad-profile", "mad-generation", "speed", "parts", "scan", "drafting", "plan", "plan-processes", "plan-cuda",
     "families", "transplant", "serving", "vllm", "gpu-kernels", "gpu-errors", "gpu-ratios", "packing",
+    "mixture-sampling-speed",
 }  # fmt: skip
 
 
