@@ -83,10 +83,14 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             return fused_output(self.config, logits, list(own.values()), self.fused_settings, **labelling)
         loss, parts = (None, {}) if labels is None else self._losses(logits, own, labels, kwargs)
         kept = found.cache, found.hidden_states, found.attentions
-        state = None if self.get_output_embeddings() is None else states.popitem()[1]
+        state = None if self.one_head() is None else states.popitem()[1]
         return ManticoreCausalLMOutput(loss, logits, *kept, weights=token_weights, head_state=state, **parts)
 
     def get_output_embeddings(self) -> nn.Module | None:
+        """None, as for all hybrids; `one_head` for TRL alone: accelerate (FSDP2) would take it out of its component."""
+        return self.one_head() if sys._getframe(1).f_globals.get("__name__", "").startswith("trl.") else None
+
+    def one_head(self) -> nn.Module | None:
         """The matrix that alone gives the logits, of `head_state`; None where there is no such."""
         config, row = self.config, self.config.mixture_weights
         names = config.component_names

@@ -51,8 +51,8 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
             component_loss_weight > 0, or `report_parts` is set on the model).
         ensemble_loss: Cross-entropy of the plain ensemble of the heads (if `report_parts` is set).
         weights: [batch, time, K], the mixture weights of each prediction (mixture="token" or "online").
-        head_state: [batch, time, d] of which the one matrix of `get_output_embeddings` makes the logits; None where
-            heads are mixed, or do more than that.
+        head_state: [batch, time, d] of which the matrix of `one_head` makes the logits; None where heads are mixed, or
+            do more than that.
     """
 
     mixture_loss: torch.Tensor | None = None

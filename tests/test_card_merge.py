@@ -40,6 +40,13 @@ def test_a_fresh_card_is_metadata_sections_and_stamp():
     assert parsed.data.to_dict() == DATA and "# Hybrid" in parsed.text
 
 
+def test_metadata_may_have_any_names():
+    """Also those of what huggingface_hub keeps metadata in."""
+    names = ("to_dict", "to_yaml", "_to_dict", "self", "__dict__", "line_break")
+    text, _ = merge(card(), "---\n" + "".join(f"{name}: mine\n" for name in names) + "---\n\nText.\n")
+    assert all(split(text)[0][name] == "mine" for name in names)
+
+
 def test_generating_twice_changes_nothing():
     assert merge(card(), FRESH) == (FRESH, [])
 

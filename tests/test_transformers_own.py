@@ -10,7 +10,9 @@ import pytest
 from transformers_own import KINDS, source
 
 # Plain GPT-NeoX passes 114 of the 160 tests of Transformers 5.24; the others need an accelerator, images, a package ...
-MOST_SKIPPED = {"gpt_neox+llama": 3, "gpt_neox+mamba": 8}
+MOST_SKIPPED = {
+    "gpt_neox+llama": 3, "gpt_neox+mamba": 8, "gpt_neox+llama, two blocks": 8, "gpt_neox+mamba, two blocks": 9,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,4 +41,4 @@ def test_transformers_own_tests_pass(sources, kind):
     plain, found = run(sources, "gpt_neox"), run(sources, kind)
     assert not plain["failed"] and not found["failed"], found["failed"]
     more = {name: reason for name, reason in found["skipped"].items() if name not in plain["skipped"]}
-    assert found["passed"] >= plain["passed"] - MOST_SKIPPED[kind.split(",")[0]], more
+    assert found["passed"] >= plain["passed"] - MOST_SKIPPED[kind], more

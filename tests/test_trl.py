@@ -236,13 +236,14 @@ def test_one_matrix_gives_the_logits_where_there_is_one():
     one_hot = mixed_hybrid()
     one_hot.set_mixture_weights("part_0")
     for model in (lone, pruned, one_hot):
-        out, head = model(ids, logits_to_keep=3), model.get_output_embeddings()
+        out, head = model(ids, logits_to_keep=3), model.one_head()
+        assert model.get_output_embeddings() is None
         torch.testing.assert_close(head(out.last_hidden_state), out.logits)
         assert out.logits.shape[1] == 3
     capped = AutoModelForCausalLM.from_config(Gemma2Config(**GEMMA)).eval()
     capped = ManticoreForCausalLM.from_components([ComponentSpec(capped, name="one")]).eval()
     for model in (mixed_hybrid(), mixed_hybrid(num_blocks=2, preset="paper"), capped):
-        assert model.get_output_embeddings() is None
+        assert model.one_head() is None
         with pytest.raises(AttributeError, match="TRL's GKDTrainer instead of DistillationTrainer"):
             print(model(ids).last_hidden_state)
 

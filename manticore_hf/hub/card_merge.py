@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import CardData, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import yaml_dump
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.bounded_yaml import load_yaml
@@ -81,9 +82,8 @@ def merge(card: Card, present: str | None = None) -> tuple[str, list[str]]:
         body = ""
     merged = _merge_metadata(card.metadata, metadata, (stamp or {}).get("metadata", {}), notices)
     body = _merge_sections(card.sections, body, (stamp or {}).get("sections", []), notices)
-    data = CardData()
-    vars(data).update(merged)  # whose keys may be names of its arguments
-    block = data.to_yaml(line_break="\n")
+    known = {key: value for key, value in merged.items() if value is not None}
+    block = yaml_dump(known, sort_keys=False, line_break="\n").strip()
     text = f"---\n{block}\n---\n\n{body.strip()}\n"
     return text + _stamp(card, text), notices
 

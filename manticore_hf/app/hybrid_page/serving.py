@@ -171,5 +171,5 @@ def serve_repository(repo_id: str, revision: str) -> None:
         revision: Its commit.
     """
     model = AutoModelForCausalLM.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(repo_id, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(repo_id, revision=revision, trust_remote_code=False)
     launch(build(Hybrid(model, tokenizer), repo_id))
