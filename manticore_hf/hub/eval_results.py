@@ -16,6 +16,7 @@ from huggingface_hub import EvalResultEntry, HfApi, constants, eval_result_entri
 from huggingface_hub.errors import HTTPError
 
 from manticore_hf.hub.card import Result
+from manticore_hf.utils.bounded_yaml import load_yaml
 from manticore_hf.utils.formatting import is_number, printable
 
 FILE = ".eval_results/manticore-hf.yaml"
@@ -65,9 +66,9 @@ def benchmark_tasks(data: str, api: HfApi) -> list[tuple[str, str | None]]:
     try:
         path = hf_hub_download(data, "eval.yaml", repo_type="dataset", token=api.token)
         with open(path, encoding="utf-8") as file:
-            tasks = yaml.safe_load(file.read(_LONGEST))["tasks"]
+            tasks = load_yaml(file.read(_LONGEST))["tasks"]
         return [(one["id"], one.get("config")) for one in tasks if isinstance(one["id"], str)]
-    except (OSError, HTTPError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []  # not there, not ours to read, or of another form
 
 
