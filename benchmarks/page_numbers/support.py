@@ -60,6 +60,16 @@ def aligned(load: Load) -> Rows:
 
 
 @values
+def aligned_values(load: Load) -> Values:
+    cost = load("aligned_cost")
+    sums = "sums over both vocabularies, and the head"
+    yield "aligned.training", f"{cost['training']['ratio']:.1f}"
+    yield "aligned.training.first", f"{cost['training']['first'] / sum(cost['training']['components'].values()):.1f}"
+    yield "aligned.decoding", f"{cost['decoding']['ratio']:.2f}"
+    yield "aligned.sums", f"{cost['decoding']['shares'][sums]:.0%}"
+
+
+@values
 def family_values(load: Load) -> Values:
     sweep = load("families")
     passed = sum(one["verdict"] == "passes" for one in sweep["types"])
