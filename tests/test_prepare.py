@@ -18,6 +18,7 @@ from manticore_hf.cli import main
 from manticore_hf.evaluation.data import DataArguments
 from manticore_hf.training.calibrate import awaits_calibration, calibrate_projectors
 from manticore_hf.training.freezing import fix_alpha
+from manticore_hf.training.runtime import finished, last_whole_checkpoint
 from manticore_hf.training.trained_stages import StageArguments, run_stage
 from manticore_hf.training.untrained_stages import run_compose
 
@@ -136,6 +137,26 @@ def test_a_stage_shows_one_bar_and_logs_to_a_file(parts, start, tmp_path, capfd)
     state = json.loads((tmp_path / "out-False" / "trainer_state.json").read_text())
     assert [one["step"] for one in steps] == [1, 2, 3, 3]
     assert [one["loss"] for one in steps[:3]] == [one["loss"] for one in state["log_history"][:3]]
+
+
+def test_a_damaged_result_of_a_run_is_a_sentence(tmp_path):
+    """A disk was full, or it is another's file: nothing is taken for finished."""
+    for text, said in (
+        ('{"stage": "pre', "stage.json' is damaged .*delete it"),
+        ("[" * 100_000, "stage.json' is damaged .*delete it"),
+        ("\udcff", "stage.json' is damaged .*delete it"),
+        ("[1]", "stage.json' holds a list, no dict"),
+    ):
+        (tmp_path / "stage.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+        with pytest.raises(ManticoreError, match=said):
+            finished(tmp_path)
+    (tmp_path / "stage.json").write_text('{"stage": "pretrain"}')
+    assert finished(tmp_path) == {"stage": "pretrain"}
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    for text, found in (('{"global_step": 3', None), ("[]", None), ('{"global_step": 3}', str(checkpoint))):
+        (checkpoint / "trainer_state.json").write_text(text)
+        assert last_whole_checkpoint(tmp_path) == found
 
 
 def test_rows_of_different_lengths_calibrate(parts):
