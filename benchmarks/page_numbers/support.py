@@ -61,7 +61,10 @@ def aligned(load: Load) -> Rows:
 
 @values
 def aligned_values(load: Load) -> Values:
-    cost = load("aligned_cost")
+    cost, lost = load("aligned_cost"), load("aligned")
+    for text in ("prose", "code", "german"):
+        worst = max(one["loss"] for key, one in lost.items() if key.endswith(text))
+        yield f"aligned.{text}", f"{worst:+.3f}"
     sums = "sums over both vocabularies, and the head"
     yield "aligned.training", f"{cost['training']['ratio']:.1f}"
     yield "aligned.training.first", f"{cost['training']['first'] / sum(cost['training']['components'].values()):.1f}"
