@@ -46,6 +46,8 @@ class DataArguments:
     def __post_init__(self):
         if self.block_size < 2:
             raise ManticoreError(f"block_size={self.block_size} must be at least 2 tokens.")
+        if not 0 <= self.split_seed < 2**32:
+            raise ManticoreError(f"split_seed={self.split_seed} must be in [0, 2**32).")
         if self.special_tokens not in ("text", "tokens"):
             raise ManticoreError(f"special_tokens={self.special_tokens!r} is neither 'text' nor 'tokens'.")
         if not 0 <= self.validation_fraction < 1:

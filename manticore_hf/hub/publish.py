@@ -35,7 +35,7 @@ from manticore_hf.hub.eval_results import FILE as EVAL_RESULTS
 from manticore_hf.hub.eval_results import eval_results
 from manticore_hf.hub.licenses import check, read_license
 from manticore_hf.hub.upload import REPLACED, collect, own_weights, refuse_links, refuse_tokens
-from manticore_hf.modeling.bounds_manticore import build_component
+from manticore_hf.modeling.bounds_manticore import build_component, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.references_manticore import refusal, where
 from manticore_hf.modeling.saving_manticore import check_whole
@@ -310,7 +310,8 @@ def _directory(model, scratch):
     if not (directory / "config.json").is_file():
         raise ManticoreError(f"{str(model)!r} has no config.json: give a hybrid, or the directory of a saved one.")
     check_whole(directory)
-    kind = ManticoreConfig.get_config_dict(directory)[0].get("model_type")
+    with guard().reading(directory):
+        kind = ManticoreConfig.get_config_dict(directory)[0].get("model_type")
     if kind != "manticore":
         raise ManticoreError(f"{str(model)!r} holds a model of type {kind!r}, no hybrid; publish it with hf upload.")
     return directory

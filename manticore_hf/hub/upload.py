@@ -44,7 +44,10 @@ _ITEM_BITS = {
     "F8_E5M2": 8,
     "F4": 4,
 }
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+_TOKEN = re.compile(
+    rb"hf_(?:oauth_[\w.-]{30,}|[A-Za-z0-9]{30,})"
+    rb"|h\0f\0_\0(?:[\w.-]\0){30,}|\0h\0f\0_(?:\0[\w.-]){30,}"  # UTF-16
+)
 
 
 def collect(
@@ -162,8 +165,11 @@ def refuse_tokens(files: dict, token: str | bool | None = None) -> None:
         files: {path in the repository: path here}.
         token: The token that is used; it is looked for besides what looks like one.
     """
-    own = [one.encode() for one in {token, get_token()} if isinstance(one, str) and len(one) >= 8]
+    own = {one for one in (token, get_token()) if isinstance(one, str) and len(one) >= 8}
+    own = [one.encode(code) for one in own for code in ("utf-8", "utf-16-le", "utf-16-be")]
     for name, path in files.items():
+        if _TOKEN.search(str(name).encode()) or any(one in str(name).encode() for one in own):
+            raise ManticoreError("The name of a file is an access token of the Hub; rename it, and revoke the token.")
         if not path.stat().st_size:
             continue
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -198,7 +204,7 @@ def source_card(model: PreTrainedModel) -> str | None:
     if folder is None:
         return None
     if os.path.isfile(card := os.path.join(folder, "README.md")):
-        return card
+        return card if stays_inside(card, folder) else None  # a link to something of whoever saves it
     found = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})$", folder)
     if found is None:
         return None

@@ -38,6 +38,7 @@ from manticore_hf.utils.files import replace_text, stays_inside
 from manticore_hf.utils.renamed import warn_renamed
 
 TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
+_MAX_PATH = 1_000
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
 _MOST = 2**63  # of a number
 _MAX_BYTES = 200_000
@@ -433,6 +434,7 @@ def load_kept_recipe(path: str | Path, directory: str | Path, allow_outside: boo
     recipe.allow_outside = allow_outside
     named = [recipe.data, *(settings.get("data", {}) for _, settings in recipe.stages)]
     for source in {one["data"] for one in named if "data" in one}:
+        _check_length(source, recipe)
         if not allow_outside and os.path.exists(source) and not _all_inside(Path(source), directory):
             raise ManticoreError(
                 f"{recipe.path}: its text {show(source)} is not in {str(directory)!r}, and the recipe was not run by "
@@ -462,8 +464,9 @@ def find_beside(source: str, recipe: Recipe) -> str:
     Raises:
         ManticoreError: It leaves the folder, by itself or through a link.
     """
+    _check_length(source, recipe)
     folder, path = recipe.path.parent, Path(source)
-    found = next((one for one in (folder / path, path) if one.exists()), None) if len(source) < 4096 else None
+    found = next((one for one in (folder / path, path) if one.exists()), None)
     if found is None or path.is_absolute():
         return source
     if not recipe.allow_outside and not _all_inside(found, folder):
@@ -472,6 +475,12 @@ def find_beside(source: str, recipe: Recipe) -> str:
             "path in the recipe, or --allow-outside (allow_outside=True)."
         )
     return str(found)
+
+
+def _check_length(source, recipe):
+    """A path that is too long for the system is "not there", until something leaves out what is idle in it (`./`)."""
+    if len(source) > _MAX_PATH:
+        raise ManticoreError(f"{recipe.path}: a name of {len(source):,} characters is no file's and no repository's.")
 
 
 def _all_inside(path, folder):

@@ -228,6 +228,9 @@ def check_training(what: str, cls: type[TrainingArguments], given: dict[str, Any
     for key in _AT_LEAST_ONE:
         if given.get(key, 1) < 1:
             raise ManticoreError(f"{what}: {key}={given[key]} must be at least 1.")
+    for key in ("seed", "data_seed"):
+        if not 0 <= (given.get(key) or 0) < 2**32:
+            raise ManticoreError(f"{what}: {key}={given[key]} must be in [0, 2**32).")
     if not 0 <= given.get("dataloader_num_workers", 0) <= _MOST_WORKERS:
         workers = given["dataloader_num_workers"]
         raise ManticoreError(f"{what}: dataloader_num_workers={workers} must be in [0, {_MOST_WORKERS}].")

@@ -319,6 +319,6 @@ def _relative_costs(hybrid):
 
 def alpha_history(log_history: list[dict]) -> tuple[list[int], dict]:
     """(steps [n], {"alpha/BLOCK/COMPONENT": values [n]}) from a Trainer's `state.log_history`."""
-    rows = [row for row in log_history if any(key.startswith("alpha/") for key in row)]
+    rows = [row for row in log_history if "step" in row and any(key.startswith("alpha/") for key in row)]
     keys = [key for key in (rows[0] if rows else {}) if key.startswith("alpha/")]
     return [row["step"] for row in rows], {key: [row.get(key, math.nan) for row in rows] for key in keys}

@@ -244,6 +244,14 @@ def check_hybrid(what: str, values: dict) -> None:
             one is None or isinstance(one, int) and not isinstance(one, bool) and 0 <= one < _MAX_SIZE for one in ids
         ):
             raise ManticoreError(f"{what}: {key}={show(value)} must be a token's number (eos_token_id: or a list).")
+    kept = values.get("output_hidden_states")
+    if not (kept is None or isinstance(kept, int) or isinstance(kept, list) and all(type(one) is int for one in kept)):
+        raise ManticoreError(f"{what}: output_hidden_states={show(kept)} must be true, false, or numbers of states.")
+    names = values.get("architectures")
+    if not (names is None or isinstance(names, list) and all(isinstance(one, str) for one in names)):
+        raise ManticoreError(f"{what}: architectures={show(names)} must be a list of names.")
+    if not isinstance(values.get("model_type"), (str, type(None))):
+        raise ManticoreError(f"{what}: model_type={show(values['model_type'])} must be a name.")
     if values.get("is_encoder_decoder"):
         raise ManticoreError(f"{what}: is_encoder_decoder={show(values['is_encoder_decoder'])}; a hybrid is a decoder.")
     for key in ("attn_implementation", "experts_implementation"):
@@ -374,7 +382,9 @@ class Defence(Guard):
         """Transformers reads files that hold anything but a JSON object with odd errors."""
         try:
             yield
-        except (OSError, TypeError, AttributeError, KeyError, RecursionError) as err:
+        except ManticoreError:
+            raise
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as err:
             if isinstance(err, OSError) and isinstance(err.__context__, HFValidationError):
                 raise OSError(
                     f"{str(source)!r} is not there: it is no directory, and no repository id of the Hub "
@@ -407,6 +417,10 @@ class Defence(Guard):
             value = getattr(config, key, None)
             if not (value is None or type(value) is int and value >= 0):
                 raise ManticoreError(f"{what}: {key}={show(value)} must be a number of tokens, or null.")
+        for key in ("time_step_min", "time_step_max"):  # of which a mixer's initial weights are logarithms
+            value = getattr(config, key, None)
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+                raise ManticoreError(f"{what}: {key}={show(value)} must be a number above 0.")
 
     def general(self, what: str, values: dict) -> None:
         check_hybrid(what, values)

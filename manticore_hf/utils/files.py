@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ def read_json(path: str | os.PathLike, form: type = dict) -> Any:
 def replace_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file as UTF-8, by rename: whoever reads it finds the old one or the new one."""
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{secrets.token_hex(8)}.tmp")  # a name that no stranger's link can have
     try:
-        scratch.write_text(text, encoding="utf-8")
+        with scratch.open("x", encoding="utf-8") as file:
+            file.write(text)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -73,7 +73,11 @@ def kind_of(model_or_config: PreTrainedModel | ManticoreConfig) -> Kind:
         auto = getattr(model_or_config, "_auto_class", None)
         return next((kind for kind in KINDS.values() if kind.auto == auto), CAUSAL)
     names = getattr(model_or_config, "architectures", None)
-    return next((KINDS[name] for name in names if name in KINDS), CAUSAL) if isinstance(names, list) else CAUSAL
+    return (
+        next((KINDS[name] for name in names if isinstance(name, str) and name in KINDS), CAUSAL)
+        if isinstance(names, list)
+        else CAUSAL
+    )
 
 
 def labels_of(config: ManticoreConfig) -> dict[str, Any]:

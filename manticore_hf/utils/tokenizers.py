@@ -1,11 +1,15 @@
 """Tokenizers of hybrids and components, which may be strangers': no code of theirs is run, and nobody is asked to."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
+from manticore_hf.utils.files import stays_inside
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
 def read_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
@@ -16,8 +20,14 @@ def read_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
         options: For the Hub's client (revision, subfolder, token), or gguf_file.
 
     Raises:
-        ManticoreError: It cannot be read, or needs code of its repository.
+        ManticoreError: It cannot be read, needs code of its repository, or is a link out of its directory.
     """
+    for path in Path(source).iterdir() if os.path.isdir(source) else ():  # what is read is saved, and then pushed
+        if path.suffix not in _WEIGHTS and not stays_inside(path, source):
+            raise ManticoreError(
+                f"{path.name} in {str(source)!r} is a link to {os.path.realpath(path)!r}, which is not in the "
+                "directory: replace it by a copy, or remove it."
+            )
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as err:  # a stranger's files fail in many ways, in two libraries

@@ -1,0 +1,118 @@
+"""Ways around the checks of paths, links and tokens, which a sceptic and an hour of fuzzing found."""
+
+import json
+import os
+
+import pytest
+from tiny_hybrid import pair, save, word_tokenizer, write_text
+from transformers import AutoModelForCausalLM
+
+from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
+from manticore_hf.cli import main
+from manticore_hf.hub.upload import refuse_tokens, source_card
+from manticore_hf.training.recipe import find_beside, load_kept_recipe, load_recipe
+from manticore_hf.training.search import alpha_history
+from manticore_hf.utils.files import replace_text
+from manticore_hf.utils.task_types import CAUSAL, kind_of
+from manticore_hf.utils.tokenizers import read_tokenizer
+
+IDLE = "./" * 2100  # with it a path is too long for the system, until somebody leaves it out
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "hybrid"
+    model = ManticoreForCausalLM.from_components(list(pair()), num_blocks=1)
+    save(model, folder)
+    return folder
+
+
+def recipe(folder, source):
+    folder.mkdir(exist_ok=True)
+    values = {
+        "components": ["a", "b"], "hybrid": {"num_blocks": 1}, "data": {"data": source, "block_size": 16},
+        "stages": [{"finetune": {"max_steps": 1}}],
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(json.dumps(values))
+    return folder / "recipe.yaml"
+
+
+def test_a_path_that_is_too_long_is_no_way_out(tmp_path):
+    write_text(tmp_path / "private.txt", 5)
+    for source in (f"/{IDLE}{str(tmp_path)[1:]}/private.txt", f"{IDLE}../private.txt"):
+        file = recipe(tmp_path / "theirs", source)
+        with pytest.raises(ManticoreError, match="a name of .* characters is no file's"):
+            load_kept_recipe(file, file.parent)
+        with pytest.raises(ManticoreError, match="a name of .* characters is no file's"):
+            find_beside(source, load_recipe(file))
+
+
+def test_links_are_not_laundered_by_saving(saved, tmp_path):
+    """Neither a card nor a tokenizer's file that is a link out of a directory is read, and so saved as one's own."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for file in saved.iterdir():
+        os.link(file, theirs / file.name)
+    (tmp_path / "secret").write_text("a private key")
+    (theirs / "README.md").symlink_to(tmp_path / "secret")
+    model = AutoModelForCausalLM.from_pretrained(theirs)
+    assert source_card(model) is None
+    model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "README.md").exists()
+    with pytest.raises(ManticoreError, match="README.md in .* is a link to .*secret"):
+        read_tokenizer(theirs)
+    (theirs / "README.md").unlink()
+    assert read_tokenizer(theirs).get_vocab() == word_tokenizer().get_vocab()
+    (theirs / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(ManticoreError, match="chat_template.jinja in .* is a link to .*secret"):
+        read_tokenizer(theirs)
+
+
+def test_no_name_for_a_scratch_file_can_be_known(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    for number in (*range(50), os.getpid()):
+        (tmp_path / f".report.html.{number}").symlink_to(tmp_path / "precious")
+    replace_text(tmp_path / "report.html", "text")
+    assert (tmp_path / "precious").read_text() == "precious" and (tmp_path / "report.html").read_text() == "text"
+    assert len(list(tmp_path.iterdir())) == 2 + 51  # and nothing is left
+
+
+def test_tokens_in_other_codes_and_in_names(tmp_path):
+    token = "hf_" + "aB3" * 12
+    for text in (token.encode("utf-16-le"), token.encode("utf-16-be"), b"hf_oauth_" + b"eyJhbGciOi." * 4):
+        (tmp_path / "NOTICE").write_bytes(b"x " + text)
+        with pytest.raises(ManticoreError, match="NOTICE holds an access token"):
+            refuse_tokens({"NOTICE": tmp_path / "NOTICE"})
+    (tmp_path / "NOTICE").write_text("hf_hub_download_of_a_file_with_a_long_name")
+    refuse_tokens({"NOTICE": tmp_path / "NOTICE"})
+    with pytest.raises(ManticoreError, match="The name of a file is an access token"):
+        refuse_tokens({f"plots/{token}.png": tmp_path / "NOTICE"})
+
+
+def test_strange_values_of_a_configuration_are_a_sentence(saved, tmp_path, capsys):
+    values = json.loads((saved / "config.json").read_text())
+    for key, value, said in (
+        ("output_hidden_states", ["a"], "output_hidden_states"),
+        ("architectures", [["a"]], "architectures"),
+        ("architectures", [3], "architectures"),
+        ("model_type", ["manticore"], "model_type|no JSON object of settings"),
+    ):
+        with pytest.raises(ManticoreError, match=said):
+            ManticoreConfig.from_dict({**values, key: value})
+    entry = next(one for one in values["components"] if one["config"]["model_type"] == "mamba")
+    entry["config"]["time_step_max"] = 0.0
+    with pytest.raises(ManticoreError, match="time_step_max=0.0 must be a number above 0"):
+        ManticoreConfig.from_dict(values)
+    for text in ("[]", '{"vocab_size": ' + "9" * 5000 + "}"):
+        (tmp_path / "config.json").write_text(text)
+        assert main(["push", str(tmp_path), "me/h", "--dry-run"]) == 2
+        assert main(["inspect", str(tmp_path)]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+    config = ManticoreConfig.from_pretrained(saved)
+    config.architectures = [["a"], 3]
+    assert kind_of(config) is CAUSAL
+
+
+def test_a_log_without_steps_draws_nothing():
+    assert alpha_history([{"alpha/0/a": 0.5}]) == ([], {})
+    assert alpha_history([{"alpha/0/a": 0.5}, {"alpha/0/a": 0.5, "step": 1}]) == ([1], {"alpha/0/a": [0.5]})
