@@ -251,6 +251,18 @@ def test_gains_are_in_bits_per_byte_where_these_are_known():
     assert unit == "nats per token" and found["a"] == pytest.approx([0.2, 0.195, 0.205])
 
 
+def test_an_untuned_mixture_is_no_single_model():
+    rows = [
+        row(f"{name}, untuned", "untuned", gain)
+        for name, gain in (("online mixture", 0.1), ("ensemble", 0.2), ("a", 0.3))
+    ]
+    facts = facts_of(row("e", "gate", 0.05), *rows)
+    facts.found = {"components": [{"name": "a"}]}
+    assert phrases(facts, "", "Mine.")[1].startswith(
+        "The hybrid is 0.1500 bits per byte better than the best single model (a, u"
+    )
+
+
 def test_phrases_say_what_is_lost_too():
     parts = row("a", "component", 0.2), row("e", "ensemble", -0.1)
     said = phrases(facts_of(*parts), "It costs.", "It may be used. ")

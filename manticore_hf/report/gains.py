@@ -76,6 +76,7 @@ def _is_one_model(name, facts):
     """Whether a baseline is a single model that one could use instead: as it came, tuned, retrained."""
     if facts.comparison is not None:
         row = next(row for row in facts.comparison["rows"] if row["name"] == name)
-        return row["kind"] in ("component", "single") or row["kind"] == "untuned" and "ensemble" not in name
-    parts = {entry["name"] for entry in facts.found["components"]}
-    return name in parts or any(name == AS_IT_CAME.format(part) for part in parts)
+        if row["kind"] != "untuned":
+            return row["kind"] in ("component", "single")
+    parts = [entry["name"] for entry in facts.found["components"]]
+    return any(name in (part, f"{part}, untuned", AS_IT_CAME.format(part)) for part in parts)
