@@ -139,7 +139,8 @@ class Comparison:
         out += [self._tuned(name, f"{name}, tuned {many} times as long", "single", grid, many) for name in shop.names]
         if shop.earlier:
             label = "{}, tuned on the earlier stages' text, then on this"
-            out += [self._tuned_in_turn(name, label.format(name), grid) for name in shop.names]
+            texts = (*shop.earlier, None)  # what the hybrid has seen, in its order
+            out += [self._tuned(name, label.format(name), "single", grid, texts=texts) for name in shop.names]
         labels = {source: f"{Path(source).name} (single)" for source in self.arguments.singles}
         replaced = {source: name for name, source in zip(shop.names, shop.sources) if name not in aligned}
         labels |= {one: f"{replaced[one]} with its own tokenizer" for one in others if one in replaced}
@@ -173,28 +174,18 @@ class Comparison:
 
         return Contender(f"{name}, untuned", "untuned", _nothing, load, seeded=False)
 
-    def _tuned(self, name, label, kind, grid, passes=1):
-        own = self.shop.own_tokenizers.get(name)
-
-        def train(options, seed, folder):
-            model, rows = self.shop.component(name), self.shop.rows_of(own)
-            return self.shop.train_plain(model, rows, options, seed, folder, passes, own)
-
-        return Contender(label, kind, train, self.shop.load_plain, grid, tokenizer=own and (lambda: own))
-
-    def _tuned_in_turn(self, name, label, grid):
-        """A component tuned on each text that the recipe's stages read, in their order: what the hybrid has seen."""
+    def _tuned(self, name, label, kind, grid, passes=1, texts=(None,)):
+        """A component tuned on texts as `rows_of` takes them, one after the other."""
         own = self.shop.own_tokenizers.get(name)
 
         def train(options, seed, folder):
             model, spent = self.shop.component(name), {}
-            for text in (*self.shop.earlier, None):
-                rows = self.shop.rows_of(own, text)
-                cost = self.shop.train_plain(model, rows, options, seed, folder, tokenizer=own)
+            for text in texts:
+                cost = self.shop.train_plain(model, self.shop.rows_of(own, text), options, seed, folder, passes, own)
                 spent = {key: spent.get(key, 0) + value for key, value in cost.items()}
             return spent
 
-        return Contender(label, "single", train, self.shop.load_plain, grid, tokenizer=own and (lambda: own))
+        return Contender(label, kind, train, self.shop.load_plain, grid, tokenizer=own and (lambda: own))
 
     def _as_it_came(self, name, source):
         def load(run):

@@ -175,10 +175,15 @@ class Workshop:
             tokenizer: None for the hybrid's.
             text: Keys of DataArguments, of one that a stage has to itself; None for the finetune stage's.
         """
-        texts, data = self.train_texts, DataArguments(**(self.recipe.data if text is None else text))
-        if text is not None:
-            texts = load_rows(data, self.tokenizer, keep_text=True)[0]
+        if tokenizer is None and text is None:
+            return self.train_rows
+        data = DataArguments(**(self.recipe.data if text is None else text))
+        texts = self.train_texts if text is None else self._earlier_rows(self.earlier.index(text))
         return without_text(texts) if tokenizer is None else rows_for(texts, self.tokenizer, tokenizer, data)
+
+    @functools.cache  # noqa: B019 - as long as the comparison
+    def _earlier_rows(self, number):
+        return load_rows(DataArguments(**self.earlier[number]), self.tokenizer, keep_text=True)[0]
 
     # ---- single models -----------------------------------------------------------------------------------------------
 
@@ -303,7 +308,7 @@ class Workshop:
                 flops += result["tokens"] * forward
                 continue
             through = THROUGH if model.config.num_blocks > 1 or model.config.embeddings != "native" else NONE
-            rows = self.rows_of(None, settings["data"]) if "data" in settings else self.train_rows
+            rows = self.rows_of(None, settings.get("data"))
             seen = self._tokens(result["steps"], _arguments(last, **only_training(settings)), rows)
             tokens += seen
             flops += (through if STAGES[name].trains == "projectors" else ALL) * seen * forward

@@ -7,13 +7,14 @@ asked again. Static weights are always known; a gate per token is asked every `g
 which is another mixture than the model's own (`with_lag` gives its weights, to score it).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from manticore_hf.modeling.cache_manticore import ManticoreCache
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.running_manticore import active_in, mixture_rows
 from manticore_hf.modeling.segments_manticore import check_positions
@@ -34,14 +35,14 @@ def with_lag(weights: torch.Tensor, lag: int) -> torch.Tensor:
 
 @dataclass
 class _Reader:
-    """One component, which reads a row of tokens through a cache of its own when it is asked to."""
+    """One component, which reads a row of tokens through its own part of a cache when it is asked to."""
 
     model: PreTrainedModel
     name: str
+    cache: ManticoreCache
     seen: int = 0
     state: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    cache: object = field(default=None)
 
     @torch.no_grad()
     def read(self, ids):
@@ -52,12 +53,11 @@ class _Reader:
         segment = segments.segment(self.name, 0)
         positions = torch.arange(self.seen, len(ids), device=ids.device)[None]
         check_positions([(self.name, segment)], positions, len(ids), False)
-        if self.cache is None:
-            self.cache = self.model.make_cache()
+        self.cache.seen = self.seen  # the others may be ahead
         entering = new if segment.is_whole else self.model.embed(self.name, new)
         self.state = segment(entering, None, positions, self.cache.view(self.name, 0), None)[:, -1:]
         self.logits = segments.logits(self.name, self.state)
-        self.seen = self.cache.seen = len(ids)
+        self.seen = len(ids)
 
 
 def sample_components(
@@ -105,7 +105,8 @@ def sample_components(
 
 
 def _sample(model, row, ids, stopping_criteria, streamer, lag):
-    readers = {name: _Reader(model, name) for name in model.config.component_names}
+    cache = model.make_cache()
+    readers = {name: _Reader(model, name, cache) for name in model.config.component_names}
     weights, gated = mixture_rows(model)[0], model.config.mixture == "token"
     active = active_in(model, weights)
     gated = gated and len(active) > 1 and not all(isinstance(one, float) for one in active.values())
