@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from manticore_hf._version import __version__
-from manticore_hf.hub.publish import explained
+from manticore_hf.hub.publish import explained, unchanged
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.saving_manticore import CODE, copy_code
 
@@ -124,18 +124,11 @@ def commit_update(
     operations = [CommitOperationAdd(name, text.encode()) for name, text in sorted(update.changed.items())]
     operations += [CommitOperationDelete(name) for name in update.deleted]
     message = message or f"Bring the code up to manticore-hf {__version__}"
-    with explained(update.repo_id):
-        try:
-            done = api.create_commit(
-                update.repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr,
-                parent_commit=update.head,
-            )  # fmt: skip
-        except HfHubHTTPError as err:
-            if getattr(err.response, "status_code", None) == 412:
-                raise ManticoreError(
-                    f"{update.repo_id} was changed by someone else meanwhile; nothing was committed. Run it again."
-                ) from err
-            raise
+    with explained(update.repo_id), unchanged(update.repo_id, "Run it again."):
+        done = api.create_commit(
+            update.repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr,
+            parent_commit=update.head,
+        )  # fmt: skip
     update.commit, update.url = done.oid, done.pr_url if create_pr else f"{api.endpoint}/{update.repo_id}"
 
 

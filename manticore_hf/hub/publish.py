@@ -361,15 +361,11 @@ def _commit(api, out, files, head, private, revision, create_pr, message):
     operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
     operations += [CommitOperationDelete(name) for name in out.deleted]
     try:
-        done = api.create_commit(
-            out.repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr, parent_commit=head
-        )
-    except HfHubHTTPError as err:
-        if getattr(err.response, "status_code", None) == 412:
-            raise ManticoreError(
-                f"{out.repo_id} was changed by someone else meanwhile; nothing was committed. Publish again."
-            ) from err
-        raise
+        with unchanged(out.repo_id, "Publish again."):
+            done = api.create_commit(
+                out.repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr,
+                parent_commit=head,
+            )  # fmt: skip
     except RuntimeError as err:  # so the client says that a large file did not arrive
         reason = " ".join(f"{err} {err.__cause__ or ''}".split())
         raise ManticoreError(f"{out.repo_id}: {reason} Nothing was committed; publish again.") from err
@@ -402,6 +398,19 @@ def explained(repo_id: str) -> Iterator[None]:
         if status in (401, 403):
             remedy = "Nothing was committed. Log in with a token that may write to it (`hf auth login`)."
         raise ManticoreError(f"{repo_id} was not published: {' '.join(str(err).split())} {remedy}") from err
+
+
+@contextlib.contextmanager
+def unchanged(repo_id: str, remedy: str) -> Iterator[None]:
+    """Context of a commit on the head that was read; ManticoreError, with a remedy, if there is another by now."""
+    try:
+        yield
+    except HfHubHTTPError as err:
+        if getattr(err.response, "status_code", None) == 412:
+            raise ManticoreError(
+                f"{repo_id} was changed by someone else meanwhile; nothing was committed. {remedy}"
+            ) from err
+        raise
 
 
 def _read(path):
