@@ -7,7 +7,6 @@ message, more than 10 s of CPU time, more than 1 GB of memory, or a file, proces
 """
 
 import argparse
-import contextlib
 import faulthandler
 import importlib
 import json
@@ -92,22 +91,6 @@ class Watch:
     def report(self, what):
         self.seen.append(what)
         raise Outside(what)
-
-
-@contextlib.contextmanager
-def guarded(seconds=SECONDS):
-    """As `fuzzing.guarded`, by CPU time: the machine may be busy with other work."""
-
-    def stop(*_):
-        raise sys.modules["fuzzing"].Hang(f"more than {SECONDS} s of CPU time")
-
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
 
 
 def peak():
@@ -207,7 +190,9 @@ def main():
     import fuzzing
 
     counts = Counter()
-    plain, fuzzing.guarded = fuzzing.outcome, guarded
+    limit = fuzzing.guarded  # here by the time of the processor: the machine may be busy with other work
+    fuzzing.guarded = lambda seconds=SECONDS: limit(SECONDS, signal.SIGPROF, signal.ITIMER_PROF)
+    plain = fuzzing.outcome
     fuzzing.outcome = lambda *a, **k: (
         counts.update([found := "read" if plain(*a, **k) else "refused"]) or found == "read"
     )

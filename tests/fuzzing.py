@@ -40,19 +40,19 @@ class Hang(BaseException):
 
 
 @contextlib.contextmanager
-def guarded(seconds=30):
-    """Ends what runs longer."""
+def guarded(seconds=30, kind=signal.SIGALRM, timer=signal.ITIMER_REAL):
+    """Ends what runs longer; by the clock, or with SIGPROF and ITIMER_PROF by the time of the processor."""
 
     def stop(*_):
         raise Hang(f"longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(kind, stop)
+    signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(timer, 0)
+        signal.signal(kind, before)
 
 
 def fuzzed(examples):

@@ -195,16 +195,22 @@ def test_orpo_and_cpo(saved, tmp_path, tokenizer):
         same_steps(saved, tmp_path / kind.__name__, kind, config, PAIRS, tokenizer=tokenizer, **settings)
 
 
+@torch.no_grad()
+def another(folder):
+    """A teacher: the model of a folder with other embeddings."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for key, parameter in model.named_parameters():
+        if key.endswith("embed_in.weight"):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return model
+
+
 def test_gkd_with_a_hybrid_as_student_and_as_teacher(saved, tmp_path, tokenizer):
     talking = copy.deepcopy(tokenizer)
     talking.chat_template = TEMPLATE
     found = []
     for teacher in saved:
-        more = {"teacher_model": AutoModelForCausalLM.from_pretrained(saved[teacher])}
-        with torch.no_grad():
-            for key, parameter in more["teacher_model"].named_parameters():
-                if key.endswith("embed_in.weight"):
-                    parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        more = {"teacher_model": another(saved[teacher])}
         settings = {"lmbda": 0.5, "max_new_tokens": 6, "more": more.items()}
         both = same_steps(saved, tmp_path / teacher, GKDTrainer, GKDConfig, TALKS, tokenizer=talking, **settings)
         found.append(both["hybrid"][0])
@@ -215,11 +221,7 @@ def test_distillation_with_a_hybrid_as_student_and_as_teacher(saved, tmp_path, t
     """It multiplies what the model says is its last state by what it says is its output matrix."""
     found = []
     for teacher in saved:
-        more = {"teacher_model": AutoModelForCausalLM.from_pretrained(saved[teacher])}
-        with torch.no_grad():
-            for key, parameter in more["teacher_model"].named_parameters():
-                if key.endswith("embed_in.weight"):
-                    parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        more = {"teacher_model": another(saved[teacher])}
         settings = {"max_completion_length": 6, "temperature": 0.7, "beta": 0.5, "more": more.items()}
         both = same_steps(saved, tmp_path / teacher, DistillationTrainer, DistillationConfig,
                           [{"prompt": one["prompt"]} for one in PROMPTED], tokenizer=tokenizer, **settings)  # fmt: skip
