@@ -95,6 +95,21 @@ SLOW = {
     "losses only": {"prediction_loss_only": True},
     "evaluation in fp16": {"fp16_full_eval": True},
 }  # fmt: skip
+PROJECTED = "rank=4,update_proj_gap=2,scale=0.25"
+OF_PACKAGES = {  # that no extra installs: they bring bitsandbytes or Triton along
+    "galore_torch": {
+        "GaLore": {"optim": "galore_adamw", "optim_target_modules": "all-linear", "optim_args": PROJECTED},
+        "GaLore by names": {"optim": "galore_adamw", "optim_target_modules": ["attention", "mlp"],
+                            "optim_args": PROJECTED},
+        "GaLore by layers": {"optim": "galore_adamw_layerwise", "optim_target_modules": [r".*mlp.*"],
+                             "optim_args": PROJECTED}},
+    "apollo_torch": {  # its random projections differ by a parameter's place in its group
+        "APOLLO": {"optim": "apollo_adamw", "optim_target_modules": ["mlp"],
+                   "optim_args": PROJECTED + ",proj=svd,scale_type=channel"}},
+    "liger_kernel": {
+        "Liger": {"use_liger_kernel": True},
+        "Liger, losses only": {"use_liger_kernel": True, "prediction_loss_only": True}},
+}  # fmt: skip
 
 
 def agree(found, right, name, tolerance=2e-5):
@@ -110,6 +125,10 @@ def agree(found, right, name, tolerance=2e-5):
 
 @pytest.mark.parametrize("options", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
 def test_every_option_does_on_a_hybrid_what_it_does_on_its_component(saved, tmp_path, options):
+    compare_with_the_component(saved, tmp_path, options, usual="nothing" if "nothing" in options else "metrics")
+
+
+def compare_with_the_component(saved, tmp_path, options, usual):
     losses = {}
     for name, settings in options.items():
         out = {}
@@ -122,9 +141,15 @@ def test_every_option_does_on_a_hybrid_what_it_does_on_its_component(saved, tmp_
             mine = out["hybrid"][1][f"one.{key}"]
             torch.testing.assert_close(mine, value, atol=tolerance, rtol=tolerance, msg=f"{name} {key}")
         losses[name] = out["plain"][0]["train"][-1]["loss"]
-    changing = [name for name in losses if name.startswith(("label", "NEFTune", "clipping"))]
-    usual = losses["nothing" if "nothing" in losses else "metrics"]
-    assert all(losses[name] != pytest.approx(usual, abs=1e-5) for name in changing), losses
+    changing = [name for name in losses if name.startswith(("label", "NEFTune", "clipping", "GaLore", "APOLLO"))]
+    assert all(losses[name] != pytest.approx(losses[usual], abs=1e-5) for name in changing), losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", OF_PACKAGES)
+def test_options_that_need_a_package(saved, tmp_path, package):
+    pytest.importorskip(package)
+    compare_with_the_component(saved, tmp_path, {"plainly": {}, **OF_PACKAGES[package]}, usual="plainly")
 
 
 def test_half_precision(saved):
