@@ -96,7 +96,7 @@ SLOW = {
     "evaluation in fp16": {"fp16_full_eval": True},
 }  # fmt: skip
 PROJECTED = "rank=4,update_proj_gap=2,scale=0.25"
-OF_PACKAGES = {  # that no extra installs: they bring bitsandbytes or Triton along
+OF_PACKAGES = {  # no extra installs liger-kernel, which brings Triton along
     "galore_torch": {
         "GaLore": {"optim": "galore_adamw", "optim_target_modules": "all-linear", "optim_args": PROJECTED},
         "GaLore by names": {"optim": "galore_adamw", "optim_target_modules": ["attention", "mlp"],
