@@ -4,7 +4,7 @@
 
 For every setting (components and texts, most of them of `benchmarks/study.py`) a one-block hybrid is trained as a
 recipe would (gate, then everything) with each pair of loss weights and in each space, at two rates; and before any
-training the components are measured by `manticore_hf.training.objective`, forward only. The question is whether the
+training the components are measured by `manticore_hf.training.strengths`, forward only. The question is whether the
 measurement says what is better. Every run is a line of the output; a killed benchmark goes on.
 """
 
@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from manticore_hf import ManticoreForCausalLM, set_stage
 from manticore_hf.evaluation.data import pack
-from manticore_hf.training.objective import WINDOW, difference_of_strengths
+from manticore_hf.training.strengths import WINDOW, difference_of_strengths
 from manticore_hf.utils.objective import ALIKE, DIFFERENT, SPECIALISTS
 
 BLOCK, BATCH = 256, 4

@@ -29,9 +29,9 @@ if TYPE_CHECKING:  # the same as `_PUBLIC`, for editors
     from manticore_hf.training.calibrate import calibrate_projectors
     from manticore_hf.training.freezing import set_stage
     from manticore_hf.training.lora import lora_config, prompt_config, quantization_skips
-    from manticore_hf.training.objective import choose_objective
     from manticore_hf.training.prune import pick_route, prune
     from manticore_hf.training.search import SearchArguments, SearchTrainer
+    from manticore_hf.training.strengths import choose_objective
 
 
 _PUBLIC = {
@@ -45,7 +45,7 @@ _PUBLIC = {
     "SearchArguments": "training.search",
     "SearchTrainer": "training.search",
     "calibrate_projectors": "training.calibrate",
-    "choose_objective": "training.objective",
+    "choose_objective": "training.strengths",
     "compose_transplanted": "compose.transplant",
     "convert": "compose.convert.convert",
     "prune": "training.prune",

@@ -15,7 +15,7 @@ from hub_models import tiny, tokenizer
 from huggingface_hub import ModelCard
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM, prune
-from manticore_hf.hub.card import Facts, make_card, read_results
+from manticore_hf.hub.card import CardFacts, make_card, read_results
 from manticore_hf.hub.card_merge import merge
 
 pytestmark = pytest.mark.usefixtures("counted_once")
@@ -41,7 +41,7 @@ def saved(saved_once, tmp_path):
 
 def made(folder, **facts):
     licenses = facts.pop("licenses", {"a": "mit", "b": "apache-2.0"})
-    return make_card(folder, Facts("me/hybrid", licenses, **facts))
+    return make_card(folder, CardFacts("me/hybrid", licenses, **facts))
 
 
 def tables(text):

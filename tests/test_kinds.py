@@ -21,7 +21,7 @@ from manticore_hf import (
     publish,
 )
 from manticore_hf.cli import main
-from manticore_hf.hub.card import Facts, make_card
+from manticore_hf.hub.card import CardFacts, make_card
 from manticore_hf.hub.card_merge import merge
 from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.report.write import write_report
@@ -41,7 +41,7 @@ def repos(hub, owner, tmp_path):
 
 
 def card_of(folder):
-    card, _, alpha, notices = make_card(folder, Facts("me/hybrid", {"a": "mit", "b": "mit"}))
+    card, _, alpha, notices = make_card(folder, CardFacts("me/hybrid", {"a": "mit", "b": "mit"}))
     return card, merge(card)[0], alpha, notices
 
 

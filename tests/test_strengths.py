@@ -12,14 +12,14 @@ from transformers import TrainingArguments
 
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.evaluation.data import DataArguments
-from manticore_hf.training.objective import (
+from manticore_hf.training.recipe import load_recipe
+from manticore_hf.training.strengths import (
     ObjectiveWhenSharded,
     Strengths,
     awaits_objective,
     choose_objective,
     difference_of_strengths,
 )
-from manticore_hf.training.recipe import load_recipe
 from manticore_hf.training.trained_stages import StageArguments, run_stage
 from manticore_hf.training.untrained_stages import run_compose
 from manticore_hf.utils.objective import ALIKE, SPECIALISTS, say_objective

@@ -65,7 +65,7 @@ class Result:
 
 
 @dataclass
-class Facts:
+class CardFacts:
     """What a card says, beside what can be read from the hybrid's directory.
 
     Args:
@@ -92,13 +92,13 @@ class Facts:
 
 
 def make_card(
-    directory: str | os.PathLike, facts: Facts
+    directory: str | os.PathLike, facts: CardFacts
 ) -> tuple[Card, str | None, list[list[float]] | None, list[str]]:
     """Makes the card of a saved hybrid.
 
     Args:
         directory: Where the hybrid is.
-        facts: Facts.
+        facts: CardFacts.
 
     Returns:
         (Card, text of the licence file or None where one licence covers all, alpha [S][K] or None, notices).

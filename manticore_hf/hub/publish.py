@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from manticore_hf.hub.card import LICENSE_FILE, Facts, make_card, shown_results
+from manticore_hf.hub.card import LICENSE_FILE, CardFacts, make_card, shown_results
 from manticore_hf.hub.card_merge import choose, merge
 from manticore_hf.hub.eval_results import FILE as EVAL_RESULTS
 from manticore_hf.hub.eval_results import eval_results
@@ -129,7 +129,7 @@ def publish(
         notices += [*access, *(f"Overridden: {conflict}" for conflict in combined.conflicts)]
         notices += [f"The licence of component {name!r} is unknown: {licenses[name]}." for name in combined.unknown]
         weights = _weights(files.values(), config, sizes)
-        facts = Facts(repo_id, licenses, license, *weights, access, list(datasets), list(tags), combined)
+        facts = CardFacts(repo_id, licenses, license, *weights, access, list(datasets), list(tags), combined)
         notices += write_card(directory, made, facts, choose(_read(directory / "README.md"), remote, card))
         notices += _write_results(directory, made, repo_id, api)
         files.update({path.relative_to(made).as_posix(): path for path in made.rglob("*") if path.is_file()})
@@ -170,7 +170,7 @@ def update_card(
         config = ManticoreConfig.from_pretrained(directory)
         licenses, sizes, access = look_at_components(config, api)
         weights = _weights(directory.glob("model*.safetensors"), config, sizes)
-        facts = Facts(repo_id, licenses, license, *weights, access, list(datasets), list(tags))
+        facts = CardFacts(repo_id, licenses, license, *weights, access, list(datasets), list(tags))
         present = choose(_read(directory / "README.md"), _target(api, repo_id, None, token)[2])
     for notice in write_card(directory, directory, facts, present):
         logger.warning(notice)
@@ -225,13 +225,13 @@ def look_at_components(config: ManticoreConfig, api: HfApi) -> tuple[dict, dict,
     return licenses, sizes, access
 
 
-def write_card(directory: Path, made: Path, facts: Facts, present: str | None) -> list[str]:
+def write_card(directory: Path, made: Path, facts: CardFacts, present: str | None) -> list[str]:
     """Writes README.md, the heat map and, where no single licence covers all, the licence file to `made`.
 
     Args:
         directory: Where the hybrid is.
         made: Directory for the files.
-        facts: Facts.
+        facts: CardFacts.
         present: Text of the card that this one updates, or None.
 
     Returns:

@@ -23,7 +23,7 @@ _SHOWN = ("*.json", "*.yaml", "*.md", "checkpoint-*/*.json", f"{FOLDER}/{FILE}")
 
 
 @dataclass
-class Stage:
+class FinishedStage:
     """One finished stage.
 
     Args:
@@ -73,7 +73,7 @@ class Facts:
     Args:
         name: What the hybrid is called: the last parts of its path.
         folder: Its directory.
-        stages: [Stage], in order.
+        stages: [FinishedStage], in order.
         found: What `inspect_hybrid` says.
         combined: What follows from the licences, for any use; `commercial` for commercial use.
         results: [Result] of this hybrid on texts, from its directory.
@@ -148,7 +148,7 @@ def _refuse_links(folders, named):
 
 
 def _stages(directory):
-    """(directory of the hybrid, [Stage] that made it)."""
+    """(directory of the hybrid, [FinishedStage] that made it)."""
     if not directory.is_dir():
         raise ManticoreError(
             f"{str(directory)!r} is no directory; give that of a saved hybrid or of `manticore-hf run`."
@@ -183,7 +183,7 @@ def _stage(folder):
     log = state.get("log_history")
     log = [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []
     flops = state.get("total_flos")
-    return Stage(folder.name, folder, result, log, flops if is_number(flops) and flops > 0 else None)
+    return FinishedStage(folder.name, folder, result, log, flops if is_number(flops) and flops > 0 else None)
 
 
 def _last_state(folder):

@@ -46,7 +46,7 @@ _ROOMS = {
     "report.run": "report.write",
     "search": "training.search",
     "stages": "training.freezing",
-    "strengths": "training.objective",
+    "strengths": "training.strengths",
     "tasks": "experiments",
     "tasks.comparison": "experiments.baselines",
     "tasks.compression": "experiments.mad.compression",
