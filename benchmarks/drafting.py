@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import torch
-from manticore_hf.modeling.layer_stack_manticore import cache_argument
+from manticore_hf.modeling.components_manticore import cache_argument
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, set_seed
 from transformers.cache_utils import LinearAttentionCacheLayerMixin

@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 from manticore_hf.modeling import mixers_manticore as mixers
-from manticore_hf.modeling.layer_stack_manticore import cache_argument
+from manticore_hf.modeling.components_manticore import cache_argument
 from tqdm.auto import tqdm
 from transformers import DynamicCache, Mamba2Config, Mamba2Model, MambaConfig, MambaModel
 
@@ -50,7 +50,7 @@ def way(name, model):
         if name != "kernels":
             stack.enter_context(mock.patch.object(mixers, "_kernel_takes", lambda tensor: False))
         for mixer in taken if name == "torch" else ():
-            plain = {key: mixers._plain(function) for key, function, _ in mixers._called(type(mixer).forward)}
+            plain = {key: mixers.plain_of(function) for key, function, _ in mixers._called(type(mixer).forward)}
             inner = inspect.unwrap(type(mixer).forward)
             own = mixers._rebuild(type(mixer).forward, inner.__code__, inner.__globals__ | plain)
             stack.enter_context(mock.patch.object(mixer, "forward", functools.partial(own, mixer)))

@@ -18,8 +18,9 @@ import speed
 import torch
 import torch.nn.functional as F
 from manticore_hf.modeling import layer_stack_manticore, mixing_manticore, modeling_manticore, segments_manticore
-from manticore_hf.modeling.conv_manticore import causal_conv1d
 from manticore_hf.modeling.mixture_manticore import sureness, weighted_sum
+
+from manticore_hf.kernels.conv import causal_conv1d
 
 
 def milliseconds(runs, repeats):
@@ -90,7 +91,7 @@ def shares(repeats):
 
         setattr(owner, method, timed)
 
-    watch(segments_manticore.Segment, "__call__", lambda args: "segments")
+    watch(layer_stack_manticore.Segment, "__call__", lambda args: "segments")
     watch(segments_manticore.Whole, "__call__", lambda args: "segments")
     watch(segments_manticore.Head, "__call__", lambda args: "heads")
     watch(modeling_manticore.ManticoreForCausalLM, "mix", lambda args: "output mixture")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import transformers.models.mamba.modeling_mamba as mamba
 import transformers.models.mamba2.modeling_mamba2 as mamba2
-from manticore_hf.modeling import mixers_manticore
+from manticore_hf.modeling import mixers_manticore, ssd_manticore
 from tqdm.auto import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXModel, Mamba2Config, Mamba2Model, MambaConfig, MambaModel
 
@@ -43,7 +43,7 @@ def layers(width):
 
 def scan_of(kind, ours):
     """The function that a mixer calls: ours or Transformers'."""
-    made = {"mamba": mixers_manticore._make_scan, "mamba2": mixers_manticore._make_chunk_scan}
+    made = {"mamba": mixers_manticore._make_scan, "mamba2": ssd_manticore.make_chunk_scan}
     return made[kind](SCANS[kind]) if ours else inspect.unwrap(SCANS[kind])
 
 

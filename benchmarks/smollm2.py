@@ -45,9 +45,9 @@ def trained(directory, smollm2, rows, steps, seed):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, **ids))
-    from manticore_hf.modeling.components_manticore import prepare
+    from manticore_hf.modeling.mixers_manticore import repair_mixers
 
-    prepare(model)  # this package's scan; Transformers' own takes several times as long on a CPU
+    repair_mixers(model)  # this package's scan; Transformers' own takes several times as long on a CPU
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     order = torch.randint(len(rows), (steps, BATCH))

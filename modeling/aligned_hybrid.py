@@ -13,8 +13,6 @@ tokens of the bytes so far; where A's token goes on beyond b, its share is A's o
 that b may begin; tokens that A would never write after its last one get nothing, and with them B's tokens whose bytes
 begin like them keep BLOCKED of their weight. A part TRUST of the result is A's own prediction, so that no token is
 impossible.
-
-Loading this file lets `running_manticore` run such hybrids; repositories that align nothing do not carry it.
 """
 
 from dataclasses import dataclass, replace
@@ -26,17 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from .aligned_mapping import ByteTokenizer, Mapping
 from .aligned_reading import Row, can_read_trees, grow, read_trees, walk
 from .aligned_tokenizers import tokenizer_of
-from .configuration_manticore import ManticoreConfig, ManticoreError  # noqa: F401 - for the Auto classes of a published repository
+from .configuration_manticore import ManticoreError
 from .mixing_manticore import resize
 from .mixture_manticore import without_autocast
-from .modeling_manticore import (  # noqa: F401 - likewise
-    ManticoreForCausalLM,
-    ManticoreForSequenceClassification,
-    ManticoreForTokenClassification,
-    ManticoreModel,
-)
-from .past_losses import Past  # noqa: F401 - which lets their mixture go by past losses
-from .running_manticore import RUNNERS, active_in, mix_native, mixture_rows, run_any
+from .running_manticore import active_in, mix_native, mixture_rows, run_any
 from .segments_manticore import check_positions
 
 TRUST = 1e-6
@@ -369,6 +360,3 @@ def run_aligned(model, inputs, shared):
         return {name: logits[name] for name in active}
 
     return replace(found, states=states, weights=weights, shared=state, hidden_states=boundaries, own_logits=own_logits)
-
-
-RUNNERS["aligned"] = run_aligned

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 
 from .bounds_manticore import ManticoreError, reason, show
 from .references_manticore import fetch, refusal, where
-from .saving_manticore import BESIDE
 
 FILES = (
     "tokenizer.json",
@@ -111,6 +110,3 @@ def keep_tokenizers(model, directory):
     for entry in model.config.components if model.config.aligned else ():
         if entry.get("tokenizer") is not None and entry["repo_id"] is None:
             tokenizer_of(model, entry["name"]).save_pretrained(os.path.join(directory, folder_of(entry["name"])))
-
-
-BESIDE.append(keep_tokenizers)

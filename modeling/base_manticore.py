@@ -2,30 +2,29 @@
 
 import copy
 import sys
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .bounds_manticore import TESTED, VERSION, build_component, construct, trying
 from .cache_manticore import ManticoreCache, cache_for_generation
+from .carried_manticore import carried, is_needed, optional
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import check_whole_rows, device_of, onloaded, place, whole_weights
 from .dtypes_manticore import MixedDtypes, Quantizable, check_adapted
-from .layer_stack_manticore import check_cut
-from .mixers_manticore import follow_kernels
-from .mixing_manticore import HybridMixer, resize, whole
-from .mixture_manticore import weighted_sum, widen
-from .outputs_manticore import ManticoreModelOutput
-from .recurrent_manticore import keep_state_in_cache
-from .running_manticore import active_in, mixture_rows, read_inputs, run
-from .segments_manticore import Dropped, Segments, width_of, without_head
+from .mixing_manticore import HybridMixer, whole
+from .mixture_manticore import widen
+from .running_manticore import read_inputs, run
+from .segments_manticore import Dropped, Segments, width_of
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 takes_old_cache = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
@@ -34,6 +33,22 @@ UNTESTED = (
     "This hybrid's code was tested with Transformers {}.{} to {}.{}, and a newer one is installed: if something is "
     "wrong, install one of these, or bring the repository's code up to date (manticore-hf push --code-only)."
 ).format(*TESTED[0], *TESTED[1])
+
+
+@dataclass
+class ManticoreModelOutput(BaseModelOutputWithPast):
+    """Output of `ManticoreModel`.
+
+    Attributes:
+        last_hidden_state: [batch, time, d], the shared state after the last block.
+        cache: A ManticoreCache, if caching.
+        hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
+        attentions: Attention weights [batch, heads, time, past + time], if asked for, of every layer that attends, as
+            they are run: block by block, in each component by component, in each layer by layer.
+        states: {component: [batch, time, d_k]}, the last states of those that were run in the last block.
+    """
+
+    states: ModelOutput | None = None
 
 
 class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreTrainedModel):
@@ -129,7 +144,7 @@ class HybridEmbedding(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         model = self._owner[0]
         if model.config.embeddings != "native":
-            return model.mix_embeddings(input_ids)
+            return optional("shared_manticore").mix_embeddings(model, input_ids)
         return torch.cat(place([model.embed(name, input_ids) for name in self.readers], input_ids.device), -1)
 
 
@@ -146,25 +161,28 @@ class ManticoreModel(ManticorePreTrainedModel):
             super().__init__(config)
         if not config.component_names:
             raise ManticoreError("A hybrid needs at least one component; ManticoreConfig(components=[...]) is empty.")
+        for name in carried(config, ()):  # what is missing is said before anything is made
+            optional(name)
         settle_attention(config)
         for name in config.component_names:
             sub, there = getattr(config, name), list(self.children())
             what = f"Component {name!r} ({sub.model_type})"
             component = build_component(what, sub, there) if components is None else components[name]
             setattr(config, name, component.config)
-            prepare(component)
-            keep_state_in_cache(component)
+            prepare(component, config)
             if components is not None:
                 for module in component.modules():
                     module._is_hf_initialized = True
             self.add_module(name, component)
             with trying(what):
                 try:
-                    check_cut(component, self.segments.layout(name), config.num_blocks)
+                    layout = self.segments.layout(name)
+                    if is_needed("layer_stack_manticore", config):
+                        optional("layer_stack_manticore").check_cut(component, layout, config.num_blocks)
                 except ManticoreError as err:
                     raise ManticoreError(f"Component {name!r}: {err}") from err
         if config.route is not None:
-            self.segments.prune()
+            optional("path_manticore").prune(self.segments)
         self.hybrid_mixer = construct("The hybrid's mixer", self.new_mixer, list(self.children()))
         self.__dict__["input_embedding"] = HybridEmbedding(self)
         self.post_init()
@@ -209,23 +227,9 @@ class ManticoreModel(ManticorePreTrainedModel):
             raise ManticoreError(f"No component is named {name!r}; the components are {self.config.component_names}.")
         return self._modules[name]
 
-    def drop_head(self, name: str) -> None:
-        """Leaves out a component's language-model head, where it has one of its own."""
-        self._modules[name], path = without_head(self.component(name))
-        if path is not None:
-            self.__dict__["_gone"] = (*self.__dict__.get("_gone", ()), f"{name}.{path}.")
-
     def is_gone(self, key: str) -> bool:
         """Whether a tensor belongs to a language-model head that this model leaves out."""
         return key.startswith(self.__dict__.get("_gone", ()))
-
-    def forgo(self, there: set[str]) -> bool:
-        """Leaves out the heads that the checkpoint of a classifier lacks, where they are not used."""
-        for name in () if type(self).can_generate() or hasattr(self, "score") else self.config.component_names:
-            head = without_head(self.component(name))[1]
-            if head is not None and not any(key.startswith(f"{name}.{head}.") for key in there):
-                self.drop_head(name)
-        return "_gone" in self.__dict__
 
     def mixture_weights(self) -> torch.Tensor:
         """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
@@ -263,8 +267,8 @@ class ManticoreModel(ManticorePreTrainedModel):
     def set_use_kernels(self, use_kernels: bool, *args: Any, **kwargs: Any) -> None:
         """As in Transformers, for the mixers' own forwards, too; says what the Hub had no kernel for."""
         super().set_use_kernels(use_kernels, *args, **kwargs)
-        if use_kernels:
-            follow_kernels(self)
+        if use_kernels and is_needed("mixers_manticore", self.config):
+            optional("mixers_manticore").follow_kernels(self)
 
     def train(self, mode: bool = True) -> "ManticoreModel":
         """As in torch, for the shells of the segments, too."""
@@ -341,12 +345,6 @@ class ManticoreModel(ManticorePreTrainedModel):
         """A component's own embeddings of the tokens [batch, time, width]."""
         embedding = self._modules[name].get_input_embeddings()
         return embedding(place(input_ids, device_of(embedding)))
-
-    def mix_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """h_0 = sum_k alpha_1k * pad(E_k[x], d): [batch, time, d]."""
-        active = active_in(self, mixture_rows(self)[0])
-        own = self.together([self.embed(name, input_ids) for name in active])
-        return weighted_sum(list(active.values()), [resize(one, self.config.hidden_size) for one in own])
 
     # ---- caches and attention --------------------------------------------------------------------------------------
 
@@ -460,3 +458,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         found = run(self, read_inputs(self, *given, {**kwargs, "output_attentions": output_attentions}))
         kept = found.cache, found.hidden_states, found.attentions
         return ManticoreModelOutput(found.shared, *kept, ModelOutput(found.states))
+
+
+ManticoreConfig.register_for_auto_class()
+ManticoreModel.register_for_auto_class("AutoModel")

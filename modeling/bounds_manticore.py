@@ -7,11 +7,9 @@ protected, by the `Guard` that it installs.
 
 import contextlib
 import copy
-import keyword
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import fields
 from functools import partial
 
 import torch
@@ -25,26 +23,14 @@ if VERSION < TESTED[0]:
         "pip install -U 'transformers>=5.24,<6'"
     )
 
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-from .settings_manticore import HybridSettings, ManticoreError  # noqa: E402
+from .settings_manticore import ManticoreError  # noqa: E402
 
 # What a component does with its outputs is the hybrid's to say.
 _OF_THE_HYBRID = ("model_type", "return_dict", "use_return_dict", "output_hidden_states", "tie_last_hidden_states")
-
-# Attributes of the hybrid's configuration and of its model: a component becomes an attribute of both.
-_RESERVED = {one.name for one in fields(HybridSettings)} | {
-    "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "route", "score",
-    "manticore_version", "calibration", "hidden_size", "component", "objective", "num_hidden_layers", "segments",
-    "max_position_embeddings", "framework", "name", "loss_type", "warnings_issued", "keys_to_ignore_at_inference",
-    "auto_map", "tie_word_embeddings", "component_names", "bounds", "bos_token_id", "eos_token_id", "pad_token_id",
-    "all_tied_weights_keys", "kernel_config", "embed", "from_components", "make_cache", "mix_embeddings", "new_mixer",
-    "renew_embeddings", "report_parts", "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm",
-    "is_gone", "make_score", "starts_anew", "composed_as", "together", "mix", "create_masks_for_generate",
-    "reads_past_losses",
-}  # fmt: skip
 
 
 class Guard:
@@ -118,16 +104,6 @@ def show(value: object) -> str:
 def reason(err: Exception) -> str:
     """What an error that is not ours says, as part of a message."""
     return " ".join(f"{type(err).__name__}: {err}".split())[:1000]
-
-
-def check_component_name(name: object) -> None:
-    """Raises ManticoreError unless `name` can be an attribute of the model and of the configuration."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,99}", name) or keyword.iskeyword(name):
-        raise ManticoreError(
-            f"Component name {show(name)} must be a Python identifier that starts with a letter (100 at most)."
-        )
-    if name in _RESERVED or any(hasattr(cls, name) for cls in (PreTrainedConfig, PreTrainedModel, GenerationMixin)):
-        raise ManticoreError(f"Component name {name!r} is used by the model itself; give the component another name.")
 
 
 def check_reference(

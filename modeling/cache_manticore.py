@@ -2,7 +2,8 @@
 
 Transformers takes the length of a cache's first attention layer for that of all. Once the first segment of a component
 has run, it counts the new tokens already, and later ones would get wrong positions: each sees a view of the layers it
-owns, and the hybrid counts tokens itself. A component that is run whole has its own cache.
+owns (`SegmentCache`, layer_stack_manticore), and the hybrid counts tokens itself. A component that is run whole has its
+own cache.
 """
 
 import torch
@@ -11,7 +12,6 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCa
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
@@ -20,16 +20,8 @@ from transformers.cache_utils import (
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from .bounds_manticore import trying
+from .carried_manticore import optional
 from .configuration_manticore import ManticoreError
-
-
-class _Hole(DummyLayer):
-    """Stands at the index of a layer that belongs to another segment, so that layers keep their own `layer_idx`.
-
-    Transformers' mask code looks for the first layer that slides, and for the first that neither slides nor is a dummy.
-    """
-
-    is_sliding = None
 
 
 def _keeping(cls):
@@ -45,30 +37,6 @@ def _keeping(cls):
 
 
 _KEEPING = {cls: _keeping(cls) for cls in (LinearAttentionLayer, *LinearAttentionLayer.__subclasses__())}
-
-
-class SegmentCache(Cache):
-    """What the segment [start, ...) of a component sees: its own layers at their own indices, and the true length."""
-
-    def __init__(self, seen: int, layers: list, start: int):
-        super().__init__(layers=[_Hole()] * start + list(layers))
-        self.seen = seen
-        self._attention = next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), None)
-
-    def _attention_layer(self, layer_idx):
-        if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], CacheLayerMixin):
-            return self.layers[layer_idx]
-        return self._attention
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens already seen; a view without attention layers has the hybrid's count."""
-        layer = self._attention_layer(layer_idx)
-        return self.seen if layer is None else layer.get_seq_length()
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """(key length, key offset) of the mask for `query_length` new tokens."""
-        layer = self._attention_layer(layer_idx)
-        return (self.seen + query_length, 0) if layer is None else layer.get_mask_sizes(query_length)
 
 
 class ManticoreCache(Cache):
@@ -109,7 +77,7 @@ class ManticoreCache(Cache):
         for name, config in configs.items():
             part = _part(name, config, max_cache_len, offloading, quantized)
             for block, (start, stop) in ((block, pair) for (other, block), pair in ranges.items() if other == name):
-                kind = type(part) if (start, stop) == (0, len(part.layers)) else SegmentCache
+                kind = None if (start, stop) != (0, len(part.layers)) else type(part)
                 self._views[f"{name}-{block}"] = [kind, len(layers), start, stop]
                 layers += part.layers[start:stop]
         self.is_plain &= all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
@@ -132,8 +100,8 @@ class ManticoreCache(Cache):
         """
         kind, first, start, stop = self._views[f"{name}-{block}"]
         mine = self.layers[first : first + stop - start]
-        if kind is SegmentCache:
-            view = SegmentCache(self.seen, mine, start)
+        if kind is None:
+            view = optional("layer_stack_manticore").SegmentCache(self.seen, mine, start)
         else:
             view = kind.__new__(kind)
             Cache.__init__(view, layers=mine)

@@ -1,14 +1,22 @@
-"""A component as a hybrid needs it: repaired where Transformers is wrong, with its own attention.
+"""A component as a hybrid needs it: repaired where Transformers is wrong, with its own attention; where its layers are.
 
 Transformers refuses an attention implementation that one sub-model lacks. A hybrid joins models that attend with others
 that do not attend at all (Mamba) or in their own way (Bloom, Gemma 2), so these keep theirs.
+
+`Shell` is what segments and heads are made of: a shallow copy of a module that follows the original, with other
+children or another configuration.
 """
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .configuration_manticore import ManticoreError
-from .mixers_manticore import repair_mixers
+from .carried_manticore import is_needed, optional
+from .configuration_manticore import ManticoreError, component_depth
 
 # Engines that keep the keys and values themselves: Transformers' continuous batching, vLLM, SGLang
 ENGINES = ("paged", "vllm", "sglang")
@@ -26,13 +34,16 @@ class EngineError(ManticoreError):
         )
 
 
-def prepare(component: PreTrainedModel) -> None:
-    """Repairs what Transformers gets wrong for a component: its state-space mixers, and experts."""
+def prepare(component: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Repairs what Transformers gets wrong for a component of a hybrid of this configuration: mixers, and experts."""
     # Experts run in groups by default, which torch cannot do where a row of weights is no multiple of 16 bytes
     experts = [tensor for name, tensor in component.named_parameters() if ".experts." in name and tensor.ndim == 3]
     if any(size * tensor.element_size() % 16 for tensor in experts for size in tensor.shape[1:]):
         component.set_experts_implementation("eager")
-    repair_mixers(component)
+    if is_needed("mixers_manticore", config):
+        optional("mixers_manticore").repair_mixers(component)
+    if is_needed("recurrent_manticore", config):
+        optional("recurrent_manticore").keep_state_in_cache(component)
 
 
 def check_engine(implementation: str | dict | None) -> None:
@@ -71,3 +82,127 @@ def choose_attention(components: dict, implementation: str | dict) -> str | dict
         return implementation
     kept = {name: part.config._attn_implementation for name, part in components.items()}
     return {"": implementation} | kept | dict.fromkeys(able, implementation)
+
+
+# ---- where its layers are --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StackLayout:
+    """Where a component keeps its layers, and what its own forward does around them.
+
+    What is from `before` on is known where it was looked at (layer_stack_manticore).
+
+    Attributes:
+        path: Path of the module that owns the layer list, from the causal LM.
+        layers: Name of the layer list.
+        cache_argument: Name under which the owner takes a cache, or None.
+        positions: Whether the owner takes `position_ids`.
+        attends: Whether it has attention: what has not (Mamba) masks the given tokens, not those it has seen.
+        before: Child name -> stand-in class, for children that change the state before the first layer.
+        after: Names of the children that run after the last layer.
+        shared: Names of the children that run both before the first layer and after the last one.
+        enters: Whether the owner changes the state before the first layer by more than those (Granite scales it).
+        leaves: The same after the last layer.
+        overwrites: Whether the owner may overwrite the embeddings that it is given (CTRL does).
+        rereads: Whether layers read the embeddings beside the state (Zamba), which only a first segment has.
+    """
+
+    path: str
+    layers: str
+    cache_argument: str | None
+    positions: bool
+    attends: bool
+    before: dict = field(default_factory=dict)
+    after: list = field(default_factory=list)
+    shared: list = field(default_factory=list)
+    enters: bool = False
+    leaves: bool = False
+    overwrites: bool = True
+    rereads: bool = False
+
+
+def find_stack(component: PreTrainedModel) -> StackLayout:
+    """The layout of a causal LM whose layers all run in one go, so that what is done around them does not matter.
+
+    Raises:
+        ManticoreError: No list of `num_hidden_layers` layers was found, or the model takes no `inputs_embeds`.
+    """
+    path, layers = find_layers(component, component_depth(component.config))
+    stack = component.get_submodule(path)
+    parameters, cache = inspect.signature(type(stack).forward).parameters, cache_argument(type(stack).forward)
+    if "inputs_embeds" not in parameters:
+        raise uncut(component, f"{type(stack).__name__} takes no inputs_embeds.")
+    return StackLayout(path, layers, cache, "position_ids" in parameters, _attends(stack.config))
+
+
+def uncut(component: PreTrainedModel, reason: str, cut: str = "cut") -> ManticoreError:
+    """The error for an architecture that cannot be cut."""
+    return ManticoreError(f"Architecture {component.config.model_type!r} cannot be {cut}: {reason}")
+
+
+def cache_argument(forward: Callable) -> str | None:
+    """The name under which a model's forward takes its cache, or None; older remote code has older names."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
+
+
+def _attends(config):
+    try:
+        return hasattr(config, "num_attention_heads")
+    except Exception:  # "per layer, and not the same in all" (Dots 3) is no AttributeError
+        return True
+
+
+def backbone_name(component: PreTrainedModel) -> str:
+    """Name of a causal LM's child that is its model without head.
+
+    That is what its class says, where it is true (of Llama 4 it is not).
+    """
+    if component.base_model_prefix in component._modules:
+        return component.base_model_prefix
+    found = [name for name, child in component.named_children() if isinstance(child, PreTrainedModel)]
+    return found[0] if len(found) == 1 else component.base_model_prefix
+
+
+def find_layers(component: PreTrainedModel, depth: int) -> tuple[str, str]:
+    """Where a causal LM keeps its layers: path of the module that has their list, and the list's name there.
+
+    Raises:
+        ManticoreError: There is no list of `depth` modules.
+    """
+    prefix = backbone_name(component)
+    todo = [(prefix, getattr(component, prefix, None))]
+    while todo:
+        path, module = todo.pop(0)
+        if module is None:
+            continue
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList):
+                if len(child) == depth:
+                    return path, name
+            else:
+                todo.append((f"{path}.{name}", child))
+    raise uncut(component, f"no list of its {depth} layers was found.")
+
+
+# Put there by accelerate when it dispatches a model: bound to the original module, they would run all of its layers.
+_NEVER_COPIED = ("forward", "_old_forward", "_hf_hook")
+
+
+class Shell:
+    """A shallow copy of a module that follows the original: same parameters, hooks, mode; other children or config."""
+
+    def __init__(self, source: nn.Module):
+        self.source = source
+        self.module = source.__class__.__new__(source.__class__)
+        self.own = {}
+        self.follow()
+
+    def follow(self) -> None:
+        """Takes over what changed in the original: training mode, checkpointing, hooks, replaced children."""
+        state = self.module.__dict__
+        state.update(self.source.__dict__)
+        for name in _NEVER_COPIED:
+            state.pop(name, None)
+        state.update(self.own)

@@ -10,34 +10,26 @@ from itertools import accumulate
 from typing import Any
 
 # First, because it says what is wrong where Transformers is too old for what follows
-from .bounds_manticore import (
-    ManticoreError,
-    build_config,
-    check_component,
-    check_component_name,
-    check_dtype,
-    check_reference,
-    guard,
-    show,
-)
+from .bounds_manticore import ManticoreError, build_config, check_component, check_dtype, check_reference, guard, show
 
 # isort: split
 from transformers import PreTrainedConfig
 
-from .references_manticore import require, run_trusted
+from .carried_manticore import ENTRY, carries, optional
 from .settings_manticore import CHOICES, FILLED, PRESETS, HybridSettings
 
 FORMAT_VERSION = 1
 """Version of the repository layout. Raised when an older package could no longer read a newer repository."""
 
+_ENTRY = ENTRY.removesuffix(".py")
 AUTO_MAP = {
-    "AutoConfig": "configuration_manticore.ManticoreConfig",
-    "AutoModel": "modeling_manticore.ManticoreModel",
-    "AutoModelForCausalLM": "modeling_manticore.ManticoreForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_manticore.ManticoreForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_manticore.ManticoreForTokenClassification",
+    "AutoConfig": f"{_ENTRY}.ManticoreConfig",
+    "AutoModel": f"{_ENTRY}.ManticoreModel",
+    "AutoModelForCausalLM": f"{_ENTRY}.ManticoreForCausalLM",
+    "AutoModelForSequenceClassification": f"{_ENTRY}.ManticoreForSequenceClassification",
+    "AutoModelForTokenClassification": f"{_ENTRY}.ManticoreForTokenClassification",
     # The one class by which `transformers serve` loads remote code; its decisions are read from a causal LM's logits
-    "AutoModelForDecision": "modeling_manticore.ManticoreForCausalLM",
+    "AutoModelForDecision": f"{_ENTRY}.ManticoreForCausalLM",
 }
 
 
@@ -120,9 +112,7 @@ class ManticoreConfig(PreTrainedConfig):
             raise ManticoreError(f"num_blocks={show(self.num_blocks)} must be a positive integer.")
         self.block_layers = self._check_block_layers(given.block_layers)
         self.reference_component = given.reference_component
-        if route and isinstance(self.reference_component, str):  # it may be one that the route dropped
-            check_component_name(self.reference_component)
-        else:
+        if not (route and isinstance(self.reference_component, str)):  # it may be one that the route dropped
             self.reference_component = self._check_name("reference_component", self.reference_component)
         self.tokenizer_component = self._check_name("tokenizer_component", given.tokenizer_component)
         self.route = self._check_route(route)
@@ -179,13 +169,15 @@ class ManticoreConfig(PreTrainedConfig):
     def _add_component(self, entry):
         entry = dict(entry)
         name = entry.get("name")
-        check_component_name(name)
+        guard().entry(name, entry)
         if name in self._component_names:
             raise ManticoreError(f"Two components are named {name!r}; give one another name (ComponentSpec(name=...)).")
         sub = entry.pop("config", None)
         sub = sub if sub is not None else getattr(self, name, None)
         if isinstance(sub, dict):
-            require(name, entry, sub)
+            # Code of another component may have been registered for its model type
+            if entry.get("code") is not None or carries("code_manticore"):
+                optional("code_manticore").require(name, entry, sub)
             sub = build_config(name, sub)
         if not isinstance(sub, PreTrainedConfig):
             raise ManticoreError(f"Component {name!r} has no configuration (components[...]['config'] is {show(sub)}).")
@@ -193,7 +185,6 @@ class ManticoreConfig(PreTrainedConfig):
         weights = entry.setdefault("weights", "reference" if entry.get("repo_id") else "embedded")
         if weights not in ("reference", "embedded"):
             raise ManticoreError(f"Component {name!r}: weights={show(weights)}; choose 'reference' or 'embedded'.")
-        guard().entry(name, entry)
         if weights == "reference" or entry.get("repo_id") is not None:
             check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
         own = (
@@ -307,7 +298,9 @@ class ManticoreConfig(PreTrainedConfig):
         guard().plain(what, config_dict)
         if not isinstance(config_dict, dict):
             raise ManticoreError(f"{what} is no JSON object but {show(config_dict)}; it is damaged or no hybrid's.")
-        run_trusted(kwargs.pop("trust_component_code", None) or (), config_dict)
+        trusted = kwargs.pop("trust_component_code", None)
+        if trusted:
+            optional("code_manticore").run_trusted(trusted, config_dict)
         # For its classes the caller decides (trust_remote_code).
         classes = {"auto_map": config_dict["auto_map"]} if isinstance(config_dict.get("auto_map"), dict) else {}
         return super().from_dict({**guard().settings(what, config_dict, cls), **classes}, **kwargs)
@@ -332,10 +325,7 @@ class ManticoreConfig(PreTrainedConfig):
                 sub.pop(private, None)
             entry["config"] = sub
             out.pop(entry["name"], None)
-        code = (
-            "aligned_hybrid." if self.aligned else "past_losses." if self.reads_past_losses else "modeling_manticore."
-        )
-        out["auto_map"] = {key: value.replace("modeling_manticore.", code) for key, value in AUTO_MAP.items()}
+        out["auto_map"] = dict(AUTO_MAP)
         return out
 
 

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .bounds_manticore import ManticoreError, show
+from .components_manticore import find_layers
 from .configuration_manticore import component_depth
-from .layer_stack_manticore import find_layers
 
 ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.")  # beginnings of names within the mixer
 RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")  # of state-space mixers: no plain matrix product everywhere

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from .base_manticore import ManticoreModel, takes_old_cache
 from .bounds_manticore import ManticoreError, construct
 from .cache_manticore import ManticoreCache
-from .devices_manticore import device_of, place
+from .devices_manticore import device_of, onloaded, place
 from .mixing_manticore import HybridMixer
-from .mixture_manticore import weighted_sum
+from .mixture_manticore import weighted_sum, widen
 from .running_manticore import read_inputs, run
 
 DROPOUT = 0.1  # of token classification, where the configuration has no `classifier_dropout`
@@ -50,6 +51,14 @@ class ScoreHead(nn.Module):
         return weighted_sum(weights, own), own
 
 
+def gate_rest(mixer: HybridMixer) -> torch.Tensor:
+    """The part of a mixer's token gate that does not depend on the token, softmax(b): [K], in float32."""
+    linear = mixer.token_gate.linear
+    with onloaded(linear):
+        unused = [one for one in mixer.token_gate.parameters() if one is not linear.bias]
+        return mixer.touched(widen(linear.bias).softmax(-1), mixer.alpha_logits, *unused)
+
+
 class ManticoreClassifier(ManticoreModel):
     """What both classifiers are: score heads instead of heads over the vocabulary."""
 
@@ -68,7 +77,7 @@ class ManticoreClassifier(ManticoreModel):
         else:
             widths = {"shared": config.hidden_size}
         for name in config.component_names:
-            self.drop_head(name)
+            drop_head(self, name)
         self.score = construct("The score heads", lambda: self.make_score(widths), list(self.children()))
         super().post_init()
 
@@ -116,7 +125,7 @@ class ManticoreClassifier(ManticoreModel):
         found = run(self, inputs, shared=not native)
         row = found.weights[-1]
         if config.mixture == "token" and not isinstance(row[0], float):
-            row = self.hybrid_mixer(HybridMixer.gate_rest).unbind()
+            row = self.hybrid_mixer(gate_rest).unbind()
         if native:
             weights = [w for name, w in zip(config.component_names, row) if name in found.states]
             states = {f"{name}-{config.num_blocks - 1}": state for name, state in found.states.items()}
@@ -193,3 +202,50 @@ class ManticoreForTokenClassification(ManticoreClassifier):
 
     def _loss_of(self, values, labels, items):
         return self.loss_function(logits=values, labels=labels, config=self.config, num_items_in_batch=items)
+
+
+# ---- without heads over the vocabulary -------------------------------------------------------------------------------
+
+
+def without_head(component: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
+    """(A causal LM without its language-model head, sharing everything else with it; the path of that head).
+
+    A head that is tied to the embeddings is the same tensor, and stays: then (the component itself, None).
+    """
+    head = component.get_output_embeddings()
+    path = next((path for path, module in component.named_modules() if module is head), None)
+    ties = component.all_tied_weights_keys or {}
+    if path is None or not list(head.parameters()) or f"{path}.weight" in {*ties, *ties.values()}:
+        return component, None
+    whole = part = _shallow(component)
+    *parents, name = path.split(".")
+    for parent in parents:
+        part._modules[parent] = part = _shallow(part._modules[parent])
+    part._modules[name] = None  # what Transformers takes for a model without head, when embeddings are resized
+    return whole, path
+
+
+def _shallow(module):
+    out = module.__class__.__new__(module.__class__)
+    out.__dict__.update(module.__dict__, _modules=dict(module._modules))
+    return out
+
+
+def drop_head(model: ManticoreModel, name: str) -> None:
+    """Leaves out a component's language-model head, where it has one of its own."""
+    model._modules[name], path = without_head(model.component(name))
+    if path is not None:
+        model.__dict__["_gone"] = (*model.__dict__.get("_gone", ()), f"{name}.{path}.")
+
+
+def forgo(model: ManticoreModel, there: set[str]) -> bool:
+    """Leaves out the heads that the checkpoint of a classifier lacks, where they are not used; whether any are."""
+    for name in () if type(model).can_generate() or hasattr(model, "score") else model.config.component_names:
+        head = without_head(model.component(name))[1]
+        if head is not None and not any(key.startswith(f"{name}.{head}.") for key in there):
+            drop_head(model, name)
+    return "_gone" in model.__dict__
+
+
+ManticoreForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+ManticoreForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

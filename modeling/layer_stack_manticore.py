@@ -1,15 +1,18 @@
-"""Where a component keeps its layers and what its own forward does around them, found by running it on nothing.
+"""Cutting a component: what its own forward does around its layers, found by running it on nothing, and segments of it.
 
-`Shell` is what segments are made of: a shallow copy of a module that follows the original, with other children or
-another configuration.
+A `Segment` runs the layers [start, stop) by a *shell*: a shallow copy of the module that owns the layer list
+(`LlamaModel`, `OPTDecoder`, ...), with the list and the configuration sliced and with the children that run before the
+first layer or after the last one neutralised where they do not belong. What a class does there outside of its children
+(Granite scales the embeddings) is passed over: its state goes to the first layer, and is taken from the last. All else
+(masks, positions, windows, attention backends, checkpointing) is Transformers' own code. The layers are the very same
+objects and keep their own `layer_idx`; `SegmentCache` leaves holes for those of others.
 """
 
 import contextlib
 import copy
 import inspect
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,12 +20,13 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .bounds_manticore import ManticoreError, reason
-from .configuration_manticore import component_depth
-
-# Put there by accelerate when it dispatches a model: bound to the original module, they would run all of its layers.
-_NEVER_COPIED = ("forward", "_old_forward", "_hf_hook")
+from .components_manticore import Shell, StackLayout, find_stack, uncut
+from .devices_manticore import onloaded
+from .segments_manticore import Whole
 
 
 class NoPosition(nn.Module):
@@ -81,39 +85,6 @@ class Exit(_Around):
         return out
 
 
-@dataclass
-class StackLayout:
-    """Where a component keeps its layers, and what its own forward does around them.
-
-    Attributes:
-        path: Path of the module that owns the layer list, from the causal LM.
-        layers: Name of the layer list.
-        cache_argument: Name under which the owner takes a cache, or None.
-        positions: Whether the owner takes `position_ids`.
-        attends: Whether it has attention: what has not (Mamba) masks the given tokens, not those it has seen.
-        before: Child name -> stand-in class, for children that change the state before the first layer.
-        after: Names of the children that run after the last layer.
-        shared: Names of the children that run both before the first layer and after the last one.
-        enters: Whether the owner changes the state before the first layer by more than those (Granite scales it).
-        leaves: The same after the last layer.
-        overwrites: Whether the owner overwrites the embeddings that it is given (CTRL).
-        rereads: Whether layers read the embeddings beside the state (Zamba), which only a first segment has.
-    """
-
-    path: str
-    layers: str
-    cache_argument: str | None
-    positions: bool
-    attends: bool
-    before: dict = field(default_factory=dict)
-    after: list = field(default_factory=list)
-    shared: list = field(default_factory=list)
-    enters: bool = False
-    leaves: bool = False
-    overwrites: bool = False
-    rereads: bool = False
-
-
 _FOUND = {}  # {all that a layout depends on: StackLayout}
 
 
@@ -135,70 +106,16 @@ def find_layout(component: PreTrainedModel) -> StackLayout:
 
 
 def _find_layout(component):
-    path, layers = find_layers(component, component_depth(component.config))
-    stack = component.get_submodule(path)
-    parameters, cache = inspect.signature(type(stack).forward).parameters, cache_argument(type(stack).forward)
-    if "inputs_embeds" not in parameters:
-        raise _uncut(component, f"{type(stack).__name__} takes no inputs_embeds.")
-    layout = StackLayout(path, layers, cache, "position_ids" in parameters, _attends(stack.config))
-    _watch_children(component, stack, layout)
+    layout = find_stack(component)
+    _watch_children(component, component.get_submodule(layout.path), layout)
     return layout
-
-
-def _uncut(component, reason, cut="cut"):
-    return ManticoreError(f"Architecture {component.config.model_type!r} cannot be {cut}: {reason}")
-
-
-def cache_argument(forward: Callable) -> str | None:
-    """The name under which a model's forward takes its cache, or None; older remote code has older names."""
-    parameters = inspect.signature(forward).parameters
-    return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
-
-
-def _attends(config):
-    try:
-        return hasattr(config, "num_attention_heads")
-    except Exception:  # "per layer, and not the same in all" (Dots 3) is no AttributeError
-        return True
 
 
 def check_cut(component: PreTrainedModel, layout: StackLayout, num_blocks: int) -> None:
     """Raises ManticoreError if a component cannot be cut into so many blocks, but into one."""
     if layout.rereads and num_blocks > 1:
         why = "its layers read the embeddings again, which only the first block has; give num_blocks=1."
-        raise _uncut(component, why, f"cut into {num_blocks} blocks")
-
-
-def backbone_name(component: PreTrainedModel) -> str:
-    """Name of a causal LM's child that is its model without head.
-
-    That is what its class says, where it is true (of Llama 4 it is not).
-    """
-    if component.base_model_prefix in component._modules:
-        return component.base_model_prefix
-    found = [name for name, child in component.named_children() if isinstance(child, PreTrainedModel)]
-    return found[0] if len(found) == 1 else component.base_model_prefix
-
-
-def find_layers(component: PreTrainedModel, depth: int) -> tuple[str, str]:
-    """Where a causal LM keeps its layers: path of the module that has their list, and the list's name there.
-
-    Raises:
-        ManticoreError: There is no list of `depth` modules.
-    """
-    prefix = backbone_name(component)
-    todo = [(prefix, getattr(component, prefix, None))]
-    while todo:
-        path, module = todo.pop(0)
-        if module is None:
-            continue
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList):
-                if len(child) == depth:
-                    return path, name
-            else:
-                todo.append((f"{path}.{name}", child))
-    raise _uncut(component, f"no list of its {depth} layers was found.")
+        raise uncut(component, why, f"cut into {num_blocks} blocks")
 
 
 def _watch_children(component, stack, layout):
@@ -247,7 +164,7 @@ def _watch_children(component, stack, layout):
         elif seen:
             layout.after.append(name)
     if seen != 1:
-        raise _uncut(component, f"its forward ran the first layer of {layout.path}.{layout.layers} {seen} times.")
+        raise uncut(component, f"its forward ran the first layer of {layout.path}.{layout.layers} {seen} times.")
     layout.shared = [name for name in layout.after if name in layout.before]
     for name in layout.shared:
         del layout.before[name]
@@ -263,7 +180,7 @@ def _watch_children(component, stack, layout):
     if first.found is None or first.found.shape != given.shape:
         shape = None if first.found is None else list(first.found.shape)
         why = f"(of a state of shape {list(given.shape)} they get {shape}), so that there is nothing to translate"
-        raise _uncut(component, f"what its layers hand on is no [batch, time, width] {why} between components.")
+        raise uncut(component, f"what its layers hand on is no [batch, time, width] {why} between components.")
     layout.overwrites = given._version > 0
     layout.enters = first.found is not given or layout.overwrites
     layout.leaves = middle[-1].found is not out
@@ -338,10 +255,10 @@ def _run_shell(component, stack, modules, kept, entering, mode):
         return hidden, out[0]
     except (DataDependentOutputException, DynamicOutputShapeException) as err:
         why = f"depends on values of its states ({err}), so that it cannot be looked at without computing it."
-        raise _uncut(component, f"what {type(stack).__name__} does {why}") from err
+        raise uncut(component, f"what {type(stack).__name__} does {why}") from err
     except Exception as err:
         why = f"embeddings alone, as the segments of a hybrid do ({reason(err)[:300]})."
-        raise _uncut(component, f"{type(stack).__name__} does not run on {why}") from err
+        raise uncut(component, f"{type(stack).__name__} does not run on {why}") from err
     finally:
         stack.config._experts_implementation_internal = experts
         stack.train(training)
@@ -400,19 +317,79 @@ def pick_config(config: PreTrainedConfig, indices: Sequence[int]) -> PreTrainedC
     return out
 
 
-class Shell:
-    """A shallow copy of a module that follows the original: same parameters, hooks, mode; other children or config."""
+class Segment(Whole):
+    """The layers [start, stop) of a component, run by a shell; the last segment ends at the component's depth."""
 
-    def __init__(self, source: nn.Module):
-        self.source = source
-        self.module = source.__class__.__new__(source.__class__)
-        self.own = {}
-        self.follow()
+    is_whole = False
 
-    def follow(self) -> None:
-        """Takes over what changed in the original: training mode, checkpointing, hooks, replaced children."""
-        state = self.module.__dict__
-        state.update(self.source.__dict__)
-        for name in _NEVER_COPIED:
-            state.pop(name, None)
-        state.update(self.own)
+    def prepare(self) -> None:
+        self.shell, self.entry, self.exit = Shell(self.stack), None, None
+        self.config = pick_config(self.stack.config, range(self.start, self.stop))
+        self.is_last = self.stop == len(getattr(self.stack, self.layout.layers))
+        if self.start != 0:
+            self.stand_ins |= {name: cls() for name, cls in self.layout.before.items()}
+        if not self.is_last:
+            self.stand_ins |= {name: PassThrough() for name in self.layout.after}
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.config._attn_implementation_internal = self.stack.config._attn_implementation_internal
+        self.shell.follow()
+
+    def rebuild(self, modules: dict, layers: nn.ModuleList, mine: list) -> None:
+        super().rebuild(modules, layers, mine)
+        if self.layout.enters and self.start != 0:
+            mine[0] = self.entry = Entry(mine[0])
+        if self.layout.leaves and not self.is_last:
+            mine[-1] = self.exit = Exit(mine[-1])
+        own = {**modules, self.layout.layers: nn.ModuleList(mine), **self.stand_ins}
+        self.shell.own = {"_modules": own, "config": self.config}
+
+    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None, attentions=None) -> torch.Tensor:
+        if attentions is not None and isinstance(self.stack, PreTrainedModel):
+            maybe_install_capturing_hooks(self.stack)  # once: the shell would do it again, on the same layers
+            self.shell.follow()
+        arguments = self.arguments(hidden, attention_mask, position_ids, cache)
+        if self.entry is not None:
+            self.entry.state = arguments["inputs_embeds"]
+        with onloaded(self.stack):
+            out = self.run(self.shell.module, arguments, attentions)
+        if self.exit is not None:
+            out, self.exit.found = self.exit.found, None
+        return out
+
+
+# ---- its cache -------------------------------------------------------------------------------------------------------
+
+
+class _Hole(DummyLayer):
+    """Stands at the index of a layer that belongs to another segment, so that layers keep their own `layer_idx`.
+
+    Transformers' mask code looks for the first layer that slides, and for the first that neither slides nor is a dummy.
+    """
+
+    is_sliding = None
+
+
+class SegmentCache(Cache):
+    """What the segment [start, ...) of a component sees: its own layers at their own indices, and the true length."""
+
+    def __init__(self, seen: int, layers: list, start: int):
+        super().__init__(layers=[_Hole()] * start + list(layers))
+        self.seen = seen
+        self._attention = next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), None)
+
+    def _attention_layer(self, layer_idx):
+        if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], CacheLayerMixin):
+            return self.layers[layer_idx]
+        return self._attention
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens already seen; a view without attention layers has the hybrid's count."""
+        layer = self._attention_layer(layer_idx)
+        return self.seen if layer is None else layer.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(key length, key offset) of the mask for `query_length` new tokens."""
+        layer = self._attention_layer(layer_idx)
+        return (self.seen + query_length, 0) if layer is None else layer.get_mask_sizes(query_length)

@@ -14,10 +14,12 @@ import ast
 import functools
 import inspect
 import linecache
+import sys
 import textwrap
 import types
 import warnings
 import weakref
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import ACT2FN
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
-from .conv_manticore import causal_conv1d
-from .scan_manticore import selective_scan
-from .ssd_manticore import chunk_scan
+from .carried_manticore import optional
 
 SCANS = ("mamba_selective_scan", "mamba2_chunk_scan")
 FUSED = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined")
@@ -38,6 +38,15 @@ _MISSING = {
     "mamba2_selective_state_update": ("dt_limit", "self.time_step_limit"),
 }
 """Arguments that mixers do not give: name and value, where {0} is the forward's name for its cache."""
+
+
+# What all copies of this file in the process share
+_shared = sys.modules.setdefault("_manticore_mixers", types.ModuleType("_manticore_mixers"))
+
+
+def register_conv(causal_conv1d: Callable) -> None:
+    """Registers a faster convolution for CPUs: (x [batch, channels, time], weight, bias) -> [batch, channels, time]."""
+    _shared.causal_conv1d = causal_conv1d
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +68,7 @@ def _implementation(function):
     return inspect.getclosurevars(function).nonlocals.get("implementation") if inspect.isfunction(function) else None
 
 
-def _plain(function):
+def plain_of(function):
     """Transformers' torch version."""
     return inspect.unwrap(_wrapped(function))
 
@@ -71,7 +80,7 @@ def has_kernel(function) -> bool:
         if own is not None and getattr(own, "__func__", own) is not type(function).forward:
             return True
     bound = _implementation(function)
-    return bound is not None and bound is not _plain(function)
+    return bound is not None and bound is not plain_of(function)
 
 
 def _is_packed(kwargs: dict) -> bool:
@@ -83,13 +92,18 @@ def _kernel_takes(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype != torch.float64 and not isinstance(tensor, FakeTensor)
 
 
+def is_for_kernel(tensor: torch.Tensor, kwargs: dict) -> bool:
+    """Whether a call is a kernel's, if there is one, or gets the error for sequences packed without one."""
+    return _kernel_takes(tensor) or _is_packed(kwargs)
+
+
 def _must_trace() -> bool:
     return torch.jit.is_tracing() or is_torchdynamo_exporting()
 
 
-def _leave_to(upstream, plain, tensor, kwargs):
+def leave_to(upstream, plain, tensor, kwargs):
     """The version of Transformers' that must run instead of ours, or None."""
-    if _kernel_takes(tensor) or _is_packed(kwargs):
+    if is_for_kernel(tensor, kwargs):
         return upstream
     return None if tensor.device.type == "cpu" and not _must_trace() else plain
 
@@ -99,7 +113,7 @@ def _leave_to(upstream, plain, tensor, kwargs):
 
 
 def _make_scan(upstream):
-    plain, kernel = _plain(upstream), has_kernel(upstream)
+    plain, kernel, selective_scan = plain_of(upstream), has_kernel(upstream), optional("scan_manticore").selective_scan
 
     def mamba_selective_scan(
         hidden_states,
@@ -143,82 +157,21 @@ def _make_scan(upstream):
 
 
 def _make_conv(upstream):
-    plain = _plain(upstream)
+    plain = plain_of(upstream)
 
     def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kwargs):
-        other = _leave_to(upstream, plain, hidden_states, kwargs)
+        other = leave_to(upstream, plain, hidden_states, kwargs)
+        other = plain if other is None and not hasattr(_shared, "causal_conv1d") else other
         if other is not None:
             strides = hidden_states.stride()
             if strides[1] == 1 and (strides[0] % 8 or strides[2] % 8):
                 hidden_states = hidden_states.contiguous()  # causal-conv1d refuses such strides
             # By name: what comes fourth in causal-conv1d is no activation
             return other(hidden_states, weight, bias=bias, activation=activation, **kwargs)
-        y = causal_conv1d(hidden_states, weight, bias)
+        y = _shared.causal_conv1d(hidden_states, weight, bias)
         return (y if activation is None else ACT2FN[activation](y)).to(hidden_states.dtype)
 
     return causal_conv1d_fn
-
-
-def _make_chunk_scan(upstream):
-    plain = _plain(upstream)
-
-    def mamba2_chunk_scan(
-        hidden_states,
-        dt,
-        A,
-        B,
-        C,
-        chunk_size,
-        D=None,
-        dt_bias=None,
-        initial_states=None,
-        dt_softplus=False,
-        dt_limit=(0.0, float("inf")),
-        return_final_states=False,
-        **kwargs,
-    ):
-        other = _leave_to(upstream, plain, hidden_states, kwargs)
-        if other is not None:
-            kwargs |= {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
-            kwargs |= {"dt_limit": dt_limit, "return_final_states": return_final_states}
-            return other(hidden_states, dt, A, B, C, chunk_size, **kwargs)
-        if dt_bias is not None:
-            dt = dt + dt_bias.to(dt.dtype)
-        if dt_softplus:
-            dt = F.softplus(dt)
-        dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
-        y, last_state = chunk_scan(hidden_states, dt, A, B, C, initial_states)
-        y = y.contiguous()  # some mixers (FalconH1) view it in another shape
-        if D is not None:
-            y = y + hidden_states.to(y.dtype) * D[:, None]
-        return (y, last_state) if return_final_states else y
-
-    return mamba2_chunk_scan
-
-
-def _make_step(upstream):
-    plain, kernel = _plain(upstream), has_kernel(upstream)
-
-    def mamba2_selective_state_update(
-        state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, dt_limit=None, **kwargs
-    ):
-        use_kernel = kernel and (_kernel_takes(hidden_states) or _is_packed(kwargs))
-        if dt_limit is not None and (dt_limit[0] > 0.0 or dt_limit[1] != float("inf")):
-            # All channels of a head have one step size, as a view that kernels recognise by its strides and we keep
-            step = dt[..., 0].float() if use_kernel else dt[..., 0]  # as in the scan: kernels compute it in float32
-            if dt_bias is not None:
-                step = step + dt_bias[..., 0].to(step.dtype)
-            if dt_softplus:
-                step = F.softplus(step)
-            dt = step.clamp(*dt_limit)[..., None].expand_as(dt)
-            # Zeros and no None: the kernel asks a bias for its strides
-            dt_bias = None if dt_bias is None else step.new_zeros(1, 1).expand_as(dt_bias)
-            dt_softplus = False
-        other = plain if kernel and not use_kernel else upstream
-        kwargs |= {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus}
-        return other(state, hidden_states, dt, A, B, C, **kwargs)
-
-    return mamba2_selective_state_update
 
 
 def _make_guard(upstream):
@@ -227,52 +180,43 @@ def _make_guard(upstream):
     So does FalconMamba's fused mixer, which normalises step sizes after they are projected, and in every other way
     before.
     """
-    plain = _plain(upstream)
+    plain = plain_of(upstream)
 
     def guard(*args, **kwargs):
         tensor = args[0] if args else next(iter(kwargs.values()))
-        takes = _kernel_takes(tensor) or _is_packed(kwargs)
+        takes = is_for_kernel(tensor, kwargs)
         return (upstream if takes and kwargs.get("dt_rms_weight") is None else plain)(*args, **kwargs)
 
     return guard
 
 
-# What is replaced: how ours is made, the parameters upstream must have, and what a user loses where it has others.
+# What is replaced: how ours is made, and what a user loses where upstream's has other parameters than ours.
 _SLOW = "Without CUDA kernels the model will be slow"
 _FAST = {
-    "mamba_selective_scan": (
-        _make_scan,
-        "hidden_states dt A B C D z delta_bias delta_softplus return_last_state use_mambapy use_associative_scan "
-        "kwargs",
-        f"{_SLOW}, and calls with several tokens cannot continue from a cache.",
-    ),
-    "mamba2_chunk_scan": (
-        _make_chunk_scan,
-        "hidden_states dt A B C chunk_size D dt_bias initial_states dt_softplus dt_limit return_final_states kwargs",
-        f"{_SLOW}.",
-    ),
+    "mamba_selective_scan": (_make_scan, f"{_SLOW}, and calls with several tokens cannot continue from a cache."),
+    "mamba2_chunk_scan": (lambda function: optional("ssd_manticore").make_chunk_scan(function), f"{_SLOW}."),
     "mamba2_selective_state_update": (
-        _make_step,
-        "state hidden_states dt A B C D dt_bias dt_softplus z kwargs",
+        lambda function: optional("ssd_manticore").make_step(function),
         "Models that limit their step sizes decode with a cache differently than without.",
     ),
-    "causal_conv1d_fn": (_make_conv, "hidden_states weight bias activation kwargs", f"{_SLOW}."),
+    "causal_conv1d_fn": (_make_conv, f"{_SLOW}."),
 }
 _warned = set()
 
 
-def _takes_ours(home, name, function) -> bool:
+def _takes_ours(home, name, function, ours) -> bool:
     """Whether a function is the one that ours replaces; if not, that is said once."""
-    _, expected, loss = _FAST[name]
+    added = _MISSING.get(name, ("",))[0]
+    expected = " ".join(one for one in inspect.signature(ours).parameters if one != added)
     try:
-        signature = " ".join(inspect.signature(_plain(function)).parameters)
+        signature = " ".join(inspect.signature(plain_of(function)).parameters)
     except (TypeError, ValueError):
         signature = None
     if signature != expected and (home, name) not in _warned:
         _warned.add((home, name))
         warnings.warn(
             f"{home}.{name} has the signature ({signature}) instead of the expected ({expected}): it is left in place. "
-            f"{loss} Use a Transformers version this was tested on.",
+            f"{_FAST[name][1]} Use a Transformers version this was tested on.",
             stacklevel=4,
         )
     return signature == expected
@@ -296,8 +240,9 @@ def _replacements(home, called) -> dict:
     scans, found = any(name in SCANS for name, _, _ in called), {}
     for name, function, kernel in called:
         if scans and name in _FAST:
-            if _takes_ours(home, name, function):
-                found[name] = _FAST[name][0](function)
+            ours = _FAST[name][0](function)
+            if _takes_ours(home, name, function, ours):
+                found[name] = ours
         elif kernel or isinstance(function, torch.nn.Module):  # `use_kernels` may bring that one a kernel later
             found[name] = _make_guard(function)
     return found
@@ -376,7 +321,7 @@ def _ways(forward, called):
     # Without its name, by which torch.compile would look the functions up in Transformers' module
     home = {key: value for key, value in inner.__globals__.items() if key not in ("__name__", "__spec__", "__loader__")}
     whole, stepwise = _rebuild(forward, code, home | ours), None
-    fused = {name: _plain(function) for name, function, kernel in called if name in FUSED and kernel}
+    fused = {name: plain_of(function) for name, function, kernel in called if name in FUSED and kernel}
     if fused:
         stepwise = _rebuild(forward, code, home | ours | fused)
     scans = SCANS[0] in inner.__code__.co_names

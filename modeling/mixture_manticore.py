@@ -11,8 +11,6 @@ import math
 import torch
 
 PIECES, PIECE = 32, 1 << 18  # at most so many pieces, of at least so many numbers
-PAST = {}
-"""What `past_losses` adds where a mixture goes by the components' losses on the tokens so far."""
 
 
 def widen(tensor):

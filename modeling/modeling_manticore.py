@@ -18,11 +18,11 @@ from transformers.utils.generic import can_return_tuple
 
 from .base_manticore import ManticoreModel, takes_old_cache
 from .cache_manticore import ManticoreCache
+from .carried_manticore import optional
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import place
-from .heads_manticore import ManticoreForSequenceClassification, ManticoreForTokenClassification
 from .mixing_manticore import HybridMixer, resize
-from .mixture_manticore import PAST, SPACES, sum_to_one, sureness, weighted_sum, widen
+from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
 from .outputs_manticore import FIELDS, TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_by_trl, fused_output
 from .running_manticore import active_in, read_inputs, run
 from .segments_manticore import width_of
@@ -76,7 +76,9 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         weights, states, own = self._heads(found, kept)
         past = None
         if self.config.reads_past_losses:
-            past = partial(PAST["read"], self, inputs, kept, lambda places: self._heads(found, places)[2])
+            past = partial(
+                optional("past_losses").read_losses, self, inputs, kept, lambda places: self._heads(found, places)[2]
+            )
         logits, token_weights = self.mix(weights, list(states.values()), list(own.values()), past)
         if fused:
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
@@ -153,7 +155,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             sure, norms = zip(*[sureness(one) for one in own])
             losses = [] if past is None else [past(own, norms)]
             if self.config.mixture == "online":
-                token_weights = PAST["online"](self.config, weights, *losses)
+                token_weights = optional("past_losses").mix_online(self.config, weights, *losses)
             else:
                 token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure), *losses))
                 # The gate stands for alpha, which gets a gradient of zeros: DDP waits for all that may be trained.
@@ -206,8 +208,4 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
 # By this table the Trainer knows whose labels to shift before it smooths them, and pipelines what generates text.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ManticoreConfig.model_type] = "ManticoreForCausalLM"
 
-ManticoreConfig.register_for_auto_class()
-ManticoreModel.register_for_auto_class("AutoModel")
 ManticoreForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-ManticoreForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-ManticoreForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

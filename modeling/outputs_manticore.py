@@ -1,4 +1,4 @@
-"""What the hybrid's forward returns, to whoever calls it and to TRL's trainers.
+"""What the causal hybrid's forward returns, to whoever calls it and to TRL's trainers.
 
 TRL (>= 1.0) replaces the forward of the model it trains by one that multiplies the last state of `base_model` by one
 output matrix in tiles. A hybrid's logits are a mixture of several heads instead: it keeps its own forward and, when it
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from .mixture_manticore import widen
 
@@ -22,22 +22,6 @@ TRL_LOSS = (
 
 
 @dataclass
-class ManticoreModelOutput(BaseModelOutputWithPast):
-    """Output of `ManticoreModel`.
-
-    Attributes:
-        last_hidden_state: [batch, time, d], the shared state after the last block.
-        cache: A ManticoreCache, if caching.
-        hidden_states: S + 1 shared states [batch, time, d], one per block boundary, if asked for.
-        attentions: Attention weights [batch, heads, time, past + time], if asked for, of every layer that attends, as
-            they are run: block by block, in each component by component, in each layer by layer.
-        states: {component: [batch, time, d_k]}, the last states of those that were run in the last block.
-    """
-
-    states: ModelOutput | None = None
-
-
-@dataclass
 class ManticoreCausalLMOutput(CausalLMOutputWithPast):
     """Output of `ManticoreForCausalLM`.
 
@@ -45,7 +29,7 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
         loss: mix_loss_weight * mixture_loss + component_loss_weight * sum(component_losses), with `labels`.
         logits: [batch, time, vocabulary] of the mixture; like any model's, up to a constant per token.
         cache: A ManticoreCache, if caching.
-        hidden_states, attentions: As in ManticoreModelOutput.
+        hidden_states, attentions: As in ManticoreModelOutput (base_manticore).
         mixture_loss: Cross-entropy of the mixture, nats per token.
         component_losses: [K], cross-entropy of each component's own head, NaN where it was not run (if
             component_loss_weight > 0, or `report_parts` is set on the model).

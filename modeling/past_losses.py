@@ -8,8 +8,6 @@ beginning of a text. `mixture="online"` weighs with them, without any training,
 
 where the prior is alpha of the block whose weights mix the heads (exponential weights with a fixed share; Herbster and
 Warmuth 1998). With `gate_past_losses` the token gate reads exponential means of them, GATE_DECAYS of each component.
-
-Loading this file lets `modeling_manticore` run such hybrids; repositories of others do not carry it.
 """
 
 from dataclasses import dataclass
@@ -18,16 +16,10 @@ import torch
 import torch.nn.functional as F
 from transformers import initialization as init
 
-from .configuration_manticore import ManticoreConfig, ManticoreError  # noqa: F401 - for the Auto classes of a published repository
+from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import place
 from .mixing_manticore import Float32Linear, TokenGate
-from .mixture_manticore import PAST, widen, without_autocast
-from .modeling_manticore import (  # noqa: F401 - likewise
-    ManticoreForCausalLM,
-    ManticoreForSequenceClassification,
-    ManticoreForTokenClassification,
-    ManticoreModel,
-)
+from .mixture_manticore import widen, without_autocast
 from .running_manticore import takes_turns
 
 GATE_DECAYS = 0.0, 0.5, 0.9, 0.98
@@ -224,6 +216,3 @@ class _WithoutBias(Float32Linear):
     def forward(self, states):
         weight = widen(self.weight)
         return F.linear(states.to(weight.dtype), weight)
-
-
-PAST.update(read=read_losses, online=mix_online, gate=LossGate)

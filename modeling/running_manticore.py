@@ -1,8 +1,8 @@
 """One pass of a hybrid: what it reads, the ways to run, and what it gives.
 
-`run` takes one of three functions of one signature: `run_all` (all components in every block, mixed after each),
-`run_path` (a pruned hybrid's one component per block) and `run_straight` (one block that reads native embeddings:
-whole components side by side, nothing cut).
+`run` takes one of three functions of one signature: `run_straight` (one block that reads native embeddings: whole
+components side by side, nothing cut), `run_all` (all components in every block, mixed after each: shared_manticore) and
+`run_path` (a pruned hybrid's one component per block: path_manticore).
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from transformers.utils import logging
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .cache_manticore import ManticoreCache, cache_for
+from .carried_manticore import optional
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
@@ -85,10 +86,6 @@ class Pass:
     cache: Cache | None = None
     attentions: tuple | None = None
     own_logits: Callable | None = None
-
-
-RUNNERS = {}
-"""Ways to run that other files add: "aligned", for components with tokenizers of their own."""
 
 
 def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, told=None):
@@ -165,7 +162,8 @@ def run(model, inputs, shared=True):
             "for each adapter, or train adapters without a mixer (lora_config(model, train_mixer=False))."
         )
     try:
-        found = RUNNERS["aligned" if model.config.aligned else "shared"](model, inputs, shared)
+        runner = optional("aligned_hybrid").run_aligned if model.config.aligned else run_any
+        found = runner(model, inputs, shared)
     except IndexError as err:
         largest = -1 if inputs.ids is None else int(inputs.ids.max())
         if largest < model.config.vocab_size:
@@ -213,9 +211,6 @@ def run_any(model, inputs, shared, weights=None):
     return run_cut(lambda part: run_rows(model, part, shared, weights), inputs)
 
 
-RUNNERS["shared"] = run_any
-
-
 def takes_turns(model):
     """Whether each pass gathers weights that other processes keep, all of which must make it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -232,11 +227,11 @@ def run_rows(model, inputs, shared, weights=None):
     running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
     check_positions(running, inputs.positions, length, inputs.explicit)
     if config.route is not None:
-        found = run_path(model, inputs, weights, shared)
+        found = optional("path_manticore").run_path(model, inputs, weights, shared)
     elif config.num_blocks == 1 and config.embeddings == "native":
         found = run_straight(model, inputs, weights, shared)
     else:
-        found = run_all(model, inputs, weights, shared)
+        found = optional("shared_manticore").run_all(model, inputs, weights, shared)
     if cache is not None:
         if time == 1 and cache.seen and cache.is_recurrent and torch.is_grad_enabled() and has_values():
             found.states = {name: _NoGradient.apply(state) for name, state in found.states.items()}
@@ -267,52 +262,6 @@ def run_straight(model, inputs, weights, shared):
     state = mix_native(model, weights[0], states) if shared or inputs.keep else None
     boundaries = (mix_native(model, weights[0], own), state) if inputs.keep else None
     return Pass(states, weights, state, boundaries)
-
-
-def run_all(model, inputs, weights, shared):
-    """All components in every block, as their mixture weights say; the states are mixed after each block."""
-    config, mixer, segments = model.config, model.hybrid_mixer, model.segments
-    native, last = config.embeddings == "native", config.num_blocks - 1
-    own = native_inputs(model, inputs, weights[0]) if native else None
-    state = None if native else mixed_inputs(model, inputs)
-    boundaries = [state if own is None else mix_native(model, weights[0], own)] if inputs.keep else []
-    for block in range(config.num_blocks):
-        active, states = active_in(model, weights[block]), {}
-        for name, weight in active.items():
-            if native and block == 0:
-                entering = own[name]
-            else:
-                entering = mixer(HybridMixer.enter, block, name, state, weight)
-            states[name] = segments.segment(name, block)(entering, *inputs.around(name, block))
-        if native and block == last:
-            state = mix_native(model, weights[block], states) if shared or inputs.keep else None
-        else:
-            left = [mixer(HybridMixer.leave, block, n, states[n], w) for n, w in active.items()]
-            state = weighted_sum(list(active.values()), left)
-        if inputs.keep:
-            boundaries.append(state)
-    return Pass(states, weights, state, tuple(boundaries) if inputs.keep else None)
-
-
-def run_path(model, inputs, weights, shared):
-    """A pruned hybrid: one component after the other, each state as it is until the next takes over."""
-    config, mixer, segments = model.config, model.hybrid_mixer, model.segments
-    native, width, name = config.embeddings == "native", config.hidden_size, config.route[0]
-    if native:
-        own = native_inputs(model, inputs, weights[0])
-        state, boundaries = own[name], [mix_native(model, weights[0], own)] if inputs.keep else []
-    else:
-        mixed = mixed_inputs(model, inputs)
-        state, boundaries = mixer(HybridMixer.enter, 0, name, mixed, 1.0), [mixed]
-    for name, block in segments.ranges:
-        if block > 0:
-            state = mixer(HybridMixer.cross, block, state)
-        state = segments.segment(name, block)(state, *inputs.around(name, block))
-        if inputs.keep:
-            boundaries.append(resize(state, width))
-    last = config.num_blocks - 1
-    mixed = resize(state, width) if native else mixer(HybridMixer.leave, last, name, state, 1.0)
-    return Pass({name: state}, weights, mixed, tuple(boundaries) if inputs.keep else None)
 
 
 # ---- mixture weights, and what the first block reads -----------------------------------------------------------------
@@ -348,15 +297,6 @@ def native_inputs(model, inputs, row):
         )
     split = dict(zip(names, inputs.embeds.split(widths, -1)))
     return {name: split[name] for name in active_in(model, row)}
-
-
-def mixed_inputs(model, inputs):
-    """h_0 [batch, time, d], which all first segments read where embeddings are mixed."""
-    state = model.mix_embeddings(inputs.ids) if inputs.embeds is None else inputs.embeds
-    if state.shape[-1] != model.config.hidden_size:
-        width = model.config.hidden_size
-        raise ManticoreError(f"inputs_embeds has width {state.shape[-1]}; this hybrid's is {width}.")
-    return state
 
 
 def mix_native(model, row, states):

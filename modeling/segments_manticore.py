@@ -1,41 +1,22 @@
 """`model.segments`: a hybrid's cut components, their heads, and which layers run where.
 
 A component stays whole and registered once. One that runs all its layers in one go is `Whole`: called as it is. Of
-others a `Segment` runs the layers [start, stop) by a *shell*: a shallow copy of the module that owns the layer list
-(`LlamaModel`, `OPTDecoder`, ...), with the list and the configuration sliced and with the children that run before the
-first layer or after the last one neutralised where they do not belong. What a class does there outside of its children
-(Granite scales the embeddings) is passed over: its state goes to the first layer, and is taken from the last. All else
-(masks, positions, windows, attention backends, checkpointing) is Transformers' own code. The layers are the very same
-objects and keep their own `layer_idx`; `SegmentCache` leaves holes for those of others.
-
-A pruned hybrid has one component per block. Consecutive blocks on the same component run as one segment; layers,
-embeddings and heads that the path does not need are replaced by modules without parameters, so that what stays keeps
-its name in the component's own checkpoint.
+others a `Segment` (layer_stack_manticore) runs some. A pruned hybrid has one component per block (path_manticore).
 """
 
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from operator import is_not
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
+from transformers import PreTrainedConfig
 
+from .carried_manticore import is_needed, optional
+from .components_manticore import Shell, StackLayout, backbone_name, find_stack
 from .configuration_manticore import ManticoreError
-from .devices_manticore import device_of, onloaded, place
-from .layer_stack_manticore import (
-    Entry,
-    Exit,
-    NoPosition,
-    PassThrough,
-    Shell,
-    StackLayout,
-    backbone_name,
-    find_layout,
-    pick_config,
-)
+from .devices_manticore import device_of, place
 from .mixture_manticore import is_active
 
 
@@ -62,15 +43,13 @@ class Segments:
         if self._ranges is None:
             config = self.model.config
             if config.route is not None:
-                self._ranges = {(one.name, one.first): (one.start, one.stop) for one in stretches(config)}
+                self._ranges = {
+                    (one.name, one.first): (one.start, one.stop) for one in optional("path_manticore").stretches(config)
+                }
             else:
                 pairs = {name: enumerate(pairwise(config.bounds(name))) for name in config.component_names}
                 self._ranges = {(name, block): pair for name in pairs for block, pair in pairs[name]}
         return self._ranges
-
-    def blocks(self, name: str) -> list[int]:
-        """The blocks in which a component's segments begin."""
-        return [block for other, block in self.ranges if other == name]
 
     def running(self, weights: list) -> list[tuple[str, int]]:
         """[(component, block)] of the segments that run under S rows of K mixture weights."""
@@ -85,7 +64,9 @@ class Segments:
         if "_layout" in component.__dict__:  # of a component that is no longer whole
             return component._layout
         if name not in self._layouts or self._layouts[name][0] is not component:
-            self._layouts[name] = (component, find_layout(component))
+            cut = is_needed("layer_stack_manticore", self.model.config)
+            find = optional("layer_stack_manticore").find_layout if cut else find_stack
+            self._layouts[name] = (component, find(component))
         return self._layouts[name][1]
 
     def segment(self, name: str, block: int) -> "Whole":
@@ -127,17 +108,6 @@ class Segments:
         self._ranges = dict(ranges)
         self._runs.clear()
 
-    def prune(self) -> None:
-        """Drops what the path of a pruned hybrid does not use, once."""
-        config = self.model.config
-        writer = config.route[-1 if config.head_mixture == "last" or config.embeddings == "native" else 0]
-        for name in config.component_names:
-            component = self.model.component(name)
-            if "_layout" not in component.__dict__:
-                component.__dict__["_layout"] = self.layout(name)
-                mine = [pair for (other, _), pair in self.ranges.items() if other == name]
-                drop_unused(component, component._layout, mine, name == config.route[0], name == writer)
-
 
 # ---- running layers --------------------------------------------------------------------------------------------------
 
@@ -145,7 +115,8 @@ class Segments:
 def cut(component: nn.Module, layout: StackLayout, start: int, stop: int) -> "Whole":
     """The layers [start, stop) of a causal LM as a callable on hidden states: a `Segment`, or all of it as `Whole`."""
     depth = len(getattr(component.get_submodule(layout.path), layout.layers))
-    return (Whole if (start, stop) == (0, depth) else Segment)(component, layout, start, stop)
+    whole = (start, stop) == (0, depth)
+    return (Whole if whole else optional("layer_stack_manticore").Segment)(component, layout, start, stop)
 
 
 class Whole:
@@ -181,10 +152,17 @@ class Whole:
 
     def rebuild(self, modules: dict, layers: nn.ModuleList, mine: list) -> None:
         """Takes over replaced children of the owner of the layers."""
-        first = [modules[name] for name, cls in self.layout.before.items() if self.start == 0 and cls is NoPosition]
+        first = self.positions(modules) if self.start == 0 else []
         runs = [x for name, x in modules.items() if x not in (None, layers) and name not in self.stand_ins]
         beside = [*self.stack.buffers(recurse=False), *(buffer for x in runs for buffer in x.buffers())]
         self.tables = find_tables(self.stack.config, first, mine, beside)
+
+    def positions(self, modules: dict) -> list[nn.Module]:
+        """The embeddings of positions that are added to those of tokens."""
+        tokens, config = self.component.get_input_embeddings(), self.component.config.get_text_config()
+        widths = {tokens.weight.shape[1], config.hidden_size}
+        tables = [one for one in modules.values() if isinstance(one, nn.Embedding) and one is not tokens]
+        return [one for one in tables if one.embedding_dim in widths]
 
     def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None, attentions=None) -> torch.Tensor:
         """Runs the layers.
@@ -231,48 +209,6 @@ class Whole:
         if cache is not None and self.layout.cache_argument is not None:
             arguments[self.layout.cache_argument] = cache
         return arguments
-
-
-class Segment(Whole):
-    """The layers [start, stop) of a component, run by a shell; the last segment ends at the component's depth."""
-
-    is_whole = False
-
-    def prepare(self) -> None:
-        self.shell, self.entry, self.exit = Shell(self.stack), None, None
-        self.config = pick_config(self.stack.config, range(self.start, self.stop))
-        self.is_last = self.stop == len(getattr(self.stack, self.layout.layers))
-        if self.start != 0:
-            self.stand_ins |= {name: cls() for name, cls in self.layout.before.items()}
-        if not self.is_last:
-            self.stand_ins |= {name: PassThrough() for name in self.layout.after}
-
-    def refresh(self) -> None:
-        super().refresh()
-        self.config._attn_implementation_internal = self.stack.config._attn_implementation_internal
-        self.shell.follow()
-
-    def rebuild(self, modules: dict, layers: nn.ModuleList, mine: list) -> None:
-        super().rebuild(modules, layers, mine)
-        if self.layout.enters and self.start != 0:
-            mine[0] = self.entry = Entry(mine[0])
-        if self.layout.leaves and not self.is_last:
-            mine[-1] = self.exit = Exit(mine[-1])
-        own = {**modules, self.layout.layers: nn.ModuleList(mine), **self.stand_ins}
-        self.shell.own = {"_modules": own, "config": self.config}
-
-    def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None, attentions=None) -> torch.Tensor:
-        if attentions is not None and isinstance(self.stack, PreTrainedModel):
-            maybe_install_capturing_hooks(self.stack)  # once: the shell would do it again, on the same layers
-            self.shell.follow()
-        arguments = self.arguments(hidden, attention_mask, position_ids, cache)
-        if self.entry is not None:
-            self.entry.state = arguments["inputs_embeds"]
-        with onloaded(self.stack):
-            out = self.run(self.shell.module, arguments, attentions)
-        if self.exit is not None:
-            out, self.exit.found = self.exit.found, None
-        return out
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
@@ -362,30 +298,6 @@ class Head:
         return self.shell.module.forward(inputs_embeds=states, use_cache=False).logits
 
 
-def without_head(component: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
-    """(A causal LM without its language-model head, sharing everything else with it; the path of that head).
-
-    A head that is tied to the embeddings is the same tensor, and stays: then (the component itself, None).
-    """
-    head = component.get_output_embeddings()
-    path = next((path for path, module in component.named_modules() if module is head), None)
-    ties = component.all_tied_weights_keys or {}
-    if path is None or not list(head.parameters()) or f"{path}.weight" in {*ties, *ties.values()}:
-        return component, None
-    whole = part = _shallow(component)
-    *parents, name = path.split(".")
-    for parent in parents:
-        part._modules[parent] = part = _shallow(part._modules[parent])
-    part._modules[name] = None  # what Transformers takes for a model without head, when embeddings are resized
-    return whole, path
-
-
-def _shallow(module):
-    out = module.__class__.__new__(module.__class__)
-    out.__dict__.update(module.__dict__, _modules=dict(module._modules))
-    return out
-
-
 # ---- how far components can read -------------------------------------------------------------------------------------
 
 
@@ -453,30 +365,6 @@ def _too_long(name, limit, given):
     )
 
 
-# ---- pruned hybrids --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """What runs in one go: layers [start, stop) of component `name`, in blocks `first` to `last`."""
-
-    name: str
-    first: int
-    last: int
-    start: int
-    stop: int
-
-
-def stretches(config: PreTrainedConfig) -> list[Stretch]:
-    """The Stretches of a configuration with a route, in order."""
-    out = []
-    for name, blocks in groupby(range(len(config.route)), key=config.route.__getitem__):
-        first, *_ = blocks = list(blocks)
-        bounds = config.bounds(name)
-        out.append(Stretch(name, first, blocks[-1], bounds[first], bounds[blocks[-1] + 1]))
-    return out
-
-
 class Dropped(nn.Module):
     """Stands where a module was that the path of a pruned hybrid does not use."""
 
@@ -487,38 +375,3 @@ class Dropped(nn.Module):
 def width_of(module: nn.Module) -> int:
     """Width of an embedding or head; 0 where a pruned hybrid dropped it."""
     return 0 if isinstance(module, Dropped) else module.weight.shape[1]
-
-
-def drop_unused(component: nn.Module, layout: StackLayout, mine: list, reads: bool, writes: bool) -> None:
-    """Replaces what a path does not use of a component, in place.
-
-    Of its layers it runs `mine`, [(start, stop)]; it `reads` by its embeddings and `writes` by its head, or not.
-    """
-    stack = component.get_submodule(layout.path)
-    layers = getattr(stack, layout.layers)
-    used = {i for start, stop in mine for i in range(start, stop)}
-    for i in set(range(len(layers))) - used:
-        layers[i] = Dropped()
-    tied = bool(component.all_tied_weights_keys)  # on the meta device they are not one tensor yet
-    if tied:
-        reads = writes = reads or writes  # both ends are one tensor: keeping the other costs nothing
-    embedding, head = component.get_input_embeddings(), component.get_output_embeddings()
-    for keep, module in ((reads, embedding), (writes, head)):
-        if not keep:
-            _replace(component, module)
-    if tied and not reads:
-        component._tied_weights_keys, component.all_tied_weights_keys = None, {}
-        component.config.tie_word_embeddings = False
-    embedding = embedding if reads else None
-    gone = [name for name in layout.before if 0 not in used and getattr(stack, name) is not embedding]
-    gone += layout.after if len(layers) - 1 not in used else []
-    gone += layout.shared if not used & {0, len(layers) - 1} else []
-    for name in gone:
-        setattr(stack, name, Dropped())
-
-
-def _replace(component, module):
-    for parent in component.modules():
-        for name, child in list(parent.named_children()):
-            if child is module:
-                setattr(parent, name, Dropped())

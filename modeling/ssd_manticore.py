@@ -13,6 +13,8 @@ decays come from cumulative sums in float64, so that they are exact where many s
 import torch
 import torch.nn.functional as F
 
+from .mixers_manticore import has_kernel, is_for_kernel, leave_to, plain_of
+
 CHUNK, CHUNKS = 64, 64  # tokens per chunk up to CHUNK * CHUNKS tokens; the pass over chunks costs their number squared
 
 
@@ -95,3 +97,68 @@ def _chunk_scan(x, dt, A, B, C, initial_state, chunk):
 
     y = y.permute(0, 3, 4, 1, 2, 5).reshape(batch, count * chunk, heads, width)[:, :time]
     return y, states[:, :, :, -1].reshape(batch, heads, width, size)
+
+
+# ---- in the place of Transformers' functions, see mixers_manticore ---------------------------------------------------
+
+
+def make_chunk_scan(upstream):
+    plain = plain_of(upstream)
+
+    def mamba2_chunk_scan(
+        hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=None,
+        dt_bias=None,
+        initial_states=None,
+        dt_softplus=False,
+        dt_limit=(0.0, float("inf")),
+        return_final_states=False,
+        **kwargs,
+    ):
+        other = leave_to(upstream, plain, hidden_states, kwargs)
+        if other is not None:
+            kwargs |= {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
+            kwargs |= {"dt_limit": dt_limit, "return_final_states": return_final_states}
+            return other(hidden_states, dt, A, B, C, chunk_size, **kwargs)
+        if dt_bias is not None:
+            dt = dt + dt_bias.to(dt.dtype)
+        if dt_softplus:
+            dt = F.softplus(dt)
+        dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
+        y, last_state = chunk_scan(hidden_states, dt, A, B, C, initial_states)
+        y = y.contiguous()  # some mixers (FalconH1) view it in another shape
+        if D is not None:
+            y = y + hidden_states.to(y.dtype) * D[:, None]
+        return (y, last_state) if return_final_states else y
+
+    return mamba2_chunk_scan
+
+
+def make_step(upstream):
+    plain, kernel = plain_of(upstream), has_kernel(upstream)
+
+    def mamba2_selective_state_update(
+        state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, dt_limit=None, **kwargs
+    ):
+        use_kernel = kernel and is_for_kernel(hidden_states, kwargs)
+        if dt_limit is not None and (dt_limit[0] > 0.0 or dt_limit[1] != float("inf")):
+            # All channels of a head have one step size, as a view that kernels recognise by its strides and we keep
+            step = dt[..., 0].float() if use_kernel else dt[..., 0]  # as in the scan: kernels compute it in float32
+            if dt_bias is not None:
+                step = step + dt_bias[..., 0].to(step.dtype)
+            if dt_softplus:
+                step = F.softplus(step)
+            dt = step.clamp(*dt_limit)[..., None].expand_as(dt)
+            # Zeros and no None: the kernel asks a bias for its strides
+            dt_bias = None if dt_bias is None else step.new_zeros(1, 1).expand_as(dt_bias)
+            dt_softplus = False
+        other = plain if kernel and not use_kernel else upstream
+        kwargs |= {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus}
+        return other(state, hidden_states, dt, A, B, C, **kwargs)
+
+    return mamba2_selective_state_update

@@ -20,6 +20,8 @@ from transformers.utils import logging
 from transformers.utils.hub import create_and_tag_model_card
 
 from .bounds_manticore import ManticoreError, guard, is_commit
+from .carried_manticore import carries, copy_code, optional
+from .components_manticore import backbone_name
 from .devices_manticore import present
 from .dtypes_manticore import (
     check_savable,
@@ -29,9 +31,8 @@ from .dtypes_manticore import (
     loaded_dtypes,
     note_kept,
 )
-from .layer_stack_manticore import backbone_name
 from .references_manticore import commit_in, component_files, lfs_id, open_files, verify, where
-from .saving_manticore import BESIDE, check_whole, copy_code, whole_directory
+from .saving_manticore import check_whole, whole_directory
 
 logger = logging.get_logger(__name__)
 
@@ -101,7 +102,7 @@ def overlay(
         for key, value in found.items():
             name = rename(key)[0]
             if name in transplanted:
-                check_rows(entry, key, value.get_shape()[0])
+                optional("transplant_manticore").check_rows(entry, key, value.get_shape()[0])
             elif name in covered or model.is_gone(name):
                 continue
             elif name in wanted or model.config.route is None:
@@ -155,7 +156,8 @@ class ReferencedWeights:
             own, state_dict = set(state_dict), overlay(model, state_dict, hub, stack, rename, ties)
             if packed is not None:
                 convert_unpacked(state_dict, own, rename, load_config.dtype_plan)
-            if model.forgo({name for key in state_dict for name in ties.get(rename(key)[0], {rename(key)[0]})}):
+            there = {name for key in state_dict for name in ties.get(rename(key)[0], {rename(key)[0]})}
+            if carries("heads_manticore") and optional("heads_manticore").forgo(model, there):
                 rename = Renamer(model, packed=packed)
                 expected_keys = None if expected_keys is None else list(rename.known)
             ignored = load_config.ignore_mismatched_sizes
@@ -202,6 +204,7 @@ class ReferencedWeights:
         kwargs["save_original_format"] = False
         upload = {key: kwargs.pop(key, None) for key in ("repo_id", "commit_message", "create_pr", "private")}
         writes = self.should_save_on_this_rank(is_main_process)
+        made_for = "labels" if hasattr(self, "score") or "_gone" in self.__dict__ else "text"
         before = self._keys_to_ignore_on_save
         self._keys_to_ignore_on_save = set(before or ()) | (self.unchanged_keys(state_dict) if writes else set())
         for entry in self.config.components if writes else ():
@@ -226,10 +229,10 @@ class ReferencedWeights:
         try:
             with whole_directory(target, writes) as directory:
                 if writes:
-                    copy_code(directory, self.config)
+                    copy_code(directory, self.config, (made_for,))
                     self._save_beside(directory, target)
-                    for write in BESIDE:
-                        write(self, directory)
+                    if self.config.aligned:
+                        optional("aligned_tokenizers").keep_tokenizers(self, directory)
                 super().save_pretrained(directory, is_main_process, state_dict=state_dict, **kwargs)
                 written = set(os.listdir(directory))
         finally:
@@ -471,33 +474,16 @@ def check_complete(model: PreTrainedModel, missing: list | set, wrong: dict) -> 
         )
 
 
+def own_vocabulary(model: PreTrainedModel, entry: dict, ties: dict) -> set[str]:
+    """Names in the hybrid of a transplanted component's embedding and head tensors; empty for other components."""
+    if entry["transplant"] is None:
+        return set()
+    return optional("transplant_manticore").own_vocabulary(model, entry, ties)
+
+
 def part_of(model: PreTrainedModel, key: str) -> str:
     """What a message calls the part of a hybrid that a tensor belongs to."""
     entry = next((entry for entry in model.config.components if key.startswith(entry["name"] + ".")), None)
     if entry is None:
         return "The hybrid's own weights"
     return where(entry) if entry["weights"] == "reference" else f"Component {entry['name']!r} (embedded)"
-
-
-def end_names(component: PreTrainedModel) -> set[str]:
-    """Names of a causal LM's embedding and head tensors."""
-    ends = {id(component.get_input_embeddings()), id(component.get_output_embeddings())}
-    found = [(path, module) for path, module in component.named_modules() if id(module) in ends]
-    return {f"{path}.{name}" for path, module in found for name, _ in module.named_parameters(recurse=False)}
-
-
-def own_vocabulary(model: PreTrainedModel, entry: dict, ties: dict) -> set[str]:
-    """Names in the hybrid of a transplanted component's embedding and head tensors; empty for other components."""
-    if entry["transplant"] is None:
-        return set()
-    names = {f"{entry['name']}.{name}" for name in end_names(model.component(entry["name"]))}
-    return names.union(*(ties.get(name, ()) for name in names))
-
-
-def check_rows(entry: dict, key: str, rows: int) -> None:
-    """Raises ManticoreError unless a referenced embedding or head has the rows that the transplant was made from."""
-    if rows != (recorded := entry["transplant"]["vocab_size"]):
-        raise ManticoreError(
-            f"{where(entry)}: {key} has {rows} rows; its vocabulary was transplanted from one of {recorded}. This "
-            "config.json belongs to another commit of the component: use the one that was saved with these weights."
-        )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from manticore_hf.modeling.layer_stack_manticore import cache_argument
+from manticore_hf.modeling.components_manticore import cache_argument
 from manticore_hf.modeling.mixers_manticore import OwnForward
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 

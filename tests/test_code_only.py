@@ -10,9 +10,9 @@ from hub_models import assert_same_model
 from huggingface_hub import HfApi
 from manticore_hf.modeling import base_manticore
 from manticore_hf.modeling.bounds_manticore import TESTED
-from manticore_hf.modeling.saving_manticore import copy_code
+from manticore_hf.modeling.carried_manticore import copy_code
 
-from manticore_hf import ManticoreError, ManticoreForCausalLM, publish
+from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM, publish
 from manticore_hf.cli import main
 from manticore_hf.hub.code_only import code_update, commit_update, push_code
 
@@ -38,9 +38,10 @@ def older(saved, hub, owner):
     return repo_id, hub.files(repo_id)
 
 
-def ours(folder):
+def ours(folder, files):
+    """The code that this version writes for a repository of these files."""
     folder.mkdir()
-    copy_code(folder)
+    copy_code(folder, ManticoreConfig.from_dict(json.loads(files["config.json"])))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -54,7 +55,8 @@ def test_code_is_brought_up_to_date_and_weights_are_untouched(older, saved, hub,
     hub.clear_requests()
     assert main(["push", repo_id, "--code-only", "--yes"]) == 0
     assert not any(path.endswith(".safetensors") for _, path in hub.requests)
-    after, code = hub.files(repo_id), ours(tmp_path / "code")
+    after = hub.files(repo_id)
+    code = ours(tmp_path / "code", after)
     assert {name: data for name, data in after.items() if name.endswith(".py")} == code
     others = {name for name in {*before, *after} if not name.endswith(".py")} - {"config.json"}
     assert all(before[name] == after[name] for name in others) and "model.safetensors" in others
@@ -105,7 +107,7 @@ def test_the_last_hybrids_of_0_1_are_brought_up_to_date(hub, owner, tmp_path):
         hub.add_repo(repo_id, folder)
         push_code(repo_id, yes=True)
         after = hub.files(repo_id)
-        code = ours(tmp_path / folder.name)
+        code = ours(tmp_path / folder.name, after)
         assert {name: data for name, data in after.items() if name.endswith(".py")} == code
         assert code_update(repo_id).diff == ""
 

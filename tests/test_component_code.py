@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import case
 from hub_models import assert_same_model, publish, read_json, tiny
-from manticore_hf.modeling import references_manticore
+from manticore_hf.modeling import code_manticore
 from transformers import AutoModelForCausalLM
 
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM
@@ -85,7 +85,7 @@ def stranger(monkeypatch, kind):
     def forget():
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        monkeypatch.setattr(references_manticore, "_registered", {})
+        monkeypatch.setattr(code_manticore, "_registered", {})
         monkeypatch.delitem(CONFIG_MAPPING._extra_content, kind)
 
     return forget

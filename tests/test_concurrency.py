@@ -11,9 +11,9 @@ import clean_process
 import pytest
 import torch
 from hub_models import assert_same_model, publish, tiny
-from manticore_hf.modeling.saving_manticore import whole_directory
 
 from manticore_hf import ManticoreForCausalLM
+from manticore_hf.utils.saving import whole_directory
 
 SAVE = """
 import sys

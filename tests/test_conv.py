@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from manticore_hf.modeling import mixers_manticore as mm
-from manticore_hf.modeling.conv_manticore import causal_conv1d
 from scans import CONFIGS, build, mixers, modeling, own_globals, padded_inputs
+
+from manticore_hf.kernels.conv import causal_conv1d
 
 
 def make_inputs(time, taps=4, channels=5, dtype=torch.float64, bias=True):

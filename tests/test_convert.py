@@ -7,12 +7,12 @@ import naive_mamba
 import pytest
 import torch
 from hub_models import folder_of, read_json, saved_keys, tiny, tokenizer
-from manticore_hf.modeling import saving_manticore
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, convert
 from manticore_hf.cli import main
+from manticore_hf.utils import saving
 
 MAMBA2 = {"d_state": 8, "headdim": 8, "ngroups": 2, "chunk_size": 4}
 CHECKPOINTS = {
@@ -261,7 +261,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, words, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving_manticore, "_move", interrupt)
+        patch.setattr(saving, "_move", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "made" / "out", words)
     assert not list((tmp_path / "made").iterdir())

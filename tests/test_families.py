@@ -150,7 +150,7 @@ class TestContract:
         return str(error.value)
 
     def test_segments(self, subject, monkeypatch):
-        from manticore_hf.modeling.segments_manticore import Segment
+        from manticore_hf.modeling.layer_stack_manticore import Segment
 
         text = self.broken(
             monkeypatch,
@@ -174,7 +174,7 @@ class TestContract:
             contract.check_beams(subject.alone)
 
     def test_gradients(self, subject, monkeypatch):
-        from manticore_hf.modeling.segments_manticore import Segment
+        from manticore_hf.modeling.layer_stack_manticore import Segment
 
         text = self.broken(monkeypatch, Segment, "__call__", torch.detach, contract.check_gradients, subject.component)
         assert "get a gradient" in text

@@ -18,7 +18,6 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from manticore_hf.modeling.references_manticore import shards
-from manticore_hf.modeling.saving_manticore import check_whole
 from test_convert_gguf import SIZES as LLAMA_SIZES
 from test_convert_gguf import write
 from test_gguf_header import GOOD, SIZES, array, field, gguf, tensor, text
@@ -41,6 +40,7 @@ from manticore_hf.report.comparison import read_comparison
 from manticore_hf.report.facts import gather, one_run
 from manticore_hf.report.render import render
 from manticore_hf.report.verdict import decide
+from manticore_hf.utils.saving import check_whole
 
 INDEX = {
     "metadata": {"total_size": 100, "total_parameters": 25},

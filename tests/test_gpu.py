@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from manticore_hf.modeling import mixers_manticore as mixers
 from manticore_hf.modeling import scan_manticore as scan
-from manticore_hf.modeling.layer_stack_manticore import cache_argument
+from manticore_hf.modeling.components_manticore import cache_argument
 from scans import make_inputs
 from test_qlora import four_bits, twin
 from transformers import DynamicCache, TrainingArguments

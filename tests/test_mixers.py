@@ -12,6 +12,7 @@ import clean_process
 import pytest
 import torch
 from manticore_hf.modeling import mixers_manticore as mm
+from manticore_hf.modeling import scan_manticore, ssd_manticore
 from scans import (
     BATCH,
     SMALL,
@@ -77,9 +78,9 @@ def test_a_plain_model_beside_a_hybrid_is_untouched(family, monkeypatch):
     after = identities(plain)
     assert after.keys() == before.keys() and all(after[key] is value for key, value in before.items())
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in plain.modules())
-    monkeypatch.setattr(mm, "selective_scan", lambda *args: pytest.fail("the plain model runs our scan"))
-    monkeypatch.setattr(mm, "chunk_scan", lambda *args: pytest.fail("the plain model runs our scan"))
-    monkeypatch.setattr(mm, "causal_conv1d", lambda *args: pytest.fail("the plain model runs our convolution"))
+    monkeypatch.setattr(scan_manticore, "_FORWARD", lambda *args: pytest.fail("the plain model runs our scan"))
+    monkeypatch.setattr(ssd_manticore, "chunk_scan", lambda *args: pytest.fail("the plain model runs our scan"))
+    monkeypatch.setattr(mm._shared, "causal_conv1d", lambda *args: pytest.fail("the plain model runs our convolution"))
     for sizes, logits in zip(([9], [5, 1, 1, 1, 1]), wanted):
         assert torch.equal(read(plain, sizes), logits)
 
@@ -514,7 +515,7 @@ def test_kernels_of_the_hub_run_where_they_can(with_kernels):
     mm.repair_mixers(model)
     before = [mixer.forward for mixer in mixers(model)]
     for name in KERNELS:
-        plain = mm._plain(wrapped[name])
+        plain = mm.plain_of(wrapped[name])
         kernelize(wrapped[name], lambda *args, plain=plain, name=name, **kw: calls.append(name) or plain(*args, **kw))
     assert mm.repair_mixers(model) == 2
     assert not any(mixer.forward is old for mixer, old in zip(mixers(model), before))

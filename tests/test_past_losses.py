@@ -356,4 +356,6 @@ def test_saved_with_the_code_it_needs(tmp_path, model):
     contract.check_saved(model, tmp_path / "saved")
     names = {file.name for file in (tmp_path / "saved").glob("*.py")}
     assert "past_losses.py" in names and not any(name.startswith("aligned") for name in names)
-    assert ManticoreConfig.from_pretrained(tmp_path / "saved").auto_map["AutoModel"] == "past_losses.ManticoreModel"
+    assert (
+        ManticoreConfig.from_pretrained(tmp_path / "saved").auto_map["AutoModel"] == "hybrid_manticore.ManticoreModel"
+    )

@@ -13,8 +13,8 @@ import clean_process
 import pytest
 import torch
 from hub_models import MODEL, component_keys, nudge, publish, publish_hybrid, read_json, tiny, tokenizer
+from manticore_hf.modeling.carried_manticore import ENTRY, PARTS, carried, copy_code, entry_code
 from manticore_hf.modeling.configuration_manticore import AUTO_MAP
-from manticore_hf.modeling.saving_manticore import copy_code
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -56,18 +56,6 @@ def test_modeling_imports_only_what_every_user_has():
                 assert level == 1 and module and "." not in module, f"{file.name}: only `from .x import y` is portable"
                 assert (CODE / f"{module}.py").is_file()
         assert "manticore_hf" not in {module.split(".")[0] for module, level in imports(file) if level == 0}
-
-
-def test_every_file_is_reachable_from_the_model():
-    """Transformers copies what the entry file imports, directly or not, by relative imports: nothing else."""
-    assert {value.partition(".")[0] for value in AUTO_MAP.values()} == {"configuration_manticore", "modeling_manticore"}
-    seen, waiting = set(), ["modeling_manticore"]
-    while waiting:
-        name = waiting.pop()
-        if name not in seen:
-            seen.add(name)
-            waiting += [module for module, level in imports(CODE / f"{name}.py") if level]
-    assert seen == {file.stem for file in FILES}
 
 
 def test_imports_run_one_way():
@@ -199,9 +187,8 @@ CLASSIFY = """
 from transformers import AutoModelForSequenceClassification as ForSequence, AutoModelForTokenClassification as ForToken
 found = {}
 for kind, auto, task in (("sequence", ForSequence, "text"), ("token", ForToken, "token")):
-    model, info = auto.from_pretrained(repo, num_labels=3, output_loading_info=True, **trust)
-    assert "transformers_modules" in type(model).__module__
-    assert all(key.startswith("score.") for key in info.pop("missing_keys")) and not any(info.values()), info
+    model, info = auto.from_pretrained(more[1] + kind, output_loading_info=True, **trust)
+    assert "transformers_modules" in type(model).__module__ and not any(info.values()), info
     model.train()
     labels = torch.tensor([0, 2]) if kind == "sequence" else ids % 3
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
@@ -216,15 +203,6 @@ for kind, auto, task in (("sequence", ForSequence, "text"), ("token", ForToken, 
     pipe = pipeline(f"{task}-classification", model=kind, tokenizer=repo, **trust)
     found[f"{kind} labels"] = [str(one.get("label", one.get("entity"))) for one in pipe("w5 w6 w7")]
 torch.save(found, output)
-"""
-
-COMPOSE = """
-from huggingface_hub import HfApi
-Model = type(AutoModelForCausalLM.from_pretrained(repo, **trust))
-made = Model.from_components(more, num_blocks=2)
-made.save_pretrained("made")
-again = AutoModelForCausalLM.from_pretrained("made", **trust)
-torch.save({"made": facts(made), "again": facts(again)}, output)
 """
 
 ADAPT = """
@@ -296,7 +274,8 @@ def facts(model, given=None):
 
 
 def assert_facts(found, expected):
-    assert torch.equal(found["logits"], expected["logits"])
+    """The same, to the rounding of what the package has faster ways to compute (manticore_hf/kernels)."""
+    torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
     assert torch.equal(found["text"], expected["text"])
     # The recurrent state is carried over (Transformers' own Mamba forgets it): the scan's repair works there too.
     torch.testing.assert_close(found["chunked"], expected["logits"], rtol=1e-4, atol=1e-4)
@@ -315,12 +294,18 @@ def published(hub, owner, tmp_path):
     return f"{owner}/hybrid", model
 
 
+def code_of(config):
+    """{file: content} of the code that a hybrid of this configuration carries."""
+    parts = carried(ManticoreConfig.from_dict(config))
+    files = [file for file in FILES if file.stem not in PARTS or file.stem in parts]
+    return {ENTRY: entry_code(parts).encode(), **{file.name: file.read_bytes() for file in files}}
+
+
 def assert_complete(files, config):
     """A repository that others can load."""
-    assert {file.name for file in FILES} <= set(files)
     assert config["auto_map"] == AUTO_MAP and not any("--" in value for value in config["auto_map"].values())
-    for file in FILES:
-        assert files[file.name] == file.read_bytes()
+    for name, data in code_of(config).items():
+        assert files[name] == data
 
 
 def test_life_without_the_package(published, run, hub, owner, tmp_path):
@@ -330,7 +315,8 @@ def test_life_without_the_package(published, run, hub, owner, tmp_path):
     base = AutoModel.from_pretrained(repo)
     assert type(base) is manticore_hf.ManticoreModel
     with torch.no_grad():
-        assert torch.equal(found["hidden"], base.eval()(input_ids=ids()).last_hidden_state)
+        hidden = base.eval()(input_ids=ids()).last_hidden_state
+        torch.testing.assert_close(found["hidden"], hidden, rtol=1e-5, atol=1e-5)
     words = tokenizer()
     text = model.generate(
         **words("w5 w6 w7", return_tensors="pt", return_token_type_ids=False), max_new_tokens=6, do_sample=False
@@ -385,7 +371,6 @@ def test_aligned_tokenizers_without_the_package(run, hub, owner, tmp_path):
     for folder in (tmp_path / "saved", tmp_path / "out"):
         names = {file.name for file in folder.iterdir()}
         assert {file.name for file in CODE.glob("aligned_*.py")} <= names and not list(folder.glob("tokenizer_*/*"))
-        assert "aligned_hybrid." in read_json(folder)["auto_map"]["AutoModelForCausalLM"]
     again = run(LOAD, f"{owner}/again", tmp_path / "saved")
     for where in (f"{owner}/again", tmp_path / "saved"):
         assert_facts(again[str(where)], found["trained"])
@@ -414,9 +399,9 @@ def test_an_online_mixture_without_the_package(run, tmp_path):
     torch.save(ids(), tmp_path / "ids.pt")
     found, wanted = run(ONLINE, tmp_path / "out", tmp_path / "again"), facts(model)
     assert_facts(found, wanted)
-    assert torch.equal(found["again"], wanted["logits"])
+    assert torch.equal(found["again"], found["logits"])
     names = [{file.name for file in (tmp_path / folder).glob("*.py")} for folder in ("out", "again")]
-    assert names[0] == names[1] == {*(file.name for file in FILES), "past_losses.py"}
+    assert names[0] == names[1] and "past_losses.py" in names[0]
 
 
 def test_quantised_without_the_package(published, run, hub, owner, tmp_path, monkeypatch):
@@ -428,7 +413,8 @@ def test_quantised_without_the_package(published, run, hub, owner, tmp_path, mon
     found = run(QUANTISE, published[0], tmp_path / "small", tmp_path / "ours", f"{owner}/small")
     expected = facts(model)
     for one in found.values():
-        assert torch.equal(one["logits"], expected["logits"]) and torch.equal(one["text"], expected["text"])
+        torch.testing.assert_close(one["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+        assert torch.equal(one["text"], expected["text"])
     assert set(found) == {"made", str(tmp_path / "small"), str(tmp_path / "ours"), f"{owner}/small"}
     for where in (tmp_path / "small", f"{owner}/small"):
         assert torch.equal(facts(AutoModelForCausalLM.from_pretrained(where))["logits"], expected["logits"])
@@ -436,8 +422,11 @@ def test_quantised_without_the_package(published, run, hub, owner, tmp_path, mon
 
 
 def test_classifying_without_the_package(published, run, hub, owner, tmp_path):
-    repo, _ = published
-    found = run(CLASSIFY, repo, f"{owner}/")
+    repo, causal = published
+    for kind in ("Sequence", "Token"):
+        cls = getattr(manticore_hf, f"ManticoreFor{kind}Classification")
+        cls.from_causal_lm(causal, num_labels=3).save_pretrained(tmp_path / f"new-{kind.lower()}")
+    found = run(CLASSIFY, repo, f"{owner}/", f"{tmp_path}/new-")
     for kind, auto in (("sequence", AutoModelForSequenceClassification), ("token", AutoModelForTokenClassification)):
         pushed = hub.files(f"{owner}/{kind}")
         assert_complete(pushed, json.loads(pushed["config.json"]))
@@ -445,18 +434,9 @@ def test_classifying_without_the_package(published, run, hub, owner, tmp_path):
             loaded = auto.from_pretrained(where)
             assert type(loaded) is auto._model_mapping[manticore_hf.ManticoreConfig]
             with torch.no_grad():
-                assert torch.equal(loaded(input_ids=ids()).logits, found[kind])
+                torch.testing.assert_close(loaded(input_ids=ids()).logits, found[kind], rtol=1e-5, atol=1e-5)
     assert [len(found[f"{kind} labels"]) for kind in ("sequence", "token")] == [1, 3]
     assert set(found["sequence labels"] + found["token labels"]) <= {"LABEL_0", "LABEL_1", "LABEL_2"}
-
-
-@pytest.mark.slow
-def test_composing_without_the_package(published, run, owner):
-    repo, _ = published
-    found = run(COMPOSE, repo, f"{owner}/a", f"{owner}/b")
-    here = ManticoreForCausalLM.from_components([f"{owner}/a", f"{owner}/b"], num_blocks=2)
-    assert_facts(found["made"], facts(here))
-    assert_facts(found["again"], facts(here))
 
 
 def test_adapters_without_the_package(published, run, hub, owner, tmp_path):
@@ -527,6 +507,14 @@ torch.save(found, output)
 """
 
 
+def bring_up(folder):
+    """This version's code, as `push --code-only` puts it into a repository."""
+    config = ManticoreConfig.from_pretrained(folder)
+    copy_code(folder, config)
+    values = {**read_json(folder), "auto_map": config.to_dict()["auto_map"]}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
 REFUSED = """
 import json, pathlib
 folder, told = pathlib.Path(more[0]), {}
@@ -549,7 +537,7 @@ def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_stil
     """The defence is the package's; a hybrid's own settings, and addresses that belong to others, are checked here."""
     torch.save(ROWS, tmp_path / "ids.pt")
     folder = shutil.copytree(EARLIER / "two_blocks", tmp_path / "published")
-    copy_code(folder)
+    bring_up(folder)
     elsewhere = {"weights": "reference", "repo_id": "org/x", "revision": "0" * 40}
     tampered = {**elsewhere, "files": {"../model.safetensors": "0" * 64}}
     code = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
@@ -558,11 +546,10 @@ def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_stil
         "gate": (None, {"gate": "x"}, "gate='x' is unknown; choose one of"),
         "dtype": (None, {"dtype": "load"}, "dtype='load' is no dtype of torch"),
         "version": (None, {"manticore_version": 2}, "This hybrid has format version 2"),
-        "name": (1, {"name": "forward"}, "used by the model itself"),
         "path": (1, {**elsewhere, "repo_id": "../x"}, "is no Hub repository id"),
         "commit": (1, {**elsewhere, "revision": "abcdef1"}, "is no 40-hex commit"),
         "files": (1, tampered, "is no plain name of a safetensors file"),
-        "code": (1, {**elsewhere, "code": code}, "needs code of its own repository, which runs only if you ask for it"),
+        "code": (1, {**elsewhere, "code": code}, "carries no code for components with code of their own"),
     }
     edits = {name: {"component": component, "values": values} for name, (component, values, _) in wanted.items()}
     (tmp_path / "edits.json").write_text(json.dumps(edits))
@@ -598,6 +585,7 @@ def test_the_package_loads_what_version_0_1_published(tmp_path):
         for values in written:
             values.pop("transformers_version")
         since = {key: value for key, value in ManticoreConfig().to_dict().items() if key in SINCE_THEN}
+        assert written[1].pop("auto_map") == AUTO_MAP and written[0].pop("auto_map")
         assert {**since, **written[0]} == written[1]
 
 
@@ -606,7 +594,7 @@ def test_this_code_in_a_repository_loads_what_version_0_1_published(run, tmp_pat
     folders = {}
     for name, (folder, _) in earlier().items():
         folders[name] = shutil.copytree(folder, tmp_path / "published" / name)
-        copy_code(folders[name])
+        bring_up(folders[name])
     found = run(READ_EARLIER, "none", *folders.values())
     for name, (_, logits) in earlier().items():
         torch.testing.assert_close(found[name], logits, rtol=0, atol=1e-6)

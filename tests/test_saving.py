@@ -10,13 +10,16 @@ import clean_process
 import pytest
 import torch
 from hub_models import MODEL, assert_same_model, component_keys, logits, nudge, publish, read_json, saved_keys, tiny
-from manticore_hf.modeling import saving_manticore, weights_manticore
+from manticore_hf.modeling import weights_manticore
+from manticore_hf.modeling.carried_manticore import ENTRY, PARTS
 from transformers import modeling_utils
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
+from manticore_hf.utils import saving
 
 TENSOR = "a.gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
-CODE = {file.name for file in Path(weights_manticore.__file__).parent.glob("*_manticore.py")}
+FILES = {file.stem for file in Path(weights_manticore.__file__).parent.glob("*_manticore.py")}
+CODE = {f"{name}.py" for name in {*(FILES - set(PARTS)), "modeling_manticore", "outputs_manticore"}} | {ENTRY}
 
 
 @pytest.fixture
@@ -108,9 +111,9 @@ def test_killed_while_saving(model, hub, owner, tmp_path):
 
 
 def test_scratch_of_a_living_process_is_left_alone(model, tmp_path):
-    with saving_manticore.whole_directory(tmp_path / "out", True) as other:
+    with saving.whole_directory(tmp_path / "out", True) as other:
         Path(other, "config.json").write_text("{}")
-        with saving_manticore.whole_directory(tmp_path / "out", True):
+        with saving.whole_directory(tmp_path / "out", True):
             assert len(list(tmp_path.glob(".out.saving-*"))) == 2
     assert (tmp_path / "out" / "config.json").read_text() == "{}" and not scratch_folders(tmp_path)
 

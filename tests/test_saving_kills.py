@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from hub_models import logits, nudge, publish, tiny
-from manticore_hf.modeling import saving_manticore
-from manticore_hf.modeling.saving_manticore import check_whole, whole_directory
 from safetensors import SafetensorError
 
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf import publish as publish_hybrid
 from manticore_hf.hub.inspection import inspect_hybrid
+from manticore_hf.utils import saving
+from manticore_hf.utils.saving import check_whole, whole_directory
 
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
 OLD = {**dict.fromkeys(("config.json", "a_manticore.py", *_SHARDS), "old"), "optimizer.pt": "mine"}
@@ -225,9 +225,9 @@ def test_two_writers(tmp_path):
 
 def test_a_held_directory_is_waited_for_with_a_word_and_not_for_ever(tmp_path, monkeypatch):
     folder, said = fill(tmp_path / "out", OLD), []
-    monkeypatch.setattr(saving_manticore, "_PATIENCE", 0.3)
-    monkeypatch.setattr(saving_manticore.logger, "warning_once", said.append)
-    number = saving_manticore._hold(folder)
+    monkeypatch.setattr(saving, "_PATIENCE", 0.3)
+    monkeypatch.setattr(saving.logger, "warning_once", said.append)
+    number = saving._hold(folder)
     with pytest.raises(ManticoreError, match="has been locked by another process"):
         save(folder, NEW)
     assert "Waiting for another process" in said[0] and content(folder) == OLD
@@ -272,11 +272,11 @@ def test_without_a_name_for_the_user_and_of_the_machine(tmp_path, monkeypatch):
 
     for module, name in ((pwd, "getpwuid"), (getpass, "getuser")):
         monkeypatch.setattr(module, name, unknown)
-    before = set(Path(saving_manticore.tempfile.gettempdir()).glob("manticore-*.lock"))
+    before = set(Path(saving.tempfile.gettempdir()).glob("manticore-*.lock"))
     for _ in range(2):
         save(tmp_path / "out", NEW)
     assert content(tmp_path / "out") == NEW
-    assert set(Path(saving_manticore.tempfile.gettempdir()).glob("manticore-*.lock")) == before
+    assert set(Path(saving.tempfile.gettempdir()).glob("manticore-*.lock")) == before
 
 
 # ---- with a hybrid ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from manticore_hf.modeling.layer_stack_manticore import cache_argument
+from manticore_hf.modeling.components_manticore import cache_argument
 from manticore_hf.modeling.mixers_manticore import repair_mixers
 from scans import CONFIGS, SCANNING, build, chunked, mixers, padded_inputs
 from transformers import MambaForCausalLM

@@ -10,7 +10,9 @@ import pytest
 import torch
 from families import hybrid, tokens
 from manticore_hf.modeling import base_manticore, modeling_manticore
-from manticore_hf.modeling.segments_manticore import Segment, Shell, Whole
+from manticore_hf.modeling.components_manticore import Shell
+from manticore_hf.modeling.layer_stack_manticore import Segment
+from manticore_hf.modeling.segments_manticore import Whole
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from manticore_hf import ManticoreForCausalLM
@@ -89,7 +91,7 @@ def test_segments_are_public_and_say_what_runs_where():
     neox, mamba = model.config.component_names
     assert list(model.segments.ranges) == [(neox, 0), (neox, 1), (mamba, 0), (mamba, 1)]
     assert model.segments.ranges[neox, 1] == tuple(model.config.bounds(neox)[1:])
-    assert model.segments.blocks(mamba) == [0, 1]
+    assert [block for name, block in model.segments.ranges if name == mamba] == [0, 1]
     layers = [layer for block in (0, 1) for layer in model.segments.segment(mamba, block).layers]
     assert layers == list(model.component(mamba).backbone.layers)
     assert model.segments.running([[1.0, 0.0], [0.5, 0.5]]) == [(neox, 0), (neox, 1), (mamba, 1)]

@@ -101,7 +101,7 @@ def test_takes_the_place_of_upstreams(dtype, with_state):
                 "return_final_states": with_state, "z": None}  # fmt: skip
     upstream = modeling("mamba2").mamba2_chunk_scan
     expected = inspect.unwrap(upstream)(x, dt, A.float(), B, C, 8, **settings)
-    found = mm._make_chunk_scan(upstream)(x, dt, A.float(), B, C, 8, **settings)
+    found = ssd_manticore.make_chunk_scan(upstream)(x, dt, A.float(), B, C, 8, **settings)
     for ours, theirs in zip(*[z if with_state else (z,) for z in (found, expected)], strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

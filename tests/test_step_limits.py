@@ -5,7 +5,8 @@ import inspect
 import pytest
 import torch
 from manticore_hf.modeling import mixers_manticore as mm
-from manticore_hf.modeling.layer_stack_manticore import cache_argument
+from manticore_hf.modeling import ssd_manticore
+from manticore_hf.modeling.components_manticore import cache_argument
 from scans import bind, mixers, modeling
 from transformers import DynamicCache
 
@@ -67,7 +68,7 @@ def test_without_limits_steps_are_transformers_own():
     args, last = _step()
     states = [args[0].clone() for _ in range(2)]
     upstream = getattr(modeling("mamba2"), NAME)
-    ours = mm._make_step(upstream)(states[0], *args[1:], **last, dt_limit=mixer_limits(model))
+    ours = ssd_manticore.make_step(upstream)(states[0], *args[1:], **last, dt_limit=mixer_limits(model))
     assert torch.equal(ours, inspect.unwrap(upstream)(states[1], *args[1:], **last)) and torch.equal(*states)
 
 
@@ -119,7 +120,7 @@ def test_a_cpu_tensor_never_reaches_the_kernel():
     def kernel(*args, **kwargs):
         raise AssertionError("a CPU tensor reached a CUDA kernel")
 
-    step = mm._make_step(bind(inspect.unwrap(getattr(modeling("nemotron_h"), NAME)), kernel))
+    step = ssd_manticore.make_step(bind(inspect.unwrap(getattr(modeling("nemotron_h"), NAME)), kernel))
     for limits in (None, (0.5, 0.9)):
         args, last = _step()
         assert step(*args, **last, dt_limit=limits).isfinite().all()
@@ -136,7 +137,7 @@ def test_a_kernel_gets_limited_steps_as_views():
     class OnDevice(torch.Tensor):
         is_cuda = True
 
-    step = mm._make_step(bind(inspect.unwrap(getattr(modeling("nemotron_h"), NAME)), kernel))
+    step = ssd_manticore.make_step(bind(inspect.unwrap(getattr(modeling("nemotron_h"), NAME)), kernel))
     args, last = _step()
     args[1], args[2] = args[1].as_subclass(OnDevice), args[2].bfloat16()
     step(*args, **last, dt_limit=(0.0, float("inf")))

@@ -48,7 +48,8 @@ def copy_of(causal, module, cls=ManticoreForCausalLM, **labels):
     settings = {**causal.config.to_dict(), **labels}
     config = sys.modules[f"{module.__package__}.configuration_manticore"].ManticoreConfig(**settings)
     components = {name: causal.component(name) for name in causal.config.component_names}
-    return getattr(module, cls.__name__)(config, components)
+    home = module if hasattr(module, cls.__name__) else importlib.import_module(f"{module.__package__}.heads_manticore")
+    return getattr(home, cls.__name__)(config, components)
 
 
 def test_what_is_a_hybrid(causal, other_copy):

@@ -9,7 +9,7 @@ import torch
 from classifiers import BOTH
 from families import hybrid, tokens
 from manticore_hf.modeling import bounds_manticore
-from manticore_hf.modeling.layer_stack_manticore import cache_argument
+from manticore_hf.modeling.components_manticore import cache_argument
 from test_heads import made
 from transformers import LlamaForCausalLM, MambaForCausalLM
 

@@ -24,15 +24,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from manticore_hf.compose.unsupported import refuse_kind, refuse_type
 from manticore_hf.hub.licenses import read_license
-from manticore_hf.modeling.bounds_manticore import (
-    ManticoreError,
-    build_config,
-    check_component_name,
-    guard,
-    is_causal_lm,
-    show,
-)
-from manticore_hf.modeling.references_manticore import WEIGHT_FILES, code_of, refusal, registered, trust
+from manticore_hf.modeling.bounds_manticore import ManticoreError, build_config, guard, is_causal_lm, show
+from manticore_hf.modeling.code_manticore import code_of, registered, trust
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES, refusal
+from manticore_hf.utils.defence import check_component_name
 
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 

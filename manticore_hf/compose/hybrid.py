@@ -22,11 +22,12 @@ from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.mixture_sampling import GATE_LAG, sample_components
 from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
 from manticore_hf.hub.upload import KeepsCard
-from manticore_hf.modeling import aligned_hybrid, modeling_manticore, past_losses  # noqa: F401 - which lets such hybrids run
-from manticore_hf.modeling.bounds_manticore import reason, show
+from manticore_hf.modeling import base_manticore, heads_manticore, modeling_manticore
+from manticore_hf.modeling.bounds_manticore import reason, show, trying
 from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
+from manticore_hf.modeling.layer_stack_manticore import find_layout
 from manticore_hf.modeling.references_manticore import component_files
 from manticore_hf.modeling.settings_manticore import HybridSettings
 from manticore_hf.utils.defence import check_generation
@@ -67,8 +68,8 @@ class _ChecksGeneration:
             check_generation(what, self.generation_config.to_dict())
 
 
-class ManticoreModel(KeepsCard, modeling_manticore.ManticoreModel):
-    """A hybrid without output head; see `manticore_hf.modeling.modeling_manticore`."""
+class ManticoreModel(KeepsCard, base_manticore.ManticoreModel):
+    """A hybrid without output head; see `manticore_hf.modeling.base_manticore`."""
 
 
 class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.ManticoreForCausalLM):
@@ -183,6 +184,12 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
                 cast(f"Component {one.address}", part, dtype)
         config.dtype = dtype
         first = parts[config.tokenizer_component]
+        for name, part in parts.items():
+            with trying(f"Component {name!r} ({part.config.model_type})"):
+                try:
+                    find_layout(part)  # of one block too, which would run whatever the class does around its layers
+                except ManticoreError as err:
+                    raise ManticoreError(f"Component {name!r}: {err}") from err
         with local_torch_dtype(dtype):
             model = cls(config, components=parts)
         if first.device.type != "meta":  # as where weights wait on a disk
@@ -358,12 +365,12 @@ class _Classifies:
         return out.eval()
 
 
-class ManticoreForSequenceClassification(_Classifies, KeepsCard, modeling_manticore.ManticoreForSequenceClassification):
-    """A hybrid that scores whole sequences; see `manticore_hf.modeling.modeling_manticore`."""
+class ManticoreForSequenceClassification(_Classifies, KeepsCard, heads_manticore.ManticoreForSequenceClassification):
+    """A hybrid that scores whole sequences; see `manticore_hf.modeling.heads_manticore`."""
 
 
-class ManticoreForTokenClassification(_Classifies, KeepsCard, modeling_manticore.ManticoreForTokenClassification):
-    """A hybrid that scores every token; see `manticore_hf.modeling.modeling_manticore`."""
+class ManticoreForTokenClassification(_Classifies, KeepsCard, heads_manticore.ManticoreForTokenClassification):
+    """A hybrid that scores every token; see `manticore_hf.modeling.heads_manticore`."""
 
 
 def _label(config, num_labels, id2label, label2id, problem_type):

@@ -30,10 +30,10 @@ from manticore_hf.hub.provenance import (
     verify_cached,
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.saving_manticore import check_whole
 from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.formatting import listed, listed_some, printable_output
 from manticore_hf.utils.objective import say_objective
+from manticore_hf.utils.saving import check_whole
 from manticore_hf.utils.task_types import KINDS, kind_of, labels_of, quantization_of
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -71,7 +71,7 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
     blocks = []
     for block in range(config.num_blocks):
         for k, name in enumerate(config.component_names):
-            if block in model.segments.blocks(name):
+            if (name, block) in model.segments.ranges:
                 row = {"block": block + 1, "component": name, **_segment(model, name, block, tokens)}
                 blocks.append({**row, "alpha": None if alpha is None or alpha[block] is None else alpha[block][k]})
     parts = [] if config.route else [_component(model, name, blocks, tokens) for name in config.component_names]

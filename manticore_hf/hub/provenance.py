@@ -16,8 +16,8 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 
 from manticore_hf import modeling
 from manticore_hf.modeling.bounds_manticore import ManticoreError
+from manticore_hf.modeling.carried_manticore import CODE, ENTRY, PARTS, entry_code
 from manticore_hf.modeling.references_manticore import refusal, verify, where
-from manticore_hf.modeling.saving_manticore import CODE
 from manticore_hf.utils.formatting import listed_some
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -49,6 +49,7 @@ def repository(source: str, revision: str | None = None) -> dict:
         blobs = {file.rfilename: file.blob_id for file in info.siblings if file.rfilename.endswith(".py")}
     ours = Path(modeling.__file__).parent.glob("*.py")
     installed = {path.name: _git_hash(path.read_bytes()) for path in ours if CODE.fullmatch(path.name)}
+    installed[ENTRY] = _git_hash(entry_code([name for name in PARTS if f"{name}.py" in blobs]).encode())
     code = {
         name: "unknown" if name not in installed else "same" if blobs[name] == installed[name] else "different"
         for name in blobs

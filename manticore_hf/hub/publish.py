@@ -38,8 +38,8 @@ from manticore_hf.hub.upload import REPLACED, collect, own_weights, refuse_links
 from manticore_hf.modeling.bounds_manticore import build_component, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.references_manticore import refusal, where
-from manticore_hf.modeling.saving_manticore import check_whole
-from manticore_hf.modeling.weights_manticore import end_names
+from manticore_hf.modeling.transplant_manticore import end_names
+from manticore_hf.utils.saving import check_whole
 
 logger = logging.get_logger(__name__)
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from manticore_hf.modeling.aligned_tokenizers import FILES, folder_of
 from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
+from manticore_hf.modeling.carried_manticore import CODE, copy_code
 from manticore_hf.modeling.references_manticore import where
-from manticore_hf.modeling.saving_manticore import CODE, copy_code
 from manticore_hf.utils.files import stays_inside
 
 _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")

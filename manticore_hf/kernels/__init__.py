@@ -1,9 +1,11 @@
-"""Faster ways to run the selective scan that a published repo carries: numba's on a CPU, Triton's on a GPU.
+"""Faster ways to run what a published repo carries: the selective scan (numba, Triton), and convolutions on a CPU.
 
 Results are the same without them. They are registered by `import manticore_hf`, also for hybrids that run the code of
 their repo, and imported when a scan first runs.
 """
 
+from manticore_hf.kernels.conv import causal_conv1d
+from manticore_hf.modeling.mixers_manticore import register_conv
 from manticore_hf.modeling.scan_manticore import register_scan
 
 
@@ -20,6 +22,7 @@ def _with_triton(u, n, dtype):
 
 
 def register() -> None:
-    """Registers them for every copy of the scan in the process; again changes nothing."""
+    """Registers them for every copy of the mixers in the process; again changes nothing."""
     register_scan("cpu", _with_numba)
     register_scan("cuda", _with_triton)
+    register_conv(causal_conv1d)

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, PreTrainedModel
 
 from manticore_hf.hub.inspection import layer_memory
-from manticore_hf.modeling.layer_stack_manticore import Shell, layer_kind, one_of_each, pick_config
+from manticore_hf.modeling.components_manticore import Shell
+from manticore_hf.modeling.layer_stack_manticore import layer_kind, one_of_each, pick_config
 from manticore_hf.plan import kernels
 
 _SHORT = 8  # tokens that no window is shorter than

@@ -16,7 +16,8 @@ from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.mixing_manticore import LinearProjector, resize
+from manticore_hf.modeling.mixing_manticore import resize
+from manticore_hf.modeling.shared_manticore import LinearProjector, mix_embeddings
 from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, component_runner, world
 from manticore_hf.utils.task_types import refuse_classifier
 
@@ -253,7 +254,7 @@ def _collect(model, batches, reference, every):
                 else:
                     x, y = states[reference][int(block)], states[name][int(block)]
                     if int(block) == 0:  # with mixed embeddings the first block reads their mixture
-                        x = resize(model.mix_embeddings(ids), projector.in_features)
+                        x = resize(mix_embeddings(model, ids), projector.in_features)
                 x, y = (rows[real][: None if mine else 0] for rows in (x, y))
                 if (side, name, block) not in pairs:
                     made = [Moments(x.shape[1], y.shape[1], x.device) for _ in range(2)]

@@ -27,8 +27,9 @@ from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.mixing_manticore import Chain, HybridMixer, LinearProjector, resize
-from manticore_hf.modeling.segments_manticore import stretches
+from manticore_hf.modeling.mixing_manticore import resize
+from manticore_hf.modeling.path_manticore import Chain, stretches
+from manticore_hf.modeling.shared_manticore import LinearProjector, enter, leave
 from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.renamed import old_names
 from manticore_hf.utils.task_types import quantization_of, refuse_classifier
@@ -234,16 +235,16 @@ def route_logits(model: torch.nn.Module, route: list[str], ids: torch.Tensor) ->
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     for one in stretches(SimpleNamespace(route=route, bounds=config.bounds)):
         if before is not None:
-            shared = mixer(HybridMixer.leave, before.last, before.name, state, 1.0)
-            state = mixer(HybridMixer.enter, one.first, one.name, shared, 1.0)
+            shared = mixer(leave, before.last, before.name, state, 1.0)
+            state = mixer(enter, one.first, one.name, shared, 1.0)
         elif native:
             state = model.embed(one.name, ids)
         else:
-            state = mixer(HybridMixer.enter, 0, one.name, resize(model.embed(one.name, ids), config.hidden_size), 1.0)
+            state = mixer(enter, 0, one.name, resize(model.embed(one.name, ids), config.hidden_size), 1.0)
         state, before = model.segments.stretch(one.name, one.start, one.stop)(state, None, positions), one
     if native:
         return model.segments.logits(before.name, state)
-    shared = mixer(HybridMixer.leave, before.last, before.name, state, 1.0)
+    shared = mixer(leave, before.last, before.name, state, 1.0)
     head = model.component(route[0]).get_output_embeddings()
     return model.segments.logits(route[0], resize(shared, head.weight.shape[1]))
 

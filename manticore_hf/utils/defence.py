@@ -11,15 +11,17 @@ the package loads and inspects; in a published repository its author could delet
 import contextlib
 import copy
 import inspect
+import keyword
 import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
@@ -35,6 +37,7 @@ from manticore_hf.modeling.bounds_manticore import (
     show,
 )
 from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
+from manticore_hf.modeling.settings_manticore import HybridSettings
 from manticore_hf.modeling.weights_manticore import Renamer, check_complete, part_of
 from manticore_hf.utils.headers import compare
 
@@ -371,6 +374,29 @@ def _tensors(module):
     yield from module.buffers()
 
 
+# Attributes of the hybrid's configuration and of its model: a component becomes an attribute of both.
+_RESERVED = {one.name for one in fields(HybridSettings)} | {
+    "config", "generation_config", "hybrid_mixer", "input_embedding", "training", "components", "route", "score",
+    "manticore_version", "calibration", "hidden_size", "component", "objective", "num_hidden_layers", "segments",
+    "max_position_embeddings", "framework", "name", "loss_type", "warnings_issued", "keys_to_ignore_at_inference",
+    "auto_map", "tie_word_embeddings", "component_names", "bounds", "bos_token_id", "eos_token_id", "pad_token_id",
+    "all_tied_weights_keys", "kernel_config", "embed", "from_components", "make_cache", "mix_embeddings", "new_mixer",
+    "renew_embeddings", "report_parts", "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm",
+    "is_gone", "make_score", "starts_anew", "composed_as", "together", "mix", "create_masks_for_generate",
+    "reads_past_losses",
+}  # fmt: skip
+
+
+def check_component_name(name: object) -> None:
+    """Raises ManticoreError unless `name` can be an attribute of the model and of the configuration."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,99}", name) or keyword.iskeyword(name):
+        raise ManticoreError(
+            f"Component name {show(name)} must be a Python identifier that starts with a letter (100 at most)."
+        )
+    if name in _RESERVED or any(hasattr(cls, name) for cls in (PreTrainedConfig, PreTrainedModel, GenerationMixin)):
+        raise ManticoreError(f"Component name {name!r} is used by the model itself; give the component another name.")
+
+
 class Defence(Guard):
     """The package's guard."""
 
@@ -404,6 +430,7 @@ class Defence(Guard):
         return clean(what, values, cls)
 
     def entry(self, name: str, entry: dict) -> None:
+        check_component_name(name)
         said = entry.get("license")
         if said is not None and not (isinstance(said, str) and len(said) < 200 and said.isprintable()):
             raise ManticoreError(f"Component {name!r}: license={show(said)} must be the short name of one, or null.")

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from manticore_hf.modeling import modeling_manticore
+from manticore_hf.modeling import heads_manticore, modeling_manticore
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.utils.unwrap import hybrid_of
 
@@ -32,7 +32,7 @@ class Kind:
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """The hybrid class."""
-        return getattr(modeling_manticore, self.architecture)
+        return getattr(heads_manticore if self.labels else modeling_manticore, self.architecture)
 
 
 CAUSAL = Kind("ManticoreForCausalLM", "AutoModelForCausalLM", "text-generation", "causal language model", False)

@@ -29,8 +29,8 @@ from manticore_hf.hub.licenses import read_license
 from manticore_hf.modeling.bounds_manticore import build_config, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES
-from manticore_hf.modeling.saving_manticore import whole_directory
 from manticore_hf.utils.formatting import escape
+from manticore_hf.utils.saving import whole_directory
 from manticore_hf.utils.tokenizers import read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

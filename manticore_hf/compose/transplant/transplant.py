@@ -17,7 +17,7 @@ from manticore_hf.compose.transplant.coverage import TransplantReport, bits_per_
 from manticore_hf.compose.transplant.surface import Surfaces
 from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.weights_manticore import end_names
+from manticore_hf.modeling.transplant_manticore import end_names
 
 _LISTS = ("bad_words_ids", "force_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
