@@ -70,8 +70,8 @@ def _modules(config):
     for name in config.component_names:
         sub = getattr(config, name)
         for one, mapping in ((sub, MODEL_FOR_CAUSAL_LM_MAPPING), (sub.get_text_config(), MODEL_MAPPING)):
-            if (cls := mapping.get(type(one), None)) is not None:
-                yield sys.modules[cls.__module__]
+            found = mapping.get(type(one), ())
+            yield from (sys.modules[cls.__module__] for cls in (found if isinstance(found, tuple) else (found,)))
 
 
 MADE_FOR = "text", "labels"

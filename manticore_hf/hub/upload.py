@@ -19,12 +19,12 @@ from manticore_hf.utils.files import stays_inside
 
 _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 _TAKEN = re.compile(
-    r"config\.json|generation_config\.json|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|past_losses\.py|recipe\.yaml|evaluation\.json|LICENSE(\.\w+)?|NOTICE"
+    rf"{CODE.pattern}|config\.json|generation_config\.json|recipe\.yaml|evaluation\.json|LICENSE(\.\w+)?|NOTICE"
 )
 _FOLDERS = ("plots", "additional_chat_templates", "tokenizer_*")  # of which something may be published
 _PLOT = re.compile(r"[\w.-]+\.png")
 REPLACED = re.compile(
-    r"model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|[a-z0-9_]+_manticore\.py|aligned_[a-z]+\.py|past_losses\.py|plots/[\w.-]+\.png"
+    rf"{CODE.pattern}|model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|plots/[\w.-]+\.png"
     r"|\.eval_results/manticore-hf\.yaml"
 )
 """Files of an earlier push that would be read, or shown, beside those of this one."""

@@ -17,7 +17,7 @@ from transformers.integrations import moe
 
 from manticore_hf.kernels.numba_scan import find_kernel
 from manticore_hf.kernels.triton_scan import CHANNELS, block_count
-from manticore_hf.modeling import mixers_manticore
+from manticore_hf.modeling import mixers_manticore, ssd_manticore
 from manticore_hf.modeling.scan_manticore import CHUNK, _shared
 
 NOTES = {
@@ -35,8 +35,8 @@ def assumed(device: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None))
         stack.enter_context(mock.patch.object(moe, "_grouped_mm", _one_group))
         if device == "cuda":
-            upstream = mock.patch.object(mixers_manticore, "_leave_to", lambda upstream, plain, *_: plain)
-            stack.enter_context(upstream)
+            for module in (mixers_manticore, ssd_manticore):
+                stack.enter_context(mock.patch.object(module, "leave_to", lambda upstream, plain, *_: plain))
             stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _without_dropout))
         yield
 
