@@ -202,7 +202,7 @@ def test_adapters(kind, repos, hub, owner, tmp_path):
     model = BOTH[kind].from_components(repos, num_labels=2)
     model.save_pretrained(tmp_path / "base")
     commit = publish_hybrid(hub, f"{owner}/classifier", tmp_path / "base")
-    remote = get_class_from_dynamic_module(f"modeling_manticore.{BOTH[kind].__name__}", f"{owner}/classifier")
+    remote = get_class_from_dynamic_module(f"hybrid_manticore.{BOTH[kind].__name__}", f"{owner}/classifier")
     assert remote is not BOTH[kind]
     for cls in (BOTH[kind], remote):
         model = cls.from_pretrained(f"{owner}/classifier")
