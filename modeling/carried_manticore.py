@@ -60,9 +60,9 @@ def _calls(*names):
 
 def _may_run_kernels(config, made_for=()):
     """Whether Transformers runs installed packages' kernels, or those that `kernels` brings, in functions' places."""
-    functions = [one for code in map(vars, _modules(config)) for one in code.values()]
-    wrapped = (one.__code__.co_freevars for one in functions if isinstance(one, FunctionType))
-    return any("implementation" in names for names in wrapped) or any(isinstance(one, nn.Module) for one in functions)
+    found = [one for code in map(vars, _modules(config)) for one in code.values()]
+    functions = any(isinstance(one, FunctionType) and "implementation" in one.__code__.co_freevars for one in found)
+    return functions or any(isinstance(one, nn.Module) and type(one).forward.__closure__ for one in found)
 
 
 def _modules(config):

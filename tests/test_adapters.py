@@ -205,7 +205,7 @@ def test_a_hybrid_of_remote_code_is_adapted_alike(saved, hub, owner, tmp_path):
     """Its class is another copy's, though the package is installed."""
     repo = f"{owner}/hybrid"
     commit = hub.add_repo(repo, saved)
-    remote = get_class_from_dynamic_module("modeling_manticore.ManticoreForCausalLM", repo)
+    remote = get_class_from_dynamic_module("hybrid_manticore.ManticoreForCausalLM", repo)
     assert remote is not ManticoreForCausalLM
     model = remote.from_pretrained(repo)
     assert hybrid_of(model) is model
