@@ -170,8 +170,10 @@ class ManticoreConfig(PreTrainedConfig):
         entry = dict(entry)
         name = entry.get("name")
         guard().entry(name, entry)
-        if name in self._component_names:
-            raise ManticoreError(f"Two components are named {name!r}; give one another name (ComponentSpec(name=...)).")
+        if not isinstance(name, str) or name in self._component_names:
+            raise ManticoreError(
+                f"Two components are named {name!r}, or one is not; name each (ComponentSpec(name=...))."
+            )
         sub = entry.pop("config", None)
         sub = sub if sub is not None else getattr(self, name, None)
         if isinstance(sub, dict):
