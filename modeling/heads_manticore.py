@@ -23,6 +23,7 @@ from .devices_manticore import device_of, onloaded, place
 from .mixing_manticore import HybridMixer
 from .mixture_manticore import weighted_sum, widen
 from .running_manticore import read_inputs, run
+from .weights_manticore import ShapeError
 
 DROPOUT = 0.1  # of token classification, where the configuration has no `classifier_dropout`
 
@@ -245,6 +246,22 @@ def forgo(model: ManticoreModel, there: set[str]) -> bool:
         if head is not None and not any(key.startswith(f"{name}.{head}.") for key in there):
             drop_head(model, name)
     return "_gone" in model.__dict__
+
+
+def check_labels(model: ManticoreModel, missing: list | set, wrong: dict) -> None:
+    """`check_complete`, of what only the checkpoint of a classifier can have wrong."""
+    kind = next((one for one in model.config.architectures or () if one.endswith("Classification")), None)
+    if missing and kind is not None and type(model).__name__ != kind:
+        raise ManticoreError(
+            f"This hybrid was saved as a classifier ({kind}), whose components have no language-model heads "
+            f"({min(missing)}). Load it with AutoModelFor{kind.rpartition('For')[2]} or AutoModel."
+        )
+    if not missing and wrong and all(key.startswith("score.") for key in wrong):
+        (file, *_), (asked, *_) = wrong[min(wrong)]
+        raise ShapeError(
+            f"The score heads have {file} labels in the file, and num_labels={asked} is asked for: load with "
+            f"ignore_mismatched_sizes=True for new heads, or with num_labels={file}."
+        )
 
 
 ManticoreForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

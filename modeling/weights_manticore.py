@@ -447,23 +447,13 @@ class ShapeError(ManticoreError, RuntimeError):
 
 def check_complete(model: PreTrainedModel, missing: list | set, wrong: dict) -> None:
     """Raises ManticoreError if keys of a hybrid are missing, or wrong: {key: (shape in the file, in the model)}."""
-    kind = next((one for one in model.config.architectures or () if one.endswith("Classification")), None)
-    if missing and kind is not None and type(model).__name__ != kind:
-        raise ManticoreError(
-            f"This hybrid was saved as a classifier ({kind}), whose components have no language-model heads "
-            f"({min(missing)}). Load it with AutoModelFor{kind.rpartition('For')[2]} or AutoModel."
-        )
+    if carries("heads_manticore"):
+        optional("heads_manticore").check_labels(model, missing, wrong)
     if missing:
         key = min(missing)
         raise ManticoreError(
             f"{part_of(model, key)}: {len(missing)} tensors are neither in the hybrid's file nor in its components' "
             f"repositories, for example {key}. It is incomplete: save or upload the hybrid again where it is whole."
-        )
-    if wrong and all(key.startswith("score.") for key in wrong):
-        (file, *_), (asked, *_) = wrong[min(wrong)]
-        raise ShapeError(
-            f"The score heads have {file} labels in the file, and num_labels={asked} is asked for: load with "
-            f"ignore_mismatched_sizes=True for new heads, or with num_labels={file}."
         )
     if wrong:
         key = min(wrong)
