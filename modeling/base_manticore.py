@@ -164,6 +164,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         for name in carried(config, ()):  # what is missing is said before anything is made
             optional(name)
         settle_attention(config)
+        if config.topology == "bridge":
+            optional("bridges").check_bridges(config)
         for name in config.component_names:
             sub, there = getattr(config, name), list(self.children())
             what = f"Component {name!r} ({sub.model_type})"
@@ -178,7 +180,8 @@ class ManticoreModel(ManticorePreTrainedModel):
                 try:
                     layout = self.segments.layout(name)
                     if is_needed("layer_stack_manticore", config):
-                        optional("layer_stack_manticore").check_cut(component, layout, config.num_blocks)
+                        blocks = [block for one, block in self.segments.ranges if one == name]
+                        optional("layer_stack_manticore").check_cut(component, layout, len(blocks))
                 except ManticoreError as err:
                     raise ManticoreError(f"Component {name!r}: {err}") from err
         if config.route is not None:
@@ -367,7 +370,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         """
         parts = {name: self.component(name) for name in self.config.component_names}
         configs = {name: part.config for name, part in parts.items()}
-        cache = ManticoreCache(configs, self.segments.ranges, max_cache_len, offloading, quantized)
+        beside = [i for i, bridge in enumerate(self.config.bridges or ()) if bridge["kind"] == "attention"]
+        cache = ManticoreCache(configs, self.segments.ranges, max_cache_len, offloading, quantized, beside)
         cache.is_plain &= not self.config.aligned
         if self.config.aligned and max_cache_len is not None:
             raise ManticoreError(

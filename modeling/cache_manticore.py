@@ -49,6 +49,7 @@ class ManticoreCache(Cache):
         max_cache_len: None for caches that grow, else the length of static ones.
         offloading: Whether keys and values wait in the CPU's memory for their layer's turn.
         quantized: Settings of Transformers' QuantizedCache (`backend`, ...) for components with attention; or None.
+        beside: Blocks under which layers beside the components' are kept, viewed as of a component without name.
     """
 
     model_type = "manticore"  # by which a cache of another copy of this file is known
@@ -62,6 +63,7 @@ class ManticoreCache(Cache):
         max_cache_len: int | None = None,
         offloading: bool = False,
         quantized: dict | None = None,
+        beside: list = (),
     ):
         layers, self._views, self.options = [], {}, (max_cache_len, offloading, quantized)
         self.max_cache_len, self.seen = max_cache_len, 0
@@ -80,6 +82,9 @@ class ManticoreCache(Cache):
                 kind = None if (start, stop) != (0, len(part.layers)) else type(part)
                 self._views[f"{name}-{block}"] = [kind, len(layers), start, stop]
                 layers += part.layers[start:stop]
+        for number in beside:
+            self._views[f"-{number}"] = [None, len(layers), 0, 1]
+            layers.append(DynamicLayer() if max_cache_len is None else StaticLayer(max_cache_len))
         self.is_plain &= all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
 

@@ -108,17 +108,29 @@ class ManticoreConfig(PreTrainedConfig):
         for entry in _list_of_dicts(components):
             self._add_component(entry)
         self.num_blocks = given.num_blocks
-        if type(self.num_blocks) is not int or self.num_blocks < 1:
-            raise ManticoreError(f"num_blocks={show(self.num_blocks)} must be a positive integer.")
-        self.block_layers = self._check_block_layers(given.block_layers)
+        for key in ("topology", *(one.name for one in fields(HybridSettings) if one.name.startswith("bridge"))):
+            setattr(self, key, copy.deepcopy(getattr(given, key)))
+        if (self.topology, self.bridges is None) not in (("merge", True), ("bridge", True), ("bridge", False)):
+            raise ManticoreError(
+                f"topology={show(self.topology)} must be 'merge', or 'bridge' where bridges are given."
+            )
+        for key in ("num_blocks", "bridge_blocks"):
+            if type(getattr(self, key)) is not int or getattr(self, key) < 1:
+                raise ManticoreError(f"{key}={show(getattr(self, key))} must be a positive integer.")
+        key = "bridge_blocks" if self.topology == "bridge" else "num_blocks"
+        self.block_layers = {name: [component_depth(getattr(self, name))] for name in self._component_names}
+        if getattr(self, key) > 1 or given.block_layers is not None and carries("layer_stack_manticore"):
+            self.block_layers = optional("layer_stack_manticore").layers_of_blocks(self, given.block_layers, key)
         self.reference_component = given.reference_component
         if not (route and isinstance(self.reference_component, str)):  # it may be one that the route dropped
             self.reference_component = self._check_name("reference_component", self.reference_component)
         self.tokenizer_component = self._check_name("tokenizer_component", given.tokenizer_component)
-        self.route = self._check_route(route)
+        self.route = None if route is None else optional("path_manticore").check_route(self, route)
         if self.route is not None:
             given.mixture_weights = [[float(name == one) for one in self._component_names] for name in self.route]
         self.mixture_weights = self._check_mixture_weights(given.mixture_weights)
+        if self.topology == "bridge" and self._component_names and carries("bridges"):
+            optional("bridges").check_bridges(self)
 
         subs = [getattr(self, name) for name in self._component_names]
         if self.aligned and (self.num_blocks > 1 or self.embeddings != "native" or self.route):
@@ -203,44 +215,6 @@ class ManticoreConfig(PreTrainedConfig):
         if value not in self._component_names:
             raise ManticoreError(f"{key}={show(value)} is no component; choose one of {self._component_names}.")
         return value
-
-    def _check_block_layers(self, block_layers):
-        block_layers = {} if block_layers is None else block_layers
-        if not isinstance(block_layers, dict) or set(block_layers) - set(self._component_names):
-            raise ManticoreError(
-                f"block_layers={show(block_layers)} must map component names to layers per block; "
-                f"the components are {self._component_names}."
-            )
-        cuts = {}
-        for name in self._component_names:
-            depth = component_depth(getattr(self, name))
-            if self.num_blocks > depth:
-                raise ManticoreError(
-                    f"num_blocks={self.num_blocks} is more than the {depth} layers of component {name!r}; "
-                    f"choose at most {depth}."
-                )
-            even = [depth // self.num_blocks + (s < depth % self.num_blocks) for s in range(self.num_blocks)]
-            cut = block_layers.get(name, even)
-            numbers = isinstance(cut, (list, tuple)) and all(type(n) is int and n >= 1 for n in cut)
-            if not numbers or len(cut) != self.num_blocks or sum(cut) != depth:
-                raise ManticoreError(
-                    f"block_layers[{name!r}]={show(cut)} must be {self.num_blocks} positive integers that sum to the "
-                    f"component's {depth} layers."
-                )
-            cuts[name] = list(cut)
-        return cuts
-
-    def _check_route(self, route):
-        if route is None:
-            return None
-        names = self._component_names
-        known = isinstance(route, (list, tuple)) and all(name in names for name in route)
-        if not known or len(route) != self.num_blocks or set(route) != set(names):
-            raise ManticoreError(
-                f"route={show(route)} must name one component for each of the {self.num_blocks} block(s) and leave "
-                f"none of {names} out."
-            )
-        return list(route)
 
     def _check_mixture_weights(self, weights):
         if weights is None:

@@ -25,7 +25,7 @@ from .bounds_manticore import ManticoreError, show
 from .components_manticore import find_layers
 from .configuration_manticore import component_depth
 
-ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.")  # beginnings of names within the mixer
+ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.", "bridges.alpha", "bridges.gates")  # names in the mixer begin so
 RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")  # of state-space mixers: no plain matrix product everywhere
 MIXER, SCORE = "hybrid_mixer", "score"
 _WRAPS = ("base_layer", "token_adapter")  # what PEFT's wrappers of a module have

@@ -94,6 +94,7 @@ class HybridMixer(nn.Module):
         self.noise, self.temperature, self.holds_alpha = None, 1.0, False
         self.into, self.out_of, self.across = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         native, self.token_gate = config.embeddings == "native", None
+        self.bridges = optional("bridges").Bridges(config, widths_in, widths, widths_out) if config.bridges else None
         if config.route is not None:
             optional("path_manticore").add_crossings(self, config, widths_in, widths, widths_out)
             return
@@ -134,5 +135,6 @@ class HybridMixer(nn.Module):
         init.zeros_(self.alpha_logits)
         for projector in (*self.into.values(), *self.out_of.values(), *self.across.values()):
             projector.reset(self.projector_init)
-        if self.token_gate is not None:
-            self.token_gate.reset()
+        for part in (self.token_gate, self.bridges):
+            if part is not None:
+                part.reset()

@@ -228,6 +228,8 @@ def run_rows(model, inputs, shared, weights=None):
     check_positions(running, inputs.positions, length, inputs.explicit)
     if config.route is not None:
         found = optional("path_manticore").run_path(model, inputs, weights, shared)
+    elif config.bridges:
+        found = optional("bridges").run_bridged(model, inputs, weights, shared)
     elif config.num_blocks == 1 and config.embeddings == "native":
         found = run_straight(model, inputs, weights, shared)
     else:

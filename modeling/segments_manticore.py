@@ -46,6 +46,8 @@ class Segments:
                 self._ranges = {
                     (one.name, one.first): (one.start, one.stop) for one in optional("path_manticore").stretches(config)
                 }
+            elif config.bridges:
+                self._ranges = optional("bridges").ranges(config)
             else:
                 pairs = {name: enumerate(pairwise(config.bounds(name))) for name in config.component_names}
                 self._ranges = {(name, block): pair for name in pairs for block, pair in pairs[name]}
@@ -55,6 +57,8 @@ class Segments:
         """[(component, block)] of the segments that run under S rows of K mixture weights."""
         if self.model.config.route is not None:
             return list(self.ranges)
+        if self.model.config.bridges:
+            return optional("bridges").running(self.model.config, weights[0])
         names = self.model.config.component_names
         return [(name, block) for block, row in enumerate(weights) for name, w in zip(names, row) if is_active(w)]
 

@@ -115,6 +115,31 @@ class HybridSettings:
         None, "Size of the common vocabulary; rows beyond it are padding. Default: found out."
     )
     tokenizer_component: str | None = _setting(None, "Component whose tokenizer is the hybrid's. Default: the first.")
+    topology: str = _setting(
+        "merge",
+        "States are replaced by their mixture after each of num_blocks blocks (merge), or components run side by side "
+        "as in one block, and bridges add to their states on the way (bridge).",
+        choices=("merge", "bridge"),
+    )
+    bridge_blocks: int = _setting(2, "With topology bridge: blocks between which bridges may lead; see block_layers.")
+    bridges: list | None = _setting(
+        None,
+        'With topology bridge: list of {"from": component, "to": component, "from_block": whose state is read, from 0, '
+        'or "last" (default), "to_block": before which it is added (default: each), "kind": as bridge_kind, "weight": '
+        'exact}, of "others" (each to each other, from block to next block; the default), "self" (each to itself).',
+    )
+    bridge_kind: str = _setting(
+        "linear",
+        "A linear map of the other component's state at this token, or causal cross-attention to its states so far.",
+        choices=("linear", "attention"),
+    )
+    bridge_rank: int | None = _setting(
+        None, "Rank of linear bridges (default: full, without factors), width of attention (the receiver's)."
+    )
+    bridge_heads: int = _setting(4, "Heads of bridges of kind attention.")
+    bridge_alpha: bool = _setting(
+        False, "Whether bridges have mixture weights, over (none, those into one place), to be searched and pruned by."
+    )
 
 
 CHOICES = {one.name: one.metadata["choices"] for one in fields(HybridSettings) if one.metadata.get("choices")}

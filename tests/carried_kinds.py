@@ -24,6 +24,7 @@ KINDS: dict[str, Callable[[Path], PreTrainedModel]] = {
         "gpt_neox", "mamba", cls=ManticoreForSequenceClassification, num_labels=3
     ),
     "online, a Mamba": lambda root: joined("gpt_neox", "mamba", mixture="online"),
+    "bridges, a Mamba": lambda root: joined("gpt_neox", "mamba", topology="bridge"),
     "aligned, attention only": lambda root: aligned_pairs.hybrid(root),
     "two blocks, attention only": lambda root: joined("gpt_neox", "llama", num_blocks=2),
     "two blocks, a Mamba": lambda root: joined("gpt_neox", "mamba", num_blocks=2),

@@ -119,6 +119,17 @@ def search(strategy, **more):
     return run
 
 
+def bridged(folder, name, **changes):
+    """A search over bridges of both kinds, whose maps are trained on the way; not every place has as many."""
+    edges = ["others", {"from": "part_0", "to": "part_1", "to_block": 1, "from_block": 0, "kind": "attention"}]
+    model = hybrid(num_blocks=1, mixture="token", topology="bridge", bridge_alpha=True, bridges=edges)
+    with torch.no_grad():
+        for parameter in model.hybrid_mixer.bridges.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    changes = {"strategy": "gaea", "alpha_learning_rate": 0.5, "cost_penalty": 0.05, **changes}
+    return train(SearchTrainer, model, folder, name, arguments=SearchArguments, **changes)
+
+
 def pretrain(folder, name, **changes):
     return train(HybridTrainer, set_stage(hybrid(embeddings="mixed"), "projectors"), folder, name, **changes)
 
@@ -259,7 +270,8 @@ CASES = {
     "darts": search("darts"), "darts_bilevel": search("darts_bilevel"), "gaea": search("gaea", cost_penalty=0.05),
     "dash": search("dash"), "pretrain": pretrain, "finetune": finetune, "clipped": clipped, "paper": paper,
     "one_component": one_component, "lora": lora, "heal": heal, "resumed": resumed, "sharded": sharded,
-    "buffers": buffers, "repeated": repeated, "mixed": mixed, "calibrate": calibrate, "evaluate": evaluate,
+    "buffers": buffers, "bridged": bridged, "repeated": repeated, "mixed": mixed, "calibrate": calibrate,
+    "evaluate": evaluate,
 }  # fmt: skip
 
 

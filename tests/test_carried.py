@@ -218,7 +218,7 @@ def test_what_a_repository_carries_no_code_for_is_said(saved, tmp_path):
     coded = {**values["components"][0], "weights": "reference", "repo_id": "a/b", "revision": "0" * 40}
     coded["code"] = {"AutoConfig": "a.A"}
     wanted = {
-        "blocks": (text, {"num_blocks": 2, "block_layers": None}, "several blocks"),
+        "blocks": (text, {"num_blocks": 2, "block_layers": None}, "several blocks or bridges"),
         "mixed": (text, {"embeddings": "mixed"}, "several blocks or mixed embeddings"),
         "online": (text, {"mixture": "online"}, "mixtures that go by past losses"),
         "gate": (text, {"gate_past_losses": True}, "mixtures that go by past losses"),

@@ -22,7 +22,11 @@ HYBRIDS = {
     "gpt2+jamba": {"embeddings": "mixed", "mixture": "token", "projector": "mlp"},
     "llama+mamba": {"num_blocks": 1, "mixture_weights": [[0.5, 0.5]]},
     "pruned": {"num_blocks": 2},
-}
+    "llama+gpt_neox": {
+        "num_blocks": 1, "topology": "bridge", "bridge_alpha": True, "bridge_rank": 4,
+        "bridges": ["others", {"from": "llama", "to": "llama", "from_block": 0, "to_block": 1, "kind": "attention"}],
+    },
+}  # fmt: skip
 
 
 GENERATION = {

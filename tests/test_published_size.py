@@ -12,6 +12,7 @@ MOST_LINES = {
     "K = 3, one block": 5500,
     "classifier, a Mamba": 5400,
     "online, a Mamba": 5720,
+    "bridges, a Mamba": 6500,
     "aligned, attention only": 6360,
     "two blocks, attention only": 5360,
     "two blocks, a Mamba": 6070,

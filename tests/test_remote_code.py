@@ -28,6 +28,7 @@ from transformers import (
 
 import manticore_hf
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreForCausalLM, lora_config, modeling
+from manticore_hf.families.contract import randomise
 
 CODE = Path(modeling.__file__).parent
 FILES = sorted(CODE.glob("*_manticore.py"))
@@ -404,6 +405,22 @@ def test_an_online_mixture_without_the_package(run, tmp_path):
     assert names[0] == names[1] and "past_losses.py" in names[0]
 
 
+@pytest.mark.parametrize("past", [False, True])
+def test_bridges_without_the_package(past, run, tmp_path):
+    """Alone and with a mixture that goes by past losses: each repository carries what it needs, and no more."""
+    parts = [ComponentSpec(tiny(family), name=family) for family in ("llama", "mamba")]
+    settings = {"topology": "bridge", "bridges": ["others", "self"], "bridge_kind": "attention", "bridge_heads": 2}
+    model = ManticoreForCausalLM.from_components(parts, **settings, gate_past_losses=past)
+    randomise(model)
+    model.save_pretrained(tmp_path / "out")
+    torch.save(ids(), tmp_path / "ids.pt")
+    found, wanted = run(ONLINE, tmp_path / "out", tmp_path / "again"), facts(model)
+    assert_facts(found, wanted)
+    assert torch.equal(found["again"], found["logits"])
+    names = [{file.name for file in (tmp_path / folder).glob("*.py")} for folder in ("out", "again")]
+    assert names[0] == names[1] and "bridges.py" in names[0] and ("past_losses.py" in names[0]) == past
+
+
 def test_quantised_without_the_package(published, run, hub, owner, tmp_path, monkeypatch):
     modules = pytest.importorskip("bitsandbytes.nn.modules")
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
@@ -558,7 +575,11 @@ def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_stil
         assert told[name].startswith("ManticoreError: ") and message in told[name], (name, told[name])
 
 
-SINCE_THEN = ("gate_past_losses", "online_decay", "online_eta", "online_share")  # settings that version 0.1 had not
+# Settings that version 0.1 had not
+SINCE_THEN = (
+    "gate_past_losses", "online_decay", "online_eta", "online_share",
+    "topology", "bridge_blocks", "bridges", "bridge_kind", "bridge_rank", "bridge_heads", "bridge_alpha",
+)  # fmt: skip
 
 
 def earlier():

@@ -288,7 +288,8 @@ class Workshop:
             one_block = hybrid.get("num_blocks", 1) == 1
             if stage == "calibrate" and (one_block or hybrid.get("projector", "linear") != "linear"):
                 continue  # nothing to calibrate
-            if stage == "search" and one_block and hybrid.get("mixture", "token") == "token":
+            nothing = one_block and hybrid.get("mixture", "token") == "token" and not hybrid.get("bridge_alpha")
+            if stage == "search" and nothing:
                 continue  # no static alpha to search: the gate is trained like any weight
             if stage != "prune":
                 stages.append({stage: settings if stage == "calibrate" else {**settings, "disable_tqdm": True}})
@@ -307,7 +308,8 @@ class Workshop:
             if STAGES[name].trains is None:
                 flops += result["tokens"] * forward
                 continue
-            through = THROUGH if model.config.num_blocks > 1 or model.config.embeddings != "native" else NONE
+            joined = model.config.num_blocks > 1 or model.config.embeddings != "native" or model.config.bridges
+            through = THROUGH if joined else NONE
             rows = self.rows_of(None, settings.get("data"))
             seen = self._tokens(result["steps"], _arguments(last, **only_training(settings)), rows)
             tokens += seen

@@ -219,12 +219,13 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
         for name in self.config.component_names:
             component = self.component(name)
             ids = torch.arange(5, device=self.device)[None] * 7 % component.config.vocab_size
+            blocks = [block for one, block in self.segments.ranges if one == name]
             what = f"Component {name!r} ({component.config.model_type})"
             whole = component(input_ids=ids, use_cache=False).logits
             if _differ(self._read(name, ids, [5]), whole, component.dtype):
                 raise ManticoreError(
-                    f"{what}: its layers run in {self.config.num_blocks} segments do not give what the whole model "
-                    "gives; this architecture is not supported."
+                    f"{what}: its layers run in {len(blocks)} segments do not give what the whole "
+                    "model gives; this architecture is not supported."
                 )
             if _differ(component(input_ids=ids[:, :-1], use_cache=False).logits, whole[:, :-1], component.dtype):
                 raise ManticoreError(f"{what} is not causal: its predictions change with later tokens.")
@@ -254,7 +255,7 @@ class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.Mant
             stop = start + size
             reads_ids = self.config.embeddings == "native" and self.segments.segment(name, 0).is_whole
             state = ids[:, start:stop] if reads_ids else self.embed(name, ids[:, start:stop])
-            for block in range(self.config.num_blocks):
+            for block in [block for one, block in self.segments.ranges if one == name]:
                 view = None if cache is None else cache.view(name, block)
                 given = mask[:, :stop] if padding else None
                 state = self.segments.segment(name, block)(state, given, positions[:, start:stop], view)

@@ -136,8 +136,9 @@ def _ask_gate(model, readers, weights):
 
 def _check(model, logits_processor, generation_config, synced_gpus, lag):
     config = model.config
-    if config.num_blocks != 1 or config.embeddings != "native" or config.aligned:
+    if config.num_blocks != 1 or config.embeddings != "native" or config.aligned or config.bridges:
         what = f"num_blocks={config.num_blocks}, embeddings={config.embeddings!r}"
+        what += ", bridges between components" if config.bridges else ""
         what += f", components with tokenizers of their own: {list(config.aligned)}" if config.aligned else ""
         raise ManticoreError(
             f"mixture_sampling runs one whole component at a time, and this hybrid has {what}: generate without it."

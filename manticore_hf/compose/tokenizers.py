@@ -57,7 +57,7 @@ def can_align(settings: Mapping) -> bool:
     """Whether a hybrid's settings (keys of ManticoreConfig) allow several tokenizers: one block, native embeddings."""
     preset = PRESETS.get(settings.get("preset", "default"), {})
     native = (settings.get("embeddings") or preset.get("embeddings")) == "native"
-    return native and settings.get("num_blocks", 1) == 1
+    return native and settings.get("num_blocks", 1) == 1 and settings.get("topology", "merge") == "merge"
 
 
 def align(components: list[Resolved], hub: dict, wanted: str | None, possible: bool) -> dict:

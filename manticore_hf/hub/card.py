@@ -280,6 +280,7 @@ def _numbers(config, found, facts, alpha):
         "cost_note": found["note"],
         "names": names,
         "route": config.route,
+        "bridges": len(config.bridges or ()),
         "tokens": _FLOP_TOKENS,
         "parts": listed([f"{row['name']} ({row['model_type']})" for row in components]),
         "own_bytes": short_bytes(facts.own_bytes),
@@ -370,7 +371,8 @@ def _alpha(config, found):
     for row in found["blocks"]:
         if row["alpha"] is None:
             return None
-        out[row["block"] - 1][config.component_names.index(row["component"])] = row["alpha"]
+        block = min(row["block"], config.num_blocks)  # of one with bridges there is one row
+        out[block - 1][config.component_names.index(row["component"])] = row["alpha"]
     return out
 
 

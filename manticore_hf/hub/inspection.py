@@ -69,11 +69,12 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
     tokens = min(tokens, config.max_position_embeddings or tokens)
     alpha = _alpha(model, source, revision)
     blocks = []
-    for block in range(config.num_blocks):
+    for block in sorted({block for _, block in model.segments.ranges}):
         for k, name in enumerate(config.component_names):
             if (name, block) in model.segments.ranges:
+                weights = None if alpha is None else alpha[0 if config.bridges else block]
                 row = {"block": block + 1, "component": name, **_segment(model, name, block, tokens)}
-                blocks.append({**row, "alpha": None if alpha is None or alpha[block] is None else alpha[block][k]})
+                blocks.append({**row, "alpha": None if weights is None else weights[k]})
     parts = [] if config.route else [_component(model, name, blocks, tokens) for name in config.component_names]
     parts.append(_hybrid(model, blocks, tokens, parts))
     keys = ("num_blocks", "embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space",
@@ -81,6 +82,9 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
             "vocab_size", "max_position_embeddings")  # fmt: skip
     settings = {key: getattr(config, key) for key in keys}
     settings |= {"aligned": list(config.aligned)} if config.aligned else {}
+    if config.bridges:
+        settings |= {key: getattr(config, key) for key in ("topology", "bridge_blocks", "bridge_rank", "bridge_alpha")}
+        settings["bridges"] = ", ".join(map(say_bridge, config.bridges))
     kinds = {name: getattr(config, name).model_type for name in config.component_names}
     components = [{**entry, "model_type": kinds[entry["name"]]} for entry in config.components]
     trained_on = say_objective(config)
@@ -93,6 +97,12 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
         "parts": parts,
         "settings": {**settings, **({} if kind.labels else {"objective": trained_on})},
     }
+
+
+def say_bridge(edge: dict) -> str:
+    """A bridge in words, with blocks counted from 1 as in tables: "mamba after block 3 to llama before block 1"."""
+    said = f"{edge['from']} after block {edge['from_block'] + 1} to {edge['to']} before block {edge['to_block'] + 1}"
+    return said + ("" if edge["kind"] == "linear" else f" ({edge['kind']})")
 
 
 def _segment(model, name, block, tokens):
@@ -141,7 +151,15 @@ def _hybrid(model, blocks, tokens, parts):
         flops = sum(part["flops_per_token"] for part in parts)
     else:
         flops = _count(run, tokens)
-    return {"part": "hybrid", **_size(model), "flops_per_token": flops, **_sum_memory(blocks)}
+    memory = _sum_memory(blocks)
+    memory["cache_bytes_per_token"] += bridge_cache(model)
+    return {"part": "hybrid", **_size(model), "flops_per_token": flops, **memory}
+
+
+def bridge_cache(model: nn.Module) -> int:
+    """Bytes of cache that each token adds for a hybrid's bridges: keys and values of those that attend."""
+    edges = () if model.hybrid_mixer.bridges is None else model.hybrid_mixer.bridges.edges
+    return sum(one.store.out_features * one.store.weight.element_size() for one in edges if hasattr(one, "store"))
 
 
 def _note(config):

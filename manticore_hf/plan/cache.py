@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, PreTrainedModel
 
-from manticore_hf.hub.inspection import layer_memory
+from manticore_hf.hub.inspection import bridge_cache, layer_memory
 from manticore_hf.modeling.components_manticore import Shell
 from manticore_hf.modeling.layer_stack_manticore import layer_kind, one_of_each, pick_config
 from manticore_hf.plan import kernels
@@ -26,7 +26,8 @@ def cache_sizes(model: PreTrainedModel, tokens: int, batch: int = 1) -> dict[str
 
     Returns:
         {component: {"per_token": bytes that each token of a sequence adds (while no window is full), "constant": bytes
-        of a sequence's states, "total": bytes of `batch` sequences of `tokens` tokens}}.
+        of a sequence's states, "total": bytes of `batch` sequences of `tokens` tokens}}; and the same of "bridges",
+        where they keep something.
     """
     out = {}
     for name in model.config.component_names:
@@ -36,6 +37,8 @@ def cache_sizes(model: PreTrainedModel, tokens: int, batch: int = 1) -> dict[str
             "constant": sum(times * one["state_bytes"] for times, one in short),
             "total": sum(times * (one["cache_bytes_per_token"] * tokens + one["state_bytes"]) for times, one in full),
         }
+    if each := bridge_cache(model):
+        out["bridges"] = {"per_token": each, "constant": 0, "total": each * batch * tokens}
     return out
 
 

@@ -152,6 +152,9 @@ def _fixed(config):
 def _pruned(config, settings, subject):
     """(configuration of the pruned hybrid, of its teacher or None)."""
     route = settings["route"]
+    if config.bridges:
+        subject.notes.append("prune: which bridges stay is not known yet; planned is with all of them")
+        return config, config if settings["distil_weight"] > 0 else None
     if "," in route:
         names = route.split(",")
     elif route in ("alpha", "loss"):  # not known before it is measured: the largest it can be

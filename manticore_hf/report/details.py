@@ -24,7 +24,7 @@ def mixture(facts: Facts) -> dict[str, Any]:
     blocks, route = facts.found["settings"]["num_blocks"], facts.found["settings"]["route"]
     weights = [[None] * len(names) for _ in range(blocks)]
     for row in facts.found["blocks"]:
-        weights[row["block"] - 1][names.index(row["component"])] = row["alpha"]
+        weights[min(row["block"], blocks) - 1][names.index(row["component"])] = row["alpha"]
     if route:
         weights = [[float(name == one) for name in names] for one in route]
     labels, out = [f"block {b + 1}" for b in range(blocks)], []

@@ -153,13 +153,24 @@ def removed(model: PreTrainedModel, name: str, block: int) -> Iterator[None]:
     The block's row is fixed by `set_mixture_weights`, so that the component is not run there; where the token gate
     mixes, its logit is minus infinity for every token. Whatever else reads that block's weights follows: with
     gate="alpha" the projectors, with mixed embeddings the embeddings (first block) and the heads (`head_mixture`).
+    Bridges from the component to others are not run either.
 
     Args:
         model: A soft hybrid.
         name: The component.
         block: Index of the block; `cannot_remove` must be None.
     """
-    k = model.config.component_names.index(name)
+    bridges = model.config.bridges
+    try:
+        model.config.bridges = bridges and [{**e, "weight": 0.0} if e["from"] == name else e for e in bridges]
+        with _unmixed(model, block, model.config.component_names.index(name)):
+            yield
+    finally:
+        model.config.bridges = bridges
+
+
+@contextlib.contextmanager
+def _unmixed(model, block, k):
     if block == gated_block(model):
         index = torch.tensor(k, device=model.device)
         silent = _gate_logits(model, lambda logits: logits.index_fill(-1, index, -torch.inf))

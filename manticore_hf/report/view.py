@@ -21,7 +21,8 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
     return {
         "name": facts.name,
         "what": f"{listed([f'{name} ({kind})' for name, kind in kinds.items()])} joined in {_plural(blocks, 'block')}"
-        + (", pruned to one component per block" if settings["route"] else ""),
+        + (", pruned to one component per block" if settings["route"] else "")
+        + (", with bridges between their states" if settings.get("bridges") else ""),
         "verdict": verdict,
         "rules": RULES,
         "standing": _standing(facts),

@@ -90,15 +90,17 @@ def run_prune(start: PruneArguments, data: DataArguments, arguments: TrainingArg
 def _prune(start: PruneArguments, run: StageRun) -> dict:
     arguments, measured = run.arguments, {}
     soft = run.load_to_train(start.model, start.train_dtype).to(arguments.device)
-    if start.route in ("alpha", "loss"):
+    if start.route in ("alpha", "loss") and not soft.config.bridges:
         options = {"budget": start.budget, "cost": start.cost, "beam": start.beam}
         choice = on_main(pick_route, soft, start.route, run.validation, **options)
         route, measured = choice.route, choice.losses
     else:
         route = start.route.split(",") if "," in start.route else start.route
-    hard = prune(soft, route)
+    hard = prune(soft, route, **({"budget": start.budget} if soft.config.bridges else {}))
     batch = arguments.per_device_eval_batch_size
     result = {"route": hard.config.route, "components": hard.config.component_names}
+    if soft.config.bridges:
+        result |= {"bridges": len(soft.config.bridges), "bridges_kept": len(hard.config.bridges or ())}
     result["share"] = hard.num_parameters() / soft.num_parameters()
     found = None
     if run.passages is not None:
@@ -121,7 +123,9 @@ def _prune(start: PruneArguments, run: StageRun) -> dict:
 
 
 def _summary(result: dict) -> Iterator[str]:
-    yield f"\nprune: {' > '.join(result['route'])}, {result['share']:.1%} of the soft hybrid's parameters"
+    kept = f"{result.get('bridges_kept')} of {result.get('bridges')} bridges stay"
+    path = kept if result["route"] is None else " > ".join(result["route"])
+    yield f"\nprune: {path}, {result['share']:.1%} of the soft hybrid's parameters"
     for name, loss in result["losses"].items():
         bits = result.get("bits_per_byte", {}).get(name)
         said = "" if bits is None else f"{bits:.4f} bits per byte, "

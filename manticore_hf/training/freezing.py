@@ -19,10 +19,10 @@ def set_stage(model: torch.nn.Module, stage: str) -> torch.nn.Module:
     Args:
         model: A hybrid, or what wraps one (MAD's CompressionModel; what it adds is trained in every stage but
             "projectors").
-        stage: "projectors" (projectors, mixture weights, gate and score heads, and embeddings and heads that are new,
-            with embeddings="fresh" or by a transplanted vocabulary; the rest of the components frozen), "search"
-            (everything) or "finetune" (everything but the static mixture weights, which keep their present values
-            exactly). The command's name is taken, too: "pretrain" is "projectors".
+        stage: "projectors" (projectors, bridges, mixture weights, gate and score heads, and embeddings and heads that
+            are new, with embeddings="fresh" or by a transplanted vocabulary; the rest of the components frozen),
+            "search" (everything) or "finetune" (everything but the static mixture weights, which keep their present
+            values exactly). The command's name is taken, too: "pretrain" is "projectors".
 
     Returns:
         The model.
@@ -41,7 +41,8 @@ def set_stage(model: torch.nn.Module, stage: str) -> torch.nn.Module:
     for parameter in new_rows(hybrid):
         parameter.requires_grad_(True)
     if stage == "finetune":
-        hybrid.hybrid_mixer.alpha_logits.requires_grad_(False)
+        for alpha in alphas(hybrid):
+            alpha.requires_grad_(False)
     return model
 
 
@@ -59,6 +60,13 @@ def new_rows(model: torch.nn.Module) -> list[torch.nn.Parameter]:
                 if end is not None:  # classifiers have no such head
                     out |= {id(parameter): parameter for parameter in end.parameters()}
     return list(out.values())
+
+
+def alphas(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """A hybrid's static mixture weights, as logits: of its blocks, and of its bridges where they have any."""
+    mixer = model.hybrid_mixer
+    own = [] if mixer.bridges is None or mixer.bridges.alpha_logits is None else [mixer.bridges.alpha_logits]
+    return [mixer.alpha_logits, *own]
 
 
 def fix_alpha(model: torch.nn.Module, weights: torch.Tensor | None = None) -> torch.nn.Module:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.evaluation.data import NO_LOSS, pad, separate
+from manticore_hf.modeling.bridges import bridge_weights
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.mixing_manticore import resize
 from manticore_hf.modeling.path_manticore import Chain, stretches
@@ -253,7 +254,7 @@ def route_logits(model: torch.nn.Module, route: list[str], ids: torch.Tensor) ->
 def prune(
     model: torch.nn.Module, route: str | list[str] = "alpha", dataset: Dataset | None = None, **options: Any
 ) -> torch.nn.Module:
-    """A pruned copy of a hybrid: one component per block, everything else dropped.
+    """A pruned copy of a hybrid: one component per block, everything else dropped (with bridges: `drop_bridges`).
 
     Args:
         model: A soft hybrid; it stays as it is.
@@ -268,11 +269,10 @@ def prune(
     Raises:
         ManticoreError: An impossible route, or a hybrid that classifies or is quantised.
     """
+    if model.config.bridges:
+        return drop_bridges(model, route, **options)
     refuse_classifier(model, "Pruning")
-    if (packed := quantization_of(model.config)) is not None:
-        raise ManticoreError(
-            f"This hybrid is packed in {packed}: prune it in floating point, and quantise the result when you load it."
-        )
+    _refuse_packed(model)
     names, blocks = model.config.component_names, model.config.num_blocks
     if route in ("alpha", "loss"):
         route = pick_route(model, route, dataset, **options).route
@@ -307,6 +307,62 @@ def prune(
         _merge(crossing, leave, enter)
     hard.generation_config = copy.deepcopy(model.generation_config)
     return hard.eval()
+
+
+def _refuse_packed(model):
+    if (packed := quantization_of(model.config)) is not None:
+        raise ManticoreError(
+            f"This hybrid is packed in {packed}: prune it in floating point, and quantise the result when you load it."
+        )
+
+
+@torch.no_grad()
+def drop_bridges(model: torch.nn.Module, route: str = "alpha", **options: Any) -> torch.nn.Module:
+    """A copy of a hybrid without the bridges that come to nothing: `prune` of a hybrid with bridges.
+
+    Those are bridges of weight 0, and, with `bridge_alpha`, those that weigh less than having none in their place; the
+    others keep their weights, which go into their gates. Components stay whole.
+
+    Args:
+        model: A hybrid with bridges; it stays as it is.
+        route: "alpha".
+        **options: None.
+
+    Returns:
+        A hybrid of the same class, in evaluation mode; one without bridges is of one block, like any other.
+
+    Raises:
+        ManticoreError: There are settings, which are for paths of one component per block.
+    """
+    if route != "alpha" or options.get("budget") is not None:
+        raise ManticoreError(
+            f"route={route!r}, budget={options.get('budget')!r}: of a hybrid with bridges only bridges are pruned, by "
+            "their weights: give route='alpha' and no budget. For one component alone save model.component(name)."
+        )
+    _refuse_packed(model)
+    edges, weights, bridges = model.config.bridges, bridge_weights(model), model.hybrid_mixer.bridges
+    least = [0.0] * len(edges)
+    if bridges.alpha_logits is not None:
+        for row, alpha in zip(bridges.rows, bridges.softmax(bridges.alpha_logits).tolist()):
+            least = [alpha[0] if i in row and edges[i]["weight"] is None else one for i, one in enumerate(least)]
+    kept = [i for i, weight in enumerate(weights) if weight > 0 and weight >= least[i]]
+    values = model.config.to_dict()
+    values.update(bridges=[{**edges[i], "weight": None} for i in kept], bridge_alpha=False)
+    config = ManticoreConfig.from_dict(values)
+    with local_torch_dtype(model.dtype):
+        out = type(model)(config, {name: copy.deepcopy(model.component(name)) for name in config.component_names})
+    out = out.to(device=model.device)
+    state = {key: one for key, one in model.hybrid_mixer.state_dict().items() if not key.startswith("bridges.")}
+    for new, i in enumerate(kept):
+        mine = bridges.edges[i].state_dict()
+        state |= {f"bridges.edges.{new}.{key}": one for key, one in mine.items()}
+    if kept:
+        state["bridges.gates"] = bridges.gates[kept] * bridges.gates.new_tensor([weights[i] for i in kept])
+    out.hybrid_mixer.load_state_dict(state)
+    if hasattr(model, "score"):
+        out.score.load_state_dict(model.score.state_dict())
+    out.generation_config = copy.deepcopy(model.generation_config)
+    return out.eval()
 
 
 def _refuse_aligned(config, route):

@@ -229,7 +229,8 @@ def _check_program(hybrid, program, stages, wrong):
                 f"search would move the alpha that mixture {show(hybrid['mixture'])} has programmed: "
                 "leave the stage out, or give mixture: static.",
             )
-        if stage == "pretrain" and native and hybrid.get("num_blocks", 1) == 1 and "transplant" not in hybrid:
+        alone = hybrid.get("num_blocks", 1) == 1 and hybrid.get("topology") != "bridge"
+        if stage == "pretrain" and native and alone and "transplant" not in hybrid:
             wrong(
                 ("stages", i),
                 "pretrain has nothing to train: one block with native embeddings has no projectors, "

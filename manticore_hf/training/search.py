@@ -19,7 +19,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.mixing_manticore import HybridMixer
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.stage_arguments import AlphaArguments
 from manticore_hf.training.trainer import HybridLogging
@@ -98,8 +97,8 @@ class DartsBilevel(Strategy):
         sharded = is_sharded(model)  # FSDP2 notes what is trainable when it wraps: there, gradients are dropped instead
         for parameter in others if not sharded else ():
             parameter.requires_grad_(False)
-        mixer = hybrid_of(model).hybrid_mixer
-        mixer.holds_alpha = False
+        searched = trainer.searched
+        searched.holds_alpha = False
         model.train()
         count = sum((batch["labels"][:, 1:] != -100).sum() for batch in trainer.held_out_batches())
         if trainer.args.average_tokens_across_devices:
@@ -115,10 +114,10 @@ class DartsBilevel(Strategy):
         alpha.grad = None
         for parameter in others:
             parameter.requires_grad_(True)
-        mixer.holds_alpha = True
+        searched.holds_alpha = True
 
     def finish(self) -> None:
-        hybrid_of(self.trainer.model).hybrid_mixer.holds_alpha = False
+        self.trainer.searched.holds_alpha = False
 
 
 @strategy("gaea")
@@ -130,7 +129,15 @@ class Gaea(Strategy):
         if alpha.grad is None:
             return
         with torch.no_grad():
-            weights = alpha.float().softmax(-1)
+            weights = alpha.float()
+            if hasattr(self.trainer.searched, "beyond"):  # rows of bridges, some shorter than others
+                beyond = self.trainer.searched.beyond()
+                if hasattr(alpha, "device_mesh"):
+                    from torch.distributed.tensor import distribute_tensor
+
+                    beyond = distribute_tensor(beyond, alpha.device_mesh, alpha.placements)
+                weights = weights.masked_fill(beyond, float("-inf"))
+            weights = weights.softmax(-1)
             # dL/da_i = w_i (dL/dw_i - sum_j w_j dL/dw_j): dividing by w gives dL/dw up to a constant per row, which
             # the normalisation of the simplex removes.
             gradient = alpha.grad.float() / weights.clamp(min=1e-6)
@@ -145,18 +152,17 @@ class Dash(Strategy):
 
     def before_step(self) -> None:
         trainer = self.trainer
-        mixer = hybrid_of(trainer.model).hybrid_mixer
+        searched = trainer.searched
         progress = trainer.state.global_step / max(1, trainer.state.max_steps)
         # A generator of the step: the same noise on every process, in every micro-batch and after a resume.
         generator = torch.Generator().manual_seed(trainer.args.seed * 1_000_003 + trainer.state.global_step)
-        uniform = torch.rand(mixer.alpha_logits.shape, generator=generator).clamp(1e-9, 1 - 1e-9)
+        uniform = torch.rand(searched.alpha_logits.shape, generator=generator).clamp(1e-9, 1 - 1e-9)
         first = trainer.args.temperature
-        mixer.temperature = first * (0.5 / first) ** progress
-        mixer.noise = -(-uniform.log()).log().to(mixer.alpha_logits.device)
+        searched.temperature = first * (0.5 / first) ** progress
+        searched.noise = -(-uniform.log()).log().to(searched.alpha_logits.device)
 
     def finish(self) -> None:
-        mixer = hybrid_of(self.trainer.model).hybrid_mixer
-        mixer.noise, mixer.temperature = None, 1.0
+        self.trainer.searched.noise, self.trainer.searched.temperature = None, 1.0
 
 
 class _Hooks(TrainerCallback):
@@ -176,6 +182,8 @@ class _Hooks(TrainerCallback):
 class SearchTrainer(HybridLogging, Trainer):
     """Searches a hybrid's mixture weights while training everything else.
 
+    With `bridge_alpha` the bridges' are searched, and the mixture of predictions is trained like any weight.
+
     Args:
         model: A hybrid with learned static mixture weights.
         args: SearchArguments.
@@ -194,10 +202,10 @@ class SearchTrainer(HybridLogging, Trainer):
             raise ManticoreError("The mixture weights are fixed: call set_mixture_weights(None) before the search.")
         if len(hybrid.config.component_names) < 2:
             raise ManticoreError("There is nothing to search in a hybrid of one component.")
-        if hybrid.config.mixture == "token" and hybrid.config.num_blocks == 1:
+        if hybrid.config.mixture == "token" and hybrid.config.num_blocks == 1 and not hybrid.config.bridge_alpha:
             raise ManticoreError(
                 "mixture='token' with num_blocks=1 has no alpha to search: the gate is trained like any weight. "
-                "Compose with mixture='static' or more blocks."
+                "Compose with mixture='static' or more blocks, or with bridges and bridge_alpha=True."
             )
         if uses_deepspeed(args):
             raise ManticoreError(
@@ -223,9 +231,14 @@ class SearchTrainer(HybridLogging, Trainer):
         self.add_callback(_Hooks(self.strategy))
 
     @property
+    def searched(self) -> torch.nn.Module:
+        """What has the mixture weights that are searched: the hybrid's mixer, or its bridges."""
+        return _searched(hybrid_of(self.model).hybrid_mixer)
+
+    @property
     def alpha(self) -> torch.nn.Parameter:
-        """The parameter [S, K]; FSDP2 puts another in its place."""
-        return hybrid_of(self.model).hybrid_mixer.alpha_logits
+        """The parameter [rows, choices]; FSDP2 puts another in its place."""
+        return self.searched.alpha_logits
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW with one more parameter group, alpha's."""
@@ -280,7 +293,7 @@ class SearchTrainer(HybridLogging, Trainer):
     def _penalty(self):
         if not self.args.entropy_penalty and not self.args.cost_penalty:
             return 0.0
-        weights = hybrid_of(self.model).hybrid_mixer(HybridMixer.weights_without_noise)  # FSDP2 gathers it for a call
+        weights = hybrid_of(self.model).hybrid_mixer(_weights)  # FSDP2 gathers it for a call
         entropy = -(weights * weights.clamp(min=1e-12).log()).sum(-1).mean()
         cost = (weights * self._costs.to(weights.device)).sum()
         return self.args.entropy_penalty * entropy + self.args.cost_penalty * cost
@@ -304,9 +317,26 @@ class SearchTrainer(HybridLogging, Trainer):
             yield self._prepare_inputs(self.data_collator(rows))
 
 
+def _searched(mixer):
+    return mixer if mixer.bridges is None or mixer.bridges.alpha_logits is None else mixer.bridges
+
+
+def _weights(mixer):
+    return _searched(mixer).weights_without_noise()
+
+
 def _relative_costs(hybrid):
-    """[S, K]: parameters (the FLOPs per token, but for attention over the past) of each segment, as a share of all."""
-    rows = []
+    """[S, K]: parameters (the FLOPs per token, but for attention over the past) of each segment, as a share of all.
+
+    Of bridges, [places, 1 + bridges into each], theirs.
+    """
+    rows, searched = [], _searched(hybrid.hybrid_mixer)
+    if searched is not hybrid.hybrid_mixer:
+        costs = torch.zeros(searched.alpha_logits.shape)
+        for row, mine in zip(costs, searched.rows):
+            for column, i in enumerate(mine, 1):
+                row[column] = sum(p.numel() for p in searched.edges[i].parameters())
+        return costs / costs.sum()
     for block in range(hybrid.config.num_blocks):
         row = []
         for name in hybrid.config.component_names:

@@ -80,7 +80,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "pretrain",
-            "train projectors, mixture weights and gate, components frozen",
+            "train projectors, bridges, mixture weights and gate, components frozen",
             "losses",
             StageArguments,
             (_TRAINED, "run_pretrain"),

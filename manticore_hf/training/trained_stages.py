@@ -19,7 +19,7 @@ from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.evaluation.losses import how_measured, measure, name_of
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.training.calibrate import awaits_calibration, calibrate_projectors
-from manticore_hf.training.freezing import ComponentClipping, fix_alpha, new_rows, set_stage
+from manticore_hf.training.freezing import ComponentClipping, alphas, fix_alpha, new_rows, set_stage
 from manticore_hf.training.runtime import StageRun
 from manticore_hf.training.runtime import last_whole_checkpoint as last_whole_checkpoint
 from manticore_hf.training.search import SearchTrainer, alpha_history
@@ -75,7 +75,8 @@ def _train(start: StageArguments, run: StageRun) -> dict:
     elif run.stage == "finetune":
         fix_alpha(model)
     if search and not arguments.keep_alpha:
-        model.hybrid_mixer.alpha_logits.data.zero_()
+        for alpha in alphas(model):
+            alpha.data.zero_()
     set_stage(model, run.stage)
     rate = start.new_rows_learning_rate
     if rate is not None and not rate >= 0:
@@ -128,7 +129,7 @@ def take_mixture(model: ManticoreForCausalLM, source: str | Path) -> None:
         ManticoreError: The other hybrid has other components or blocks.
     """
     other, mine = ManticoreConfig.from_pretrained(source), model.config
-    for what in ("component_names", "num_blocks", "mixture", "gate_past_losses"):
+    for what in ("component_names", "num_blocks", "mixture", "gate_past_losses", "bridges", "bridge_alpha"):
         if getattr(other, what) != getattr(mine, what):
             raise ManticoreError(
                 f"{source!r} has {what} {getattr(other, what)}, this hybrid {getattr(mine, what)}: its mixture weights "
@@ -140,6 +141,8 @@ def take_mixture(model: ManticoreForCausalLM, source: str | Path) -> None:
         model.hybrid_mixer.token_gate.load_state_dict(searched.hybrid_mixer.token_gate.state_dict())
     elif mine.mixture == "online":
         model.hybrid_mixer.alpha_logits.data[-1] = searched.hybrid_mixer.alpha_logits.data[-1]
+    for alpha, other in zip(alphas(model)[1:], alphas(searched)[1:]):
+        alpha.data.copy_(other.data)
 
 
 def _summary(result: dict) -> Iterator[str]:

@@ -8,12 +8,14 @@ import torch
 from accelerate import Accelerator
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from manticore_hf.modeling.bridges import bridge_weights
 from manticore_hf.training.freezing import new_rows
 from manticore_hf.utils.deepspeed import present
 from manticore_hf.utils.distributed import all_reduce_dict, ready_for_shards
 from manticore_hf.utils.unwrap import hybrid_of
 
-MIXTURE = ("alpha_logits", "token_gate.linear.bias")  # of the mixer: what its weights are computed from
+# Of the mixer: what its weights are computed from
+MIXTURE = ("alpha_logits", "token_gate.linear.bias", "bridges.alpha_logits")
 
 
 class HybridLogging:
@@ -23,8 +25,9 @@ class HybridLogging:
 
     With `push_to_hub` the model card is that of a hybrid, with what people wrote into it, and not the Trainer's own.
 
-    Keys: "alpha/BLOCK/COMPONENT", "loss/mixture", "loss/COMPONENT", "loss/ensemble", "gate/COMPONENT" (mean token
-    weight); with the prefix "eval_" after an evaluation.
+    Keys: "alpha/BLOCK/COMPONENT", "bridge/FROM BLOCK to TO BLOCK" (with `bridge_alpha`), "loss/mixture",
+    "loss/COMPONENT", "loss/ensemble", "gate/COMPONENT" (mean token weight); with the prefix "eval_" after an
+    evaluation.
     """
 
     new_rows_learning_rate: float | None = None
@@ -128,11 +131,18 @@ def without_repeats(inputs: dict, accelerator: Accelerator) -> dict:
 
 
 def alpha_logs(model: torch.nn.Module) -> dict[str, float]:
-    """{"alpha/BLOCK/COMPONENT": weight}; on every rank."""
+    """{"alpha/BLOCK/COMPONENT": weight, "bridge/FROM BLOCK to TO BLOCK": weight}, these with alpha; on every rank."""
+    config = model.config
     with present(one for name, one in model.hybrid_mixer.named_parameters() if name in MIXTURE):
-        rows = model.mixture_weights().tolist()
-    names = model.config.component_names
-    return {f"alpha/{b}/{name}": w for b, row in enumerate(rows) for name, w in zip(names, row)}
+        rows, bridges = model.mixture_weights().tolist(), bridge_weights(model) if config.bridge_alpha else []
+    edges = [
+        f"{one['from']} {one['from_block']} to {one['to']} {one['to_block']}" + " attention" * (one["kind"] != "linear")
+        for one in config.bridges or ()
+    ]
+    return {
+        **{f"alpha/{b}/{name}": w for b, row in enumerate(rows) for name, w in zip(config.component_names, row)},
+        **{f"bridge/{edge}": w for edge, w in zip(edges, bridges)},
+    }
 
 
 class PartSums:

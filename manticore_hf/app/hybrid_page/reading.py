@@ -117,6 +117,12 @@ class Hybrid:
             return count(self.model.component(name))
         config, unused = self.model.config, {}
         fixed = [] if config.route else config.mixture_weights or []
+        if config.bridges:  # by which a component without weight may be read
+            running = self.model.segments.running(fixed or [[1.0] * len(self.names)])
+            idle = [self.model.component(part) for part in set(self.names) - {part for part, _ in running}]
+            idle += [self.model.segments.segment(*one).layers for one in set(self.model.segments.ranges) - set(running)]
+            unused = {id(p): p for one in idle for p in one.parameters()}
+            return count(self.model) - sum(p.numel() for p in unused.values())
         for k, part in enumerate(self.names):
             silent = [block for block, row in enumerate(fixed) if row is not None and row[k] == 0.0]
             if len(silent) == config.num_blocks:

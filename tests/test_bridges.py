@@ -1,0 +1,658 @@
+"""Bridges: components that add to each other's states, against plain loops and by the contract of all hybrids."""
+
+import copy
+import json
+import math
+from types import SimpleNamespace
+
+import naive
+import pytest
+import torch
+import yaml
+from cases import case
+from families import FAMILIES, tiny, tokens
+from manticore_hf.modeling.bridges import bridge_weights
+from peft import PeftModel, get_peft_model
+from tiny_hybrid import QUIET, QUIET_RECIPE, rows_of, save_pair, word_tokenizer
+from transformers.cache_utils import StaticLayer
+
+from manticore_hf import (
+    ComponentSpec,
+    ManticoreConfig,
+    ManticoreError,
+    ManticoreForCausalLM,
+    ManticoreForSequenceClassification,
+    ManticoreForTokenClassification,
+    ManticoreModel,
+    set_stage,
+)
+from manticore_hf.app.hybrid_page.reading import Hybrid
+from manticore_hf.families import contract
+from manticore_hf.families.contract import close
+from manticore_hf.hub.card import CardFacts, make_card
+from manticore_hf.hub.inspection import inspect_hybrid
+from manticore_hf.plan.plan import make_plan
+from manticore_hf.report.measure import removed
+from manticore_hf.report.write import write_report
+from manticore_hf.training.lora import lora_config
+from manticore_hf.training.prune import prune
+from manticore_hf.training.recipe import run_recipe
+from manticore_hf.training.search import STRATEGIES, SearchArguments, SearchTrainer
+from manticore_hf.training.trained_stages import take_mixture
+
+EVERY = {"topology": "bridge", "bridge_blocks": 3}
+
+
+def one_way(sender, receiver):
+    """The last state of one component into every block of another."""
+    return {**EVERY, "bridges": [{"from": sender, "to": receiver}]}
+
+
+def parts_of(names):
+    """Tiny components of these families, the last one deeper."""
+    names = names.split("+")
+    more = {names[-1]: {"num_hidden_layers": 6}} if len(names) > 1 else {}
+    return [ComponentSpec(tiny(one, seed=i, **more.get(one, {})), name=one) for i, one in enumerate(names)]
+
+
+def hybrid(names, drawn=True, **settings):
+    """A hybrid of tiny components, everything it adds to them drawn at random."""
+    model = ManticoreForCausalLM.from_components(parts_of(names), verify=False, **settings).eval()
+    if drawn:
+        contract.randomise(model)
+    return model
+
+
+MODELS = {
+    "linear": ("llama+mamba", EVERY),
+    "attention": ("gpt_neox+llama", {**EVERY, "bridge_kind": "attention"}),
+    "one way, recurrent": (
+        "mamba2+llama",
+        {**one_way("mamba2", "llama"), "bridge_kind": "attention", "bridge_rank": 8},
+    ),
+    "to itself": ("llama+mamba", {**EVERY, "bridges": ["self"], "bridge_rank": 3}),
+    "three, kinds mixed": (
+        "gpt_neo+mamba2+opt_projected",
+        {
+            **EVERY,
+            "bridges": [
+                {"from": "mamba2", "to": "gpt_neo", "kind": "attention"},
+                {"from": "mamba2", "to": "opt_projected", "to_block": 0, "from_block": 1},
+                {"from": "opt_projected", "to": "gpt_neo", "to_block": 1, "weight": 0.5},
+            ],
+            "bridge_rank": 4,
+            "bridge_heads": 2,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    names, settings = MODELS[request.param]
+    return hybrid(names, **settings)
+
+
+# ---- what is computed ------------------------------------------------------------------------------------------------
+
+
+def naive_bridge(own, i, edge, heads, state, other):
+    """What one bridge makes of the states [time, width] of a row, token by token; `own` are the mixer's parameters."""
+
+    def normed(x):
+        return x / (x.square().mean() + 1e-6).sqrt()
+
+    part = {key.removeprefix(f"bridges.edges.{i}."): one for key, one in own.items()}
+    out = []
+    for t in range(len(state)):
+        if edge["kind"] == "linear":
+            found = normed(other[t])
+            found = part["down.weight"] @ found if "down.weight" in part else found
+        else:
+            width = len(part["query.weight"])
+            query = (part["query.weight"] @ normed(state[t])).view(heads, -1)
+            stored = [part["store.weight"] @ normed(other[s]) for s in range(t + 1)]
+            found = []
+            for h in range(heads):
+                keys = torch.stack([one[:width].view(heads, -1)[h] for one in stored])
+                values = torch.stack([one[width:].view(heads, -1)[h] for one in stored])
+                scores = (keys @ query[h]) / math.sqrt(width // heads)
+                found.append(scores.softmax(0) @ values)
+            found = torch.cat(found)
+        out.append(own["bridges.gates"][i] * (state[t].square().mean() + 1e-6).sqrt() * (part["up.weight"] @ found))
+    return torch.stack(out)
+
+
+def naive_states(model, ids):
+    """{component: its last state [time, width]} of one row; each state is asked for when it is needed."""
+    config, own, found = model.config, dict(model.hybrid_mixer.named_parameters()), {}
+
+    def leaves(name, block):
+        """What leaves a block of a component."""
+        if (name, block) not in found:
+            state = enters(name, block)
+            bounds = config.bounds(name)
+            found[name, block] = naive.layers(model.component(name), state[None], bounds[block], bounds[block + 1])[0]
+        return found[name, block]
+
+    def enters(name, block):
+        state = leaves(name, block - 1) if block else naive.embeddings(model.component(name), ids[None])[0]
+        added = 0.0
+        for i, edge in enumerate(config.bridges):
+            if (edge["to"], edge["to_block"]) == (name, block):
+                other = leaves(edge["from"], edge["from_block"])
+                weight = 1.0 if edge["weight"] is None else edge["weight"]
+                added = added + weight * naive_bridge(own, i, edge, config.bridge_heads, state, other)
+        return state + added
+
+    return {name: leaves(name, config.bridge_blocks - 1) for name in config.component_names}
+
+
+NAIVE = {
+    **{name: MODELS[name] for name in ("linear", "one way, recurrent", "to itself")},
+    "attention": ("gpt_neox+llama", {**EVERY, "bridge_kind": "attention", "bridge_heads": 2}),
+    "projected": ("opt_projected+mamba", one_way("mamba", "opt_projected")),
+    "uneven": ("gpt_neox+mamba", {**EVERY, "block_layers": {"gpt_neox": [1, 3, 1], "mamba": [4, 1, 1]}}),
+}
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_states_and_gradients_are_those_of_the_formula(name):
+    names, settings = NAIVE[name]
+    model, ids = hybrid(names, **settings), tokens(2, 6, 3)
+    found = []
+    for way in ("run", "loop"):
+        model.zero_grad()
+        if way == "run":
+            states = ManticoreModel.forward(model, input_ids=ids, use_cache=False, return_dict=True).states
+        else:
+            rows = [naive_states(model, row) for row in ids]
+            states = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        sum((one * torch.linspace(-1, 1, one.numel()).view_as(one)).mean() for one in states.values()).backward()
+        found.append((states, {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}))
+    (got, grads), (wanted, wanted_grads) = found
+    assert grads.keys() == wanted_grads.keys() and any("bridges.edges" in key for key in grads)
+    for key in wanted:
+        close(got[key], wanted[key], f"states of {key}")
+    for key in grads:
+        close(grads[key], wanted_grads[key], f"gradients of {key}")
+        if "hybrid_mixer" in key or key.split(".")[0] in {edge["from"] for edge in model.config.bridges}:
+            assert grads[key].abs().sum() > 0 or "bias" in key or ".wpe." in key, key
+
+
+@pytest.mark.parametrize("names", ["llama+mamba", "gpt_neox+llama", "mamba2+llama", "gpt_neo+mamba2+opt_projected"])
+def test_at_the_start_it_is_the_one_block_hybrid(names):
+    """To the last bit: read at once, padded, with a cache, in training; each way that bridges may lead."""
+    first, *_, last = names.split("+")
+    one, ids = hybrid(names, drawn=False), tokens(2, 9, 3)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for settings in (EVERY, {**EVERY, "bridges": ["self", "others"]}, one_way(last, first), one_way(first, last)):
+        for kind in ("linear", "attention"):
+            for mixture in ("token", "static"):
+                with case(f"{settings.get('bridges')}, {kind}, {mixture}"):
+                    one.config.mixture = mixture
+                    model = hybrid(names, drawn=False, **settings, bridge_kind=kind, mixture=mixture)
+                    assert model.config.num_blocks == 1 and model.config.bridges
+                    for given in ({}, {"attention_mask": mask}, {"position_ids": torch.arange(9)[None] % 5}):
+                        got, wanted = (m(input_ids=ids, labels=ids, **given, use_cache=False) for m in (model, one))
+                        assert torch.equal(got.logits, wanted.logits) and torch.equal(got.loss, wanted.loss)
+                    caches = model.make_cache(), one.make_cache()
+                    for part in ids.split([5, 1, 3], 1):
+                        got, wanted = (m(input_ids=part, cache=c).logits for m, c in zip((model, one), caches))
+                        assert torch.equal(got, wanted)
+
+
+def test_gates_and_weights_scale_what_a_bridge_adds():
+    model, ids = hybrid("llama+mamba", **one_way("mamba", "llama")), tokens()
+    before = model(input_ids=ids).logits
+    weighed = hybrid("llama+mamba", **{**EVERY, "bridges": [{**edge, "weight": 0.25} for edge in model.config.bridges]})
+    with torch.no_grad():
+        assert (weighed(input_ids=ids).logits - before).abs().max() > 1e-2
+        weighed.hybrid_mixer.bridges.gates.mul_(4)
+        close(weighed(input_ids=ids).logits, before)
+
+
+def test_what_nobody_reads_is_not_run():
+    """A component without weight runs as far as a bridge reads it; one whose bridges have weight 0 does not."""
+    model = hybrid("llama+mamba", **EVERY, bridges=[{"from": "mamba", "to": "llama", "from_block": 1, "to_block": 0}])
+    ids, ran = tokens(), []
+    for name in ("llama", "mamba"):
+        for i, layer in enumerate(model.segments.stretch(name, 0, model.config.bounds(name)[-1]).layers):
+            layer.register_forward_hook(lambda *args, name=name, i=i: ran.append((name, i)))
+    model(input_ids=ids)
+    assert {name for name, _ in ran} == {"llama", "mamba"} and ("mamba", 5) in ran
+    ran.clear()
+    model.set_mixture_weights("llama")
+    alone = model(input_ids=ids).logits
+    assert {i for name, i in ran if name == "mamba"} == {0, 1, 2, 3} and ("llama", 4) in ran
+    assert ran.index(("mamba", 3)) < ran.index(("llama", 0))  # the sender runs ahead
+    ran.clear()
+    model.set_mixture_weights("mamba")
+    model(input_ids=ids)
+    assert {name for name, _ in ran} == {"mamba"}
+    ran.clear()
+    model.config.bridges[0]["weight"] = 0.0
+    model.set_mixture_weights("llama")
+    assert not torch.equal(model(input_ids=ids).logits, alone) and {name for name, _ in ran} == {"llama"}
+    close(model(input_ids=ids).logits, model.component("llama")(input_ids=ids).logits)
+    assert (
+        model.segments.segment("llama", 0).is_whole and sum(name == "mamba" for name, _ in model.segments.ranges) == 2
+    )
+
+
+# ---- the contract of every hybrid ------------------------------------------------------------------------------------
+
+
+def test_the_contract_of_decoding(model):
+    checks = {
+        "greedy": lambda: contract.check_greedy(model),
+        "padding": lambda: contract.check_padding(model),
+        "beams": lambda: contract.check_beams(model),
+        "turns": lambda: contract.check_turns(model),
+        "padding inside": lambda: contract.check_padding_inside(model),
+        "documents": lambda: contract.check_documents(model),
+    }
+    checks |= {f"chunks of {n}": lambda n=n: contract.check_chunks(model, n) for n in ((1,), (3,), (4, 1, 1, 3, 2))}
+    if "gpt_neo" not in model.config.component_names:
+        checks["static cache"] = lambda: contract.check_static_cache(model)
+    for name, check in checks.items():
+        with case(name):
+            check()
+
+
+@torch.no_grad()
+def test_the_future_is_not_known(model):
+    ids = tokens(1, 12, 3)
+    other = ids.clone()
+    other[0, 8:] = tokens(1, 4, 9)
+    one, two = (model(input_ids=x, use_cache=False).logits for x in (ids, other))
+    close(one[:, :8], two[:, :8], "logits before a text goes on otherwise")
+    assert (one[:, 8:] - two[:, 8:]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_picked_repeated_and_taken_back():
+    model, ids = hybrid("gpt_neox+llama", **EVERY, bridge_kind="attention"), tokens(3, 12, 5)
+    assert {type(layer) for layer in model.make_cache(16).layers} == {StaticLayer}
+    whole = model(input_ids=ids, use_cache=False).logits
+
+    def read(cache, rows, start, stop):
+        return model(input_ids=ids[rows, start:stop], cache=cache).logits
+
+    for name, act, rows in (
+        ("reordered", lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
+        ("selected", lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+        ("repeated", lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ):
+        with case(name):
+            cache = model.make_cache()
+            read(cache, slice(None), 0, 7)
+            act(cache)
+            close(read(cache, rows, 7, 12), whole[rows, 7:])
+    cache = model.make_cache()
+    read(cache, slice(None), 0, 4)
+    model(input_ids=tokens(3, 5, 9), cache=cache)
+    cache.crop(-5)
+    close(read(cache, slice(None), 4, 12), whole[:, 4:])
+    cache.reset()
+    close(read(cache, slice(None), 0, 12), whole)
+    ids = tokens(1, 8, 3).repeat(1, 3)
+    wanted = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3), wanted)
+
+
+def test_saved_and_loaded(model, tmp_path):
+    contract.check_saved(model, tmp_path / "saved")
+    names = {file.name for file in (tmp_path / "saved").glob("*.py")}
+    assert "bridges.py" in names and not names & {"past_losses.py", "aligned_hybrid.py"}
+    assert ManticoreConfig.from_pretrained(tmp_path / "saved").bridges == model.config.bridges
+    if model.config.component_names[0] == "llama":
+        half = ManticoreForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+        assert half.hybrid_mixer.bridges.gates.dtype == torch.float32
+        assert half.hybrid_mixer.bridges.edges[0].up.weight.dtype == torch.bfloat16
+        assert half(input_ids=tokens()).logits.isfinite().all()
+
+
+def test_repositories_without_bridges_carry_no_code_of_them(tmp_path):
+    for name, settings in (
+        ("merge", {"num_blocks": 2}),
+        ("online", {"mixture": "online"}),
+        ("none", {"topology": "bridge", "bridges": []}),
+    ):
+        hybrid("llama+mamba", **settings).save_pretrained(tmp_path / name)
+        assert not [file for file in (tmp_path / name).glob("*.py") if "bridge" in file.name], name
+    hybrid("llama+mamba", **EVERY, mixture="online").save_pretrained(tmp_path / "both")
+    assert {"bridges.py", "past_losses.py"} <= {file.name for file in (tmp_path / "both").glob("*.py")}
+    one, other = hybrid("llama+mamba", topology="bridge", bridges=[]), hybrid("llama+mamba")
+    assert one.config.topology == "merge" and one.config.block_layers == other.config.block_layers
+    assert torch.equal(one(input_ids=tokens()).logits, other(input_ids=tokens()).logits)
+
+
+def test_checkpointing_gives_the_same_gradients(model):
+    ids, found = tokens(2, 8, 4), []
+    model = copy.deepcopy(model).train()
+    for on in (False, True):
+        if on:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name in found[0]:
+        close(found[1][name], found[0][name], name)
+
+
+@pytest.mark.parametrize("cls", [ManticoreForSequenceClassification, ManticoreForTokenClassification])
+def test_classifiers(cls, tmp_path):
+    torch.manual_seed(0)
+    ids = tokens(2, 8, 4)
+    models = [
+        cls.from_components(parts_of("llama+mamba"), verify=False, num_labels=3, **settings).eval()
+        for settings in ({}, EVERY)
+    ]
+    models[1].score.load_state_dict(models[0].score.state_dict())
+    mask = torch.ones_like(ids)
+    got = [one(input_ids=ids, attention_mask=mask).logits for one in models]
+    assert torch.equal(*got)
+    contract.randomise(models[1])
+    assert (models[1](input_ids=ids, attention_mask=mask).logits - got[0]).abs().max() > 1e-3
+    models[1].save_pretrained(tmp_path / "saved")
+    again = cls.from_pretrained(tmp_path / "saved")
+    close(*(one(input_ids=ids, attention_mask=mask).logits for one in (models[1], again)))
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_stages_train_bridges_as_they_train_projectors():
+    model = set_stage(hybrid("llama+mamba", drawn=False, **EVERY, bridge_alpha=True, bridge_rank=2), "pretrain")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"hybrid_mixer.{name}" for name, _ in model.hybrid_mixer.named_parameters()}
+    assert any("bridges.edges.0.up" in name for name in trained)
+    ids = tokens(2, 9, 3)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)  # DDP waits for all
+    # Where the map is zero nothing moves but it; then all of it does
+    for edge in model.hybrid_mixer.bridges.edges:
+        assert edge.up.weight.grad.abs().sum() > 0 and not edge.down.weight.grad.any()
+    set_stage(model, "finetune")
+    fixed = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert fixed == {"hybrid_mixer.alpha_logits", "hybrid_mixer.bridges.alpha_logits"}
+
+
+def test_adapters_save_bridges(tmp_path):
+    model = hybrid("llama+mamba", drawn=False, **EVERY, bridge_kind="attention")
+    model.save_pretrained(tmp_path / "hybrid")
+    peft = get_peft_model(ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid"), lora_config(model, r=2)).train()
+    optimizer, ids = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=0.05), tokens(4, 10, 3)
+    assert any("bridges.edges" in name for name, p in peft.named_parameters() if p.requires_grad)
+    assert not any("bridges" in name and "lora_" in name for name, _ in peft.named_parameters())
+    losses = []
+    for _ in range(3):
+        loss = peft(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    peft.save_pretrained(tmp_path / "adapter")
+    base = ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    close(again(input_ids=ids).logits, peft.eval()(input_ids=ids).logits)
+    merged = again.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = ManticoreForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loaded.hybrid_mixer.bridges.edges[0].up.weight.any()
+    close(loaded(input_ids=ids).logits, peft(input_ids=ids).logits)
+
+
+# ---- searched, pruned, planned ---------------------------------------------------------------------------------------
+
+
+def searched(strategy, tmp_path, **settings):
+    model = hybrid("gpt_neox+mamba", drawn=False, **EVERY, bridge_alpha=True, **settings)
+    contract.randomise(model, scale=0.02)
+    more = {"max_steps": 4, "learning_rate": 1e-2, "alpha_learning_rate": 0.5, "per_device_train_batch_size": 2}
+    arguments = SearchArguments(output_dir=str(tmp_path / strategy), strategy=strategy, **more, **QUIET)
+    trainer = SearchTrainer(model, arguments, rows_of(8))
+    trainer.train()
+    return model, trainer
+
+
+@pytest.mark.parametrize("strategy", ["darts", "darts_bilevel", "gaea", "dash"])
+def test_a_search_finds_the_weights_of_bridges(strategy, tmp_path):
+    """Every place's alpha moves, by its own optimizer's rate; the gate and the maps are trained like any weight."""
+    edges = ["others", {"from": "mamba", "to": "gpt_neox", "from_block": 0, "to_block": 2}]
+    model, trainer = searched(strategy, tmp_path, bridges=edges)
+    bridges = model.hybrid_mixer.bridges
+    assert bridges.alpha_logits.shape == (4, 3) and bridges.noise is None and not bridges.holds_alpha
+    weights = bridges.weights()
+    close(weights.sum(1), torch.ones(4))
+    assert [int((row > 0).sum()) for row in weights] == [1 + len(row) for row in bridges.rows]
+    for row, found in zip(bridges.rows, weights):
+        assert (found[: 1 + len(row)] - 1 / (1 + len(row))).abs().max() > 1e-3
+    found = bridge_weights(model)
+    assert len(found) == 5 and not model.hybrid_mixer.alpha_logits.grad
+    logged = trainer.state.log_history[-2]
+    for edge, weight in zip(model.config.bridges, found):
+        key = f"bridge/{edge['from']} {edge['from_block']} to {edge['to']} {edge['to_block']}"
+        assert logged[key] == pytest.approx(weight, abs=1e-6), key
+
+
+def test_exponentiated_gradients_go_by_each_places_own_choices():
+    """Of places with fewer bridges than others, too: w <- w exp(-rate dL/dw), normalised, by hand."""
+    edges = ["others", {"from": "mamba", "to": "gpt_neox", "from_block": 0, "to_block": 2}]
+    bridges = hybrid("gpt_neox+mamba", **EVERY, bridge_alpha=True, bridges=edges).hybrid_mixer.bridges
+    slopes, before = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), bridges.weights()
+    (before * slopes).sum().backward()
+    trainer = SimpleNamespace(alpha=bridges.alpha_logits, searched=bridges, alpha_rate=lambda: 0.3)
+    STRATEGIES["gaea"](trainer).before_update()
+    wanted = before * (-0.3 * slopes).exp()
+    close(bridges.weights(), wanted / wanted.sum(1, keepdim=True))
+
+
+def test_a_cost_penalty_counts_bridges(tmp_path):
+    model = hybrid("gpt_neox+mamba", drawn=False, **EVERY, bridge_alpha=True)
+    arguments = SearchArguments(
+        output_dir=str(tmp_path), strategy="darts", max_steps=10, alpha_learning_rate=0.3, cost_penalty=50.0, **QUIET
+    )
+    SearchTrainer(model, arguments, rows_of(8)).train()
+    assert max(bridge_weights(model)) < 0.2
+
+
+def test_nothing_to_search_is_said(tmp_path):
+    arguments = SearchArguments(output_dir=str(tmp_path), max_steps=1, **QUIET)
+    with pytest.raises(ManticoreError, match="bridges and bridge_alpha=True"):
+        SearchTrainer(hybrid("gpt_neox+mamba", **EVERY), arguments, rows_of(8))
+
+
+@torch.no_grad()
+def test_pruning_drops_bridges_that_weigh_less_than_none():
+    """What is left computes what the hybrid computed, with the dropped ones at 0."""
+    model, ids = hybrid("gpt_neox+mamba", **EVERY, bridge_alpha=True), tokens()
+    alpha = model.hybrid_mixer.bridges.alpha_logits
+    for row, value in zip(alpha, (1.0, -1.0, 0.5, -0.5)):
+        row.copy_(torch.tensor([0.0, value]))
+    before = copy.deepcopy(model.state_dict())
+    got = prune(model, "alpha")
+    assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+    assert not got.config.bridge_alpha and len(got.config.bridges) == 2
+    alpha[1, 1] = alpha[3, 1] = -1e9
+    close(got(input_ids=ids).logits, model(input_ids=ids).logits)
+    contract.check_chunks(got, (2, 3))
+    # Weights that were given, one of them 0
+    edges = [{**edge, "weight": weight} for edge, weight in zip(got.config.bridges, (0.0, 0.5))]
+    model = hybrid("gpt_neox+mamba", **{**EVERY, "bridges": edges})
+    left = prune(model)
+    assert len(left.config.bridges) == 1 and left.config.bridges[0]["weight"] is None
+    close(left(input_ids=ids).logits, model(input_ids=ids).logits)
+    model = hybrid("gpt_neox+mamba", **{**EVERY, "bridges": [{**edge, "weight": 0.0} for edge in edges]})
+    none = prune(model)
+    assert none.config.topology == "merge" and none.hybrid_mixer.bridges is None
+    assert torch.equal(none(input_ids=ids).logits, model(input_ids=ids).logits)
+    for options in ({"route": "loss"}, {"route": "mamba"}, {"budget": 0.5}):
+        with pytest.raises(ManticoreError, match="only bridges are pruned, by their weights"):
+            prune(model, **options)
+
+
+def test_stages_from_the_command_line(tmp_path):
+    """Composed, trained with the components frozen, searched, tuned, pruned, planned, inspected: bridges come along."""
+    save_pair(tmp_path, 3000)
+    recipe = {
+        "name": "bridged",
+        "components": [str(tmp_path / name) for name in ("neox", "mamba")],
+        "hybrid": {"topology": "bridge", "bridge_blocks": 2, "bridge_alpha": True, "bridge_kind": "attention"},
+        "data": {"data": str(tmp_path / "text.txt"), "block_size": 16},
+        "stages": [{stage: {"max_steps": 2, **QUIET_RECIPE}} for stage in ("pretrain", "search", "finetune", "prune")],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    results = run_recipe(tmp_path / "recipe.yaml", tmp_path / "run")
+    start, trained = (ManticoreForCausalLM.from_pretrained(folder) for folder, _ in results[:2])
+    assert len(start.config.bridges) == 2 and not start.hybrid_mixer.bridges.edges[0].up.weight.any()
+    for name, parameter in trained.named_parameters():  # the gate stands for the static alpha
+        trained_there = name.startswith(("hybrid_mixer.bridges", "hybrid_mixer.token_gate"))
+        assert torch.equal(parameter, start.get_parameter(name)) != trained_there, name
+    searched, tuned = (ManticoreForCausalLM.from_pretrained(folder) for folder, _ in results[2:4])
+    alpha = [one.hybrid_mixer.bridges.alpha_logits for one in (trained, searched, tuned)]
+    assert not torch.equal(alpha[0], alpha[1]) and torch.equal(alpha[1], alpha[2])
+    assert results[4][1]["bridges"] == 2 and results[4][1]["route"] is None
+    _, _, report = write_report(tmp_path / "run", measured=False)
+    assert "with bridges between their states" in report.read_text()
+    found = inspect_hybrid(str(results[3][0]))
+    assert found["settings"]["bridges"] == (
+        "neox after block 1 to mamba before block 2 (attention), mamba after block 1 to neox before block 2 (attention)"
+    )
+    assert [(row["block"], row["component"]) for row in found["blocks"]] == [
+        (1, "neox"), (1, "mamba"), (2, "neox"), (2, "mamba")
+    ]  # fmt: skip
+    sizes = {row["part"]: row for row in found["parts"]}
+    inner = tuned.hybrid_mixer.bridges.edges
+    kept = 4 * sum(one.store.out_features for one in inner)
+    assert sizes["hybrid"]["cache_bytes_per_token"] == kept + sum(
+        sizes[name]["cache_bytes_per_token"] for name in ("neox", "mamba")
+    )
+    plan = make_plan(tmp_path / "recipe.yaml")
+    assert [stage["stage"] for stage in plan["stages"]] == ["pretrain", "search", "finetune", "prune"]
+    assert plan["own_parameters"] == sum(p.numel() for p in tuned.hybrid_mixer.parameters())
+    assert plan["cache"]["bridges"]["per_token"] == kept
+    assert plan["stages"][0]["trainable"] == plan["own_parameters"]
+
+
+def test_tools_know_of_bridges(tmp_path):
+    """The page's parameters, the report without a component, the card, sampling and mixtures taken from elsewhere."""
+    edges = [{"from": "mamba", "to": "gpt_neox", "from_block": 1, "to_block": 0}]
+    model, ids = hybrid("gpt_neox+mamba", **EVERY, bridges=edges, mixture="static"), tokens()
+    page = Hybrid(model, word_tokenizer())
+    whole = sum(p.numel() for p in model.parameters())
+    assert page.parameters("hybrid") == whole
+    with removed(model, "mamba", 0):
+        assert page.parameters("hybrid") == whole - sum(p.numel() for p in model.component("mamba").parameters())
+        close(model(input_ids=ids).logits, model.component("gpt_neox")(input_ids=ids).logits)
+    assert model.config.bridges[0]["weight"] is None and model.config.mixture_weights is None
+    model.set_mixture_weights("gpt_neox")
+    layers = model.segments.stretch("mamba", 4, 6).layers  # behind what the bridge reads
+    assert page.parameters("hybrid") == whole - sum(p.numel() for p in layers.parameters())
+    model.save_pretrained(tmp_path / "saved")
+    card, *_ = make_card(tmp_path / "saved", CardFacts("me/hybrid", {"gpt_neox": "mit", "mamba": "mit"}))
+    shown = "".join(card.sections.values())
+    assert "add to each other's states on the way, through 1 bridge." in shown
+    assert "mamba after block 2 to gpt" in shown and "keeps one for each block" not in shown
+    with pytest.raises(ManticoreError, match="this hybrid has .*bridges between components"):
+        model.generate(ids, do_sample=True, mixture_sampling=True, max_new_tokens=2)
+    with pytest.raises(ManticoreError, match="has bridges .* this hybrid None"):
+        take_mixture(hybrid("gpt_neox+mamba", mixture="static"), tmp_path / "saved")
+    searched = hybrid("gpt_neox+mamba", **EVERY, bridge_alpha=True)
+    searched.save_pretrained(tmp_path / "searched")
+    other = hybrid("gpt_neox+mamba", drawn=False, **EVERY, bridge_alpha=True)
+    take_mixture(other, tmp_path / "searched")
+    assert bridge_weights(other) == bridge_weights(searched) and bridge_weights(hybrid("llama+mamba")) == []
+
+
+# ---- what cannot be --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_said():
+    a, b = "llama", "mamba"
+
+    def edge(**more):
+        return {**EVERY, "bridges": [{"from": a, "to": b, **more}]}
+
+    for said, settings in {
+        "topology='merge' must be 'merge', or 'bridge' where bridges are given": {"bridges": ["others"]},
+        "topology='ring' must be 'merge', or 'bridge'": {"topology": "ring"},
+        "give bridge_blocks=3 instead of num_blocks=3": {"topology": "bridge", "num_blocks": 3},
+        "give embeddings='native'": {"topology": "bridge", "preset": "paper"},
+        "bridge_kind='mlp' is unknown; choose one of": {**EVERY, "bridge_kind": "mlp"},
+        "bridge_rank=0 must be a positive integer": {**EVERY, "bridge_rank": 0},
+        "bridge_blocks='2' must be a positive integer": {**EVERY, "bridge_blocks": "2"},
+        "bridge_blocks=9 is more than the 5 layers of component 'llama'": {**EVERY, "bridge_blocks": 9},
+        "bridge_heads=None must be a positive integer": {**EVERY, "bridge_heads": None},
+        "bridge_alpha=1 must be true or false": {**EVERY, "bridge_alpha": 1},
+        "give a multiple of their number": {**EVERY, "bridge_kind": "attention", "bridge_rank": 6},
+        "bridges=7 must be a list": {**EVERY, "bridges": 7},
+        "bridges: 'none' must have the keys": {**EVERY, "bridges": ["none"]},
+        "'from_layer': 1} must have the keys": edge(from_layer=1),
+        "bridges: to='gpt2' is no component; choose one of": edge(to="gpt2"),
+        "bridges: from_block=3 from 'llama' to 'mamba' is no block; .* 0 to 2": edge(from_block=3),
+        "bridges: to_block='last' from": edge(to_block="last"),
+        "bridges: to_block=-1 from": edge(to_block=-1),
+        "bridges: kind='mean' is unknown": edge(kind="mean"),
+        "bridges: weight=2 must be a number from 0 to 1": edge(weight=2),
+        "go round in a circle: '(llama|mamba)' from block 2 on, '(llama|mamba)' from block 2 on would": {
+            **EVERY,
+            "bridges": [{"from": a, "to": b}, {"from": b, "to": a}],
+        },
+        "bridges: from 'llama', block 0, to 'mamba', block 1, linear: there are two": {
+            **EVERY,
+            "bridges": ["others", {"from": a, "to": b, "from_block": 0, "to_block": 1}],
+        },
+        "go round in a circle: 'llama' from block 1 on": edge(to=a, from_block=1, to_block=1),
+        "block_layers..llama..=.* must be 3 positive integers": {**EVERY, "block_layers": {a: [2, 3]}},
+    }.items():
+        with case(said), pytest.raises(ManticoreError, match=said) as caught:
+            hybrid("llama+mamba", **settings)
+        assert str(caught.value).count("\n") == 0
+    many = [ComponentSpec(tiny("gpt2", seed=0), name=f"one{i}") for i in range(30)]
+    with pytest.raises(ManticoreError, match="at most 1024 can be"):
+        ManticoreForCausalLM.from_components(many, topology="bridge", bridge_blocks=4)
+
+
+def test_a_circle_of_later_blocks_is_none():
+    """Each into the other is fine as long as each state can be had before it is needed."""
+    edges = [
+        {"from": "mamba", "to": "llama", "from_block": 0, "to_block": 2},
+        {"from": "llama", "to": "mamba", "from_block": 1, "to_block": 2},
+        {"from": "llama", "to": "mamba", "from_block": "last", "to_block": 2, "kind": "attention"},
+    ]
+    model = hybrid("llama+mamba", **EVERY, bridges=edges)
+    contract.check_chunks(model, (3, 1))
+
+
+def test_settings_survive_a_file(tmp_path):
+    """What a user wrote is written out as edges, which mean the same when they are read again."""
+    model = hybrid("llama+mamba", **EVERY, bridges="self", bridge_rank=2)
+    values = json.loads(model.config.to_json_string())
+    assert values["num_blocks"] == 1 and values["bridge_rank"] == 2 and len(values["bridges"]) == 4
+    assert values["auto_map"]["AutoModelForCausalLM"] == "hybrid_manticore.ManticoreForCausalLM"
+    again = ManticoreConfig.from_dict(values)
+    assert again.to_dict() == model.config.to_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    """Beside a Llama of other depth, into and out of it."""
+    other = "llama" if family != "llama" else "mamba"
+    one, ids = hybrid(f"{family}+{other}", drawn=False), tokens(2, 9, 3)
+    for kind in ("linear", "attention"):
+        model = hybrid(f"{family}+{other}", drawn=False, **EVERY, bridge_kind=kind)
+        assert torch.equal(model(input_ids=ids).logits, one(input_ids=ids).logits)
+        contract.randomise(model)
+        for check in (contract.check_greedy, contract.check_padding, contract.check_beams, contract.check_turns):
+            with case(f"{kind}, {check.__name__}"):
+                check(model)
+        with case(kind):
+            contract.check_chunks(model, (4, 1, 1, 3, 2))
+            contract.check_padding_inside(model)
+            contract.check_documents(model)
