@@ -73,6 +73,7 @@ class Aligner:
             self.byte_tokenizers[name] = ByteTokenizer(tokenizer_of(model, name), rows)
         return self.byte_tokenizers[name]
 
+    @torch.compiler.disable
     def read(self, model, name, inputs):
         """The Reading of a component of what a call gives it."""
         mapping, segment = self.mapping(model, name), model.segments.segment(name, 0)
@@ -139,6 +140,7 @@ class Aligner:
 
     # ---- predictions -------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def log_probs(self, model, name, reading, logits, kept):
         """A component's log-probabilities over the hybrid's vocabulary.
 
@@ -173,7 +175,7 @@ class Aligner:
 
     def sums(self, mapping, device):
         """For `_sum`: from tokens of the component to the hybrid's, where the tokens of both end; and back."""
-        key = (id(mapping), device)
+        key = (mapping, device)
         if key not in self.bags:
             b, a = mapping.at_boundary()[:2]
             self.bags[key] = [_bag(*pair, device) for pair in ((b, a), (a, b))]
@@ -333,13 +335,33 @@ def aligner_of(model):
 
 def run_aligned(model, inputs, shared):
     """One block whose components read the same bytes; see `running_manticore.run`."""
-    config, segments, aligner, weights = model.config, model.segments, aligner_of(model), mixture_rows(model)
+    config = model.config
     if inputs.ids is None:
         raise ManticoreError(
             "A hybrid whose components have several tokenizers reads input_ids: embeddings are of one tokenizer's "
             "tokens."
         )
+    if torch.compiler.is_exporting():
+        raise ManticoreError(
+            f"Components {list(config.aligned)} read the text of input_ids by tokenizers of their own, which no graph "
+            "can hold: export model.component(name), each by itself."
+        )
+    return _run(model, inputs, shared)
+
+
+@torch.compiler.disable(recursive=False)
+def _run(model, inputs, shared):
+    config, segments, aligner, weights = model.config, model.segments, aligner_of(model), mixture_rows(model)
     active = active_in(model, weights[0])
+    if inputs.embeds is not None and any(name in active for name in config.aligned):
+        embedding = model.get_input_embeddings()
+        with torch.no_grad():
+            if not torch.equal(inputs.embeds, torch.cat([model.embed(n, inputs.ids) for n in embedding.readers], -1)):
+                raise ManticoreError(
+                    "What was hooked into get_input_embeddings() (NEFTune does that) changes what component "
+                    f"{aligner.home!r} reads; {list(config.aligned)} read other tokens, which it does not reach. Hook "
+                    "into model.component(name).get_input_embeddings() of each, or leave neftune_noise_alpha out."
+                )
     plain = [
         float(name not in config.aligned and (name in active or name == aligner.home))
         for name in config.component_names
@@ -350,6 +372,7 @@ def run_aligned(model, inputs, shared):
         if name in active:
             readings[name] = aligner.read(model, name, inputs)
             states[name] = aligner.states_at(readings[name])
+    states = {name: states[name] for name in active}
     state = mix_native(model, weights[0], states) if shared or inputs.keep else None
     boundaries = (resize(model.embed(aligner.home, inputs.ids), config.hidden_size), state) if inputs.keep else None
 

@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
@@ -293,14 +294,27 @@ def walk(segment, config, tree, row, after):
         if parent >= 0 and node not in trunk:
             children.setdefault(parent, []).append(node)
 
+    # Layers that are checkpointed leave out the cache they are given: here each call as a whole is
+    checked = [one for one in segment.stack.modules() if getattr(one, "gradient_checkpointing", False)]
+    checked = checked if segment.stack.training and torch.is_grad_enabled() else []
+
+    def run(ids, depths, cache):
+        cache = fork(cache) if torch.is_grad_enabled() else cache  # states are changed in place
+        for one in checked:
+            one.gradient_checkpointing = False
+        try:
+            return segment(ids, None, depths, cache)[0], cache
+        finally:
+            for one in checked:
+                one.gradient_checkpointing = True
+
     def read(nodes, cache):
         """Reads a chain of nodes; gives the cache after it."""
-        if torch.is_grad_enabled():
-            cache = fork(cache)  # states are changed in place
         ids, depths = [tree.tokens[node] for node in nodes], [tree.depths[node] for node in nodes]
         if careful and len(nodes) == 1:  # and then nothing reads on from this cache
             ids, depths = [*ids, *ids], [*depths, depths[0] + 1]
-        found = segment(torch.tensor([ids], device=device), None, torch.tensor([depths], device=device), cache)[0]
+        given = torch.tensor([ids], device=device), torch.tensor([depths], device=device), cache
+        found, cache = checkpoint(run, *given, use_reentrant=False) if checked else run(*given)
         for node, state in zip(nodes, found):
             states[node] = state
         return cache

@@ -353,8 +353,8 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     @property
     def _is_stateful(self):
-        """Whether a component is recurrent: drafts that are refused could not be taken back."""
-        return self.make_cache().is_recurrent
+        """Whether drafts that are refused could not be taken back: of recurrent components, and of aligned ones."""
+        return bool(self.config.aligned) or self.make_cache().is_recurrent
 
     def make_cache(
         self, max_cache_len: int | None = None, offloading: bool = False, quantized: dict | None = None
@@ -372,7 +372,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         configs = {name: part.config for name, part in parts.items()}
         beside = [i for i, bridge in enumerate(self.config.bridges or ()) if bridge["kind"] == "attention"]
         cache = ManticoreCache(configs, self.segments.ranges, max_cache_len, offloading, quantized, beside)
-        cache.is_plain &= not self.config.aligned
+        # Rows that read on as text what was padding would be known by it
+        cache.is_plain &= not (self.config.aligned or self.config.reads_past_losses)
         if self.config.aligned and max_cache_len is not None:
             raise ManticoreError(
                 f"Components {list(self.config.aligned)} read text by tokenizers of their own, which needs a cache "

@@ -6,7 +6,7 @@ heads_manticore. Weights come by reference: see weights_manticore.
 """
 
 import sys
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +24,7 @@ from .devices_manticore import place
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
 from .outputs_manticore import FIELDS, TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_by_trl, fused_output
+from .rows_manticore import check_mask
 from .running_manticore import active_in, read_inputs, run
 from .segments_manticore import width_of
 
@@ -113,6 +114,13 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             )
         raise AttributeError("lm_head")
 
+    def _prepare_model_inputs(self, inputs=None, bos_token_id=None, model_kwargs=None):
+        mask = (model_kwargs or {}).get("attention_mask")
+        if mask is not None and mask.ndim == 2:  # `generate` counts positions from it, and goes on with ones
+            model_kwargs["attention_mask"] = check_mask(mask, mask.shape[1])
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose arguments `generate` looks at
     def prepare_inputs_for_generation(self, *args, **kwargs):
         out = super().prepare_inputs_for_generation(*args, **kwargs)
         # PEFT (0.21) puts its own in this place while it generates, and looks for the cache under its old name to see

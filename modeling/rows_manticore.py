@@ -46,7 +46,7 @@ def check_mask(mask, time):
     floats = mask.is_floating_point()
     if mask.dtype != torch.bool and has_values(mask) and (floats or time > 1):
         wrong = mask[(mask != 0) & (mask != 1)]
-        if floats and (wrong <= -1e4).all() and (len(wrong) or not mask.any()):
+        if floats and (wrong <= -1e4).all() and not (mask == 1).any() and (len(wrong) or not mask.any()):
             if not len(wrong):
                 raise ManticoreError(
                     f"attention_mask is {mask.dtype} and 0 throughout: all may be padding, or nothing. Give integers."
@@ -55,7 +55,7 @@ def check_mask(mask, time):
         elif len(wrong):
             raise ManticoreError(
                 f"attention_mask holds {wrong[0].item()}; it may hold 1 (True) for real tokens and 0 for padding, or "
-                "floats that are added to scores (0 and -inf). Use position_ids or seq_idx for documents in one row."
+                "only what is added to scores (floats: 0, -inf). Use position_ids or seq_idx for documents in one row."
             )
     return mask.long()
 

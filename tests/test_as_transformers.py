@@ -295,6 +295,19 @@ def test_an_offloaded_cache(monkeypatch):
                     assert {one for way, one in moved if way == name} == {id(layer) for layer in attending}
 
 
+@torch.no_grad()
+def test_generation_begins_with_embeddings():
+    ids, new = tokens(2, 6), {"max_new_tokens": 5, "do_sample": False}
+    for settings in BLOCKS:
+        model, mask = join("llama", "mamba", **settings)[0], torch.ones_like(ids)
+        mask[0, :2] = 0
+        wanted = model.generate(ids, attention_mask=mask, **new)
+        embeds = model.get_input_embeddings()(ids)
+        for use_cache in (True, False):
+            said = model.generate(inputs_embeds=embeds, attention_mask=mask, use_cache=use_cache, **new)
+            assert torch.equal(said, wanted[:, 6:])
+
+
 # ---- drafts ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,16 @@
 """Sampling one component per token: each is drawn with the mixture's weights, and writes with its own probabilities."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from families import tiny
+from peft import get_peft_model
 from tiny_hybrid import pair
 from transformers.generation.streamers import BaseStreamer
 
-from manticore_hf import ManticoreError, ManticoreForCausalLM
+from manticore_hf import ManticoreError, ManticoreForCausalLM, prompt_config
 from manticore_hf.compose import mixture_sampling
 from manticore_hf.compose.mixture_sampling import with_lag
 
@@ -144,6 +146,25 @@ def test_what_would_change_the_mixture_is_refused():
     two = ManticoreForCausalLM.from_components(list(pair()), num_blocks=2, mixture_space="prob")
     with pytest.raises(ManticoreError, match="num_blocks=2"):
         sample(two)
+
+
+def test_hooks_on_the_embeddings_are_heard_and_soft_prompts_refused():
+    model = one_block(mixture="static")
+    hooked = copy.deepcopy(model)
+    hooked.get_input_embeddings().register_forward_hook(lambda module, inputs, output: 3 * output)
+    for name in model.config.component_names:
+        model.component(name).get_input_embeddings().register_forward_hook(lambda module, inputs, output: 3 * output)
+    torch.manual_seed(2)
+    wanted = sample(model)
+    torch.manual_seed(2)
+    assert torch.equal(sample(hooked), wanted)
+    prompted = get_peft_model(model, prompt_config(model, num_virtual_tokens=2)).eval()
+    for given in (
+        lambda: sample(hooked, None, inputs_embeds=hooked.get_input_embeddings()(PROMPT)),
+        lambda: prompted.generate(input_ids=PROMPT, do_sample=True, mixture_sampling=True, max_new_tokens=2),
+    ):
+        with pytest.raises(ManticoreError, match="neither inputs_embeds nor a soft prompt"):
+            given()
 
 
 def test_fixed_weights_run_their_component_alone():

@@ -170,6 +170,22 @@ def test_sampling_and_a_second_turn(model):
 
 
 @torch.no_grad()
+def test_a_second_turn_that_calls_padding_what_was_read_as_text():
+    """As `generate` reads the end of rows that ended before others: attention could leave it out, a loss cannot."""
+    ids, mask = tokens(2, 11, 5), torch.ones(2, 11, dtype=torch.long)
+    mask[1, 6:8] = 0
+    for settings in (ONLINE, GATE):
+        model = hybrid("llama+opt", num_blocks=1, **settings)
+        wanted, wanted_logits = contract.naive_greedy(model, ids, mask, 4)
+        cache = model(input_ids=ids[:, :8]).cache
+        with pytest.raises(ManticoreError, match="attention_mask is not what it was for tokens that the cache holds"):
+            model(input_ids=ids[:, 8:], attention_mask=mask, cache=cache)
+        got, logits, _ = contract.generate(model, ids, mask, 4, cache=cache)
+        assert torch.equal(got, wanted)
+        close(logits, wanted_logits)
+
+
+@torch.no_grad()
 def test_few_logits_wanted_and_made_in_pieces(model, monkeypatch):
     """The losses of a prompt are known even where only its last logits are wanted; a row is read piece by piece."""
     ids = tokens(2, 11, 5)

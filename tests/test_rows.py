@@ -172,7 +172,13 @@ def test_masks_of_other_types():
     added.append(torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask == 0, -torch.inf))
     for given in (mask.bool(), mask.float(), mask.half(), mask.int(), mask.byte(), *added):
         assert torch.equal(model(input_ids=ids, attention_mask=given, use_cache=False).logits, wanted)
+    say = {"max_new_tokens": 4, "do_sample": False}
+    said = model.generate(ids, attention_mask=mask, **say)
+    for given in (mask.bool(), mask.float(), *added):  # which `generate` counts positions from, and lengthens
+        for use_cache in (True, False):
+            assert torch.equal(model.generate(ids, attention_mask=given, use_cache=use_cache, **say), said)
     for given, message in (
+        (added[0] + mask, "only what is added to scores"),
         (mask * 2, "attention_mask holds 2; it may hold 1"),
         (mask.float() * 0.5, "attention_mask holds 0.5"),
         (torch.zeros_like(mask, dtype=torch.float32), "attention_mask is torch.float32 and 0 throughout"),

@@ -359,7 +359,8 @@ class _Classifies:
         with local_torch_dtype(model.dtype):
             out = cls(config, {name: model.component(name) for name in config.component_names})
         out.hybrid_mixer = model.hybrid_mixer
-        for key in ("_component_cache_dir", "_own_commit"):  # where it came from, for saving and for adapters
+        # Where it came from, for saving and for adapters, and tokenizers that components read by
+        for key in ("_component_cache_dir", "_own_commit", "_loaded_from", "_tokenizers"):
             if key in model.__dict__:
                 setattr(out, key, getattr(model, key))
         out.score.to(model.device)

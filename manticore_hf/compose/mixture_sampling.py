@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from manticore_hf.modeling.cache_manticore import ManticoreCache
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.running_manticore import active_in, mixture_rows
+from manticore_hf.modeling.running_manticore import Inputs, active_in, mixture_rows, native_inputs
 from manticore_hf.modeling.segments_manticore import check_positions
 
 GATE_LAG = 16
@@ -54,7 +54,11 @@ class _Reader:
         positions = torch.arange(self.seen, len(ids), device=ids.device)[None]
         check_positions([(self.name, segment)], positions, len(ids), False)
         self.cache.seen = self.seen  # the others may be ahead
-        entering = new if segment.is_whole else self.model.embed(self.name, new)
+        embedding = self.model.get_input_embeddings()
+        embeds = embedding(new) if embedding.is_watched else None
+        inputs = Inputs(new, embeds, None, positions, False, self.cache, False)
+        row = [float(name == self.name) for name in self.model.config.component_names]
+        entering = native_inputs(self.model, inputs, row)[self.name]
         self.state = segment(entering, None, positions, self.cache.view(self.name, 0), None)[:, -1:]
         self.logits = segments.logits(self.name, self.state)
         self.seen = len(ids)
@@ -91,6 +95,11 @@ def sample_components(
         ManticoreError: The hybrid cannot be sampled so, or something was asked for that would change the mixture.
     """
     _check(model, logits_processor, generation_config, synced_gpus, gate_lag)
+    if model_kwargs.get("inputs_embeds") is not None or "prepare_inputs_for_generation" in vars(model):
+        raise ManticoreError(
+            "mixture_sampling reads tokens, and neither inputs_embeds nor a soft prompt (PEFT's prompt tuning): "
+            "generate without it."
+        )
     mask, out = model_kwargs.get("attention_mask"), []
     model.segments.follow()
     for i, row in enumerate(input_ids):

@@ -98,6 +98,12 @@ def lora_config(
     if model.is_resized:
         saved += [name for pair in end_modules(model).values() for name in pair if name is not None]
     rows = kwargs.pop("trainable_token_indices", None)
+    if isinstance(rows, list) and model.config.aligned:
+        raise ManticoreError(
+            f"trainable_token_indices={rows}: components {list(model.config.aligned)} have tokenizers of their own, in "
+            "which these are other tokens. Give {name of embeddings: indices} for each "
+            f"({[embedding for embedding, _ in end_modules(model).values()]})."
+        )
     if isinstance(rows, list):
         rows = {embedding: rows for embedding, _ in end_modules(model).values()}
     config = LoraConfig(
@@ -141,6 +147,11 @@ def prompt_config(
         raise ManticoreError(
             f"{kind.__name__} is no prompt that a hybrid can read: recurrent components keep no keys and values. Use "
             "PromptTuningConfig or PromptEncoderConfig."
+        )
+    if model.config.aligned or model.config.reads_past_losses:
+        why = "components with tokenizers of their own" if model.config.aligned else "a mixture that knows past losses"
+        raise ManticoreError(
+            f"{kind.__name__}: soft prompts are no tokens, and this hybrid has {why}: use lora_config."
         )
     sizes = {"token_dim": model.get_input_embeddings().embedding_dim, "num_layers": 1, "num_attention_heads": 1}
     task_type = TASK_TYPES.get(model._auto_class)

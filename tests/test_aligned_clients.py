@@ -1,0 +1,118 @@
+"""Hybrids whose components have tokenizers of their own, where Trainer, TRL, PEFT, compilers and classifiers go."""
+
+import copy
+
+import pytest
+import torch
+from aligned_pairs import hybrid, tokenizer
+from cases import case
+from peft import get_peft_model
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers.integrations.neftune import activate_neftune
+
+from manticore_hf import ManticoreError, ManticoreForSequenceClassification, lora_config, prompt_config
+from manticore_hf.families.contract import close
+
+PAIRS = {"attention": (("llama", "gpt"), ("gpt_neox", "gemma")), "recurrent": (("llama", "gemma"), ("mamba", "gpt"))}
+TEXTS = ("The cats waited under the trees, and two dogs ran.", "They all waited for the rain to stop; a cat sat.")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root, held = tmp_path_factory.mktemp("aligned"), {}
+    return root, lambda kind: held.setdefault(kind, hybrid(root, PAIRS[kind]))
+
+
+def batch(home):
+    """(ids, mask) of the texts, padded on the right."""
+    rows = [torch.tensor(tokenizer(home)(text, add_special_tokens=False).input_ids) for text in TEXTS]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return ids, torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+def gradients(model, ids, mask):
+    model.zero_grad()
+    loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    loss.backward()
+    return loss.detach(), {key: one.grad.clone() for key, one in model.named_parameters() if one.grad is not None}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_checkpointed_activations_change_nothing(made, kind):
+    """Layers that are checkpointed leave out their cache, by which recurrent components read a text piece by piece."""
+    model = copy.deepcopy(made[1](kind)).train()
+    ids, mask = batch(PAIRS[kind][0][1])
+    adapted = get_peft_model(copy.deepcopy(model), lora_config(model, r=2)).train()
+    with torch.no_grad():
+        for key, one in adapted.named_parameters():
+            if "lora_B" in key:
+                one.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    for name, one in (("all", model), ("adapters", adapted)):
+        loss, right = gradients(one, ids, mask)
+        for reentrant in (True, False):
+            with case(f"{name}, use_reentrant={reentrant}"):
+                one.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                one.enable_input_require_grads()
+                found, mine = gradients(one.train(), ids, mask)
+                close(found, loss)
+                assert mine.keys() == right.keys()
+                for key, value in right.items():
+                    close(mine[key], value, key)
+                assert one.is_activation_checkpointing
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, home", [("attention", 1), ("recurrent", 0), ("recurrent", 1)])
+def test_classifiers_weigh_each_component_by_its_own_weight(made, kind, home):
+    """Whichever component the tokenizer is of."""
+    root, _ = made
+    names = [f"{family}_{own}" for family, own in PAIRS[kind]]
+    model = hybrid(root, PAIRS[kind], tokenizer_component=names[home])
+    model.hybrid_mixer.token_gate.linear.bias.copy_(torch.tensor([0.9, -0.4]))
+    folder = root / f"{kind}-{home}"
+    model.save_pretrained(folder)
+    ids, mask = batch(PAIRS[kind][home][1])
+    states, shares = AutoModel.from_pretrained(folder)(ids, attention_mask=mask).states, model.mixture_weights()[0]
+    for cls in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        scored = cls.from_pretrained(folder, num_labels=3)
+        wanted = sum(shares[i] * scored.score.heads[f"{name}-0"](states[name]) for i, name in enumerate(names))
+        wanted = wanted[torch.arange(2), mask.sum(1) - 1] if cls is AutoModelForSequenceClassification else wanted
+        got = scored(ids, attention_mask=mask).logits
+        real = slice(None) if got.ndim == 2 else mask.bool()
+        close(got[real], wanted[real])
+    scored = ManticoreForSequenceClassification.from_causal_lm(model, num_labels=2)
+    one_hot = copy.deepcopy(scored)
+    one_hot.set_mixture_weights(names[1])
+    last = mask.sum(1) - 1
+    wanted = scored.score.heads[f"{names[1]}-0"](states[names[1]])[torch.arange(2), last]
+    close(one_hot(ids, attention_mask=mask).logits, wanted)
+
+
+def test_what_reaches_one_tokenizers_tokens_alone_is_refused(made):
+    model = copy.deepcopy(made[1]("attention"))
+    ids, mask = batch("gpt")
+    rows = "components .'gpt_neox_gemma'. have tokenizers of their own, in which these are other tokens"
+    with pytest.raises(ManticoreError, match=rows):
+        lora_config(model, trainable_token_indices=[5, 6])
+    lora_config(model, trainable_token_indices={"llama_gpt.model.embed_tokens": [5, 6]})
+    with pytest.raises(ManticoreError, match="PromptTuningConfig: soft prompts are no tokens, and this hybrid"):
+        prompt_config(model)
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(ids[:1], prompt_lookup_num_tokens=3, max_new_tokens=3)
+    right = model(ids, attention_mask=mask).logits
+    model.enable_input_require_grads()  # changes nothing
+    assert torch.equal(model(ids, attention_mask=mask).logits, right)
+    activate_neftune(model, 5.0)
+    with pytest.raises(ManticoreError, match="NEFTune does that. changes what component 'llama_gpt' reads"):
+        model.train()(ids, attention_mask=mask)
+    assert torch.equal(model.eval()(ids, attention_mask=mask).logits, right)
+
+
+@torch.no_grad()
+def test_compiled_and_exported(made):
+    model = copy.deepcopy(made[1]("attention"))
+    ids, mask = batch("gpt")
+    compiled = torch.compile(model, backend="eager")
+    close(compiled(input_ids=ids, attention_mask=mask, use_cache=False).logits, model(ids, attention_mask=mask).logits)
+    with pytest.raises(ManticoreError, match="which no graph can hold: export model.component"):
+        torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
