@@ -6,9 +6,12 @@ import pytest
 import torch
 from aligned_pairs import hybrid, tokenizer
 from cases import case
+from datasets import Dataset
 from peft import get_peft_model
+from tiny_hybrid import QUIET
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers.integrations.neftune import activate_neftune
+from trl import SFTConfig, SFTTrainer
 
 from manticore_hf import ManticoreError, ManticoreForSequenceClassification, lora_config, prompt_config
 from manticore_hf.families.contract import close
@@ -106,6 +109,35 @@ def test_what_reaches_one_tokenizers_tokens_alone_is_refused(made):
     with pytest.raises(ManticoreError, match="NEFTune does that. changes what component 'llama_gpt' reads"):
         model.train()(ids, attention_mask=mask)
     assert torch.equal(model.eval()(ids, attention_mask=mask).logits, right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"mixture": "online"}], ids=["gate", "online"])
+def test_packed_documents_train_as_apart(made, tmp_path, settings):
+    """Three steps of TRL's trainer, where activations are checkpointed; a Mamba reads other tokens than the hybrid."""
+    own = copy.deepcopy(tokenizer("gemma"))
+    own.model_max_length = 128
+    texts = [text[: 20 + 5 * i] for i, text in enumerate(TEXTS * 2)]
+    found = {}
+    for way, given in {
+        "apart": {"per_device_train_batch_size": 4},
+        "packed": {"packing": True, "max_length": 120, "per_device_train_batch_size": 1},
+        "no padding": {"padding_free": True, "max_length": None, "per_device_train_batch_size": 4},
+    }.items():
+        values = {"max_steps": 3, "learning_rate": 0.01, "logging_steps": 1, "optim": "sgd", "bf16": False}
+        args = SFTConfig(str(tmp_path / way), gradient_checkpointing=True, **QUIET, **values, **given)
+        data = Dataset.from_list([{"text": text} for text in texts])
+        model = hybrid(made[0], PAIRS["recurrent"], **settings)
+        run = SFTTrainer(model, args, train_dataset=data, processing_class=own)
+        run.train()
+        losses = [one["loss"] for one in run.state.log_history if "loss" in one]
+        found[way] = losses, dict(run.model.named_parameters())
+    losses, right = found.pop("apart")
+    assert losses[2] < losses[0]
+    for way, (mine, parameters) in found.items():
+        assert mine == pytest.approx(losses, 1e-4), way
+        for key, value in parameters.items():
+            torch.testing.assert_close(value, right[key], atol=2e-5, rtol=1e-4, msg=f"{way} {key}")
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ import pytest
 import torch
 from datasets import Dataset
 from manticore_hf.modeling import modeling_manticore
+from peft import LoraConfig
 from processes import launch, results, same
-from tiny_hybrid import QUIET, WORDS, mixed_hybrid, neox, word_tokenizer
+from tiny_hybrid import QUIET, WORDS, mamba, mixed_hybrid, neox, word_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
@@ -164,6 +165,30 @@ def test_dpo(saved, tmp_path, tokenizer):
         same_steps(saved, tmp_path / name, DPOTrainer, DPOConfig, PAIRS, tokenizer=tokenizer, **settings)
 
 
+def test_dpo_with_adapters_of_a_mamba(tmp_path, tokenizer):
+    """The policy's reference is the model without them; with the same targets as of the component alone."""
+    torch.manual_seed(0)
+    folders, found = {kind: tmp_path / kind for kind in ("plain", "hybrid")}, {}
+    mamba().save_pretrained(folders["plain"])
+    ManticoreForCausalLM.from_components([ComponentSpec(folders["plain"], name="part")]).save_pretrained(
+        folders["hybrid"]
+    )
+    for kind, folder in folders.items():
+        tokenizer.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        targets = [name for name, _ in model.named_modules() if name.endswith("in_proj")]
+        more = {"peft_config": LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")}
+        logged, model = steps(DPOTrainer, DPOConfig, model, PAIRS, tmp_path, tokenizer, more.items(), learning_rate=9.0)
+        found[kind] = logged, {key: one for key, one in model.named_parameters() if "lora" in key}
+    close(found["hybrid"][0], found["plain"][0])
+    assert found["plain"][0][0]["rewards/chosen"] == 0 != found["plain"][0][2]["rewards/chosen"]
+    assert len(found["hybrid"][1]) == len(found["plain"][1]) > 0
+    for key, value in found["plain"][1].items():
+        mine = found["hybrid"][1][key.replace(".model.backbone.", ".model.part.backbone.")]
+        torch.testing.assert_close(mine, value, atol=2e-5, rtol=1e-4, msg=key)
+        assert value.any()
+
+
 def test_kto(saved, tmp_path, tokenizer):
     same_steps(saved, tmp_path, KTOTrainer, KTOConfig, MARKED, tokenizer=tokenizer)
 
@@ -280,10 +305,24 @@ def test_reward(saved, tmp_path, tokenizer):
 # ---- hybrids of several components, by hand --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("space", ["logprob", "prob"])
-def test_the_policy_is_the_mixture_at_the_temperature_that_was_asked_for(tmp_path, tokenizer, space):
+ONLINE_MIXTURE = {"mixture": "online", "online_eta": 0.7, "online_decay": 0.85, "online_share": 0.05}
+PAST = {"gate_past_losses": True}
+
+
+def with_past(**settings):
+    """The tiny hybrid, whose gate, if it reads past losses, goes by them."""
+    model = mixed_hybrid(**settings)
+    if settings.get("gate_past_losses"):
+        torch.nn.init.normal_(model.hybrid_mixer.token_gate.past.weight)
+    return model
+
+
+@pytest.mark.parametrize(
+    "mixture", [{"mixture_space": "logprob"}, {"mixture_space": "prob"}, ONLINE_MIXTURE, PAST], ids=str
+)
+def test_the_policy_is_the_mixture_at_the_temperature_that_was_asked_for(tmp_path, tokenizer, mixture):
     """GRPO's log-probabilities and entropies, and the gradients of both, with losses of components in the hybrid."""
-    model = mixed_hybrid(mixture_space=space, mix_loss_weight=0.3, component_loss_weight=1.0)
+    model = with_past(**mixture, mix_loss_weight=0.3, component_loss_weight=1.0)
     args = GRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, temperature=0.5, bf16=False,
                       gradient_checkpointing=False, **QUIET)  # fmt: skip
     trainer = GRPOTrainer(
@@ -438,12 +477,22 @@ def test_a_head_that_would_be_cast_alone_is_not_there(tmp_path, tokenizer):
     assert not hasattr(model, "lm_head")
 
 
-TWO = pytest.param({"num_blocks": 2, "preset": "paper"}, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("settings", [{"num_blocks": 1}, TWO])
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_blocks": 1}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"num_blocks": 2, "preset": "paper"},
+                                                                               ONLINE_MIXTURE, PAST))],
+)  # fmt: skip
 def test_packed_documents_train_as_apart(tmp_path, tokenizer, settings):
     """Of a hybrid with recurrent layers and a gate: in one row, without padding, or each in a row of its own."""
+    check_packed(tmp_path, tokenizer, lambda: with_past(**settings))
+
+
+def test_packed_documents_train_adapters_as_apart(tmp_path, tokenizer):
+    """With a gate that reads past losses, where activations are checkpointed, which TRL asks for by itself."""
+    check_packed(tmp_path, tokenizer, lambda: with_past(**PAST), adapted=True, gradient_checkpointing=True)
+
+
+def check_packed(tmp_path, tokenizer, make, adapted=False, **given):
     rows = [{"text": one["prompt"] + one["completion"]} for one in PROMPTED[:4]]
     ways = {
         "apart": {"per_device_train_batch_size": 4},
@@ -451,23 +500,29 @@ def test_packed_documents_train_as_apart(tmp_path, tokenizer, settings):
         "no padding": {"padding_free": True, "max_length": None, "per_device_train_batch_size": 4},
     }
     found = {
-        way: steps(SFTTrainer, SFTConfig, mixed_hybrid(**settings), rows, tmp_path / way, tokenizer, **own)
+        way: steps(SFTTrainer, SFTConfig, make(), rows, tmp_path / way, tokenizer, **own, **given,
+                   more={"peft_config": lora_config(make(), r=2)}.items() if adapted else ())
         for way, own in ways.items()
-    }
+    }  # fmt: skip
     tokens = [{"input_ids": tokenizer(one["text"])["input_ids"]} for one in rows]
     args = TrainingArguments(str(tmp_path / "flat"), per_device_train_batch_size=4, max_steps=3, learning_rate=0.1,
                              logging_steps=1, optim="sgd", **QUIET)  # fmt: skip
     flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
-    run = Trainer(mixed_hybrid(**settings), args, train_dataset=Dataset.from_list(tokens), data_collator=flat)
-    run.train()
-    found["flat"] = [one for one in run.state.log_history if "loss" in one], run.model
-    start, (losses, right) = mixed_hybrid(**settings), found.pop("apart")
+    if not adapted:
+        run = Trainer(make(), args, train_dataset=Dataset.from_list(tokens), data_collator=flat)
+        run.train()
+        found["flat"] = [one for one in run.state.log_history if "loss" in one], run.model
+    losses, right = found.pop("apart")
     right = dict(right.named_parameters())
     for way, (mine, model) in found.items():
         assert [one["loss"] for one in mine] == pytest.approx([one["loss"] for one in losses], 1e-4), way
         for key, value in model.named_parameters():
             torch.testing.assert_close(value, right[key], atol=2e-5, rtol=1e-4, msg=f"{way} {key}")
-    assert any(not torch.equal(value, right[key]) for key, value in start.named_parameters())
+    start = dict(make().named_parameters())
+    if adapted:
+        assert any(value.any() for key, value in right.items() if "lora_B" in key)
+    else:
+        assert any(not torch.equal(value, right[key]) for key, value in start.items())
 
 
 @pytest.mark.slow
