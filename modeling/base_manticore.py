@@ -374,11 +374,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         cache = ManticoreCache(configs, self.segments.ranges, max_cache_len, offloading, quantized, beside)
         # Rows that read on as text what was padding would be known by it
         cache.is_plain &= not (self.config.aligned or self.config.reads_past_losses)
-        if self.config.aligned and max_cache_len is not None:
-            raise ManticoreError(
-                f"Components {list(self.config.aligned)} read text by tokenizers of their own, which needs a cache "
-                "that grows; leave cache_implementation at its default."
-            )
+        if self.config.aligned:
+            optional("aligned_hybrid").check_aligned(self.config, max_cache_len)
         for name, part in parts.items() if max_cache_len is not None else ():
             if cache.attends(name) and not part._can_compile_fullgraph:
                 raise ManticoreError(

@@ -186,14 +186,6 @@ def check_component(name: str, config: PreTrainedConfig) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise _packed(what)
     check_dtype(what, config.dtype)
-    try:
-        found = {key: getattr(config, key) for key in ("hidden_size", "vocab_size")}
-        found["num_hidden_layers"] = config.get_text_config().num_hidden_layers
-    except Exception as err:
-        raise ManticoreError(f"{what}: its configuration has no hidden_size, vocab_size or layers ({err}).") from err
-    for key, value in found.items():
-        if type(value) is not int or value < 1:
-            raise ManticoreError(f"{what}: {key}={show(value)} must be a positive integer.")
 
 
 def _packed(what):

@@ -46,10 +46,6 @@ def _is_cut(config, made_for=()):
     return config.num_blocks > 1 or config.route is not None
 
 
-def _is_bridged(config, made_for=()):
-    return bool(config.bridges)
-
-
 def _some_has(key):
     return lambda config, made_for: any(entry.get(key) is not None for entry in config.components)
 
@@ -86,7 +82,9 @@ PARTS = {
     "heads_manticore": Part(
         "classification", _is_for("labels"), ("ManticoreForSequenceClassification", "ManticoreForTokenClassification")
     ),
-    "layer_stack_manticore": Part("several blocks or bridges", lambda *of: _is_cut(*of) or _is_bridged(*of)),
+    "layer_stack_manticore": Part(
+        "several blocks or bridges", lambda *of: _is_cut(*of) or PARTS["bridges"].needed(*of)
+    ),
     "shared_manticore": Part(
         "several blocks or mixed embeddings", lambda config, made_for: _is_cut(config) or config.embeddings != "native"
     ),
@@ -97,7 +95,7 @@ PARTS = {
     "scan_manticore": Part("Mamba and its kin", _calls("mamba_selective_scan")),
     "ssd_manticore": Part("Mamba-2 and its kin", _calls("mamba2_chunk_scan", "mamba2_selective_state_update")),
     "recurrent_manticore": Part("RecurrentGemma", _calls("RecurrentGemmaRecurrentBlock")),
-    "bridges": Part("bridges between components", _is_bridged),
+    "bridges": Part("bridges between components", lambda config, made_for: bool(config.bridges)),
     "past_losses": Part("mixtures that go by past losses", lambda config, made_for: config.reads_past_losses),
     **dict.fromkeys(
         ("aligned_bytes", "aligned_mapping", "aligned_reading", "aligned_tokenizers", "aligned_hybrid"),

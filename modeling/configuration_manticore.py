@@ -133,12 +133,8 @@ class ManticoreConfig(PreTrainedConfig):
             optional("bridges").check_bridges(self)
 
         subs = [getattr(self, name) for name in self._component_names]
-        if self.aligned and (self.num_blocks > 1 or self.embeddings != "native" or self.route):
-            raise ManticoreError(
-                f"Components {list(self.aligned)} have tokenizers of their own, which works in one block with "
-                f"embeddings 'native'; this hybrid has num_blocks={self.num_blocks}, embeddings={self.embeddings!r}, "
-                f"route={show(self.route)}. Transplant their vocabularies instead (tokenizers='transplant')."
-            )
+        if self.aligned:
+            optional("aligned_hybrid").check_aligned(self)
         sizes = {name: getattr(self, name).vocab_size for name in self._component_names if name not in self.aligned}
         vocab_size = given.vocab_size
         if vocab_size is None and len(set(sizes.values())) == 1:

@@ -133,13 +133,9 @@ class HybridSettings:
         "A linear map of the other component's state at this token, or causal cross-attention to its states so far.",
         choices=("linear", "attention"),
     )
-    bridge_rank: int | None = _setting(
-        None, "Rank of linear bridges (default: full, without factors), width of attention (the receiver's)."
-    )
+    bridge_rank: int | None = _setting(None, "Rank of linear bridges (default: full), or width of attention.")
     bridge_heads: int = _setting(4, "Heads of bridges of kind attention.")
-    bridge_alpha: bool = _setting(
-        False, "Whether bridges have mixture weights, over (none, those into one place), to be searched and pruned by."
-    )
+    bridge_alpha: bool = _setting(False, "Whether bridges have weights, over (none, those into a place), to search.")
 
 
 CHOICES = {one.name: one.metadata["choices"] for one in fields(HybridSettings) if one.metadata.get("choices")}

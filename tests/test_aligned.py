@@ -213,10 +213,7 @@ def test_saved_by_reference_and_loaded_as_remote_code(hub, tmp_path):
     files = {file.name: file.stat().st_size for file in (tmp_path / "hybrid").iterdir() if file.is_file()}
     assert "aligned_hybrid.py" in files and files["model.safetensors"] < 10_000
     config = json.loads((tmp_path / "hybrid" / "config.json").read_text())
-    assert {value.split(".")[0] for value in config["auto_map"].values()} == {
-        "configuration_manticore",
-        "aligned_hybrid",
-    }
+    assert {value.split(".")[0] for value in config["auto_map"].values()} == {"hybrid_manticore"}
     assert all(len(entry["tokenizer"]["files"]["tokenizer.json"]) == 64 for entry in config["components"])
     again = ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")
     ids = ids_of("attention", TEXTS["code"]).input_ids

@@ -331,7 +331,7 @@ def test_every_causal_lm_of_transformers_may_be_configured(name):
     if name not in _NOT_ITSELF:
         assert json.dumps(again.to_dict(), sort_keys=True) == json.dumps(config.to_dict(), sort_keys=True)
     if name in _NESTED:
-        with pytest.raises(ManticoreError, match="has no hidden_size, vocab_size or layers"):
+        with pytest.raises(ManticoreError, match="lacks hidden_size, vocab_size or layers"):
             check_component("one", again)
     else:
         check_component("one", again)

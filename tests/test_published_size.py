@@ -6,18 +6,18 @@ from cases import case
 # The aim is 5,500 lines and 28 files
 MOST_FILES = 28
 MOST_LINES = {
-    "one block, attention only": 4790,
+    "one block, attention only": 4800,
     "one block, a Mamba": 5500,
-    "one block, a Mamba-2": 5400,
+    "one block, a Mamba-2": 5410,
     "K = 3, one block": 5500,
-    "classifier, a Mamba": 5400,
-    "online, a Mamba": 5720,
-    "bridges, a Mamba": 6500,
-    "aligned, attention only": 6360,
-    "two blocks, attention only": 5360,
-    "two blocks, a Mamba": 6070,
-    "pruned, a Mamba": 6250,
-    "K = 3, two blocks": 6070,
+    "classifier, a Mamba": 5410,
+    "online, a Mamba": 5730,
+    "bridges, a Mamba": 6340,
+    "aligned, attention only": 6420,
+    "two blocks, attention only": 5400,
+    "two blocks, a Mamba": 6120,
+    "pruned, a Mamba": 6290,
+    "K = 3, two blocks": 6120,
 }
 
 

@@ -448,6 +448,14 @@ class Defence(Guard):
             value = getattr(config, key, None)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
                 raise ManticoreError(f"{what}: {key}={show(value)} must be a number above 0.")
+        try:
+            found = {key: getattr(config, key) for key in ("hidden_size", "vocab_size")}
+            found["num_hidden_layers"] = config.get_text_config().num_hidden_layers
+        except Exception as err:
+            raise ManticoreError(f"{what}: its configuration lacks hidden_size, vocab_size or layers ({err}).") from err
+        for key, value in found.items():
+            if type(value) is not int or value < 1:
+                raise ManticoreError(f"{what}: {key}={show(value)} must be a positive integer.")
 
     def general(self, what: str, values: dict) -> None:
         check_hybrid(what, values)
