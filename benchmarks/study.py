@@ -196,7 +196,7 @@ def run(name, shared, work):
     grid = {"learning_rates": (rate / 10, rate / 3, rate, 3 * rate), "gate_learning_rates": (1e-2, 3e-2, 1e-1)}
     files = {"test": str(folder / "test.jsonl"), "validation": str(folder / "validation.jsonl")}
     files["all_text"] = str(folder / "all.jsonl") if setting.all_text else None
-    arguments = CompareArguments(**files, **{**grid, **setting.arguments})
+    arguments = CompareArguments(**files, allow_outside=True, **{**grid, **setting.arguments})
     run_compare(folder / "recipe.yaml", arguments, folder / "compare")
     RESULTS.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "compare" / "comparison.json", RESULTS / f"{name}.json")

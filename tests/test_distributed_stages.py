@@ -137,8 +137,9 @@ def test_the_objective_is_chosen_by_shards(alone, tmp_path):
         recipe["data"]["data"] = str(alone / "text.txt")
         recipe["hybrid"], recipe["stages"] = {"num_blocks": 1}, [{"finetune": recipe["stages"][3]["finetune"]}]
         (tmp_path / f"batch{batch}.yaml").write_text(yaml.safe_dump(recipe))
-    _, (_, one) = run_recipe(tmp_path / "batch4.yaml", tmp_path / "one")
-    command = [HERE / "fsdp_cli.py", "run", tmp_path / "batch2.yaml", "--output-dir", tmp_path / "two"]
+    _, (_, one) = run_recipe(tmp_path / "batch4.yaml", tmp_path / "one", allow_outside=True)
+    command = [HERE / "fsdp_cli.py", "run", tmp_path / "batch2.yaml", "--allow-outside"]
+    command += ["--output-dir", tmp_path / "two"]
     printed = launch(command, launcher=accelerated("fsdp2.yaml"))
     assert printed.count("Objective: strengths are") == 1
     two = json.loads((tmp_path / "two" / "1-finetune" / "stage.json").read_text())

@@ -155,7 +155,9 @@ def test_compare_takes_models_of_any_tokenizer(place, tmp_path):
     (tmp_path / "test.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in (FIRST, SECOND, FIRST + SECOND))
     )
-    arguments = CompareArguments(test=str(tmp_path / "test.jsonl"), seeds=(0,), singles=(str(folder / "b"),))
+    arguments = CompareArguments(
+        test=str(tmp_path / "test.jsonl"), seeds=(0,), singles=(str(folder / "b"),), allow_outside=True
+    )
     one = Comparison(tmp_path / "recipe.yaml", arguments, tmp_path / "out")
     known = {contender.name: contender for contender in one._contenders()}
     names = ["b as it came", "b with its own tokenizer, tuned"]

@@ -56,9 +56,16 @@ def test_a_recipe_that_was_run_here_names_what_its_person_named(theirs, tmp_path
     assert held_out(gather(theirs))[0].data == "private.txt"  # nothing of that name is here
     recipes.remember_recipe(text, tmp_path)  # as `run_recipe` does
     assert os.path.samefile(held_out(gather(theirs))[0].data, tmp_path / "private.txt")
-    recipe(theirs, "../private.txt")  # another text is another recipe
-    with pytest.raises(ManticoreError, match="--allow-outside"):
-        held_out(gather(theirs))
+    text = recipe(theirs, tmp_path / "private.txt")  # another text is another recipe
+    (tmp_path / "home").mkdir()
+    for run in (None, False, True):  # what a run was not allowed, its report is not
+        if run is not None:
+            recipes.remember_recipe(text, tmp_path / "home", allow_outside=run)
+        if run:
+            assert os.path.samefile(held_out(gather(theirs))[0].data, tmp_path / "private.txt")
+        else:
+            with pytest.raises(ManticoreError, match="--allow-outside"):
+                held_out(gather(theirs))
 
 
 def test_links_that_leave_the_directory_are_not_followed(theirs, tmp_path):

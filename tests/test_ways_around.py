@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.hub.upload import refuse_tokens, source_card
-from manticore_hf.training.recipe import find_beside, load_kept_recipe, load_recipe
+from manticore_hf.training.recipe import find_beside, load_kept_recipe, load_recipe, stage_data
 from manticore_hf.training.search import alpha_history
 from manticore_hf.utils.files import replace_text
 from manticore_hf.utils.task_types import CAUSAL, kind_of
@@ -42,7 +42,7 @@ def test_a_path_that_is_too_long_is_no_way_out(tmp_path):
     for source in (f"/{IDLE}{str(tmp_path)[1:]}/private.txt", f"{IDLE}../private.txt"):
         file = recipe(tmp_path / "theirs", source)
         with pytest.raises(ManticoreError, match="a name of .* characters is no file's"):
-            load_kept_recipe(file, file.parent)
+            stage_data(load_kept_recipe(file), {})
         with pytest.raises(ManticoreError, match="a name of .* characters is no file's"):
             find_beside(source, load_recipe(file))
 

@@ -65,7 +65,7 @@ class CompareArguments:
         default=False, metadata={"help": "Also prune every hybrid, with recovery distillation on the text."}
     )
     allow_outside: bool = field(
-        default=False, metadata={"help": "Let the recipe's relative paths leave the folder that it is in."}
+        default=False, metadata={"help": "Let the recipe name files outside of the folder that it is in."}
     )
     singles: tuple[str, ...] = field(default=(), metadata={"help": "Other models, of any tokenizer, tuned likewise."})
     all_text: str | None = field(

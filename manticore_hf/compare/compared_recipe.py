@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from manticore_hf.compare.arguments import stage_settings
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.training.recipe import Recipe, find_beside, home_of, load_recipe, stage_data
+from manticore_hf.training.recipe import Recipe, as_run, find_beside, load_recipe, stage_data
 from manticore_hf.training.runtime import RESULT
 from manticore_hf.training.stages import STAGES
 
@@ -25,16 +25,16 @@ def read_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
 
     Args:
         path: Its file.
-        allow_outside: Whether its relative paths may leave the folder that it is in.
+        allow_outside: Whether what it names on this machine may lie outside of the folder that it is in.
 
     Raises:
-        ManticoreError: It has no finetune stage, or paths that leave its folder.
+        ManticoreError: It has no finetune stage, or names what is outside of its folder.
     """
     path = Path(path)
     recipe = load_recipe(path)
     if any((path.parent / name).exists() for name in (RESULT, "0-compose")):
-        recipe.path = (home_of(recipe) or path.parent) / path.name
-    recipe.allow_outside = allow_outside
+        recipe = as_run(recipe) or recipe
+    recipe.allow_outside |= allow_outside
     stages = [stage for stage, _ in recipe.stages]
     if "finetune" not in stages:
         raise ManticoreError(

@@ -299,7 +299,7 @@ class Workshop:
         values |= {"program": self.recipe.program} if self.recipe.program else {}
         variant = folder / "variant.yaml"
         variant.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        results = run_recipe(variant, folder / "stages")
+        results = run_recipe(variant, folder / "stages", allow_outside=True)  # what it names was found by `read_recipe`
         last = results[-1][0]
         flops, tokens = 0.0, 0
         model = ManticoreForCausalLM.from_pretrained(last, dtype=self.dtype)

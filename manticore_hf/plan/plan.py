@@ -55,7 +55,7 @@ def make_plan(
         sequence_length: Tokens per row (default: the recipe's block_size).
         batch_size: Rows per device and micro-batch (default: the stages').
         configs: Directory with `org/name/config.json` of components, read instead of the Hub.
-        allow_outside: Whether the recipe's relative paths may leave the folder that it is in.
+        allow_outside: Whether what the recipe names on this machine may lie outside of the folder that it is in.
 
     Returns:
         Plain values: "components", "hybrid", "cache", "stages" with all options and the one chosen, "assumptions",

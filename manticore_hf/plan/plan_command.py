@@ -40,7 +40,7 @@ def add_options(parser: Parser) -> None:
         help="directory with org/name/config.json of components, read instead of the Hub (for gated or offline models)",
     )
     parser.add_argument(
-        "--allow-outside", action="store_true", help="let the recipe's relative paths leave the folder that it is in"
+        "--allow-outside", action="store_true", help="let the recipe name files outside of the folder that it is in"
     )
     parser.add_argument("--output-dir", help="also write plan.json, with every number, there")
 

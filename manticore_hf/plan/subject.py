@@ -46,7 +46,7 @@ def load_subject(source: str | Path, configs: str | Path | None = None, allow_ou
     Args:
         source: A recipe (.yaml), a directory of a saved hybrid or its Hub repo. Hybrids are planned to be fine-tuned.
         configs: Directory with `org/name/config.json` of components, read instead of the Hub where they are there.
-        allow_outside: Whether a recipe's relative paths may leave the folder that it is in.
+        allow_outside: Whether what a recipe names on this machine may lie outside of the folder that it is in.
 
     Returns:
         The Subject.

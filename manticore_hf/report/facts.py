@@ -81,7 +81,6 @@ class Facts:
         comparison_path: Where it is.
         recipe: Path of the recipe that made it, or None.
         measured: {name: measurement}, filled by `run`.
-        directory: What the user named: that directory, or the one of its run.
     """
 
     name: str
@@ -95,7 +94,6 @@ class Facts:
     comparison_path: Path | None = None
     recipe: Path | None = None
     measured: dict = field(default_factory=dict)
-    directory: Path | None = None
 
 
 def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = None) -> Facts:
@@ -131,7 +129,6 @@ def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = 
         None if path is None else read_comparison(path),
         path,
         recipe,
-        directory=directory,
     )
 
 
@@ -288,8 +285,7 @@ def held_out(
     settings = None
     if facts.recipe is not None:
         trusted = allow_outside or data is not None  # whose text is not read then
-        recipe = load_kept_recipe(facts.recipe, facts.directory or facts.folder, trusted)
-        settings = _text_of(recipe, facts.folder)
+        settings = _text_of(load_kept_recipe(facts.recipe, trusted), facts.folder)
     longest = facts.found["settings"]["max_position_embeddings"]
     if data is not None:
         block_size = block_size or min(settings.block_size if settings else 512, longest or 512)

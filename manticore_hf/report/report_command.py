@@ -21,7 +21,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--allow-outside",
         action="store_true",
-        help="let the directory's recipe name text outside of it although you have not run it on this machine",
+        help="let the directory's recipe name text outside of it; not needed where you ran it so on this machine",
     )
     parser.add_argument("--output-dir", help="write the report to this directory (default: the given one)")
     parser.add_argument("--output", dest="output_dir", action=Renamed, new="--output-dir")

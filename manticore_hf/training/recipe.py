@@ -5,14 +5,13 @@
 Every stage writes a directory of its own below the output directory; stages that are finished are not run again, so the
 same command goes on after a kill. A recipe is data, and may be a stranger's: it names what trains and nothing else.
 What acts outside of the run's directory (uploads, trackers, files that configure engines) is said on the command line,
-and relative paths stay below the recipe's own folder. It is read with YAML's safe loader, within bounds that no
+and the files that it names lie below its own folder. It is read with YAML's safe loader, within bounds that no
 experiment needs and that keep a hostile file from taking the machine.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from manticore_hf.training.stage_arguments import RECIPE_MAY_SAY, HybridArgument
 from manticore_hf.training.stages import AFTER_COMPOSE, OLD_NAMES, STAGES
 from manticore_hf.utils.bounded_yaml import BoundedLoader
 from manticore_hf.utils.distributed import on_main, print_main
-from manticore_hf.utils.files import replace_text, stays_inside
+from manticore_hf.utils.files import read_json, replace_text, stays_inside, write_json
 from manticore_hf.utils.renamed import warn_renamed
 
 TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
@@ -59,7 +58,7 @@ class Recipe:
         data: Keys of DataArguments.
         stages: [(stage, its settings)], in order; compose comes first by itself. A stage's settings may hold `data` of
             its own: keys that replace the recipe's, or all of them where it names another source.
-        allow_outside: Whether its relative paths may leave the folder that it is in.
+        allow_outside: Whether what it names on this machine may lie outside of the folder that it is in.
     """
 
     path: Path
@@ -323,7 +322,7 @@ def run_recipe(
         output_dir: Directory below which every stage writes its own.
         seed: Random seed instead of the recipe's.
         outside: What every training stage does outside of that directory; default: nothing.
-        allow_outside: Whether the recipe's relative paths may leave the folder that it is in.
+        allow_outside: Whether what the recipe names on this machine may lie outside of the folder that it is in.
         verbose: Whether the training stages print what they log at every step.
 
     Returns:
@@ -359,7 +358,7 @@ def run_recipe(
         stages.append((known, own, stage_data(recipe, settings.get("data", {})), given))
     output.mkdir(parents=True, exist_ok=True)
     on_main(replace_text, kept, text)
-    on_main(remember_recipe, text, recipe.path.parent)
+    on_main(remember_recipe, text, recipe.path.parent, allow_outside)
     hybrid, program = dict(recipe.hybrid), None
     programs = program_of(hybrid.get("mixture"))
     if programs is not None:
@@ -390,65 +389,63 @@ def run_recipe(
     return results
 
 
-def remember_recipe(text: str, folder: Path) -> None:
+def remember_recipe(text: str, folder: Path, allow_outside: bool = False) -> None:
     """Notes, in this user's own files, that a recipe was run by this user: what it names may be read again.
 
     Args:
         text: Of the recipe.
         folder: That its relative paths count from.
+        allow_outside: Whether it was allowed to name what lies outside of that folder.
     """
     with contextlib.suppress(OSError):
         note = _note_of(text)
         note.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(note, str(folder.resolve()))
+        write_json(note, {"folder": str(folder.resolve()), "allow_outside": allow_outside})
 
 
 def _note_of(text):
-    return Path(constants.HF_HOME) / "manticore" / "recipes" / hashlib.sha256(text.encode()).hexdigest()
+    return Path(constants.HF_HOME) / "manticore" / "recipes" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
-def home_of(recipe: Recipe) -> Path | None:
-    """The folder that a recipe was run from by this user on this machine, if it was: stages have copies of it."""
+def as_run(recipe: Recipe) -> Recipe | None:
+    """A copy of a recipe, as stages have them, as this user ran it on this machine: from where, allowed what.
+
+    Args:
+        recipe: The copy.
+
+    Returns:
+        The Recipe; None if this user did not run it on this machine.
+    """
     try:
-        return Path(_note_of(_read(recipe.path)).read_text(encoding="utf-8"))
-    except OSError:
+        note = read_json(_note_of(_read(recipe.path)))
+    except (OSError, ManticoreError):
         return None
+    path = Path(note["folder"]) / recipe.path.name
+    return dataclasses.replace(recipe, path=path, allow_outside=note["allow_outside"])
 
 
-def load_kept_recipe(path: str | Path, directory: str | Path, allow_outside: bool = False) -> Recipe:
-    """The recipe that lies in a directory, which may be a stranger's.
+def load_kept_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
+    """The recipe that lies beside a hybrid, which may be a stranger's.
 
-    The files that it names are used if it was run by this user on this machine; else only those in the directory.
+    What it names counts from where it was run if this user ran it on this machine; else from where it lies.
 
     Args:
         path: Its file.
-        directory: The directory.
-        allow_outside: Whether it is trusted whoever ran it.
+        allow_outside: Whether it is trusted with what lies outside of that folder, whoever ran it.
 
     Raises:
-        ManticoreError: The recipe is invalid, or names a file that is not to be used.
+        ManticoreError: The recipe is invalid.
     """
     recipe = load_recipe(path)
-    home = home_of(recipe)
-    if home is not None:
-        return dataclasses.replace(recipe, path=home / recipe.path.name, allow_outside=True)
-    recipe.allow_outside = allow_outside
-    named = [recipe.data, *(settings.get("data", {}) for _, settings in recipe.stages)]
-    for source in {one["data"] for one in named if "data" in one}:
-        _check_length(source, recipe)
-        if not allow_outside and os.path.exists(source) and not _all_inside(Path(source), directory):
-            raise ManticoreError(
-                f"{recipe.path}: its text {show(source)} is not in {str(directory)!r}, and the recipe was not run by "
-                "you on this machine. Give a text with --data FILE, or --allow-outside if you trust the recipe."
-            )
-    return recipe
+    recipe = as_run(recipe) or recipe
+    return dataclasses.replace(recipe, allow_outside=recipe.allow_outside or allow_outside)
 
 
 def stage_data(recipe: Recipe, other: dict) -> DataArguments:
     """DataArguments of a stage; a relative path counts from the recipe's folder, or from the working directory.
 
     Raises:
-        ManticoreError: A relative path leaves the recipe's folder.
+        ManticoreError: It is not below the recipe's folder, and that is not allowed.
     """
     values = dict(other) if "data" in other else {**recipe.data, **other}
     values["data"] = find_beside(values["data"], recipe)
@@ -456,24 +453,24 @@ def stage_data(recipe: Recipe, other: dict) -> DataArguments:
 
 
 def find_beside(source: str, recipe: Recipe) -> str:
-    """What a recipe names, as a path where it is one: below its own folder, or given in full; else as it is.
+    """What a recipe names, as a path where it is one; else as it is.
 
     Args:
         source: File, folder, or address on the Hub.
-        recipe: The Recipe; a relative path that leaves its folder needs its `allow_outside`.
+        recipe: The Recipe; what is not below its folder needs its `allow_outside`.
 
     Raises:
-        ManticoreError: It leaves the folder, by itself or through a link.
+        ManticoreError: It is outside of the folder, by itself or through a link.
     """
     _check_length(source, recipe)
     folder, path = recipe.path.parent, Path(source)
     found = next((one for one in (folder / path, path) if one.exists()), None)
-    if found is None or path.is_absolute():
+    if found is None:
         return source
     if not recipe.allow_outside and not _all_inside(found, folder):
         raise ManticoreError(
-            f"{recipe.path}: {show(source)} is not below the recipe's folder. If you mean this file, give its full "
-            "path in the recipe, or --allow-outside (allow_outside=True)."
+            f"{recipe.path}: {show(source)} is not below the recipe's folder. Copy it there, or, if you wrote the "
+            "recipe or trust it with this, give --allow-outside (allow_outside=True)."
         )
     return str(found)
 
@@ -502,14 +499,12 @@ def recipe_sources(folder: str | Path, config: PreTrainedConfig) -> list[str] | 
     if not file.is_file() or all(entry["repo_id"] for entry in config.components):
         return None
     try:
-        recipe = load_kept_recipe(file, folder)
+        recipe = load_kept_recipe(file)
         found = [find_beside(source, recipe) for source in recipe.components]
     except ManticoreError:
         return None
     if len(found) != len(config.components):
         return None
-    usable = [Path(one).is_dir() and (recipe.allow_outside or stays_inside(one, folder)) for one in found]
     return [
-        one if entry["repo_id"] is None and known else None
-        for one, known, entry in zip(found, usable, config.components)
+        one if entry["repo_id"] is None and Path(one).is_dir() else None for one, entry in zip(found, config.components)
     ]

@@ -16,7 +16,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--output-dir", required=True, help="directory below which every stage writes its own")
     parser.add_argument("--seed", type=int, help="random seed instead of the recipe's")
     parser.add_argument(
-        "--allow-outside", action="store_true", help="let the recipe's relative paths leave the folder that it is in"
+        "--allow-outside", action="store_true", help="let the recipe name files outside of the folder that it is in"
     )
     parser.add_argument(
         "--verbose", action="store_true", help="print what the Trainer logs at every step, instead of one bar a stage"
