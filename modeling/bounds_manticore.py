@@ -44,6 +44,9 @@ class Guard:
     def plain(self, what: str, values: object) -> None:
         """Before any value is looked at."""
 
+    def loading(self, source: str, options: dict) -> None:
+        """Before a hybrid is loaded by `from_pretrained(source, **options)`."""
+
     def reading(self, source: str) -> AbstractContextManager:
         """Context in which Transformers reads a hybrid's config.json."""
         return contextlib.nullcontext()

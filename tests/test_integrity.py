@@ -197,14 +197,23 @@ def test_verify_hashes_anew_what_dates_do_not_tell(saved, hub, owner, capsys):
     (file,) = blobs(owner, "a")
     damage(file)
     ManticoreForCausalLM.from_pretrained(folder)  # remembered as verified
-    assert main(["inspect", str(folder), "--verify"]) == 0
-    printed = capsys.readouterr().out
+    assert main(["inspect", str(folder), "--verify"]) == 1
+    printed, said = capsys.readouterr()
+    assert said.startswith("manticore-hf inspect: DAMAGED, removed from the cache: Component 'a'")
+    assert said.endswith(": model.safetensors. Load again.\n")
     assert "0 files verified, DAMAGED, removed from the cache: model.safetensors" in printed
     assert f"{len(model.config.components[1]['files'])} files verified" in printed
     assert_same_model(ManticoreForCausalLM.from_pretrained(folder), model)
     assert main(["inspect", str(folder), "--verify"]) == 0
-    printed = capsys.readouterr().out
-    assert "DAMAGED" not in printed and "1 file verified" in printed
+    printed, said = capsys.readouterr()
+    assert "DAMAGED" not in printed + said and "1 file verified" in printed
+    publish_hybrid(hub, f"{owner}/h", folder)
+    ManticoreForCausalLM.from_pretrained(f"{owner}/h")
+    (own,) = Path(file).parents[3].glob(f"models--{owner}--h/snapshots/*/model.safetensors")
+    damage(own)
+    assert main(["inspect", f"{owner}/h", "--verify"]) == 1  # the hybrid's own weights, too
+    assert f"removed from the cache: {owner}/h: model.safetensors. Load again." in capsys.readouterr().err
+    assert not own.exists() and main(["inspect", f"{owner}/h", "--verify"]) == 0
 
 
 def test_a_cache_that_cannot_be_written_is_read_all_the_same(saved, hub, owner, monkeypatch):

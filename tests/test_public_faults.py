@@ -6,16 +6,20 @@ inside another says that remote code is trusted, whatever the caller said.
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import transformers
-from hub_models import ids, publish, publish_hybrid, tiny, tokenizer
+from hub_models import ids, publish, publish_hybrid, read_json, tiny, tokenizer
+from peft import LoraConfig, get_peft_model
+from tiny_hybrid import pair, save
 from transformers import AutoModelForCausalLM
 from transformers.integrations import hub_kernels
 
 import manticore_hf
 from manticore_hf import ManticoreError, ManticoreForCausalLM, cli
+from manticore_hf.app import local
 from manticore_hf.utils.tokenizers import read_tokenizer
 
 pytestmark = pytest.mark.usefixtures("uncounted")
@@ -175,3 +179,30 @@ def test_an_adapter_beside_a_component_loads_no_other_model(hub, owner, tmp_path
     for source in (f"{owner}/a", str(tmp_path / "local")):
         with pytest.raises(ManticoreError, match="has an adapter beside its weights"):
             ManticoreForCausalLM.from_components([source, f"{owner}/b"])
+
+
+def test_an_adapter_beside_a_hybrid_is_not_loaded(hub, owner, tmp_path):
+    """Of a repository Transformers loads what adapter_config.json names; in a directory it adds the adapter."""
+    save(ManticoreForCausalLM.from_components(list(pair()), num_blocks=1), tmp_path / "hybrid")
+    shutil.copytree(tmp_path / "hybrid", tmp_path / "private")
+    tiny("gpt_neox", 5).save_pretrained(tmp_path / "plain")
+    refused = pytest.raises(ManticoreError, match="has an adapter beside its hybrid .* PeftModel.from_pretrained")
+    for name, base in (("h", "private"), ("p", "plain")):
+        adapter = get_peft_model(tiny("gpt_neox", 5), LoraConfig(base_model_name_or_path=str(tmp_path / base), r=1))
+        adapter.save_pretrained(tmp_path / "adapter")
+        asked = read_json(tmp_path / "adapter", "adapter_config.json")
+        asked["base_model_name_or_path"] = str(tmp_path / base)
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(asked))
+        for file in tmp_path.glob("adapter/adapter_*"):
+            shutil.copy(file, tmp_path / "hybrid")
+        publish_hybrid(hub, f"{owner}/{name}", tmp_path / "hybrid")
+    for source in (tmp_path / "hybrid", f"{owner}/h", f"{owner}/p"):
+        with refused:
+            ManticoreForCausalLM.from_pretrained(source)
+        with refused:
+            local.load(source)
+        if source != f"{owner}/p":
+            with refused:
+                AutoModelForCausalLM.from_pretrained(source)
+    # Where the other model is no hybrid, nothing of ours is asked: SECURITY.md says so.
+    assert type(AutoModelForCausalLM.from_pretrained(f"{owner}/p")).__name__ == "GPTNeoXForCausalLM"

@@ -72,15 +72,21 @@ def test_links_that_leave_the_directory_are_not_followed(theirs, tmp_path):
     (tmp_path / "secret.json").write_text('{"losses": {"hybrid": 1, "secret": 2}}')
     for name in ("evaluation.json", "stage.json", "recipe.yaml", "comparison.json", "README.md"):
         (theirs / name).symlink_to(tmp_path / "secret.json")
-        with pytest.raises(ManticoreError, match=f"{name}' is a link to .*secret.json', which is not in the directory"):
+        with pytest.raises(ManticoreError, match=f"{name} in .* is a link to .*secret.json', which is not in"):
             gather(theirs)
         (theirs / name).unlink()
     for name in ("checkpoint-3/trainer_state.json", "compared/comparison.json"):
         (theirs / name).parent.mkdir()
         (theirs / name).symlink_to(tmp_path / "secret.json")
-        with pytest.raises(ManticoreError, match=f"{name}' is a link to .*secret.json', which is not in the directory"):
+        with pytest.raises(ManticoreError, match=f"{name} in .* is a link to .*secret.json', which is not in"):
             gather(theirs)
         shutil.rmtree((theirs / name).parent)
+    for name in ("comparison.json", "compared/comparison.json"):  # one level up
+        (tmp_path / "compared").mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to("/etc/hostname")
+        with pytest.raises(ManticoreError, match=f"{name} in .* is a link to '/etc/hostname', which is not in"):
+            gather(theirs)
+        (tmp_path / name).unlink()
     (theirs / "evaluation.json").symlink_to("text.json")
     (theirs / "text.json").write_text('{"losses": {"hybrid": 1, "other": 2}}')
     assert gather(theirs).results[0].losses == {"hybrid": 1.0, "other": 2.0}
@@ -96,7 +102,7 @@ def test_folders_that_are_links_are_not_followed(theirs, tmp_path, monkeypatch):
     (tmp_path / "mine" / "stage.json").write_text('{"stage": "finetune", "note": "private"}')
     assert len(gather(run).stages) == 1
     (run / "1-finetune").symlink_to(tmp_path / "mine")
-    with pytest.raises(ManticoreError, match="1-finetune' is a link to .*mine', which is not in the directory"):
+    with pytest.raises(ManticoreError, match="1-finetune in .* is a link to .*mine', which is not in the directory"):
         gather(run)
     (tmp_path / "link").symlink_to(theirs)  # what the person names may be one
     assert gather(tmp_path / "link").folder == tmp_path / "link"

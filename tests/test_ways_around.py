@@ -1,7 +1,13 @@
 """Ways around the checks of paths, links and tokens, which a sceptic and an hour of fuzzing found."""
 
+import base64
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
+import zipfile
 
 import pytest
 from tiny_hybrid import pair, save, word_tokenizer, write_text
@@ -35,6 +41,12 @@ def recipe(folder, source):
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(values))
     return folder / "recipe.yaml"
+
+
+def zipped(data):
+    with zipfile.ZipFile(held := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a", data)
+    return held.getvalue()
 
 
 def test_a_path_that_is_too_long_is_no_way_out(tmp_path):
@@ -83,6 +95,15 @@ def test_tokens_in_other_codes_and_in_names(tmp_path):
         (tmp_path / "NOTICE").write_bytes(b"x " + text)
         with pytest.raises(ManticoreError, match="NOTICE holds an access token"):
             refuse_tokens({"NOTICE": tmp_path / "NOTICE"})
+    for begin in range(3):  # base64 takes three bytes at a time, and may be folded
+        for fold in (base64.b64encode, base64.encodebytes, base64.urlsafe_b64encode):
+            (tmp_path / "NOTICE").write_bytes(b'"auth": "' + fold(b"u:p"[:begin] + token.encode() + b" " * 60) + b'"')
+            with pytest.raises(ManticoreError, match="NOTICE holds an access token"):
+                refuse_tokens({"NOTICE": tmp_path / "NOTICE"})
+    for kind, pack in (("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress), ("zip", zipped)):
+        (tmp_path / "LICENSE.txt").write_bytes(pack(token.encode()))
+        with pytest.raises(ManticoreError, match=rf"LICENSE.txt is a {kind} archive.*unpack it"):
+            refuse_tokens({"LICENSE.txt": tmp_path / "LICENSE.txt"})
     (tmp_path / "NOTICE").write_text("hf_hub_download_of_a_file_with_a_long_name")
     refuse_tokens({"NOTICE": tmp_path / "NOTICE"})
     with pytest.raises(ManticoreError, match="The name of a file is an access token"):

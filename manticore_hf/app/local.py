@@ -3,10 +3,12 @@
 import os
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from manticore_hf.app.hybrid_page.reading import Hybrid
-from manticore_hf.modeling.settings_manticore import ManticoreError
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.utils.task_types import kind_of
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 
 def load(
@@ -24,22 +26,21 @@ def load(
         ManticoreError: It is no hybrid that writes text, or has no tokenizer.
     """
     at = {} if revision is None else {"revision": revision}
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **at)
-    if config.model_type != "manticore":
-        raise ManticoreError(f"{str(source)!r} holds a model of type {config.model_type!r}, no hybrid.")
-    if any("Classification" in name for name in config.architectures or ()):
-        raise ManticoreError(f"{str(source)!r} is a classifier ({config.architectures[0]}); the page is for text.")
+    kind = ManticoreConfig.get_config_dict(source, **at)[0].get("model_type")
+    if kind != "manticore":
+        raise ManticoreError(f"{str(source)!r} holds a model of type {kind!r}, no hybrid.")
+    kind = kind_of(ManticoreConfig.from_pretrained(source, **at))
+    if kind.labels:
+        raise ManticoreError(f"{str(source)!r} is a {kind.noun} ({kind.architecture}); the page is for text.")
     try:
-        own = AutoTokenizer.from_pretrained(tokenizer or source, trust_remote_code=False, **({} if tokenizer else at))
-    except Exception as err:  # of the tokenizers library, too
-        own, why = None, f": {' '.join(str(err).split())[:300]}"
-    else:
-        why = ""
+        own, why = read_tokenizer(tokenizer or source, **({} if tokenizer else at)), ""
+    except ManticoreError as err:
+        own, why = None, f": {str(err)[:400]}"
     if own is None or not len(own):
         raise ManticoreError(
             f"{str(tokenizer or source)!r} has no tokenizer that can be read (--tokenizer names one){why}"
         )
-    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **at)
+    model = ManticoreForCausalLM.from_pretrained(source, **at)
     return Hybrid(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), own)
 
 

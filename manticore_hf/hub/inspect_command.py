@@ -1,6 +1,7 @@
 """`manticore-hf inspect`: its options."""
 
 import argparse
+import sys
 
 from manticore_hf.utils.options import Parser
 
@@ -14,13 +15,19 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("model", help="directory or Hub repo")
     parser.add_argument("--revision", help="revision of a Hub repo")
     parser.add_argument(
-        "--verify", action="store_true", help="hash the components' weight files in the local cache anew (no downloads)"
+        "--verify",
+        action="store_true",
+        help="hash the weight files in the local cache anew (no downloads); exit status 1: one is damaged",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def main(args: argparse.Namespace) -> None:
-    """Prints what the hybrid is."""
+def main(args: argparse.Namespace) -> int:
+    """Prints what the hybrid is; the exit status is 1 where files were found to be damaged."""
     from manticore_hf.hub.inspection import run_inspect
 
-    run_inspect(args.model, args.revision, args.json, args.verify)
+    damage = run_inspect(args.model, args.revision, args.json, args.verify)
+    if not damage:
+        return 0
+    print(f"manticore-hf inspect: DAMAGED, removed from the cache: {'; '.join(damage)}. Load again.", file=sys.stderr)
+    return 1

@@ -28,8 +28,11 @@ from manticore_hf.hub.provenance import (
     read_header,
     repository,
     verify_cached,
+    verify_own,
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.modeling.references_manticore import where
+from manticore_hf.modeling.saving_manticore import check_whole
 from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.formatting import listed, listed_some, printable_output
 from manticore_hf.utils.objective import say_objective
@@ -297,18 +300,22 @@ def _numbers(row):
     return "".join(f"{row[key]:>15,.0f}" for key in keys)
 
 
-def run_inspect(source: str, revision: str | None = None, as_json: bool = False, verify: bool = False) -> None:
+def run_inspect(source: str, revision: str | None = None, as_json: bool = False, verify: bool = False) -> list[str]:
     """`manticore-hf inspect`: prints what a hybrid is and costs, where its repository is, and how its components are.
 
     Args:
         source: Directory or Hub repo.
         revision: Revision of a Hub repo.
         as_json: Print plain values instead of tables.
-        verify: Hash the components' weight files in the local cache anew; damaged ones are removed there.
+        verify: Hash the weight files in the local cache anew, the hybrid's own, too; damaged ones are removed there.
+
+    Returns:
+        What was found to be damaged, and removed from the cache: components and names of files.
 
     Raises:
         ManticoreError: There is no hybrid that can be read.
     """
+    damage = []
     try:
         found = inspect_hybrid(source, revision=revision)
         found["repository"] = repository(source, revision)
@@ -317,6 +324,9 @@ def run_inspect(source: str, revision: str | None = None, as_json: bool = False,
                 entry["state"] = component_state(entry)
                 if verify:
                     entry["state"]["cache"] = verify_cached(entry)
+                    damage += [f"{where(entry)}: {name}" for name in entry["state"]["cache"]["damaged"]]
+        if verify:
+            damage += verify_own(source, found["repository"])
     except (OSError, HTTPError) as err:
         raise ManticoreError(f"{source!r} cannot be read as a hybrid: {err}") from err
     if as_json:
@@ -324,3 +334,4 @@ def run_inspect(source: str, revision: str | None = None, as_json: bool = False,
     else:
         with printable_output():  # names of files are a stranger's, too
             print_inspection(source, found)
+    return damage

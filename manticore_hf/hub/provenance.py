@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 from manticore_hf import modeling
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.carried_manticore import CODE, ENTRY, PARTS, entry_code
-from manticore_hf.modeling.references_manticore import refusal, verify, where
+from manticore_hf.modeling.references_manticore import lfs_id, refusal, verify, where
 from manticore_hf.utils.formatting import listed_some
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -122,6 +122,27 @@ def verify_cached(entry: dict) -> dict[str, list[str]]:
                 kind = "damaged"
         out[kind].append(name)
     return out
+
+
+def verify_own(source: str, found: dict) -> list[str]:
+    """Hashes a hybrid's own weight files in the local cache, which knows them by their SHA-256; damaged ones go.
+
+    Args:
+        source: Directory (where nothing says what its files were) or Hub repo.
+        found: What `repository` says of it.
+
+    Returns:
+        The damaged ones.
+    """
+    damaged = []
+    for name in found["own"] if found["commit"] is not None else ():
+        path = try_to_load_from_cache(source, name, revision=found["commit"])
+        if isinstance(path, str) and (stated := lfs_id(path)) is not None:
+            try:
+                verify(path, stated, f"{source}: {name}", anew=True)
+            except ManticoreError:
+                damaged.append(f"{source}: {name}")
+    return damaged
 
 
 def read_header(opened: BinaryIO) -> tuple[dict, int]:

@@ -1,5 +1,6 @@
 """Which files of a hybrid's directory are published, and what must not be in them."""
 
+import base64
 import math
 import mmap
 import os
@@ -15,7 +16,8 @@ from manticore_hf.modeling.aligned_tokenizers import FILES, folder_of
 from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
 from manticore_hf.modeling.carried_manticore import CODE, copy_code
 from manticore_hf.modeling.references_manticore import where
-from manticore_hf.utils.files import stays_inside
+from manticore_hf.utils.files import refuse_link, stays_inside
+from manticore_hf.utils.formatting import listed_some
 
 _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 _TAKEN = re.compile(
@@ -48,6 +50,12 @@ _TOKEN = re.compile(
     rb"hf_(?:oauth_[\w.-]{30,}|[A-Za-z0-9]{30,})"
     rb"|h\0f\0_\0(?:[\w.-]\0){30,}|\0h\0f\0_(?:\0[\w.-]){30,}"  # UTF-16
 )
+# How "hf_" begins in base64, which takes three bytes at a time: at the first, second and third of them.
+_ENCODED = re.compile(rb"(?:aGZf|hmX[z0-3]|oZl[89])[\w+/\r\n-]{36,400}", re.ASCII)
+_PACKED = {
+    b"\x1f\x8b\x08": "gzip", b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf\x27\x1c": "7-zip",
+}  # fmt: skip
 
 
 def collect(
@@ -90,6 +98,11 @@ def collect(
             if path.is_file() and _PLOT.fullmatch(path.name)
         }
     )
+    twice = [name for name, path in files.items() if path.suffix != ".safetensors" and path.stat().st_nlink > 1]
+    if twice:  # which a copy of a directory may have, and a downloaded archive that was unpacked without care
+        notices.append(
+            f"Hard links: {listed_some(twice)} have other names on this machine; look whether they belong here."
+        )
     made.mkdir(parents=True, exist_ok=True)
     for name in config.aligned:  # tokenizers without an address
         kept = sorted((directory / folder_of(name)).glob("*"))
@@ -161,6 +174,8 @@ def own_weights(paths: list, names: list) -> dict[str, int]:
 def refuse_tokens(files: dict, token: str | bool | None = None) -> None:
     """Raises ManticoreError if a file holds an access token: every byte that goes is looked at, whatever its name.
 
+    What is base64 is looked at as what it stands for; what is compressed as a whole is refused.
+
     Args:
         files: {path in the repository: path here}.
         token: The token that is used; it is looked for besides what looks like one.
@@ -173,9 +188,23 @@ def refuse_tokens(files: dict, token: str | bool | None = None) -> None:
         if not path.stat().st_size:
             continue
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if _TOKEN.search(data) or any(data.find(one) >= 0 for one in own):
+            packed = next((kind for begin, kind in _PACKED.items() if data[: len(begin)] == begin), None)
+            if packed is not None and path.suffix != ".safetensors":  # which begin with a number, whatever that is
+                raise ManticoreError(f"{name} is a {packed} archive: a token in it would not be seen; unpack it.")
+            if _TOKEN.search(data) or any(data.find(one) >= 0 for one in own) or _is_encoded(data):
                 said = "holds an access token of the Hub; remove it there, and revoke the token."
                 raise ManticoreError(f"{name} {said}")
+
+
+def _is_encoded(data):
+    """Whether an access token is somewhere in base64; folded lines are joined."""
+    for found in _ENCODED.finditer(data):
+        text = found[0].translate(bytes.maketrans(b"-_", b"+/"), b"\r\n")
+        for missing in (b"", b"AG", b"AAB"):  # of the group of four that it begins in, with the bits of "h" in it
+            whole = missing + text
+            if _TOKEN.search(base64.b64decode(whole[: len(whole) // 4 * 4])):
+                return True
+    return False
 
 
 def refuse_links(directory: str | os.PathLike) -> None:
@@ -187,12 +216,7 @@ def refuse_links(directory: str | os.PathLike) -> None:
     directory = Path(directory)
     below = [path for name in _FOLDERS for folder in directory.glob(name) for path in folder.rglob("*")]
     for path in [*directory.iterdir(), *below]:
-        if not stays_inside(path, directory):
-            name, to = path.relative_to(directory), os.path.realpath(path)
-            raise ManticoreError(
-                f"{name} in {str(directory)!r} is a link to {to!r}, which is not in the directory: "
-                "replace it by a copy if it is to be published, or remove it."
-            )
+        refuse_link(path, directory)
 
 
 def source_card(model: PreTrainedModel) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
+from manticore_hf.utils.files import refuse_link
 from manticore_hf.utils.formatting import is_number
 
 FILE = "comparison.json"
@@ -33,7 +34,7 @@ def find_comparison(directory: str | os.PathLike, given: str | os.PathLike | Non
         given: What the user named: the directory of a comparison, or its file.
 
     Raises:
-        ManticoreError: There is none where the user said.
+        ManticoreError: There is none where the user said, or what is found elsewhere is a link to a place of its own.
     """
     if given is not None:
         path = Path(given) / FILE if Path(given).is_dir() else Path(given)
@@ -43,8 +44,11 @@ def find_comparison(directory: str | os.PathLike, given: str | os.PathLike | Non
             )
         return path
     places = (Path(directory), Path(directory).parent)
-    paths = [path for place in places for path in (place / FILE, place / FOLDER / FILE)]
-    return next((path for path in paths if path.is_file()), None)
+    found = [(path, place) for place in places for path in (place / FILE, place / FOLDER / FILE) if path.is_file()]
+    for path, place in found[:1]:
+        refuse_link(path, place)
+        return path
+    return None
 
 
 def read_comparison(path: str | os.PathLike) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from manticore_hf.report.comparison import FILE, FOLDER, find_comparison, read_c
 from manticore_hf.training.recipe import load_kept_recipe, stage_data
 from manticore_hf.training.search import alpha_history
 from manticore_hf.utils.claims import AS_IT_CAME
-from manticore_hf.utils.files import stays_inside
+from manticore_hf.utils.files import refuse_link
 from manticore_hf.utils.formatting import is_number, listed
 
 _STAGE = re.compile(r"(\d+)-([a-z]+)")
@@ -137,11 +137,7 @@ def _refuse_links(folders, named):
     found = [(folder, folder.parent) for folder in folders if folder != named]
     found += [(path, folder) for folder in folders for pattern in _SHOWN for path in folder.glob(pattern)]
     for path, home in found:
-        if not stays_inside(path, home):
-            raise ManticoreError(
-                f"{str(path)!r} is a link to {os.path.realpath(path)!r}, which is not in the directory: replace it by "
-                "a copy if it belongs to the hybrid, or remove it."
-            )
+        refuse_link(path, home)
 
 
 def _stages(directory):

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
+from transformers.utils import cached_file, find_adapter_config_file, is_peft_available, logging
 
 from manticore_hf.modeling.bounds_manticore import (
     Guard,
@@ -402,6 +402,25 @@ class Defence(Guard):
 
     def plain(self, what: str, values: object) -> None:
         check_plain(what, values)
+
+    def loading(self, source: str | os.PathLike | None, options: dict) -> None:
+        """Beside a hybrid an adapter is not loaded.
+
+        Of a repository Transformers would load the model that the adapter names, wherever that is, in the hybrid's
+        place; in a directory it would put the adapter into the hybrid, without a word.
+        """
+        keys = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
+        at = {key: options[key] for key in keys if options.get(key) is not None}
+        at.update(options.get("adapter_kwargs") or {})
+        source = at.pop("_adapter_model_path", None) or source  # what the caller has said to an Auto class
+        if source is None or not is_peft_available() or find_adapter_config_file(source, **at) is None:
+            return
+        if cached_file(source, "config.json", **at, _raise_exceptions_for_missing_entries=False) is not None:
+            raise ManticoreError(
+                f"{str(source)!r} has an adapter beside its hybrid (adapter_config.json): Transformers would load it, or "
+                "the model that it names, without a word. Move it to a place of its own, and load it from there with "
+                "PeftModel.from_pretrained(hybrid, ...)."
+            )
 
     @contextlib.contextmanager
     def reading(self, source: str | os.PathLike) -> Iterator[None]:

@@ -21,6 +21,20 @@ def stays_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
     return any(path.is_relative_to(home) for home in homes)
 
 
+def refuse_link(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Raises ManticoreError if a path in a folder, all links followed, is not in it: it may be a file of its reader's.
+
+    Args:
+        path: A file or folder, there or not.
+        folder: The folder; it may be a link itself.
+    """
+    if not stays_inside(path, folder):
+        raise ManticoreError(
+            f"{os.path.relpath(path, folder)} in {str(folder)!r} is a link to {os.path.realpath(path)!r}, which is not "
+            "in the directory: replace it by a copy if it belongs there, or remove it."
+        )
+
+
 def read_json(path: str | os.PathLike, form: type = dict) -> Any:
     """The values of a JSON file that a run has written, and goes on from.
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
-from manticore_hf.utils.files import stays_inside
+from manticore_hf.utils.files import refuse_link
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
@@ -23,11 +23,8 @@ def read_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
         ManticoreError: It cannot be read, needs code of its repository, or is a link out of its directory.
     """
     for path in Path(source).iterdir() if os.path.isdir(source) else ():  # what is read is saved, and then pushed
-        if path.suffix not in _WEIGHTS and not stays_inside(path, source):
-            raise ManticoreError(
-                f"{path.name} in {str(source)!r} is a link to {os.path.realpath(path)!r}, which is not in the "
-                "directory: replace it by a copy, or remove it."
-            )
+        if path.suffix not in _WEIGHTS:
+            refuse_link(path, source)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as err:  # a stranger's files fail in many ways, in two libraries
