@@ -300,7 +300,7 @@ def test_all_variants(place, tmp_path):
         (("pretrain",), {}, "needs a finetune stage"),
         (("finetune",), {"spaces": ("sum",)}, "'sum' is none of"),
         (("finetune",), {"seeds": ()}, "seeds is empty"),
-        (("finetune",), {"blocks": (0,)}, "blocks=.* must be different numbers of at least 1"),
+        (("finetune",), {"blocks": (0,)}, "blocks=.* must be different numbers, from 1 to"),
         (("finetune",), {"learning_rates": (0.0,)}, "learning_rates=.* must be"),
     ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pickle
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from tiny_hybrid import save_pair
@@ -12,12 +13,13 @@ from transformers import TrainingArguments
 from manticore_hf import ManticoreError, ManticoreForCausalLM, cli
 from manticore_hf.compare.compared_recipe import read_recipe
 from manticore_hf.evaluation.data import DataArguments, read_records
+from manticore_hf.experiments.mad.program import ProgramSettings
 from manticore_hf.plan.subject import load_subject
 from manticore_hf.training import recipe as recipes
 from manticore_hf.training.recipe import load_recipe, run_recipe, stage_data
 from manticore_hf.training.runtime import check_training
 from manticore_hf.training.search import SearchArguments
-from manticore_hf.training.stage_arguments import RECIPE_MAY_SAY, OutsideArguments
+from manticore_hf.training.stage_arguments import RANGES, RECIPE_MAY_SAY, OutsideArguments
 
 OUTSIDE = {
     "push_to_hub": True, "hub_model_id": "attacker/loot", "hub_token": "hf_x", "hub_strategy": "every_save",
@@ -143,7 +145,7 @@ def test_values_that_cannot_be_used_are_said_before_anything_runs(tmp_path):
         ("learning_rate: 1e999", "finite number"),
         ("per_device_train_batch_size: 0", "at least 1"),
         ("gradient_accumulation_steps: -3", "at least 1"),
-        ("dataloader_num_workers: 100000", "must be in"),
+        ("dataloader_num_workers: 100000", "at most 256"),
         ("adam_beta1: 7.0", "beta"),
         ("load_best_model_at_end: true, eval_strategy: 'no'", "load_best_model_at_end"),
     ):
@@ -155,6 +157,54 @@ def test_values_that_cannot_be_used_are_said_before_anything_runs(tmp_path):
         with pytest.raises(ManticoreError, match=rf"stages.0.finetune.*({message})"):
             run_recipe(file, tmp_path / "out")
         assert not (tmp_path / "out").exists(), settings
+
+
+def test_every_number_has_a_range(tmp_path, capsys):
+    """Below and above what makes sense of it there is a sentence with file and line, and nothing is loaded."""
+
+    def stage_text(stage, settings):
+        text = f"components: [a/b]\ndata: {{data: t}}\nstages:\n- {stage}: {{{settings}}}\n"
+        return write(tmp_path / "x.yaml", text)
+
+    def numbers(types):
+        return {key for key, kind in types.items() if {int, float} & set(kinds(kind))}
+
+    stages, of_text = recipes._stage_keys(), numbers(recipes._types(DataArguments))
+    assert set(RANGES) == of_text.union(numbers(recipes._types(ProgramSettings)), *map(numbers, stages.values()))
+    for key, (low, high) in RANGES.items():
+        stage = next((stage for stage, known in stages.items() if key in known), None)
+        if stage is None:
+            home, own = ("data", f"{{data: t, {key}: -7}}") if key in of_text else ("program", f"{{{key}: -7}}")
+            text = f"components: [a/b]\n{home}: {own}\nhybrid: {{mixture: 'mad:copying'}}\nstages: []\n"
+            with pytest.raises(ManticoreError, match=rf"x.yaml:2: {home}.{key}: is -7, must be "):
+                load_recipe(write(tmp_path / "x.yaml", text))
+            continue
+        for value in (high * 2 + 1, low * 2 - 7, *[0] * (low > 0), ".nan", ".inf", "1e999"):
+            if isinstance(value, float) and float not in kinds(stages[stage][key]):
+                value = int(value)
+            with pytest.raises(ManticoreError, match=rf"x.yaml:4: stages.0.{stage}.{key}: is .*, must be "):
+                load_recipe(stage_text(stage, f"{key}: {value}"))
+    for stage, settings in (
+        ("finetune", "max_steps: 0"),
+        ("finetune", "max_steps: -5"),
+        ("finetune", "warmup_steps: 2.5"),
+        ("finetune", "torch_compile_mode: x"),
+        ("finetune", "optim_target_modules: ['(a+)+$']"),
+        ("finetune", "gradient_checkpointing_kwargs: {context_fn: x}"),
+        ("prune", "distil_weight: 1.5"),
+    ):
+        assert cli.main(["run", str(stage_text(stage, settings)), "--output-dir", str(tmp_path / "out")]) == 2
+        assert f"stages.0.{stage}.{settings.partition(':')[0]}: is " in capsys.readouterr().err
+    words = "--model nowhere --data nothing --output-dir".split() + [str(tmp_path / "out")]
+    for option, value in (("--learning-rate", "nan"), ("--max-steps", "-5"), ("--per-device-train-batch-size", "0")):
+        assert cli.main(["finetune", *words, option, value]) == 2
+        assert f"{option} is {value}, must be " in capsys.readouterr().err
+    for usual in ("max_steps: -1", "warmup_steps: 0.1", "warmup_steps: 2.0", "torch_compile_mode: reduce-overhead"):
+        load_recipe(stage_text("finetune", usual))
+
+
+def kinds(kind):
+    return get_args(kind) or (kind,)
 
 
 def test_training_arguments_that_can_be_used_pass(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from manticore_hf.app.hybrid_page.reading import Hybrid
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.utils.task_types import kind_of
+from manticore_hf.utils.task_types import kind_of, model_type_of
 from manticore_hf.utils.tokenizers import read_tokenizer
 
 
@@ -26,8 +26,7 @@ def load(
         ManticoreError: It is no hybrid that writes text, or has no tokenizer.
     """
     at = {} if revision is None else {"revision": revision}
-    kind = ManticoreConfig.get_config_dict(source, **at)[0].get("model_type")
-    if kind != "manticore":
+    if (kind := model_type_of(source, **at)) != "manticore":
         raise ManticoreError(f"{str(source)!r} holds a model of type {kind!r}, no hybrid.")
     kind = kind_of(ManticoreConfig.from_pretrained(source, **at))
     if kind.labels:

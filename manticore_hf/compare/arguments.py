@@ -89,8 +89,8 @@ class CompareArguments:
         ):  # fmt: skip
             values = getattr(self, name) or ()
             low = 0 if name == "seeds" else 1 if name == "blocks" else 1e-12
-            if len(set(values)) != len(values) or any(value < low for value in values):
-                raise ManticoreError(f"{name}={list(values)} must be different numbers of at least {low:g}.")
+            if len(set(values)) != len(values) or not all(low <= value < 2**32 for value in values):
+                raise ManticoreError(f"{name}={list(values)} must be different numbers, from {low:g} to below 2**32.")
         for name, key in (("projectors", "projector"), ("spaces", "mixture_space")):
             for value in getattr(self, name) or ():
                 if value not in CHOICES[key]:

@@ -32,7 +32,6 @@ from manticore_hf.hub.provenance import (
 )
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.references_manticore import where
-from manticore_hf.modeling.saving_manticore import check_whole
 from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.formatting import listed, listed_some, printable_output
 from manticore_hf.utils.objective import say_objective

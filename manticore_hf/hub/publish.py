@@ -35,11 +35,12 @@ from manticore_hf.hub.eval_results import FILE as EVAL_RESULTS
 from manticore_hf.hub.eval_results import eval_results
 from manticore_hf.hub.licenses import check, read_license
 from manticore_hf.hub.upload import REPLACED, collect, own_weights, refuse_links, refuse_tokens
-from manticore_hf.modeling.bounds_manticore import build_component, guard
+from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.references_manticore import refusal, where
 from manticore_hf.modeling.transplant_manticore import end_names
 from manticore_hf.utils.saving import check_whole
+from manticore_hf.utils.task_types import model_type_of
 
 logger = logging.get_logger(__name__)
 
@@ -310,9 +311,7 @@ def _directory(model, scratch):
     if not (directory / "config.json").is_file():
         raise ManticoreError(f"{str(model)!r} has no config.json: give a hybrid, or the directory of a saved one.")
     check_whole(directory)
-    with guard().reading(directory):
-        kind = ManticoreConfig.get_config_dict(directory)[0].get("model_type")
-    if kind != "manticore":
+    if (kind := model_type_of(directory)) != "manticore":
         raise ManticoreError(f"{str(model)!r} holds a model of type {kind!r}, no hybrid; publish it with hf upload.")
     return directory
 

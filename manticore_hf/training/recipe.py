@@ -29,7 +29,7 @@ from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.training.programs import program_of
 from manticore_hf.training.runtime import check_training, training_defaults
 from manticore_hf.training.search import STRATEGIES
-from manticore_hf.training.stage_arguments import RECIPE_MAY_SAY, HybridArguments, OutsideArguments
+from manticore_hf.training.stage_arguments import RECIPE_MAY_SAY, HybridArguments, OutsideArguments, wrong_setting
 from manticore_hf.training.stages import AFTER_COMPOSE, OLD_NAMES, STAGES
 from manticore_hf.utils.bounded_yaml import BoundedLoader
 from manticore_hf.utils.distributed import on_main, print_main
@@ -289,6 +289,8 @@ def _check_values(values, known, where, wrong):
         if plain == kinds and not fits:
             names = sorted("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
             wrong((*where, key), f"is {show(value)}, must be {' or '.join(names)}.")
+        if (message := wrong_setting(key, value)) is not None:
+            wrong((*where, key), f"is {show(value)}, {message}.")
         out[key] = value
     return out
 

@@ -210,10 +210,6 @@ def training_defaults() -> dict[str, Any]:
     return {"report_to": "none", "use_cpu": not torch.accelerator.is_available(), "disable_tqdm": False}
 
 
-_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-_MOST_WORKERS = 256
-
-
 def check_training(what: str, cls: type[TrainingArguments], given: dict[str, Any]) -> TrainingArguments:
     """TrainingArguments whose optimizer and schedule can be made, which Transformers finds out after loading.
 
@@ -225,15 +221,6 @@ def check_training(what: str, cls: type[TrainingArguments], given: dict[str, Any
     Raises:
         ManticoreError: Something cannot be used; Transformers raises many kinds of errors.
     """
-    for key in _AT_LEAST_ONE:
-        if given.get(key, 1) < 1:
-            raise ManticoreError(f"{what}: {key}={given[key]} must be at least 1.")
-    for key in ("seed", "data_seed"):
-        if not 0 <= (given.get(key) or 0) < 2**32:
-            raise ManticoreError(f"{what}: {key}={given[key]} must be in [0, 2**32).")
-    if not 0 <= given.get("dataloader_num_workers", 0) <= _MOST_WORKERS:
-        workers = given["dataloader_num_workers"]
-        raise ManticoreError(f"{what}: dataloader_num_workers={workers} must be in [0, {_MOST_WORKERS}].")
     try:
         arguments = cls(**given)
         model = torch.nn.Linear(1, 1)  # some optimizers look at a model

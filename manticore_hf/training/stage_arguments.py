@@ -4,6 +4,7 @@ Imports neither torch nor Transformers: a command's help is printed before they 
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,60 @@ RECIPE_MAY_SAY = frozenset(
 )
 """What a recipe may set of TrainingArguments: what trains. All else (who is told, where it is uploaded, files that are
 read, how processes are joined) acts outside of the run's directory, and is said by the person who runs it."""
+
+
+_SMALL = 1e-12
+RANGES = {
+    "num_train_epochs": (_SMALL, 1e6), "max_steps": (1, 1e9), "per_device_train_batch_size": (1, 2**16),
+    "per_device_eval_batch_size": (1, 2**16), "gradient_accumulation_steps": (1, 1e6), "learning_rate": (0, 1e3),
+    "warmup_steps": (0, 1e9), "weight_decay": (0, 1e3), "adam_beta1": (0, 1 - _SMALL), "adam_beta2": (0, 1 - _SMALL),
+    "adam_epsilon": (0, 1), "max_grad_norm": (0, 1e9), "label_smoothing_factor": (0, 1 - _SMALL),
+    "neftune_noise_alpha": (0, 1e4), "torch_empty_cache_steps": (1, 1e9), "logging_steps": (_SMALL, 1e9),
+    "eval_steps": (_SMALL, 1e9), "eval_delay": (0, 1e9), "eval_accumulation_steps": (1, 1e9),
+    "save_steps": (_SMALL, 1e9), "save_total_limit": (1, 1e6), "dataloader_num_workers": (0, 256),
+    "dataloader_prefetch_factor": (1, 1e4),
+    "ddp_bucket_cap_mb": (1, 1e6), "seed": (0, 2**32 - 1), "data_seed": (0, 2**32 - 1),
+    # of the stages themselves, and of their text
+    "tokens": (1, 1e12), "component_max_norm": (_SMALL, 1e9), "new_rows_learning_rate": (0, 1e3),
+    "alpha_learning_rate": (0, 1e3), "alpha_weight_decay": (0, 1e3), "entropy_penalty": (-1e6, 1e6),
+    "cost_penalty": (-1e6, 1e6), "temperature": (_SMALL, 1e6), "budget": (_SMALL, 1e6), "beam": (1, 1e4),
+    "distil_weight": (0, 1), "block_size": (2, 2**24), "max_tokens": (1, 1e15), "validation_fraction": (0, 1 - _SMALL),
+    "split_seed": (0, 2**32 - 1),
+    # of a mixture that is programmed
+    "seq_len": (1, 2**20), "num_train": (1, 1e8), "num_test": (1, 1e8), "layers": (1, 1024), "hidden_size": (1, 2**18),
+    "steps": (1, 1e9), "batch_size": (1, 2**16), "seeds": (1, 1e4),
+}  # fmt: skip
+"""{setting: the least and the most that makes sense of it}. (max_steps may also be -1: epochs count.)"""
+
+_SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")  # below 1 of all steps
+_COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_CHECKPOINTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "determinism_check", "early_stop"}
+
+
+def wrong_setting(key: str, value: Any) -> str | None:
+    """What is wrong with the value of a setting of a stage, as the rest of a sentence ("must be ..."); None: nothing.
+
+    Args:
+        key: Its name.
+        value: Of the type that the setting has.
+    """
+    if key in RANGES and type(value) in (int, float) and not (key == "max_steps" and value == -1):
+        low, high = RANGES[key]
+        if not low <= value <= high:  # nor no number at all
+            least = "above 0" if low == _SMALL else f"at least {low:g}"
+            return f"must be {least} and {'below 1' if high == 1 - _SMALL else f'at most {high:g}'}"
+        if key in _SHARES and value >= 1 and value != int(value):
+            return "must be a whole number of steps, or below 1 for a share of all"
+    if key == "torch_compile_mode" and value not in (None, *_COMPILE):
+        return f"must be one of {', '.join(_COMPILE)}"
+    if key == "optim_target_modules" and value != "all-linear" and value is not None:  # else patterns, which may hang
+        names = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, str) and re.fullmatch(r"[\w.-]{1,200}", one) for one in names):
+            return "must be all-linear, or names of modules"
+    if key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") and value is not None:
+        if not isinstance(value, dict) or not set(value) <= _CHECKPOINTING:
+            return f"must be a mapping of some of {', '.join(sorted(_CHECKPOINTING))}"
+    return None
 
 
 @dataclass

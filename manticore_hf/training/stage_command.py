@@ -7,6 +7,8 @@ calibrate take what they make use of.
 import argparse
 
 from manticore_hf.evaluation.data_arguments import DataArguments
+from manticore_hf.modeling.settings_manticore import ManticoreError
+from manticore_hf.training.stage_arguments import wrong_setting
 from manticore_hf.training.stages import Stage
 from manticore_hf.utils.options import Parser, Renamed, add_fields, from_namespace, truth
 
@@ -81,6 +83,9 @@ def main(args: argparse.Namespace) -> None:
     from manticore_hf.training.runtime import training_defaults
 
     stage, defaults = args.stage, training_defaults()
+    for key, value in vars(args).items():
+        if (message := wrong_setting(key, value)) is not None:
+            raise ManticoreError(f"--{key.replace('_', '-')} is {value}, {message}.")
     if stage.trains is None:
         args.report_to = defaults["report_to"]
         args.use_cpu = defaults["use_cpu"] if args.use_cpu is None else args.use_cpu

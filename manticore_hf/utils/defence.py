@@ -417,9 +417,9 @@ class Defence(Guard):
             return
         if cached_file(source, "config.json", **at, _raise_exceptions_for_missing_entries=False) is not None:
             raise ManticoreError(
-                f"{str(source)!r} has an adapter beside its hybrid (adapter_config.json): Transformers would load it, or "
-                "the model that it names, without a word. Move it to a place of its own, and load it from there with "
-                "PeftModel.from_pretrained(hybrid, ...)."
+                f"{str(source)!r} has an adapter beside its hybrid (adapter_config.json): Transformers would load it, "
+                "or the model that it names, without a word. Move it to a place of its own, and load it from there "
+                "with PeftModel.from_pretrained(hybrid, ...)."
             )
 
     @contextlib.contextmanager

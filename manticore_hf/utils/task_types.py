@@ -1,5 +1,6 @@
 """What a hybrid is made for: generating text, or classifying texts or tokens. Cards and `inspect` ask here."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from manticore_hf.modeling import heads_manticore, modeling_manticore
+from manticore_hf.modeling.bounds_manticore import guard
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.utils.unwrap import hybrid_of
 
@@ -78,6 +80,20 @@ def kind_of(model_or_config: PreTrainedModel | ManticoreConfig) -> Kind:
         if isinstance(names, list)
         else CAUSAL
     )
+
+
+def model_type_of(source: str | os.PathLike, **options: Any) -> Any:
+    """What the config.json of a directory or repository says that it is: "manticore" if it is a hybrid's.
+
+    Args:
+        source: Directory or repository.
+        options: For the Hub's client.
+
+    Raises:
+        ManticoreError: It is no JSON object of settings.
+    """
+    with guard().reading(source):
+        return ManticoreConfig.get_config_dict(source, **options)[0].get("model_type")
 
 
 def labels_of(config: ManticoreConfig) -> dict[str, Any]:
