@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import AutoTokenizer
 
-from .bounds_manticore import ManticoreError, reason, show
+from .bounds_manticore import ManticoreError, guard, reason, show
 from .references_manticore import fetch, refusal, where
 
 FILES = (
@@ -97,6 +97,7 @@ def _from_hybrid(model, name, folder):
             except Exception:  # it has no such file, or the Hub is out of reach
                 path = None
         if path is not None and os.path.isfile(path):
+            guard().beside(path, path.rpartition(folder_of(name))[0])
             shutil.copyfile(path, Path(folder) / file)
     if not os.listdir(folder):
         raise ManticoreError(

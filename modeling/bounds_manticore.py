@@ -47,6 +47,9 @@ class Guard:
     def loading(self, source: str, options: dict) -> None:
         """Before a hybrid is loaded by `from_pretrained(source, **options)`."""
 
+    def beside(self, path: str, folder: str) -> None:
+        """Before a file in a hybrid's directory is read that goes into what is saved of it."""
+
     def reading(self, source: str) -> AbstractContextManager:
         """Context in which Transformers reads a hybrid's config.json."""
         return contextlib.nullcontext()

@@ -38,6 +38,7 @@ PARSERS = {  # {parser: (its share of the time, its tests)}
     "mamba_ssm configuration": (1, ["test_fuzz_files.test_configurations_of_mamba_ssm"]),
     "note of an unfinished save": (1, ["test_fuzz_files.test_notes_of_unfinished_saves"]),
     "stage, evaluation, comparison": (2, ["test_fuzz_files.test_stage_evaluation_and_comparison_files"]),
+    "scores of tasks": (1, ["test_fuzz_files.test_scores_of_tasks"]),
 }  # fmt: skip
 MADE = {  # {(argument, module): how it is made}
     ("saved", "test_fuzz_config"): lambda module, root, _: module.save_hybrids(root),

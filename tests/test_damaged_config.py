@@ -40,12 +40,12 @@ def test_every_way_in_says_so_in_a_sentence(place, tmp_path, capsys):
     recipe.write_text(
         f"components: [{hybrid}, b/c]\ndata: {{data: {text}}}\nstages: [{{finetune: {{max_steps: 1}}}}]\n"
     )
+    model = ["--model", hybrid, "--data", text]
     commands = {
-        "inspect": [hybrid], "push": [hybrid, "me/x", "--dry-run"], "report": [hybrid, "--no-measure"], "plan": [hybrid],
-        "evaluate": ["--model", hybrid, "--data", text], "calibrate": ["--model", hybrid, "--data", text],
-        "finetune": ["--model", hybrid, "--data", text, "--max-steps", "1"], "search": ["--model", hybrid, "--data", text],
-        "prune": ["--model", hybrid, "--data", text], "compose": [hybrid, "b/c"],
-        "run": [recipe, "--allow-outside"], "compare": [recipe, "--allow-outside", "--test", text],
+        "inspect": [hybrid], "push": [hybrid, "me/x", "--dry-run"], "report": [hybrid, "--no-measure"],
+        "plan": [hybrid], "evaluate": [*model], "calibrate": [*model], "finetune": [*model, "--max-steps", "1"],
+        "search": [*model], "prune": [*model], "compose": [hybrid, "b/c"], "run": [recipe, "--allow-outside"],
+        "compare": [recipe, "--allow-outside", "--test", text],
     }  # fmt: skip
     writes = ("calibrate", "finetune", "search", "prune", "compose", "run", "compare")
     functions = (

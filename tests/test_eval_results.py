@@ -73,7 +73,7 @@ def test_results_of_benchmarks_are_published(benchmarks, saved, hub):
     assert out.deleted == [FILE] and ".eval_results/theirs.yaml" in hub.files(f"{benchmarks}/h")
 
 
-def test_what_is_no_whole_measurement_makes_no_result(benchmarks, tmp_path):
+def test_what_is_no_whole_measurement_makes_no_result(benchmarks, hub, tmp_path):
     def made(text, results=()):
         (tmp_path / "tasks.json").write_text(text)
         return eval_results(tmp_path, results, "me/h", HfApi())
@@ -81,7 +81,9 @@ def test_what_is_no_whole_measurement_makes_no_result(benchmarks, tmp_path):
     assert made(tasks_file(benchmarks))[0] is not None
     text, (notice,) = made(tasks_file(benchmarks, settings={"limit": 10, "num_fewshot": None}))
     assert text is None and "10 documents" in notice
-    for text in ("[]", "{", "1", "[" * 100_000, '{"settings": {}, "scores": {"hybrid": 3}}'):
+    torn = json.loads(tasks_file(benchmarks))
+    torn["scores"]["a"] = {"quiz": []}
+    for text in ("[]", "{", "1", "[" * 100_000, '{"settings": {}, "scores": {"hybrid": 3}}', json.dumps(torn)):
         found, (notice,) = made(text)
         assert found is None and "another form" in notice
     strange = tasks_file(benchmarks, datasets={"quiz": ["../x", None], "plain": "x", "own": [[], {}]})
@@ -89,6 +91,12 @@ def test_what_is_no_whole_measurement_makes_no_result(benchmarks, tmp_path):
     numbers = json.loads(tasks_file(benchmarks))
     numbers["scores"]["hybrid"]["quiz"] = {"acc": ["x", 1], "f1": [float("nan"), None], "em": 3}
     assert made(json.dumps(numbers)) == (None, [])
+    many = {f"t{i}": {"acc": [0.5, None]} for i in range(1000)}
+    sources = {task: [f"{benchmarks}/{task}", None] for task in many}
+    hub.clear_requests()
+    assert made(tasks_file(benchmarks, scores={"hybrid": many}, datasets=sources)) == (None, [])
+    assert 0 < len({path for _, path in hub.requests}) <= 2 * 200  # not a thousand data sets
+    assert eval_results(tmp_path, [Result(f"me/{'x' * 400}", {"hybrid": 1.0}, bits={"hybrid": 1.0})], "me/h", HfApi())
     (tmp_path / "tasks.json").unlink()
     bits = {"hybrid": 1.0, "a": 1.1}
     for data in ("our_text.txt", f"{benchmarks}/plain"):

@@ -24,6 +24,7 @@ from test_gguf_header import GOOD, SIZES, array, field, gguf, tensor, text
 from tiny_hybrid import mixed_hybrid, save
 
 from manticore_hf import ManticoreError
+from manticore_hf.compare import harness
 from manticore_hf.compose.convert.convert import _read_config
 from manticore_hf.compose.convert.gguf import load_gguf
 from manticore_hf.compose.convert.gguf_header import check_header, read_header
@@ -33,6 +34,7 @@ from manticore_hf.compose.convert.sources import Source
 from manticore_hf.hub import provenance
 from manticore_hf.hub.card import read_results
 from manticore_hf.hub.card_merge import Card, choose, merge
+from manticore_hf.hub.eval_results import _of_tasks
 from manticore_hf.hub.licenses import combine, describe, read_license
 from manticore_hf.hub.publish import _validate
 from manticore_hf.report import facts as facts_module
@@ -84,6 +86,10 @@ COMPARISON = {
     "version": 1, "data": "train.txt", "test": "test.txt", "tokens": 60_000, "test_tokens": 30_720, "seeds": [0, 1, 2],
     "hybrid": "hybrid, 1 block", "machine": "x86_64",
     "rows": [_row("hybrid, 1 block", "hybrid", 2.4), _row("a, tuned", "component", 2.5), _row("e", "ensemble", 2.45)],
+}  # fmt: skip
+TASKS = {
+    "settings": {"num_fewshot": 5, "limit": None}, "datasets": {"quiz": ["org/quiz", "hard"], "plain": ["a/b", None]},
+    "scores": {"hybrid": {"quiz": {"acc": [0.4, 0.01]}, "plain": {"acc": [0.5, None]}}, "a": {"quiz": {"acc": [1, 1]}}},
 }  # fmt: skip
 MAMBA_SSM = {
     "d_model": 16, "d_intermediate": 0, "n_layer": 2, "vocab_size": 64, "ssm_cfg": {"layer": "Mamba2", "d_state": 4},
@@ -326,6 +332,22 @@ def _rendered(saved, folder):
     for page in pages:
         assert all(c.isprintable() or c in "\n\t" for c in page)
     return pages
+
+
+@fuzzed(1000)
+@given(random=st.randoms())
+def test_scores_of_tasks(tmp_path, random):
+    """As `push` publishes them, and as an evaluation goes on from them."""
+    written(tmp_path / "tasks.json", TASKS, random)
+    found, notices = _of_tasks(tmp_path / "tasks.json")
+    assert len(found) <= 4000 and len("".join(notices)) < 1000
+
+    def run():
+        scores, _ = harness._read(tmp_path, TASKS["settings"])
+        if "hybrid" in scores:
+            harness._print(scores)
+
+    outcome(run)
 
 
 @fuzzed(500)

@@ -1,12 +1,15 @@
 """A recipe may be a stranger's: it says what trains; what acts outside is the word of the person who runs it."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import pickle
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from huggingface_hub import HfApi
 from tiny_hybrid import save_pair
 from transformers import TrainingArguments
 
@@ -129,6 +132,33 @@ def test_a_data_set_is_no_reader_of_the_working_directory(tmp_path, monkeypatch)
         with pytest.raises(ManticoreError, match="no file or folder here, and no data set of the Hub"):
             list(read_records(DataArguments(name)))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_data_set_names_no_files_of_its_readers(hub, owner, tmp_path):
+    """Its card says which files it has, and its metadata which pictures: `datasets` refuses what is not in it."""
+    secret, api = write(tmp_path / "secret.txt", "private\n"), HfApi()
+    up = "../" * 12 + str(secret)
+    for number, (named, works) in enumerate(
+        ((str(secret), False), (f"file://{secret}", False), (up, False),
+         ([{"split": "train", "path": str(secret)}], False), ("https://example.com/x.txt", False), ("train.txt", True))
+    ):  # fmt: skip
+        repo = f"{owner}/texts{number}"
+        card = f"---\nconfigs:\n- config_name: default\n  data_files: {json.dumps(named)}\n---\n"
+        add_data(api, repo, {"README.md": card, "train.txt": "public\n"})
+        for streaming in (False, True):
+            with contextlib.nullcontext() if works else pytest.raises(ManticoreError, match="cannot be read as a Hub"):
+                assert list(read_records(DataArguments(repo, streaming=streaming))) == [{"text": "public"}]
+    for number, name in enumerate((str(secret), up)):
+        repo = f"{owner}/pictures{number}"
+        add_data(api, repo, {"metadata.jsonl": json.dumps({"file_name": name, "text": "x"}), "a.png": "no picture"})
+        with pytest.raises(ManticoreError):
+            list(read_records(DataArguments(repo)))
+
+
+def add_data(api, repo, files):
+    api.create_repo(repo, repo_type="dataset")
+    for name, text in files.items():
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id=repo, repo_type="dataset")
 
 
 def test_values_that_cannot_be_used_are_said_before_anything_runs(tmp_path):

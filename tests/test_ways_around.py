@@ -10,11 +10,15 @@ import os
 import zipfile
 
 import pytest
+from aligned_pairs import hybrid
+from manticore_hf.modeling.aligned_tokenizers import tokenizer_of
 from tiny_hybrid import pair, save, word_tokenizer, write_text
 from transformers import AutoModelForCausalLM
 
-from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
+from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
+from manticore_hf.compose.components import resolve
+from manticore_hf.compose.tokenizers import find_tokenizer
 from manticore_hf.hub.upload import refuse_tokens, source_card
 from manticore_hf.training.recipe import find_beside, load_kept_recipe, load_recipe, stage_data
 from manticore_hf.training.search import alpha_history
@@ -78,6 +82,28 @@ def test_links_are_not_laundered_by_saving(saved, tmp_path):
     (theirs / "chat_template.jinja").symlink_to(tmp_path / "secret")
     with pytest.raises(ManticoreError, match="chat_template.jinja in .* is a link to .*secret"):
         read_tokenizer(theirs)
+
+
+def test_tokenizers_of_components_that_are_links(tmp_path):
+    """A link to any text is a vocabulary, which would be saved as one's own: composing, and of an aligned hybrid."""
+    (tmp_path / "secret").write_text("a private key\n" * 3)
+    (tmp_path / "parts").mkdir()
+    made = hybrid(tmp_path / "parts", tokenizers="aligned")
+    (name,) = made.config.aligned
+    made.save_pretrained(tmp_path / "theirs")
+    kept = tmp_path / "theirs" / f"tokenizer_{name}" / "tokenizer.json"
+    assert tokenizer_of(ManticoreForCausalLM.from_pretrained(tmp_path / "theirs"), name).get_vocab()
+    part = next((tmp_path / "parts").glob("llama*"))
+    found = resolve(ComponentSpec(part), {}, weights=False)
+    assert find_tokenizer(found, {}) is not None
+    for file in (kept, part / "vocab.txt"):
+        file.unlink(missing_ok=True)
+        file.symlink_to(tmp_path / "secret")
+    with pytest.raises(ManticoreError, match=f"tokenizer_{name}/tokenizer.json in .* is a link to .*secret"):
+        tokenizer_of(ManticoreForCausalLM.from_pretrained(tmp_path / "theirs"), name)
+    assert find_tokenizer(found, {}) is None
+    with pytest.raises(ManticoreError, match="comes without a tokenizer that can be read"):
+        hybrid(tmp_path / "parts", tokenizers="aligned")
 
 
 def test_no_name_for_a_scratch_file_can_be_known(tmp_path):

@@ -1,6 +1,7 @@
 """The recipe of a comparison: one that can be compared, and what its stages say of training."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -55,14 +56,14 @@ def read_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
 
 def _absolute(source, recipe):
     path = Path(find_beside(source, recipe))
-    return str(path.resolve()) if path.exists() else source
+    return str(path.resolve()) if os.path.exists(path) else source
 
 
 def _whole(data):
     """DataArguments as a recipe says them: what differs from the defaults, with a full path."""
     path = Path(data.data)
     given = {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if getattr(data, f.name) != f.default}
-    return {**given, "data": str(path.resolve()) if path.exists() else data.data}
+    return {**given, "data": str(path.resolve()) if os.path.exists(path) else data.data}
 
 
 def earlier_texts(recipe: Recipe) -> list[dict]:

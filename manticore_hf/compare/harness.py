@@ -7,7 +7,6 @@ This adds the baselines, without which a hybrid's number says little.
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,8 @@ from manticore_hf.modeling.aligned_tokenizers import tokenizer_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.recipe import recipe_sources
 from manticore_hf.utils.claims import AS_IT_CAME
-from manticore_hf.utils.files import write_json
+from manticore_hf.utils.files import read_json, write_json
+from manticore_hf.utils.formatting import is_number
 from manticore_hf.utils.tokenizers import read_tokenizer
 
 RESULTS = "tasks.json"
@@ -179,15 +179,22 @@ def _scores(results):
 
 def _read(output, settings):
     """What was measured already with these settings, and the tasks' data sets."""
-    try:
-        values = json.loads((Path(output) / RESULTS).read_text()) if output is not None else {}
-    except FileNotFoundError:
+    file = None if output is None else Path(output) / RESULTS
+    if file is None or not file.exists():
         return {}, {}
-    except ValueError as err:
-        raise ManticoreError(f"{Path(output) / RESULTS} is damaged ({err}); remove it to measure again.") from err
-    if values and values.get("settings") != settings:
-        raise ManticoreError(f"{Path(output) / RESULTS} is of another evaluation; give another --output-dir.")
-    return values.get("scores", {}), values.get("datasets", {})
+    values = read_json(file)
+    if values.get("settings") != settings:
+        raise ManticoreError(f"{file} is of another evaluation; give another --output-dir.")
+    scores, datasets = values.get("scores", {}), values.get("datasets", {})
+    try:
+        pairs = [pair for tasks in scores.values() for metrics in tasks.values() for pair in metrics.values()]
+        fits = isinstance(datasets, dict) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+        fits = fits and all(is_number(value) and (error is None or is_number(error)) for value, error in pairs)
+    except (AttributeError, TypeError):
+        fits = False
+    if not fits:
+        raise ManticoreError(f"{file} is damaged: its scores are no tables of numbers; delete it, then run again.")
+    return scores, datasets
 
 
 def _datasets(configs):

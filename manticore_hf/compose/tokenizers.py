@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
 from manticore_hf.compose.components import Resolved
@@ -12,6 +12,7 @@ from manticore_hf.modeling.aligned_tokenizers import FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import sha256
 from manticore_hf.modeling.settings_manticore import PRESETS
+from manticore_hf.utils.tokenizers import read_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"
@@ -45,8 +46,8 @@ def find_tokenizer(found: Resolved, hub: dict) -> PreTrainedTokenizerBase | None
     if not any(cached_file(where, file, **_QUIETLY, **kwargs) for file in TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **kwargs)
-    except Exception as err:
+        return read_tokenizer(where, **kwargs)
+    except ManticoreError as err:
         logger.warning(
             f"Component {found.address}: its tokenizer cannot be loaded, so it is not compared with others ({err})."
         )

@@ -4,6 +4,7 @@ Every text is read by itself, as `separate` takes packed rows apart, so that a l
 treats rows of several texts. `measure` predicts every byte, so that models of other tokenizers take part.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -315,7 +316,7 @@ def ensemble_nats(
 def name_of(data: DataArguments) -> str:
     """What a text is called: its repository, or the name of its file."""
     local = Path(data.data)
-    return local.name if local.exists() else data.data
+    return local.name if os.path.exists(local) else data.data
 
 
 def how_measured(data: DataArguments) -> str:

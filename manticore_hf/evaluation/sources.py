@@ -1,6 +1,7 @@
 """Records of text: from text, jsonl, csv and parquet files, folders of them, and data sets of the Hub."""
 
 import codecs
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,7 +62,7 @@ def read_records(arguments: DataArguments) -> Iterable[dict[str, Any]]:
         ManticoreError: The source cannot be read (of a stream: when it is read); names it.
     """
     path = Path(arguments.data)
-    if not path.exists():
+    if not os.path.exists(path):  # which is no error where the name is too long for one
         return _hub_records(arguments)
     files = sorted(f for f in path.rglob("*") if f.suffix in _FORMATS) if path.is_dir() else [path]
     kinds = {_FORMATS.get(file.suffix) for file in files}
@@ -115,6 +116,7 @@ def _read_text(file, encoding):
 
 def _hub_records(arguments):
     revision = arguments.data_revision
+    # That its card names no files of elsewhere is checked by `datasets` itself (5.2; see pyproject.toml).
     # `datasets` also takes names of its readers, which read whatever lies in the working directory (one of them
     # pickles), addresses and patterns; what names the data may be a stranger's recipe.
     plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", arguments.data)
@@ -147,7 +149,7 @@ def _unreadable(arguments, err):
     cause = err.__cause__ if type(err).__name__ == "DatasetGenerationError" and err.__cause__ else err
     # In one line, and without the client's advice on calls that the user did not write.
     reason = " ".join(str(cause).partition("Example of usage")[0].split())
-    if Path(arguments.data).exists():
+    if os.path.exists(arguments.data):
         return ManticoreError(f"{arguments.data!r} cannot be read: {reason}")
     asked = ", ".join(f"{key}={getattr(arguments, key)!r}" for key in ("data_config", "data_split", "data_revision"))
     return ManticoreError(

@@ -395,7 +395,7 @@ def _dataset_type(text):
 def _is_dataset(text):
     """Whether it reads as a data set's id on the Hub, and not as a path."""
     known_file = re.search(r"\.(txt|text|md|py|jsonl?|[ct]sv|parquet)$", text)
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)) and not known_file and not Path(text).exists()
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)) and not known_file and not os.path.exists(text)
 
 
 def _version(package):

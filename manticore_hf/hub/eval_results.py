@@ -22,7 +22,8 @@ from manticore_hf.utils.formatting import is_number, printable
 FILE = ".eval_results/manticore-hf.yaml"
 """The one file of ours; others there are other people's."""
 TASKS = "tasks.json"
-_LONGEST = 100_000
+_LONGEST, _LARGEST = 100_000, 50_000_000
+_MOST_TASKS, _MOST_METRICS = 200, 20  # each data set among them is asked for once
 _DATASET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HIGHER = ("acc", "exact_match", "f1", "mcc", "bleu", "rouge", "em", "pass@")
 
@@ -44,7 +45,7 @@ def eval_results(
     about = {"source_url": f"{constants.ENDPOINT}/{repo_id}", "source_name": "Model card"}
     found, notices = _of_tasks(Path(directory) / TASKS)
     for result in results:
-        if result.own in result.bits and _DATASET.fullmatch(result.data) and not Path(result.data).exists():
+        if result.own in result.bits and _DATASET.fullmatch(result.data) and not os.path.exists(result.data):
             notes = "bits per byte, lower is better" + _best(result.bits, result.own, lower=True)
             found.append((result.data, None, "bits_per_byte", round(result.bits[result.own], 4), notes))
     known, entries = {}, []
@@ -74,28 +75,32 @@ def benchmark_tasks(data: str, api: HfApi) -> list[tuple[str, str | None]]:
 
 def _of_tasks(path):
     """([((data set, task), value, notes)] of a file of scores, sentences); the file may be anyone's."""
+    other = f"{path.name} has another form than `manticore-hf evaluate --tasks` writes; it is passed over."
     try:
+        if path.stat().st_size > _LARGEST:
+            return [], [other]
         kept = json.loads(path.read_text(encoding="utf-8"))
-        settings, scores, sources = kept["settings"], kept["scores"], kept.get("datasets") or {}
-        tasks = scores["hybrid"].items()
-        limit, shots = settings.get("limit"), settings.get("num_fewshot")
+        if (limit := kept["settings"].get("limit")) is not None:
+            said = f"{path.name} is of {printable(limit)[:20]} documents of each task only"
+            return [], [f"{said}: no result of the Hub's kind is made of it."]
+        return _results(kept["scores"], kept.get("datasets") or {}, kept["settings"].get("num_fewshot")), []
     except FileNotFoundError:
         return [], []
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return [], [f"{path.name} has another form than `manticore-hf evaluate --tasks` writes; it is passed over."]
-    if limit is not None:
-        return [], [
-            f"{path.name} is of {limit} documents of each task only: no result of the Hub's kind is made of it."
-        ]
+        return [], [other]
+
+
+def _results(scores, sources, shots):
+    """[((data set, task), value, notes)] of the hybrid's scores."""
     out = []
-    for task, metrics in tasks:
-        source = sources.get(task) if isinstance(sources, dict) else None
-        if not _is_source(source) or not isinstance(metrics, dict):
+    for task, metrics in list(scores["hybrid"].items())[:_MOST_TASKS]:
+        source = sources.get(task)
+        if not _is_source(source):
             continue
-        for metric, pair in metrics.items():
+        for metric, pair in list(metrics.items())[:_MOST_METRICS]:
             if not isinstance(pair, list) or not pair or not is_number(pair[0]):
                 continue
-            others = {name: one.get(task, {}).get(metric) for name, one in scores.items() if isinstance(one, dict)}
+            others = {name: one.get(task, {}).get(metric) for name, one in scores.items()}
             values = {
                 name: one[0] for name, one in others.items() if isinstance(one, list) and one and is_number(one[0])
             }
@@ -103,7 +108,7 @@ def _of_tasks(path):
             notes = f"lm-evaluation-harness {task}, {metric}" + ("" if shots is None else f", {shots}-shot")
             notes += "" if lower else _best(values, "hybrid", lower=False)
             out.append((source[0], source[1] or "default", None, pair[0], printable(notes)[:500]))
-    return out, []
+    return out
 
 
 def _is_source(source):

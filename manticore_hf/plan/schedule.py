@@ -1,6 +1,7 @@
 """Stages as tasks: what is trained, on which rows, for how many tokens."""
 
 import importlib.util
+import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def count_tokens(data: DataArguments | None, subject: Subject) -> tuple[int | No
         return None, "no data in the recipe; give --tokens"
     kept = 1 - data.validation_fraction
     path = Path(data.data)
-    if not path.exists():
+    if not os.path.exists(path):
         if data.max_tokens is None:
             return None, f"{data.data} was not downloaded to be counted; give --tokens"
         return int(data.max_tokens * kept), "max_tokens of the recipe"

@@ -168,7 +168,7 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size):
     }  # fmt: skip
     for name in tqdm(steps, desc="Measuring", unit="step"):
         store.get(name, steps[name])
-    text = Path(arguments.data).name if Path(arguments.data).exists() else arguments.data
+    text = Path(arguments.data).name if os.path.exists(arguments.data) else arguments.data
     return {**store.parts, "text": f"{text}{', validation split' if split else ''}"}
 
 

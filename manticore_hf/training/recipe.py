@@ -12,6 +12,7 @@ experiment needs and that keep a hostile file from taking the machine.
 import contextlib
 import dataclasses
 import hashlib
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -466,7 +467,7 @@ def find_beside(source: str, recipe: Recipe) -> str:
     """
     _check_length(source, recipe)
     folder, path = recipe.path.parent, Path(source)
-    found = next((one for one in (folder / path, path) if one.exists()), None)
+    found = next((one for one in (folder / path, path) if os.path.exists(one)), None)
     if found is None:
         return source
     if not recipe.allow_outside and not _all_inside(found, folder):
@@ -508,5 +509,5 @@ def recipe_sources(folder: str | Path, config: PreTrainedConfig) -> list[str] | 
     if len(found) != len(config.components):
         return None
     return [
-        one if entry["repo_id"] is None and Path(one).is_dir() else None for one, entry in zip(found, config.components)
+        one if entry["repo_id"] is None and os.path.isdir(one) else None for one, entry in zip(found, config.components)
     ]

@@ -39,6 +39,7 @@ from manticore_hf.modeling.bounds_manticore import (
 from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
 from manticore_hf.modeling.settings_manticore import HybridSettings
 from manticore_hf.modeling.weights_manticore import Renamer, check_complete, part_of
+from manticore_hf.utils.files import refuse_link
 from manticore_hf.utils.headers import compare
 
 MAX_COMPONENTS = 32
@@ -421,6 +422,9 @@ class Defence(Guard):
                 "or the model that it names, without a word. Move it to a place of its own, and load it from there "
                 "with PeftModel.from_pretrained(hybrid, ...)."
             )
+
+    def beside(self, path: str, folder: str) -> None:
+        refuse_link(path, folder)
 
     @contextlib.contextmanager
     def reading(self, source: str | os.PathLike) -> Iterator[None]:

@@ -22,7 +22,8 @@ def read_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
     Raises:
         ManticoreError: It cannot be read, needs code of its repository, or is a link out of its directory.
     """
-    for path in Path(source).iterdir() if os.path.isdir(source) else ():  # what is read is saved, and then pushed
+    folder = Path(source, options.get("subfolder") or "")
+    for path in folder.iterdir() if os.path.isdir(folder) else ():  # what is read is saved, and then pushed
         if path.suffix not in _WEIGHTS:
             refuse_link(path, source)
     try:

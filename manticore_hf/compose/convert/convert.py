@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from manticore_hf.compose.convert.gguf import load_gguf
@@ -171,13 +171,11 @@ def _tokenizer(source, values, stored, given):
             raise ManticoreError(f"{source.what} has no tokenizer; give one (--tokenizer DIRECTORY_OR_REPO).")
         name, options = source.address if has_one else (TOKENIZER, {})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as err:
-        reason = " ".join(str(err).split())[:300]
-        why = "which is the default where a checkpoint has none, " if name == TOKENIZER and given is None else ""
+        tokenizer = read_tokenizer(name, **options)
+    except ManticoreError as err:
+        why = " It is the default where a checkpoint has none." if name == TOKENIZER and given is None else ""
         raise ManticoreError(
-            f"{source.what}: the tokenizer {str(name)!r}, {why}cannot be read ({reason}); give another, or a directory "
-            "(--tokenizer)."
+            f"{source.what}: {str(err)[:500]}{why} Give another, or a directory (--tokenizer)."
         ) from err
     # A directory's place is no one else's business: the card says its name
     return tokenizer, os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else str(name), None
