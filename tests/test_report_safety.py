@@ -38,7 +38,7 @@ def test_text_outside_is_read_only_if_its_reader_says_so(theirs, tmp_path, monke
     for source in (private, "../private.txt", "private.txt"):
         for own in ({}, {"data": str(source)}):
             recipe(theirs, "text.txt" if own else source, own)
-            with pytest.raises(ManticoreError, match="--allow-outside"):
+            with pytest.raises(ManticoreError, match="--allow-outside.*--data FILE"):
                 held_out(gather(theirs))
             settings, split = held_out(gather(theirs), allow_outside=True)
             assert os.path.samefile(settings.data, private) and split

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 import zipfile
 
 import pytest
@@ -19,7 +20,7 @@ from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, Mantico
 from manticore_hf.cli import main
 from manticore_hf.compose.components import resolve
 from manticore_hf.compose.tokenizers import find_tokenizer
-from manticore_hf.hub.upload import refuse_tokens, source_card
+from manticore_hf.hub.upload import collect, refuse_tokens, source_card
 from manticore_hf.training.recipe import find_beside, load_kept_recipe, load_recipe, stage_data
 from manticore_hf.training.search import alpha_history
 from manticore_hf.utils.files import replace_text
@@ -104,6 +105,18 @@ def test_tokenizers_of_components_that_are_links(tmp_path):
     assert find_tokenizer(found, {}) is None
     with pytest.raises(ManticoreError, match="comes without a tokenizer that can be read"):
         hybrid(tmp_path / "parts", tokenizers="aligned")
+
+
+def test_hard_links_are_said(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "theirs")
+    (tmp_path / "secret").write_text("a private key")
+    config = ManticoreConfig.from_pretrained(saved)
+    for linked in (False, True):
+        if linked:
+            os.link(tmp_path / "secret", tmp_path / "theirs" / "NOTICE")
+        _, notices = collect(tmp_path / "theirs", tmp_path / "made", config)
+        assert [one for one in notices if "Hard links: NOTICE have other names" in one] == notices
+        assert bool(notices) == linked
 
 
 def test_no_name_for_a_scratch_file_can_be_known(tmp_path):

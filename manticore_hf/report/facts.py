@@ -281,7 +281,11 @@ def held_out(
     settings = None
     if facts.recipe is not None:
         trusted = allow_outside or data is not None  # whose text is not read then
-        settings = _text_of(load_kept_recipe(facts.recipe, trusted), facts.folder)
+        recipe = load_kept_recipe(facts.recipe, trusted)
+        try:
+            settings = _text_of(recipe, facts.folder)
+        except ManticoreError as err:
+            raise ManticoreError(f"{err} Or give another text with --data FILE.") from err
     longest = facts.found["settings"]["max_position_embeddings"]
     if data is not None:
         block_size = block_size or min(settings.block_size if settings else 512, longest or 512)
