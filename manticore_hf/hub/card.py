@@ -133,6 +133,10 @@ def make_card(
     return card, license_text, alpha, notices
 
 
+_MOST_RESULTS = 200  # texts, and models on each
+_LONGEST_NAME = 2_000  # of a text, a model, a note
+
+
 def shown_results(directory: str | os.PathLike) -> tuple[list[Result], list[str]]:
     """Of what was measured in a hybrid's directory, what may be shown; and sentences on what may not, and why."""
     kind, results, notices = kind_of(ManticoreConfig.from_pretrained(directory)), [], []
@@ -149,7 +153,8 @@ def shown_results(directory: str | os.PathLike) -> tuple[list[Result], list[str]
 def read_results(directory: str | os.PathLike) -> list[Result]:
     """What was measured in a directory: `evaluation.json`, and the `stage.json` of the stage that made it.
 
-    Files of another form are passed over: they are optional, and may be anyone's.
+    Files of another form are passed over, and so is what is too much or too long to be anyone's results: they are
+    optional, and may be anyone's.
 
     Args:
         directory: Of a saved hybrid.
@@ -163,12 +168,15 @@ def read_results(directory: str | os.PathLike) -> list[Result]:
             values = json.loads(_read(Path(directory) / name) or "[]")
         except (ValueError, RecursionError):
             continue
-        for value in values if isinstance(values, list) else [values]:
+        for value in (values if isinstance(values, list) else [values])[:_MOST_RESULTS]:
             losses = value.get("losses") if isinstance(value, dict) else None
             if not isinstance(losses, dict) or not losses or not all(map(is_number, losses.values())):
                 continue
             tokens, note = value.get("tokens"), value.get("note")
             data = str(value.get("data") or "the validation text")
+            texts = [data, note, value.get("own"), *losses, *_known(value.get("bits_per_byte"), is_number)]
+            if len(losses) > _MOST_RESULTS or max(len(str(text)) for text in texts) > _LONGEST_NAME:
+                continue
             if any(result.data == data for result in out):
                 continue
             out.append(

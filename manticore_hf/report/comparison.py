@@ -12,6 +12,7 @@ from manticore_hf.utils.formatting import is_number
 FILE = "comparison.json"
 FOLDER = "compared"  # below the hybrid or its run, unless the user names another
 KINDS = ("component", "ensemble", "gate", "single", "designed", "hybrid", "pruned", "untuned", "oracle")
+_MOST_ROWS, _LONGEST_NAME = 1_000, 2_000
 OLD_KINDS = {"hardened": "pruned"}
 _NUMBERS = (
     "difference",
@@ -73,6 +74,8 @@ def read_comparison(path: str | os.PathLike) -> dict[str, Any]:
     rows = values.get("rows")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         wrong("it has no rows")
+    if len(rows) > _MOST_ROWS:
+        wrong(f"it has {len(rows)} rows, more than {_MOST_ROWS}")
     checked = [_row(row, wrong) for row in rows]
     names = [row["name"] for row in checked]
     if len(set(names)) < len(names):
@@ -87,8 +90,8 @@ def read_comparison(path: str | os.PathLike) -> dict[str, Any]:
 
 def _row(row, wrong):
     name = row.get("name")
-    if not isinstance(name, str) or not name:
-        wrong("a row has no name")
+    if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME:
+        wrong(f"a row has the name {show(name)}")
     row = {**row, "kind": OLD_KINDS.get(str(row.get("kind")), row.get("kind"))}
     if row["kind"] not in KINDS:
         wrong(f"row {show(name)} has kind {show(row.get('kind'))}; known are {list(KINDS)}")
