@@ -72,8 +72,8 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         """As in Transformers, with references to components resolved and checked."""
         if VERSION > TESTED[1]:
             logging.get_logger(__name__).warning_once(UNTESTED)
-        guard().loading(kwargs.get("pretrained_model_name_or_path", *args[:1]), kwargs)
-        return super().from_pretrained(*args, **kwargs)
+        with guard().loading(kwargs.get("pretrained_model_name_or_path", *args[:1]), kwargs):
+            return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

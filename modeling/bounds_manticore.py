@@ -44,8 +44,9 @@ class Guard:
     def plain(self, what: str, values: object) -> None:
         """Before any value is looked at."""
 
-    def loading(self, source: str, options: dict) -> None:
-        """Before a hybrid is loaded by `from_pretrained(source, **options)`."""
+    def loading(self, source: str, options: dict) -> AbstractContextManager:
+        """Context in which a hybrid is loaded by `from_pretrained(source, **options)`."""
+        return contextlib.nullcontext()
 
     def beside(self, path: str, folder: str) -> None:
         """Before a file in a hybrid's directory is read that goes into what is saved of it."""

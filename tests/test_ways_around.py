@@ -12,11 +12,14 @@ import zipfile
 
 import pytest
 from aligned_pairs import hybrid
+from cases import case
+from fuzzing import guarded
 from manticore_hf.modeling.aligned_tokenizers import tokenizer_of
 from tiny_hybrid import pair, save, word_tokenizer, write_text
 from transformers import AutoModelForCausalLM
 
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM
+from manticore_hf.app.local import load
 from manticore_hf.cli import main
 from manticore_hf.compose.components import resolve
 from manticore_hf.compose.tokenizers import find_tokenizer
@@ -176,3 +179,60 @@ def test_strange_values_of_a_configuration_are_a_sentence(saved, tmp_path, capsy
 def test_a_log_without_steps_draws_nothing():
     assert alpha_history([{"alpha/0/a": 0.5}]) == ([], {})
     assert alpha_history([{"alpha/0/a": 0.5}, {"alpha/0/a": 0.5, "step": 1}]) == ([1], {"alpha/0/a": [0.5]})
+
+
+def test_pipes_are_not_waited_for(saved, tmp_path, capsys):
+    """An archive may hold named pipes: whoever opens one waits for ever."""
+    for name in ("evaluation.json", "config.json", "NOTICE", "tokenizer.json", "model.safetensors", "stage.json"):
+        theirs = tmp_path / name.replace(".", "_")
+        shutil.copytree(saved, theirs)
+        (theirs / name).unlink(missing_ok=True)
+        os.mkfifo(theirs / name)
+        for words in (["inspect", theirs], ["push", theirs, "me/h", "--dry-run"], ["report", theirs, "--no-measure"]):
+            if name == "config.json" and words[0] == "report":
+                continue  # then it is no hybrid
+            with case(name, words[0]), guarded(60):
+                assert main([str(one) for one in words]) == 2
+                said, none = capsys.readouterr().err, name == "config.json" and words[0] != "inspect"
+                assert ("no config.json" if none else f"{name} in '{theirs}' is a pipe or a device") in said
+        with case(name), guarded(60), pytest.raises(ManticoreError, match="is a pipe or a device"):
+            resolve(ComponentSpec(theirs), {})
+    run = tmp_path / "run"
+    shutil.copytree(saved, run / "0-compose")
+    (run / "1-finetune").mkdir()
+    os.mkfifo(run / "1-finetune" / "stage.json")
+    with guarded(60):
+        assert main(["report", str(run), "--no-measure"]) == 2  # no stage of a run has ended
+
+
+def test_an_index_of_weight_files_is_one(saved, tmp_path):
+    """Transformers joins what it names to the directory, and takes for granted what else it says."""
+    index = {"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    for values, said in (
+        ({**index, "weight_map": {"a": "../private/model.safetensors"}}, "is no index of safetensors files beside it"),
+        ({**index, "weight_map": {"a": "model.bin"}}, "is no index of safetensors files beside it"),
+        ([], "is no index of safetensors files beside it"),
+        ({"weight_map": index["weight_map"]}, r"its index of weight files is damaged \(KeyError: 'metadata'"),
+        ({**index, "metadata": 3}, r"its index of weight files is damaged \(TypeError"),
+    ):
+        theirs = tmp_path / "theirs"
+        shutil.rmtree(theirs, ignore_errors=True)
+        shutil.copytree(saved, theirs)
+        (theirs / "model.safetensors").unlink()
+        (theirs / "model.safetensors.index.json").write_text(json.dumps(values))
+        for cls in (ManticoreForCausalLM, AutoModelForCausalLM):
+            with case(values, cls), pytest.raises(ManticoreError, match=said):
+                cls.from_pretrained(theirs)
+
+
+def test_a_tokenizer_that_cuts_no_text(saved, tmp_path, capsys):
+    shutil.copytree(saved, tmp_path / "theirs")
+    values = json.loads((saved / "tokenizer.json").read_text())
+    values["model"] = {"type": "WordLevel", "vocab": {}, "unk_token": "x"}
+    (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(values))
+    write_text(tmp_path / "text.txt", 100)
+    words = ["evaluate", "--model", str(tmp_path / "theirs"), "--data", str(tmp_path / "text.txt")]
+    assert main(words) == 2
+    assert "cannot cut a text: Exception: WordLevel error" in capsys.readouterr().err
+    with pytest.raises(ManticoreError, match="cannot cut a text"):
+        load(tmp_path / "theirs")

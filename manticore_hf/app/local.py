@@ -8,7 +8,7 @@ from manticore_hf.app.hybrid_page.reading import Hybrid
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.utils.task_types import kind_of, model_type_of
-from manticore_hf.utils.tokenizers import read_tokenizer
+from manticore_hf.utils.tokenizers import read_tokenizer, tokenise
 
 
 def load(
@@ -39,6 +39,7 @@ def load(
         raise ManticoreError(
             f"{str(tokenizer or source)!r} has no tokenizer that can be read (--tokenizer names one){why}"
         )
+    tokenise(own, "a")
     model = ManticoreForCausalLM.from_pretrained(source, **at)
     return Hybrid(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), own)
 

@@ -28,6 +28,7 @@ from manticore_hf.modeling.bounds_manticore import ManticoreError, build_config,
 from manticore_hf.modeling.code_manticore import code_of, registered, trust
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES, refusal
 from manticore_hf.utils.defence import check_component_name
+from manticore_hf.utils.files import refuse_pipes
 
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -135,6 +136,7 @@ def _resolve_address(spec, hub, weights):
         found = Resolved(_name(spec, os.path.basename(os.path.abspath(source))), None, directory=source)
         found.subfolder = spec.subfolder
         folder = os.path.join(source, spec.subfolder or "")
+        refuse_pipes(folder)
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise ManticoreError(f"Component {found.name!r}: the directory {folder!r} has no config.json.")
         _read_config(found, folder)

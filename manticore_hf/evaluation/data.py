@@ -23,6 +23,7 @@ from manticore_hf.evaluation.sources import read_texts as read_texts
 from manticore_hf.evaluation.starts import start_tokens
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.utils.distributed import bar, is_main
+from manticore_hf.utils.tokenizers import tokenise
 
 _BATCH = 64  # documents tokenised at once: enough for a tokenizer's threads, and few to read beyond a limit
 NO_LOSS = -100
@@ -179,10 +180,10 @@ class _Reader:
         self.told = False
 
     def __call__(self, texts):
-        options = {"add_special_tokens": False, "split_special_tokens": self.split, "verbose": False}
+        options = {"add_special_tokens": False, "split_special_tokens": self.split}
         if fast := self.keep_text and self.tokenizer.is_fast:
             options["return_offsets_mapping"] = True
-        found = self.tokenizer(list(texts), **options)
+        found = tokenise(self.tokenizer, list(texts), **options)
         self._tell(texts)
         if not self.keep_text:
             return found["input_ids"], [lambda start, stop: None] * len(texts)

@@ -3,6 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.modeling.settings_manticore import ManticoreError
+from manticore_hf.utils.tokenizers import tokenise
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase, text: str = "a") -> list[int]:
@@ -18,8 +19,8 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase, text: str = "a") -> list[in
     Raises:
         ManticoreError: Special tokens change how the text is cut, so that the tokenizer does not show its start.
     """
-    bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    found = tokenizer(text, return_special_tokens_mask=tokenizer.is_fast, verbose=False)
+    bare = tokenise(tokenizer, text, add_special_tokens=False)["input_ids"]
+    found = tokenise(tokenizer, text, return_special_tokens_mask=tokenizer.is_fast)
     whole, first = found["input_ids"], 0
     if tokenizer.is_fast:  # an unknown text may be written with a token that also stands before it
         first = next((i for i, added in enumerate(found["special_tokens_mask"]) if not added), 0)

@@ -17,7 +17,7 @@ from manticore_hf.plan.step import meta_hybrid
 from manticore_hf.plan.subject import Subject
 from manticore_hf.training.recipe import stage_data
 from manticore_hf.training.stages import STAGES
-from manticore_hf.utils.tokenizers import read_tokenizer
+from manticore_hf.utils.tokenizers import read_tokenizer, tokenise
 
 _COUNTED = 20_000_000  # bytes of text that are tokenised to count tokens; of more, a sample is
 _SAMPLE = 2_000_000
@@ -201,7 +201,7 @@ def count_tokens(data: DataArguments | None, subject: Subject) -> tuple[int | No
     if tokenizer is not None:
         texts = read_texts(data, _SAMPLE)
         read = sum(len(text.encode()) for text in texts)
-        per_token = read / max(1, sum(len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]))
+        per_token = read / max(1, sum(len(ids) for ids in tokenise(tokenizer, texts)["input_ids"]))
         how = f"{per_token:.2f} bytes a token in a sample of {read:,} bytes"
     found = int(size / per_token)
     return int(min(found, data.max_tokens or found) * kept), f"{size:,} bytes, {how}"

@@ -188,7 +188,7 @@ def _last_state(folder):
 
 def _json(path):
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

@@ -15,8 +15,10 @@ import keyword
 import math
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -34,12 +36,14 @@ from manticore_hf.modeling.bounds_manticore import (
     guard,
     install_guard,
     is_commit,
+    reason,
     show,
 )
 from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
+from manticore_hf.modeling.references_manticore import shards
 from manticore_hf.modeling.settings_manticore import HybridSettings
 from manticore_hf.modeling.weights_manticore import Renamer, check_complete, part_of
-from manticore_hf.utils.files import refuse_link
+from manticore_hf.utils.files import refuse_link, refuse_pipes
 from manticore_hf.utils.headers import compare
 
 MAX_COMPONENTS = 32
@@ -398,30 +402,45 @@ def check_component_name(name: object) -> None:
         raise ManticoreError(f"Component name {name!r} is used by the model itself; give the component another name.")
 
 
+def _refuse_adapter(source, options):
+    """Of a repository Transformers would load the model that an adapter names, wherever that is, in the hybrid's place;
+    in a directory it would put the adapter into the hybrid, without a word."""
+    keys = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
+    at = {key: options[key] for key in keys if options.get(key) is not None}
+    at.update(options.get("adapter_kwargs") or {})
+    source = at.pop("_adapter_model_path", None) or source  # what the caller has said to an Auto class
+    if source is None or not is_peft_available() or find_adapter_config_file(source, **at) is None:
+        return
+    if cached_file(source, "config.json", **at, _raise_exceptions_for_missing_entries=False) is not None:
+        raise ManticoreError(
+            f"{str(source)!r} has an adapter beside its hybrid (adapter_config.json): Transformers would load it, "
+            "or the model that it names, without a word. Move it to a place of its own, and load it from there with "
+            "PeftModel.from_pretrained(hybrid, ...)."
+        )
+
+
 class Defence(Guard):
     """The package's guard."""
 
     def plain(self, what: str, values: object) -> None:
         check_plain(what, values)
 
-    def loading(self, source: str | os.PathLike | None, options: dict) -> None:
-        """Beside a hybrid an adapter is not loaded.
-
-        Of a repository Transformers would load the model that the adapter names, wherever that is, in the hybrid's
-        place; in a directory it would put the adapter into the hybrid, without a word.
-        """
-        keys = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
-        at = {key: options[key] for key in keys if options.get(key) is not None}
-        at.update(options.get("adapter_kwargs") or {})
-        source = at.pop("_adapter_model_path", None) or source  # what the caller has said to an Auto class
-        if source is None or not is_peft_available() or find_adapter_config_file(source, **at) is None:
-            return
-        if cached_file(source, "config.json", **at, _raise_exceptions_for_missing_entries=False) is not None:
+    @contextlib.contextmanager
+    def loading(self, source: str | os.PathLike | None, options: dict) -> Iterator[None]:
+        """No adapter lies beside it; an index of weight files, which Transformers believes, is one, of files there."""
+        _refuse_adapter(source, options)
+        folder = Path(source or "", options.get("subfolder") or "")
+        for index in folder.glob("model.safetensors.index*.json") if source and os.path.isdir(folder) else ():
+            shards(index, (repr(str(index)), "save the hybrid again."))
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as err:
+            inside = [frame.name for frame in traceback.extract_tb(err.__traceback__)]
+            if isinstance(err, ManticoreError) or "get_checkpoint_shard_files" not in inside:
+                raise
             raise ManticoreError(
-                f"{str(source)!r} has an adapter beside its hybrid (adapter_config.json): Transformers would load it, "
-                "or the model that it names, without a word. Move it to a place of its own, and load it from there "
-                "with PeftModel.from_pretrained(hybrid, ...)."
-            )
+                f"{str(source)!r}: its index of weight files is damaged ({reason(err)}); save the hybrid again."
+            ) from err
 
     def beside(self, path: str, folder: str) -> None:
         refuse_link(path, folder)
@@ -429,6 +448,7 @@ class Defence(Guard):
     @contextlib.contextmanager
     def reading(self, source: str | os.PathLike) -> Iterator[None]:
         """Transformers reads files that hold anything but a JSON object with odd errors."""
+        refuse_pipes(source)
         try:
             yield
         except ManticoreError:

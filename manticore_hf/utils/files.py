@@ -35,6 +35,17 @@ def refuse_link(path: str | os.PathLike, folder: str | os.PathLike) -> None:
         )
 
 
+def refuse_pipes(folder: str | os.PathLike) -> None:
+    """Raises ManticoreError if something in a folder is neither file nor folder: reading a pipe never ends.
+
+    Args:
+        folder: The folder, which may be a stranger's; what is no folder is passed over.
+    """
+    for one in os.scandir(folder) if os.path.isdir(folder) else ():
+        if not one.is_file() and not one.is_dir() and os.path.exists(one.path):
+            raise ManticoreError(f"{one.name} in {str(folder)!r} is a pipe or a device, and no file; remove it.")
+
+
 def read_json(path: str | os.PathLike, form: type = dict) -> Any:
     """The values of a JSON file that a run has written, and goes on from.
 

@@ -4,12 +4,31 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
 from manticore_hf.utils.files import refuse_link
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any) -> BatchEncoding:
+    """What a tokenizer makes of text, which may be a stranger's that cannot cut any.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: One text, or several.
+        options: Of its call.
+
+    Raises:
+        ManticoreError: It fails, in whatever way.
+    """
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except Exception as err:  # of the tokenizers library, which has a kind for all
+        raise ManticoreError(
+            f"The tokenizer {tokenizer.name_or_path!r} cannot cut a text: {reason(err)}. Repair it, or give another."
+        ) from err
 
 
 def read_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:

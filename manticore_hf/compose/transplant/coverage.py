@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from manticore_hf.compose.transplant.build import Plan
 from manticore_hf.evaluation.metrics.scoring import token_logprobs
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.tokenizers import tokenise
 
 _WINDOW = 1024  # tokens that are read at once
 
@@ -93,7 +94,7 @@ def text_coverage(plan: Plan, tokenizer: PreTrainedTokenizerBase, texts: list[st
     """
     counts = {"copied": 0, "by role": 0, "built": 0, "none": 0}
     special = {*plan.roles["input"], *plan.roles["head"]}
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+    for ids in tokenise(tokenizer, texts, add_special_tokens=False)["input_ids"]:
         for token in ids:
             kind = "copied" if token in plan.copied else "by role" if token in special else "none"
             counts["built" if plan.pieces.get(token) else kind] += 1

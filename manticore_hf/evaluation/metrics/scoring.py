@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.tokenizers import tokenise
 
 _LOGITS = 2**28  # numbers of a batch's logits, at most, where more than one row is read: 1 GiB in float32
 METRICS = ("mad_accuracy", "token_loss")
@@ -183,7 +184,7 @@ def tokens_with_start(
 
 def _bare(tokenizer, texts):
     """Tokens of texts alone; the name of a special token in a text is the characters it is written with."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return tokenise(tokenizer, texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def _windows(i, start, ids, max_length, stride):
