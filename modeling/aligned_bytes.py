@@ -12,6 +12,7 @@ from .bounds_manticore import ManticoreError
 ROLES = ("bos", "eos", "pad", "unk")
 _SPACE_MARK = "\u2581"
 _CONTINUES = "##"
+_MOST_IDS = 2**25
 
 
 def _byte_letters():
@@ -55,6 +56,11 @@ class Surfaces:
             raise ManticoreError(f"The tokenizer {tokenizer.name_or_path!r} is empty: it has no tokens.")
         self._model, self._kind = core.model, _kind(json.loads(core.to_str()))
         self.size = max(vocabulary.values()) + 1
+        if self.size > _MOST_IDS:
+            raise ManticoreError(
+                f"The tokenizer {tokenizer.name_or_path!r} has a token with the id {self.size - 1}, beyond the rows of "
+                f"any model ({_MOST_IDS})."
+            )
         self.roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
         self.roles = {
             role: number for role, number in self.roles.items() if number is not None and not (rows and number >= rows)

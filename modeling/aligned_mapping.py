@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .aligned_bytes import Surfaces
+from .bounds_manticore import ManticoreError, reason, show
 
 LONGEST_WORD = 64
 """Bytes after which a word without any certain boundary is cut where its tokens no longer seem to change."""
@@ -100,36 +101,32 @@ class ByteTokenizer:
                 texts.append((i, data.decode()))
             except UnicodeDecodeError:
                 out[i] = self._cut_broken(data)
-        encoded = self.core.encode_batch_fast([text for _, text in texts], add_special_tokens=False)
+        try:
+            encoded = self.core.encode_batch_fast([text for _, text in texts], add_special_tokens=False)
+        except Exception as err:  # of the tokenizers library, which has one kind for all
+            raise ManticoreError(f"A component's tokenizer cannot cut {show(texts[0][1])}: {reason(err)}.") from err
         for (i, _), found in zip(texts, encoded):
-            ids = tuple(found.ids)
-            whole = b"".join([self.table[number] or b"" for number in ids]) == pieces[i]
-            out[i] = ids if whole else self._spell(pieces[i], ids)
+            ids = tuple(number for number in found.ids if number < self.size)  # the model has no rows for others
+            out[i] = ids if self.bytes_of(ids) == pieces[i] else self._spell(pieces[i], ids)
         return out
 
     def _cut_broken(self, data):
         """Bytes that are no text: the text in them is cut as text, the rest byte by byte."""
-        try:
-            data.decode()
-        except UnicodeDecodeError as err:
-            first, last = err.start, err.end if err.reason != "unexpected end of data" else len(data)
-            head = self.cut(data[:first]) if first else ()
-            tail = data[last:]
-            rest = (self.cut(tail) if _is_text(tail) else self._cut_broken(tail)) if tail else ()
-            return (*head, *self._spell(data[first:last], ()), *rest)
-        return self.cut(data)
+        out = []
+        while data:
+            try:
+                data.decode()
+                first = last = len(data)
+            except UnicodeDecodeError as err:
+                first, last = err.start, err.end if err.reason != "unexpected end of data" else len(data)
+            out += self.cut(data[:first]) if first else ()
+            out += self._spell(data[first:last], ()) if last > first else ()
+            data = data[last:]
+        return tuple(out)
 
     def _spell(self, data, otherwise):
         """Tokens for bytes that the tokenizer would change or does not know."""
         return tuple(self.surfaces.longest_first(data)) or tuple(otherwise)
-
-
-def _is_text(data):
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _inside(parts):

@@ -14,9 +14,13 @@ import pytest
 from aligned_pairs import hybrid
 from cases import case
 from fuzzing import guarded
+from manticore_hf.modeling.aligned_bytes import Surfaces
+from manticore_hf.modeling.aligned_mapping import ByteTokenizer
 from manticore_hf.modeling.aligned_tokenizers import tokenizer_of
 from tiny_hybrid import pair, save, word_tokenizer, write_text
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from two_tokenizers import first
 
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.app.local import load
@@ -236,3 +240,25 @@ def test_a_tokenizer_that_cuts_no_text(saved, tmp_path, capsys):
     assert "cannot cut a text: Exception: WordLevel error" in capsys.readouterr().err
     with pytest.raises(ManticoreError, match="cannot cut a text"):
         load(tmp_path / "theirs")
+
+
+def test_strange_tokenizers_of_aligned_components():
+    """Bytes that are no text, ids that the model has no rows for or nobody has memory for, texts that it cannot cut."""
+
+    def edited(change):
+        parts = json.loads(first().backend_tokenizer.to_str())
+        change(parts)
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)), eos_token="<|end|>")
+
+    whole, text = ByteTokenizer(first()), b"The cat sat on the mat"
+    for broken in (b"\xff" * 3000, b"\xffa\xc3" * 2000, b"a\xe2\x96", b"\xe2\x96\x81\xff"):
+        assert whole.bytes_of(whole.cut(broken)) == broken
+    assert max(whole.cut(text)) >= 280
+    for rows in (280, 260):
+        some = ByteTokenizer(first(), rows)
+        assert max(some.cut(text)) < rows and some.bytes_of(some.cut(text)) == text
+    with pytest.raises(ManticoreError, match="a token with the id 200000000, beyond the rows of any model"):
+        Surfaces(edited(lambda parts: parts["model"]["vocab"].update(zz=200_000_000)))
+    known = {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "y"}
+    with pytest.raises(ManticoreError, match="tokenizer cannot cut 'The cat.*WordLevel error"):
+        ByteTokenizer(edited(lambda parts: parts.update(model=known, added_tokens=[]))).cut(text)
