@@ -220,6 +220,7 @@ def test_every_number_has_a_range(tmp_path, capsys):
         ("finetune", "warmup_steps: 2.5"),
         ("finetune", "torch_compile_mode: x"),
         ("finetune", "optim_target_modules: ['(a+)+$']"),
+        ("finetune", "optim_target_modules: ['.*.*.*.*x']"),
         ("finetune", "gradient_checkpointing_kwargs: {context_fn: x}"),
         ("prune", "distil_weight: 1.5"),
     ):
@@ -229,7 +230,13 @@ def test_every_number_has_a_range(tmp_path, capsys):
     for option, value in (("--learning-rate", "nan"), ("--max-steps", "-5"), ("--per-device-train-batch-size", "0")):
         assert cli.main(["finetune", *words, option, value]) == 2
         assert f"{option} is {value}, must be " in capsys.readouterr().err
-    for usual in ("max_steps: -1", "warmup_steps: 0.1", "warmup_steps: 2.0", "torch_compile_mode: reduce-overhead"):
+    for usual in (
+        "max_steps: -1",
+        "warmup_steps: 0.1",
+        "warmup_steps: 2.0",
+        "torch_compile_mode: reduce-overhead",
+        "optim_target_modules: [attn, .*.mlp.*]",
+    ):
         load_recipe(stage_text("finetune", usual))
 
 

@@ -56,6 +56,7 @@ RANGES = {
 
 _SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")  # below 1 of all steps
 _COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_TARGET = re.compile(r"[\w.-]{0,200}(\*[\w.-]{0,200}){0,3}")  # of other patterns some take for ever
 _CHECKPOINTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "determinism_check", "early_stop"}
 
 
@@ -77,8 +78,10 @@ def wrong_setting(key: str, value: Any) -> str | None:
         return f"must be one of {', '.join(_COMPILE)}"
     if key == "optim_target_modules" and value != "all-linear" and value is not None:  # else patterns, which may hang
         names = value if isinstance(value, list) else [value]
-        if not all(isinstance(one, str) and re.fullmatch(r"[\w.-]{1,200}", one) for one in names):
-            return "must be all-linear, or names of modules"
+        if not all(isinstance(one, str) and _TARGET.fullmatch(one) for one in names):
+            return (
+                "must be all-linear, or names of modules, in which .* may stand three times and other patterns may not"
+            )
     if key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") and value is not None:
         if not isinstance(value, dict) or not set(value) <= _CHECKPOINTING:
             return f"must be a mapping of some of {', '.join(sorted(_CHECKPOINTING))}"
