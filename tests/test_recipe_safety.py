@@ -219,6 +219,7 @@ def test_every_number_has_a_range(tmp_path, capsys):
         ("finetune", "max_steps: -5"),
         ("finetune", "warmup_steps: 2.5"),
         ("finetune", "torch_compile_mode: x"),
+        ("finetune", "metric_for_best_model: bleu"),
         ("finetune", "optim_target_modules: ['(a+)+$']"),
         ("finetune", "optim_target_modules: ['.*.*.*.*x']"),
         ("finetune", "gradient_checkpointing_kwargs: {context_fn: x}"),
@@ -236,6 +237,7 @@ def test_every_number_has_a_range(tmp_path, capsys):
         "warmup_steps: 2.0",
         "torch_compile_mode: reduce-overhead",
         "optim_target_modules: [attn, .*.mlp.*]",
+        "metric_for_best_model: eval_loss/mixture",
     ):
         load_recipe(stage_text("finetune", usual))
 

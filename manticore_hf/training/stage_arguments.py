@@ -57,6 +57,7 @@ RANGES = {
 _SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")  # below 1 of all steps
 _COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _TARGET = re.compile(r"[\w.-]{0,200}(\*[\w.-]{0,200}){0,3}")  # of other patterns some take for ever
+_METRIC = re.compile(r"(eval_)?(loss(/[\w-]+)?|gate/[\w-]+)")
 _CHECKPOINTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "determinism_check", "early_stop"}
 
 
@@ -76,6 +77,8 @@ def wrong_setting(key: str, value: Any) -> str | None:
             return "must be a whole number of steps, or below 1 for a share of all"
     if key == "torch_compile_mode" and value not in (None, *_COMPILE):
         return f"must be one of {', '.join(_COMPILE)}"
+    if key == "metric_for_best_model" and value is not None and not _METRIC.fullmatch(str(value)):
+        return "must be what is measured: loss, or loss/ and gate/ with the name of a part"
     if key == "optim_target_modules" and value != "all-linear" and value is not None:  # else patterns, which may hang
         names = value if isinstance(value, list) else [value]
         if not all(isinstance(one, str) and _TARGET.fullmatch(one) for one in names):
