@@ -71,8 +71,8 @@ def wrong_setting(key: str, value: Any) -> str | None:
     if key in RANGES and type(value) in (int, float) and not (key == "max_steps" and value == -1):
         low, high = RANGES[key]
         if not low <= value <= high:  # nor no number at all
-            least = "above 0" if low == _SMALL else f"at least {low:g}"
-            return f"must be {least} and {'below 1' if high == 1 - _SMALL else f'at most {high:g}'}"
+            least = "above 0" if low == _SMALL else f"at least {low:,.12g}"
+            return f"must be {least} and {'below 1' if high == 1 - _SMALL else f'at most {high:,.12g}'}"
         if key in _SHARES and value >= 1 and value != int(value):
             return "must be a whole number of steps, or below 1 for a share of all"
     if key == "torch_compile_mode" and value not in (None, *_COMPILE):
