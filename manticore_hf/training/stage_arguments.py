@@ -96,7 +96,8 @@ class OutsideArguments:
     """What a run does beside training into its directory: for its command line, never for its recipe."""
 
     report_to: str | None = field(
-        default=None, metadata={"help": "Tracker that is told of every training stage: wandb, tensorboard, all, ..."}
+        default=None,
+        metadata={"help": "Tracker that is told of every training stage: trackio, tensorboard, wandb, ..."},
     )
     run_name: str | None = field(default=None, metadata={"help": "Name of the run at the tracker."})
     push_to_hub: bool = field(
