@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from published import parts, saved  # noqa: F401
 
 import manticore_hf
-from manticore_hf import publish
+from manticore_hf import ManticoreForCausalLM, publish
 
 DRAWN = {
     "plot_alpha": ([0, 1, 2], {"alpha/0/a": [0.5, 0.6, 0.7], "alpha/0/b": [0.5, 0.4, 0.3]}),
@@ -46,9 +47,26 @@ def test_the_backend_stays_as_the_user_chose_it(notebook, tmp_path):
 
 
 def test_publishing_draws_and_leaves_the_backend(notebook, saved, hub, owner):  # noqa: F811
+    """The mixture, and what the hybrid gains over each baseline on every text where that is known."""
+    bits = {"hybrid": 1.0, "costs $5": 1.1, "x" * 300: 0.9}
+    known = {"losses": bits, "bits_per_byte": bits, "tokens": 9000, "bytes": 30_000}
+    gains = {"differences": {"costs $5": [0.1, 0.05, 0.15], "x" * 300: [-0.1, -0.15, -0.05]}}
+    results = [{"data": "unsure", **known}, {"data": "sure", **known, **gains}]
+    (saved[1] / "evaluation.json").write_text(json.dumps(results))
     publish(saved[1], f"{owner}/h")
-    assert hub.files(f"{owner}/h")["plots/mixture.png"].startswith(b"\x89PNG")
-    assert matplotlib.get_backend() == notebook
+    files = hub.files(f"{owner}/h")
+    assert {name for name in files if name.startswith("plots/")} == {"plots/mixture.png", "plots/results_2.png"}
+    assert all(files[name].startswith(b"\x89PNG") for name in ("plots/mixture.png", "plots/results_2.png"))
+    card = files["README.md"].decode()
+    assert card.index("On unsure") < card.index("On sure") < card.index("(plots/results_2.png)")
+    assert "results_1" not in card and matplotlib.get_backend() == notebook
+
+
+def test_of_one_gate_no_heat_map_is_drawn(parts, hub, owner):  # noqa: F811
+    publish(ManticoreForCausalLM.from_components(parts, num_blocks=1), f"{owner}/h")
+    files = hub.files(f"{owner}/h")
+    assert not any(name.startswith("plots/") for name in files) and b"plots/" not in files["README.md"]
+    assert "does not depend on the token\ngives a 0.500, b 0.500." in files["README.md"].decode()
 
 
 def test_nothing_imports_pyplot():

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -167,6 +168,53 @@ def test_without_a_comparison_nothing_is_decided(folder, tmp_path):
     text = Page(page.read_text()).text
     assert "Measure it: manticore-hf compare" in text and "nothing of one run can carry a decision" in text
     assert "Not measured" in text and "no baseline" in text
+
+
+def tables(markdown):
+    """Each table of a Markdown text: [cells of each of its lines]."""
+    out = [[]]
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            out[-1].append(re.split(r"(?<!\\)\|", line.strip())[1:-1])
+        elif out[-1]:
+            out.append([])
+    return [table for table in out if table]
+
+
+def test_kinds_of_text_and_several_texts_are_told_apart(folder, written, tmp_path):
+    """In one run, where the records say what they are, and where losses on several texts are known."""
+    hybrid = shutil.copytree(folder / "hybrid", tmp_path / "hybrid", ignore=shutil.ignore_patterns("report.*"))
+    words = (folder / "text.txt").read_text().split()
+    half = {"verse": words[:200], "<b>list</b>": words[200:]}
+    records = [{"kind": kind, "text": " ".join(part)} for kind, part in half.items()]
+    both, one = tmp_path / "both.jsonl", tmp_path / "one.jsonl"
+    both.write_text("".join(json.dumps(record) + "\n" for record in records))
+    _, page, markdown = write_report(hybrid, both, max_tokens=1000, block_size=16, batch_size=2)
+    by_kind = json.loads((hybrid / "report.json").read_text())["parts"]["losses"]["by_kind"]
+    assert set(by_kind) == set(half)
+    text = Page(page.read_text()).text
+    for kind, bits in by_kind.items():  # the split is what each kind of text gives by itself, cut in the same places
+        assert f"on {kind} the hybrid has {bits['hybrid']:.4f}" in text
+        assert all(f"{value:.4f}" in text and f"{value:.4f}" in markdown.read_text() for value in bits.values())
+        one.write_text(json.dumps({"text": " ".join(half[kind])}) + "\n")
+        write_report(hybrid, one, output=tmp_path / "alone", max_tokens=1000, block_size=16, batch_size=2)
+        alone = json.loads((tmp_path / "alone" / "report.json").read_text())["parts"]["losses"]
+        assert "by_kind" not in alone
+        assert bits["hybrid"] == pytest.approx(alone["bits_per_byte"]["hybrid"], rel=0.02)
+    results = [
+        {"data": name, "losses": {"hybrid": 2.0, "ensemble": 2.0 + more}, "tokens": 9000, "bytes": 36_000,
+         "bits_per_byte": {"hybrid": 0.72, "ensemble": 0.72 + more}}
+        for name, more in (("some prose", 0.125), ("some code", -0.0625))
+    ]  # fmt: skip
+    (hybrid / "evaluation.json").write_text(json.dumps(results))
+    _, page, markdown = write_report(hybrid, measured=False)
+    for shown in (Page(page.read_text()).text, markdown.read_text().replace("\\", "")):
+        assert "on some prose the hybrid has 0.7200, the best without it (ensemble) 0.8450" in shown
+        assert "on some code the hybrid has 0.7200, the best without it (ensemble) 0.6575" in shown
+    for text in (written[2], markdown.read_text()):
+        for table in tables(text):
+            assert len(table) > 1 and {len(line) for line in table} == {len(table[0])}, table[:3]
+            assert re.fullmatch("[-:|]+", "|".join(table[1]))
 
 
 def test_pruned_and_three_components(tmp_path):

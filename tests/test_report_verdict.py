@@ -271,6 +271,19 @@ def test_phrases_say_what_is_lost_too():
     )
     assert said[1].startswith("The hybrid is 0.1000 bits per byte better than the best single model (a) (95")
     assert said[2:] == ["It costs.", "It may be used."]
+    more = row("r", "single", -0.3, needs="all of the text"), row("f", "single", 0.1)
+    said = phrases(facts_of(*parts, *more), "", "Mine.")
+    for sentence, start in zip(
+        said,
+        (
+            "The hybrid is 0.1500 bits per byte worse than the best of what there is without it (r, which needs all of",
+            "The hybrid is 0.0500 bits per byte worse than the best that needs nothing else (e)",
+            "The hybrid is 0.0500 bits per byte better than the best single model (f)",
+            "Mine.",
+        ),
+        strict=True,
+    ):
+        assert sentence.startswith(start)
     facts = facts_of(*parts, bits=None)
     facts.measured = {
         "losses": {"losses": {"hybrid": 2.0}}, "without/0/a": {"loss": 2.5}, "without/0/b": {"loss": 1.9},

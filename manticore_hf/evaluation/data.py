@@ -18,7 +18,7 @@ from datasets.iterable_dataset import ExamplesIterable
 from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.data_arguments import DataArguments as DataArguments
-from manticore_hf.evaluation.sources import read_records, text_of
+from manticore_hf.evaluation.sources import KIND_COLUMN, read_records, text_of
 from manticore_hf.evaluation.sources import read_texts as read_texts
 from manticore_hf.evaluation.starts import start_tokens
 from manticore_hf.modeling.bounds_manticore import ManticoreError
@@ -50,9 +50,9 @@ def load_rows(
     records = read_records(arguments)
     limit = None if arguments.max_tokens is None else max(1, arguments.max_tokens // arguments.block_size)
     if arguments.prompt_column is None:
-        texts = (text_of(record, arguments.text_column, arguments) for record in records)
-        kind = {"special_tokens": arguments.special_tokens, "keep_text": keep_text}
-        rows = pack(texts, tokenizer, arguments.block_size, limit, **kind)
+        texts = ((text_of(one, arguments.text_column, arguments), one.get(KIND_COLUMN)) for one in records)
+        how = {"special_tokens": arguments.special_tokens, "keep_text": keep_text}
+        rows = pack(texts, tokenizer, arguments.block_size, limit, **how)
     else:
         rows = mask_prompts(records, tokenizer, arguments, limit, keep_text)
     if not arguments.validation_fraction:
@@ -69,7 +69,7 @@ def load_rows(
 
 
 def pack(
-    documents: Iterable[str],
+    documents: Iterable[str | tuple[str, str | None]],
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     limit: int | None = None,
@@ -85,19 +85,20 @@ def pack(
     written into the cache of `datasets`.
 
     Args:
-        documents: Texts; they are read 64 at a time.
+        documents: Texts, or pairs of a text and the kind of text that it is; they are read 64 at a time.
         tokenizer: A Transformers tokenizer with an `eos_token_id`.
         block_size: Tokens per block; what is left at the end is dropped.
         limit: Largest number of blocks, or None for all.
         desc: Label of the progress bar.
         special_tokens: What a special token's name in a text is: "text", the characters it is written with, which is
             said once; or "tokens", the token.
-        keep_text: Also keep the texts.
+        keep_text: Also keep the texts and their kinds.
 
     Returns:
         A Dataset of rows [block_size]: `input_ids`, `labels` (the same ids, -100 where there is no loss; the model
         shifts), `position_ids` (0 where a text begins); and with `keep_text` `texts`, a list with the text of each
-        piece of the row (a character that is cut by the end of a block belongs to the piece that has its beginning).
+        piece of the row (a character that is cut by the end of a block belongs to the piece that has its beginning),
+        and `kinds`, the kind of each piece, None where it is unknown.
 
     Raises:
         ManticoreError: The text is too short for one block, or the tokenizer has no end-of-text token.
@@ -105,7 +106,8 @@ def pack(
     if tokenizer.eos_token_id is None:
         raise ManticoreError("The tokenizer has no eos_token: documents cannot be told apart once they are packed.")
     packer = _Packer(tokenizer, block_size, special_tokens, keep_text)
-    texts = ({"text": document} for document in bar(documents, desc=desc, unit="doc", leave=False))
+    pairs = ((one, None) if isinstance(one, str) else one for one in bar(documents, desc=desc, unit="doc", leave=False))
+    texts = ({"text": text, "kind": kind if isinstance(kind, str) else None} for text, kind in pairs)
     rows = _collect(texts, packer, limit, packer.features)
     if rows is None:
         raise ManticoreError(
@@ -117,7 +119,9 @@ def pack(
 
 def without_text(rows: Dataset | None) -> Dataset | None:
     """Rows with nothing but what collators take: the tokens."""
-    return rows and rows.select_columns([name for name in rows.column_names if name not in ("texts", "prompt")])
+    return rows and rows.select_columns(
+        [name for name in rows.column_names if name not in ("texts", "kinds", "prompt")]
+    )
 
 
 def cut_texts(
@@ -143,27 +147,29 @@ class _Packer:
             raise ManticoreError(f"block_size={size} leaves no room after the {len(self.start)} start tokens.")
         self.features = Features({key: List(Value("int32")) for key in ("input_ids", "labels", "position_ids")})
         if keep_text:
-            self.features["texts"] = List(Value("string"))
+            self.features |= dict.fromkeys(("texts", "kinds"), List(Value("string")))
         self.row, self.full = {key: [] for key in self.features}, []
 
     def __call__(self, batch):
         self.full = []
-        closed = batch.get("closed", [True] * len(batch["text"]))
-        for ids, pieces, ends in zip(*self.read(batch["text"]), closed):
+        count = len(batch["text"])
+        kinds, closed = batch.get("kind", [None] * count), batch.get("closed", [True] * count)
+        for ids, pieces, kind, ends in zip(*self.read(batch["text"]), kinds, closed):
             ids, done = [*ids, self.end] if ends and ids[-1:] != [self.end] else ids, 0
             while done < len(ids):
                 room = self.size - len(self.row["input_ids"]) - len(self.start)
                 if room <= 0:  # for a start, or a part of it, and nothing else
-                    self._add(self.start[: room + len(self.start)], [], "")
+                    self._add(self.start[: room + len(self.start)], [], "", kind)
                     continue
                 part = ids[done : done + room]
-                self._add(self.start, part, pieces(done, done + len(part)))
+                self._add(self.start, part, pieces(done, done + len(part)), kind)
                 done += len(part)
         return {key: [row[key] for row in self.full] for key in self.features}
 
-    def _add(self, start, ids, text):
+    def _add(self, start, ids, text, kind):
         labels = [NO_LOSS] * len(start) + ids if start else [NO_LOSS] + ids[1:]
-        added = {"input_ids": start + ids, "labels": labels, "position_ids": range(len(labels)), "texts": [text]}
+        added = {"input_ids": start + ids, "labels": labels, "position_ids": range(len(labels))}
+        added |= {"texts": [text], "kinds": [kind]}
         for key, values in self.row.items():
             values.extend(added[key])
         if len(self.row["input_ids"]) == self.size:
@@ -311,7 +317,9 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-def text_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, list[int], list[int]]]:
+def text_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, str | None, str, list[int], list[int]]]:
     """What packed rows, or rows of prompts and answers, stand for.
 
     Args:
@@ -319,18 +327,18 @@ def text_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tup
         tokenizer: That they were made with.
 
     Yields:
-        (text, prompt or "", the prompt's tokens, the text's tokens), without what stands before and after a text; only
-        where there is text.
+        (text, its kind or None, prompt or "", the prompt's tokens, the text's tokens), without what stands before and
+        after a text; only where there is text.
     """
     start, end = start_tokens(tokenizer), tokenizer.eos_token_id
     prompts = rows["prompt"] if "prompt" in rows.column_names else None
-    for number, text, ids, labels in _kept_texts(rows):
+    for number, text, kind, ids, labels in _kept_texts(rows):
         first = len(start)
         if prompts is not None:
             first = next(i for i, label in enumerate(labels) if label != NO_LOSS)
         read = ids[first : -1 if ids[-1] == end else None]
         if text and read:
-            yield text, prompts[number] if prompts is not None else "", ids[len(start) : first], read
+            yield text, kind, prompts[number] if prompts is not None else "", ids[len(start) : first], read
 
 
 def rows_for(
@@ -351,7 +359,7 @@ def rows_for(
         )
         return mask_prompts(records, other, arguments)
     end = tokenizer.eos_token_id
-    pieces = ({"text": text, "closed": ids[-1] == end} for _, text, ids, _ in _kept_texts(rows) if text)
+    pieces = ({"text": text, "closed": ids[-1] == end} for _, text, _, ids, _ in _kept_texts(rows) if text)
     packer = _Packer(other, arguments.block_size, arguments.special_tokens, False)
     found = _collect(pieces, packer, None, packer.features)
     if found is None:
@@ -362,11 +370,12 @@ def rows_for(
 
 
 def _kept_texts(rows):
-    """(row, text, ids, labels) of each text in rows made with `keep_text`."""
+    """(row, text, its kind or None, ids, labels) of each text in rows made with `keep_text`."""
     texts, last, place = rows["texts"], None, 0
+    kinds = rows["kinds"] if "kinds" in rows.column_names else None
     for number, ids, labels in _pieces(rows):
         last, place = number, place + 1 if number == last else 0
-        yield number, texts[number][place], ids, labels
+        yield number, texts[number][place], kinds and kinds[number][place], ids, labels
 
 
 def _pieces(rows):

@@ -26,6 +26,7 @@ from manticore_hf.utils.renamed import takes_old_name
 
 ONLINE = "online mixture"
 _UNITS = 8, 500  # fewest that are resampled for an interval, and about how many are enough
+_MOST_KINDS = 12  # of text: more are no split that a table can show
 
 
 @takes_old_name("rivals", "baselines")
@@ -142,6 +143,7 @@ class Passages:
         prompts: What is read before each text; "" for nothing.
         rows: Dataset of `input_ids` (a start, the prompt, the text) and `labels` (-100 but for the text).
         tokens, bytes: [passages] of the texts.
+        kinds: The kind of text of each, None where it is unknown.
     """
 
     texts: list[str]
@@ -149,6 +151,7 @@ class Passages:
     rows: Dataset
     tokens: np.ndarray
     bytes: np.ndarray
+    kinds: list[str | None]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -162,16 +165,17 @@ def make_passages(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Passages
         tokenizer: That they were made with.
     """
     start = scored_after(tokenizer)
-    texts, prompts, out = [], [], {"input_ids": [], "labels": []}
-    for text, prompt, before, ids in text_rows(rows, tokenizer):
+    texts, kinds, prompts, out = [], [], [], {"input_ids": [], "labels": []}
+    for text, kind, prompt, before, ids in text_rows(rows, tokenizer):
         texts.append(text)
+        kinds.append(kind)
         prompts.append(prompt)
         before = [*start, *before]
         out["input_ids"].append(before + ids)
         out["labels"].append([NO_LOSS] * len(before) + ids)
     counts = [sum(label != NO_LOSS for label in labels) for labels in out["labels"]]
     sizes = [len(text.encode()) for text in texts]
-    return Passages(texts, prompts, Dataset.from_dict(out), np.array(counts), np.array(sizes))
+    return Passages(texts, prompts, Dataset.from_dict(out), np.array(counts), np.array(sizes), kinds)
 
 
 @dataclass
@@ -182,12 +186,14 @@ class Measured:
         nats: {model: [passages] negative log-probabilities of the texts}.
         tokens, bytes: [passages], tokens as the hybrid's tokenizer cuts them.
         missing: {model: why it was not measured}.
+        kinds: [passages] the kind of text of each, None where it is unknown.
     """
 
     nats: dict[str, np.ndarray]
     tokens: np.ndarray
     bytes: np.ndarray
     missing: dict[str, str] = field(default_factory=dict)
+    kinds: Sequence[str | None] = ()
 
     @property
     def losses(self) -> dict[str, float]:
@@ -198,6 +204,20 @@ class Measured:
     def bits_per_byte(self) -> dict[str, float]:
         """Bits per byte of each model."""
         return {name: float(values.sum() / self.bytes.sum() / np.log(2)) for name, values in self.nats.items()}
+
+    @property
+    def by_kind(self) -> dict[str, dict[str, float]]:
+        """{kind of text: {model: bits per byte on it}}; {} where one is unknown, or they are one or many."""
+        kinds = np.array([kind or "" for kind in self.kinds])
+        names = sorted(set(kinds.tolist()))
+        if not 1 < len(names) <= _MOST_KINDS or "" in names:
+            return {}
+        out = {}
+        for name in names:
+            mine = kinds == name
+            nats = {model: values[mine] for model, values in self.nats.items()}
+            out[name] = Measured(nats, self.tokens[mine], self.bytes[mine]).bits_per_byte
+        return out
 
     def differences(self, own: str = "hybrid") -> dict[str, list[float | None]]:
         """{baseline: [its bits per byte minus the hybrid's, low, high]}, with the 95 % interval of the bootstrap.
@@ -226,6 +246,7 @@ class Measured:
             "bits_per_byte": self.bits_per_byte,
             "differences": self.differences(own),
             "missing": self.missing,
+            **({"by_kind": found} if (found := self.by_kind) else {}),
         }
 
 
@@ -241,7 +262,7 @@ def measure(
         passages: Passages.
     """
     nats = _row_nats(model, passages.rows, batch_size, desc, baselines)
-    return Measured(nats, passages.tokens, passages.bytes)
+    return Measured(nats, passages.tokens, passages.bytes, kinds=passages.kinds)
 
 
 def own_nats(

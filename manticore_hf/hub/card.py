@@ -52,6 +52,7 @@ class Result:
         bits: {label: bits per byte}, as far as known.
         size: Bytes of text, if known.
         differences: {baseline: [bits per byte minus the hybrid's, low, high]}, as far as known.
+        by_kind: {kind of text: {label: bits per byte on it}}, as far as known.
     """
 
     data: str
@@ -62,6 +63,7 @@ class Result:
     bits: dict = field(default_factory=dict)
     size: int | None = None
     differences: dict = field(default_factory=dict)
+    by_kind: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -115,7 +117,7 @@ def make_card(
     context = {
         **_numbers(config, found, facts, alpha), **_licenses(facts, combined),
         "repo_id": facts.repo_id, "name": facts.repo_id.split("/")[-1], "access": facts.access, "recipe": recipe,
-        "results": [_show(result) for result in results],
+        "results": [_show(result) for result in results], "one_gate": one_gate(config),
     }  # fmt: skip
     template = markdown_environment().get_template("model_card.md.jinja")
     shown = {name: "".join(block(template.new_context(context))).strip() for name, block in template.blocks.items()}
@@ -189,6 +191,7 @@ def read_results(directory: str | os.PathLike) -> list[Result]:
                     _known(value.get("bits_per_byte"), is_number),
                     value["bytes"] if _is_count(value.get("bytes")) else None,
                     _known(value.get("differences"), _is_difference),
+                    {kind: _known(bits, is_number) for kind, bits in _known(value.get("by_kind"), _is_dict).items()},
                 )
             )
     return out
@@ -202,6 +205,10 @@ def _known(values, fits):
 
 def _is_count(value):
     return type(value) is int and is_number(value) and value > 0
+
+
+def _is_dict(value):
+    return isinstance(value, dict)
 
 
 def _is_difference(value):
@@ -366,9 +373,15 @@ def _show(result):
     if not any(label.endswith(AS_IT_CAME.format("")) for label in baselines):
         verdict += (
             " The components as they came, with their own tokenizers, were not measured on this text; "
-            "`manticore-hf evaluate` does that."
+            "manticore-hf evaluate does that."
         )
-    return {"title": f"On {result.data}{size}.{note}", "rows": rows, "verdict": verdict}
+    title = f"On {result.data}{size}.{note}"
+    return {"title": title, "rows": rows, "verdict": verdict, "drawn": bool(result.differences)}
+
+
+def one_gate(config: ManticoreConfig) -> bool:
+    """Whether all that mixes is one gate: one block, in which every token has weights of its own."""
+    return config.num_blocks == 1 and config.mixture == "token" and not (config.route or config.mixture_weights)
 
 
 def _alpha(config, found):

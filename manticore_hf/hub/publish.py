@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from manticore_hf.hub.card import LICENSE_FILE, CardFacts, make_card, shown_results
+from manticore_hf.hub.card import LICENSE_FILE, CardFacts, make_card, one_gate, shown_results
 from manticore_hf.hub.card_merge import choose, merge
 from manticore_hf.hub.eval_results import FILE as EVAL_RESULTS
 from manticore_hf.hub.eval_results import eval_results
@@ -227,7 +227,7 @@ def look_at_components(config: ManticoreConfig, api: HfApi) -> tuple[dict, dict,
 
 
 def write_card(directory: Path, made: Path, facts: CardFacts, present: str | None) -> list[str]:
-    """Writes README.md, the heat map and, where no single licence covers all, the licence file to `made`.
+    """Writes README.md, its pictures and, where no single licence covers all, the licence file to `made`.
 
     Args:
         directory: Where the hybrid is.
@@ -238,7 +238,7 @@ def write_card(directory: Path, made: Path, facts: CardFacts, present: str | Non
     Returns:
         Sentences for the publisher.
     """
-    from manticore_hf.utils.plots import plot_mixture
+    from manticore_hf.utils.plots import plot_differences, plot_mixture
 
     card, license_text, alpha, notices = make_card(directory, facts)
     text, kept = merge(card, present)
@@ -246,9 +246,17 @@ def write_card(directory: Path, made: Path, facts: CardFacts, present: str | Non
     (made / "README.md").write_text(text, encoding="utf-8")
     if license_text is not None:
         (made / LICENSE_FILE).write_text(license_text, encoding="utf-8")
-    if alpha is not None:
-        names = ManticoreConfig.from_pretrained(directory).component_names
-        plot_mixture(alpha, names, made / "plots" / "mixture.png")
+    config = ManticoreConfig.from_pretrained(directory)
+    if alpha is not None and not one_gate(config):
+        plot_mixture(alpha, config.component_names, made / "plots" / "mixture.png")
+    for number, result in enumerate(shown_results(directory)[0], 1):
+        if result.differences:
+            rows = [
+                {"name": name, "kind": "baseline", "difference": gain, "difference_interval": ends}
+                for name, (gain, *ends) in result.differences.items()
+            ]
+            path = made / "plots" / f"results_{number}.png"
+            plot_differences(rows, result.own, path, unit="bits per byte")
     return notices + kept
 
 

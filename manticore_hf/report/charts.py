@@ -82,7 +82,7 @@ def forest(
         label: For screen readers.
         unit: Of the differences.
     """
-    left, right, top, step = 245, 20, 8, 24
+    left, right, top, step = 275, 20, 8, 24
     numbers = [0.0, needed or 0.0] + [x for _, difference, pair in rows for x in (difference, *(pair or ()))]
     low, high = min(numbers), max(numbers)
     pad = 0.06 * (high - low or 1.0)
@@ -101,7 +101,7 @@ def forest(
     for i, (name, difference, pair) in enumerate(rows):
         y = top + step * i + step / 2
         sure = "good" if pair and pair[0] > 0 else "bad" if pair and pair[1] < 0 else "open"
-        parts.append(_text(left - 10, y + 4, _clip(name, 36), "end", "", name))
+        parts.append(_text(left - 10, y + 4, _clip(name, 38), "end", "", name))
         if pair:
             parts.append(_line(at(pair[0]), y, at(pair[1]), y, f"bar {sure}"))
             parts += [_line(at(end), y - 6, at(end), y + 6, f"bar {sure}") for end in pair]

@@ -90,7 +90,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
         table.append(row)
     values = [value for row in table for value in row if value is not None]
     chart = None
-    if values:
+    if values and len(table) > 1:  # of one block the table below says as much
         chart = charts.heat(
             table,
             [f"block {b + 1}" for b in range(len(table))],

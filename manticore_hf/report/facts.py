@@ -211,6 +211,7 @@ class OneRun:
         size: Bytes of text, None if unknown.
         differences: {baseline: [bits per byte minus the hybrid's, low, high]}, as far as known.
         missing: {name: why it was not measured}.
+        by_kind: {kind of text, or text: {name: bits per byte on it}}, where there are several.
     """
 
     losses: dict[str, float]
@@ -220,6 +221,7 @@ class OneRun:
     size: int | None = None
     differences: dict[str, list] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def has_untouched(self) -> bool:
@@ -242,7 +244,8 @@ def one_run(facts: Facts) -> OneRun | None:
             "tokenizer, untrained. Nats per token count the hybrid's tokens."
         )
         keys = ("bits_per_byte", "bytes", "differences", "missing")
-        found = OneRun(measured["losses"], "hybrid", note, *(measured[key] for key in keys))
+        kinds = measured.get("by_kind", {})
+        found = OneRun(measured["losses"], "hybrid", note, *(measured[key] for key in keys), kinds)
     results = [one for one in facts.results if len(one.losses) > 1 and one.own in one.losses]
     if not results:
         return found
@@ -251,12 +254,13 @@ def one_run(facts: Facts) -> OneRun | None:
     some = results if alike else [first]
     told = f"One run, {listed([one.data for one in some])}. {first.note or ''}".strip()
     if len(some) == 1:
-        said = OneRun(first.losses, first.own, told, first.bits, first.size, first.differences)
+        said = OneRun(first.losses, first.own, told, first.bits, first.size, first.differences, by_kind=first.by_kind)
     else:
         losses = _mean([one.losses for one in some], [one.tokens for one in some])
         known = all(one.size and set(one.bits) == set(first.losses) for one in some)
         bits = _mean([one.bits for one in some], [one.size for one in some]) if known else {}
         said = OneRun(losses, first.own, told, bits, sum(one.size for one in some) if known else None)
+        said.by_kind = {one.data: one.bits for one in some} if known else {}
     return found if found is not None and found.has_untouched and not said.has_untouched else said
 
 

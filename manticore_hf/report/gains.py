@@ -47,10 +47,18 @@ def phrases(facts: Facts, costs: str, licence: str) -> list[str]:
     out = []
     if found and unit == "bits per byte":
         size = facts.comparison["test_bytes"] if facts.comparison is not None else one_run(facts).size
-        best, one = next(iter(found)), next((name for name in found if _is_one_model(name, facts)), None)
-        out.append(claim(f"the best of what there is without it ({best})", found[best], size, "The hybrid"))
-        if one not in (None, best):
-            out.append(claim(f"the best single model ({one})", found[one], size, "The hybrid"))
+        needs = {row["name"]: row.get("needs") for row in facts.comparison["rows"]} if facts.comparison else {}
+        best, usable = next(iter(found)), [name for name in found if not needs.get(name)]
+        free, one = next(iter(usable), None), next((name for name in usable if _is_one_model(name, facts)), None)
+        named = f"{best}, which needs {needs[best]}" if needs.get(best) else best
+        told = {}
+        for name, what in (
+            (best, f"the best of what there is without it ({named})"),
+            (free, f"the best that needs nothing else ({free})"),
+            (one, f"the best single model ({one})"),
+        ):
+            told.setdefault(name, what)
+        out += [claim(what, found[name], size, "The hybrid") for name, what in told.items() if name is not None]
     out += [costs] if costs else []
     worth = _worth(facts)
     if worth:

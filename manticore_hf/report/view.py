@@ -53,6 +53,7 @@ def _version(package):
 
 def _standing(facts):
     """The hybrid among its baselines, best first: of the comparison, else of what one run measured."""
+    by_kind = {}  # the table of all models has them where there is a comparison
     if facts.comparison is not None:
         rows, own = facts.comparison["rows"], facts.comparison["hybrid"]
         seeds, data = _plural(len(facts.comparison["seeds"]), "seed"), facts.comparison["data"]
@@ -62,8 +63,8 @@ def _standing(facts):
     else:
         if (run := one_run(facts)) is None:
             note = "No loss of this hybrid is shown, because no baseline's was measured beside it."
-            return {"note": note, "rows": [], "all": [], "chart": None}
-        own, note = run.own, run.note
+            return {"note": note, "rows": [], "all": [], "chart": None, "kinds": [], "split": ""}
+        own, note, by_kind = run.own, run.note, run.by_kind
         note += "".join(f" {name}: not measured. {why}" for name, why in run.missing.items())
         found = [(name, loss, run.bits.get(name), {}) for name, loss in run.losses.items()]
     found.sort(key=lambda one: one[1])
@@ -77,6 +78,7 @@ def _standing(facts):
             "perplexity": perplexity(loss),
             "difference": "" if name == own else say_difference(row or {"difference": loss - mine}),
             "needs": row.get("needs", ""),
+            "by_kind": [f"{bits[name]:.4f}" if name in bits else "–" for bits in by_kind.values()],
         }
         for name, loss, bits, row in found
     ]
@@ -85,7 +87,25 @@ def _standing(facts):
     found, unit = gains(facts)
     bars = [(name, gain, None if None in ends else ends) for name, (gain, *ends) in found.items()]
     chart = charts.forest(bars, label="What the hybrid gains over each baseline", unit=unit) if bars else None
-    return {"note": note, "rows": shown, "all": rows, "chart": chart}
+    return {
+        "note": note,
+        "rows": shown,
+        "all": rows,
+        "chart": chart,
+        "kinds": list(by_kind),
+        "split": _split(by_kind, own),
+    }
+
+
+def _split(by_kind, own):
+    """A sentence on each kind of text: what the hybrid has there, and the best without it."""
+    said = []
+    for kind, bits in by_kind.items():
+        others = {name: value for name, value in bits.items() if name != own}
+        if own in bits and others:
+            best = min(others, key=others.get)
+            said.append(f"on {kind} the hybrid has {bits[own]:.4f}, the best without it ({best}) {others[best]:.4f}")
+    return f"In bits per byte, {'; '.join(said)}." if said else ""
 
 
 def _running(facts):
@@ -100,12 +120,12 @@ def _running(facts):
                 "own": part["part"] == "hybrid",
                 "parameters": short_count(part["parameters"]),
                 "weights": short_bytes(part["bytes"]),
-                "working": "not measured" if not timed or timed["working"] is None else short_bytes(timed["working"]),
+                "working": "–" if not timed or timed["working"] is None else short_bytes(timed["working"]),
                 "flops": short_count(part["flops_per_token"]),
                 "cache": short_bytes(part["cache_bytes_per_token"]),
                 "state": short_bytes(part["state_bytes"]),
-                "read": f"{timed['prefill']:,.0f}" if timed else "not measured",
-                "write": f"{timed['decode']:,.1f}" if timed else "not measured",
+                "read": f"{timed['prefill']:,.0f}" if timed else "–",
+                "write": f"{timed['decode']:,.1f}" if timed else "–",
             }
         )
     out = {"rows": rows, "sentence": "", "note": "FLOPs are counted on shapes; speed was not measured."}

@@ -128,7 +128,7 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size):
         found, gate = measure.token_losses(model(), rows, batch_size)
         where, _ = measure.scored_positions(rows)
         nats = {name: np.bincount(where, one.numpy(), len(rows)) for name, one in found.items()}
-        whole = Measured(nats, passages.tokens, passages.bytes)
+        whole = Measured(nats, passages.tokens, passages.bytes, kinds=passages.kinds)
         sources, fresh = recipe_sources(facts.folder, config), config.embeddings == "fresh"
         measure_as_they_came(whole, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
         return {**whole.to_dict(), "rows": len(rows), "where": where_it_differs(found, rows, tokenizer, gate, names)}

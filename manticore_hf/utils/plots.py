@@ -12,6 +12,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from manticore_hf.modeling.settings_manticore import printable
+
+_LONGEST, _MOST = 60, 40  # characters of a name, rows of a chart
+
 
 def plot_alpha(steps: Sequence[int], history: Mapping[str, Sequence[float]], path: str | os.PathLike) -> None:
     """Draws alpha over the steps of a search, one panel per block.
@@ -83,17 +87,23 @@ def plot_losses(losses: Mapping[str, float], path: str | os.PathLike) -> None:
 
 
 def plot_differences(
-    rows: Sequence[Mapping], hybrid: str, path: str | os.PathLike, per_byte: float | None = None
+    rows: Sequence[Mapping],
+    hybrid: str,
+    path: str | os.PathLike,
+    per_byte: float | None = None,
+    unit: str = "nats per token",
 ) -> None:
     """Draws how much each baseline loses against a hybrid, with its interval.
 
     Args:
-        rows: Rows of a comparison: name, kind, difference (nats per token), difference_interval (its low and high end).
+        rows: Rows of a comparison: name, kind, difference, difference_interval (its low and high end).
         hybrid: Name of the hybrid that all are compared with.
         path: PNG to write.
         per_byte: Bits per byte in a nat per token, for a second scale; None for none.
+        unit: Of the differences.
     """
     shown = sorted((row for row in rows if "difference" in row), key=lambda row: row["difference"], reverse=True)
+    shown = shown[-_MOST:]  # the best baselines are the last
     figure = Figure(figsize=(9, 1.2 + 0.3 * len(shown)))
     axis = figure.subplots()
     colours = {"hybrid": "tab:orange", "pruned": "tab:orange", "oracle": "tab:green", "single": "tab:purple"}
@@ -102,11 +112,13 @@ def plot_differences(
         colour = colours.get(row["kind"], "tab:gray")
         axis.plot([low, high], [place, place], color=colour, linewidth=2)
         axis.plot(row["difference"], place, "o", color=colour)
-    axis.set_yticks(range(len(shown)), [row["name"] for row in shown], fontsize="small")
+    # Names may be anybody's: nothing in them is a formula, and none pushes the chart aside
+    names = [printable(row["name"])[:_LONGEST] for row in shown]
+    axis.set_yticks(range(len(shown)), names, fontsize="small", parse_math=False)
     axis.axvline(0, color="black", linewidth=1)
     axis.grid(alpha=0.3, axis="x")
-    text = f"loss minus that of '{hybrid}', nats per token (right of 0: the hybrid is better)"
-    axis.set_xlabel(text, fontsize="small")
+    text = f"loss minus that of '{hybrid}', {unit} (right of 0: the hybrid is better)"
+    axis.set_xlabel(text, fontsize="small", parse_math=False)
     if per_byte is not None:
         top = axis.secondary_xaxis("top", functions=(lambda x: x * per_byte, lambda x: x / per_byte))
         top.set_xlabel("bits per byte", fontsize="small")
