@@ -1,6 +1,7 @@
 """`manticore-hf plan`: recipes and hybrids, from the Hub and from directories, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,9 +20,15 @@ from manticore_hf.plan.subject import load_subject
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "benchmarks" / "plan_configs"
-KNOWN = {  # parameters, as the models' pages on the Hub state them; the last two to the digits that are published
+KNOWN = {  # parameters, as the models' pages on the Hub state them, to the digits that they do
     "EleutherAI/pythia-410m-deduped": (405_334_016, 0),
     "state-spaces/mamba-370m-hf": (371_516_416, 0),
+    "EleutherAI/pythia-1.4b": (1.4e9, 0.05e9),
+    "state-spaces/mamba-1.4b-hf": (5.49e9 / 4, 0.01e9 / 4),  # from here by the bytes of their weights' files
+    "HuggingFaceTB/SmolLM2-135M": (269e6 / 2, 1e6 / 2),
+    "Qwen/Qwen2.5-Coder-0.5B": (988e6 / 2, 1e6 / 2),
+    "Qwen/Qwen2.5-0.5B": (988e6 / 2, 1e6 / 2),
+    "HuggingFaceTB/SmolLM2-360M": (0.36e9, 0.005e9),
     "meta-llama/Meta-Llama-3-8B": (8_030_261_248, 0),
     "meta-llama/Meta-Llama-3-70B": (70_553_706_496, 0),
     "tiiuae/falcon-mamba-7b": (7.27e9, 0.005e9),
@@ -36,6 +43,46 @@ def test_configurations_of_real_models_have_their_sizes(repo):
     model.tie_weights()
     size, tolerance = KNOWN[repo]
     assert abs(model.num_parameters() - size) <= tolerance
+
+
+def test_the_table_of_pairs_says_what_the_configurations_do():
+    rows = re.findall(r"^\| `(\S+/\S+)` \|(.*)\|$", (ROOT / "docs" / "pairs.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 8
+    for repo, cells in rows:
+        config = AutoConfig.from_pretrained(CONFIGS / repo)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+        numbers = [model.num_parameters(), config.num_hidden_layers, config.hidden_size, config.vocab_size]
+        longest = getattr(config, "max_position_embeddings", None)
+        shown = [f"{number:,}" for number in numbers] + [f"{longest:,}" if longest else "no limit"]
+        assert [cell.strip() for cell in cells.split("|")][1:6] == shown, repo
+
+
+PAIRS = [
+    ("EleutherAI/pythia-410m-deduped", "state-spaces/mamba-370m-hf"),
+    ("EleutherAI/pythia-1.4b", "state-spaces/mamba-1.4b-hf"),
+    ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-Coder-0.5B"),
+    ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-360M"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])
+def test_pairs_worth_trying_are_planned_from_their_configurations(pair, tmp_path, capsys):
+    poc = (ROOT / "recipes" / "poc.yaml").read_text()
+    for shipped, other in zip(PAIRS[0], pair):
+        poc = poc.replace(f"- {shipped}\n", f"- {other}\n")
+    (tmp_path / "pair.yaml").write_text(poc)
+    command = ["plan", str(tmp_path / "pair.yaml"), "--configs", str(CONFIGS), "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--devices", "1", "--memory", "80GB"]) == 0
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["verdict"].startswith("Fits: ") and plan["verdict"] in capsys.readouterr().out
+    names = [repo.split("/")[1].lower() for repo in pair]
+    assert [re.sub("[^a-z0-9]", "", one["name"].lower()) for one in plan["components"]] == [
+        re.sub("[^a-z0-9]", "", name) for name in names
+    ]
+    assert plan["parameters"] == sum(one["parameters"] for one in plan["components"]) + plan["own_parameters"]
 
 
 @pytest.fixture
