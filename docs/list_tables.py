@@ -18,6 +18,11 @@ FOLDER = Path(__file__).resolve().parent
 PAGES = {"settings": FOLDER / "composing.md", "stages": FOLDER / "training.md"}
 
 
+def _escaped(text):
+    """Text in a cell: a bar ends none, and brackets in a row are no link."""
+    return text.replace("|", "\\|").replace("][", "\\]\\[")
+
+
 def settings() -> str:
     """The settings of a hybrid: values, what each preset makes of one that is not given, meaning."""
     heads = ["setting", "values", *(f"`{name}`" for name in PRESETS), "meaning"]
@@ -34,7 +39,7 @@ def settings() -> str:
         kind = re.search("int|float|str|bool|dict|list", str(field.type))[0]
         values = ", ".join(f"`{one}`" for one in CHOICES.get(field.name, ())) or names[kind]
         filled = [f"`{preset[field.name]}`" if field.name in preset else "" for preset in PRESETS.values()]
-        rows.append([f"`{field.name}`", values, *filled, field.metadata["help"].replace("|", "\\|")])
+        rows.append([f"`{field.name}`", values, *filled, _escaped(field.metadata["help"])])
     return _table(heads, rows)
 
 
