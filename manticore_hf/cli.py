@@ -80,6 +80,10 @@ COMMANDS: dict[str, Command] = {
         "manticore_hf.experiments.lra.lra_command",
         "train a model or a hybrid from scratch on a task of the Long Range Arena, and print its accuracy",
     ),
+    "composition": Command(
+        "manticore_hf.experiments.composition.composition_command",
+        "a task that no mixture of outputs can do: two components joined in every way, and each alone, on unseen keys",
+    ),
     "inspect": Command(
         "manticore_hf.hub.inspect_command",
         "what a hybrid is and costs, without running its code or downloading weights",

@@ -146,6 +146,7 @@ BASELINES = {
     "mad-small": "llama|mamba|ensemble of the two",
     "lra-small": "llama|mamba|ensemble of the two",
     "mad-program": "llama alone|mamba alone",
+    "composition": "adder tuned|table tuned|gate tuned|merge 2 tuned|self-bridge",
     "calibration": "baseline, untrained: plain ensemble|baseline, untrained: Llama alone",
     "calibration-fixed": "baseline, untrained: plain ensemble|baseline, untrained: Llama alone",
     "demo-rates": "neox-prose alone|mamba-code alone",

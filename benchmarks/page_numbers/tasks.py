@@ -1,6 +1,7 @@
-"""Models trained from scratch on tasks: benchmarks/mad_small.py, lra_small.py, mad_program.py, mad_generation.py."""
+"""Models trained from scratch on tasks: benchmarks/mad_small.py, lra_small.py, mad_program.py, mad_generation.py,
+composition.py."""
 
-from .registry import Load, Rows, Values, best_bold, table, values
+from .registry import Load, Rows, Values, best_bold, bold, table, values
 
 TASKS = (
     "in-context-recall",
@@ -81,6 +82,46 @@ def mad_generation(load: Load) -> Rows:
         cells += [f"{line['loop / generated']:.1f}", f"{line['loop / dataset']:.1f}"]
         rows.append([task_name(task), *cells])
     return rows
+
+
+def composed(load: Load) -> dict[str, list[dict]]:
+    """{condition: its runs, by seed}."""
+    found = {}
+    for row in load("composition")["rows"]:
+        found.setdefault(row["model"], []).append(row)
+    return found
+
+
+def mean(runs: list[dict], key: str) -> float:
+    return sum(run[key] for run in runs) / len(runs)
+
+
+@table("composition")
+def composition(load: Load) -> Rows:
+    rows = [["joined by", "weights trained", "unseen keys", "each seed", "trained keys"]]
+    for name, runs in composed(load).items():
+        each = ", ".join(f"{run['unseen']:.3f}" for run in runs)
+        cells = [bold(f"{mean(runs, 'unseen'):.3f}", name == "linear bridge"), each, f"{mean(runs, 'trained'):.3f}"]
+        rows.append([name, f"{runs[0]['trained_parameters']:,}", *cells])
+    return rows
+
+
+@values
+def composition_values(load: Load) -> Values:
+    found = composed(load)
+    for name, runs in found.items():
+        yield f"composition.{name.replace(' ', '-')}", f"{mean(runs, 'unseen'):.3f}"
+    told = ("linear", "attention", "calibrated")
+    others = [run["unseen"] for name, runs in found.items() if not name.startswith(told) for run in runs]
+    yield "composition.others", f"{max(others):.3f}"
+    yield "composition.gate-tuned.trained", f"{mean(found['gate tuned'], 'trained'):.3f}"
+    yield "composition.table-tuned.trained", f"{mean(found['table tuned'], 'trained'):.3f}"
+    yield "composition.seeds", str(len(found["linear bridge"]))
+    alone = load("composition")["components"]
+    yield from ((f"composition.{name}.alone", f"{min(one[name] for one in alone):.3f}") for name in ("table", "adder"))
+    task = load("composition")["task"]
+    yield "composition.keys", str(task["num_keys"])
+    yield "composition.steps", str(found["linear bridge"][0]["steps"])
 
 
 @values

@@ -1,4 +1,4 @@
-"""Tasks that say what a model can do: the six of MAD and those of the Long Range Arena, trained on and scored.
+"""Tasks that say what a model can do: MAD, the Long Range Arena, and a composition of two, trained on and scored.
 
     from manticore_hf.experiments import mad_task
     task = mad_task("in-context-recall", vocab_size=32)
@@ -10,6 +10,7 @@
 import importlib
 
 _LATER = {
+    "CompositionTask": "composition.texts",
     "CompressionModel": "mad.compression",
     "EasySettings": "mad.easy",
     "LraTask": "lra.settings",
@@ -25,6 +26,7 @@ _LATER = {
     "mad_task": "mad.settings",
     "program_alpha": "mad.program",
     "lra_task": "lra.settings",
+    "run_composition": "composition.train",
     "run_lra": "lra.train",
     "run_mad": "mad.train",
 }

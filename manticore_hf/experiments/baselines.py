@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_model
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
 from manticore_hf.experiments.models import DESIGNED, from_scratch, hybrid_from_scratch, scratch_config
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -98,6 +98,10 @@ class Benchmark:
     def measure(self, guesses: list, wanted: list) -> dict[str, float]:
         """The measures of all predicted and wanted labels: {"accuracy": share in [0, 1], ...}."""
         raise NotImplementedError
+
+    def depends_on(self, what: Mapping[str, Any]) -> dict[str, Any]:
+        """The task's settings that a run depends on: all of them."""
+        return dataclasses.asdict(self.task)
 
     def facts(self) -> dict[str, Any]:
         """What a result must be filed under beside the task's and the training's own settings."""
@@ -211,7 +215,7 @@ class Benchmark:
     # ---- one run -----------------------------------------------------------------------------------------------------
 
     def _file(self, name, what):
-        settings = {"task": dataclasses.asdict(self.task), "training": dataclasses.asdict(self.training), "what": what}
+        settings = {"task": self.depends_on(what), "training": dataclasses.asdict(self.training), "what": what}
         settings |= self.facts()
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         return self.output / f"{self.task.name}-{name.replace(' ', '-')}-{digest}.json", settings
@@ -223,20 +227,22 @@ class Benchmark:
         result = read_json(file)
         return None if result.get("weights") and not weights.is_file() else result
 
-    def _run(self, name, what, build, keep=False):
+    def _run(self, name, what, build, keep=False, split="train", callbacks=None, **own):
+        """Scores a model, trained on a split (None: not at all); `own` are fields of TrainingArguments for it alone."""
         file, settings = self._file(name, what)
         if (result := self._finished(file)) is not None:
             self._say(f"{name}: finished before, {file}")
             return result
-        self._say(f"{name}: training on {len(self.data('train')):,} sequences, {self.training.epochs} epochs")
         model, start = build(), time.time()
-        trainer = Trainer(
-            model=model, args=self._arguments(), train_dataset=self.data("train"), data_collator=self.collate
-        )
-        model.train()
-        state = trainer.train()
-        result = {"model": name, "parameters": _count(model), "steps": state.global_step, "weights": keep}
-        result |= {"train_loss": state.training_loss, "seconds": round(time.time() - start, 1)}
+        result = {"model": name, "parameters": _count(model), "steps": 0, "weights": keep}
+        if split is not None:
+            self._say(f"{name}: training on {len(self.data(split)):,} sequences, {self.training.epochs} epochs")
+            trainer = Trainer(model, self._arguments(**own), self.collate, self.data(split), callbacks=callbacks)
+            trainer.remove_callback(PrinterCallback)  # which stands in for a bar that nobody wants
+            model.train()
+            state = trainer.train()
+            result |= {"steps": state.global_step, "train_loss": state.training_loss}
+            result["seconds"] = round(time.time() - start, 1)
         mixing = [part for part in model.modules() if hasattr(part, "mixture_weights")]
         if mixing and len(mixing[0].config.component_names) > 1:
             result["mixture_weights"] = mixing[0].mixture_weights().tolist()
@@ -245,26 +251,27 @@ class Benchmark:
             save_model(model, file.with_suffix(".safetensors"))
         return self._record(file, {**result, **settings})
 
-    def _arguments(self):
+    def _arguments(self, **own):
         one = self.training
-        return TrainingArguments(
-            output_dir=str(self.output),
-            num_train_epochs=one.epochs,
-            learning_rate=one.learning_rate,
-            weight_decay=one.weight_decay,
-            per_device_train_batch_size=one.batch_size,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr": MIN_LEARNING_RATE},
-            max_grad_norm=0.0,
-            seed=one.seed,
-            data_seed=one.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            use_cpu=not torch.accelerator.is_available(),
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            disable_tqdm=self.quiet,
-        )
+        settings = {
+            "output_dir": str(self.output),
+            "num_train_epochs": one.epochs,
+            "learning_rate": one.learning_rate,
+            "weight_decay": one.weight_decay,
+            "per_device_train_batch_size": one.batch_size,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr": MIN_LEARNING_RATE},
+            "max_grad_norm": 0.0,
+            "seed": one.seed,
+            "data_seed": one.seed,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "use_cpu": not torch.accelerator.is_available(),
+            "dataloader_pin_memory": torch.accelerator.is_available(),
+            "disable_tqdm": self.quiet,
+        }
+        return TrainingArguments(**settings | own)
 
     def _score(self, models):
         """The measures on the test set; of several models, of the mean of their log-probabilities."""

@@ -1,0 +1,1 @@
+"""Composition: what one component knows and another can do, asked for together."""

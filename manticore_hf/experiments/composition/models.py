@@ -1,0 +1,147 @@
+"""The models of a composition: the two components joined in every way that there is, and what of them is trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from manticore_hf.compose.components import ComponentSpec
+from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.training.calibrate import Moments, solve_ridge
+
+PARTS = {"adder": "llama", "table": "mamba"}
+"""Components: by name, the model types of the one that adds and of the one that knows the table."""
+_GATE = {"mixture": "token", "mixture_space": "prob"}
+_MERGE = {**_GATE, "projector_init": "identity"}
+_BRIDGE = {"topology": "bridge", "mixture": "static"}
+_TOLD = [{"from": "table", "to": "adder"}]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to join the components.
+
+    Attributes:
+        parts: The components that take part, by name; one alone is an ordinary model, twice the same: it and its copy.
+        tuned: Those of them whose weights are trained beside what joins them.
+        hybrid: Keys of ManticoreConfig for several.
+        reads: The component whose head alone is read; None: the mixture of all.
+        lora: Whether a component alone is trained by LoRA, of about the size of the linear bridges.
+        calibrated: Whether bridges into the first block start from `calibrate`, not from zero.
+        learning_rate: Of AdamW, at the start; None: the task trains nothing.
+    """
+
+    parts: tuple[str, ...]
+    tuned: tuple[str, ...] = ()
+    hybrid: dict[str, Any] = field(default_factory=dict)
+    reads: str | None = None
+    lora: bool = False
+    calibrated: bool = False
+    learning_rate: float | None = 3e-3
+
+
+def conditions(blocks: int) -> dict[str, Condition]:
+    """All conditions by name, the baselines first.
+
+    Args:
+        blocks: Of bridges: places in the receiver that they lead into.
+    """
+    both, slow = tuple(PARTS), 2e-3
+    bridge = {**_BRIDGE, "bridge_blocks": blocks}
+    copied = [{"from": "copy", "to": "adder"}]
+    found = {
+        "adder tuned": Condition(("adder",), ("adder",), learning_rate=slow),
+        "table tuned": Condition(("table",), ("table",), learning_rate=slow),
+        "adder LoRA": Condition(("adder",), lora=True, learning_rate=1e-2),
+        "gate frozen": Condition(both, (), {"num_blocks": 1, **_GATE}, learning_rate=1e-2),
+        "gate tuned": Condition(both, both, {"num_blocks": 1, **_GATE}, learning_rate=slow),
+    }
+    for count in (2, 3):
+        for word, tuned, rate in (("frozen", (), 3e-3), ("tuned", both, slow)):
+            found[f"merge {count} {word}"] = Condition(both, tuned, {"num_blocks": count, **_MERGE}, learning_rate=rate)
+    found["self-bridge"] = Condition(("adder",) * 2, ("adder",), {**bridge, "bridges": copied}, "adder")
+    for kind in ("linear", "attention"):
+        settings = {**bridge, "bridges": _TOLD, "bridge_kind": kind}
+        found[f"{kind} bridge frozen"] = Condition(both, (), settings, "adder", learning_rate=2e-2)
+        found[f"{kind} bridge"] = Condition(both, ("adder",), settings, "adder")
+    told = {**bridge, "bridges": _TOLD}
+    found["calibrated bridge frozen"] = Condition(both, (), told, "adder", calibrated=True, learning_rate=3e-3)
+    found["calibrated bridge untrained"] = Condition(both, (), told, "adder", calibrated=True, learning_rate=None)
+    return found
+
+
+def build(condition: Condition, component: Callable[[str], PreTrainedModel], seed: int) -> nn.Module:
+    """A condition's model, with what it trains ready to be trained and all else frozen.
+
+    Args:
+        condition: Which.
+        component: Gives a trained component, by name, anew at every call.
+        seed: Of new weights that do not start at zero.
+
+    Returns:
+        A causal LM, in float32.
+    """
+    torch.manual_seed(seed)
+    if len(condition.parts) == 1:
+        model = component(condition.parts[0])
+        return _with_lora(model) if condition.lora else model.requires_grad_(True)
+    specs = []
+    for name in condition.parts:
+        taken = any(spec.name == name for spec in specs)
+        specs.append(ComponentSpec(component(name), name="copy" if taken else name))
+    model = ManticoreForCausalLM.from_components(specs, verify=False, **condition.hybrid)
+    if condition.reads:
+        model.set_mixture_weights(condition.reads)
+    model.requires_grad_(False)
+    model.hybrid_mixer.requires_grad_(True)
+    for name in condition.tuned:
+        model.component(name).requires_grad_(True)
+    return model
+
+
+@torch.no_grad()
+def calibrate(model: ManticoreForCausalLM, ids: torch.Tensor) -> float:
+    """Lets linear bridges into a receiver's first block say what the sender expects next, in the receiver's embeddings.
+
+    Ridge regression, on the sender's own text, from its last state at a token to the receiver's embedding of the token
+    after it, divided as the bridge multiplies it. Neither model changes, and the task is not read.
+
+    Args:
+        model: A hybrid with linear bridges of full rank that begin at a last state.
+        ids: [rows, time], at least ten rows; a tenth of them, the last, choose the ridge.
+
+    Returns:
+        R^2 of the last such bridge, on the rows that chose the ridge.
+    """
+    fit, found = len(ids) - len(ids) // 10, 0.0
+    for edge, bridge in zip(model.config.bridges, model.hybrid_mixer.bridges.edges):
+        if edge["to_block"] == 0:
+            moments = []
+            for part in (ids[:fit], ids[fit:]):
+                out = model.component(edge["from"])(input_ids=part, use_cache=False, output_hidden_states=True)
+                state, target = _normed(out.hidden_states[-1][:, :-1])[0], model.embed(edge["to"], part)
+                target = target[:, 1:] / _normed(target[:, :-1])[1]
+                state, target = state.flatten(0, 1), target.flatten(0, 1)
+                moments.append(Moments(state.shape[-1], target.shape[-1], ids.device))
+                # With its negative each row leaves means of zero: bridges have no bias
+                moments[-1].add(torch.cat([state, -state]), torch.cat([target, -target]))
+            weight, _, _, found = solve_ridge(*moments)
+            bridge.up.weight.copy_(weight)
+    return found
+
+
+def _normed(state):
+    size = (state.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return state / size, size
+
+
+def _with_lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    maps = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    rank = max(1, round(layers * width**2 / sum(m.in_features + m.out_features for m in maps)))
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
