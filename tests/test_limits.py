@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-from manticore_hf.modeling import saving_manticore
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 
 from manticore_hf.compose.convert import gguf_header
 from manticore_hf.hub import card, card_merge, eval_results, inspection, provenance
 from manticore_hf.report.comparison import _MOST_ROWS, read_comparison
 from manticore_hf.training import recipe
-from manticore_hf.utils import defence
+from manticore_hf.utils import defence, saving
 from manticore_hf.utils.bounded_yaml import BoundedLoader
 
 SECURITY = (Path(__file__).parent.parent / "SECURITY.md").read_text(encoding="utf-8")
@@ -35,7 +34,7 @@ def test_the_table_has_the_numbers_of_the_code():
         "GGUF header": (gguf_header._MOST_FIELDS, gguf_header._MOST_TENSORS, gguf_header._MOST_ELEMENTS),
         "results": (card._MOST_RESULTS, card._LONGEST_NAME, _MOST_ROWS),
         "scores": (eval_results._LARGEST, eval_results._MOST_TASKS),
-        "waiting": (int(saving_manticore._PATIENCE),),
+        "waiting": (int(saving._PATIENCE),),
     }
     table = SECURITY.partition("### Limits")[2].partition("## Fuzzing")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| ")]
