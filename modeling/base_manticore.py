@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .bounds_manticore import TESTED, VERSION, build_component, construct, guard, trying
+from .bounds_manticore import TESTED, VERSION, build_component, construct, trying
 from .cache_manticore import ManticoreCache, cache_for_generation
 from .carried_manticore import carried, is_needed, optional
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
@@ -72,8 +72,7 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         """As in Transformers, with references to components resolved and checked."""
         if VERSION > TESTED[1]:
             logging.get_logger(__name__).warning_once(UNTESTED)
-        with guard().loading(kwargs.get("pretrained_model_name_or_path", *args[:1]), kwargs):
-            return super().from_pretrained(*args, **kwargs)
+        return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -44,10 +44,6 @@ class Guard:
     def plain(self, what: str, values: object) -> None:
         """Before any value is looked at."""
 
-    def loading(self, source: str, options: dict) -> AbstractContextManager:
-        """Context in which a hybrid is loaded by `from_pretrained(source, **options)`."""
-        return contextlib.nullcontext()
-
     def beside(self, path: str, folder: str) -> None:
         """Before a file in a hybrid's directory is read that goes into what is saved of it."""
 
@@ -113,9 +109,7 @@ def reason(err: Exception) -> str:
     return " ".join(f"{type(err).__name__}: {err}".split())[:1000]
 
 
-def check_reference(
-    name: str, repo_id: object, revision: object, subfolder: object = None, files: dict | None = None
-) -> None:
+def check_reference(name: str, repo_id: object, revision: object, subfolder: object = None, files: object = None):
     """Raises ManticoreError unless a component's address is one on the Hub: no path, no URL.
 
     Reading the weights replaces a branch or tag, which can move, by its commit.

@@ -197,9 +197,8 @@ class ManticoreConfig(PreTrainedConfig):
             raise ManticoreError(f"Component {name!r}: weights={show(weights)}; choose 'reference' or 'embedded'.")
         if weights == "reference" or entry.get("repo_id") is not None:
             check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
-        own = (
-            {} if entry.get("tokenizer") is None else {"tokenizer": entry["tokenizer"]}
-        )  # as earlier versions write it
+        # As earlier versions write it
+        own = {} if entry.get("tokenizer") is None else {"tokenizer": entry["tokenizer"]}
         entry = {key: entry.get(key) for key in _ENTRY_KEYS} | own
         setattr(self, name, sub)
         self.components.append(entry)

@@ -118,7 +118,8 @@ def test_sharded(alone, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     model = ManticoreForCausalLM.from_pretrained(output / "4-finetune")
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.arange(3, 15)[None]).logits)
+        logits = model(torch.arange(3, 15)[None]).logits
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

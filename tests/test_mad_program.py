@@ -167,7 +167,7 @@ HEAD = "components: [a/b, c/d]\ndata: {data: t}\n"
         ("{mixture: token}\nprogram:\n  steps: 3", "4: program: is for a mixture that is programmed"),
         ("{mixture: mad:recall}\nprogram:\n  step: 3", r"5: program.step: unknown key \(value 3\)"),
         ("{mixture: mad:recall}\nprogram:\n  steps: 1.5", "5: program.steps: is 1.5, must be int"),
-        ("{mixture: mad:recall}\nprogram: {steps: 0}", "4: program: steps=0 must be a whole number from 1 on"),
+        ("{mixture: mad:recall}\nprogram: {steps: 0}", "4: program.steps: is 0, must be at least 1"),
         ("{mixture: mad:recall}\nprogram: {strategy: best}", "4: program: strategy='best' is unknown; choose one of"),
         ("{mixture: mad:recall}\nprogram: {seq_len: 7}", "4: program: .*seq_len=7 must be even"),
         ("{mixture: mad:recall, num_blocks: 5}\nprogram: {layers: 4}", "4: program: layers=4 of the small hybrids"),

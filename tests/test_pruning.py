@@ -312,7 +312,7 @@ def test_the_command_names_what_is_wrong(start, tmp_path, capsys):  # noqa: F811
     for more, message in (
         (["--route", "loss", "--budget", "0.01"], "the cheapest route costs"),
         (["--route", "nobody"], "No component is named 'nobody'"),
-        (["--distil_weight", "2"], "distil_weight=2.0 must be in"),
+        (["--distil_weight", "2"], "--distil-weight is 2.0, must be at least 0 and at most 1"),
     ):
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err

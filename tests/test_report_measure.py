@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from manticore_hf.modeling.mixture_manticore import sureness
+from manticore_hf.modeling.shared_manticore import enter, leave
 from tiny_hybrid import mixed_hybrid, neox, pair, rows_of, word_tokenizer
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM, ManticoreModel, prune
@@ -26,10 +27,10 @@ def naive_loss(model, rows, gone=None):
             weights = {name: w / sum(weights.values()) for name, w in weights.items()}
             out = {}
             for name in left:
-                entering = model.embed(name, ids) if block == 0 else mixer.enter(block, name, state, weights[name])
+                entering = model.embed(name, ids) if block == 0 else mixer(enter, block, name, state, weights[name])
                 out[name] = model.segments.segment(name, block)(entering, None, positions)
             if block < config.num_blocks - 1:
-                state = sum(weights[name] * mixer.leave(block, name, out[name], weights[name]) for name in left)
+                state = sum(weights[name] * mixer(leave, block, name, out[name], weights[name]) for name in left)
         logits = {name: model.segments.logits(name, out[name]).log_softmax(-1) for name in left}
         if config.mixture == "token":
             weights = token_weights(model, ids, out, block, gone)
@@ -187,7 +188,7 @@ def test_similarity_is_that_of_what_enters_the_mixture():
     ids, positions = torch.tensor(rows["input_ids"]), torch.arange(12)[None]
     embedded = {name: model.embed(name, ids) for name in (a, b)}
     states = {name: model.segments.segment(name, 0)(embedded[name], None, positions) for name in (a, b)}
-    left = {name: model.hybrid_mixer.leave(0, name, states[name], 0.0) for name in (a, b)}
+    left = {name: model.hybrid_mixer(leave, 0, name, states[name], 0.0) for name in (a, b)}
     last = ManticoreModel.forward(model, ids, return_dict=True).states
     for boundary, features in enumerate((embedded, left, last)):
         expected = textbook_cka(features[a].flatten(0, 1).detach(), features[b].flatten(0, 1).detach())

@@ -30,7 +30,7 @@ from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.layer_stack_manticore import find_layout
 from manticore_hf.modeling.references_manticore import component_files
 from manticore_hf.modeling.settings_manticore import HybridSettings
-from manticore_hf.utils.defence import check_generation
+from manticore_hf.utils.defence import check_generation, loading
 from manticore_hf.utils.task_types import CAUSAL
 from manticore_hf.utils.unwrap import is_hybrid
 
@@ -68,11 +68,19 @@ class _ChecksGeneration:
             check_generation(what, self.generation_config.to_dict())
 
 
-class ManticoreModel(KeepsCard, base_manticore.ManticoreModel):
+class _Defended:
+    @classmethod
+    def from_pretrained(cls, *args: object, **kwargs: object) -> PreTrainedModel:
+        """As in Transformers, with references to components resolved and checked."""
+        with loading(kwargs.get("pretrained_model_name_or_path", *args[:1]), kwargs):
+            return super().from_pretrained(*args, **kwargs)
+
+
+class ManticoreModel(_Defended, KeepsCard, base_manticore.ManticoreModel):
     """A hybrid without output head; see `manticore_hf.modeling.base_manticore`."""
 
 
-class ManticoreForCausalLM(_ChecksGeneration, KeepsCard, modeling_manticore.ManticoreForCausalLM):
+class ManticoreForCausalLM(_Defended, _ChecksGeneration, KeepsCard, modeling_manticore.ManticoreForCausalLM):
     """A hybrid as a causal LM, which `from_components` composes; see `manticore_hf.modeling.modeling_manticore`."""
 
     def generate(
@@ -295,7 +303,7 @@ def _differ(got, wanted, dtype):
     return not bool(by.mean() <= 5e-2 * size.mean().clamp(min=1e-6))
 
 
-class _Classifies:
+class _Classifies(_Defended):
     """What both classifiers add to those of `modeling/`."""
 
     @classmethod

@@ -290,7 +290,7 @@ def _check_values(values, known, where, wrong):
         if plain == kinds and not fits:
             names = sorted("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
             wrong((*where, key), f"is {show(value)}, must be {' or '.join(names)}.")
-        if (message := wrong_setting(key, value)) is not None:
+        if (message := wrong_setting(key, value, where[-1] if where else None)) is not None:
             wrong((*where, key), f"is {show(value)}, {message}.")
         out[key] = value
     return out

@@ -61,13 +61,16 @@ _METRIC = re.compile(r"(eval_)?(loss(/[\w-]+)?|gate/[\w-]+)")
 _CHECKPOINTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "determinism_check", "early_stop"}
 
 
-def wrong_setting(key: str, value: Any) -> str | None:
+def wrong_setting(key: str, value: Any, stage: str | None = None) -> str | None:
     """What is wrong with the value of a setting of a stage, as the rest of a sentence ("must be ..."); None: nothing.
 
     Args:
         key: Its name.
         value: Of the type that the setting has.
+        stage: Of which stage, where it is of one.
     """
+    if stage == "prune" and key in ("max_steps", "num_train_epochs") and value == 0:
+        return None  # without recovery
     if key in RANGES and type(value) in (int, float) and not (key == "max_steps" and value == -1):
         low, high = RANGES[key]
         if not low <= value <= high:  # nor no number at all

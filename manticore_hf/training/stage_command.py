@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
 
     stage, defaults = args.stage, training_defaults()
     for key, value in vars(args).items():
-        if (message := wrong_setting(key, value)) is not None:
+        if (message := wrong_setting(key, value, stage.name)) is not None:
             raise ManticoreError(f"--{key.replace('_', '-')} is {value}, {message}.")
     if stage.trains is None:
         args.report_to = defaults["report_to"]

@@ -419,28 +419,34 @@ def _refuse_adapter(source, options):
         )
 
 
+@contextlib.contextmanager
+def loading(source: str | os.PathLike | None, options: dict) -> Iterator[None]:
+    """Context in which a hybrid is loaded by `from_pretrained(source, **options)`.
+
+    Raises:
+        ManticoreError: An adapter lies beside it, or its index of weight files, which Transformers believes, is none or
+            names files elsewhere.
+    """
+    _refuse_adapter(source, options)
+    folder = Path(source or "", options.get("subfolder") or "")
+    for index in folder.glob("model.safetensors.index*.json") if source and os.path.isdir(folder) else ():
+        shards(index, (repr(str(index)), "save the hybrid again."))
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as err:
+        inside = [frame.name for frame in traceback.extract_tb(err.__traceback__)]
+        if isinstance(err, ManticoreError) or "get_checkpoint_shard_files" not in inside:
+            raise
+        raise ManticoreError(
+            f"{str(source)!r}: its index of weight files is damaged ({reason(err)}); save the hybrid again."
+        ) from err
+
+
 class Defence(Guard):
     """The package's guard."""
 
     def plain(self, what: str, values: object) -> None:
         check_plain(what, values)
-
-    @contextlib.contextmanager
-    def loading(self, source: str | os.PathLike | None, options: dict) -> Iterator[None]:
-        """No adapter lies beside it; an index of weight files, which Transformers believes, is one, of files there."""
-        _refuse_adapter(source, options)
-        folder = Path(source or "", options.get("subfolder") or "")
-        for index in folder.glob("model.safetensors.index*.json") if source and os.path.isdir(folder) else ():
-            shards(index, (repr(str(index)), "save the hybrid again."))
-        try:
-            yield
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as err:
-            inside = [frame.name for frame in traceback.extract_tb(err.__traceback__)]
-            if isinstance(err, ManticoreError) or "get_checkpoint_shard_files" not in inside:
-                raise
-            raise ManticoreError(
-                f"{str(source)!r}: its index of weight files is damaged ({reason(err)}); save the hybrid again."
-            ) from err
 
     def beside(self, path: str, folder: str) -> None:
         refuse_link(path, folder)
