@@ -156,6 +156,7 @@ BASELINES = {
     "paths": "baseline: neox prose alone",
     "gpu-run": "their plain ensemble",
     "aligned": "its own tokenizer|home model",
+    "real-pair": "Gemma, as it came|SmolLM2, as it came",
     "past-losses": "neox prose alone|uniform, log-probabilities|best static, probabilities",
     "past-losses-gate": "gate without past losses",
     "mixture-sampling-lag": "token (the loss)",  # the same gate, asked as ever

@@ -208,3 +208,47 @@ def past_losses_values(load: Load) -> Values:
             yield f"past.{text}.users", f"{max(1e-6, *line['difference'].values()):.0e}"
     for key, value in _past(load, "untrained", text="mixed", name="online, defaults")[0]["settings"].items():
         yield f"online.{key}", f"{value:g}"
+
+
+@table("real-pair")
+def real_pair(load: Load) -> Rows:
+    """Bits per byte of two real models, by kind of text."""
+    result = load("real_pair")
+    kinds = [*result["bytes"], "all"]
+    head = [*kinds, "fewer than the best single model, of all", "worst kind against it"]
+    rows = [["contender", *head]]
+    for label, row in result["rows"].items():
+        least = [min(one[kind]["bits"] for one in result["rows"].values()) for kind in kinds]
+        bits = [
+            bold(f"{row[k]['bits']:.3f}") if row[k]["bits"] == low else f"{row[k]['bits']:.3f}"
+            for k, low in zip(kinds, least)
+        ]
+        gain = "" if label == result["single"] else f"{row['gain']['percent']:+.1f} %"
+        rows.append([label, *bits, gain, gain and f"{row['worst']:+.1f} %"])
+    return rows
+
+
+@values
+def real_pair_values(load: Load) -> Values:
+    result = load("real_pair")
+    single = result["rows"][result["single"]]["all"]["bits"]
+    yield "real-pair.single", result["single"].removesuffix(", as it came")
+    yield "real-pair.date", result["date"]
+    yield "real-pair.versions", result["versions"]
+    yield "real-pair.bytes", f"{sum(result['bytes'].values()):,}"
+    yield "real-pair.tokens", f"{result['train_tokens']:,}"
+    for name, label in (
+        ("uniform", "uniform mixture"),
+        ("online", "online mixture"),
+        ("static", "static, chosen on validation text"),
+    ):
+        row = result["rows"][label]
+        yield f"real-pair.{name}", f"{row['gain']['percent']:.1f} %"
+        low, high = row["gain"]["bits"]["interval"]
+        yield f"real-pair.{name}.interval", f"{100 * low / single:.1f} to {100 * high / single:.1f} %"
+        yield f"real-pair.{name}.worst", f"{row['worst']:+.1f} %"
+    gates = [label for label in result["rows"] if label.startswith("token gate")]
+    for label in gates:
+        row, name = result["rows"][label], label.replace("token gate, ", "").replace(" tokens", "").replace(", ", "-")
+        yield f"real-pair.gate.{name.replace(',', '').replace(' ', '-')}", f"{row['gain']['percent']:.1f} %"
+    yield "real-pair.cost", f"{result['cost']['hybrid / components']:.1f}"
