@@ -180,7 +180,10 @@ def test_states_and_gradients_are_those_of_the_formula(name):
             assert grads[key].abs().sum() > 0 or "bias" in key or ".wpe." in key, key
 
 
-@pytest.mark.parametrize("names", ["llama+mamba", "gpt_neox+llama", "mamba2+llama", "gpt_neo+mamba2+opt_projected"])
+SLOW = [pytest.param(names, marks=pytest.mark.slow) for names in ("mamba2+llama", "gpt_neo+mamba2+opt_projected")]
+
+
+@pytest.mark.parametrize("names", ["llama+mamba", "gpt_neox+llama", *SLOW])
 def test_at_the_start_it_is_the_one_block_hybrid(names):
     """To the last bit: read at once, padded, with a cache, in training; each way that bridges may lead."""
     first, *_, last = names.split("+")
@@ -496,6 +499,7 @@ def test_pruning_drops_bridges_that_weigh_less_than_none():
             prune(model, **options)
 
 
+@pytest.mark.slow
 def test_stages_from_the_command_line(tmp_path):
     """Composed, trained with the components frozen, searched, tuned, pruned, planned, inspected: bridges come along."""
     save_pair(tmp_path, 3000)
