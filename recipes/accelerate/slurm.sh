@@ -9,7 +9,7 @@
 #SBATCH --time=24:00:00
 set -euo pipefail
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # not head, which ends before all is written: with pipefail that fails
 export OMP_NUM_THREADS=8
 export ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-recipes/accelerate/fsdp2.yaml}
 export GPUS=${SLURM_GPUS_ON_NODE:-8}
