@@ -108,6 +108,21 @@ def gate_inputs(found: dict[str, torch.Tensor]) -> None:
     found["losses"] = (losses - losses.mean(-2, keepdim=True)).flatten(-2)
 
 
+def fit(module, loss, count, rate, epochs, seed):
+    """Trains a module on the `loss` of batches (indices below `count`), by the AdamW and schedule of the Trainer."""
+    generator, steps = torch.Generator().manual_seed(seed), epochs * -(-count // BATCH)
+    optimizer = torch.optim.AdamW(module.parameters(), rate, weight_decay=0.0, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(5, steps // 4), steps)
+    for _ in range(epochs):
+        for batch in torch.randperm(count, generator=generator).split(BATCH):
+            value = loss(batch)
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+
+
 class Gate:
     """A gate that is trained on features."""
 
@@ -124,17 +139,11 @@ class Gate:
 
     def train(self, found, chosen, rate, epochs, seed):
         """One run over the rows `chosen`."""
-        generator, steps = torch.Generator().manual_seed(seed), epochs * -(-len(chosen) // BATCH)
-        optimizer = torch.optim.AdamW(self.module.parameters(), rate, weight_decay=0.0, fused=True)
-        schedule = get_cosine_schedule_with_warmup(optimizer, min(5, steps // 4), steps)
-        for _ in range(epochs):
-            for index in chosen[torch.randperm(len(chosen), generator=generator)].split(BATCH):
-                loss = self.nats(found, index).sum() / (len(index) * (BLOCK - 1))
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
+
+        def loss(batch):
+            return self.nats(found, chosen[batch]).sum() / (len(batch) * (BLOCK - 1))
+
+        fit(self.module, loss, len(chosen), rate, epochs, seed)
         return self
 
 

@@ -24,9 +24,9 @@ from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.modeling.mixing_manticore import TokenGate
 from manticore_hf.modeling.mixture_manticore import sureness
 from manticore_hf.modeling.past_losses import GATE_DECAYS, LossGate, online_weights
-from past_losses import known
+from past_losses import fit, known
 from tqdm import tqdm
-from transformers import AutoConfig, get_cosine_schedule_with_warmup
+from transformers import AutoConfig
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 from manticore_hf.evaluation.statistics import bootstrap, paired_p
@@ -34,7 +34,7 @@ from manticore_hf.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "real_pair.json"
 TEST, VALIDATION = 20_480, 5_120  # bytes of each text
-SEEDS, RATES, EPOCHS, BATCH = (0, 1, 2), (1e-3, 3e-3, 1e-2), (1, 3, 10), 4  # a batch is so many windows
+SEEDS, RATES, EPOCHS = (0, 1, 2), (1e-3, 3e-3, 1e-2), (1, 3, 10)
 WEIGHTS = np.linspace(0, 1, 21)
 ONLINE = {"eta": 0.1, "decay": 0.95, "share": 0.05}  # the hybrid's defaults
 
@@ -143,18 +143,10 @@ class Gate:
         return mixed((scores + self.module.past(one["losses"]) if self.past else scores).softmax(-1), one)
 
     def train(self, rows, rate, epochs, seed):
-        draw, steps = torch.Generator().manual_seed(seed), epochs * -(-len(rows) // BATCH)
-        optimizer = torch.optim.AdamW(self.module.parameters(), rate, weight_decay=0.0, fused=True)
-        schedule = get_cosine_schedule_with_warmup(optimizer, min(5, steps // 4), steps)
-        for _ in range(epochs):
-            for index in torch.randperm(len(rows), generator=draw).split(BATCH):
-                batch = [rows[i] for i in index]
-                loss = sum(self.nats(one) for one in batch) / sum(len(one["nats"]) for one in batch)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
+        def loss(batch):
+            return sum(self.nats(rows[i]) for i in batch) / sum(len(rows[i]["nats"]) for i in batch)
+
+        fit(self.module, loss, len(rows), rate, epochs, seed)
         return self
 
 

@@ -164,8 +164,6 @@ class ManticoreModel(ManticorePreTrainedModel):
         for name in carried(config, ()):  # what is missing is said before anything is made
             optional(name)
         settle_attention(config)
-        if config.topology == "bridge":
-            optional("bridges").check_bridges(config)
         for name in config.component_names:
             sub, there = getattr(config, name), list(self.children())
             what = f"Component {name!r} ({sub.model_type})"
@@ -180,8 +178,7 @@ class ManticoreModel(ManticorePreTrainedModel):
                 try:
                     layout = self.segments.layout(name)
                     if is_needed("layer_stack_manticore", config):
-                        blocks = [block for one, block in self.segments.ranges if one == name]
-                        optional("layer_stack_manticore").check_cut(component, layout, len(blocks))
+                        optional("layer_stack_manticore").check_cut(component, layout, len(self.segments.blocks(name)))
                 except ManticoreError as err:
                     raise ManticoreError(f"Component {name!r}: {err}") from err
         if config.route is not None:

@@ -110,7 +110,7 @@ class ManticoreConfig(PreTrainedConfig):
         self.num_blocks = given.num_blocks
         for key in ("topology", *(one.name for one in fields(HybridSettings) if one.name.startswith("bridge"))):
             setattr(self, key, copy.deepcopy(getattr(given, key)))
-        if (self.topology, self.bridges is None) not in (("merge", True), ("bridge", True), ("bridge", False)):
+        if self.topology not in ("merge", "bridge") or self.topology == "merge" and self.bridges is not None:
             raise ManticoreError(
                 f"topology={show(self.topology)} must be 'merge', or 'bridge' where bridges are given."
             )

@@ -77,9 +77,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         weights, states, own = self._heads(found, kept)
         past = None
         if self.config.reads_past_losses:
-            past = partial(
-                optional("past_losses").read_losses, self, inputs, kept, lambda places: self._heads(found, places)[2]
-            )
+            read = optional("past_losses").read_losses
+            past = partial(read, self, inputs, kept, lambda places: self._heads(found, places)[2])
         logits, token_weights = self.mix(weights, list(states.values()), list(own.values()), past)
         if fused:
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}

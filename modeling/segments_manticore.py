@@ -73,6 +73,10 @@ class Segments:
             self._layouts[name] = (component, find(component))
         return self._layouts[name][1]
 
+    def blocks(self, name: str) -> list[int]:
+        """The blocks in which a component's segments begin."""
+        return [block for one, block in self.ranges if one == name]
+
     def segment(self, name: str, block: int) -> "Whole":
         """The `Segment` (or `Whole`) of a component that begins in a block."""
         return self.stretch(name, *self.ranges[name, block])

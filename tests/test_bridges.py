@@ -5,6 +5,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import cache_rows
 import naive
 import pytest
 import torch
@@ -280,19 +281,8 @@ def test_rows_of_a_cache_are_picked_repeated_and_taken_back():
     assert {type(layer) for layer in model.make_cache(16).layers} == {StaticLayer}
     whole = model(input_ids=ids, use_cache=False).logits
 
-    def read(cache, rows, start, stop):
-        return model(input_ids=ids[rows, start:stop], cache=cache).logits
-
-    for name, act, rows in (
-        ("reordered", lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
-        ("selected", lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
-        ("repeated", lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-    ):
-        with case(name):
-            cache = model.make_cache()
-            read(cache, slice(None), 0, 7)
-            act(cache)
-            close(read(cache, rows, 7, 12), whole[rows, 7:])
+    read = cache_rows.reader(model, ids)
+    cache_rows.check_picked(model, ids, whole)
     cache = model.make_cache()
     read(cache, slice(None), 0, 4)
     model(input_ids=tokens(3, 5, 9), cache=cache)

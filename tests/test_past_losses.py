@@ -3,6 +3,7 @@
 import json
 import math
 
+import cache_rows
 import pytest
 import torch
 from aligned_pairs import TEXTS
@@ -212,19 +213,8 @@ def test_rows_of_a_cache_are_picked_repeated_and_taken_back():
     ids = tokens(3, 12, 5)
     whole = model(input_ids=ids, use_cache=False).logits
 
-    def read(cache, rows, start, stop):
-        return model(input_ids=ids[rows, start:stop], cache=cache).logits
-
-    for name, act, rows in (
-        ("reordered", lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
-        ("selected", lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
-        ("repeated", lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-    ):
-        with case(name):
-            cache = model.make_cache()
-            read(cache, slice(None), 0, 7)
-            act(cache)
-            close(read(cache, rows, 7, 12), whole[rows, 7:])
+    read = cache_rows.reader(model, ids)
+    cache_rows.check_picked(model, ids, whole)
     cache = model.make_cache()
     cache.activate_past_recording()
     read(cache, slice(None), 0, 4)

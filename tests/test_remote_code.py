@@ -383,7 +383,7 @@ def test_aligned_tokenizers_without_the_package(run, hub, owner, tmp_path):
     assert refused["kind"] == "ManticoreError" and "tokenizer.json" in refused["said"]
 
 
-ONLINE = """
+SAVED_AGAIN = """
 model = AutoModelForCausalLM.from_pretrained(repo, **trust)
 found = facts(model)
 model.save_pretrained(more[0])
@@ -392,17 +392,23 @@ torch.save({**found, "again": facts(again)["logits"]}, output)
 """
 
 
+def saved_again(run, model, tmp_path):
+    """Saves a hybrid, loads it without the package, saves it there; names of the code files, the same twice."""
+    model.save_pretrained(tmp_path / "out")
+    torch.save(ids(), tmp_path / "ids.pt")
+    found, wanted = run(SAVED_AGAIN, tmp_path / "out", tmp_path / "again"), facts(model)
+    assert_facts(found, wanted)
+    assert torch.equal(found["again"], found["logits"])
+    names = [{file.name for file in (tmp_path / folder).glob("*.py")} for folder in ("out", "again")]
+    assert names[0] == names[1]
+    return names[0]
+
+
 def test_an_online_mixture_without_the_package(run, tmp_path):
     """Its repository carries the file that others do not, and so does what is saved there."""
     parts = [ComponentSpec(tiny(family), name=family) for family in ("gpt_neox", "mamba")]
     model = ManticoreForCausalLM.from_components(parts, mixture="online", online_eta=0.9)
-    model.save_pretrained(tmp_path / "out")
-    torch.save(ids(), tmp_path / "ids.pt")
-    found, wanted = run(ONLINE, tmp_path / "out", tmp_path / "again"), facts(model)
-    assert_facts(found, wanted)
-    assert torch.equal(found["again"], found["logits"])
-    names = [{file.name for file in (tmp_path / folder).glob("*.py")} for folder in ("out", "again")]
-    assert names[0] == names[1] and "past_losses.py" in names[0]
+    assert "past_losses.py" in saved_again(run, model, tmp_path)
 
 
 @pytest.mark.parametrize("past", [False, True])
@@ -412,13 +418,8 @@ def test_bridges_without_the_package(past, run, tmp_path):
     settings = {"topology": "bridge", "bridges": ["others", "self"], "bridge_kind": "attention", "bridge_heads": 2}
     model = ManticoreForCausalLM.from_components(parts, **settings, gate_past_losses=past)
     randomise(model)
-    model.save_pretrained(tmp_path / "out")
-    torch.save(ids(), tmp_path / "ids.pt")
-    found, wanted = run(ONLINE, tmp_path / "out", tmp_path / "again"), facts(model)
-    assert_facts(found, wanted)
-    assert torch.equal(found["again"], found["logits"])
-    names = [{file.name for file in (tmp_path / folder).glob("*.py")} for folder in ("out", "again")]
-    assert names[0] == names[1] and "bridges.py" in names[0] and ("past_losses.py" in names[0]) == past
+    names = saved_again(run, model, tmp_path)
+    assert "bridges.py" in names and ("past_losses.py" in names) == past
 
 
 def test_quantised_without_the_package(published, run, hub, owner, tmp_path, monkeypatch):

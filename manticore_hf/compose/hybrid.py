@@ -227,12 +227,11 @@ class ManticoreForCausalLM(_Defended, _ChecksGeneration, KeepsCard, modeling_man
         for name in self.config.component_names:
             component = self.component(name)
             ids = torch.arange(5, device=self.device)[None] * 7 % component.config.vocab_size
-            blocks = [block for one, block in self.segments.ranges if one == name]
             what = f"Component {name!r} ({component.config.model_type})"
             whole = component(input_ids=ids, use_cache=False).logits
             if _differ(self._read(name, ids, [5]), whole, component.dtype):
                 raise ManticoreError(
-                    f"{what}: its layers run in {len(blocks)} segments do not give what the whole "
+                    f"{what}: its layers run in {len(self.segments.blocks(name))} segments do not give what the whole "
                     "model gives; this architecture is not supported."
                 )
             if _differ(component(input_ids=ids[:, :-1], use_cache=False).logits, whole[:, :-1], component.dtype):
@@ -263,7 +262,7 @@ class ManticoreForCausalLM(_Defended, _ChecksGeneration, KeepsCard, modeling_man
             stop = start + size
             reads_ids = self.config.embeddings == "native" and self.segments.segment(name, 0).is_whole
             state = ids[:, start:stop] if reads_ids else self.embed(name, ids[:, start:stop])
-            for block in [block for one, block in self.segments.ranges if one == name]:
+            for block in self.segments.blocks(name):
                 view = None if cache is None else cache.view(name, block)
                 given = mask[:, :stop] if padding else None
                 state = self.segments.segment(name, block)(state, given, positions[:, start:stop], view)
