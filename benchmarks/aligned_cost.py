@@ -2,11 +2,12 @@
 
     python benchmarks/aligned_cost.py --models DIR_A DIR_B --names a b --text wiki.txt
 
-The hybrid has the tokenizer of the first model. A training step (forward, backward, all weights) on a text is compared
-with one step of each component on its own tokens of that text; decoding, with a cache and token by token along the
-text, with each component decoding its own tokens of it. Each is run once to warm up (the mapping remembers what it has
-found) and then measured; the first run is given, too. The profile says which share of the hybrid's time is whose:
-components, the reading of bytes, finding which tokens may follow which, and the sums over both vocabularies.
+The hybrid has the tokenizer of the first model; the results hold one entry for each that was first. A training step
+(forward, backward, all weights) on a text is compared with one step of each component on its own tokens of that text;
+decoding, with a cache and token by token along the text, with each component decoding its own tokens of it. Each is
+run once to warm up (the mapping remembers what it has found) and then measured; the first run is given, too. The
+profile says which share of the hybrid's time is whose: components, the reading of bytes, finding which tokens may
+follow which, and the sums over both vocabularies.
 """
 
 import argparse
@@ -102,7 +103,8 @@ def main():
     SHARES.watch(aligned_hybrid, "grow", "reading bytes")
     SHARES.watch(aligned_reading, "_grown", "keeping the trunk")
     SHARES.watch(aligned_hybrid.Piece, "__init__", "which tokens may follow")
-    SHARES.watch(aligned_hybrid.Piece, "__call__", "sums over both vocabularies, and the head")
+    SHARES.watch(aligned_hybrid.Reading, "logits", "the component's head")
+    SHARES.watch(aligned_hybrid.Piece, "__call__", "sums over both vocabularies")
     text = options.text.read_text(encoding="utf-8").encode()[: options.bytes].decode(errors="ignore")
     result = {"threads": 1, "text": options.text.stem, "names": options.names}
     rows = {}
@@ -151,7 +153,8 @@ def main():
 
 def keep(path, result):
     path.parent.mkdir(exist_ok=True)
-    write_json(path, result)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**found, result["names"][0]: result})
     print(json.dumps(result), flush=True)
 
 

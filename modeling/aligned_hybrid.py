@@ -33,8 +33,9 @@ from .segments_manticore import check_positions
 
 TRUST = 1e-6
 BLOCKED = 0.05
-PIECE = 1 << 24
-"""Numbers of one tensor over both vocabularies that are worked with at once."""
+HEADS, PIECE = 1 << 24, 1 << 21
+"""Numbers over both vocabularies that a head, and the mapping, work on at once: what it makes stays in the processor's
+cache, and the memory of one piece serves the next."""
 
 
 @dataclass
@@ -45,11 +46,27 @@ class Reading:
         positions: Of the flattened batch: (where the nodes of the row begin, its Position), None for padding.
         states: [nodes of all rows, width].
         shape: (batch, time).
+        told: Logits of nodes that an earlier call predicted from already, by node.
+        ends: (where the nodes of a row begin, its Tree, the Row after it) where a cache keeps the latter.
     """
 
     positions: list
     states: torch.Tensor
     shape: tuple
+    told: dict
+    ends: list
+
+    def logits(self, head, states, nodes, keep):
+        """[nodes, vocabulary] of a head; what the next call will ask for again is kept in the rows' caches."""
+        new = [node for node in nodes if not keep or node not in self.told]
+        found = head(states[None, torch.tensor(new, dtype=torch.long, device=states.device)])[0]
+        if keep and self.ends:
+            known = {**self.told, **dict(zip(new, found))}
+            for offset, tree, row in self.ends:
+                paths = tree.paths(tree.end, 64)
+                row.told.update((path, known[offset + node]) for node, path in paths.items() if offset + node in known)
+            found = found if len(new) == len(nodes) else torch.stack([known[node] for node in nodes])
+        return found
 
 
 class Aligner:
@@ -60,7 +77,8 @@ class Aligner:
     """
 
     def __init__(self, home):
-        self.home, self.byte_tokenizers, self.mappings, self.trees, self.bags = home, {}, {}, {}, {}
+        self.home, self.byte_tokenizers, self.mappings, self.trees = home, {}, {}, {}
+        self.boundaries = {}
 
     def mapping(self, model, name):
         """The `Mapping` of a component to the hybrid's tokenizer."""
@@ -110,12 +128,15 @@ class Aligner:
         width = max((one.shape[-1] for one in states if one is not None), default=config.hidden_size)
         parameter = next(p for p in segment.stack.parameters() if p.is_floating_point())
         states = [parameter.new_zeros(1, width) if one is None else one for one in states]
-        positions, offset = [None] * (batch * time), 0
-        for tree, one, found in zip(trees, places, states):
+        positions, told, ends, offset = [None] * (batch * time), {}, [], 0
+        for before, tree, row, one, found in zip(rows, trees, after, places, states):
             for place, position in zip(one, tree.positions):
                 positions[place] = (offset, position)
+            paths = tree.paths(0, max(map(len, before.told))) if before.told else {}
+            told.update((offset + node, before.told[path]) for node, path in paths.items() if path in before.told)
+            ends += [(offset, tree, row)] if inputs.cache is not None else []
             offset += len(found)
-        return Reading(positions, torch.cat(states), (batch, time))
+        return Reading(positions, torch.cat(states), (batch, time), told, ends)
 
     @staticmethod
     def _walk(segment, config, tree, row, after):
@@ -155,73 +176,83 @@ class Aligner:
         Returns:
             [batch, kept, vocabulary], in float32 or wider; rows of padding have the other component's.
         """
-        mapping, states = self.mapping(model, name), model.together(reading.states)
+        mapping, states, shape = self.mapping(model, name), model.together(reading.states), logits.shape
         places = torch.arange(len(reading.positions)).view(reading.shape)[:, kept].flatten().tolist()
         own = logits.detach().float() if logits.dtype in (torch.float16, torch.bfloat16) else logits.detach()
         own, wanted = own.flatten(0, 1), [reading.positions[place] for place in places]
-        out, width = [], own.shape[-1] + getattr(model.config, name).vocab_size
-        size = max(1, PIECE // width)
-        needs_grad = torch.is_grad_enabled() and (
-            states.requires_grad
-            or any(p.requires_grad for p in model.component(name).get_output_embeddings().parameters())
+        out, width, head = [], own.shape[-1] + getattr(model.config, name).vocab_size, model.segments.head(name)
+        few, again = (
+            max(1, PIECE // width),
+            torch.is_grad_enabled() and (states.requires_grad or any(p.requires_grad for p in head.parameters())),
         )
-        for start in range(0, len(wanted), size):
-            piece = Piece(self, mapping, model.segments.head(name), wanted[start : start + size], own.shape[-1])
-            mine = own[start : start + size]
-            if needs_grad:
-                out.append(checkpoint(piece, states, mine, use_reentrant=False))
-            else:
-                out.append(piece(states, mine))
-        return torch.cat(out).view(logits.shape)
+        rows = len(wanted) if again else max(1, HEADS // width)
+        for start in range(0, len(wanted), rows):
+            mine = own[start : start + rows].split(few)
+            places = range(start, start + sum(map(len, mine)), few)
+            pieces = [Piece(self, mapping, wanted[at : at + len(one)], own.shape[-1]) for at, one in zip(places, mine)]
+            nodes, number = torch.cat([piece.nodes for piece in pieces]).unique(return_inverse=True)
+            logits = reading.logits(head, states, nodes.tolist(), not again).to(own.device)
+            logits = logits[number.to(own.device)].split([len(piece.nodes) for piece in pieces])
+            for piece, theirs, one in zip(pieces, logits, mine):  # less is kept for the gradient than without
+                out.append(checkpoint(piece, theirs, one, use_reentrant=False) if again else piece(theirs, one))
+        return torch.cat(out).view(shape)
 
-    def sums(self, mapping, device):
-        """For `_sum`: from tokens of the component to the hybrid's, where the tokens of both end; and back."""
+    def boundary(self, mapping, device):
+        """`Mapping.at_boundary` as a Boundary; kept."""
         key = (mapping, device)
-        if key not in self.bags:
-            b, a = mapping.at_boundary()[:2]
-            self.bags[key] = [_bag(*pair, device) for pair in ((b, a), (a, b))]
-        return self.bags[key]
+        if key not in self.boundaries:
+            self.boundaries[key] = Boundary(*mapping.at_boundary()[:2], device)
+        return self.boundaries[key]
 
 
-def _bag(source, target, device):
-    """(ids of the source sorted by target, ids of the target, where each begins) for embedding_bag."""
-    order = np.argsort(target, kind="stable")
-    names, starts = np.unique(target[order], return_index=True)
-    return tuple(torch.from_numpy(x).to(device) for x in (source[order], names, starts))
+class Boundary:
+    """From probabilities of a component's tokens to the hybrid's, where the tokens of both end.
 
+    Args:
+        b, a: Pairs of tokens of the component and the hybrid's, sorted by the first.
+        device: Where they are wanted.
+    """
 
-class _Sum(torch.autograd.Function):
-    """out[:, t] = sum of values[:, s] over the pairs (s, t)."""
+    def __init__(self, b, a, device):
+        names, number, counts = np.unique(b, return_inverse=True, return_counts=True)
+        one, many = counts[number] == 1, counts > 1
+        # One token only that may come first: no need to know what is shared
+        self.single = [torch.from_numpy(ids[one]).to(device) for ids in (b, a)]
+        of = np.cumsum(many) - 1
+        found = names[many], of[number[~one]], a[~one]
+        self.shared, self.of, self.sharing = (torch.from_numpy(ids).to(device) for ids in found)
 
-    @staticmethod
-    def forward(ctx, values, size, to, back):
-        ctx.to, ctx.back, ctx.size = to, back, values.shape[1]
-        return _sum(values, size, to)
+    def __call__(self, probs, share):
+        """[rows, hybrid's vocabulary] of [rows, component's vocabulary] and the hybrid's own probabilities."""
 
-    @staticmethod
-    def backward(ctx, grad):
-        return _sum(grad, ctx.size, ctx.back), None, None, None
+        def wide(ids):
+            return ids.expand(len(share), -1)
 
-
-def _sum(values, size, bag):
-    source, names, starts = bag
-    sums = torch.nn.functional.embedding_bag(source, values.T.contiguous(), starts, mode="sum")
-    return values.new_zeros(values.shape[0], size).index_copy_(1, names, sums.T)
+        b, a = self.single
+        out = torch.zeros_like(share).scatter_add_(1, wide(a), probs.gather(1, wide(b)))
+        if len(self.shared):
+            mine = share.gather(1, wide(self.sharing))
+            total = share.new_zeros(len(share), len(self.shared)).scatter_add_(1, wide(self.of), mine)
+            kept = probs.gather(1, wide(self.shared)) / total.clamp_(min=1e-30)
+            out = out.scatter_add_(1, wide(self.sharing), kept.gather(1, wide(self.of)) * mine)
+        return out
 
 
 class Piece:
-    """The mapping at some positions: called with (states of nodes, A's logits), gives log-probabilities.
+    """The mapping at some positions: called with (logits of its nodes, A's logits), gives log-probabilities.
 
     Args:
         aligner: The Aligner.
         mapping: The component's Mapping.
-        head: Its Head.
         wanted: Of each position (where the row's nodes begin, Position), or None.
         size: The hybrid's vocabulary.
+
+    Attributes:
+        nodes: Those whose predictions it needs, of all rows.
     """
 
-    def __init__(self, aligner, mapping, head, wanted, size):
-        self.aligner, self.mapping, self.head, self.size = aligner, mapping, head, size
+    def __init__(self, aligner, mapping, wanted, size):
+        self.aligner, self.mapping, self.size = aligner, mapping, size
         self.there = [i for i, one in enumerate(wanted) if one is not None]
         nodes, self.dense, weights, covers = {}, [], [], []
         never, blocked, sparse = [], [], []
@@ -229,6 +260,11 @@ class Piece:
         def local(node):
             return nodes.setdefault(node, len(nodes))
 
+        for i in self.there:  # first, so that they need not be picked out where there is one of each position
+            offset, position = wanted[i]
+            for node, _, cover in position.covers:
+                if not cover.rest and not cover.ahead:
+                    local(offset + node)
         for place, i in enumerate(self.there):
             offset, position = wanted[i]
             last = position.last[-1]
@@ -246,59 +282,63 @@ class Piece:
         self.nodes = torch.tensor(list(nodes), dtype=torch.long)
         self.covers = torch.tensor(covers, dtype=torch.long)
         self.weights = torch.tensor(weights, dtype=torch.long).view(-1, 3).T
+        self.dense = torch.tensor(self.dense, dtype=torch.long).view(-1, 3).T
+        rows = torch.arange(len(self.there))
+        self.in_order = self.dense.shape[1] == len(rows) and bool((self.dense[1:] == rows).all())
         self.never, self.blocked = _flat(never, size), blocked
         self.sparse = _join(sparse, size)
 
-    def __call__(self, states, own):
-        device = own.device
-        with without_autocast(device.type):
-            share = own.softmax(-1)
+    def __call__(self, logits, own):
+        with without_autocast(own.device.type):
             if not self.there:
                 return own.log_softmax(-1)
-            there = torch.tensor(self.there, device=device)
-            found = self._map(states[self.nodes.to(states.device)], share[there].clamp_min(1e-30))
             if len(self.there) == len(own):
-                return found
+                return self._map(logits.to(own.dtype), own.softmax(-1))
+            there = torch.tensor(self.there, device=own.device)
+            found = self._map(logits.to(own.dtype), own[there].softmax(-1))
             return own.log_softmax(-1).index_copy(0, there, found)
 
-    def _map(self, states, share):
-        device, rows = share.device, len(share)
-        logits = self.head(states[None])[0].to(device)
-        log_probs = logits.to(share.dtype).log_softmax(-1)
-        width = log_probs.shape[-1]
-        number, node, token = self.weights.to(device)
+    def _map(self, logits, share):
+        device, rows, width = share.device, len(share), logits.shape[-1]
+        share = share.clamp_(min=1e-30)
+        probs = logits.softmax(-1)
         covers = self.covers.to(device)
-        weight = share.new_zeros(len(covers)).index_add(0, number, log_probs[node, token])
+        weight = share.new_zeros(len(covers))
+        if self.weights.numel():
+            number, node, token = self.weights.to(device)
+            likeliest = logits.detach().argmax(-1, keepdim=True)
+            norm = logits.gather(-1, likeliest) - probs.gather(-1, likeliest).log()
+            weight = weight.index_add(0, number, logits[node, token] - norm[node, 0])
         most = share.new_full((rows,), -torch.inf).scatter_reduce(0, covers, weight.detach(), "amax")
         weight = (weight - most[covers]).exp()
 
         # Where the tokens of both end: all pairs at once
-        number, node, place = torch.tensor(self.dense, dtype=torch.long, device=device).view(-1, 3).T
-        probs = log_probs[node].exp() * weight[number, None]
-        probs = probs if len(probs) == rows else probs.new_zeros(rows, width).index_add(0, place, probs)
+        number, node, place = self.dense.to(device)
+        if self.in_order:
+            ended = probs[:rows] * weight[number, None]
+        else:
+            ended = share.new_zeros(rows, width).index_add(0, place, probs[node] * weight[number, None])
         blocked = _flat(self.blocked, width).to(device)
         if len(blocked):
-            probs = probs.flatten().index_add(0, blocked, probs.flatten()[blocked] * (BLOCKED - 1)).view(rows, width)
-        to, back = self.aligner.sums(self.mapping, device)
-        total = _sum(share, width, back).clamp_min(1e-30)
-        out = _Sum.apply(probs / total, self.size, to, back) * share
+            ended = ended.view(-1).index_add_(0, blocked, ended.view(-1)[blocked] * (BLOCKED - 1)).view(rows, width)
+        out = self.aligner.boundary(self.mapping, device)(ended, share)
 
         # Elsewhere B's next token begins within bytes that were read, or A's does
         if self.sparse is not None:
             number, node, place, b, a, group, groups, part, kept = (
                 one.to(device) if isinstance(one, torch.Tensor) else one for one in self.sparse
             )
-            mine = share.flatten()[place * self.size + a] * part
+            mine = share.view(-1)[place * self.size + a] * part
             total = share.new_zeros(groups).index_add_(0, group, mine)
-            values = log_probs.flatten()[node * width + b].exp() * mine / total[group] * weight[number] * kept
-            out = out.flatten().index_add(0, place * self.size + a, values).view(rows, self.size)
+            values = probs.view(-1)[node * width + b] * mine / total[group] * weight[number] * kept
+            out = out.view(-1).index_add_(0, place * self.size + a, values).view(rows, self.size)
         never = self.never.to(device)
         if len(never):
-            out = out.flatten().index_fill(0, never, 0.0).view(rows, self.size)
+            out = out.view(-1).index_fill_(0, never, 0.0).view(rows, self.size)
         total = out.sum(-1, keepdim=True)
         known = total > 1e-30
-        out = torch.where(known, out / total.clamp_min(1e-30), share / share.sum(-1, keepdim=True))
-        return torch.lerp(out, share, TRUST).log()
+        scale = torch.where(known, (1 - TRUST) / total.clamp(min=1e-30), 0.0)
+        return (out * scale).addcmul_(share, torch.where(known, TRUST, 1.0).to(share.dtype)).log()
 
 
 def _flat(found, width):

@@ -67,6 +67,15 @@ class Tree:
             self.end = self.add(self.end, token)
             self.trunk.append(self.end)
 
+    def paths(self, start, longest):
+        """{node: tokens that lead to it} of a node and those after it, up to some number of tokens."""
+        found = {start: ()}
+        for node in range(start + 1, len(self.parents)):
+            path = found.get(self.parents[node])
+            if path is not None and len(path) < longest:
+                found[node] = (*path, self.tokens[node])
+        return found
+
 
 @dataclass
 class Row:
@@ -81,6 +90,7 @@ class Row:
         cache: The component's cache of the trunk, None before the first token.
         state: [width] after the trunk, None before.
         ahead: (tokens, cache after them, their states) of the growing word, from the trunk on; None: not kept.
+        told: The head's logits after the trunk, and after tokens of the growing word, by those tokens.
     """
 
     word: bytes = b""
@@ -91,6 +101,7 @@ class Row:
     cache: object = None
     state: torch.Tensor | None = None
     ahead: tuple | None = None
+    told: dict = field(default_factory=dict)
 
     def copy(self):
         """One that can be read on by itself."""

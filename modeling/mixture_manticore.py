@@ -155,10 +155,10 @@ def mix_prob(weights, logits, norms=None):
         norms: What normalises each of the logits [batch, time, 1], where it is known (`sureness`).
     """
     weights = [_above_zero(weight) for weight in weights]
-    per_token = all(not isinstance(w, float) and w.dim() == x.dim() for w, x in zip(weights, logits))
-    if per_token and len({x.dtype for x in (*weights, *logits)}) == 1 and not torch.compiler.is_compiling():
+    if len({x.dtype for x in logits}) == 1 and not torch.compiler.is_compiling():
         norms = norms or [one.detach().logsumexp(-1, keepdim=True) for one in logits]
-        flat = [x.flatten(0, -2) for x in (*weights, *logits, *(norm.to(x.dtype) for norm, x in zip(norms, logits)))]
+        weights = [torch.as_tensor(w, device=x.device).expand(*x.shape[:-1], 1) for w, x in zip(weights, logits)]
+        flat = [x.flatten(0, -2).to(logits[0].dtype) for x in (*weights, *logits, *norms)]
         return _LogMean.apply(*flat).view(logits[0].shape)
     terms = []
     for weight, one in zip(weights, logits):

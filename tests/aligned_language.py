@@ -76,8 +76,8 @@ def mapped(mapping, ideal, share):
                 paths.append((*paths[tree.parents[node]], tree.tokens[node]))
                 for number, probability in ideal(paths[node][len(b.start) :]).items():
                     logits[node, number] = math.log(probability)
-            piece = Piece(Aligner("a"), mapping, lambda states: states, [(0, tree.positions[-1])], a.size)
-            found[ids] = piece(logits, share(ids)[None])[0].exp()
+            piece = Piece(Aligner("a"), mapping, [(0, tree.positions[-1])], a.size)
+            found[ids] = piece(logits[piece.nodes], share(ids)[None])[0].exp()
             assert abs(found[ids].sum() - 1) < 1e-4
         return dict(enumerate(found[ids].tolist()))
 

@@ -65,11 +65,12 @@ def aligned_values(load: Load) -> Values:
     for text in ("prose", "code", "german"):
         worst = max(one["loss"] for key, one in lost.items() if key.endswith(text))
         yield f"aligned.{text}", f"{worst:+.3f}"
-    sums = "sums over both vocabularies, and the head"
-    yield "aligned.training", f"{cost['training']['ratio']:.1f}"
-    yield "aligned.training.first", f"{cost['training']['first'] / sum(cost['training']['components'].values()):.1f}"
-    yield "aligned.decoding", f"{cost['decoding']['ratio']:.2f}"
-    yield "aligned.sums", f"{cost['decoding']['shares'][sums]:.0%}"
+    for home, other in (("SmolLM2", "Gemma"), ("Gemma", "SmolLM2")):
+        training, decoding = cost[home]["training"], cost[home]["decoding"]
+        yield f"aligned.training.{home}", f"{training['ratio']:.2f}"
+        yield f"aligned.first.{home}", f"{training['first'] / sum(training['components'].values()):.1f}"
+        yield f"aligned.nodes.{home}", f"{training['nodes'] / training['tokens'][other] - 1:.0%}"
+        yield f"aligned.decoding.{home}", f"{decoding['ratio']:.2f}"
 
 
 @values
