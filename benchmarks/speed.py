@@ -258,7 +258,7 @@ def loading(args, results):
     """Wall time and peak memory of loading, in processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
         small, large = components(64, 2), components(args.large_width, args.layers)
-        compose(small).save_pretrained(f"{folder}/small")
+        compose(small, num_blocks=2).save_pretrained(f"{folder}/small")
         for name, part in zip("ab", large):
             part.save_pretrained(f"{folder}/{name}")
         compose(large, num_blocks=2).save_pretrained(f"{folder}/hybrid")
