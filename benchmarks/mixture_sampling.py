@@ -9,8 +9,10 @@ Three questions, each result a line of the output; what is there is not measured
   is asked at every token, or every 4, 16 or 64.
 * "trained": the same with gates trained with the lag that they are tested with, by gradients of the mixture's loss on
   what the frozen components said of each token.
+* "past", "online": the same with gates that read past losses, and with the online mixture, which nobody trains.
 * "speed": a GPT-NeoX and a Mamba of width 512 and eight layers, untrained; seconds per new token of each alone (by
   Transformers' `generate`), of the hybrid's `generate`, and drawn, with static weights and with a gate asked every 16.
+  "speed, three": the same with a Llama as the third.
 """
 
 import argparse
@@ -23,9 +25,20 @@ import torch
 from demo_pair import add_line, compose_pair, read_lines, rows_of, short_training
 from manticore_hf.modeling.mixers_manticore import repair_mixers
 from manticore_hf.modeling.mixture_manticore import mix_prob, sureness
+from manticore_hf.modeling.past_losses import GATE_DECAYS, LossGate, online_weights
 from manticore_hf.modeling.running_manticore import read_inputs, run
+from past_losses import known
 from tqdm.auto import tqdm
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM, Trainer, set_seed
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Trainer,
+    set_seed,
+)
 
 from manticore_hf import ManticoreForCausalLM, set_stage
 from manticore_hf.compose.mixture_sampling import with_lag
@@ -108,17 +121,39 @@ def seen(model, rows):
 
 def gated_nats(gate, one, lag):
     """Nats [time - 1] of a row under a gate that is asked every `lag` tokens."""
-    weights = with_lag(gate(one[0], one[1]), lag)[0, :-1]
-    return -(weights.log() + one[2]).logsumexp(-1)
+    states, sure = ([x[:, :-1] for x in xs] for xs in one[:2])
+    losses = [known(-one[2][None], GATE_DECAYS, True)] if isinstance(gate, LossGate) else []
+    return lagged_nats(gate(states, sure, *losses), one, lag)
 
 
-def train_with_lags(seed, train, rows):
+def lagged_nats(weights, one, lag):
+    """Nats [time - 1] of a row under weights [1, time - 1, K] that are kept for `lag` tokens."""
+    return -(with_lag(weights, lag)[0].log() + one[2]).logsumexp(-1)
+
+
+@torch.no_grad()
+def online_with_lags(rows):
+    """{lag: nats of each row} of the online mixture, with its default settings."""
+    model, found = compose_pair().eval(), {lag: [] for lag in LAGS}
+    prior = torch.full((len(model.config.component_names),), 1 / len(model.config.component_names))
+    for one in seen(model, rows):
+        sums = known(-one[2][None], [model.config.online_decay], False)[..., 0]
+        weights = online_weights(prior, sums, model.config.online_eta, model.config.online_share)
+        for lag in LAGS:
+            found[lag].append(lagged_nats(weights, one, lag).sum().item())
+    return found
+
+
+def train_with_lags(seed, train, rows, past=False):
     """{lag: nats of each row}, of a gate for each lag: Adam, four passes, one row a step."""
     model, found = compose_pair().eval(), {}
     train, test = seen(model, train), seen(model, rows)
     for lag in LAGS:
         set_seed(seed)
         gate = copy.deepcopy(model.hybrid_mixer.token_gate).requires_grad_(True)
+        if past:
+            gate = LossGate([one.shape[-1] for one in train[0][0]])
+            gate.reset()
         optimizer = torch.optim.Adam(gate.parameters(), lr=1e-3)
         steps = [i for _ in range(4) for i in torch.randperm(len(train)).tolist()]
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
@@ -132,14 +167,15 @@ def train_with_lags(seed, train, rows):
     return found
 
 
-def wide_pair(mixture):
-    """A GPT-NeoX and a Mamba of 512 and eight layers."""
+def wide_pair(mixture, count=2):
+    """A GPT-NeoX and a Mamba of 512 and eight layers, and a Llama as the third."""
     set_seed(0)
     wide = {"vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 8}
     parts = [
         GPTNeoXForCausalLM(GPTNeoXConfig(**wide, num_attention_heads=8, intermediate_size=2048)),
         MambaForCausalLM(MambaConfig(**wide)),
-    ]
+        LlamaForCausalLM(LlamaConfig(**wide, num_attention_heads=8, intermediate_size=1536)),
+    ][:count]
     model = ManticoreForCausalLM.from_components(parts, num_blocks=1, mixture=mixture, mixture_space="prob").eval()
     model.generation_config.eos_token_id = None
     return model
@@ -155,9 +191,9 @@ def seconds(generate):
     return (took[1] - took[0]) / (NEW - 1)
 
 
-def speed():
+def speed(count=2):
     """Median seconds per token of each way, measured in turn."""
-    gated, static = wide_pair("token"), wide_pair("static")
+    gated, static = wide_pair("token", count), wide_pair("static", count)
     ids, ways = torch.randint(0, 8192, (1, PROMPT)), {}
 
     def way(model, **given):
@@ -184,9 +220,12 @@ def main():
     parser.add_argument("--draws", type=int, default=100_000)
     args = parser.parse_args()
     lines = read_lines(args.output)
-    known = {(line["what"], line.get("seed")) for line in lines}
-    if ("speed", None) not in known:
+    known_lines = {(line["what"], line.get("seed")) for line in lines}
+    if ("speed", None) not in known_lines:
         add_line(args.output, lines, what="speed", threads=torch.get_num_threads(), seconds_per_token=speed())
+    if ("speed, three", None) not in known_lines:
+        line = {"threads": torch.get_num_threads(), "seconds_per_token": speed(3)}
+        add_line(args.output, lines, what="speed, three", **line)
     rows = rows_of("test", 40)["input_ids"]
     rows = [row for row in rows if len(row) > 64]
     tokens, train = [len(row) - 1 for row in rows], rows_of("train", 78)["input_ids"]
@@ -194,13 +233,15 @@ def main():
         for what, measure in (
             ("lag", lambda seed: lags(trained(seed), rows)),
             ("trained", lambda seed: train_with_lags(seed, train, rows)),
+            ("past", lambda seed: train_with_lags(seed, train, rows, past=True)),
+            ("online", lambda seed: online_with_lags(rows)),
         ):
-            if (what, seed) not in known:
+            if (what, seed) not in known_lines and (what != "online" or seed == 0):
                 found = measure(seed)
                 losses = {lag: sum(found[lag]) / sum(tokens) for lag in LAGS}
                 ends = {lag: bootstrap(np.array(found[lag]) - np.array(found[1]), tokens) for lag in LAGS}
                 add_line(args.output, lines, what=what, seed=seed, tokens=sum(tokens), losses=losses, cost_95=ends)
-    if ("draws", None) not in known:
+    if ("draws", None) not in known_lines:
         add_line(args.output, lines, what="draws", **draws(args.draws))
 
 

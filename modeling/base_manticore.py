@@ -370,7 +370,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         beside = [i for i, bridge in enumerate(self.config.bridges or ()) if bridge["kind"] == "attention"]
         cache = ManticoreCache(configs, self.segments.ranges, max_cache_len, offloading, quantized, beside)
         # Rows that read on as text what was padding would be known by it
-        cache.is_plain &= not (self.config.aligned or self.config.reads_past_losses)
+        cache.keeps_more = bool(self.config.aligned) or self.config.reads_past_losses or self.config.holds_weights
+        cache.is_plain &= not cache.keeps_more
         if self.config.aligned:
             optional("aligned_hybrid").check_aligned(self.config, max_cache_len)
         for name, part in parts.items() if max_cache_len is not None else ():

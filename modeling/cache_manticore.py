@@ -68,7 +68,7 @@ class ManticoreCache(Cache):
         layers, self._views, self.options = [], {}, (max_cache_len, offloading, quantized)
         self.max_cache_len, self.seen = max_cache_len, 0
         self.readers = {}  # of components with tokenizers of their own: {name: how far each row has been read}
-        self.past, self.records = None, False  # of a mixture that goes by past losses: a `Past`, how far it goes back
+        self.kept, self.records = {}, False  # of mixtures that go by what was read: {file: its `Past`, `Held`}
         self.mask, self.has_padding = None, False  # of what was read (None: all real), and whether any was in between
         # Whether nothing in it depends on where padding stands: neither GPT-Neo's windows nor MPT's biases count places
         self.is_plain = not any(
@@ -143,7 +143,7 @@ class ManticoreCache(Cache):
     def reset(self) -> None:
         """Forgets everything and keeps the memory."""
         super().reset()
-        self.seen, self.mask, self.has_padding, self.readers, self.past = 0, None, False, {}, None
+        self.seen, self.mask, self.has_padding, self.readers, self.kept = 0, None, False, {}, {}
 
     def restart(self, empty: Cache) -> None:
         """Becomes a new cache of the same hybrid, `empty`, for the sake of whoever holds this one."""
@@ -158,8 +158,7 @@ class ManticoreCache(Cache):
         """Keeps rows of the mask and of the readers; `chosen` gives their numbers for how many rows there are."""
         if self.mask is not None:
             self.mask = self.mask.index_select(0, chosen(len(self.mask)).to(self.mask.device))
-        if self.past is not None:
-            self.past = self.past.pick(chosen(len(self.past.sums)))
+        self.kept = {key: one.pick(chosen(len(one))) for key, one in self.kept.items()}
         for name, found in self.readers.items():
             self.readers[name] = [found[row].copy() for row in chosen(len(found)).tolist()]
 
@@ -167,8 +166,8 @@ class ManticoreCache(Cache):
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
         if self.readers and tokens_to_remove:
             raise ManticoreError("A component with a tokenizer of its own cannot take back tokens that it has read.")
-        if self.past is not None:
-            self.past = self.past.crop(abs(tokens_to_remove)) if abs(tokens_to_remove) < self.seen else None
+        kept = self.kept.items() if abs(tokens_to_remove) < self.seen else ()
+        self.kept = {key: one.crop(abs(tokens_to_remove)) for key, one in kept}
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)
         self.mask = None if self.mask is None else self.mask[:, : self.seen]
@@ -234,7 +233,7 @@ def _behind(model, cache):
     if is_hybrids(cache):
         return cache
     found = model.make_cache(offloading=cache.offloading) if type(cache) is DynamicCache else None
-    if found is not None and not found.is_recurrent and not (model.config.aligned or model.config.reads_past_losses):
+    if found is not None and not found.is_recurrent and not found.keeps_more:
         if cache.get_seq_length() == 0:
             cache.layers, cache.layer_class_to_replicate = found.layers, None
         if [*map(type, cache.layers)] == [*map(type, found.layers)]:

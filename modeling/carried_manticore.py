@@ -96,6 +96,7 @@ PARTS = {
     "ssd_manticore": Part("Mamba-2 and its kin", _calls("mamba2_chunk_scan", "mamba2_selective_state_update")),
     "recurrent_manticore": Part("RecurrentGemma", _calls("RecurrentGemmaRecurrentBlock")),
     "bridges": Part("bridges between components", lambda config, made_for: bool(config.bridges)),
+    "gate_lag": Part("weights that are kept for several tokens", lambda config, made_for: config.holds_weights),
     "past_losses": Part("mixtures that go by past losses", lambda config, made_for: config.reads_past_losses),
     **dict.fromkeys(
         ("aligned_bytes", "aligned_mapping", "aligned_reading", "aligned_tokenizers", "aligned_hybrid"),

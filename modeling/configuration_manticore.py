@@ -94,6 +94,9 @@ class ManticoreConfig(PreTrainedConfig):
         self.gate_past_losses = given.gate_past_losses
         if not isinstance(self.gate_past_losses, bool):
             raise ManticoreError(f"gate_past_losses={show(self.gate_past_losses)} must be true or false.")
+        self.gate_lag = given.gate_lag
+        if type(self.gate_lag) is not int or not 1 <= self.gate_lag <= 1 << 20:
+            raise ManticoreError(f"gate_lag={show(self.gate_lag)} must be a whole number of tokens, 1 to 1,048,576.")
         left = ["mixture_space"] * (given.mixture_space is None)
         left += ["loss_weights"] * (given.mix_loss_weight is given.component_loss_weight is None)
         self.objective = {"open": left} if left and given.preset == "default" else objective
@@ -246,6 +249,11 @@ class ManticoreConfig(PreTrainedConfig):
     def reads_past_losses(self) -> bool:
         """Whether the output mixture goes by what each component has lost on the tokens so far."""
         return self.route is None and (self.mixture == "online" or self.mixture == "token" and self.gate_past_losses)
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether weights per token are kept for several tokens (`gate_lag`)."""
+        return self.route is None and self.mixture != "static" and self.gate_lag > 1
 
     @property
     def sub_configs(self) -> dict[str, type]:

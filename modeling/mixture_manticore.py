@@ -6,7 +6,6 @@ taken in pieces that stay in the processor's cache.
 """
 
 import contextlib
-import math
 
 import torch
 
@@ -160,11 +159,8 @@ def mix_prob(weights, logits, norms=None):
         weights = [torch.as_tensor(w, device=x.device).expand(*x.shape[:-1], 1) for w, x in zip(weights, logits)]
         flat = [x.flatten(0, -2).to(logits[0].dtype) for x in (*weights, *logits, *norms)]
         return _LogMean.apply(*flat).view(logits[0].shape)
-    terms = []
-    for weight, one in zip(weights, logits):
-        scale = math.log(weight) if isinstance(weight, float) else weight.log()
-        terms.append((one.log_softmax(-1) + scale).clamp(min=torch.finfo(one.dtype).min))  # see `weighted_sum`
-    return torch.stack(terms).logsumexp(0)
+    terms = [one.log_softmax(-1) + torch.as_tensor(weight).log() for weight, one in zip(weights, logits)]
+    return torch.stack([one.clamp(min=torch.finfo(one.dtype).min) for one in terms]).logsumexp(0)  # see `weighted_sum`
 
 
 SPACES = {"logprob": mix_logprob, "prob": mix_prob}

@@ -7,7 +7,7 @@ heads_manticore. Weights come by reference: see weights_manticore.
 
 import sys
 from functools import partial, wraps
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from .base_manticore import ManticoreModel, takes_old_cache
 from .cache_manticore import ManticoreCache
 from .carried_manticore import optional
-from .configuration_manticore import ManticoreConfig, ManticoreError
+from .configuration_manticore import ManticoreConfig
 from .devices_manticore import place
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
@@ -74,18 +74,19 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         found = run(self, inputs, shared=False)
         # -0 is 0: all of them
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        lag = optional("gate_lag").Lag(self.config.gate_lag, inputs, kept) if self.config.holds_weights else None
+        kept = kept if lag is None else lag.places
         weights, states, own = self._heads(found, kept)
-        past = None
-        if self.config.reads_past_losses:
-            read = optional("past_losses").read_losses
-            past = partial(read, self, inputs, kept, lambda places: self._heads(found, places)[2])
-        logits, token_weights = self.mix(weights, list(states.values()), list(own.values()), past)
+        past = optional("past_losses").read_losses if self.config.reads_past_losses else None
+        past = past and partial(past, self, inputs, kept, lambda places: self._heads(found, places)[2])
+        logits, token_weights = self.mix(weights, list(states.values()), list(own.values()), past, lag)
+        own = own if lag is None else {name: lag.cut(one) for name, one in own.items()}
         if fused:
             labelling = {"labels": labels, **{k: kwargs.get(k) for k in ("shift_labels", "num_items_in_batch")}}
             return fused_output(self.config, logits, list(own.values()), self.fused_settings, **labelling)
         loss, parts = (None, {}) if labels is None else self._losses(logits, own, labels, kwargs)
         kept = found.cache, found.hidden_states, found.attentions
-        state = None if self.one_head() is None else states.popitem()[1]
+        state = None if self.one_head() is None else (lag.cut if lag else lambda x: x)(states.popitem()[1])
         return ManticoreCausalLMOutput(loss, logits, *kept, weights=token_weights, head_state=state, **parts)
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -102,16 +103,6 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         if len(names) != 1 or getattr(config, names[0]).vocab_size != config.vocab_size:
             return None
         return self.component(names[0]).get_output_embeddings() if self.segments.head(names[0]).is_linear else None
-
-    @property
-    def lm_head(self) -> NoReturn:
-        """Not there: the heads are the components'. Whoever would cast it (TRL's GRPO) gets a ManticoreError."""
-        if sys._getframe(1).f_code.co_name == "_cast_lm_head_to_fp32":
-            raise ManticoreError(
-                "cast_lm_head_to_fp32=True: a hybrid has no lm_head but one head in each component. Leave it out, or "
-                "train in float32 (model.float())."
-            )
-        raise AttributeError("lm_head")
 
     def _prepare_model_inputs(self, inputs=None, bos_token_id=None, model_kwargs=None):
         mask = (model_kwargs or {}).get("attention_mask")
@@ -143,7 +134,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             return list(active.values()), states, found.own_logits(kept)
         return list(active.values()), states, {name: self.segments.logits(name, one) for name, one in states.items()}
 
-    def mix(self, weights: list, states: list, own: list, past: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def mix(self, weights: list, states: list, own: list, past: Any = None, lag: Any = None) -> tuple:
         """The output mixture.
 
         Args:
@@ -151,12 +142,14 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             states: What their heads read, [batch, time, width] each.
             own: Their logits [batch, time, vocabulary].
             past: Gives, of those logits and what normalises them, the losses so far, where the mixture goes by them.
+            lag: A `Lag` where weights are kept for several tokens: what comes out is of the positions it was made for.
 
         Returns:
             (logits [batch, time, vocabulary], weights [batch, time, K'] that depend on the token, or None).
         """
+        cut = (lambda values: values) if lag is None else lag.cut
         if len(own) == 1:
-            return own[0], None
+            return cut(own[0]), None
         token_weights = norms = None
         if self.config.mixture != "static" and not isinstance(weights[0], float):
             sure, norms = zip(*[sureness(one) for one in own])
@@ -167,8 +160,9 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
                 token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure), *losses))
                 # The gate stands for alpha, which gets a gradient of zeros: DDP waits for all that may be trained.
                 token_weights = token_weights + 0.0 * sum(weights)
-            weights = list(token_weights.split(1, -1))
-        return SPACES[self.config.mixture_space](weights, [widen(one) for one in own], norms), token_weights
+            token_weights = token_weights if lag is None else lag.hold(token_weights)
+            weights, norms = list(token_weights.split(1, -1)), [cut(one) for one in norms]
+        return SPACES[self.config.mixture_space](weights, [widen(cut(one)) for one in own], norms), token_weights
 
     def _losses(self, logits, own, labels, kwargs):
         """(loss, its parts by output name). The parts are means over this call's own tokens, whatever the loss is."""

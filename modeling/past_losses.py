@@ -44,6 +44,9 @@ class Past:
     sums: torch.Tensor
     log_probs: torch.Tensor
 
+    def __len__(self):
+        return len(self.sums)
+
     def pick(self, rows: torch.Tensor) -> "Past":
         """The rows of these numbers."""
         rows = rows.to(self.sums.device)
@@ -147,7 +150,7 @@ def read_losses(model, inputs, kept, heads, own, norms):
     before, real, begins = _order(inputs, device)
     # After which place each token stands, turned round: which token comes after each place
     after = ids.new_zeros(batch, time + 1).scatter(1, torch.where(real & (before >= 0), before, time), ids)[:, :time]
-    past = None if cache is None else cache.past
+    past = None if cache is None else cache.kept.get("past_losses")
     count, size = len(own), own[0].shape[-1]
     pending = widen(own[0]).new_zeros(batch, count, size) if past is None else past.log_probs[:, -1]
     trail = ends = None
@@ -174,7 +177,7 @@ def read_losses(model, inputs, kept, heads, own, norms):
     values[:, 0] += factors[:, 0] * known
     sums = decayed_sums(values, factors)
     if cache is not None:
-        cache.past = Past(torch.cat([known[:, None], sums], 1)[:, -length:], trail)
+        cache.kept["past_losses"] = Past(torch.cat([known[:, None], sums], 1)[:, -length:], trail)
     return sums[:, kept if isinstance(kept, slice) else kept.to(device)]
 
 

@@ -90,6 +90,7 @@ class HybridSettings:
     gate_past_losses: bool = _setting(
         False, "With mixture token: the gate also reads what each component has lost on the tokens so far."
     )
+    gate_lag: int = _setting(1, "With mixture token or online: the weights are computed at every n-th token and kept.")
     online_eta: float = _setting(0.1, "With mixture online: weights go with exp(-eta * decayed loss in nats).")
     online_decay: float = _setting(0.95, "With mixture online: what a loss counts one token later, from 0 to 1.")
     online_share: float = _setting(0.05, "With mixture online: share of the weights that stays at alpha, from 0 to 1.")

@@ -48,7 +48,7 @@ class Script:
         return torch.tensor([next(self.drawn)])
 
 
-@pytest.mark.parametrize("mixture,lag", [("static", 16), ("token", 1), ("token", 4)])
+@pytest.mark.parametrize("mixture,lag", [("static", 16), ("token", 1), ("token", 4), ("online", 1), ("online", 4)])
 def test_every_draw_has_the_mixtures_probabilities(monkeypatch, mixture, lag):
     """Weighted by the shares that were drawn with, the components' probabilities are the model's own distribution."""
     model, script = one_block(mixture=mixture), Script()
@@ -62,12 +62,41 @@ def test_every_draw_has_the_mixtures_probabilities(monkeypatch, mixture, lag):
     start = PROMPT.shape[1] - 1
     for step, (shares, probs, which) in enumerate(zip(script.shares, script.probs, script.order)):
         torch.testing.assert_close(probs, own[which][start + step], rtol=1e-4, atol=1e-6)
-        asked = start + step - (step % lag if mixture == "token" else 0)
+        asked = start + step - (step % lag if mixture != "static" else 0)
         wanted = model.mixture_weights()[0] if mixture == "static" else whole.weights[0, asked]
         torch.testing.assert_close(shares, wanted, rtol=1e-4, atol=1e-6)
         if mixture == "static" or lag == 1:
             mixed = sum(share * one[start + step] for share, one in zip(shares, own))
             torch.testing.assert_close(mixed, whole.logits[0, start + step].softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+HELD = {
+    "gate": {"mixture": "token"},
+    "gate, past losses": {"mixture": "token", "gate_past_losses": True},
+    "online": {"mixture": "online", "online_eta": 0.7, "online_decay": 0.85},
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_a_hybrid_with_a_lag_of_its_own_is_sampled_exactly(monkeypatch, kind):
+    """Whatever its weights go by, and wherever in a stretch of kept weights the prompt ends."""
+    model, script = one_block(gate_lag=4, **HELD[kind]), Script()
+    if kind == "gate, past losses":
+        torch.nn.init.normal_(model.hybrid_mixer.token_gate.past.weight, std=0.5)
+    monkeypatch.setattr(mixture_sampling.torch, "multinomial", script)
+    out = sample(model)
+    monkeypatch.undo()
+    with torch.no_grad():
+        whole = model(out, use_cache=False)
+        own = [model.component(n)(out, use_cache=False).logits.softmax(-1)[0] for n in model.config.component_names]
+    assert (whole.weights[0, 4] - whole.weights[0, 8]).abs().max() > 1e-3
+    for at, (shares, probs, which) in enumerate(zip(script.shares, script.probs, script.order), PROMPT.shape[1] - 1):
+        torch.testing.assert_close(probs, own[which][at], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(shares, whole.weights[0, at], rtol=1e-4, atol=1e-6)
+        mixed = sum(share * one[at] for share, one in zip(shares, own))
+        torch.testing.assert_close(mixed, whole.logits[0, at].softmax(-1), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ManticoreError, match="gate_lag=3: this hybrid's weights are kept for 4 tokens"):
+        sample(model, gate_lag=3)
 
 
 @pytest.mark.parametrize("family", ["jamba", "recurrent_gemma", "mamba2", "bloom", "gpt_neo"])
@@ -139,7 +168,6 @@ def test_what_would_change_the_mixture_is_refused():
     for settings, said in (
         ({"mixture_space": "logprob"}, "mixture_space is 'logprob'"),
         ({"embeddings": "mixed"}, "embeddings='mixed'"),
-        ({"gate_past_losses": True}, "gate_past_losses=True. follow what each component lost"),
     ):
         with pytest.raises(ManticoreError, match=said):
             sample(one_block(**settings))

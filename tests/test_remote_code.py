@@ -578,7 +578,7 @@ def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_stil
 
 # Settings that version 0.1 had not
 SINCE_THEN = (
-    "gate_past_losses", "online_decay", "online_eta", "online_share",
+    "gate_lag", "gate_past_losses", "online_decay", "online_eta", "online_share",
     "topology", "bridge_blocks", "bridges", "bridge_kind", "bridge_rank", "bridge_heads", "bridge_alpha",
 )  # fmt: skip
 

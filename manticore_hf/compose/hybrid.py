@@ -7,8 +7,10 @@ Importing `manticore_hf` registers these classes with the Auto classes.
 import copy
 import difflib
 import os
+import sys
 from dataclasses import fields
 from functools import partial
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from transformers.modeling_utils import local_torch_dtype
 from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.dtypes import cast, stored_dtype
-from manticore_hf.compose.mixture_sampling import GATE_LAG, sample_components
+from manticore_hf.compose.mixture_sampling import sample_components
 from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
 from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import base_manticore, heads_manticore, modeling_manticore
@@ -84,7 +86,7 @@ class ManticoreForCausalLM(_Defended, _ChecksGeneration, KeepsCard, modeling_man
     """A hybrid as a causal LM, which `from_components` composes; see `manticore_hf.modeling.modeling_manticore`."""
 
     def generate(
-        self, *args: object, mixture_sampling: bool = False, gate_lag: int = GATE_LAG, **kwargs: object
+        self, *args: object, mixture_sampling: bool = False, gate_lag: int | None = None, **kwargs: object
     ) -> object:
         """As in Transformers, and with `mixture_sampling` at the price of one component per token.
 
@@ -92,8 +94,8 @@ class ManticoreForCausalLM(_Defended, _ChecksGeneration, KeepsCard, modeling_man
             *args: As in Transformers.
             mixture_sampling: Draw for each token which component writes it, and run that one alone; with
                 do_sample=True, and without what changes probabilities (top_k is 0 unless given).
-            gate_lag: Tokens for which a gate's weights are kept then. Of static weights, and of a gate with a lag of 1,
-                samples are exactly the mixture's.
+            gate_lag: Tokens for which weights per token are kept then; by default the hybrid's own `gate_lag`, or 16
+                where that is 1. With the hybrid's own, and with static weights, samples are exactly the mixture's.
             **kwargs: As in Transformers.
 
         Raises:
@@ -105,6 +107,16 @@ class ManticoreForCausalLM(_Defended, _ChecksGeneration, KeepsCard, modeling_man
             kwargs["custom_generate"] = partial(sample_components, **given)
             kwargs.setdefault("top_k", 0)
         return super().generate(*args, **kwargs)
+
+    @property
+    def lm_head(self) -> NoReturn:
+        """Not there: the heads are the components'. Whoever would cast it (TRL's GRPO) gets a ManticoreError."""
+        if sys._getframe(1).f_code.co_name == "_cast_lm_head_to_fp32":
+            raise ManticoreError(
+                "cast_lm_head_to_fp32=True: a hybrid has no lm_head but one head in each component. Leave it out, or "
+                "train in float32 (model.float())."
+            )
+        raise AttributeError("lm_head")
 
     @classmethod
     @whole_weights()

@@ -3,8 +3,9 @@
 To draw a component with the mixture's weights, and then a token from that component alone, is to draw a token from
 sum_k w_k p_k (ancestral sampling of a mixture). So with weights that are known beforehand only the component that was
 drawn need run at a step. The others read the tokens later, many at a time: when they are drawn, or when the gate is
-asked again. Static weights are always known; a gate per token is asked every `gate_lag` tokens and kept in between,
-which is another mixture than the model's own (`with_lag` gives its weights, to score it).
+asked again. Static weights are always known. A gate per token, or the online mixture, is asked every `gate_lag` tokens
+and kept in between: so is a hybrid's whose setting `gate_lag` says so, which is trained and scored like that; for any
+other this is another mixture than its own (`with_lag` gives its weights, to score it).
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from manticore_hf.modeling.cache_manticore import ManticoreCache
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.modeling.past_losses import MOST, decays_of
 from manticore_hf.modeling.running_manticore import Inputs, active_in, mixture_rows, native_inputs
 from manticore_hf.modeling.segments_manticore import check_positions
 
@@ -43,6 +45,7 @@ class _Reader:
     seen: int = 0
     state: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    sums: torch.Tensor | float = 0.0
 
     @torch.no_grad()
     def read(self, ids):
@@ -59,9 +62,26 @@ class _Reader:
         inputs = Inputs(new, embeds, None, positions, False, self.cache, False)
         row = [float(name == self.name) for name in self.model.config.component_names]
         entering = native_inputs(self.model, inputs, row)[self.name]
-        self.state = segment(entering, None, positions, self.cache.view(self.name, 0), None)[:, -1:]
-        self.logits = segments.logits(self.name, self.state)
+        states = segment(entering, None, positions, self.cache.view(self.name, 0), None)
+        self.state = states[:, -1:]
+        if self.model.config.reads_past_losses:
+            logits = segments.logits(self.name, states)
+            self._lose(logits[0].float().log_softmax(-1), new[0])
+            self.logits = logits[:, -1:]
+        else:
+            self.logits = segments.logits(self.name, self.state)
         self.seen = len(ids)
+
+    def _lose(self, log_probs, new):
+        """Adds the losses of new tokens [new] to the decayed `sums` [decays]; log_probs [new, size] are after them."""
+        ids, losses = new.to(log_probs.device), -log_probs[:-1].gather(1, new[1:, None].to(log_probs.device))[:, 0]
+        first = losses.new_zeros(1)  # of a text: nothing was expected
+        if self.logits is not None:
+            first = -self.logits[0, -1:].float().log_softmax(-1)[:, ids[0]].to(first.device)
+        losses = torch.cat([first, losses]).clamp(0, MOST)
+        decays, shares = (losses.new_tensor(x) for x in decays_of(self.model.config))
+        ago = torch.arange(len(losses) - 1, -1, -1, device=losses.device)
+        self.sums = decays ** len(losses) * self.sums + (losses[:, None] * decays ** ago[:, None]).sum(0) * shares
 
 
 def sample_components(
@@ -72,7 +92,7 @@ def sample_components(
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
     streamer: BaseStreamer | None = None,
-    gate_lag: int = GATE_LAG,
+    gate_lag: int | None = None,
     **model_kwargs: object,
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
     """What `generate` calls to choose tokens, in the place of its own sampling; rows are written one after the other.
@@ -85,7 +105,7 @@ def sample_components(
         generation_config: As `generate` has made it.
         synced_gpus: Not supported.
         streamer: Gets the tokens of a single row.
-        gate_lag: Tokens between two questions to the gate.
+        gate_lag: Tokens between two questions to the gate; None: the hybrid's setting, or GATE_LAG where that is 1.
         **model_kwargs: `attention_mask` [batch, time].
 
     Returns:
@@ -94,6 +114,8 @@ def sample_components(
     Raises:
         ManticoreError: The hybrid cannot be sampled so, or something was asked for that would change the mixture.
     """
+    held = model.config.gate_lag if model.config.holds_weights else None
+    gate_lag = held or GATE_LAG if gate_lag is None else gate_lag
     _check(model, logits_processor, generation_config, synced_gpus, gate_lag)
     if model_kwargs.get("inputs_embeds") is not None or "prepare_inputs_for_generation" in vars(model):
         raise ManticoreError(
@@ -116,20 +138,22 @@ def sample_components(
 def _sample(model, row, ids, stopping_criteria, streamer, lag):
     cache = model.make_cache()
     readers = {name: _Reader(model, name, cache) for name in model.config.component_names}
-    weights, gated = mixture_rows(model)[0], model.config.mixture == "token"
-    active = active_in(model, weights)
-    gated = gated and len(active) > 1 and not all(isinstance(one, float) for one in active.values())
-    shares, names, count = torch.tensor([float(one) for one in active.values()]), list(active), 0
-    done = False
+    active = active_in(model, mixture_rows(model)[0])
+    gated = model.config.mixture != "static" and len(active) > 1
+    gated = gated and not all(isinstance(one, float) for one in active.values())
+    shares, names = torch.tensor([float(one) for one in active.values()]), list(active)
+    # The hybrid's own lag counts from the beginning of the text, any other from that of what is written
+    first, asked, done = 0 if model.config.holds_weights else len(ids) - 1, None, False
     while not done:
-        if gated and count % lag == 0:
+        at = len(ids) - 1 - (len(ids) - 1 - first) % lag
+        if gated and at != asked:
             for name in names:
-                readers[name].read(ids)
-            shares = _ask_gate(model, [readers[name] for name in names], list(active.values()))
+                readers[name].read(ids[: at + 1])
+            shares, asked = _ask_gate(model, [readers[name] for name in names], list(active.values())), at
         one = readers[names[int(torch.multinomial(shares, 1))]]
         one.read(ids)
         token = torch.multinomial(one.logits[0, -1].float().softmax(-1), 1).to(row.device)
-        ids, row, count = torch.cat([ids, token]), torch.cat([row, token]), count + 1
+        ids, row = torch.cat([ids, token]), torch.cat([row, token])
         if streamer is not None:
             streamer.put(token.cpu())
         done = bool(stopping_criteria(row[None], None).all())
@@ -139,7 +163,12 @@ def _sample(model, row, ids, stopping_criteria, streamer, lag):
 @torch.no_grad()
 def _ask_gate(model, readers, weights):
     """The gate's weights [K] after the last token."""
-    _, found = model.mix(weights, [one.state for one in readers], [one.logits for one in readers])
+
+    def past(own, norms):
+        return torch.stack([one.sums.to(own[0].device) for one in readers])[None, None]
+
+    losses = past if model.config.reads_past_losses else None
+    _, found = model.mix(weights, [one.state for one in readers], [one.logits for one in readers], losses)
     return found[0, -1].cpu()
 
 
@@ -157,12 +186,6 @@ def _check(model, logits_processor, generation_config, synced_gpus, lag):
             f"mixture_sampling draws from the arithmetic mean of the components, and mixture_space is "
             f"{config.mixture_space!r}: generate without it, or train the hybrid with mixture_space='prob'."
         )
-    if config.reads_past_losses:
-        raise ManticoreError(
-            f"mixture_sampling needs weights that are known before a token is read; this hybrid's (mixture="
-            f"{config.mixture!r}, gate_past_losses={config.gate_past_losses}) follow what each component lost on it: "
-            "generate without it."
-        )
     if not generation_config.do_sample or generation_config.num_beams > 1:
         raise ManticoreError("mixture_sampling samples: give do_sample=True and num_beams=1.")
     if len(logits_processor):
@@ -177,3 +200,8 @@ def _check(model, logits_processor, generation_config, synced_gpus, lag):
         raise ManticoreError(f"mixture_sampling does not give {wanted or ['synced_gpus']}: generate without it.")
     if type(lag) is not int or lag < 1:
         raise ManticoreError(f"gate_lag={lag!r} must be a whole number of tokens, at least 1.")
+    if config.holds_weights and lag != config.gate_lag:
+        raise ManticoreError(
+            f"gate_lag={lag}: this hybrid's weights are kept for {config.gate_lag} tokens, as it was trained; leave it "
+            "out."
+        )

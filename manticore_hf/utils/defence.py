@@ -388,7 +388,7 @@ _RESERVED = {one.name for one in fields(HybridSettings)} | {
     "all_tied_weights_keys", "kernel_config", "embed", "from_components", "make_cache", "mix_embeddings", "new_mixer",
     "renew_embeddings", "report_parts", "set_mixture_weights", "unchanged_keys", "verify_segments", "from_causal_lm",
     "is_gone", "make_score", "starts_anew", "composed_as", "together", "mix", "create_masks_for_generate",
-    "reads_past_losses",
+    "reads_past_losses", "holds_weights",
 }  # fmt: skip
 
 
