@@ -3,6 +3,7 @@
 import json
 import math
 
+import clean_process
 import pytest
 import torch
 from aligned_language import Ideal, Language, bits, mapped
@@ -223,6 +224,33 @@ def test_saved_by_reference_and_loaded_as_remote_code(hub, tmp_path):
     (tmp_path / "hybrid" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ManticoreError, match="tokenizer.json"):
         ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")(ids)
+
+
+def test_two_repositories_are_composed_without_a_question(hub, owner, tmp_path):
+    """By their addresses alone, by the command, where there is no terminal that could be asked."""
+    from aligned_pairs import model as tiny_model
+
+    for family, kind in PAIRS["attention"]:
+        publish(hub, f"{owner}/{family}", tiny_model(family, kind), tmp_path / "parts", tokenizer(kind))
+    repos = [f"{owner}/{family}" for family, _ in PAIRS["attention"]]
+    code = f"""if True:
+        import builtins, sys
+        assert not sys.stdin.isatty()
+        def refuse(*question):
+            raise SystemExit(f"asked: {{question}}")
+        builtins.input = refuse
+        from manticore_hf.cli import main
+        sys.exit(main(["compose", *{repos!r}, "--output-dir", {str(tmp_path / "hybrid")!r}]))
+        """
+    done = clean_process.run(["-c", code])
+    assert done.returncode == 0, done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr
+    model = ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert list(model.config.aligned) == ["gpt_neox"] and model.config.tokenizer_component == "llama"
+    assert [entry["repo_id"] for entry in model.config.components] == repos
+    ids = tokenizer("gpt")(TEXTS["prose"], return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        assert model(ids).logits.isfinite().all()
 
 
 def test_what_cannot_be_aligned_says_so(hybrids, tmp_path):
