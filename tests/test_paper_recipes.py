@@ -4,7 +4,11 @@ The columns are those of the data sets' cards; the addresses are served by the H
 """
 
 import io
+import itertools
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -19,10 +23,12 @@ from two_tokenizers import component, first, second
 from manticore_hf import ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.evaluation.data import load_rows
+from manticore_hf.hub.card import CardFacts, make_card
 from manticore_hf.training.recipe import load_recipe, stage_data
 from manticore_hf.utils.tokenizers import read_tokenizer
 
-RECIPES = sorted(path.name for path in (Path(__file__).parents[1] / "recipes").glob("paper_*.yaml"))
+RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(path.name for path in RECIPE_FOLDER.glob("paper_*.yaml"))
 PARQUET = "refs/convert/parquet"
 COUNT = 60
 
@@ -136,6 +142,7 @@ def stand_ins(hub, tmp_path_factory):
     hub.add_repo("datasets/atsushi3110/cross-lingual-openorcha-830k-en-ja", {"830k.ja.json": buffer.getvalue()})
 
 
+COMPONENTS = ("pythia_410m", "mamba_370m_hf")
 TREEBANK = {"train": 1000, "validation": 2000, "test": 3000}
 
 
@@ -215,7 +222,35 @@ def test_runs_by_its_name(name, tmp_path, monkeypatch):
         body = [model.component("mamba_370m_hf").backbone.layers[0].mixer.in_proj.weight for model in (one, two)]
         assert torch.equal(*body) == (one is composed)
         assert not torch.equal(*(next(model.hybrid_mixer.into.parameters()) for model in (one, two)))
-    card = (tmp_path / "out" / "3-finetune" / "README.md").read_text()
-    assert "Embeddings and heads are new (330 rows) and in this repository" in card
+    made = make_card(tmp_path / "out" / "3-finetune", CardFacts("me/hybrid", dict.fromkeys(COMPONENTS, "mit")))
+    assert "Embeddings and heads are new (330 rows) and in this repository" in str(made[0])
     mamba = tuned.component("mamba_370m_hf")
     assert mamba.lm_head.weight is mamba.backbone.embeddings.weight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_grid_of_fixed_alphas_of_a_recipe(blocks, tmp_path):
+    """Each point is the recipe with its alpha fixed, from where its finetune stage starts; it goes on where it was."""
+    text = (RECIPE_FOLDER / "paper_eli5.yaml").read_text().replace("block_size: 1024", "block_size: 64")
+    (tmp_path / "small.yaml").write_text(text)
+    command = [
+        sys.executable,
+        str(RECIPE_FOLDER.parent / "benchmarks" / "fixed_alphas.py"),
+        str(tmp_path / "small.yaml"),
+    ]
+    command += ["--output-dir", str(tmp_path / "grid"), "--blocks", str(blocks), "--step", "0.5"]
+    printed = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert printed[0].count("| ") > 3 and printed[1].count("this stage is finished") >= 4 + 3**blocks
+    found = json.loads((tmp_path / "grid" / "alphas.json").read_text())
+    assert [row["alpha"] for row in found["grid"]] == [
+        list(one) for one in itertools.product((0, 0.5, 1), repeat=blocks)
+    ]
+    for row in found["grid"]:
+        folder = tmp_path / "grid" / f"fixed-{'-'.join(f'{one:g}' for one in row['alpha'])}" / "tuned"
+        model = ManticoreForCausalLM.from_pretrained(folder)
+        assert model.config.num_blocks == blocks and model.mixture_weights()[:, 0].tolist() == row["alpha"]
+        assert json.loads((folder / "stage.json").read_text())["losses"] == row["losses"]
+    assert found["best"]["losses"]["hybrid"] == min(row["losses"]["hybrid"] for row in found["grid"])
+    searched = ManticoreForCausalLM.from_pretrained(tmp_path / "grid" / "searched" / "2-search")
+    assert found["searched"]["alpha"] == pytest.approx(searched.mixture_weights()[:, 0].tolist())
