@@ -1,5 +1,7 @@
 """Aligned hybrids: components that read the same bytes through tokenizers of their own."""
 
+import contextlib
+import itertools
 import json
 import math
 
@@ -7,12 +9,13 @@ import clean_process
 import pytest
 import torch
 from aligned_language import Ideal, Language, bits, mapped
-from aligned_pairs import TEXTS, hybrid, tokenizer
+from aligned_pairs import TEXTS, gpt, hybrid, tokenizer
 from hub_models import publish
 from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.modeling.aligned_mapping import ByteTokenizer, Mapping
 from manticore_hf.modeling.aligned_reading import Row, grow
 from manticore_hf.modeling.bounds_manticore import ManticoreError
+from two_tokenizers import FIRST
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 
@@ -64,6 +67,34 @@ def test_a_perfect_component_is_mapped_to_perfect_predictions(home, other):
         lost = bits(language, cuts[0], ends[0], mapped(mapping, theirs, known)) - entropy
         assert abs(bits(language, cuts[0], ends[0], best) - entropy) < 1e-6
         assert -1e-3 < lost < limit, (home, other, name, lost)
+
+
+def test_bytes_that_end_inside_of_a_letter_are_cut_as_with_the_letter():
+    """A space and half a letter are one word, as a space and the letter are; half an emoji is no letter."""
+    words = " \u72ac \u0416\u0443\u043a \U0001f600 a\u72ac"
+    tokens = ByteTokenizer(gpt(FIRST + words * 40, 400))
+    crossed = set()
+    for text in (
+        " \u72ac",
+        "cat \u72ac",
+        " \u0416\u0443",
+        "\u0416 \u0416",
+        " \U0001f600",
+        "a\U0001f600",
+        "a\u72ac \u72ac",
+    ):
+        data = text.encode()
+        whole = tokens.cut(data)
+        ends = list(itertools.accumulate(len(tokens.bytes_of([number])) for number in whole))
+        for size in range(1, len(data)):
+            with contextlib.suppress(UnicodeDecodeError):
+                data[:size].decode()
+                continue
+            found = tokens.cut(data[:size])
+            inside = [number for number, end in zip(whole, ends) if end <= size]
+            assert list(found[: len(inside)]) == inside and tokens.bytes_of(found) == data[:size], (text, size)
+            crossed |= {tokens.bytes_of([number]) for number in inside}
+    assert any(one[:1] == b" " and len(one) > 1 for one in crossed), "no word with a space and half a letter was there"
 
 
 @pytest.mark.parametrize("kind", PAIRS)

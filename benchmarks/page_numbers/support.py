@@ -65,7 +65,8 @@ def aligned_tokenizers(load: Load) -> Rows:
     found = load("aligned_tokenizers")
     rows = [["measured", *found]]
     for name in next(iter(found.values()))["lost"]:
-        cells = [f"{lost:.3f} of {entropy:.2f}" for lost, entropy in (one["lost"][name] for one in found.values())]
+        pairs = [one["lost"][name] for one in found.values()]
+        cells = [f"{round(lost, 3) + 0.0:.3f} of {entropy:.2f}" for lost, entropy in pairs]  # a rounded -0 is 0
         rows.append([f"bits lost of a perfect model's, {name}", *cells])
     labels = {
         "sum": "probabilities' sum, off one by",
