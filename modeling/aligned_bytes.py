@@ -106,7 +106,7 @@ class Surfaces:
         if self._kind == "byte-level":
             text = "".join(_LETTER_OF[byte] for byte in data)
         elif self._kind == "sentencepiece":
-            text = _decoded(data)
+            text = decoded(data)
             text = None if text is None else text.replace(" ", _SPACE_MARK)
         if text is not None:
             ids = [piece.id for piece in self._model.tokenize(text)]
@@ -163,7 +163,7 @@ def _byte_token(token):
     return None
 
 
-def _decoded(data):
+def decoded(data):
     try:
         return data.decode()
     except UnicodeDecodeError:  # part of a letter

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from .aligned_bytes import Surfaces
+from .aligned_bytes import Surfaces, decoded
 from .bounds_manticore import ManticoreError, reason, show
 
 LONGEST_WORD = 64
@@ -111,22 +111,51 @@ class ByteTokenizer:
         return out
 
     def _cut_broken(self, data):
-        """Bytes that are no text: the text in them is cut as text, the rest byte by byte."""
+        """Bytes that are no text: the text in them is cut as text, the rest byte by byte.
+
+        Where they end inside of a letter they are cut as with a letter of that kind: words are split at what is none.
+        """
         out = []
         while data:
             try:
                 data.decode()
                 first = last = len(data)
             except UnicodeDecodeError as err:
+                if err.reason == "unexpected end of data" and (letter := _completed(data[err.start :])):
+                    return (*out, *self._cut_beginning(data[: err.start] + letter, len(data)))
                 first, last = err.start, err.end if err.reason != "unexpected end of data" else len(data)
             out += self.cut(data[:first]) if first else ()
             out += self._spell(data[first:last], ()) if last > first else ()
             data = data[last:]
         return tuple(out)
 
+    def _cut_beginning(self, text, size):
+        """The canonical tokens of some bytes as far as the first `size` of them reach; a token beyond is spelled."""
+        out, at = [], 0
+        for number in self.cut(text):
+            end = at + len(self.bytes_of([number]))
+            if end > size:
+                break
+            out.append(number)
+            at = end
+        return (*out, *(self._spell(text[at:size], ()) if at < size else ()))
+
     def _spell(self, data, otherwise):
         """Tokens for bytes that the tokenizer would change or does not know."""
         return tuple(self.surfaces.longest_first(data)) or tuple(otherwise)
+
+
+def _completed(start):
+    """A letter, or else another sign, whose first bytes are given; None where there is none."""
+    size = 2 if start[0] < 0xE0 else 3 if start[0] < 0xF0 else 4
+    found = []
+    # Most signs of four bytes are emojis
+    for rest in (b"\x9f\x98\x80"[len(start) - 1 :],) if size == 4 else (b"\x81" * 2, b"\x95" * 2, b"\xa1" * 2):
+        text = decoded((start + rest)[:size])
+        if text is not None and text.isprintable():
+            found.append(text)
+    letters = [one for one in found if one.isalpha()]
+    return next((one.encode() for one in letters or found), None)
 
 
 def _inside(parts):

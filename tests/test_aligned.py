@@ -1,17 +1,21 @@
 """Aligned hybrids: components that read the same bytes through tokenizers of their own."""
 
+import contextlib
+import itertools
 import json
 import math
 
+import clean_process
 import pytest
 import torch
 from aligned_language import Ideal, Language, bits, mapped
-from aligned_pairs import TEXTS, hybrid, tokenizer
+from aligned_pairs import TEXTS, gpt, hybrid, tokenizer
 from hub_models import publish
 from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.modeling.aligned_mapping import ByteTokenizer, Mapping
 from manticore_hf.modeling.aligned_reading import Row, grow
 from manticore_hf.modeling.bounds_manticore import ManticoreError
+from two_tokenizers import FIRST
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 
@@ -63,6 +67,34 @@ def test_a_perfect_component_is_mapped_to_perfect_predictions(home, other):
         lost = bits(language, cuts[0], ends[0], mapped(mapping, theirs, known)) - entropy
         assert abs(bits(language, cuts[0], ends[0], best) - entropy) < 1e-6
         assert -1e-3 < lost < limit, (home, other, name, lost)
+
+
+def test_bytes_that_end_inside_of_a_letter_are_cut_as_with_the_letter():
+    """A space and half a letter are one word, as a space and the letter are; half an emoji is no letter."""
+    words = " \u72ac \u0416\u0443\u043a \U0001f600 a\u72ac"
+    tokens = ByteTokenizer(gpt(FIRST + words * 40, 400))
+    crossed = set()
+    for text in (
+        " \u72ac",
+        "cat \u72ac",
+        " \u0416\u0443",
+        "\u0416 \u0416",
+        " \U0001f600",
+        "a\U0001f600",
+        "a\u72ac \u72ac",
+    ):
+        data = text.encode()
+        whole = tokens.cut(data)
+        ends = list(itertools.accumulate(len(tokens.bytes_of([number])) for number in whole))
+        for size in range(1, len(data)):
+            with contextlib.suppress(UnicodeDecodeError):
+                data[:size].decode()
+                continue
+            found = tokens.cut(data[:size])
+            inside = [number for number, end in zip(whole, ends) if end <= size]
+            assert list(found[: len(inside)]) == inside and tokens.bytes_of(found) == data[:size], (text, size)
+            crossed |= {tokens.bytes_of([number]) for number in inside}
+    assert any(one[:1] == b" " and len(one) > 1 for one in crossed), "no word with a space and half a letter was there"
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -223,6 +255,33 @@ def test_saved_by_reference_and_loaded_as_remote_code(hub, tmp_path):
     (tmp_path / "hybrid" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ManticoreError, match="tokenizer.json"):
         ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")(ids)
+
+
+def test_two_repositories_are_composed_without_a_question(hub, owner, tmp_path):
+    """By their addresses alone, by the command, where there is no terminal that could be asked."""
+    from aligned_pairs import model as tiny_model
+
+    for family, kind in PAIRS["attention"]:
+        publish(hub, f"{owner}/{family}", tiny_model(family, kind), tmp_path / "parts", tokenizer(kind))
+    repos = [f"{owner}/{family}" for family, _ in PAIRS["attention"]]
+    code = f"""if True:
+        import builtins, sys
+        assert not sys.stdin.isatty()
+        def refuse(*question):
+            raise SystemExit(f"asked: {{question}}")
+        builtins.input = refuse
+        from manticore_hf.cli import main
+        sys.exit(main(["compose", *{repos!r}, "--output-dir", {str(tmp_path / "hybrid")!r}]))
+        """
+    done = clean_process.run(["-c", code])
+    assert done.returncode == 0, done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr
+    model = ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert list(model.config.aligned) == ["gpt_neox"] and model.config.tokenizer_component == "llama"
+    assert [entry["repo_id"] for entry in model.config.components] == repos
+    ids = tokenizer("gpt")(TEXTS["prose"], return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        assert model(ids).logits.isfinite().all()
 
 
 def test_what_cannot_be_aligned_says_so(hybrids, tmp_path):

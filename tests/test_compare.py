@@ -61,8 +61,11 @@ def compared(place, tmp_path_factory):
 
 def texts_of(output):
     """The texts of the test documents that a comparison was made with."""
-    name = Path(json.loads((output / "recipe.json").read_text())["data"]["data"]).with_name("test.jsonl")
-    return [json.loads(line)["text"] for line in name.read_text().splitlines()]
+    return texts_of_file(Path(json.loads((output / "recipe.json").read_text())["data"]["data"]).with_name("test.jsonl"))
+
+
+def texts_of_file(file):
+    return [json.loads(line)["text"] for line in file.read_text().splitlines()]
 
 
 def _row(result, name):
@@ -122,6 +125,23 @@ def test_stages_with_texts_of_their_own(place, tmp_path):
     hybrid = contenders["hybrid, 1 block"]
     (tmp_path / "hybrid").mkdir()
     assert hybrid.train(hybrid.options[0], 0, tmp_path / "hybrid")["training_tokens"] == tokens
+
+
+def test_as_long_again_is_as_long_again_where_steps_are_given(place, tmp_path, monkeypatch):
+    values = json.loads((place / "recipe.yaml").read_text())
+    values["stages"][2]["finetune"] |= {"max_steps": 3, "per_device_train_batch_size": 2}
+    (place / "steps.yaml").write_text(json.dumps(values))
+    arguments = CompareArguments(test=str(place / "test.jsonl"), seeds=(0,), learning_rates=(1e-2,))
+    contenders = {one.name: one for one in Comparison(place / "steps.yaml", arguments, tmp_path / "out")._contenders()}
+    steps, train = [], Trainer.train
+    counted = lambda self, **how: (train(self, **how), steps.append(self.state.global_step))[0]  # noqa: E731
+    monkeypatch.setattr(Trainer, "train", counted)
+    costs = []
+    for name in ("state, tuned", "state, tuned 2 times as long"):
+        folder = tmp_path / name
+        folder.mkdir()
+        costs.append(contenders[name].train(contenders[name].options[0], 0, folder)["training_tokens"])
+    assert steps == [3, 6] and costs[1] == 2 * costs[0]
 
 
 def test_the_grid_is_chosen_on_the_validation_text_alone(compared):
@@ -292,6 +312,48 @@ def test_all_variants(place, tmp_path):
     assert one == other
     tuned = _runs(tmp_path / "out", "hybrid, 1 block, from tuned components")[0]["folder"] / "model"
     assert ManticoreForCausalLM.from_pretrained(tuned).config.component_names == ["attention", "state"]
+
+
+@pytest.mark.slow
+def test_a_recipe_of_the_papers_kind(place, tmp_path):
+    """New embeddings for a tokenizer of the hybrid's own, a text to a row, stages with texts of their own."""
+    other = word_tokenizer(WORDS[::-1])
+    other.save_pretrained(place / "other-tokenizer")
+    draw = np.random.default_rng(1)
+    records = [{"text": " ".join(draw.choice(WORDS, size=draw.integers(3, 20)))} for _ in range(80)]
+    (place / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    training = {**QUIET_RECIPE, "num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    target = {"data": "train.jsonl", "block_size": 12, "one_per_row": True, "validation_fraction": 0.2}
+    values = {
+        "components": ["attention", "state"],
+        "hybrid": {"preset": "paper", "embeddings": "fresh", "tokenizer": "other-tokenizer", "dtype": "float32"},
+        "data": {"data": "more.txt", "block_size": 16},
+        "stages": [
+            {"pretrain": training},
+            {"search": {**training, "data": target, "new_embeddings": True}},
+            {"finetune": {**training, "data": target, "new_embeddings": True}},
+        ],
+    }
+    (place / "paper.yaml").write_text(json.dumps(values))
+    arguments = CompareArguments(test=str(place / "test.jsonl"), seeds=(0,), learning_rates=(1e-2,))
+    result = run_compare(place / "paper.yaml", arguments, tmp_path / "out")
+    (run,) = _runs(tmp_path / "out", "hybrid, 1 block")
+    model = ManticoreForCausalLM.from_pretrained(run["folder"] / "model").eval()
+    nats = 0.0
+    for text in texts_of_file(place / "test.jsonl"):
+        ids = torch.tensor([[other.eos_token_id, *other(text)["input_ids"]]])
+        for start in range(0, ids.shape[1] - 1, 11):  # rows of 12, each behind a start
+            row = torch.cat([ids[:, :1], ids[:, start + 1 : start + 12]], 1)
+            nats += model(row, labels=row).loss.item() * (row.shape[1] - 1)
+    tokens = sum(len(other(text)["input_ids"]) for text in texts_of_file(place / "test.jsonl"))
+    assert _row(result, "hybrid, 1 block")["loss"] == pytest.approx(nats / tokens, rel=1e-3)
+    # The components are tuned with their own tokenizer, on the real tokens of the padded rows
+    (alone,) = _runs(tmp_path / "out", "state, tuned")
+    lengths = [min(12, len(record["text"].split()) + 1) for record in records]
+    assert 0.7 * sum(lengths) < alone["training_tokens"] < 0.9 * sum(lengths)
+    assert {"state, tuned on the earlier stages' text, then on this", "state, tuned"} <= {
+        r["name"] for r in result["rows"]
+    }
 
 
 @pytest.mark.parametrize(

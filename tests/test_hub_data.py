@@ -96,6 +96,21 @@ def test_reads_every_shard_of_the_split(hub, owner, kind, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_for_validation(hub, owner, streaming):
+    splits = {"train": 10, "validation": 20, "test": 30}
+    files = {f"data/{split}.jsonl": as_jsonl(texts(first)) for split, first in splits.items()}
+    hub.add_repo(f"datasets/{owner}/splits", files)
+    rows, held_out = load(f"{owner}/splits", streaming=streaming, validation_split="test", validation_fraction=0.5)
+    assert list(rows["input_ids"]) == blocks(10) and list(held_out["input_ids"]) == blocks(30)
+    rows, held_out = load(f"{owner}/splits", streaming=streaming, validation_split="test", max_records=3)
+    assert list(rows["input_ids"]) == blocks(10, 3) and list(held_out["input_ids"]) == blocks(30, 3)
+    shuffled = read(f"{owner}/splits", streaming=streaming, shuffle_seed=1)
+    assert shuffled != blocks(10) and sorted(shuffled) == blocks(10)
+    assert read(f"{owner}/splits", streaming=streaming, where="text=w12 w12 w12") == blocks(12, 1)
+    assert "nowhere" in message(f"{owner}/splits", streaming=streaming, validation_split="nowhere")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_instructions(hub, owner, streaming):
     records = [{"prompt": "w5 w6", "completion": f"w{i}"} for i in range(10, 14)]
     hub.add_repo(f"datasets/{owner}/chats", {"train.jsonl": "\n".join(map(json.dumps, records)).encode()})

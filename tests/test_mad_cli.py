@@ -13,6 +13,7 @@ from manticore_hf.experiments.baselines import Training
 
 TINY = "--vocab-size 8 --seq-len 8 --num-train 48 --num-test 32 --hidden-size 32 --layers 1 --epochs 1 --batch-size 16"
 TINY = TINY.split()
+DEPTHS = (("gpt_neo", 1), ("mamba", 2))
 
 
 def mad(folder, *options):
@@ -64,6 +65,42 @@ def test_a_hybrid_is_printed_beside_its_components_and_their_ensemble(name, tmp_
         expected = accuracy(parts, rows, task.shifted)
         assert (found[model]["accuracy"], found[model]["macro_accuracy"]) == pytest.approx(expected)
     assert found["llama"]["parameters"] == models[0].num_parameters() if task.shifted else True
+
+
+def test_the_papers_setting_no_projectors_alphas_own_rate_and_twice_the_layers_of_mamba(tmp_path, monkeypatch, capsys):
+    seen, train = {}, baselines.Trainer.train
+
+    def spy(self):
+        alpha = [p for name, p in self.model.named_parameters() if name.endswith("alpha_logits")]
+        out = train(self)
+        groups = [group for group in self.optimizer.param_groups if group["params"]]
+        seen[type(self.model).__name__] = [
+            (group["initial_lr"], any(p is one for p in group["params"] for one in alpha)) for group in groups
+        ]
+        return out
+
+    monkeypatch.setattr(baselines.Trainer, "train", spy)
+    options = ["--hybrid", "gpt_neo,mamba", "--preset", "paper", "--learning-rate", "5e-4"]
+    papers = ["--projector", "none", "--alpha-learning-rate", "0.01", "--layers-of", "mamba=2"]
+    assert mad(tmp_path, "memorization", *options, *papers) == 0
+    assert seen["MambaForCausalLM"] and {rate for rate, _ in seen["MambaForCausalLM"]} == {5e-4}
+    assert [rate for rate, alpha in seen["ManticoreForCausalLM"] if alpha] == [0.01]
+    assert {rate for rate, alpha in seen["ManticoreForCausalLM"] if not alpha} == {5e-4}
+    found = results(tmp_path)
+    neo, mamba = (from_scratch(name, 8, layers, 32, 9).num_parameters() for name, layers in DEPTHS)
+    assert (found["gpt_neo"]["parameters"], found["mamba"]["parameters"]) == (neo, mamba)
+    # No projectors: all that the hybrid adds is alpha
+    assert found["hybrid gpt_neo+mamba"]["parameters"] - neo - mamba == 2
+    assert abs(found["hybrid gpt_neo+mamba"]["mixture_weights"][0][0] - 0.5) > 1e-3
+    capsys.readouterr()
+    for more, message in (
+        (["--layers-of", "llama=2"], "no model of type 'llama'"),
+        (["--layers-of", "mamba=x"], "--layers-of mamba=x is no pair"),
+        (["--alpha-learning-rate", "0"], "must be above"),
+        (["--alpha-learning-rate", "0.01", "--preset", "default"], "has no alpha"),
+    ):
+        assert mad(tmp_path / "none", "memorization", *options, *more) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_baselines_can_be_left_out(tmp_path):

@@ -224,6 +224,33 @@ def test_new_embeddings_are_trained_with_the_projectors(parts):
     assert not any(p.requires_grad for p in set_stage(model, "projectors").mamba.backbone.layers.parameters())
 
 
+def test_embeddings_drawn_anew_before_a_stage(parts, start, tmp_path, capsys):  # noqa: F811
+    """For search and finetune, as the paper's code does: of N(0, 0.02), and a head that was tied stays tied."""
+    settings = {"preset": "paper", "embeddings": "fresh", "dtype": "float32"}
+    arguments = TrainingArguments(output_dir=str(tmp_path / "fresh"), report_to="none", use_cpu=True)
+    run_compose(parts, arguments, **settings)
+    common = ["--data", str(start / "text.txt"), "--block-size", "16", "--max-steps", "1", "--learning-rate", "0"]
+    common += ["--seed", "5", "--use-cpu", "true", "--validation-fraction", "0"]
+    before = ManticoreForCausalLM.from_pretrained(tmp_path / "fresh")
+    for stage in ("search", "finetune"):
+        command = [stage, "--model", str(tmp_path / "fresh"), "--output-dir", str(tmp_path / stage), *common]
+        assert main([*command, "--new-embeddings"]) == 0
+        after = ManticoreForCausalLM.from_pretrained(tmp_path / stage)
+        changed = {key for key, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[key])}
+        alpha = {"hybrid_mixer.alpha_logits"} & changed
+        ends = {"gpt_neox.gpt_neox.embed_in.weight", "gpt_neox.lm_head.weight", "mamba.backbone.embeddings.weight"}
+        assert changed - alpha == ends | {"mamba.lm_head.weight"}
+        for key in ends:
+            weight = after.get_parameter(key).detach()
+            assert abs(weight.mean()) < 0.005 and weight.std() == pytest.approx(0.02, rel=0.2)
+        assert torch.equal(after.mamba.lm_head.weight, after.mamba.backbone.embeddings.weight)
+        assert not torch.equal(after.gpt_neox.lm_head.weight, after.gpt_neox.gpt_neox.embed_in.weight)
+    capsys.readouterr()
+    command = ["finetune", "--model", str(start / "hybrid"), "--output-dir", str(tmp_path / "none"), *common]
+    assert main([*command, "--new-embeddings"]) == 2
+    assert "new_embeddings is for a hybrid with embeddings 'fresh'" in capsys.readouterr().err
+
+
 def test_evaluate_prints_the_baselines(start, tmp_path, capsys):  # noqa: F811
     command = ["evaluate", "--model", str(start / "hybrid"), "--data", str(start / "text.txt"), "--block-size", "16"]
     assert main([*command, "--max-tokens", "800", "--output-dir", str(tmp_path)]) == 0

@@ -63,7 +63,7 @@ def _arguments(path, **kwargs):
     return SearchArguments(output_dir=str(path), **{**QUIET, **settings, **kwargs})
 
 
-RATES = {"darts": 0.2, "darts_bilevel": 0.2, "gaea": 0.5, "dash": 0.2}
+RATES = {"darts": 0.2, "darts_alternating": 0.4, "darts_bilevel": 0.2, "gaea": 0.5, "dash": 0.2}
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
@@ -142,6 +142,30 @@ def test_gaea_is_the_exponentiated_gradient(trained, tmp_path):
     torch.testing.assert_close(model.mixture_weights()[0], expected.detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_alternating_steps_move_weights_and_alpha_in_turn(trained, tmp_path):
+    """Against two gradients by hand: of the weights at the start, and of alpha where the weights are then."""
+    model, twin = (_hybrid(trained, mixture_space="logprob") for _ in range(2))
+    text = _text(count=4)
+    batch = {key: torch.tensor(text[key]) for key in ("input_ids", "labels")}
+    settings = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1}
+    args = _arguments(tmp_path, strategy="darts_alternating", max_steps=2, per_device_train_batch_size=4, **settings)
+    SearchTrainer(model=model, args=args, train_dataset=text).train()
+    twin.train()
+    alpha = twin.hybrid_mixer.alpha_logits
+    twin(**batch).loss.backward()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter is not alpha and parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+            parameter.grad = None
+    twin(**batch).loss.backward()
+    with torch.no_grad():
+        alpha -= 0.2 * alpha.grad
+    assert (alpha[0, 0] - alpha[0, 1]).abs() > 1e-3
+    for (key, one), two in zip(model.state_dict().items(), twin.state_dict().values()):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5, msg=key)
+
+
 def test_penalties_move_alpha_as_they_say(trained, tmp_path):
     cheap = _hybrid(trained)
     args = _arguments(tmp_path, cost_penalty=50.0, max_steps=15)
@@ -160,6 +184,16 @@ def test_alpha_is_trained_alone_by_its_own_rate_and_decay(trained, tmp_path):
     assert group["lr"] == 0.2 and group["weight_decay"] == 0.3
     others = [p for group in trainer.optimizer.param_groups[:-1] for p in group["params"]]
     assert others and all(model.hybrid_mixer.alpha_logits is not p for p in others)
+    args = _arguments(tmp_path, max_steps=4, alpha_lr_scheduler_type="linear", lr_scheduler_type="constant")
+    trainer = SearchTrainer(model=model, args=args, train_dataset=_text())
+    trainer.create_optimizer_and_scheduler(4)
+    rates = []
+    for _ in range(4):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert [one[-1] for one in rates] == pytest.approx([0.2, 0.15, 0.1, 0.05])  # then 0, as in the paper's code
+    assert trainer.optimizer.param_groups[-1]["lr"] == 0 and {rate for one in rates for rate in one[:-1]} == {1e-5}
 
 
 def test_refusals(trained, tmp_path):

@@ -1,5 +1,6 @@
 """The stage commands, as a user runs them; killed at any moment they end where an uninterrupted run does."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,12 +9,14 @@ import time
 import clean_process
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_hybrid import WORDS, pair, save, write_text
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.evaluation.data import DataArguments, load_rows, read_records
+from manticore_hf.evaluation.sources import text_of
 from manticore_hf.training.trained_stages import last_whole_checkpoint, take_mixture
 
 
@@ -262,6 +265,60 @@ def test_columns_inside_of_columns(tmp_path, tokenizer):
     for name, message in (("answers.body", "no column 'answers.body'"), ("answers", "holds dict, not text")):
         with pytest.raises(ManticoreError, match=message):
             load_rows(DataArguments(**given, text_column=name), tokenizer)
+
+
+def test_texts_of_several_columns_and_chosen_records(tmp_path, tokenizer):
+    records = [{"ask": {"x": f"cat {i % 3}"}, "say": f"sat {i}", "kind": "ab"[i % 2]} for i in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    def texts(**given):
+        arguments = DataArguments(str(tmp_path / "a.jsonl"), **{"text_column": "{ask.x}: {say}", **given})
+        return [text_of(one, arguments.text_column, arguments) for one in read_records(arguments)]
+
+    plain = [f"cat {i % 3}: sat {i}" for i in range(12)]
+    assert texts() == plain and texts(where="kind=b") == plain[1::2] and texts(max_records=5) == plain[:5]
+    drawn = texts(shuffle_seed=42, where="kind=a", max_records=4)
+    order = Dataset.from_dict({"i": range(0, 12, 2)}).shuffle(seed=42)["i"][:4]
+    assert drawn == [plain[i] for i in order] != plain[:8:2]
+    assert texts(space_characters=True)[0] == "c a t   0: s a t   0"
+    with pytest.raises(ManticoreError, match="no column 'nothing'"):
+        texts(text_column="{say} {nothing}")
+    with pytest.raises(ManticoreError, match="no column 'x'"):
+        texts(where="x=1")
+    for given, message in (
+        ({"where": "kind"}, "where='kind' must be column=text"),
+        ({"max_records": 0}, "max_records=0 must be"),
+        ({"one_per_row": True, "prompt_column": "ask"}, "one_per_row"),
+    ):
+        with pytest.raises(ManticoreError, match=message):
+            texts(**given)
+    (tmp_path / "a.txt").write_text("the cat")
+    with pytest.raises(ManticoreError, match="max_records is about records"):
+        read_records(DataArguments(str(tmp_path / "a.txt"), max_records=3))
+    with pytest.raises(ManticoreError, match="validation_split='test'.*no data set of the Hub"):
+        load_rows(DataArguments(str(tmp_path / "a.txt"), validation_split="test"), tokenizer)
+
+
+def test_one_text_to_a_row(start, tmp_path, tokenizer):
+    """Each begins at the row's beginning, is cut at its end, and has a loss on all of it; shorter ones are padded."""
+    texts = ["the cat sat", "a mat and two dogs run on a mat", "the", ""]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = DataArguments(str(tmp_path / "a.jsonl"), one_per_row=True, block_size=6, validation_fraction=0.0)
+    rows, _ = load_rows(data, tokenizer, keep_text=True)
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:6] for text in texts[:3]]
+    assert list(rows["input_ids"]) == list(rows["labels"]) == ids and set(rows["prompt"]) == {""}
+    assert [one[0] for one in rows["texts"]] == ["the cat sat", "a mat and two dogs run", "the"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts * 12))
+    given = _arguments("finetune", start, tmp_path / "out", "--max-steps", "1", "--learning-rate", "0")
+    given[given.index("--data") + 1] = data.data
+    assert main([*given, "--one-per-row", "--validation-fraction", "0.3", "--block-size", "6"]) == 0
+    result = json.loads((tmp_path / "out" / "stage.json").read_text())
+    _, held_out = load_rows(dataclasses.replace(data, validation_fraction=0.3), tokenizer)
+    model, nats, count, end = ManticoreForCausalLM.from_pretrained(tmp_path / "out"), 0.0, 0, tokenizer.eos_token_id
+    for row in held_out["input_ids"]:  # each text behind a start, and without its end
+        read = torch.tensor([[end, *(row[:-1] if row[-1] == end else row)]])
+        nats, count = nats + model(read, labels=read).loss.item() * (read.shape[1] - 1), count + read.shape[1] - 1
+    assert result["losses"]["hybrid"] == pytest.approx(nats / count, rel=1e-4)
 
 
 def test_an_unknown_source_is_refused(tokenizer):

@@ -59,6 +59,27 @@ def aligned(load: Load) -> Rows:
     return rows
 
 
+@table("aligned_tokenizers")
+def aligned_tokenizers(load: Load) -> Rows:
+    """What a perfect model loses by being mapped, and the worst of what must hold of any weights, in each direction."""
+    found = load("aligned_tokenizers")
+    rows = [["measured", *found]]
+    for name in next(iter(found.values()))["lost"]:
+        pairs = [one["lost"][name] for one in found.values()]
+        cells = [f"{round(lost, 3) + 0.0:.3f} of {entropy:.2f}" for lost, entropy in pairs]  # a rounded -0 is 0
+        rows.append([f"bits lost of a perfect model's, {name}", *cells])
+    labels = {
+        "sum": "probabilities' sum, off one by",
+        "cached": "with a cache, token by token, off by",
+        "chunks": "with a cache, in chunks, off by",
+        "future": "with another future, off by",
+    }
+    rows += [[label, *(f"{one[key]:.0e}" for one in found.values())] for key, label in labels.items()]
+    rows.append(["greedy tokens alike with and without a cache", *(one["generated"] for one in found.values())])
+    rows.append(["odd rows whose numbers are all finite", *(one["odd_rows"] for one in found.values())])
+    return rows
+
+
 @values
 def aligned_values(load: Load) -> Values:
     cost, lost = load("aligned_cost"), load("aligned")

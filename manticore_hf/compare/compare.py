@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.compare.arguments import CompareArguments
 from manticore_hf.compare.compared_recipe import read_recipe
-from manticore_hf.compare.contenders import Contender, Workshop, read_run
+from manticore_hf.compare.contenders import Contender, Workshop, count_tokens, read_run
 from manticore_hf.compare.scores import load_documents, score, score_text
 from manticore_hf.compare.summary import summarise, write_summary
 from manticore_hf.compose.tokenizers import can_align
@@ -67,11 +67,11 @@ class Comparison:
         self._check_aligned()
         data = DataArguments(**self.recipe.data)
         test = {"data": arguments.test, "data_split": arguments.test_split, "max_tokens": arguments.max_test_tokens}
-        test |= {"block_size": data.block_size, "text_column": data.text_column, "validation_fraction": 0.0}
+        same = {key: getattr(data, key) for key in ("block_size", "text_column", "space_characters")}
+        test |= {**same, "validation_fraction": 0.0}
         self.documents = load_documents(DataArguments(**test), self.shop.tokenizer)
         if arguments.validation is not None:
-            held_out = {"data": arguments.validation, "block_size": data.block_size, "text_column": data.text_column}
-            held_out = DataArguments(**held_out, validation_fraction=0.0)
+            held_out = DataArguments(arguments.validation, **same, validation_fraction=0.0)
             self.shop.validation_texts, _ = load_rows(held_out, self.shop.tokenizer, keep_text=True)
             self.shop.validation_rows = without_text(self.shop.validation_texts)
         self.chosen, self.seen, self.by_name = {}, {}, {}
@@ -217,6 +217,7 @@ class Comparison:
     def _more(self):
         """The components' own training text: (DataArguments, rows with their text)."""
         data = {**self.recipe.data, "data": self.arguments.all_text, "validation_fraction": 0.0, "max_tokens": None}
+        data |= dict.fromkeys(("where", "max_records", "validation_split"))
         data = DataArguments(**data)
         return data, load_rows(data, self.shop.tokenizer, keep_text=True)[0]
 
@@ -255,14 +256,16 @@ class Comparison:
             tuned = [str(self.chosen[name][seed]["folder"] / "model") for name in parts or ()]
             return self.shop.train_hybrid(hybrid, tuned or self.shop.sources, chosen, seed, folder)
 
-        return Contender(label, "hybrid", train, self.shop.load_hybrid, options, base=parts or [])
+        own = self.shop.hybrid_tokenizer
+        return Contender(label, "hybrid", train, self.shop.load_hybrid, options, base=parts or [], tokenizer=own)
 
     def _pruned(self, hybrid):
         def train(options, seed, folder):
             return self.shop.prune(self.chosen[hybrid.name][seed], options, seed, folder)
 
         name = f"{hybrid.name}, pruned"
-        return Contender(name, "pruned", train, self.shop.load_hybrid, base=[hybrid.name])
+        own = self.shop.hybrid_tokenizer
+        return Contender(name, "pruned", train, self.shop.load_hybrid, base=[hybrid.name], tokenizer=own)
 
     # ---- one run -----------------------------------------------------------------------------------------------------
 
@@ -366,7 +369,7 @@ class Comparison:
         return {
             "data": Path(self.recipe.data["data"]).name,
             "test": Path(self.arguments.test).name,
-            "tokens": len(self.shop.train_rows) * len(self.shop.train_rows[0]["input_ids"]),
+            "tokens": count_tokens(self.shop.train_rows),
             "seeds": list(self.arguments.seeds),
             "components": self.shop.names,
             "grid": self.arguments.grid(self.recipe),

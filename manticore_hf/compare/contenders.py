@@ -42,11 +42,11 @@ from manticore_hf.modeling.mixers_manticore import repair_mixers
 from manticore_hf.training.distill import run_prune
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.recipe import Recipe, run_recipe
-from manticore_hf.training.runtime import last_whole_checkpoint, training_defaults
+from manticore_hf.training.runtime import collator_for, last_whole_checkpoint, training_defaults
 from manticore_hf.training.stage_arguments import PruneArguments
 from manticore_hf.training.stages import STAGES
 from manticore_hf.training.untrained_stages import run_compose
-from manticore_hf.utils.tokenizers import read_tokenizer
+from manticore_hf.utils.tokenizers import read_tokenizer, tokenizer_at
 
 # FLOPs of training a token, in forward passes: all weights trained; through frozen layers to what is before or between
 # them; no gradient through the components at all.
@@ -91,6 +91,7 @@ class Workshop:
 
     Attributes:
         own_tokenizers: {component: tokenizer} of those that read text by another than the hybrid's (aligned hybrids).
+        hybrid_tokenizer: () -> the tokenizer of hybrids whose recipe gives one of its own; else None.
     """
 
     def __init__(self, recipe: Recipe, folder: str | Path, dtype: str = "float32"):
@@ -112,6 +113,8 @@ class Workshop:
         ]
         if recipe.hybrid.pop("tokenizer_data", None) is not None:  # it was chosen, once for all
             recipe.hybrid["tokenizer_component"] = config.tokenizer_component
+        given = recipe.hybrid.get("tokenizer")  # of the hybrids alone: components keep theirs
+        self.hybrid_tokenizer = given and functools.cache(functools.partial(tokenizer_at, given))
         self.home, untuned = config.tokenizer_component, self.untuned() if config.aligned else None
         self.own_tokenizers = {name: tokenizer_of(untuned, name) for name in config.aligned}
         rows = load_rows(DataArguments(**recipe.data), self.tokenizer, keep_text=True)
@@ -203,17 +206,18 @@ class Workshop:
         if settings.get("max_steps", -1) > 0:
             settings["max_steps"] *= passes  # which outweighs the epochs
         model.requires_grad_(True)
-        cost = self._fit(model, rows, settings, seed, folder, ALL)
+        cost = self._fit(model, rows, settings, seed, folder, ALL, tokenizer)
         model.save_pretrained(folder / "model")
         (tokenizer or self.tokenizer).save_pretrained(folder / "model")
         return cost
 
-    def _fit(self, model, rows, settings, seed, folder, factor):
+    def _fit(self, model, rows, settings, seed, folder, factor, tokenizer=None):
         repair_mixers(model)
         set_seed(seed)
         scratch = folder / "trainer"
         arguments = _arguments(scratch, **{"seed": seed, **settings})
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        collator = collator_for(rows, tokenizer or self.tokenizer)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch))
         shutil.rmtree(scratch, ignore_errors=True)
         model.eval()
@@ -227,10 +231,10 @@ class Workshop:
 
     def _tokens(self, steps, arguments, rows):
         """Tokens that were trained on; the last batch of a pass may be smaller."""
-        size, row = len(rows), len(rows[0]["input_ids"])
+        size, row = len(rows), count_tokens(rows) / len(rows)
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         passes, rest = divmod(steps, -(-size // batch))
-        return (passes * size + min(rest * batch, size)) * row
+        return round((passes * size + min(rest * batch, size)) * row)
 
     # ---- mixtures of models that were trained apart ------------------------------------------------------------------
 
@@ -310,7 +314,7 @@ class Workshop:
                 continue
             joined = model.config.num_blocks > 1 or model.config.embeddings != "native" or model.config.bridges
             through = THROUGH if joined else NONE
-            rows = self.rows_of(None, settings.get("data"))
+            rows = self.rows_of(self.hybrid_tokenizer and self.hybrid_tokenizer(), settings.get("data"))
             seen = self._tokens(result["steps"], _arguments(last, **only_training(settings)), rows)
             tokens += seen
             flops += (through if STAGES[name].trains == "projectors" else ALL) * seen * forward
@@ -338,6 +342,13 @@ class Workshop:
         tokens = self._tokens(result["steps"], arguments, self.train_rows)
         flops = tokens * (ALL * self.flops(hard) + self.flops(whole))
         return {"training_tokens": tokens, "training_flops": flops}
+
+
+def count_tokens(rows: Dataset) -> int:
+    """Tokens of rows as `load_rows` makes them: all of one length, if they are packed."""
+    if "attention_mask" in rows.column_names:
+        return sum(map(len, rows["input_ids"]))
+    return len(rows) * len(rows[0]["input_ids"])
 
 
 def _arguments(output_dir, **settings):

@@ -182,7 +182,7 @@ class ManticoreForCausalLM(_Defended, _ChecksGeneration, KeepsCard, modeling_man
             settings["vocab_size"] = check_tokenizers(same, hub)
         config = cls.config_class(components=[one.entry() for one in found], **settings)
         settle_attention(config)
-        if not padded:
+        if not padded and not (config.embeddings == "fresh" and "vocab_size" in settings):  # of any tokenizer
             check_tokenizers(same, hub)
         files = {}
         for one, entry in zip(found, config.components):
@@ -294,7 +294,17 @@ class ManticoreForCausalLM(_Defended, _ChecksGeneration, KeepsCard, modeling_man
 
     @torch.no_grad()
     def renew_embeddings(self) -> None:
-        """New embeddings and heads of N(0, 0.02) for every component (embeddings="fresh", the paper's code)."""
+        """New embeddings and heads of N(0, 0.02) for every component (embeddings="fresh", the paper's code).
+
+        A head that a component ties to its embedding stays tied. (The paper's code ties all.)
+
+        Raises:
+            ManticoreError: The hybrid has the components' own embeddings.
+        """
+        if self.config.embeddings != "fresh":
+            raise ManticoreError(
+                f"new_embeddings is for a hybrid with embeddings 'fresh'; this one has {self.config.embeddings!r}."
+            )
         for name in self.config.component_names:
             component = self.component(name)
             for module in {

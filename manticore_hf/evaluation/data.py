@@ -3,10 +3,13 @@
 Plain text is packed into blocks; records with a prompt and a completion become one row each, the prompt masked out of
 the loss. Where the records come from is in `sources.py`.
 Every row, and every document in it, begins with what the tokenizer begins texts with, and is closed by the end-of-text
-token; documents in one row are separate texts: their `position_ids` begin at 0. Nothing else joins them (the paper's
-code joins the characters of Penn Treebank with spaces; numbers made that way compare with nothing).
+token; documents in one row are separate texts: their `position_ids` begin at 0. (The paper's code joins the characters
+of Penn Treebank and of FineWeb with spaces; `space_characters` does that, and numbers made with it compare with no
+others.)
 """
 
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -47,9 +50,22 @@ def load_rows(
     Raises:
         ManticoreError: The source cannot be read, has no such column, or is too short; names it.
     """
+    if arguments.validation_split is not None:
+        if os.path.exists(arguments.data):
+            raise ManticoreError(
+                f"validation_split={arguments.validation_split!r}: {arguments.data!r} is no data set of the Hub, so it "
+                "has no splits; give validation_fraction."
+            )
+        whole = dataclasses.replace(arguments, validation_split=None, validation_fraction=0.0)
+        held_out = dataclasses.replace(whole, data_split=arguments.validation_split)
+        return tuple(load_rows(one, tokenizer, keep_text)[0] for one in (whole, held_out))
     records = read_records(arguments)
     limit = None if arguments.max_tokens is None else max(1, arguments.max_tokens // arguments.block_size)
-    if arguments.prompt_column is None:
+    if arguments.one_per_row:
+        texts = (text_of(one, arguments.text_column, arguments) for one in records)
+        pairs = ({"prompt": "", "answer": text} for text in texts)
+        rows = _rows_of_pairs(pairs, tokenizer, arguments, limit, keep_text)
+    elif arguments.prompt_column is None:
         texts = ((text_of(one, arguments.text_column, arguments), one.get(KIND_COLUMN)) for one in records)
         how = {"special_tokens": arguments.special_tokens, "keep_text": keep_text}
         rows = pack(texts, tokenizer, arguments.block_size, limit, **how)
@@ -353,11 +369,10 @@ def rows_for(
         arguments: DataArguments of the rows.
     """
     if "prompt" in rows.column_names:
-        records = (
-            {arguments.prompt_column: row["prompt"], arguments.completion_column: row["texts"][0]}
-            for row in rows.select_columns(["prompt", "texts"])
+        pairs = (
+            {"prompt": row["prompt"], "answer": row["texts"][0]} for row in rows.select_columns(["prompt", "texts"])
         )
-        return mask_prompts(records, other, arguments)
+        return _rows_of_pairs(pairs, other, arguments)
     end = tokenizer.eos_token_id
     pieces = ({"text": text, "closed": ids[-1] == end} for _, text, _, ids, _ in _kept_texts(rows) if text)
     packer = _Packer(other, arguments.block_size, arguments.special_tokens, False)
@@ -411,7 +426,14 @@ def mask_prompts(
     Raises:
         ManticoreError: A column is missing, or no record has room for its answer.
     """
-    end, columns = tokenizer.eos_token_id, {"prompt": arguments.prompt_column, "answer": arguments.completion_column}
+    columns = {"prompt": arguments.prompt_column, "answer": arguments.completion_column}
+    pairs = ({key: text_of(record, name, arguments) for key, name in columns.items()} for record in records)
+    return _rows_of_pairs(pairs, tokenizer, arguments, limit, keep_text)
+
+
+def _rows_of_pairs(pairs, tokenizer, arguments, limit=None, keep_text=False):
+    """As `mask_prompts`, of {"prompt": text, "answer": text}; a prompt may be empty."""
+    end = tokenizer.eos_token_id
     start, read = start_tokens(tokenizer), _Reader(tokenizer, arguments.special_tokens, keep_text)
     features = Features({key: List(Value("int32")) for key in ("input_ids", "attention_mask", "labels")})
     if keep_text:
@@ -423,7 +445,7 @@ def mask_prompts(
         for number, (prompt, answer, piece) in enumerate(zip(prompts, answers, pieces)):
             prompt = start + prompt
             ids = (prompt + answer + [end])[: arguments.block_size]
-            if len(prompt) < len(ids):
+            if len(prompt) < len(ids) and len(ids) > 1:
                 row = {"input_ids": ids, "attention_mask": [1] * len(ids)}
                 row["labels"] = [NO_LOSS] * len(prompt) + ids[len(prompt) :]
                 row["prompt"], row["texts"] = batch["prompt"][number], [piece(0, len(ids) - len(prompt))]
@@ -431,11 +453,7 @@ def mask_prompts(
                     rows[key].append(row[key])
         return rows
 
-    texts = (
-        {key: text_of(record, name, arguments) for key, name in columns.items()}
-        for record in bar(records, desc="Tokenising", unit="record", leave=False)
-    )
-    rows = _collect(texts, mask, limit, features)
+    rows = _collect(bar(pairs, desc="Tokenising", unit="record", leave=False), mask, limit, features)
     if rows is None:
         raise ManticoreError(
             f"{arguments.data!r} has no record whose prompt leaves room for an answer in {arguments.block_size} tokens."

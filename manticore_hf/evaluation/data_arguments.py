@@ -17,8 +17,20 @@ class DataArguments:
     data_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     data_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
     streaming: bool = field(default=False, metadata={"help": "Read a Hub data set only as far as it is needed."})
+    where: str | None = field(
+        default=None,
+        metadata={"help": "Read only the records that have this text in a column: column=text (column= for none)."},
+    )
+    shuffle_seed: int | None = field(
+        default=None, metadata={"help": "Shuffle the records with this seed. Default: as they come."}
+    )
+    max_records: int | None = field(default=None, metadata={"help": "Read at most so many of those records."})
     text_column: str = field(
-        default="text", metadata={"help": "Column that holds plain text; answers.text for one inside of a column."}
+        default="text",
+        metadata={
+            "help": "Column that holds plain text; answers.text for one inside of a column; or a text with columns in "
+            "braces, '{question} {answer}'. The columns of prompts and answers are given likewise."
+        },
     )
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column of the prompt: instruction data, the prompt gets no loss."}
@@ -36,18 +48,40 @@ class DataArguments:
             "choices": ["text", "tokens"],
         },
     )
+    space_characters: bool = field(
+        default=False,
+        metadata={
+            "help": "Put a space between every two characters of a text, as the paper's code does with Penn Treebank "
+            "and FineWeb by mistake: only to compare with its numbers, for they compare with no others."
+        },
+    )
     block_size: int = field(default=512, metadata={"help": "Tokens per row."})
+    one_per_row: bool = field(
+        default=False, metadata={"help": "Every text is a row of its own, cut to block_size, instead of packed rows."}
+    )
     max_tokens: int | None = field(default=None, metadata={"help": "Use at most so many tokens, validation included."})
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the rows kept for validation; 0 for none."}
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of the validation split."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of the Hub data set that is for validation, instead of a share of the rows."},
+    )
 
     def __post_init__(self):
         if self.block_size < 2:
             raise ManticoreError(f"block_size={self.block_size} must be at least 2 tokens.")
         if not 0 <= self.split_seed < 2**32:
             raise ManticoreError(f"split_seed={self.split_seed} must be in [0, 2**32).")
+        if self.one_per_row and self.prompt_column is not None:
+            raise ManticoreError("one_per_row: records with a prompt_column are rows of their own already; drop one.")
+        if self.where is not None and "=" not in self.where:
+            raise ManticoreError(f"where={self.where!r} must be column=text.")
+        for name, low in (("shuffle_seed", 0), ("max_records", 1)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**32:
+                raise ManticoreError(f"{name}={value} must be in [{low}, 2**32).")
         if self.special_tokens not in ("text", "tokens"):
             raise ManticoreError(f"special_tokens={self.special_tokens!r} is neither 'text' nor 'tokens'.")
         if not 0 <= self.validation_fraction < 1:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset, load_dataset_builder
+from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from manticore_hf.evaluation.data_arguments import DataArguments
@@ -17,6 +17,7 @@ _FORMATS = {
     ".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
     ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
+_IN_BRACES = re.compile(r"\{([^{}]+)\}")
 KIND_COLUMN = "kind"
 """Where records have it, and it holds text, losses are also given for each kind of text."""
 _MARKS = {
@@ -75,12 +76,16 @@ def read_records(arguments: DataArguments) -> Iterable[dict[str, Any]]:
         )
     kind = kinds.pop()
     if kind == "text":  # whole files: a line is no document
+        for name in ("where", "shuffle_seed", "max_records"):
+            if getattr(arguments, name) is not None:
+                raise ManticoreError(f"{name} is about records, and {arguments.data!r} holds plain text: drop it.")
         return [{arguments.text_column: _read_text(file, arguments.encoding)} for file in files]
     options = {"delimiter": "\t"} if any(file.suffix == ".tsv" for file in files) else {}
     if arguments.encoding is not None and kind in ("csv", "json"):
         options["encoding"] = arguments.encoding
     try:
         records = load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+        records = _chosen(records, arguments)
     except Exception as err:
         raise _unreadable(arguments, err) from err
     return _watched(records, arguments)  # whether bytes are text shows when they are read
@@ -132,11 +137,26 @@ def _hub_records(arguments):
         if revision is not None and type(builder).__name__ == "Cache" and not builder.hash.startswith(revision):
             raise ManticoreError(f"the Hub gives no such revision, and the copy in the cache is of {builder.hash}")
         if arguments.streaming:
-            return _watched(builder.as_streaming_dataset(arguments.data_split), arguments)
+            return _watched(_chosen(builder.as_streaming_dataset(arguments.data_split), arguments), arguments)
         builder.download_and_prepare()
-        return builder.as_dataset(arguments.data_split)
+        return _chosen(builder.as_dataset(arguments.data_split), arguments)
     except Exception as err:
         raise _unreadable(arguments, err) from err
+
+
+def _chosen(records, arguments):
+    """Those of a data set's records that are asked for, in the order asked for; nothing is written into its cache."""
+    here = {"keep_in_memory": True} if isinstance(records, Dataset) else {}
+    if arguments.where is not None:
+        column, _, text = arguments.where.partition("=")
+        if column not in (records.column_names or [column]):
+            raise ManticoreError(f"there is no column {column!r}; there are {sorted(records.column_names)}")
+        records = records.filter(lambda one: one[column] == text, **here)
+    if arguments.shuffle_seed is not None:
+        records = records.shuffle(seed=arguments.shuffle_seed, **here)
+    if arguments.max_records is not None:
+        records = records.take(arguments.max_records)
+    return records
 
 
 def _watched(records, arguments):
@@ -165,12 +185,14 @@ def text_of(record: Mapping[str, Any], name: str, arguments: DataArguments) -> s
 
     Args:
         record: A record of `read_records`.
-        name: The column; "answers.text" for what is nested in a column.
-        arguments: DataArguments, for the message.
+        name: The column; "answers.text" for what is nested in a column; or a text with columns in braces.
+        arguments: DataArguments.
 
     Raises:
         ManticoreError: There is no such column, or no text in it.
     """
+    if name not in record and _IN_BRACES.search(name):
+        return _IN_BRACES.sub(lambda found: text_of(record, found[1], arguments), name)
     outer, _, inner = name.partition(".")
     nested = isinstance(record.get(outer), Mapping) and inner in record[outer]
     if name not in record and not nested:
@@ -180,4 +202,4 @@ def text_of(record: Mapping[str, Any], name: str, arguments: DataArguments) -> s
         return " ".join(text)
     if not isinstance(text, str):
         raise ManticoreError(f"{arguments.data!r}: column {name!r} holds {type(text).__name__}, not text.")
-    return text
+    return " ".join(text) if arguments.space_characters else text

@@ -70,7 +70,7 @@ class Benchmark:
     def __init__(self, task: Any, output: str | Path, training: Training, quiet: bool):
         self.task, self.output, self.training, self.quiet = task, Path(output), training, quiet
         self.output.mkdir(parents=True, exist_ok=True)
-        self.splits = {}
+        self.splits, self.layers_of = {}, {}
 
     # ---- what a task says --------------------------------------------------------------------------------------------
 
@@ -114,19 +114,27 @@ class Benchmark:
         """Vocabulary, layers, width and longest sequence, as `scratch_config` takes them."""
         return self.task.vocab_size, self.training.layers, self.training.hidden_size, self.positions
 
+    def sizes_of(self, family: str) -> tuple[int, int, int, int]:
+        """`sizes` of a family, which may have layers of its own number."""
+        vocabulary, layers, *rest = self.sizes
+        return vocabulary, self.layers_of.get(family, layers), *rest
+
     def run(
         self,
         families: Sequence[str],
         baselines: bool = True,
         hybrid: Mapping[str, Any] | None = None,
         designed: bool = False,
+        layers_of: Mapping[str, int] | None = None,
     ) -> list[dict[str, Any]]:
         """Trains and scores what is not finished yet.
 
         Args:
             families: Model types. One: that model. Several: the hybrid of them.
             baselines: For a hybrid also each component alone, and the plain ensemble of those.
-            hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...).
+            hybrid: Keys of ManticoreConfig for the hybrid (num_blocks, preset, ...), and `alpha_learning_rate`, of its
+                static mixture weights.
+            layers_of: {model type: its layers}, of those that have others than the training says.
             designed: Also a hybrid that was designed by hand: `models.DESIGNED`.
 
         Returns:
@@ -135,10 +143,12 @@ class Benchmark:
         Raises:
             ManticoreError: Something in the settings cannot be used.
         """
-        families = list(families)
+        families, self.layers_of = list(families), dict(layers_of or {})
+        for family in self.layers_of.keys() - set(families):
+            raise ManticoreError(f"layers_of: there is no model of type {family!r} here; there are {families}.")
         others = [DESIGNED] if designed and families != [DESIGNED] else []
         for family in families + others:  # what cannot be built is said before anything is trained
-            scratch_config(family, *self.sizes)
+            scratch_config(family, *self.sizes_of(family))
         if len(families) == 1:
             results = [self.single(families[0], 0)]
         else:
@@ -171,12 +181,15 @@ class Benchmark:
             The result, as its JSON file has it.
         """
 
+        wiring = {key: value for key, value in settings.items() if key != "alpha_learning_rate"}
+
         def build():
-            lm = hybrid_from_scratch(families, *self.sizes, seed=self.training.seed, **settings)
+            layers = {family: self.sizes_of(family)[1] for family in families}
+            lm = hybrid_from_scratch(families, *self.sizes, seed=self.training.seed, layers_of=layers, **wiring)
             return self._wrap(lm)
 
-        name = f"hybrid {'+'.join(families)}"
-        return self._run(name, {"hybrid": families, "settings": settings}, build)
+        name, rate = f"hybrid {'+'.join(families)}", settings.get("alpha_learning_rate")
+        return self._run(name, {"hybrid": families, "settings": settings}, build, alpha_rate=rate)
 
     def ensemble(self, families: Sequence[str]) -> dict[str, Any]:
         """Scores the plain ensemble of the components trained alone (geometric mean of their predictions).
@@ -200,7 +213,7 @@ class Benchmark:
         return self._record(file, {**result, **self._score(models), **settings})
 
     def _build(self, family, index):
-        return self._wrap(from_scratch(family, *self.sizes, seed=self.training.seed + index))
+        return self._wrap(from_scratch(family, *self.sizes_of(family), seed=self.training.seed + index))
 
     def _wrap(self, lm):
         torch.manual_seed(self.training.seed)  # of what is put on top, the same for all
@@ -216,7 +229,7 @@ class Benchmark:
 
     def _file(self, name, what):
         settings = {"task": self.depends_on(what), "training": dataclasses.asdict(self.training), "what": what}
-        settings |= self.facts()
+        settings |= self.facts() | ({"layers_of": self.layers_of} if self.layers_of else {})
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         return self.output / f"{self.task.name}-{name.replace(' ', '-')}-{digest}.json", settings
 
@@ -227,7 +240,7 @@ class Benchmark:
         result = read_json(file)
         return None if result.get("weights") and not weights.is_file() else result
 
-    def _run(self, name, what, build, keep=False, split="train", callbacks=None, **own):
+    def _run(self, name, what, build, keep=False, split="train", callbacks=None, alpha_rate=None, **own):
         """Scores a model, trained on a split (None: not at all); `own` are fields of TrainingArguments for it alone."""
         file, settings = self._file(name, what)
         if (result := self._finished(file)) is not None:
@@ -238,6 +251,8 @@ class Benchmark:
         if split is not None:
             self._say(f"{name}: training on {len(self.data(split)):,} sequences, {self.training.epochs} epochs")
             trainer = Trainer(model, self._arguments(**own), self.collate, self.data(split), callbacks=callbacks)
+            if alpha_rate is not None:
+                _own_rate(trainer, alpha_rate)
             trainer.remove_callback(PrinterCallback)  # which stands in for a bar that nobody wants
             model.train()
             state = trainer.train()
@@ -286,6 +301,23 @@ class Benchmark:
     def _say(self, text):
         if not self.quiet:
             print(text, flush=True)
+
+
+def _own_rate(trainer, rate):
+    """Makes a Trainer's optimizer, with the mixture weights of the hybrid in it as a group of their own."""
+    hybrid = next(part for part in trainer.model.modules() if hasattr(part, "mixture_weights"))
+    alpha = hybrid.hybrid_mixer.alpha_logits
+    if hybrid.config.num_blocks == 1 and hybrid.config.mixture != "static":
+        raise ManticoreError(
+            f"alpha_learning_rate={rate}: a hybrid of one block with mixture {hybrid.config.mixture!r} has no alpha; "
+            "give preset 'paper', or more blocks."
+        )
+    if not rate > MIN_LEARNING_RATE:
+        raise ManticoreError(f"alpha_learning_rate={rate} must be above {MIN_LEARNING_RATE}, where its schedule ends.")
+    alpha.requires_grad_(False)  # out of the groups that Trainer makes
+    trainer.create_optimizer()
+    alpha.requires_grad_(True)
+    trainer.optimizer.add_param_group({"params": [alpha], "lr": rate, "weight_decay": trainer.args.weight_decay})
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Small models from scratch, of any family by its Transformers name, and hybrids of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,14 @@ def from_scratch(
 
 
 def hybrid_from_scratch(
-    families: Sequence[str], vocab_size: int, layers: int, width: int, positions: int, seed: int = 0, **settings: Any
+    families: Sequence[str],
+    vocab_size: int,
+    layers: int,
+    width: int,
+    positions: int,
+    seed: int = 0,
+    layers_of: Mapping[str, int] | None = None,
+    **settings: Any,
 ) -> ManticoreForCausalLM:
     """A hybrid whose components have initial weights.
 
@@ -112,6 +119,7 @@ def hybrid_from_scratch(
         families: Model types; component i has the weights that `from_scratch(..., seed=seed + i)` gives it.
         vocab_size, layers, width, positions: As `scratch_config`, the same for every component.
         seed: Seed of the weights.
+        layers_of: {family: its layers}, of those that have others than `layers`.
         **settings: Keys of ManticoreConfig. Projectors that would be calibrated start as the identity: states of
             untrained components hold nothing to calibrate on.
 
@@ -126,7 +134,8 @@ def hybrid_from_scratch(
     parts = []
     for i, family in enumerate(families):
         name = family if families.count(family) == 1 else f"{family}_{families[: i + 1].count(family)}"
-        parts.append(ComponentSpec(from_scratch(family, vocab_size, layers, width, positions, seed + i), name=name))
+        depth = (layers_of or {}).get(family, layers)
+        parts.append(ComponentSpec(from_scratch(family, vocab_size, depth, width, positions, seed + i), name=name))
     if settings.get("preset", "default") == "default":
         settings = {"projector_init": "identity", **settings}
     torch.manual_seed(seed)

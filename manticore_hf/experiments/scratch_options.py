@@ -2,6 +2,7 @@
 
 import argparse
 
+from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.utils.options import Parser, RenamedSwitch
 
 
@@ -15,6 +16,17 @@ def add_models(parser: Parser, layers: int) -> None:
     parser.add_argument("--hidden-size", type=int, default=128, help="width of every model")
     parser.add_argument("--num-blocks", type=int, default=1, help="blocks of the hybrid")
     parser.add_argument("--preset", default="default", help="settings of the hybrid: default or paper")
+    parser.add_argument("--projector", help="its projectors: linear, mlp or none (default: the preset's)")
+    parser.add_argument(
+        "--alpha-learning-rate", type=float, help="learning rate of its mixture weights (default: that of everything)"
+    )
+    parser.add_argument(
+        "--layers-of",
+        nargs="+",
+        default=[],
+        metavar="FAMILY=LAYERS",
+        help="layers of a model type where they are others, such as mamba=4: a layer of Mamba's has no MLP",
+    )
     parser.add_argument(
         "--baselines",
         action=argparse.BooleanOptionalAction,
@@ -29,6 +41,30 @@ def add_models(parser: Parser, layers: int) -> None:
         help="also train a hybrid that was designed by hand: Mamba "
         "and attention layers in turn (Jamba without experts)",
     )
+
+
+def hybrid_of_options(args: argparse.Namespace) -> dict:
+    """What a command line says of the hybrid, as `Benchmark.run` takes it."""
+    hybrid = {"num_blocks": args.num_blocks, "preset": args.preset}
+    for name in ("projector", "alpha_learning_rate"):
+        if getattr(args, name) is not None:
+            hybrid[name] = getattr(args, name)
+    return hybrid
+
+
+def layers_of_options(args: argparse.Namespace) -> dict[str, int]:
+    """{model type: its layers}, of those that have others.
+
+    Raises:
+        ManticoreError: No such pair.
+    """
+    out = {}
+    for one in args.layers_of:
+        family, _, layers = one.partition("=")
+        if not family or not layers.isdecimal() or int(layers) < 1:
+            raise ManticoreError(f"--layers-of {one} is no pair of a model type and its layers, such as mamba=4.")
+        out[family] = int(layers)
+    return out
 
 
 def add_training(parser: Parser, epochs: int, learning_rate: float, batch_size: int, weight_decay: float = 0.0) -> None:

@@ -309,6 +309,7 @@ def _numbers(config, found, facts, alpha):
         "online": config.mixture == "online" and not config.route and not kind.labels,
         "context": config.max_position_embeddings,
         "tokenizer_component": None if home else config.tokenizer_component,
+        "new_embeddings": config.embeddings == "fresh",
         "vocab_size": config.vocab_size,
         "transplanted": transplanted and listed(transplanted),
         "prompt": "A text to read." if kind.labels else "The",

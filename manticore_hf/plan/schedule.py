@@ -119,7 +119,7 @@ def make_task(
     )
     if (stored := subject.config.dtype) is not None and stored != task.dtype:
         task.converts = stored
-    if data is not None and data.validation_fraction:
+    if data is not None and (data.validation_fraction or data.validation_split):
         task.eval_batch = given["per_device_eval_batch_size"]
     if stage == "calibrate":
         task.tokens, task.counted = given["tokens"], "the stage's tokens"
@@ -186,7 +186,7 @@ def count_tokens(data: DataArguments | None, subject: Subject) -> tuple[int | No
     """
     if data is None:
         return None, "no data in the recipe; give --tokens"
-    kept = 1 - data.validation_fraction
+    kept = 1 if data.validation_split else 1 - data.validation_fraction
     path = Path(data.data)
     if not os.path.exists(path):
         if data.max_tokens is None:

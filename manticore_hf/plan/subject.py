@@ -16,7 +16,7 @@ from manticore_hf.training.programs import program_of
 from manticore_hf.training.recipe import Recipe, find_beside, load_recipe
 
 _PADDING = 0.02  # vocabularies whose sizes differ by no more are taken for one that is padded differently
-_NOT_OF_THE_MODEL = ("dtype", "transplant", "transplant_data", "tokenizer_data")
+_NOT_OF_THE_MODEL = ("dtype", "transplant", "transplant_data", "tokenizer_data", "tokenizer")
 
 
 @dataclass

@@ -263,7 +263,7 @@ def _types(cls):
 
 def _hybrid_types():
     """Keys under `hybrid:`; ManticoreConfig checks the values of most itself."""
-    checked = ("dtype", "transplant", "transplant_data", "tokenizer_data")
+    checked = ("dtype", "transplant", "transplant_data", "tokenizer_data", "tokenizer")
     return {f.name: str if f.name in checked else object for f in dataclasses.fields(HybridArguments)}
 
 
@@ -373,6 +373,8 @@ def run_recipe(
         hybrid["transplant_data"] = stage_data(recipe, {} if given is None else {"data": given})
     if "tokenizer_data" in hybrid:
         hybrid["tokenizer_data"] = stage_data(recipe, {"data": hybrid["tokenizer_data"]})
+    if "tokenizer" in hybrid:
+        hybrid["tokenizer"] = find_beside(hybrid["tokenizer"], recipe)
     results = [(folder, STAGES["compose"].run(components, arguments, program=program, **hybrid))]
     before_search, searched = folder, None
     for known, own, data, training in stages:

@@ -126,12 +126,7 @@ class StageRun:
         Raises:
             ManticoreError: Arguments that do not go together.
         """
-        if self.data.prompt_column is None:
-            collator = default_data_collator
-        else:
-            if self.tokenizer.pad_token is None:
-                self.tokenizer.pad_token = self.tokenizer.eos_token
-            collator = DataCollatorForSeq2Seq(self.tokenizer, padding=True, label_pad_token_id=-100)
+        collator = collator_for(self.train, self.tokenizer)
         given = {"args": self.arguments, "train_dataset": self.train, "processing_class": self.tokenizer, **kwargs}
         try:
             trainer = cls(model=model, data_collator=collator, **given)
@@ -200,6 +195,20 @@ class StageRun:
             self.tokenizer.save_pretrained(self.output)
         more = also(result) if also is not None else None
         return record(self.output, {"stage": self.stage, **result, **(more or {})})
+
+
+def collator_for(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Callable[[list], dict]:
+    """What makes batches of rows as `load_rows` gives them: packed ones, or of different lengths, which are padded.
+
+    Args:
+        rows: The rows.
+        tokenizer: That they were made with; it gets its end-of-text token for padding where it has none.
+    """
+    if "attention_mask" not in rows.column_names:
+        return default_data_collator
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
 
 
 def training_defaults() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 A strategy is a small class registered by name; it decides how alpha moves. All but `gaea` step alpha with AdamW:
 
 * `darts`: single-level, alpha and weights on the same batches (what the paper's code does; Liu et al. 2019).
+* `darts_alternating`: single-level, the weights and alpha in turn, a step each (an option of the paper's code).
 * `darts_bilevel`: first-order, alpha on a held-out half of the text, in turn with the weights (ibid., section 2.3).
 * `gaea`: exponentiated gradient on the simplex (Li et al. 2021, eq. 4).
 * `dash`: Gumbel-softmax samples of alpha with a falling temperature, as DASH's search does (Shen et al. 2022).
@@ -80,6 +81,17 @@ class Strategy:
 @strategy("darts")
 class Darts(Strategy):
     """Alpha and weights move together on the same batches."""
+
+
+@strategy("darts_alternating")
+class DartsAlternating(Strategy):
+    """The weights move in one step, alpha in the next, on the same text."""
+
+    def before_update(self) -> None:
+        trainer = self.trainer
+        for parameter in trainer.model.parameters():
+            if (parameter is trainer.alpha) == (trainer.state.global_step % 2 == 0):
+                parameter.grad = None  # AdamW leaves parameters without gradient alone
 
 
 @strategy("darts_bilevel")

@@ -47,7 +47,7 @@ RANGES = {
     "alpha_learning_rate": (0, 1e3), "alpha_weight_decay": (0, 1e3), "entropy_penalty": (-1e6, 1e6),
     "cost_penalty": (-1e6, 1e6), "temperature": (_SMALL, 1e6), "budget": (_SMALL, 1e6), "beam": (1, 1e4),
     "distil_weight": (0, 1), "block_size": (2, 2**24), "max_tokens": (1, 1e15), "validation_fraction": (0, 1 - _SMALL),
-    "split_seed": (0, 2**32 - 1),
+    "split_seed": (0, 2**32 - 1), "shuffle_seed": (0, 2**32 - 1), "max_records": (1, 2**32 - 1),
     # of a mixture that is programmed
     "seq_len": (1, 2**20), "num_train": (1, 1e8), "num_test": (1, 1e8), "layers": (1, 1024), "hidden_size": (1, 2**18),
     "steps": (1, 1e9), "batch_size": (1, 2**16), "seeds": (1, 1e4),
@@ -144,6 +144,13 @@ class HybridArguments(HybridSettings):
             "untrained hybrid reads it best. A file, folder or Hub data set. Default: none; the first component's."
         },
     )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "With embeddings fresh: the hybrid's tokenizer, a directory or Hub repo, whatever the components'. "
+            "Default: that of the tokenizer component."
+        },
+    )
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights, for example bfloat16."})
 
     def settings(self) -> dict[str, Any]:
@@ -198,6 +205,13 @@ class StageArguments:
             "0 freezes them. Default: the learning rate of everything."
         },
     )
+    new_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "With embeddings: fresh: draw them and the heads anew before the training, as the paper's code "
+            "does for search and finetune, which keep no more than the projectors of the stage before."
+        },
+    )
     verbose: bool = field(
         default=False,
         metadata={"help": "Print what the Trainer logs at every step, instead of one bar and a file (training.log)."},
@@ -208,7 +222,9 @@ class StageArguments:
 class AlphaArguments:
     """How a search moves alpha; a part of SearchArguments."""
 
-    strategy: str = field(default="darts", metadata={"help": "How alpha moves: darts, darts_bilevel, gaea or dash."})
+    strategy: str = field(
+        default="darts", metadata={"help": "How alpha moves: darts, darts_alternating, darts_bilevel, gaea or dash."}
+    )
     alpha_learning_rate: float = field(
         default=0.01, metadata={"help": "Learning rate of alpha (paper: 0.005 to 0.05)."}
     )

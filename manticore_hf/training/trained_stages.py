@@ -77,6 +77,8 @@ def _train(start: StageArguments, run: StageRun) -> dict:
     if search and not arguments.keep_alpha:
         for alpha in alphas(model):
             alpha.data.zero_()
+    if start.new_embeddings:
+        model.renew_embeddings()
     set_stage(model, run.stage)
     rate = start.new_rows_learning_rate
     if rate is not None and not rate >= 0:

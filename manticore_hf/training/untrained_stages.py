@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from manticore_hf.compose.choose_tokenizer import MEASURED_BYTES, measure_tokenizers
+from manticore_hf.compose.components import ComponentSpec, resolve
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.transplant import TransplantReport, compose_transplanted
 from manticore_hf.evaluation.data_arguments import DataArguments
@@ -28,7 +29,7 @@ from manticore_hf.training.runtime import training_defaults as training_defaults
 from manticore_hf.training.stage_arguments import CalibrateArguments
 from manticore_hf.training.stage_arguments import HybridArguments as HybridArguments
 from manticore_hf.utils.distributed import on_main
-from manticore_hf.utils.tokenizers import read_tokenizer
+from manticore_hf.utils.tokenizers import read_tokenizer, tokenizer_at
 
 _MEASURED_BYTES = 200_000  # of text on which transplants are measured
 
@@ -44,7 +45,7 @@ def run_compose(
         program: What finds the alpha that the hybrid is fixed at: `program_alpha` with all arguments but the model
             types of the components and `num_blocks`. Default: alpha is as ManticoreConfig says.
         **settings: Keys of ManticoreConfig, `dtype`, `transplant` (a method) with `transplant_data`, and
-            `tokenizer_data` (each DataArguments, or a source of text).
+            `tokenizer_data` (each DataArguments, or a source of text), and `tokenizer`, the address of one.
 
     Returns:
         The stage's result: components, blocks, parameters, bytes of the hybrid's own weights, transplants; of a
@@ -76,6 +77,22 @@ def _compose(components, settings, program, run: StageRun) -> dict:
     """Composes and writes; on rank 0."""
     method, source, reports = settings.pop("transplant", None), settings.pop("transplant_data", None), {}
     chosen_by, found = settings.pop("tokenizer_data", None), None
+    given = settings.pop("tokenizer", None)
+    if given is not None:
+        if method is not None or chosen_by is not None or settings.get("embeddings") != "fresh":
+            raise ManticoreError(
+                f"tokenizer={given!r} is for embeddings 'fresh', without transplant and tokenizer_data: components "
+                "that keep their embeddings read their own tokens."
+            )
+        run.tokenizer = tokenizer_at(given)
+        hub = {"token": None, "cache_dir": None, "local_files_only": False}
+        rows = min(resolve(ComponentSpec.of(one), hub, weights=False).config.vocab_size for one in components)
+        if (tokens := max(run.tokenizer.get_vocab().values()) + 1) > rows:
+            raise ManticoreError(
+                f"tokenizer={given!r} has {tokens:,} tokens, and the smallest component's vocabulary {rows:,} rows: "
+                "give a smaller tokenizer."
+            )
+        settings.setdefault("vocab_size", rows)
     if chosen_by is not None:
         if method is not None:
             raise ManticoreError(
@@ -92,6 +109,9 @@ def _compose(components, settings, program, run: StageRun) -> dict:
         source = DataArguments(source) if isinstance(source, str) else source
         texts = None if source is None else read_texts(source, _MEASURED_BYTES)
         model, run.tokenizer, reports = compose_transplanted(components, method, texts=texts, **settings)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id") if given is not None else ():
+        for one in (model.config, model.generation_config):
+            setattr(one, key, getattr(run.tokenizer, key))
     names = model.config.component_names
     result = {"components": names, "num_blocks": model.config.num_blocks}
     if found is not None:

@@ -31,6 +31,19 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **option
         ) from err
 
 
+def tokenizer_at(address: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by its address: a directory, or "owner/name" or "owner/name@revision" of the Hub.
+
+    Args:
+        address: The address.
+
+    Raises:
+        ManticoreError: As `read_tokenizer`.
+    """
+    where, _, revision = (address, "", "") if os.path.isdir(address) else address.partition("@")
+    return read_tokenizer(where, revision=revision or "main")
+
+
 def read_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase:
     """A tokenizer from a directory or repository.
 

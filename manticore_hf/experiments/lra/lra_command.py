@@ -2,7 +2,7 @@
 
 import argparse
 
-from manticore_hf.experiments.scratch_options import add_models, add_training
+from manticore_hf.experiments.scratch_options import add_models, add_training, hybrid_of_options, layers_of_options
 from manticore_hf.utils.options import Parser
 
 
@@ -52,5 +52,5 @@ def main(args: argparse.Namespace) -> None:
     names = {name for settings in TASKS.values() for name in settings}
     task = lra_task(args.task, seed=args.seed, **{name: getattr(args, name) for name in names if hasattr(args, name)})
     training, families = training_of(args), families_of(args)
-    hybrid = {"num_blocks": args.num_blocks, "preset": args.preset}
-    run_lra(task, families, args.output_dir, training, args.baselines, hybrid, designed=args.designed)
+    more = {"designed": args.designed, "layers_of": layers_of_options(args)}
+    run_lra(task, families, args.output_dir, training, args.baselines, hybrid_of_options(args), **more)

@@ -31,12 +31,13 @@ def run_lra(
     hybrid: dict | None = None,
     quiet: bool = False,
     designed: bool = False,
+    layers_of: dict[str, int] | None = None,
 ) -> list[dict]:
     """Trains and scores what is not finished yet, and prints all of it.
 
     Args:
         task: An LraTask.
-        families, baselines, hybrid, designed: As in `Benchmark.run`.
+        families, baselines, hybrid, designed, layers_of: As in `Benchmark.run`.
         output_dir: Where each run's JSON goes; runs that are finished there are read instead.
         training: Training; default: DEFAULTS.
         quiet: No progress bars and no table.
@@ -48,7 +49,8 @@ def run_lra(
     Raises:
         ManticoreError: Something in the settings or the data cannot be used.
     """
-    results = _LraBenchmark(task, output_dir, training or DEFAULTS, quiet).run(families, baselines, hybrid, designed)
+    benchmark = _LraBenchmark(task, output_dir, training or DEFAULTS, quiet)
+    results = benchmark.run(families, baselines, hybrid, designed, layers_of)
     if not quiet:
         print(f"\n{task.name}: at most {task.positions:,} tokens, test accuracy (chance {results[0]['chance']:.3f})")
         for row in results:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from manticore_hf.experiments.scratch_options import add_models, add_training
+from manticore_hf.experiments.scratch_options import add_models, add_training, hybrid_of_options, layers_of_options
 from manticore_hf.utils.options import Parser
 
 
@@ -46,5 +46,5 @@ def main(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     task = mad_task(args.task, seed=args.seed, **given)
     training, families = training_of(args), families_of(args)
-    hybrid = {"num_blocks": args.num_blocks, "preset": args.preset}
-    run_mad(task, families, args.output_dir, training, args.baselines, hybrid, designed=args.designed)
+    more = {"designed": args.designed, "layers_of": layers_of_options(args)}
+    run_mad(task, families, args.output_dir, training, args.baselines, hybrid_of_options(args), **more)

@@ -30,12 +30,13 @@ def run_mad(
     hybrid: dict | None = None,
     quiet: bool = False,
     designed: bool = False,
+    layers_of: dict[str, int] | None = None,
 ) -> list[dict]:
     """Trains and scores what is not finished yet, and prints all of it.
 
     Args:
         task: A MadTask.
-        families, baselines, hybrid, designed: As in `Benchmark.run`.
+        families, baselines, hybrid, designed, layers_of: As in `Benchmark.run`.
         output_dir: Where each run's JSON goes; runs that are finished there are read instead.
         training: Training; default: the benchmark's settings.
         quiet: No progress bars and no table.
@@ -46,7 +47,8 @@ def run_mad(
     Raises:
         ManticoreError: Something in the settings cannot be used.
     """
-    results = _MadBenchmark(task, output_dir, training or Training(), quiet).run(families, baselines, hybrid, designed)
+    benchmark = _MadBenchmark(task, output_dir, training or Training(), quiet)
+    results = benchmark.run(families, baselines, hybrid, designed, layers_of)
     if not quiet:
         _print_table(task, results)
     return results
