@@ -28,7 +28,7 @@ from .bounds_manticore import show
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .mixing_manticore import resize
 from .mixture_manticore import without_autocast
-from .running_manticore import active_in, mix_native, mixture_rows, run_any
+from .running_manticore import active_in, mix_native, mixture_rows, run_any, takes_turns
 from .segments_manticore import check_positions
 
 TRUST = 1e-6
@@ -121,6 +121,12 @@ class Aligner:
             for tree, before, row, found, cache in zip(trees, rows, after, states, caches or ()):
                 row.cache, row.state = cache, found[tree.end] if tree.trunk else before.state
         else:
+            if takes_turns(model):
+                raise ManticoreError(
+                    f"Component {name!r} ({config.model_type}) reads text in as many passes as the text asks for, and "
+                    "weights that are divided among processes (FSDP2, ZeRO-3) need as many in each: train with DDP, or "
+                    "transplant its vocabulary (tokenizers='transplant')."
+                )
             kept = [row if inputs.cache is not None else None for row in after]
             states = [self._walk(segment, config, *one) for one in zip(trees, rows, kept)]
         if inputs.cache is not None:

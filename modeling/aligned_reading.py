@@ -428,7 +428,10 @@ def can_read_trees(segment, config):
         return False
     paths = [(4, 5), (6,)]
     device = _device_of(segment)
+    training = [one for one in segment.stack.modules() if one.training]
     try:
+        for one in training:  # without dropout
+            one.training = False
         row = Row()
         for trunk in ((1, 2, 3), (7, 8)):  # the second after a cache of the first
             tree, ends = Tree([row.depth]), []
@@ -448,4 +451,7 @@ def can_read_trees(segment, config):
             row = Row(depth=tree.depths[tree.end], cache=cache, state=found[tree.end])
     except Exception:  # of the component's class, or its attention
         return False
+    finally:
+        for one in training:
+            one.training = True
     return True

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import cpu_fsdp
 import torch
+from aligned_pairs import hybrid as aligned_hybrid
+from aligned_pairs import tokenizer
 from datasets import Dataset
 from peft import get_peft_model
 from processes import report, same
 from tiny_hybrid import QUIET, mixed_hybrid, rows_of
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from two_tokenizers import FIRST, SECOND
 
 from manticore_hf import ManticoreForCausalLM, calibrate_projectors, lora_config, prune, set_stage
 from manticore_hf.evaluation.losses import compare_losses
@@ -27,7 +30,7 @@ from manticore_hf.training.distill import DistilTrainer
 from manticore_hf.training.freezing import ComponentClipping, fix_alpha
 from manticore_hf.training.search import SearchArguments, SearchTrainer, alpha_history
 from manticore_hf.training.trained_stages import HybridTrainer
-from manticore_hf.utils.distributed import all_reduce, gathered, world
+from manticore_hf.utils.distributed import all_reduce, gathered, main_first, world
 
 GLOBAL_BATCH = 4
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
@@ -51,7 +54,9 @@ def settings(**changes):
     return {**values, **changes}
 
 
-def train(kind, model, folder, name, callbacks=(), arguments=TrainingArguments, resume=None, **changes):
+def train(
+    kind, model, folder, name, callbacks=(), arguments=TrainingArguments, resume=None, text=text, then=None, **changes
+):
     own = {key: changes.pop(key) for key in ("teacher",) if key in changes}
     trainer = kind(
         model=model,
@@ -67,6 +72,8 @@ def train(kind, model, folder, name, callbacks=(), arguments=TrainingArguments, 
     trainer.train(resume_from_checkpoint=resume)
     if "fsdp" in changes:
         check_sharded(trainer.model)
+    if then is not None:
+        then(trainer)
     evaluated = {key: value for key, value in trainer.evaluate().items() if key.startswith("eval_loss")}
     log = trainer.state.log_history
     kept = ("loss", "gate", "grad_norm", "eval_loss")
@@ -140,6 +147,14 @@ def finetune(folder, name, **changes):
     return train(HybridTrainer, model, folder, name, **changes)
 
 
+def told(folder, name, **changes):
+    """What DDP may be told, which changes nothing; a static graph goes with steps of one batch only, in any model."""
+    more = {"ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": True, "ddp_static_graph": True}
+    rows = GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", 1))
+    more |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": rows}
+    return finetune(folder, name, **more, **changes)
+
+
 def clipped(folder, name, **changes):
     model = set_stage(hybrid(), "finetune")
     callbacks = [ComponentClipping(0.05)]
@@ -200,18 +215,18 @@ def heal(folder, name, **changes):
     return train(DistilTrainer, set_stage(fix_alpha(student), "finetune"), folder, name, teacher=teacher, **changes)
 
 
-def resumed(folder, name, **changes):
+def resumed(folder, name, make=lambda: set_stage(hybrid(), "finetune"), **changes):
     """Goes on from a checkpoint, and from another start, as if it had not been stopped; then takes the best one."""
     changes = {
         "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
         "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,
         "learning_rate": 0.05, **changes,
     }  # fmt: skip
-    whole = train(HybridTrainer, set_stage(hybrid(), "finetune"), folder, name, **changes)
+    whole = train(HybridTrainer, make(), folder, name, **changes)
     for step in (2, 4):
         state = json.loads((folder / name / f"checkpoint-{step}" / "trainer_state.json").read_text())
         assert state["best_model_checkpoint"] == str(folder / name / "checkpoint-2"), f"forgotten at step {step}"
-    other = set_stage(hybrid(), "finetune")
+    other = make()
     with torch.no_grad():
         for parameter in other.parameters():
             parameter += 1
@@ -243,6 +258,53 @@ def buffers(folder, name, **changes):
     return train(HybridTrainer, set_stage(model.double(), "finetune"), folder, name, **changes)
 
 
+def sentences(kind):
+    """Rows of words in the tokens of one of the tokenizers of `aligned_pairs`, padded on the right."""
+
+    def rows(count=24):
+        words, drawn = (FIRST + SECOND).split(), torch.Generator().manual_seed(3)
+        texts = [words[i : i + 4 + i % 5] for i in torch.randint(0, len(words) - 9, (count,), generator=drawn).tolist()]
+        ids = [tokenizer(kind)(" ".join(one), add_special_tokens=False).input_ids[:24] for one in texts]
+        padded = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        return Dataset.from_dict({key: [([1] * len(one) if key == "attention_mask" else one) + [fill] * (24 - len(one))
+                                        for one in ids] for key, fill in padded.items()})  # fmt: skip
+
+    return rows
+
+
+def aligned(*parts, **settings):
+    """Components with tokenizers of their own, the first one's that of the hybrid; trained, saved and loaded."""
+
+    def run(folder, name, **changes):
+        home = folder / f"{name}-parts"
+
+        def make():
+            torch.manual_seed(4)
+            with main_first():  # the others save nothing
+                home.mkdir(exist_ok=True)
+                model = aligned_hybrid(home, parts, component_loss_weight=0.5).double()
+            with torch.no_grad():
+                for parameter in model.hybrid_mixer.parameters():
+                    parameter += 0.3 * torch.randn_like(parameter)
+            return set_stage(model, "finetune")
+
+        def check_saved(trainer):
+            state = gathered(trainer, trainer.model)
+            if world()[0] == 0:
+                trainer.model.save_pretrained(folder / f"{name}-saved", state_dict=state)
+                loaded = ManticoreForCausalLM.from_pretrained(folder / f"{name}-saved", dtype=torch.float64)
+                loaded = loaded.state_dict()
+                state = trainer.model.state_dict() if state is None else state
+                assert loaded.keys() == state.keys()
+                for key, value in loaded.items():
+                    assert torch.equal(value, state[key].to(value.dtype)), key  # of the mixer, which is float32
+
+        rows = sentences(parts[0][1])
+        return resumed(folder, name, make, text=rows, then=check_saved, **{**settings, **changes})
+
+    return run
+
+
 def calibrate(folder, name):
     """Of five batches two processes have three and two."""
     model = hybrid(embeddings="mixed")
@@ -271,7 +333,9 @@ CASES = {
     "dash": search("dash"), "pretrain": pretrain, "finetune": finetune, "clipped": clipped, "paper": paper,
     "one_component": one_component, "lora": lora, "heal": heal, "resumed": resumed, "sharded": sharded,
     "buffers": buffers, "bridged": bridged, "repeated": repeated, "mixed": mixed, "calibrate": calibrate,
-    "evaluate": evaluate,
+    "evaluate": evaluate, "told": told, "aligned": aligned(("llama", "gpt"), ("gpt_neox", "gemma")),
+    "aligned_mamba": aligned(("llama", "gemma"), ("mamba", "gpt")),
+    "aligned_checkpointed": aligned(("llama", "gemma"), ("mamba", "gpt"), gradient_checkpointing=True),
 }  # fmt: skip
 
 

@@ -140,6 +140,18 @@ def test_packed_documents_train_as_apart(made, tmp_path, settings):
             torch.testing.assert_close(value, right[key], atol=2e-5, rtol=1e-4, msg=f"{way} {key}")
 
 
+def test_dropout_does_not_hide_that_attention_reads_trees(made):
+    """Whether a component can is tried at its first text, which may be one of a training."""
+    model = copy.deepcopy(made[1]("attention")).train()
+    model.__dict__.pop("_aligner", None)
+    for one in model.modules():
+        if isinstance(one, torch.nn.Dropout):
+            one.p = 0.5
+    model(input_ids=batch("gpt")[0])
+    assert model.__dict__["_aligner"].trees["gpt_neox_gemma"][1]
+    assert all(one.training for one in model.modules())
+
+
 @torch.no_grad()
 def test_compiled_and_exported(made):
     model = copy.deepcopy(made[1]("attention"))

@@ -247,6 +247,37 @@ def test_a_quantised_cache():
         join("mistral")[0].generate(ids, **how, **new)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("backend, package", [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+def test_a_cache_quantised_in_groups(backend, package):
+    """What is behind the last few tokens is quantised again and again; no extra installs these packages."""
+    pytest.importorskip(package)
+    ids, new = tokens(2, 9), {"max_new_tokens": 9, "do_sample": False}
+    settings = {"backend": backend, "nbits": 4, "q_group_size": 8, "residual_length": 3}
+    how = {"cache_implementation": "quantized", "cache_config": settings}
+    pair, parts = join("llama", "gpt_neox")
+    pair.set_mixture_weights("gpt_neox")
+    ways = [(pair, parts["gpt_neox"]), *(alone("llama", **blocks) for blocks in BLOCKS[:2])]
+    for model, part in ways:
+        given = QuantizedCache(config=part.config, **settings), model.make_cache(quantized=settings)
+        wanted, got = (
+            torch.cat([one(ids[:, at : at + 2], cache=cache).logits for at in range(0, 9, 2)], 1)
+            for one, cache in zip((part, model), given)
+        )
+        torch.testing.assert_close(got, wanted)
+        assert not torch.allclose(wanted, part(ids).logits, atol=1e-3)  # it is quantised
+        mask = torch.ones_like(ids)
+        mask[0, :4] = 0
+        for more in ({}, {"num_beams": 3}, {"attention_mask": mask}, {"cache_config": {"backend": backend}}):
+            one, other = (each.generate(ids, **{**how, **new, **more}, pad_token_id=0) for each in (model, part))
+            assert torch.equal(one, other), more
+    mixed = join("llama", "mamba", num_blocks=2)[0]
+    kinds = [type(layer).__name__ for layer in mixed.make_cache(quantized=settings).layers]
+    assert len(set(kinds)) == 2 and "LinearAttentionLayer" in kinds
+    assert mixed.generate(ids, **how, **new).shape == (2, 18)
+
+
 @torch.no_grad()
 def test_a_static_cache_is_not_compiled_and_who_asks_is_told(monkeypatch):
     """Its counter is a number of Python's, so `generate` never compiles by itself; who asks for it gets a warning."""

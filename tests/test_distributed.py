@@ -11,7 +11,8 @@ from manticore_hf.utils import distributed
 
 QUICK = ["darts_bilevel", "finetune", "lora", "calibrate", "evaluate", "repeated"]
 QUICK_SHARDED = ["sharded", "buffers"]  # the quick test of a recipe has "gaea", "pretrain" and "clipped"
-PRECISE = [name for name in CASES if name != "mixed"]  # in bf16 the processes round otherwise
+ALIGNED = ["aligned", "aligned_mamba", "aligned_checkpointed"]
+PRECISE = [name for name in CASES if name not in ["mixed", *ALIGNED]]  # in bf16 the processes round otherwise
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 
 
@@ -57,9 +58,24 @@ def test_data_parallel_in_every_other_case(tmp_path):
 
 @pytest.mark.slow
 def test_sharded_in_every_other_case(tmp_path):
-    no_training = ["calibrate", "evaluate", "repeated"]
-    found = compare(tmp_path, [name for name in PRECISE if name not in QUICK_SHARDED + no_training], "--fsdp")
+    not_sharded = ["calibrate", "evaluate", "repeated", "told"]
+    found = compare(tmp_path, [name for name in PRECISE if name not in QUICK_SHARDED + not_sharded], "--fsdp")
     alpha_moved(found, "gaea")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALIGNED)
+def test_data_parallel_of_aligned_hybrids(tmp_path, name):
+    compare(tmp_path, [name])
+
+
+@pytest.mark.slow
+def test_sharded_aligned_hybrids(tmp_path):
+    """Attention reads a text in one pass; what reads it in pieces would wait for weights in one process only."""
+    compare(tmp_path, ["aligned"], "--fsdp")
+    (tmp_path / "refused").mkdir()
+    with pytest.raises(AssertionError, match="'mamba_gpt' .mamba. reads text in as many passes .* train with DDP"):
+        launch([CASES_FILE, tmp_path / "refused", "aligned_mamba", "--fsdp"])
 
 
 @pytest.mark.slow

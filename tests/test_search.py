@@ -205,3 +205,28 @@ def test_refusals(trained, tmp_path):
     model.set_mixture_weights("llama")
     with pytest.raises(ManticoreError, match="are fixed"):
         SearchTrainer(model=model, args=_arguments(tmp_path), train_dataset=_text())
+
+
+def test_a_batch_that_does_not_fit(trained, tmp_path):
+    """Alpha's batches shrink as well, and an attempt that failed in one leaves all weights to be trained."""
+    found = {}
+    for rows, settings in ((5, {"auto_find_batch_size": True}), (4, {})):
+        model = _hybrid(trained)
+
+        def check(module, args, kwargs):
+            if len(kwargs["input_ids"]) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        model.register_forward_pre_hook(check, with_kwargs=True)
+        settings = {"strategy": "darts_bilevel", "max_steps": 3, "per_device_train_batch_size": rows, **settings}
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        run = SearchTrainer(model, _arguments(tmp_path, learning_rate=1e-3, **settings), train_dataset=_text())
+        run.train()
+        assert run.state.train_batch_size == 4
+        found[rows] = dict(model.named_parameters())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert any(
+            not torch.equal(value, before[key]) for key, value in found[rows].items() if key.startswith("llama.")
+        )
+    for key, value in found[4].items():
+        torch.testing.assert_close(found[5][key], value, msg=key)

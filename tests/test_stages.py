@@ -9,6 +9,7 @@ from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
 from manticore_hf.evaluation.data import pack
 from manticore_hf.evaluation.losses import compare_losses
 from manticore_hf.training.freezing import ComponentClipping
+from manticore_hf.training.stage_arguments import with_direction
 from manticore_hf.training.trained_stages import HybridTrainer
 
 
@@ -163,6 +164,54 @@ class _Sees(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.seen.append(_traces(model))
+
+
+def test_the_best_checkpoint_is_one_of_what_is_measured(model, text, tmp_path):
+    """Every part that an evaluation gives may be named, and no other; the least loss is the best."""
+    one_hot = ManticoreForCausalLM.from_components(pair())
+    one_hot.set_mixture_weights("mamba")
+    fixed = ManticoreForCausalLM.from_components(pair(), num_blocks=2, embeddings="mixed")
+    fixed.set_mixture_weights([[1.0, 0.0], [0.5, 0.5]])
+    static = ManticoreForCausalLM.from_components(pair(), mixture="static")
+    parts = [f"{what}/{one}" for what in ("loss", "gate") for one in ("mixture", "ensemble", "gpt_neox", "mamba", "x")]
+    for hybrid in (model, one_hot, fixed, static, ManticoreForCausalLM.from_components(pair()[:1])):
+        measured = HybridTrainer(model=hybrid, args=_arguments(tmp_path), eval_dataset=text.select(range(4))).evaluate()
+        assert "eval_loss/mixture" in measured
+        for part in parts:
+            args = _arguments(tmp_path, metric_for_best_model=part, greater_is_better=False)
+            if f"eval_{part}" in measured:
+                HybridTrainer(model=hybrid, args=args)
+                continue
+            with pytest.raises(
+                ManticoreError, match=f"is '{part}', which no evaluation of this hybrid measures; choose"
+            ):
+                HybridTrainer(model=hybrid, args=args)
+    args = _arguments(tmp_path, metric_for_best_model="eval_loss/mamba")
+    with pytest.raises(ManticoreError, match="greater_is_better is true .*the largest loss would be the best"):
+        HybridTrainer(model=model, args=args)
+    for metric, said in (("loss/mamba", False), ("eval_loss/mixture", False), ("loss", None), ("gate/mamba", None)):
+        assert with_direction({"metric_for_best_model": metric}).get("greater_is_better") is said
+    assert with_direction({"metric_for_best_model": "loss/x", "greater_is_better": True})["greater_is_better"]
+
+
+def test_what_did_not_fit_is_in_no_log(model, text, tmp_path):
+    """`auto_find_batch_size` begins again after a step of five rows, with four: the logs are of those steps alone."""
+
+    class OutOfMemory(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.train_batch_size == 5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    found = []
+    for rows, finds in ((5, True), (4, False)):
+        settings = {"auto_find_batch_size": finds, "per_device_train_batch_size": rows, "logging_steps": 3}
+        args = _arguments(tmp_path, learning_rate=0.0, **settings)
+        trainer = HybridTrainer(model=model, args=args, train_dataset=text, callbacks=[OutOfMemory()])
+        trainer.train()
+        assert trainer.state.train_batch_size == 4
+        found += [{key: value for key, value in row.items() if key.startswith(("loss", "gate"))}
+                  for row in trainer.state.log_history if "loss" in row]  # fmt: skip
+    assert len(found) == 2 and found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_packing(tokenizer):

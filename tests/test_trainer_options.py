@@ -4,14 +4,18 @@ Hybrids of several components have no plain twin; there the same is computed by 
 """
 
 import copy
+import dataclasses
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 from tiny_hybrid import QUIET, mixed_hybrid, neox, rows_of
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator, training_args
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, ManticoreForSequenceClassification
@@ -48,9 +52,10 @@ def trained(model, folder, metrics=None, **settings):
     trainer = Trainer(model, args, train_dataset=rows(), eval_dataset=rows(), data_collator=default_data_collator,
                       compute_metrics=metrics)  # fmt: skip
     trainer.train()
-    found = {**trainer.evaluate(), "train": [one for one in trainer.state.log_history if "loss" in one]}
+    found = {**trainer.evaluate(), "rows": trainer.state.train_batch_size}
     times = ("runtime", "per_second")
-    found["train"] = [{k: v for k, v in one.items() if not k.endswith(times)} for one in found["train"]]
+    found["train"] = [{k: v for k, v in one.items() if not k.endswith(times)} for one in trainer.state.log_history
+                      if "loss" in one or "eval_loss" in one]  # fmt: skip
     found = {key: value for key, value in found.items() if not key.endswith(times)}
     return found, dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
 
@@ -62,8 +67,10 @@ class Metrics:
         self.batches = []
 
     def __call__(self, prediction, compute_result=True):
-        known = prediction.label_ids[:, 1:] != -100
-        right = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
+        logits, labels = (np.concatenate(one) if isinstance(one, list) else one
+                          for one in (prediction.predictions, prediction.label_ids))  # fmt: skip
+        known = labels[:, 1:] != -100
+        right = logits[:, :-1].argmax(-1) == labels[:, 1:]
         self.batches.append(float((right & known).sum() / known.sum()))
         extra = {"inputs": prediction.inputs, "losses": prediction.losses}
         sums = {key: float(abs(value).sum()) for key, value in extra.items() if value is not None}
@@ -87,8 +94,18 @@ SLOW = {
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "checkpointing of some layers": {"activation_checkpointing": True,
                                      "activation_checkpointing_kwargs": {"every_n_layers": 2}},
-    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default"},
     "clipping and decay": {"max_grad_norm": 0.01, "weight_decay": 0.3, "optim": "adafactor", "learning_rate": 1e-3},
+    "AdamW": {"optim": "adamw_torch", "adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 0.1},
+    "RMSprop": {"optim": "rmsprop", "learning_rate": 1e-4},
+    "scheduled": {"max_steps": -1, "num_train_epochs": 1, "lr_scheduler_type": "cosine_with_min_lr", "warmup_steps": 1,
+                  "lr_scheduler_kwargs": {"min_lr": 0.01}},
+    "other rows": {"seed": 7, "data_seed": 3, "dataloader_drop_last": True, "per_device_train_batch_size": 5},
+    "in their order": {"train_sampling_strategy": "sequential"},
+    "all columns": {"remove_unused_columns": False, "label_names": ["labels"]},
+    "evaluated on the way": {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "eval_delay": 2},
+    "evaluated in lists": {"metrics": True, "eval_do_concat_batches": False, "eval_use_gather_object": True},
+    "looked through": {"debug": "underflow_overflow", "torch_empty_cache_steps": 1, "tf32": False},
     "tokens seen": {"include_num_input_tokens_seen": "non_padding"},
     "sorted by length": {"train_sampling_strategy": "group_by_length"},
     "metrics by batch": {"metrics": True, "batch_eval_metrics": True, "eval_accumulation_steps": 1},
@@ -107,7 +124,7 @@ OF_PACKAGES = {  # no extra installs liger-kernel, which brings Triton along
         "APOLLO": {"optim": "apollo_adamw", "optim_target_modules": ["mlp"],
                    "optim_args": PROJECTED + ",proj=svd,scale_type=channel"}},
     "liger_kernel": {
-        "Liger": {"use_liger_kernel": True},
+        "Liger": {"use_liger_kernel": True, "liger_kernel_config": {"rope": True, "cross_entropy": False}},
         "Liger, losses only": {"use_liger_kernel": True, "prediction_loss_only": True}},
 }  # fmt: skip
 
@@ -140,7 +157,7 @@ def compare_with_the_component(saved, tmp_path, options, usual):
         for key, value in out["plain"][1].items():
             mine = out["hybrid"][1][f"one.{key}"]
             torch.testing.assert_close(mine, value, atol=tolerance, rtol=tolerance, msg=f"{name} {key}")
-        losses[name] = out["plain"][0]["train"][-1]["loss"]
+        losses[name] = [one["loss"] for one in out["plain"][0]["train"] if "loss" in one][-1]
     changing = [name for name in losses if name.startswith(("label", "NEFTune", "clipping", "GaLore", "APOLLO"))]
     assert all(losses[name] != pytest.approx(losses[usual], abs=1e-5) for name in changing), losses
 
@@ -175,6 +192,72 @@ def test_half_precision(saved):
         torch.testing.assert_close(found["hybrid"][1][f"one.{key}"], value, atol=2e-3, rtol=2e-3, msg=key)
 
 
+@pytest.fixture
+def restored(monkeypatch):
+    """What options change of the whole process is as it was afterwards."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    kept = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = kept
+    torch.backends.fp32_precision = "none"
+    training_args.enable_tf32.cache_clear()
+
+
+def test_full_determinism(tmp_path, restored):
+    """No part of a hybrid needs what has no deterministic way, and nothing is drawn: the same as without."""
+    way = {"num_blocks": 2, "embeddings": "mixed"}
+    usual, determined = (trained(mixed_hybrid(**way), tmp_path, full_determinism=full) for full in (False, True))
+    assert torch.are_deterministic_algorithms_enabled()
+    agree(determined[0], usual[0], "full_determinism")
+    for key, value in usual[1].items():
+        torch.testing.assert_close(determined[1][key], value, atol=2e-5, rtol=2e-5, msg=key)
+
+
+def test_tf32(saved, tmp_path, restored, monkeypatch):
+    """On a CPU Transformers refuses it, whatever the model; the switch reaches a hybrid as it does its component."""
+    if torch.cuda.is_available():
+        pytest.skip("here it is taken")
+    with pytest.raises(ValueError, match="--tf32 requires Ampere"):
+        TrainingArguments(str(tmp_path), tf32=True, **QUIET)
+    monkeypatch.setattr(training_args, "is_torch_tf32_available", lambda: True)
+    compare_with_the_component(saved, tmp_path, {"tf32": {"tf32": True}}, usual="tf32")
+    assert torch.backends.fp32_precision == "tf32"
+
+
+def run_out_of_memory(model, most, after=0):
+    """A layer of a model fails as it does on a full device: with more rows than `most`, from call `after` on."""
+    calls = []
+
+    def check(module, args, kwargs):
+        calls.append(len(args[0] if args else kwargs["hidden_states"]))
+        if calls[-1] > most and len(calls) > after:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    layer = next(one for name, one in model.named_modules() if name.endswith("neox.layers.1"))
+    layer.register_forward_pre_hook(check, with_kwargs=True)
+    return model
+
+
+def test_auto_find_batch_size(saved, tmp_path):
+    """From the first step on as if it had begun with the batch that fits; later, as the component alone."""
+    finds, found = {"auto_find_batch_size": True, "per_device_train_batch_size": 5}, {}
+    for kind, folder in saved.items():
+        for after in (0, 1):
+            model = run_out_of_memory(AutoModelForCausalLM.from_pretrained(folder), 4, after)
+            found[kind, after] = trained(model, tmp_path, **finds)
+        found[kind, "fits"] = trained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
+    for mine, right in ((("hybrid", 0), ("hybrid", "fits")), (("plain", 0), ("plain", "fits")),
+                        (("hybrid", 0), ("plain", 0)), (("hybrid", 1), ("plain", 1))):  # fmt: skip
+        assert found[mine][0]["rows"] == 4
+        agree(found[mine][0], found[right][0], mine)
+        for key, value in found[right][1].items():
+            name = key if mine[0] == right[0] else f"one.{key}"
+            torch.testing.assert_close(found[mine][1][name], value, atol=2e-5, rtol=2e-5, msg=key)
+    first = [found["plain", after][0]["train"][0]["loss"] for after in (0, 1)]
+    assert first[0] != pytest.approx(first[1], abs=1e-4)  # the first step of five rows was taken
+
+
 def test_parts_of_rows_are_refused(monkeypatch):
     """What accelerate knows where a `parallelism_config` asks for context or sequence parallelism."""
     model = mixed_hybrid()
@@ -187,6 +270,36 @@ def test_parts_of_rows_are_refused(monkeypatch):
         for mode in (model.train, model.eval):
             with pytest.raises(ManticoreError, match=f"{told}: each process would get a part of every row"):
                 mode()
+
+
+# Of no influence on what is computed: what is logged, saved, uploaded and printed, how rows are loaded, devices joined
+BESIDE_THE_MODEL = """
+    output_dir logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
+    disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id save_only_model
+    save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token
+    hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision ignore_data_skip length_column_name
+    restore_callback_states_from_checkpoint use_cpu accelerator_config dataloader_num_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+    ddp_backend ddp_timeout skip_memory_metrics do_train do_eval do_predict local_rank
+""".split()
+ELSEWHERE = {
+    "test_trainer.py": ["load_best_model_at_end", "metric_for_best_model", "resume_from_checkpoint"],
+    "test_stages.py": ["greater_is_better"],
+    "test_deepspeed.py": ["deepspeed"],
+    "distributed_cases.py": ["fsdp", "fsdp_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
+                             "ddp_broadcast_buffers", "ddp_static_graph"],
+}  # fmt: skip
+
+
+def test_no_option_is_left_out():
+    """Each is of a test, or changes nothing that is computed; one that a new Transformers brings is to be looked at."""
+    here, names = Path(__file__), {one.name for one in dataclasses.fields(TrainingArguments)}
+    tested = {**ELSEWHERE, here.name: sorted(names - {*BESIDE_THE_MODEL, *sum(ELSEWHERE.values(), [])})}
+    for file, options in tested.items():
+        text = (here.parent / file).read_text()
+        lacking = [one for one in options if f'"{one}"' not in text and f"{one}=" not in text]
+        assert not lacking, (file, lacking)
+    assert names > {*BESIDE_THE_MODEL, *sum(ELSEWHERE.values(), [])}
 
 
 # ---- hybrids of several components, by hand --------------------------------------------------------------------------
@@ -312,7 +425,7 @@ def test_losses_of_components_are_counted_in_micro_batches_as_in_one_batch(tmp_p
         args = {"gradient_accumulation_steps": pieces, "per_device_train_batch_size": size}
         found.append(trained(model, tmp_path, **args))
     for one in found[1:]:
-        agree(one[0], found[0][0], "micro-batches", 1e-4)
+        agree({**one[0], "rows": 4}, found[0][0], "micro-batches", 1e-4)
         for key, value in found[0][1].items():
             torch.testing.assert_close(one[1][key], value, atol=1e-4, rtol=1e-4, msg=key)
     model, batch = mixed_hybrid(component_loss_weight=0.5, mix_loss_weight=0.7), collated()

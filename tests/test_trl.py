@@ -42,6 +42,23 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
+from trl_steps import (
+    MARKED,
+    ONLINE,
+    PAIRS,
+    PROMPTED,
+    PROMPTS,
+    TALKS,
+    TEMPLATE,
+    TEXTS,
+    another,
+    brevity,
+    close,
+    same_steps,
+    save_both,
+    steps,
+    talker,
+)
 
 from manticore_hf import (
     ComponentSpec,
@@ -52,84 +69,15 @@ from manticore_hf import (
     prune,
 )
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ' ' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
-    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ ' ' }}{% endfor %}"
-)
-PROMPTS = ["the cat", "a mat and two", "dogs", "the dogs saw a"]
-PROMPTED = [{"prompt": one, "completion": " sat on a mat <end>" if i % 2 else " run <end>"}
-            for i, one in enumerate(PROMPTS * 3)]  # fmt: skip
-PAIRS = [{"prompt": one["prompt"], "chosen": one["completion"], "rejected": " a a saw"} for one in PROMPTED]
-MARKED = [{**one, "label": i % 3 == 0} for i, one in enumerate(PROMPTED)]
-TALKS = [{"messages": [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": one["completion"]}]}
-         for one in PROMPTED]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return word_tokenizer(
-        [*WORDS, "user", "assistant", "<pad>"], pad_token="<pad>", model_max_length=64, padding_side="left"
-    )
+    return talker()
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tokenizer):
-    """Folders of one component and of the hybrid made of it, with their tokenizer."""
-    torch.manual_seed(0)
-    place = tmp_path_factory.mktemp("saved")
-    with torch.no_grad():
-        model = neox(hidden_dropout=0.0, attention_dropout=0.0)
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    folders = {"plain": place / "plain", "hybrid": place / "hybrid"}
-    model.save_pretrained(folders["plain"])
-    ManticoreForCausalLM.from_components([ComponentSpec(folders["plain"], name="one")]).save_pretrained(
-        folders["hybrid"]
-    )
-    for folder in folders.values():
-        tokenizer.save_pretrained(folder)
-    return folders
-
-
-LOGGED = ("loss", "entropy", "logits", "rewards", "kl", "mean_token")
-
-
-def steps(trainer, config, model, rows, folder, tokenizer, more=(), logged=LOGGED, **settings):
-    """(what was logged of losses and policy, the trained model) of three steps; Adam would enlarge rounding."""
-    values = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.1, "logging_steps": 1,
-              "optim": "sgd", "bf16": False, "gradient_checkpointing": False, **QUIET, **settings}  # fmt: skip
-    torch.manual_seed(0)
-    args = config(str(folder), **values)
-    run = trainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **dict(more))
-    run.train()
-    kept = [{k: v for k, v in one.items() if k.startswith(logged)}
-            for one in run.state.log_history]  # fmt: skip
-    return [one for one in kept if one], run.model
-
-
-def close(one, two):
-    assert len(one) == len(two) > 0
-    for a, b in zip(one, two):
-        assert a.keys() == b.keys() and "loss" in a
-        for key in a:
-            assert a[key] == pytest.approx(b[key], abs=2e-4, rel=2e-4), key
-
-
-def same_steps(saved, tmp_path, *what, load=AutoModelForCausalLM.from_pretrained, parts=("one.", ""), **settings):
-    found, start = {}, None
-    for kind, folder in saved.items():
-        model = load(folder)
-        start = start or {key: value.clone() for key, value in model.state_dict().items()}
-        found[kind] = steps(what[0], what[1], model, *what[2:], folder=tmp_path / kind, **settings)
-    close(found["hybrid"][0], found["plain"][0])
-    hybrid, plain = (dict(found[kind][1].named_parameters()) for kind in ("hybrid", "plain"))
-    for key, value in plain.items():
-        torch.testing.assert_close(hybrid[parts[0] + key], value, atol=2e-5, rtol=1e-4, msg=key)
-    assert any((value - start[key]).abs().max() > 1e-4 for key, value in plain.items())
-    return found
-
-
-TEXTS = [{"text": one["prompt"] + one["completion"]} for one in PROMPTED]
+    return save_both(tmp_path_factory.mktemp("saved"), tokenizer)
 
 
 SFT = {
@@ -193,13 +141,8 @@ def test_kto(saved, tmp_path, tokenizer):
     same_steps(saved, tmp_path, KTOTrainer, KTOConfig, MARKED, tokenizer=tokenizer)
 
 
-def _brevity(completion_ids, **kwargs):
-    return [-float(len(one)) - 0.01 * sum(one) for one in completion_ids]
-
-
 GEMMA = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8,
          "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
-ONLINE = {"num_generations": 4, "max_completion_length": 6, "more": {"reward_funcs": _brevity}.items()}
 
 
 def test_grpo(saved, tmp_path, tokenizer):
@@ -218,16 +161,6 @@ def test_orpo_and_cpo(saved, tmp_path, tokenizer):
     settings = {"max_length": 32, "logged": ("loss", "rewards", "logps", "nll")}
     for kind, config in ((ORPOTrainer, ORPOConfig), (CPOTrainer, CPOConfig)):
         same_steps(saved, tmp_path / kind.__name__, kind, config, PAIRS, tokenizer=tokenizer, **settings)
-
-
-@torch.no_grad()
-def another(folder):
-    """A teacher: the model of a folder with other embeddings."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    for key, parameter in model.named_parameters():
-        if key.endswith("embed_in.weight"):
-            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    return model
 
 
 def test_gkd_with_a_hybrid_as_student_and_as_teacher(saved, tmp_path, tokenizer):
@@ -326,7 +259,7 @@ def test_the_policy_is_the_mixture_at_the_temperature_that_was_asked_for(tmp_pat
     args = GRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, temperature=0.5, bf16=False,
                       gradient_checkpointing=False, **QUIET)  # fmt: skip
     trainer = GRPOTrainer(
-        model, _brevity, args=args, train_dataset=Dataset.from_list(PROMPTED), processing_class=tokenizer
+        model, brevity, args=args, train_dataset=Dataset.from_list(PROMPTED), processing_class=tokenizer
     )
     ids = torch.randint(2, 13, (3, 12), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
@@ -450,8 +383,8 @@ def test_a_hybrid_in_memory_has_no_reference_that_could_be_loaded(tmp_path, toke
     for trainer, config, more, settings in (
         (DPOTrainer, DPOConfig, {}, {}),
         (KTOTrainer, KTOConfig, {"train_dataset": Dataset.from_list(MARKED)}, {}),
-        (GRPOTrainer, GRPOConfig, {"reward_funcs": _brevity}, {"beta": 0.1, "num_generations": 4}),
-        (RLOOTrainer, RLOOConfig, {"reward_funcs": _brevity}, {"beta": 0.1, "num_generations": 4}),
+        (GRPOTrainer, GRPOConfig, {"reward_funcs": brevity}, {"beta": 0.1, "num_generations": 4}),
+        (RLOOTrainer, RLOOConfig, {"reward_funcs": brevity}, {"beta": 0.1, "num_generations": 4}),
     ):
         with pytest.raises(ManticoreError, match=told):
             trainer(mixed_hybrid(), args=config(str(tmp_path), **settings, **quiet), **{**data, **more})
@@ -473,7 +406,7 @@ def test_a_head_that_would_be_cast_alone_is_not_there(tmp_path, tokenizer):
     args = GRPOConfig(str(tmp_path), cast_lm_head_to_fp32=True, num_generations=4, bf16=False, **QUIET)
     model = mixed_hybrid()
     with pytest.raises(ManticoreError, match="cast_lm_head_to_fp32=True: a hybrid has no lm_head but one head in each"):
-        GRPOTrainer(model, _brevity, args=args, train_dataset=Dataset.from_list(PROMPTED), processing_class=tokenizer)
+        GRPOTrainer(model, brevity, args=args, train_dataset=Dataset.from_list(PROMPTED), processing_class=tokenizer)
     assert not hasattr(model, "lm_head")
 
 

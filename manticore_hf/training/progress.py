@@ -28,6 +28,7 @@ class _Progress(TrainerCallback):
         self.stage, self.file, self.bar = stage, file, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_train_end(args, state, control)  # of an attempt with more rows than fit
         if state.is_world_process_zero and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step")
 

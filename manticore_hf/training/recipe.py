@@ -30,7 +30,13 @@ from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.training.programs import program_of
 from manticore_hf.training.runtime import check_training, training_defaults
 from manticore_hf.training.search import STRATEGIES
-from manticore_hf.training.stage_arguments import RECIPE_MAY_SAY, HybridArguments, OutsideArguments, wrong_setting
+from manticore_hf.training.stage_arguments import (
+    RECIPE_MAY_SAY,
+    HybridArguments,
+    OutsideArguments,
+    with_direction,
+    wrong_setting,
+)
 from manticore_hf.training.stages import AFTER_COMPOSE, OLD_NAMES, STAGES
 from manticore_hf.utils.bounded_yaml import BoundedLoader
 from manticore_hf.utils.distributed import on_main, print_main
@@ -356,7 +362,7 @@ def run_recipe(
             own["verbose"] = True
         training = {key: settings[key] for key in settings if key not in own and key != "data"}
         told = outside.given() if outside is not None and known.trains is not None else {}
-        given = {"output_dir": str(output / f"{number}-{stage}"), **defaults, **training, **told}
+        given = {"output_dir": str(output / f"{number}-{stage}"), **defaults, **with_direction(training), **told}
         check_training(f"{recipe.path}: stages.{number - 1}.{stage}", known.training_class, given)
         stages.append((known, own, stage_data(recipe, settings.get("data", {})), given))
     output.mkdir(parents=True, exist_ok=True)

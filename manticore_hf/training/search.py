@@ -112,20 +112,22 @@ class DartsBilevel(Strategy):
         searched = trainer.searched
         searched.holds_alpha = False
         model.train()
-        count = sum((batch["labels"][:, 1:] != -100).sum() for batch in trainer.held_out_batches())
-        if trainer.args.average_tokens_across_devices:
-            all_reduce(count)
-        for batch in trainer.held_out_batches():
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(trainer.model_wrapped, batch, num_items_in_batch=count)
-            trainer.accelerator.backward(loss)
-        for parameter in others:
-            parameter.grad = None
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        optimizer.step()  # only alpha has a gradient, so only alpha moves; its moments live in the checkpoint
-        alpha.grad = None
-        for parameter in others:
-            parameter.requires_grad_(True)
+        try:
+            count = sum((batch["labels"][:, 1:] != -100).sum() for batch in trainer.held_out_batches())
+            if trainer.args.average_tokens_across_devices:
+                all_reduce(count)
+            for batch in trainer.held_out_batches():
+                with trainer.compute_loss_context_manager():
+                    loss = trainer.compute_loss(trainer.model_wrapped, batch, num_items_in_batch=count)
+                trainer.accelerator.backward(loss)
+            for parameter in others:
+                parameter.grad = None
+            optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+            optimizer.step()  # only alpha has a gradient, so only alpha moves; its moments live in the checkpoint
+            alpha.grad = None
+        finally:  # also where it ran out of memory: `auto_find_batch_size` begins again, and trains all of them
+            for parameter in others:
+                parameter.requires_grad_(True)
         searched.holds_alpha = True
 
     def finish(self) -> None:
@@ -316,7 +318,7 @@ class SearchTrainer(HybridLogging, Trainer):
         They are a function of seed and step, so that a resumed run sees the same.
         """
         rank, ranks = world()
-        batch = self.args.train_batch_size
+        batch = self._train_batch_size  # the one that fits, where it is found out
         size = batch * self.args.gradient_accumulation_steps * ranks
         per_epoch = max(1, len(self.alpha_text) // size)
         epoch, position = divmod(self.state.global_step, per_epoch)

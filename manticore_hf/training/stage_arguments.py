@@ -5,6 +5,7 @@ Imports neither torch nor Transformers: a command's help is printed before they 
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,48 @@ def wrong_setting(key: str, value: Any, stage: str | None = None) -> str | None:
         if not isinstance(value, dict) or not set(value) <= _CHECKPOINTING:
             return f"must be a mapping of some of {', '.join(sorted(_CHECKPOINTING))}"
     return None
+
+
+def check_best(metric: str | None, greater_is_better: bool | None, config: Any) -> None:
+    """Checks by which measure of a hybrid's part the best checkpoint is chosen.
+
+    Args:
+        metric: `metric_for_best_model`, with "eval_" before it or without.
+        greater_is_better: As TrainingArguments have it.
+        config: The hybrid's ManticoreConfig.
+
+    Raises:
+        ManticoreError: An evaluation of this hybrid does not measure it, or the largest loss would be the best.
+    """
+    what, _, part = str(metric).removeprefix("eval_").partition("/")
+    if what not in ("loss", "gate") or not part:
+        return
+    last = config.embeddings == "native" or config.head_mixture == "last"
+    row = (config.mixture_weights or [None])[-1 if last else 0]
+    run = [name for name, weight in zip(config.component_names, row or [1] * len(config.component_names)) if weight]
+    gated = run if config.mixture != "static" and row is None and len(run) > 1 else []
+    measured = [*(f"loss/{one}" for one in ("mixture", "ensemble", *run)), *(f"gate/{name}" for name in gated)]
+    if f"{what}/{part}" not in measured:
+        raise ManticoreError(
+            f"metric_for_best_model is {metric!r}, which no evaluation of this hybrid measures; choose loss, or one of "
+            f"{', '.join(measured)}."
+        )
+    if what == "loss" and greater_is_better:
+        raise ManticoreError(
+            f"greater_is_better is true and metric_for_best_model {metric!r}: the largest loss would be the best. Give "
+            "greater_is_better=False."
+        )
+
+
+def with_direction(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a training with `greater_is_better`, where it is not said and the best checkpoint has the least loss.
+
+    Transformers goes by whether the metric's name ends in "loss", and would keep the largest loss/mixture.
+    """
+    metric = str(given.get("metric_for_best_model")).removeprefix("eval_")
+    if given.get("greater_is_better") is None and metric.startswith("loss/"):
+        return {**given, "greater_is_better": False}
+    return dict(given)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import argparse
 
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.training.stage_arguments import wrong_setting
+from manticore_hf.training.stage_arguments import with_direction, wrong_setting
 from manticore_hf.training.stages import Stage
 from manticore_hf.utils.options import Parser, Renamed, add_fields, from_namespace, truth
 
@@ -89,6 +89,8 @@ def main(args: argparse.Namespace) -> None:
     if stage.trains is None:
         args.report_to = defaults["report_to"]
         args.use_cpu = defaults["use_cpu"] if args.use_cpu is None else args.use_cpu
+    else:
+        args.greater_is_better = with_direction(vars(args))["greater_is_better"]
     start, training = from_namespace(stage.arguments, args), from_namespace(stage.training_class, args)
     if stage.name == "compose":
         stage.run(args.components, training, **start.settings())

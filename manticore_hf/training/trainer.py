@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from manticore_hf.modeling.bridges import bridge_weights
 from manticore_hf.training.freezing import new_rows
+from manticore_hf.training.stage_arguments import check_best
 from manticore_hf.utils.deepspeed import present
 from manticore_hf.utils.distributed import all_reduce_dict, ready_for_shards
 from manticore_hf.utils.unwrap import hybrid_of
@@ -34,6 +35,10 @@ class HybridLogging:
     """Learning rate of embeddings and heads that are new; None for that of everything."""
     _watch = None
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_best(self.args.metric_for_best_model, self.args.greater_is_better, hybrid_of(self.model).config)
+
     def _parts(self) -> "PartSums":
         # Looked for once per training: an engine may wrap the model while it runs.
         if self._watch is None or not self._watch.entered and self._watch.model is not hybrid_of(self.model):
@@ -46,6 +51,10 @@ class HybridLogging:
         with self._parts() as parts:
             parts.clear()
             return super().train(*args, **kwargs)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self._parts().clear()  # of an attempt with more rows than fit: `auto_find_batch_size` begins again
+        return super()._inner_training_loop(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in Trainer, with the parts' means in the metrics."""
