@@ -89,7 +89,7 @@ def test_nobody_is_overtaken(older, hub):
 
 
 def test_what_it_is_not_for(hub, owner, parts, capsys):
-    for repo_id, said in ((parts[0], "no hybrid"), (f"{owner}/nowhere", "not on the Hub"), ("a b", "no repository id")):
+    for repo_id, said in ((parts[0], "not a hybrid"), (f"{owner}/x", "not on the Hub"), ("a b", "not a repository id")):
         with pytest.raises(ManticoreError, match=said):
             code_update(repo_id)
     assert (

@@ -16,17 +16,17 @@ class DataArguments:
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     data_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     data_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
-    streaming: bool = field(default=False, metadata={"help": "Read a Hub data set only as far as it is needed."})
+    streaming: bool = field(default=False, metadata={"help": "Read a Hub data set only as far as needed."})
     text_column: str = field(
-        default="text", metadata={"help": "Column that holds plain text; answers.text for one inside of a column."}
+        default="text", metadata={"help": "Column that holds plain text; answers.text for a nested one."}
     )
     prompt_column: str | None = field(
-        default=None, metadata={"help": "Column of the prompt: instruction data, the prompt gets no loss."}
+        default=None, metadata={"help": "Column of the prompt (instruction data), which gets no loss."}
     )
     completion_column: str = field(default="completion", metadata={"help": "Column of the answer."})
     encoding: str | None = field(
         default=None,
-        metadata={"help": "Encoding of text, jsonl and csv files, as latin-1. Default: a byte order mark's, or UTF-8."},
+        metadata={"help": "Encoding of text, jsonl and csv, e.g. latin-1. Default: a byte order mark's, or UTF-8."},
     )
     special_tokens: str = field(
         default="text",
@@ -37,7 +37,7 @@ class DataArguments:
         },
     )
     block_size: int = field(default=512, metadata={"help": "Tokens per row."})
-    max_tokens: int | None = field(default=None, metadata={"help": "Use at most so many tokens, validation included."})
+    max_tokens: int | None = field(default=None, metadata={"help": "At most this many tokens, validation included."})
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the rows kept for validation; 0 for none."}
     )
