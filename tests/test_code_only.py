@@ -95,7 +95,7 @@ def test_what_it_is_not_for(hub, owner, parts, capsys):
     assert (
         main(["push", "dir", "you/h", "--code-only"]) == 2 and "takes the repository alone" in capsys.readouterr().err
     )
-    assert main(["push", "dir"]) == 2 and "is missing" in capsys.readouterr().err
+    assert main(["push", "dir"]) == 2 and "Say where to publish" in capsys.readouterr().err
 
 
 def test_the_last_hybrids_of_0_1_are_brought_up_to_date(hub, owner, tmp_path):

@@ -114,8 +114,8 @@ def check_transplant(name: str, values: dict | None) -> None:
     check_reference(name, tokenizer["repo_id"], tokenizer["revision"], tokenizer["subfolder"])
     if not is_commit(tokenizer["revision"]):
         raise ManticoreError(
-            f"Component {name!r}: its transplant's tokenizer is at {show(tokenizer['revision'])}, which is no 40-hex "
-            "commit."
+            f"Component {name!r}: its transplant's tokenizer is at {show(tokenizer['revision'])}, which is not a "
+            "40-hex commit."
         )
 
 
