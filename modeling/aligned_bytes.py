@@ -48,8 +48,8 @@ class Surfaces:
         core = getattr(tokenizer, "backend_tokenizer", None)
         if core is None:
             raise ManticoreError(
-                f"{type(tokenizer).__name__} is not backed by the tokenizers library, which alone shows what its "
-                "tokens stand for; load it with AutoTokenizer, from a repository with tokenizer.json."
+                f"{type(tokenizer).__name__} is not backed by the tokenizers library, which is needed to tell what "
+                "its tokens stand for; load it with AutoTokenizer, from a repository with tokenizer.json."
             )
         vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if not rows or number < rows}
         if not vocabulary:

@@ -384,7 +384,7 @@ def check_aligned(config: ManticoreConfig, max_cache_len: int | None = None) -> 
     """Raises ManticoreError where settings, or a static cache, do not go with components' own tokenizers."""
     if config.num_blocks > 1 or config.embeddings != "native" or config.route:
         raise ManticoreError(
-            f"Components {list(config.aligned)} have tokenizers of their own, which works in one block with "
+            f"Components {list(config.aligned)} have tokenizers of their own, which needs one block and "
             f"embeddings 'native'; this hybrid has num_blocks={config.num_blocks}, embeddings={config.embeddings!r}, "
             f"route={show(config.route)}. Transplant their vocabularies instead (tokenizers='transplant')."
         )
@@ -400,8 +400,8 @@ def run_aligned(model, inputs, shared):
     config = model.config
     if inputs.ids is None:
         raise ManticoreError(
-            "A hybrid whose components have several tokenizers reads input_ids: embeddings are of one tokenizer's "
-            "tokens."
+            "A hybrid whose components have several tokenizers reads input_ids: inputs_embeds belong to one "
+            "tokenizer's tokens."
         )
     if torch.compiler.is_exporting():
         raise ManticoreError(
@@ -420,9 +420,9 @@ def _run(model, inputs, shared):
         with torch.no_grad():
             if not torch.equal(inputs.embeds, torch.cat([model.embed(n, inputs.ids) for n in embedding.readers], -1)):
                 raise ManticoreError(
-                    "What was hooked into get_input_embeddings() (NEFTune does that) changes what component "
+                    "A hook on get_input_embeddings() (such as NEFTune's) changes only what component "
                     f"{aligner.home!r} reads; {list(config.aligned)} read other tokens, which it does not reach. Hook "
-                    "into model.component(name).get_input_embeddings() of each, or leave neftune_noise_alpha out."
+                    "model.component(name).get_input_embeddings() of each, or leave neftune_noise_alpha out."
                 )
     plain = [
         float(name not in config.aligned and (name in active or name == aligner.home))

@@ -104,7 +104,7 @@ class ByteTokenizer:
         try:
             encoded = self.core.encode_batch_fast([text for _, text in texts], add_special_tokens=False)
         except Exception as err:  # of the tokenizers library, which has one kind for all
-            raise ManticoreError(f"A component's tokenizer cannot cut {show(texts[0][1])}: {reason(err)}.") from err
+            raise ManticoreError(f"A component's tokenizer cannot encode {show(texts[0][1])}: {reason(err)}.") from err
         for (i, _), found in zip(texts, encoded):
             ids = tuple(number for number in found.ids if number < self.size)  # the model has no rows for others
             out[i] = ids if self.bytes_of(ids) == pieces[i] else self._spell(pieces[i], ids)

@@ -331,7 +331,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         if self.config.aligned:
             raise ManticoreError("The components have tokenizers of their own: resize each before it is composed.")
         if self.config.route is not None and len(self.config.component_names) > 1:
-            raise ManticoreError("A pruned hybrid cannot be resized: resize the soft one, then prune it.")
+            raise ManticoreError("A pruned hybrid cannot be resized: resize the full one, then prune it.")
         before = self.config.vocab_size
         for name in self.config.component_names:
             component = self.component(name)

@@ -117,23 +117,23 @@ def check_reference(name: str, repo_id: object, revision: object, subfolder: obj
     what = f"Component {name!r}"
     named = isinstance(repo_id, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repo_id)
     if not named or ".." in repo_id:
-        raise ManticoreError(f"{what}: repo_id={show(repo_id)} is no Hub repository id ('organisation/name').")
+        raise ManticoreError(f"{what}: repo_id={show(repo_id)} is not a Hub repository id ('organisation/name').")
     named = isinstance(revision, str) and re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)*", revision)
     hashlike = named and re.fullmatch(r"[0-9a-fA-F]{7,}", revision)  # an abbreviated commit may fit several
     if not named or ".." in revision or len(revision) > 200 or hashlike and not is_commit(revision):
-        raise ManticoreError(f"{what}: revision={show(revision)} of {show(repo_id)} is no 40-hex commit.")
+        raise ManticoreError(f"{what}: revision={show(revision)} of {show(repo_id)} is not a 40-hex commit.")
     plain = isinstance(subfolder, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", subfolder)
     if subfolder and (not plain or ".." in subfolder.split("/")):
-        raise ManticoreError(f"{what}: subfolder={show(subfolder)} is no plain sub-folder of a repository.")
+        raise ManticoreError(f"{what}: subfolder={show(subfolder)} is not a plain sub-folder of a repository.")
     if files is None:
         return
     if not isinstance(files, dict) or not any(str(file).endswith(".safetensors") for file in files):
         raise ManticoreError(f"{what}: files={show(files)} must map its safetensors files to their SHA-256.")
     for file, digest in files.items():
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(file)):
-            raise ManticoreError(f"{what}: {show(file)} in files is no plain name of a safetensors file.")
+            raise ManticoreError(f"{what}: {show(file)} in files is not a plain name of a safetensors file.")
         if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise ManticoreError(f"{what}: {show(digest)} of {show(file)} is no SHA-256 of 64 hex digits.")
+            raise ManticoreError(f"{what}: {show(digest)} of {show(file)} is not a SHA-256 of 64 hex digits.")
 
 
 def is_commit(revision: str) -> bool:
@@ -145,7 +145,7 @@ def check_dtype(what: str, value: object) -> None:
     """Raises ManticoreError unless a value names a dtype of torch, or is one, or None."""
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if not (dtype is None and value is None or isinstance(dtype, torch.dtype)):
-        raise ManticoreError(f"{what}: dtype={show(value)} is no dtype of torch; give for example 'bfloat16'.")
+        raise ManticoreError(f"{what}: dtype={show(value)} is not a torch dtype; give for example 'bfloat16'.")
 
 
 def is_causal_lm(model_type: str) -> bool:
@@ -166,7 +166,7 @@ def build_config(name: str, values: dict, what: str | None = None) -> PreTrained
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ManticoreError(f"{what} has model_type={show(model_type)}, which this Transformers does not know.")
     if not is_causal_lm(model_type):
-        raise ManticoreError(f"{what} is no causal LM (model_type {model_type!r}); only causal LMs can be joined.")
+        raise ManticoreError(f"{what} is not a causal LM (model_type {model_type!r}); only causal LMs can be joined.")
     what, cls = given or f"Component {name!r} ({model_type})", CONFIG_MAPPING[model_type]
     values = guard().settings(what, {key: value for key, value in values.items() if key not in _OF_THE_HYBRID}, cls)
     for key in {"dtype", "torch_dtype"} & set(values):

@@ -108,14 +108,14 @@ def _expanded(edge, names, last):
         )
     for key in ("from", "to"):
         if edge[key] not in names:
-            raise ManticoreError(f"bridges: {key}={show(edge[key])} is no component; choose one of {names}.")
+            raise ManticoreError(f"bridges: {key}={show(edge[key])} is not a component; choose one of {names}.")
     start, stop = edge.get("from_block", "last"), edge.get("to_block")
     start = last if start == "last" else start
     for key, block in (("from_block", start), ("to_block", 0 if stop is None else stop)):
         if type(block) is not int or not 0 <= block <= last:
             raise ManticoreError(
-                f"bridges: {key}={show(block)} from {edge['from']!r} to {edge['to']!r} is no block; with bridge_blocks="
-                f"{last + 1} they are 0 to {last} (or 'last', to begin from)."
+                f"bridges: {key}={show(block)} from {edge['from']!r} to {edge['to']!r} is not a block; with "
+                f"bridge_blocks={last + 1} they are 0 to {last} (or 'last', to begin from)."
             )
     if edge.get("kind", KINDS[0]) not in KINDS:
         raise ManticoreError(f"bridges: kind={show(edge['kind'])} is unknown; choose one of {list(KINDS)}.")

@@ -165,7 +165,7 @@ class ManticoreCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
         if self.readers and tokens_to_remove:
-            raise ManticoreError("A component with a tokenizer of its own cannot take back tokens that it has read.")
+            raise ManticoreError("A component with a tokenizer of its own cannot undo tokens that it has read.")
         kept = self.kept.items() if abs(tokens_to_remove) < self.seen else ()
         self.kept = {key: one.crop(abs(tokens_to_remove)) for key, one in kept}
         super().crop(tokens_to_remove)
@@ -242,8 +242,8 @@ def _behind(model, cache):
             found.mask, found.has_padding = getattr(cache, "_read", (None, False)) if found.seen else (None, False)
             return found
     raise ManticoreError(
-        f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache()) or, where all its "
-        "components attend and none is recurrent, an empty DynamicCache."
+        f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache()) or, if all its "
+        "components are attention-only, an empty DynamicCache."
     )
 
 

@@ -47,7 +47,7 @@ def trust(what: str, entry: dict, model_type: str, token: str | bool | None = No
         return
     if model_type in _registered or model_type in CONFIG_MAPPING:
         raise ManticoreError(
-            f"{what}: model_type {model_type!r} is taken in this process by other code "
+            f"{what}: model_type {model_type!r} is used in this process by other code "
             f"({'@'.join(_registered.get(model_type, ['Transformers itself'])[:2])}); load them in processes of their "
             "own."
         )
@@ -74,7 +74,7 @@ def run_trusted(names: str | list, values: dict) -> None:
     found = {entry["name"]: entry for entry in entries if entry.get("code") is not None}
     for name in [names] if isinstance(names, str) else names:
         if name not in found:
-            raise ManticoreError(f"trust_component_code: {show(name)} is no component that needs code of its own.")
+            raise ManticoreError(f"trust_component_code: {show(name)} is not a component that needs code of its own.")
         entry = found[name]
         check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
         if not is_commit(entry.get("revision")):

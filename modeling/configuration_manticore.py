@@ -169,7 +169,7 @@ class ManticoreConfig(PreTrainedConfig):
                 kept += [(sub, f"_{key}_internal", getattr(sub, f"_{key}")) for sub in subs]
         taken = {"_component_names", *self._component_names} & set(kwargs)
         if taken:
-            raise ManticoreError(f"{min(taken)!r} is set beside 'components', which says all of it; remove it.")
+            raise ManticoreError(f"{min(taken)!r} is set beside 'components', which already says it; remove it.")
         try:
             super().__init__(**kwargs)
         except Exception as err:  # Transformers checks with as many kinds of errors as there are checks
@@ -183,7 +183,7 @@ class ManticoreConfig(PreTrainedConfig):
         guard().entry(name, entry)
         if not isinstance(name, str) or name in self._component_names:
             raise ManticoreError(
-                f"Two components are named {name!r}, or one is not; name each (ComponentSpec(name=...))."
+                f"Two components are named {name!r}, or one is unnamed; name each (ComponentSpec(name=...))."
             )
         sub = entry.pop("config", None)
         sub = sub if sub is not None else getattr(self, name, None)
@@ -211,7 +211,7 @@ class ManticoreConfig(PreTrainedConfig):
         if value is None:
             return self._component_names[0] if self._component_names else None
         if value not in self._component_names:
-            raise ManticoreError(f"{key}={show(value)} is no component; choose one of {self._component_names}.")
+            raise ManticoreError(f"{key}={show(value)} is not a component; choose one of {self._component_names}.")
         return value
 
     def _check_mixture_weights(self, weights):
@@ -276,7 +276,7 @@ class ManticoreConfig(PreTrainedConfig):
         what = "The hybrid's config.json"
         guard().plain(what, config_dict)
         if not isinstance(config_dict, dict):
-            raise ManticoreError(f"{what} is no JSON object but {show(config_dict)}; it is damaged or no hybrid's.")
+            raise ManticoreError(f"{what} is not a JSON object but {show(config_dict)}; damaged, or not a hybrid's.")
         trusted = kwargs.pop("trust_component_code", None)
         if trusted:
             optional("code_manticore").run_trusted(trusted, config_dict)

@@ -25,7 +25,7 @@ def check_whole_rows() -> None:
         if getattr(how, size, 1) > 1:
             raise ManticoreError(
                 f"parallelism_config has {size}={getattr(how, size)}: each process would get a part of every row, and "
-                f"recurrent states do not go from one to the next. Set {size}=1 (tp_size and data parallelism work)."
+                f"recurrent states are not passed on between them. Set {size}=1 (tp_size and data parallelism work)."
             )
 
 

@@ -238,7 +238,7 @@ def check_unquantized(model: PreTrainedModel) -> None:
 def _must_stay(key):
     return ManticoreError(
         f"{key!r} was quantised, but has to stay in floating point. Quantise the hybrid by loading it with "
-        "quantization_config=..., which leaves out what must be."
+        "quantization_config=..., which skips such weights."
     )
 
 

@@ -163,7 +163,7 @@ class ManticoreForSequenceClassification(ManticoreClassifier):
         """[batch], the index of the last real token of each row."""
         (batch, time), ids = inputs.shape, inputs.ids
         if inputs.documents is not None and inputs.documents.are_several:
-            raise ManticoreError("A row of several documents has no one score: give each document a row of its own.")
+            raise ManticoreError("A row of several documents has no single score: give each document a row of its own.")
         # A hybrid of components without one has no such setting
         pad = getattr(self.config, "pad_token_id", None) if ids is not None else None
         if inputs.mask is None and pad is None and batch > 1:

@@ -60,9 +60,9 @@ class Past:
         """
         if tokens >= self.sums.shape[1]:
             raise ManticoreError(
-                f"The last {tokens} tokens cannot be taken back: the cache knows what the components have lost at "
-                f"{self.sums.shape[1]} positions. Call cache.activate_past_recording() before they are read, and take "
-                f"back fewer than {TRAIL}, of the last call."
+                f"The last {tokens} tokens cannot be taken back: the cache knows the components' losses at only "
+                f"{self.sums.shape[1]} positions. Call cache.activate_past_recording() before reading them, and take "
+                f"back fewer than {TRAIL}, all from the last call."
             )
         return self if tokens == 0 else Past(self.sums[:, :-tokens], self.log_probs[:, :-tokens])
 
@@ -142,7 +142,7 @@ def read_losses(model, inputs, kept, heads, own, norms):
     """
     if inputs.ids is None:
         raise ManticoreError(
-            "The mixture of this hybrid goes by the components' losses on the tokens so far: give input_ids, not "
+            "This hybrid's mixture depends on the components' losses on the tokens so far: give input_ids, not "
             "inputs_embeds."
         )
     device, (batch, time), cache = own[0].device, inputs.shape, inputs.cache

@@ -101,7 +101,7 @@ def open_files(files: list, stack: ExitStack, owner: str, prefix: str = "") -> d
             handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
         except Exception as err:
             raise ManticoreError(
-                f"{owner}: {file} is no readable safetensors file ({err}). Delete it from the local cache and load "
+                f"{owner}: {file} is not a readable safetensors file ({err}). Delete it from the local cache and load "
                 "again; if it stays so, the repository itself is damaged."
             ) from err
         out.update({prefix + key: handle.get_slice(key) for key in handle.keys()})
@@ -125,7 +125,7 @@ def shards(index: str | os.PathLike, what: tuple) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         plain = False
     if not plain:  # it comes from someone else's repository: no paths, no pickles
-        raise ManticoreError("{} is no index of safetensors files beside it; {}".format(*what))
+        raise ManticoreError("{} is not an index of safetensors files beside it; {}".format(*what))
     return found
 
 

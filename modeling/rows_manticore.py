@@ -49,7 +49,7 @@ def check_mask(mask, time):
         if floats and (wrong <= -1e4).all() and not (mask == 1).any() and (len(wrong) or not mask.any()):
             if not len(wrong):
                 raise ManticoreError(
-                    f"attention_mask is {mask.dtype} and 0 throughout: all may be padding, or nothing. Give integers."
+                    f"attention_mask is {mask.dtype} and 0 throughout: all padding, or none? Give integers."
                 )
             mask = mask == 0
         elif len(wrong):
@@ -244,8 +244,8 @@ def run_cut(run, inputs):
     differs, has_padding, is_inside = torch.stack([differs, padded.any(), inside.any()]).tolist()
     if differs:
         raise ManticoreError(
-            "attention_mask is not what it was for tokens that the cache holds, and recurrent states and windows "
-            "cannot leave them out any more: give the mask that was given then, or begin with a new cache."
+            "attention_mask differs from before for tokens in the cache, which recurrent states and windows can no "
+            "longer leave out: give the same mask as before, or start with a new cache."
         )
     if is_inside and any(word in type(layer).__name__ for layer in cache.layers for word in ("Static", "Quantized")):
         raise ManticoreError(

@@ -120,8 +120,8 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
     if documents is not None and documents.are_several:
         if cache is not None or use_cache:
             raise ManticoreError(
-                "position_ids, seq_idx or cu_seq_lens_q begin several documents in one row, and a cache goes on from "
-                "one: call with use_cache=False, or give each document a row of its own."
+                "position_ids, seq_idx or cu_seq_lens_q begin several documents in one row, and a cache continues "
+                "only one: call with use_cache=False, or give each document a row of its own."
             )
         use_cache = False
     own, cache = cache, cache_for(model, cache, use_cache)
@@ -158,7 +158,7 @@ def run(model, inputs, shared=True):
     model.segments.follow()
     if any("adapter_names" in getattr(hook, "keywords", ()) for hook in model.hybrid_mixer._forward_pre_hooks.values()):
         raise ManticoreError(
-            "adapter_names: these adapters have a whole mixer each, and one batch has one mixture. Call the model once "
+            "adapter_names: each of these adapters has a full mixer, but a batch has one mixture. Call the model once "
             "for each adapter, or train adapters without a mixer (lora_config(model, train_mixer=False))."
         )
     try:

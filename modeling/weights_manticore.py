@@ -453,7 +453,7 @@ def check_complete(model: PreTrainedModel, missing: list | set, wrong: dict) -> 
         key = min(missing)
         raise ManticoreError(
             f"{part_of(model, key)}: {len(missing)} tensors are neither in the hybrid's file nor in its components' "
-            f"repositories, for example {key}. It is incomplete: save or upload the hybrid again where it is whole."
+            f"repositories, for example {key}. It is incomplete: save or upload the hybrid again from a complete copy."
         )
     if wrong:
         key = min(wrong)

@@ -353,7 +353,7 @@ def test_rows_of_a_batch_with_adapters_of_their_own(saved):
     with tuned.disable_adapter():
         torch.testing.assert_close(found[1:], tuned(IDS[1:]).logits, atol=1e-5, rtol=1e-5)
     model = ManticoreForCausalLM.from_pretrained(saved)
-    with pytest.raises(ManticoreError, match="adapter_names: these adapters have a whole mixer each"):
+    with pytest.raises(ManticoreError, match="adapter_names: each of these adapters has a full mixer"):
         get_peft_model(model, lora_config(model, r=2)).eval()(input_ids=IDS, adapter_names=["default", "__base__"])
 
 
@@ -383,7 +383,7 @@ def test_soft_prompts_are_read_where_the_tokens_are(tmp_path, settings):
             ManticoreForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / kind.__name__
         )
         torch.testing.assert_close(again.eval()(input_ids=ids).logits, tuned(input_ids=ids).logits)
-    with pytest.raises(ManticoreError, match="PrefixTuningConfig is no prompt that a hybrid can read"):
+    with pytest.raises(ManticoreError, match="PrefixTuningConfig is not a prompt that a hybrid can read"):
         prompt_config(model, PrefixTuningConfig)
     sizes = {"num_attention_heads": 1, "num_layers": 1}
     prefixed = get_peft_model(mixed_hybrid(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **sizes))

@@ -155,7 +155,7 @@ def test_a_whole_comparison_of_an_aligned_hybrid(recipe, tmp_path):
 
 def test_what_a_comparison_cannot_do_is_said_at_once(recipe, tmp_path):
     for number, (settings, message) in enumerate(
-        [({"blocks": (1, 2)}, "works in one block"), ({"prune": True}, "leave --prune out")]
+        [({"blocks": (1, 2)}, "needs one block"), ({"prune": True}, "leave --prune out")]
     ):
         with pytest.raises(ManticoreError, match=message):
             comparison(recipe, tmp_path / str(number), **settings)

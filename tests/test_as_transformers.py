@@ -173,7 +173,7 @@ def test_sizes_follow_the_vocabulary_and_the_labels():
 
 def test_a_folder_that_is_not_there():
     for path in ("./no/such/folder", "no/such/folder"):
-        with pytest.raises(OSError, match=f"'{path}' is not there: it is no directory, and no repository id"):
+        with pytest.raises(OSError, match=f"'{path}' is not there: it is neither a directory nor a Hub repository id"):
             ManticoreConfig.from_pretrained(path)
         with pytest.raises(OSError, match=path):
             ManticoreForCausalLM.from_pretrained(path)

@@ -212,15 +212,15 @@ def test_code_that_a_component_names_is_not_run(saved, hub):
         (in_component(quantization_config={"quant_method": "gptq"}), "'gpt_neox' .* has a quantization_config"),
         (lambda values: values.update(quantization_config={"quant_method": "fp8"}), "quant_method='fp8' are not re"),
         (lambda values: values.update(quantization_config=["x"]), "quantization_config=\\['x'\\] must be a dict"),
-        (in_component(dtype="load"), "dtype='load' is no dtype of torch"),
-        (in_component(torch_dtype="os"), "dtype='os' is no dtype of torch"),
-        (lambda values: values.update(dtype="hub"), "dtype='hub' is no dtype of torch"),
-        (in_component(rope_parameters={"dtype": 1.5}), "'rope_parameters': dtype=1.5 is no dtype of torch"),
+        (in_component(dtype="load"), "dtype='load' is not a torch dtype"),
+        (in_component(torch_dtype="os"), "dtype='os' is not a torch dtype"),
+        (lambda values: values.update(dtype="hub"), "dtype='hub' is not a torch dtype"),
+        (in_component(rope_parameters={"dtype": 1.5}), "'rope_parameters': dtype=1.5 is not a torch dtype"),
         (lambda values: values.update(pad_token_id=[1]), "pad_token_id=\\[1\\] must be a token's number"),
         (lambda values: values.update(max_new_tokens="x"), "The hybrid cannot be built from its configuration: Type"),
-        (in_component(to_dict="x"), "to_dict='x' is no setting of a configuration"),
-        (in_component(model_type="manticore"), "no causal LM"),
-        (in_component(model_type="vit"), "no causal LM"),
+        (in_component(to_dict="x"), "to_dict='x' is not a setting of a configuration"),
+        (in_component(model_type="manticore"), "not a causal LM"),
+        (in_component(model_type="vit"), "not a causal LM"),
         (in_component(model_type=["gpt2"]), "model_type=\\['gpt2'\\]"),
         (lambda values: values["components"][0].update(name="forward"), "used by the model itself"),
         (lambda values: values["components"][0].update(name="../x"), "must be a Python identifier"),
@@ -235,7 +235,7 @@ def test_what_no_file_may_say_is_refused(saved, edit, message, capsys):
 def test_what_is_no_repository_is_refused(saved, address, capsys):
     edit = {"repo_id": address, "revision": "0" * 40, "weights": "reference"}
     change(saved, lambda values: values["components"][0].update(edit))
-    refused_everywhere(saved, "is no Hub repository id", capsys)
+    refused_everywhere(saved, "is not a Hub repository id", capsys)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_shards_that_an_index_names_stay_in_the_folder(tmp_path):
     key = next(iter(index["weight_map"]))
     index["weight_map"][key] = "../one/" + index["weight_map"][key]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ManticoreError, match="is no index of safetensors files beside it"):
+    with pytest.raises(ManticoreError, match="is not an index of safetensors files beside it"):
         ManticoreForCausalLM.from_components([ComponentSpec(folder, name="one")])
 
 

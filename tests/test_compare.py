@@ -378,7 +378,7 @@ def test_the_command_line(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Comparison, "_contenders", lambda self: [one for one in real(self) if one.name in few])
     words = ["compare", str(place / "recipe.yaml"), "--test", str(place / "test.jsonl"), "--loss-weights", "1"]
     assert main([*words, "--output-dir", str(tmp_path / "out")]) == 2
-    assert "'1' is no pair mix:own" in capsys.readouterr().err
+    assert "'1' is not a pair mix:own" in capsys.readouterr().err
     words[-2:] = ["--seeds", "3", "--learning-rates", "1e-2", "--max-test-tokens", "60"]
     words += ["--validation", str(place / "more.txt")]
     assert main([*words, "--output-dir", str(tmp_path / "out")]) == 0

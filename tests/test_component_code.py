@@ -176,7 +176,7 @@ def test_hostile_entries_are_refused(saved, stranger, canary):
 
 def test_one_model_type_is_one_code(hub, owner, tmp_path, kind, canary, saved):
     put(hub, f"{owner}/other", tmp_path, kind, canary, version=4)
-    with pytest.raises(ManticoreError, match="is taken in this process by other code"):
+    with pytest.raises(ManticoreError, match="is used in this process by other code"):
         ManticoreForCausalLM.from_components(parts(f"{owner}/other", trust_remote_code=True))
     with pytest.raises(ManticoreError, match="needs remote code"):
         ManticoreForCausalLM.from_components([f"{owner}/other"])

@@ -249,7 +249,7 @@ def test_what_a_component_can_alone_is_asked_of_it_alone(tmp_path, monkeypatch):
 
 
 def test_conditions_that_are_not_there_and_too_few_layers_raise(tmp_path):
-    with pytest.raises(ManticoreError, match=r"\['bridges'\] are no conditions"):
+    with pytest.raises(ManticoreError, match=r"\['bridges'\] are not conditions"):
         train.run_composition(SMALL, tmp_path, only=["bridges"])
     with pytest.raises(ManticoreError, match="layers=2: three blocks"):
         train.run_composition(SMALL, tmp_path, CompositionTraining(layers=2))

@@ -189,8 +189,8 @@ def test_other_contents_are_refused(tmp_path, refuse):
         ([1, 2], "no named tensors but a list"),
         ({**tensors, "step": 3}, "holds a int at 'step'"),
         ({"model": tensors}, "holds a dict at 'model'"),
-        ({**tensors, name: huge}, f"{name!r} is no plain tensor"),
-        ({**tensors, name: torch.ones(16).to_sparse()}, f"{name!r} is no plain tensor"),
+        ({**tensors, name: huge}, f"{name!r} is not a plain tensor"),
+        ({**tensors, name: torch.ones(16).to_sparse()}, f"{name!r} is not a plain tensor"),
         ({name: one.long() for name, one in tensors.items()}, "stores its weights as None"),
     ):
         refuse(write(tmp_path / "src", config, content), text)
@@ -199,7 +199,7 @@ def test_other_contents_are_refused(tmp_path, refuse):
     index = {"weight_map": {name: "../other.bin"}}
     (tmp_path / "src" / "pytorch_model.bin").unlink()
     (tmp_path / "src" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    refuse(tmp_path / "src", "no index of .bin files beside it")
+    refuse(tmp_path / "src", "not an index of .bin files beside it")
 
 
 # ---- every tensor once, every setting understood ---------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_what_transformers_would_leave_out_is_refused(tmp_path, refuse):
     refuse(write(path, model, fields=scaled), "llama.rope.scaling.type='yarn'", "another model")
     refuse(write(path, model, architecture="rwkv6"), "Transformers cannot read tiny.gguf (architecture 'rwkv6')")
     path.write_bytes(b"GGUF but no more")
-    refuse(path, "tiny.gguf is no readable GGUF file")
+    refuse(path, "tiny.gguf is not a readable GGUF file")
 
 
 def test_the_package_is_asked_for(tmp_path, refuse, monkeypatch):

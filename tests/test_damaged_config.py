@@ -16,10 +16,10 @@ from manticore_hf.cli import main
 from manticore_hf.hub.inspection import inspect_hybrid
 
 DAMAGED = {
-    "cut": (lambda text: text[: len(text) // 2], "is no JSON object of settings"),
-    "of another type": (lambda text: "[]", "is no JSON object"),
-    "too deep": (lambda text: "[" * 3000, "is no JSON object of settings"),
-    "no text": (lambda text: b"\xff\xfe\0\x80", "is no JSON object of settings"),
+    "cut": (lambda text: text[: len(text) // 2], "is not a JSON object of settings"),
+    "of another type": (lambda text: "[]", "is not a JSON object"),
+    "too deep": (lambda text: "[" * 3000, "is not a JSON object of settings"),
+    "no text": (lambda text: b"\xff\xfe\0\x80", "is not a JSON object of settings"),
     "no components": (lambda text: json.dumps({**json.loads(text), "components": ["a"]}), "[Cc]omponent"),
     "a wrong number": (lambda text: json.dumps({**json.loads(text), "vocab_size": "x"}), "vocab_size='x'"),
 }

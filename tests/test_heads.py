@@ -240,5 +240,5 @@ def test_labels_have_names(tmp_path):
         ManticoreForSequenceClassification.from_components(specs("gpt_neox+mamba"), id2label=names, num_labels=2)
     with pytest.raises(ManticoreError, match="num_labels=0 must be at least 1"):
         ManticoreForSequenceClassification.from_components(specs("gpt_neox+mamba"), num_labels=0)
-    with pytest.raises(ManticoreError, match="ManticoreForSequenceClassification is no causal hybrid"):
+    with pytest.raises(ManticoreError, match="ManticoreForSequenceClassification is not a causal hybrid"):
         ManticoreForTokenClassification.from_causal_lm(model)

@@ -27,7 +27,7 @@ def test_the_table_has_the_numbers_of_the_code():
         "`config.json`": (d._MAX_VALUES, d._MAX_DEPTH, d._MAX_TEXT, d._MAX_BITS, d._MAX_LIST),
         "a hybrid": (d.MAX_COMPONENTS, d.MAX_LAYERS),
         "a component": (d.MAX_ELEMENTS, d._MAX_TENSORS, round(100 * d._USABLE)),
-        "making a model": (4 * d._MAX_TENSORS,),
+        "building a model": (4 * d._MAX_TENSORS,),
         "`generation_config.json`": (d._MOST_ROWS,),
         "a header that": (provenance._LARGEST_HEADER,),
         "metadata of a card": (int(cards[1]), plain.deepest, int(cards[2])),

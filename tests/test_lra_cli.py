@@ -98,7 +98,7 @@ def test_the_designed_hybrid_interleaves_and_has_no_experts():
     "options,message",
     [
         (["listop", "--model", "llama"], "manticore-hf lra: task='listop' is unknown; did you mean listops?"),
-        (["listops", "--model", "lama"], "model='lama' is no model type with a causal LM"),
+        (["listops", "--model", "lama"], "model='lama' is not a model type with a causal LM"),
         (["listops", "--hybrid", "llama"], "--hybrid llama names one model"),
         (["listops", "--model", "llama", "--image-size", "8"], "listops: there is no setting 'image_size'"),
     ],

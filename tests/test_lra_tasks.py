@@ -90,7 +90,7 @@ def test_listops_runs_out_and_says_so(monkeypatch):
     with pytest.raises(ManticoreError, match=r"only 400 of 500 different sequences of 4 to 4 tokens .* max_depth=2"):
         listops.generate(lra_task("listops", num_train=1, num_test=500, min_len=4, max_len=4, max_depth=2), "test")
     for ids in ([11, 1, 2], [1, 2], [11, 15], [15], [0]):
-        with pytest.raises(ManticoreError, match="is no ListOps expression"):
+        with pytest.raises(ManticoreError, match="is not a ListOps expression"):
             listops.value(ids)
 
 

@@ -193,9 +193,9 @@ def test_the_schedule_is_the_benchmarks(tmp_path, monkeypatch):
     "options,message",
     [
         (["recal", "--model", "llama"], "manticore-hf mad: task='recal' is unknown; did you mean recall?"),
-        (["recall", "--model", "lama"], "manticore-hf mad: model='lama' is no model type with a causal LM"),
+        (["recall", "--model", "lama"], "manticore-hf mad: model='lama' is not a model type with a causal LM"),
         (["recall", "--hybrid", "llama"], "--hybrid llama names one model; give at least two, or --model llama"),
-        (["recall", "--hybrid", "llama,mambo"], "model='mambo' is no model type"),
+        (["recall", "--hybrid", "llama,mambo"], "model='mambo' is not a model type"),
         (["recall", "--model", "llama", "--frac-noise", "0.1"], "in-context-recall has no noise, and frac_noise=0.1"),
         (["recall", "--model", "llama", "--learning-rate", "0"], "learning_rate=0.0 must be above 1e-06"),
         (["recall", "--hybrid", "llama,mamba", "--num-blocks", "2"], "num_blocks"),

@@ -93,9 +93,9 @@ def test_a_hybrid_from_scratch_starts_from_the_weights_of_its_baselines():
 
 
 def test_models_that_cannot_be_made_are_refused():
-    with pytest.raises(ManticoreError, match="model='lama' is no model type with a causal LM"):
+    with pytest.raises(ManticoreError, match="model='lama' is not a model type with a causal LM"):
         scratch_config("lama", 16, 2, 64, 33)
-    with pytest.raises(ManticoreError, match="model='vit' is no model type with a causal LM"):
+    with pytest.raises(ManticoreError, match="model='vit' is not a model type with a causal LM"):
         scratch_config("vit", 16, 2, 64, 33)
     with pytest.raises(ManticoreError, match="llama: 0 layers of width 64"):
         scratch_config("llama", 16, 0, 64, 33)

@@ -78,8 +78,8 @@ def test_models_are_profiled_by_their_family(tmp_path, trained):
 @pytest.mark.parametrize(
     "options,message",
     [
-        (["lama"], "model='lama' is no model type of Transformers (llama, mamba, ...), and no directory or Hub repo"),
-        (["vit"], "model='vit' is no model type with a causal LM"),
+        (["lama"], "model='lama' is not a model type of Transformers (llama, mamba, ...), nor a directory or Hub repo"),
+        (["vit"], "model='vit' is not a model type with a causal LM"),
         ([","], "There is no model to profile"),
         (["llama", "--tasks", "recal"], "there is no MAD task 'recal'; known are ['recall', 'fuzzy-recall', "),
         (["llama", "--seq-len", "7"], "seq_len=7 must be even"),

@@ -160,7 +160,7 @@ def test_what_would_change_the_mixture_is_refused():
         ({"temperature": 0.7}, "TemperatureLogitsWarper.* would change it"),
         ({"top_k": 5}, "TopKLogitsWarper.* would change it"),
         ({"do_sample": False}, "do_sample=True"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "does not give .*output_scores"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "does not support .*output_scores"),
         ({"gate_lag": 0}, "gate_lag=0 must be"),
     ):
         with pytest.raises(ManticoreError, match=said):

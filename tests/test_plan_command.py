@@ -283,7 +283,7 @@ def test_vocabularies(tmp_path):
     "options, message",
     [
         ({"memory": "80 apples"}, "memory='80 apples' is no amount"),
-        ({"memory": "0GB"}, "is no amount of memory"),
+        ({"memory": "0GB"}, "is not an amount of memory"),
         ({"devices": 0}, "devices=0"),
         ({"tokens": "many"}, "tokens='many'"),
         ({"utilization": 1.5}, "utilization=1.5"),
@@ -302,10 +302,10 @@ def test_what_cannot_be_read(owner, tmp_path, capsys):
         assert main(["plan", str(write_recipe(tmp_path, [component]))]) == 2
         assert message in capsys.readouterr().err
     assert main(["plan", f"{owner}/nothing"]) == 2
-    assert "no recipe (a .yaml file), and cannot be read as a hybrid" in capsys.readouterr().err
+    assert "neither a recipe (a .yaml file) nor readable as a hybrid" in capsys.readouterr().err
     save_configs(tmp_path, "llama")
     assert main(["plan", str(tmp_path / "llama")]) == 2
-    assert "is no hybrid" in capsys.readouterr().err
+    assert "is not a hybrid" in capsys.readouterr().err
     parts = save_configs(tmp_path, "llama", "mamba")
     recipe = write_recipe(tmp_path, parts, "[finetune: {optim: lomo}]")
     assert main(["plan", str(recipe), "--memory", "1GB"]) == 2

@@ -59,7 +59,7 @@ def test_compose_takes_every_setting(parts, tmp_path, capsys):
     assert "2 block(s)" in capsys.readouterr().out
     assert main(command) == 0 and "this stage is finished" in capsys.readouterr().out
     assert main(["compose", *parts, "--output_dir", str(tmp_path / "x"), "--block_layers", "{"]) == 2
-    assert "block_layers='{' is no JSON" in capsys.readouterr().err
+    assert "block_layers='{' is not JSON" in capsys.readouterr().err
     assert main(["compose", *parts, "--output_dir", str(tmp_path / "x"), "--gate", "beta"]) == 2
     assert "gate='beta' is unknown" in capsys.readouterr().err
 

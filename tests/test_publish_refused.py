@@ -35,13 +35,13 @@ def test_what_is_no_hybrid_is_refused(saved, hub, owner, tmp_path):
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     tiny("gpt2").save_pretrained(tmp_path / "gpt2")
     for what, message in (
-        (tiny("gpt2"), "GPT2LMHeadModel is no hybrid"),
+        (tiny("gpt2"), "GPT2LMHeadModel is not a hybrid"),
         (PeftModel(), "holds an adapter"),
         (tmp_path / "gpt2", "type 'gpt2', no hybrid"),
         (tmp_path / "empty", "no config.json"),
         (tmp_path / "nowhere", "no config.json"),
         (tmp_path / "light", "no model.safetensors"),
-        (tmp_path / "damaged", "no readable safetensors"),
+        (tmp_path / "damaged", "not a readable safetensors"),
     ):
         with pytest.raises(ManticoreError, match=message):
             publish(what, f"{owner}/h")
@@ -58,20 +58,20 @@ def test_options_that_cannot_be(saved, owner, options, message):
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "..", "a b", ""])
 def test_repositories_that_cannot_be(saved, repo_id):
-    with pytest.raises(ManticoreError, match="no repository id"):
+    with pytest.raises(ManticoreError, match="not a repository id"):
         publish(saved[1], repo_id)
 
 
 def test_another_model_is_not_overwritten(saved, hub, owner):
     before = hub.head(f"{owner}/a")
-    with pytest.raises(ManticoreError, match="holds a model that is no hybrid"):
+    with pytest.raises(ManticoreError, match="holds a model that is not a hybrid"):
         publish(saved[1], f"{owner}/a")
     assert hub.head(f"{owner}/a") == before
 
 
 def test_metadata_that_the_hub_refuses_stop_it(saved, owner):
     (saved[1] / "README.md").write_text("---\nlicense: Not A Licence!\n---\n")
-    with pytest.raises(ManticoreError, match="metadata of README.md are refused.*license"):
+    with pytest.raises(ManticoreError, match="metadata of README.md is invalid.*license"):
         publish(saved[1], f"{owner}/h")
     assert not exists(f"{owner}/h")
 

@@ -57,9 +57,9 @@ def _write(path, text):
             "components: [a/b]\ndata: {data: t}\nstages:\n  - search: {strategy: best}\n",
             r"x.yaml:4: stages.0.search.strategy: is 'best'; choose one of",
         ),
-        ("components: [a\n", r"is no valid YAML"),
+        ("components: [a\n", r"is not valid YAML"),
         ("- a\n", r"must be a mapping"),
-        ("components: !!python/object/apply:os.system ['true']\n", r"is no valid YAML"),
+        ("components: !!python/object/apply:os.system ['true']\n", r"is not valid YAML"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, message):

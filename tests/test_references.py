@@ -164,7 +164,7 @@ def test_bad_index(saved, hub, owner, tmp_path, index):
     files = {**hub.files(f"{owner}/b"), INDEX: index.encode()}
     commit = hub.add_repo(f"{owner}/b", files)
     edit_config(saved[1], lambda values: values["components"][1].update(revision=commit, files=None))
-    refused(saved[1], tmp_path, "Component 'b'.*no index of safetensors files")
+    refused(saved[1], tmp_path, "Component 'b'.*not an index of safetensors files")
 
 
 def with_weights(hub, owner, folder, change):
@@ -196,13 +196,13 @@ def test_corrupt_component(saved, hub, owner, tmp_path):
     files = {**hub.files(f"{owner}/a"), MODEL: hub.files(f"{owner}/a")[MODEL][:-100]}
     commit = hub.add_repo(f"{owner}/a", files)
     edit_config(saved[1], lambda values: values["components"][0].update(revision=commit, files=None))
-    refused(saved[1], tmp_path, "Component 'a'.*no readable safetensors file.*Delete it")
+    refused(saved[1], tmp_path, "Component 'a'.*not a readable safetensors file.*Delete it")
 
 
 def test_corrupt_own_file(saved, tmp_path):
     whole = (saved[1] / MODEL).read_bytes()
     (saved[1] / MODEL).write_bytes(whole[: len(whole) // 2])
-    refused(saved[1], tmp_path, "hybrid's own weights.*no readable safetensors file")
+    refused(saved[1], tmp_path, "hybrid's own weights.*not a readable safetensors file")
 
 
 def test_own_file_without_its_tensors(saved, tmp_path):
@@ -275,7 +275,7 @@ def test_hostile_reference_is_refused(key, value):
 def test_hostile_config_is_refused_before_any_request(saved, hub):
     edit_config(saved[1], lambda values: values["components"][0].update(repo_id="../x"))
     hub.clear_requests()
-    with pytest.raises(ManticoreError, match="no Hub repository id"):
+    with pytest.raises(ManticoreError, match="not a Hub repository id"):
         ManticoreForCausalLM.from_pretrained(saved[1])
     assert not hub.requests
 

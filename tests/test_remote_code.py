@@ -562,11 +562,11 @@ def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_stil
     wanted = {
         "num_blocks=9": (None, {"num_blocks": 9}, "num_blocks=9 is more than the 2 layers of component 'gpt_neox'"),
         "gate": (None, {"gate": "x"}, "gate='x' is unknown; choose one of"),
-        "dtype": (None, {"dtype": "load"}, "dtype='load' is no dtype of torch"),
+        "dtype": (None, {"dtype": "load"}, "dtype='load' is not a torch dtype"),
         "version": (None, {"manticore_version": 2}, "This hybrid has format version 2"),
-        "path": (1, {**elsewhere, "repo_id": "../x"}, "is no Hub repository id"),
-        "commit": (1, {**elsewhere, "revision": "abcdef1"}, "is no 40-hex commit"),
-        "files": (1, tampered, "is no plain name of a safetensors file"),
+        "path": (1, {**elsewhere, "repo_id": "../x"}, "is not a Hub repository id"),
+        "commit": (1, {**elsewhere, "revision": "abcdef1"}, "is not a 40-hex commit"),
+        "files": (1, tampered, "is not a plain name of a safetensors file"),
         "code": (1, {**elsewhere, "code": code}, "carries no code for components with code of their own"),
     }
     edits = {name: {"component": component, "values": values} for name, (component, values, _) in wanted.items()}

@@ -191,22 +191,22 @@ def test_what_cannot_be_right_is_refused():
     ids, positions, numbers, ends = packed()
     model = hybrid("gpt_neox+mamba").eval()
     for given in ({"use_cache": True}, {"cache": model.make_cache()}):
-        with pytest.raises(ManticoreError, match="several documents in one row, and a cache goes on from one"):
+        with pytest.raises(ManticoreError, match="several documents in one row, and a cache continues only one"):
             model(input_ids=ids, position_ids=positions, **given)
     with pytest.raises(ManticoreError, match=r"cu_seq_lens_q ends at 16,.* there are 1 \* 15 tokens"):
         model(input_ids=ids[:, :15], cu_seq_lens_q=ends)
     parts = [ComponentSpec(tiny_lm("gpt_neox"), name="one")]
-    with pytest.raises(ManticoreError, match="A row of several documents has no one score"):
+    with pytest.raises(ManticoreError, match="A row of several documents has no single score"):
         classifier = ManticoreForSequenceClassification.from_components(parts, num_labels=2, verify=False)
         classifier(input_ids=ids, position_ids=positions)
     mask = torch.ones_like(ids)
     mask[0, 5] = 0
     mamba = hybrid("mamba")
     cache = mamba(input_ids=ids[:, :8]).cache
-    with pytest.raises(ManticoreError, match="attention_mask is not what it was for tokens that the cache holds"):
+    with pytest.raises(ManticoreError, match="attention_mask differs from before for tokens in the cache"):
         mamba(input_ids=ids[:, 8:], attention_mask=mask, cache=cache)
     cache = mamba(input_ids=ids[:, :8], attention_mask=mask[:, :8]).cache
-    with pytest.raises(ManticoreError, match="attention_mask is not what it was for tokens that the cache holds"):
+    with pytest.raises(ManticoreError, match="attention_mask differs from before for tokens in the cache"):
         mamba(input_ids=ids[:, 8:], cache=cache)
     with pytest.raises(ManticoreError, match="which a static or quantised cache cannot hold"):
         model(input_ids=ids, attention_mask=mask, cache=model.make_cache(32))

@@ -202,7 +202,7 @@ def test_impossible_headers_end_in_a_sentence(folder, capsys):
         found = capsys.readouterr()
         assert len(found.out) < 20_000 and "Traceback" not in found.err
         assert cli.main(["push", str(folder), "you/h", "--dry-run"]) == 2
-        assert "no readable safetensors file" in capsys.readouterr().err
+        assert "not a readable safetensors file" in capsys.readouterr().err
         cli.main(["report", str(folder), "--no-measure"])
         assert "Traceback" not in capsys.readouterr().err
 
@@ -243,9 +243,9 @@ def test_a_generation_config_beyond_any_sense_is_refused(folder):
     for values, message in (
         ({"num_beams": 10**9}, "num_beams=1000000000 .* at most 1024"),
         ({"num_return_sequences": 10**7}, "num_return_sequences"),
-        ({"num_return_sequences": 10**7, "do_sample": True}, "num_return_sequences=10000000 is no number"),
+        ({"num_return_sequences": 10**7, "do_sample": True}, "num_return_sequences=10000000 is not a number"),
         ({"max_new_tokens": 10**30}, "max_new_tokens"),
-        ({"num_beams": "many"}, "num_beams='many' is no number"),
+        ({"num_beams": "many"}, "num_beams='many' is not a number"),
         ({"stop_strings": ["x" * 10**6]}, "a text of 1000000 characters"),
     ):
         (folder / "generation_config.json").write_text(json.dumps({**json.loads(text), **values}))

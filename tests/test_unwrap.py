@@ -82,11 +82,11 @@ def test_what_it_is_made_for(causal, other_copy):
             for wrapped in (one, nn.DataParallel(one)):
                 with pytest.raises(ManticoreError, match=f"Reading needs .* this one is a {KINDS[cls.__name__].noun}"):
                     refuse_classifier(wrapped, "Reading")
-            with pytest.raises(ManticoreError, match="is no causal hybrid"):
+            with pytest.raises(ManticoreError, match="is not a causal hybrid"):
                 cls.from_causal_lm(one)
             wanted = "SEQ_CLS" if cls is ManticoreForSequenceClassification else "TOKEN_CLS"
             assert lora_config(one, r=2).task_type == wanted
     assert lora_config(causal, r=2).task_type == "CAUSAL_LM"
     assert type(LABELLED[0].from_causal_lm(copy_of(causal, other_copy), 3)) is LABELLED[0]
-    with pytest.raises(ManticoreError, match="GPTNeoXForCausalLM is no causal hybrid"):
+    with pytest.raises(ManticoreError, match="GPTNeoXForCausalLM is not a causal hybrid"):
         LABELLED[0].from_causal_lm(neox())

@@ -65,9 +65,9 @@ def test_a_path_that_is_too_long_is_no_way_out(tmp_path):
     write_text(tmp_path / "private.txt", 5)
     for source in (f"/{IDLE}{str(tmp_path)[1:]}/private.txt", f"{IDLE}../private.txt"):
         file = recipe(tmp_path / "theirs", source)
-        with pytest.raises(ManticoreError, match="a name of .* characters is no file's"):
+        with pytest.raises(ManticoreError, match="a name of .* characters cannot be a file"):
             stage_data(load_kept_recipe(file), {})
-        with pytest.raises(ManticoreError, match="a name of .* characters is no file's"):
+        with pytest.raises(ManticoreError, match="a name of .* characters cannot be a file"):
             find_beside(source, load_recipe(file))
 
 
@@ -162,7 +162,7 @@ def test_strange_values_of_a_configuration_are_a_sentence(saved, tmp_path, capsy
         ("output_hidden_states", ["a"], "output_hidden_states"),
         ("architectures", [["a"]], "architectures"),
         ("architectures", [3], "architectures"),
-        ("model_type", ["manticore"], "model_type|no JSON object of settings"),
+        ("model_type", ["manticore"], "model_type|not a JSON object of settings"),
     ):
         with pytest.raises(ManticoreError, match=said):
             ManticoreConfig.from_dict({**values, key: value})
@@ -213,9 +213,9 @@ def test_an_index_of_weight_files_is_one(saved, tmp_path):
     """Transformers joins what it names to the directory, and takes for granted what else it says."""
     index = {"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
     for values, said in (
-        ({**index, "weight_map": {"a": "../private/model.safetensors"}}, "is no index of safetensors files beside it"),
-        ({**index, "weight_map": {"a": "model.bin"}}, "is no index of safetensors files beside it"),
-        ([], "is no index of safetensors files beside it"),
+        ({**index, "weight_map": {"a": "../private/model.safetensors"}}, "is not an index of safetensors files"),
+        ({**index, "weight_map": {"a": "model.bin"}}, "is not an index of safetensors files beside it"),
+        ([], "is not an index of safetensors files beside it"),
         ({"weight_map": index["weight_map"]}, r"its index of weight files is damaged \(KeyError: 'metadata'"),
         ({**index, "metadata": 3}, r"its index of weight files is damaged \(TypeError"),
     ):
@@ -237,8 +237,8 @@ def test_a_tokenizer_that_cuts_no_text(saved, tmp_path, capsys):
     write_text(tmp_path / "text.txt", 100)
     words = ["evaluate", "--model", str(tmp_path / "theirs"), "--data", str(tmp_path / "text.txt")]
     assert main(words) == 2
-    assert "cannot cut a text: Exception: WordLevel error" in capsys.readouterr().err
-    with pytest.raises(ManticoreError, match="cannot cut a text"):
+    assert "cannot encode a text: Exception: WordLevel error" in capsys.readouterr().err
+    with pytest.raises(ManticoreError, match="cannot encode a text"):
         load(tmp_path / "theirs")
 
 
@@ -260,5 +260,5 @@ def test_strange_tokenizers_of_aligned_components():
     with pytest.raises(ManticoreError, match="a token with the id 200000000, beyond the rows of any model"):
         Surfaces(edited(lambda parts: parts["model"]["vocab"].update(zz=200_000_000)))
     known = {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "y"}
-    with pytest.raises(ManticoreError, match="tokenizer cannot cut 'The cat.*WordLevel error"):
+    with pytest.raises(ManticoreError, match="tokenizer cannot encode 'The cat.*WordLevel error"):
         ByteTokenizer(edited(lambda parts: parts.update(model=known, added_tokens=[]))).cut(text)

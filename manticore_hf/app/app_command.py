@@ -19,10 +19,10 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--tokenizer", help="directory or repository of the tokenizer (default: the hybrid's own)")
     parser.add_argument("--device", help="where it runs (default: cuda where there is a GPU, else cpu)")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others on the network in"
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others on the network in"
     )
-    parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860)")
-    parser.add_argument("--space", metavar="YOU/NAME", help="publish the page as this Space, which is made or updated")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
+    parser.add_argument("--space", metavar="YOU/NAME", help="publish the page as this Space, creating or updating it")
     parser.add_argument("--output-dir", help="write the Space's files here; without --space nothing else is done")
     parser.add_argument("--private", action="store_true", help="make a new Space private")
 

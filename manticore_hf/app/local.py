@@ -59,6 +59,6 @@ def serve(
     try:
         launch(build(hybrid, title), host, port)
     except OSError as err:
-        raise ManticoreError(f"{host}:{port or '7860 and those after it'} cannot be listened at: {err}") from err
+        raise ManticoreError(f"{host}:{port or '7860 and those after it'} cannot be listened on: {err}") from err
     except KeyboardInterrupt:
         pass

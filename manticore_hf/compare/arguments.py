@@ -25,18 +25,18 @@ class CompareArguments:
         },
     )
     test_split: str = field(default="test", metadata={"help": "Split of a Hub data set."})
-    max_test_tokens: int | None = field(default=None, metadata={"help": "Test on at most so many tokens."})
+    max_test_tokens: int | None = field(default=None, metadata={"help": "Test on at most this many tokens."})
     seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "Seeds of order, gates and projectors."})
-    learning_rates: tuple[float, ...] | None = field(default=None, metadata={"help": "Of whatever is fine-tuned."})
+    learning_rates: tuple[float, ...] | None = field(default=None, metadata={"help": "Learning rates for fine-tuning."})
     gate_learning_rates: tuple[float, ...] | None = field(
-        default=None, metadata={"help": "Of gates and weights over tuned components, which are trained alone."}
+        default=None, metadata={"help": "Learning rates of gates and weights trained alone over tuned components."}
     )
     online_etas: tuple[float, ...] = field(
         default=(0.1, 0.3, 1.0),
-        metadata={"help": "online_eta of the online mixtures, of which validation text chooses."},
+        metadata={"help": "online_eta values of the online mixtures; the validation text chooses."},
     )
     online_decays: tuple[float, ...] = field(
-        default=(0.8, 0.95), metadata={"help": "online_decay of the online mixtures, likewise."}
+        default=(0.8, 0.95), metadata={"help": "online_decay values of the online mixtures, likewise."}
     )
     epochs: tuple[float, ...] | None = field(default=None, metadata={"help": "Passes over the text in fine-tuning."})
     blocks: tuple[int, ...] | None = field(default=None, metadata={"help": "Numbers of blocks of the hybrids."})
@@ -53,7 +53,7 @@ class CompareArguments:
     loss_weights: tuple[tuple[float, float], ...] | None = field(
         default=None,
         metadata={
-            "help": "Pairs mix_loss_weight:component_loss_weight of the hybrids, as 1:0 or 0.3:1. "
+            "help": "Pairs mix_loss_weight:component_loss_weight of the hybrids, such as 1:0 or 0.3:1. "
             "Default: what the recipe says, or the hybrid chooses.",
             "metavar": "MIX:OWN",
         },
@@ -64,9 +64,7 @@ class CompareArguments:
     prune: bool = field(
         default=False, metadata={"help": "Also prune every hybrid, with recovery distillation on the text."}
     )
-    allow_outside: bool = field(
-        default=False, metadata={"help": "Let the recipe name files outside of the folder that it is in."}
-    )
+    allow_outside: bool = field(default=False, metadata={"help": "Let the recipe name files outside its own folder."})
     singles: tuple[str, ...] = field(default=(), metadata={"help": "Other models, of any tokenizer, tuned likewise."})
     all_text: str | None = field(
         default=None,
@@ -133,7 +131,7 @@ def parse_loss_weights(text: str) -> tuple[float, float]:
         mix, own = (float(part) for part in text.split(":"))
         return mix, own
     except ValueError:
-        raise ManticoreError(f"loss_weights: {text!r} is no pair mix:own of numbers, as 1:0 or 0.3:1.") from None
+        raise ManticoreError(f"loss_weights: {text!r} is not a pair mix:own of numbers, as 1:0 or 0.3:1.") from None
 
 
 def stage_settings(recipe: "Recipe", stage: str) -> dict | None:

@@ -91,7 +91,7 @@ class Comparison:
         names = list(self.shop.own_tokenizers)
         if names and not all(can_align({**self.recipe.hybrid, **changed}) for changed, _ in self._variants()):
             raise ManticoreError(
-                f"Components {names} have tokenizers of their own, which works in one block with embeddings 'native': "
+                f"Components {names} have tokenizers of their own, which needs one block and embeddings 'native': "
                 "compare such a hybrid, or write `transplant: auto` into the recipe's hybrid."
             )
         if names and self.arguments.prune:
@@ -148,7 +148,7 @@ class Comparison:
         if self.arguments.all_text is not None:
             wanted = self.arguments.retrain or shop.names
             if unknown := sorted(set(wanted) - set(shop.names)):
-                raise ManticoreError(f"retrain: {unknown[0]!r} is no component; there are {shop.names}.")
+                raise ManticoreError(f"retrain: {unknown[0]!r} is not a component; there are {shop.names}.")
             out += [self._retrained(name, grid) for name in wanted]
         options = self.arguments.hybrid_grid(self.recipe)
         for hybrid, label in self._variants():

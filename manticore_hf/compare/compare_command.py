@@ -14,7 +14,7 @@ def add_options(parser: Parser) -> None:
         "the same grid of settings, chosen on a validation split, and tests them on the same documents: losses with "
         "intervals, paired tests, FLOPs and time. Finished runs are not repeated."
     )
-    parser.add_argument("recipe", help="the YAML file; its finetune stage is what all models are tuned with")
+    parser.add_argument("recipe", help="the YAML file; all models are tuned with its finetune stage's settings")
     parser.add_argument("--output-dir", required=True, help="directory of the runs and the comparison")
     add_fields(parser, CompareArguments, switches=True)
     parser.add_argument("--harden", dest="prune", action=RenamedSwitch, new="--prune")

@@ -370,4 +370,4 @@ def read_run(folder: str | Path) -> dict | None:
     try:
         return {**json.loads(file.read_text()), "folder": Path(folder)}
     except ValueError as err:
-        raise ManticoreError(f"{file} is no JSON ({err}); delete that folder to repeat the run.") from None
+        raise ManticoreError(f"{file} is not JSON ({err}); delete that folder to repeat the run.") from None

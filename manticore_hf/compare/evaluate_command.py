@@ -27,7 +27,7 @@ def add_options(parser: Parser) -> None:
         metavar="DIR_OR_REPO",
         help="the components as they came, in order (default: the addresses that the hybrid knows)",
     )
-    parser.add_argument("--max-tokens", type=int, help="use at most so many tokens (default: all)")
+    parser.add_argument("--max-tokens", type=int, help="use at most this many tokens (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
     parser.add_argument("--include-path", help="--tasks: directory with task definitions of your own")
     parser.add_argument("--num-fewshot", type=int, help="--tasks: examples before each question (default: the task's)")

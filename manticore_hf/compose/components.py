@@ -157,7 +157,7 @@ def _resolve_model(spec):
     refuse_kind(f"Component {found.address}", found.config)
     usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type)
     if usual is None:
-        raise ManticoreError(f"Component {found.address} is of remote code: name its repository, which has the code.")
+        raise ManticoreError(f"Component {found.address} uses remote code: name its repository, which has the code.")
     if type(model).__name__ != usual:
         raise ManticoreError(
             f"Component {found.address} is a {type(model).__name__}; a saved hybrid would rebuild it as {usual}. Give "
@@ -270,17 +270,17 @@ def _read_config(found, folder, trusted=False, token=None):
             values = json.load(file)
     except (OSError, ValueError, RecursionError) as err:
         raise ManticoreError(
-            f"Component {found.address}: its config.json is no JSON object ({err}); repair it or choose another."
+            f"Component {found.address}: its config.json is not a JSON object ({err}); repair it or choose another."
         ) from err
     if not isinstance(values, dict):
         raise ManticoreError(
-            f"Component {found.address}: its config.json is no JSON object but {show(values)}; repair it or choose "
+            f"Component {found.address}: its config.json is not a JSON object but {show(values)}; repair it or choose "
             "another."
         )
     guard().file(f"Component {found.address}", values)
     kind, auto_map = values.get("model_type"), values.get("auto_map")
     if kind is not None and not isinstance(kind, str):
-        raise ManticoreError(f"Component {found.address}: model_type={show(kind)} in its config.json is no name.")
+        raise ManticoreError(f"Component {found.address}: model_type={show(kind)} in its config.json is not a name.")
     if trusted and auto_map and (kind not in CONFIG_MAPPING or kind in registered()):
         what = f"Component {found.address}"
         found.code = code_of(what, auto_map)
@@ -321,7 +321,7 @@ def _check_architecture(found, values):
             f"Component {found.address} is an encoder-decoder ({kind}); only causal LMs can be joined."
         )
     if not is_causal_lm(kind):
-        raise ManticoreError(f"Component {found.address} is no causal LM (model_type {kind!r}).")
+        raise ManticoreError(f"Component {found.address} is not a causal LM (model_type {kind!r}).")
     refuse_type(f"Component {found.address}", kind)
     architectures = values.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]

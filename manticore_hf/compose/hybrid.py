@@ -165,7 +165,7 @@ class ManticoreForCausalLM(_Defended, _ChecksGeneration, KeepsCard, modeling_man
                     + (f"; did you mean {close[0]}?" if close else f"; choose from {known}.")
                 )
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ManticoreError(f"dtype={dtype!r} is no dtype of torch; give for example 'bfloat16'.")
+            raise ManticoreError(f"dtype={dtype!r} is not a torch dtype; give for example 'bfloat16'.")
         for key in ("preset", "tokenizer_component"):
             if not isinstance(settings.get(key), (str, type(None))):
                 raise ManticoreError(f"{key}={show(settings[key])} must be a name.")
@@ -376,7 +376,7 @@ class _Classifies(_Defended):
             ManticoreError: It is no causal hybrid, or a quantised one, or the labels contradict each other.
         """
         if not is_hybrid(model) or model._auto_class != CAUSAL.auto:  # not by its class, which may be of another copy
-            raise ManticoreError(f"{type(model).__name__} is no causal hybrid; give a ManticoreForCausalLM.")
+            raise ManticoreError(f"{type(model).__name__} is not a causal hybrid; give a ManticoreForCausalLM.")
         if getattr(model.config, "quantization_config", None) is not None:
             raise ManticoreError(
                 f"This hybrid is quantised; load it as a {cls.__name__} instead (from_pretrained with num_labels and "

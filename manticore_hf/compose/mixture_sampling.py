@@ -197,7 +197,7 @@ def _check(model, logits_processor, generation_config, synced_gpus, lag):
     wanted = [key for key in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
               if getattr(generation_config, key)]  # fmt: skip
     if wanted or synced_gpus:
-        raise ManticoreError(f"mixture_sampling does not give {wanted or ['synced_gpus']}: generate without it.")
+        raise ManticoreError(f"mixture_sampling does not support {wanted or ['synced_gpus']}: generate without it.")
     if type(lag) is not int or lag < 1:
         raise ManticoreError(f"gate_lag={lag!r} must be a whole number of tokens, at least 1.")
     if config.holds_weights and lag != config.gate_lag:

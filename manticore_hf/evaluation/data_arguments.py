@@ -16,7 +16,7 @@ class DataArguments:
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     data_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     data_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
-    streaming: bool = field(default=False, metadata={"help": "Read a Hub data set only as far as it is needed."})
+    streaming: bool = field(default=False, metadata={"help": "Read a Hub data set only as far as needed."})
     where: str | None = field(
         default=None,
         metadata={"help": "Read only the records that have this text in a column: column=text (column= for none)."},
@@ -28,17 +28,17 @@ class DataArguments:
     text_column: str = field(
         default="text",
         metadata={
-            "help": "Column that holds plain text; answers.text for one inside of a column; or a text with columns in "
+            "help": "Column that holds plain text; answers.text for a nested one; or a text with columns in "
             "braces, '{question} {answer}'. The columns of prompts and answers are given likewise."
         },
     )
     prompt_column: str | None = field(
-        default=None, metadata={"help": "Column of the prompt: instruction data, the prompt gets no loss."}
+        default=None, metadata={"help": "Column of the prompt (instruction data), which gets no loss."}
     )
     completion_column: str = field(default="completion", metadata={"help": "Column of the answer."})
     encoding: str | None = field(
         default=None,
-        metadata={"help": "Encoding of text, jsonl and csv files, as latin-1. Default: a byte order mark's, or UTF-8."},
+        metadata={"help": "Encoding of text, jsonl and csv, e.g. latin-1. Default: a byte order mark's, or UTF-8."},
     )
     special_tokens: str = field(
         default="text",
@@ -59,7 +59,7 @@ class DataArguments:
     one_per_row: bool = field(
         default=False, metadata={"help": "Every text is a row of its own, cut to block_size, instead of packed rows."}
     )
-    max_tokens: int | None = field(default=None, metadata={"help": "Use at most so many tokens, validation included."})
+    max_tokens: int | None = field(default=None, metadata={"help": "At most this many tokens, validation included."})
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the rows kept for validation; 0 for none."}
     )

@@ -28,7 +28,7 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase, text: str = "a") -> list[in
         if whole[length : length + len(bare)] == bare:
             return whole[:length]
     raise ManticoreError(
-        "The tokenizer cuts a text differently with and without its special tokens, so it does not show what it "
+        "The tokenizer splits a text differently with and without its special tokens, so it does not show what it "
         "puts before a text: give start_token_id."
     )
 

@@ -42,7 +42,7 @@ def scratch_config(family: str, vocab_size: int, layers: int, width: int, positi
     """
     if family not in CONFIG_MAPPING or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or family == "manticore":
         raise ManticoreError(
-            f"model={family!r} is no model type with a causal LM in Transformers; give for example llama, gpt_neox, "
+            f"model={family!r} is not a model type with a causal LM in Transformers; give for example llama, gpt_neox, "
             "mamba or mamba2."
         )
     if min(layers, width) < 1:

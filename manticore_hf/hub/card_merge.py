@@ -100,9 +100,9 @@ def split(text: str) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
         metadata = load_yaml(block, values=20_000, length=100_000)
     except ValueError as err:
         reason = " ".join(str(err).split())[:300]
-        raise ManticoreError(f"The metadata of the present README.md are no YAML ({reason}); repair them.") from err
+        raise ManticoreError(f"The metadata of the present README.md is not YAML ({reason}); repair it.") from err
     if not isinstance(metadata or {}, dict) or not all(isinstance(key, str) for key in metadata or {}):
-        raise ManticoreError("The metadata of the present README.md are no mapping of names to values; repair them.")
+        raise ManticoreError("The metadata of the present README.md is not a mapping of names to values; repair it.")
     found = None
     for match in _STAMP.finditer(body):
         found = _read_stamp(match[1] or "")

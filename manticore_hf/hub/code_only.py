@@ -63,7 +63,7 @@ def code_update(repo_id: str, revision: str | None = None, token: str | bool | N
         files = {one.rfilename for one in info.siblings}
         if "config.json" not in files:
             raise ManticoreError(
-                f"{repo_id} has no config.json, so it is no hybrid; publish one with manticore-hf push."
+                f"{repo_id} has no config.json, so it is not a hybrid; publish one with manticore-hf push."
             )
 
         def there(name):
@@ -74,9 +74,9 @@ def code_update(repo_id: str, revision: str | None = None, token: str | bool | N
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as err:
-            raise ManticoreError(f"config.json of {repo_id} is no JSON ({err}); repair it.") from err
+            raise ManticoreError(f"config.json of {repo_id} is not JSON ({err}); repair it.") from err
         if not isinstance(values, dict) or values.get("model_type") != "manticore":
-            raise ManticoreError(f"{repo_id} holds a model that is no hybrid; its config.json says so.")
+            raise ManticoreError(f"{repo_id} holds a model that is not a hybrid; its config.json says so.")
         config = ManticoreConfig.from_pretrained(repo_id, revision=info.sha, token=token)  # this version reads it
         new = {}
         with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +165,7 @@ def push_code(
     if not yes:
         if not sys.stdin.isatty():
             raise ManticoreError(
-                "Nobody can be asked here whether to commit this: give --yes, or --dry-run to look only."
+                "There is no terminal to confirm this commit on: give --yes, or --dry-run just to look."
             )
         if ask(f"Commit this to {repo_id}? [y/N] ").strip().lower() not in ("y", "yes"):
             print("Nothing was committed.")

@@ -17,7 +17,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="hash the weight files in the local cache anew (no downloads); exit status 1: one is damaged",
+        help="rehash the weight files in the local cache (no downloads); exit status 1 if one is damaged",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

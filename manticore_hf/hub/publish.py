@@ -300,14 +300,14 @@ def _validate(text):
         ModelCard(text).validate()
     except (ValueError, TypeError, LookupError, AttributeError) as err:  # its keys and values may be anyone's
         reason = " ".join(str(err).split())
-        raise ManticoreError(f"The metadata of README.md are refused: {reason} Repair them.") from err
+        raise ManticoreError(f"The metadata of README.md is invalid: {reason} Repair them.") from err
 
 
 def _directory(model, scratch):
     """The directory of a hybrid, saved first if it is an instance."""
     if isinstance(model, PreTrainedModel):
         if getattr(model.config, "model_type", None) != "manticore":
-            raise ManticoreError(f"A {type(model).__name__} is no hybrid; publish it with its own push_to_hub.")
+            raise ManticoreError(f"A {type(model).__name__} is not a hybrid; publish it with its own push_to_hub.")
         model.save_pretrained(scratch)
         return scratch
     if hasattr(model, "peft_config"):
@@ -351,7 +351,7 @@ def _target(api, repo_id, revision, token):
     if "config.json" in files:
         path = hf_hub_download(repo_id, "config.json", revision=info.sha, token=token)
         if '"manticore"' not in (_read(path) or ""):
-            raise ManticoreError(f"{repo_id} holds a model that is no hybrid; give another repository, or empty it.")
+            raise ManticoreError(f"{repo_id} holds a model that is not a hybrid; give another repository, or empty it.")
     if "README.md" not in files:
         return info.sha, files, None
     return info.sha, files, _read(hf_hub_download(repo_id, "README.md", revision=info.sha, token=token))
@@ -398,7 +398,7 @@ def explained(repo_id: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as err:
-        raise ManticoreError(f"{repo_id!r} is no repository id of the Hub ('you/name'): {err}") from err
+        raise ManticoreError(f"{repo_id!r} is not a repository id of the Hub ('you/name'): {err}") from err
     except (HTTPError, ConnectionError, LocalEntryNotFoundError) as err:
         status = getattr(getattr(err, "response", None), "status_code", None)
         remedy = "Nothing was committed unless the Hub's page of it says otherwise: look there, then publish again."
@@ -426,7 +426,7 @@ def _read(path):
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as err:
-        raise ManticoreError(f"{path} is no UTF-8 text ({err}); repair it.") from err
+        raise ManticoreError(f"{path} is not UTF-8 text ({err}); repair it.") from err
 
 
 def print_published(out: "Published") -> None:

@@ -13,7 +13,7 @@ def add_options(parser: Parser) -> None:
         "from what is measured in the directory, and keeps what people wrote into it. Licences that conflict stop it."
     )
     parser.add_argument("model", help="directory of the hybrid; with --code-only the repository")
-    parser.add_argument("repo_id", nargs="?", help="repository on the Hub, made if it is not there: you/name")
+    parser.add_argument("repo_id", nargs="?", help="repository on the Hub, created if missing: you/name")
     parser.add_argument(
         "--code-only",
         action="store_true",
@@ -21,7 +21,7 @@ def add_options(parser: Parser) -> None:
     )
     parser.add_argument("--yes", action="store_true", help="with --code-only: do not ask")
     parser.add_argument("--private", action=argparse.BooleanOptionalAction, help="whether a new repository is private")
-    parser.add_argument("--revision", help="branch, made from main if it is not there")
+    parser.add_argument("--revision", help="branch, created from main if missing")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, write nothing to the Hub")
     parser.add_argument("--commit-message", help="default: Publish hybrid")
@@ -32,8 +32,8 @@ def add_options(parser: Parser) -> None:
     )
     parser.add_argument("--recipe", help="recipe that made it (default: recipe.yaml in the directory)")
     parser.add_argument("--license", help="the hybrid's licence (default: the one that satisfies all components')")
-    parser.add_argument("--commercial", action="store_true", help="commercial use is wanted: no licence may exclude it")
-    parser.add_argument("--override-licenses", action="store_true", help="publish although licences conflict")
+    parser.add_argument("--commercial", action="store_true", help="require that no licence excludes commercial use")
+    parser.add_argument("--override-licenses", action="store_true", help="publish despite conflicting licences")
     parser.add_argument(
         "--card",
         choices=("merge", "local", "hub"),
@@ -56,9 +56,7 @@ def main(args: argparse.Namespace) -> None:
         push_code(args.model, args.revision, args.create_pr, args.dry_run, args.yes, args.commit_message)
         return
     if args.repo_id is None:
-        raise ManticoreError(
-            f"Where {args.model!r} is to be published is missing: manticore-hf push DIRECTORY you/name"
-        )
+        raise ManticoreError(f"Say where to publish {args.model!r}: manticore-hf push DIRECTORY you/name")
     from manticore_hf.hub.publish import print_published, publish
 
     tokenizer = None

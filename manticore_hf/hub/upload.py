@@ -167,7 +167,7 @@ def own_weights(paths: list, names: list) -> dict[str, int]:
                     name = key.partition(".")[0]
                     out[name if name in names else ""] += size
         except (SafetensorError, OSError) as err:
-            raise ManticoreError(f"{path} is no readable safetensors file ({err}); save the hybrid again.") from err
+            raise ManticoreError(f"{path} is not a readable safetensors file ({err}); save the hybrid again.") from err
     return out
 
 

@@ -21,7 +21,7 @@ def parse_bytes(text: str | int | float, name: str = "memory") -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmgtp]i?)?b?\s*", str(text).lower())
     value = float(found[1]) * (_UNITS | _BINARY)[found[2] or ""] if found else 0
     if not 0 < value < 10**18:
-        raise ManticoreError(f"{name}={show(text)} is no amount of memory; give for example 80GB, 24GiB or 8e10.")
+        raise ManticoreError(f"{name}={show(text)} is not an amount of memory; give for example 80GB, 24GiB or 8e10.")
     return int(value)
 
 
@@ -38,5 +38,5 @@ def parse_count(text: str | int | float, name: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmbt])?\s*", str(text).lower())
     value = float(found[1]) * {**_UNITS, "b": 10**9}[found[2] or ""] if found else 0
     if not 1 <= value < 10**18:
-        raise ManticoreError(f"{name}={show(text)} is no number of tokens; give for example 500M or 5e8.")
+        raise ManticoreError(f"{name}={show(text)} is not a number of tokens; give for example 500M or 5e8.")
     return int(value)

@@ -18,14 +18,11 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--memory", default="80GB", help="memory of each device: 80GB (10^9), 24GiB (2^30) or bytes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device")
     parser.add_argument(
-        "--flops",
-        type=float,
-        default=989e12,
-        help="FLOP/s of a device at best, in the type computed in (H100, bf16: 989e12)",
+        "--flops", type=float, default=989e12, help="peak FLOP/s of a device in the compute dtype (H100, bf16: 989e12)"
     )
     parser.add_argument("--utilization", type=float, default=0.35, help="share of them that training reaches")
     parser.add_argument(
-        "--reserve", type=float, default=0.08, help="share of the memory left to context, communication and fragments"
+        "--reserve", type=float, default=0.08, help="share of memory reserved for context, communication and fragments"
     )
     parser.add_argument(
         "--tokens",
@@ -39,9 +36,7 @@ def add_options(parser: Parser) -> None:
         "--configs",
         help="directory with org/name/config.json of components, read instead of the Hub (for gated or offline models)",
     )
-    parser.add_argument(
-        "--allow-outside", action="store_true", help="let the recipe name files outside of the folder that it is in"
-    )
+    parser.add_argument("--allow-outside", action="store_true", help="let the recipe name files outside its own folder")
     parser.add_argument("--output-dir", help="also write plan.json, with every number, there")
 
 

@@ -62,11 +62,11 @@ def load_subject(source: str | Path, configs: str | Path | None = None, allow_ou
         config = ManticoreConfig.from_pretrained(source)
     except (OSError, HTTPError, ValueError) as err:
         raise ManticoreError(
-            f"{str(source)!r} is no recipe (a .yaml file), and cannot be read as a hybrid (a directory or Hub repo): "
+            f"{str(source)!r} is neither a recipe (a .yaml file) nor readable as a hybrid (a directory or Hub repo): "
             f"{' '.join(str(err).split())}"
         ) from err
     if not config.component_names:
-        raise ManticoreError(f"{str(source)!r} is no hybrid; to plan joining models, write a recipe that names them.")
+        raise ManticoreError(f"{str(source)!r} is not a hybrid; to plan joining models, name them in a recipe.")
     _refuse_aligned(config.aligned)
     return Subject(str(source), config, [("finetune", {})])
 
@@ -94,7 +94,7 @@ def _from_recipe(recipe, configs):
     stated = recipe.hybrid.get("dtype", "auto")
     if stated != "auto":
         if not isinstance(getattr(torch, stated, None), torch.dtype):
-            raise ManticoreError(f"dtype={stated!r} in the recipe is no dtype of torch; give for example 'bfloat16'.")
+            raise ManticoreError(f"dtype={stated!r} in the recipe is not a torch dtype; give for example 'bfloat16'.")
         config.dtype = getattr(torch, stated)
     stages = recipe.stages or [("finetune", {})]
     if not recipe.stages:

@@ -63,7 +63,7 @@ def read_comparison(path: str | os.PathLike) -> dict[str, Any]:
     """
 
     def wrong(message):
-        raise ManticoreError(f"{str(path)!r} is no comparison that can be used: {message}. Run `manticore-hf compare`.")
+        raise ManticoreError(f"{str(path)!r} is not a usable comparison: {message}. Run `manticore-hf compare`.")
 
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -144,7 +144,7 @@ def _stages(directory):
     """(directory of the hybrid, [FinishedStage] that made it)."""
     if not directory.is_dir():
         raise ManticoreError(
-            f"{str(directory)!r} is no directory; give that of a saved hybrid or of `manticore-hf run`."
+            f"{str(directory)!r} is not a directory; give that of a saved hybrid or of `manticore-hf run`."
         )
     if (directory / "config.json").is_file():
         run, last = directory.absolute().parent, _STAGE.fullmatch(directory.absolute().name)
@@ -301,7 +301,7 @@ def held_out(
         )
     if not settings.validation_fraction:
         raise ManticoreError(
-            f"The recipe of {str(facts.folder)!r} holds no text out (validation_fraction 0): give text that the hybrid "
+            f"The recipe of {str(facts.folder)!r} holds out no text (validation_fraction 0): give text that the hybrid "
             "was not trained on with --data FILE, or --no-measure."
         )
     return settings, True

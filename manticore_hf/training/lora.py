@@ -145,8 +145,8 @@ def prompt_config(
     kind = kind or PromptTuningConfig
     if not issubclass(kind, PromptLearningConfig) or issubclass(kind, PrefixTuningConfig):
         raise ManticoreError(
-            f"{kind.__name__} is no prompt that a hybrid can read: recurrent components keep no keys and values. Use "
-            "PromptTuningConfig or PromptEncoderConfig."
+            f"{kind.__name__} is not a prompt that a hybrid can read: recurrent components have no keys and values. "
+            "Use PromptTuningConfig or PromptEncoderConfig."
         )
     if model.config.aligned or model.config.reads_past_losses:
         why = "components with tokenizers of their own" if model.config.aligned else "a mixture that knows past losses"

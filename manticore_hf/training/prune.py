@@ -139,7 +139,7 @@ def pick_route(
     cheapest = share.min(1).values.sum().item()
     if cheapest > limit:
         raise ManticoreError(
-            f"budget={budget} of the soft hybrid's {cost}: the cheapest route costs {cheapest:.3f}; allow that much."
+            f"budget={budget} of the full hybrid's {cost}: the cheapest route costs {cheapest:.3f}; allow that much."
         )
 
     def score_of(route):

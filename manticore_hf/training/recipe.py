@@ -116,7 +116,7 @@ def load_recipe(path: str | Path) -> Recipe:
         lines = _lines(node)  # before the construction, which writes merged keys (<<) into the nodes
         values = loader.construct(node)
     except yaml.YAMLError as err:
-        raise ManticoreError(f"Recipe {str(path)!r} is no valid YAML: {err}") from err
+        raise ManticoreError(f"Recipe {str(path)!r} is not valid YAML: {err}") from err
     except ValueError as err:
         raise ManticoreError(f"Recipe {str(path)!r} has a value that is not of its YAML type: {err}") from err
 
@@ -163,11 +163,11 @@ def _read(path):
     except OSError as err:
         raise ManticoreError(f"Recipe {str(path)!r} cannot be read: {err}") from err
     if len(content) > _MAX_BYTES:
-        raise ManticoreError(f"Recipe {str(path)!r} has more than {_MAX_BYTES} bytes; that is no recipe.")
+        raise ManticoreError(f"Recipe {str(path)!r} has more than {_MAX_BYTES} bytes; that is not a recipe.")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as err:
-        raise ManticoreError(f"Recipe {str(path)!r} is no UTF-8 text ({err}); save it as such.") from err
+        raise ManticoreError(f"Recipe {str(path)!r} is not UTF-8 text ({err}); save it as such.") from err
 
 
 def _stage(entry, i, wrong):
@@ -489,7 +489,7 @@ def find_beside(source: str, recipe: Recipe) -> str:
 def _check_length(source, recipe):
     """A path that is too long for the system is "not there", until something leaves out what is idle in it (`./`)."""
     if len(source) > _MAX_PATH:
-        raise ManticoreError(f"{recipe.path}: a name of {len(source):,} characters is no file's and no repository's.")
+        raise ManticoreError(f"{recipe.path}: a name of {len(source):,} characters cannot be a file or repository.")
 
 
 def _all_inside(path, folder):

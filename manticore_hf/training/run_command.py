@@ -13,13 +13,11 @@ def add_options(parser: Parser) -> None:
         "the same command goes on after a kill."
     )
     parser.add_argument("recipe", help="the YAML file")
-    parser.add_argument("--output-dir", required=True, help="directory below which every stage writes its own")
+    parser.add_argument("--output-dir", required=True, help="directory in which every stage writes its own")
     parser.add_argument("--seed", type=int, help="random seed instead of the recipe's")
+    parser.add_argument("--allow-outside", action="store_true", help="let the recipe name files outside its own folder")
     parser.add_argument(
-        "--allow-outside", action="store_true", help="let the recipe name files outside of the folder that it is in"
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", help="print what the Trainer logs at every step, instead of one bar a stage"
+        "--verbose", action="store_true", help="print what the Trainer logs at every step, instead of one bar per stage"
     )
     group = parser.add_argument_group("outside of that directory, which no recipe may say")
     add_fields(group, OutsideArguments, switches=True)

@@ -83,7 +83,7 @@ class StageRun:
                 lines = list(summary(result))
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
                 raise ManticoreError(
-                    f"{str(self.output / RESULT)!r} is no result of this stage ({reason(err)}); delete it, then run "
+                    f"{str(self.output / RESULT)!r} is not a result of this stage ({reason(err)}); delete it, then run "
                     "again."
                 ) from err
         for line in lines:
@@ -102,7 +102,7 @@ class StageRun:
             OSError: There is no such hybrid.
         """
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ManticoreError(f"{dtype!r} is no dtype of torch to load the weights in; give for example 'bfloat16'.")
+            raise ManticoreError(f"{dtype!r} is not a torch dtype to load the weights in; give for example 'bfloat16'.")
         model = ManticoreForCausalLM.from_pretrained(source, dtype=dtype)
         with main_first():
             self.tokenizer = read_tokenizer(source)

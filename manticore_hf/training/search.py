@@ -44,7 +44,7 @@ def strategy(name: str) -> Callable[[type], type]:
 class SearchArguments(AlphaArguments, TrainingArguments):
     """TrainingArguments of a search, with the learning rate and decay of alpha apart from the weights'."""
 
-    logging_steps: float = field(default=1, metadata={"help": "Log (alpha, too) every so many steps."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between logs, which include alpha."})
 
     def __post_init__(self):
         super().__post_init__()

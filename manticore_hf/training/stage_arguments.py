@@ -142,18 +142,17 @@ class OutsideArguments:
     """What a run does beside training into its directory: for its command line, never for its recipe."""
 
     report_to: str | None = field(
-        default=None,
-        metadata={"help": "Tracker that is told of every training stage: trackio, tensorboard, wandb, ..."},
+        default=None, metadata={"help": "Tracker that logs every training stage: trackio, tensorboard, wandb, ..."}
     )
-    run_name: str | None = field(default=None, metadata={"help": "Name of the run at the tracker."})
+    run_name: str | None = field(default=None, metadata={"help": "Name of the run in the tracker."})
     push_to_hub: bool = field(
         default=False, metadata={"help": "Upload what each training stage saves, the last one's at the end."}
     )
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository for --push-to-hub: you/name."})
-    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether that repository is made private."})
-    deepspeed: str | None = field(default=None, metadata={"help": "Configuration file of DeepSpeed."})
-    accelerator_config: str | None = field(default=None, metadata={"help": "Configuration file of accelerate."})
-    fsdp_config: str | None = field(default=None, metadata={"help": "Configuration file of FSDP."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether to make that repository private."})
+    deepspeed: str | None = field(default=None, metadata={"help": "DeepSpeed configuration file."})
+    accelerator_config: str | None = field(default=None, metadata={"help": "accelerate configuration file."})
+    fsdp_config: str | None = field(default=None, metadata={"help": "FSDP configuration file."})
 
     def given(self) -> dict[str, Any]:
         """What was given, as keyword arguments of TrainingArguments."""
@@ -176,15 +175,15 @@ class HybridArguments(HybridSettings):
     transplant_data: str | None = field(
         default=None,
         metadata={
-            "help": "Text to measure transplants on, and to choose the method by: a file, folder "
+            "help": "Text to measure transplants on and choose the method with: a file, folder "
             "or Hub data set. Default: none; in a recipe, its data."
         },
     )
     tokenizer_data: str | None = field(
         default=None,
         metadata={
-            "help": "Text by which the tokenizer component is chosen where tokenizers differ: the one with which the "
-            "untrained hybrid reads it best. A file, folder or Hub data set. Default: none; the first component's."
+            "help": "Text for choosing the tokenizer component where tokenizers differ: the one with which the "
+            "untrained hybrid predicts it best. A file, folder or Hub data set. Default: none; the first component's."
         },
     )
     tokenizer: str | None = field(
@@ -216,7 +215,7 @@ class CalibrateArguments:
     """What calibration starts from."""
 
     model: str = field(metadata={"help": "The hybrid to start from: directory or Hub repo."})
-    tokens: int = field(default=40_000, metadata={"help": "Tokens to use; a few ten thousand."})
+    tokens: int = field(default=40_000, metadata={"help": "Tokens to use; a few tens of thousands."})
     reference: str | None = field(
         default=None, metadata={"help": "Reference component. Default: the one with the lowest loss on this text."}
     )
@@ -236,7 +235,7 @@ class StageArguments:
         },
     )
     component_max_norm: float | None = field(
-        default=None, metadata={"help": "Clip the gradient of each component by its own norm (instead of over all)."}
+        default=None, metadata={"help": "Clip each component's gradient by its own norm (not one norm over all)."}
     )
     train_dtype: str = field(
         default="float32", metadata={"help": "dtype the weights are loaded in; bf16/fp16 options autocast over it."}
@@ -244,8 +243,8 @@ class StageArguments:
     new_rows_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of embeddings and heads that are new (transplanted, or embeddings: fresh); "
-            "0 freezes them. Default: the learning rate of everything."
+            "help": "Learning rate of new embeddings and heads (transplanted, or embeddings: fresh); "
+            "0 freezes them. Default: the common learning rate."
         },
     )
     new_embeddings: bool = field(
@@ -272,7 +271,7 @@ class AlphaArguments:
         default=0.01, metadata={"help": "Learning rate of alpha (paper: 0.005 to 0.05)."}
     )
     keep_alpha: bool = field(
-        default=False, metadata={"help": "Go on from the alpha of --model instead of equal weights."}
+        default=False, metadata={"help": "Continue from the alpha of --model instead of equal weights."}
     )
     alpha_weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay of alpha's logits."})
     alpha_lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of alpha's learning rate."})
@@ -290,24 +289,22 @@ class AlphaArguments:
 class PruneArguments:
     """What is pruned, and how its route is chosen."""
 
-    model: str = field(metadata={"help": "The soft hybrid: directory or Hub repo."})
+    model: str = field(metadata={"help": "The hybrid to prune: directory or Hub repo."})
     route: str = field(
         default="alpha",
         metadata={
             "help": "alpha (by the mixture weights), loss (measured on the validation text), a component's name, "
-            "or one name per block with commas between."
+            "or one name per block, separated by commas."
         },
     )
     budget: float | None = field(
-        default=None, metadata={"help": "Largest cost of the route, as a share of the soft hybrid's."}
+        default=None, metadata={"help": "Largest cost of the route, as a share of the full hybrid's."}
     )
     cost: str = field(default="parameters", metadata={"help": "What the budget counts: parameters, flops or latency."})
-    beam: int = field(default=4, metadata={"help": "Routes kept where there are too many to measure all."})
+    beam: int = field(default=4, metadata={"help": "Routes kept if there are too many to measure them all."})
     distil_weight: float = field(
         default=0.5,
-        metadata={
-            "help": "Weight of the soft hybrid's distribution in the distillation's loss; the text has the rest."
-        },
+        metadata={"help": "Weight of the full hybrid's distribution in the distillation loss; the text gets the rest."},
     )
     train_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
     verbose: bool = field(

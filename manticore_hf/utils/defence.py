@@ -98,10 +98,10 @@ def check_transplant(name: str, values: dict | None) -> None:
         raise ManticoreError(f"Component {name!r}: transplant={show(values)} must have the keys {sorted(keys)}.")
     method, tokenizer, rows = values["method"], values["tokenizer"], values["vocab_size"]
     if not isinstance(method, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", method):
-        raise ManticoreError(f"Component {name!r}: transplant method={show(method)} is no name of one.")
+        raise ManticoreError(f"Component {name!r}: transplant method={show(method)} is not a name of one.")
     if not isinstance(values["vocabulary"], str) or not re.fullmatch(r"[0-9a-f]{64}", values["vocabulary"]):
         raise ManticoreError(
-            f"Component {name!r}: transplant vocabulary={show(values['vocabulary'])} is no SHA-256 of 64 hex digits."
+            f"Component {name!r}: transplant vocabulary={show(values['vocabulary'])} is not a SHA-256 of 64 hex digits."
         )
     if type(rows) is not int or not 0 < rows <= _MAX_SIZE:
         raise ManticoreError(f"Component {name!r}: transplant vocab_size={show(rows)} must be a number of tokens.")
@@ -114,8 +114,8 @@ def check_transplant(name: str, values: dict | None) -> None:
     check_reference(name, tokenizer["repo_id"], tokenizer["revision"], tokenizer["subfolder"])
     if not is_commit(tokenizer["revision"]):
         raise ManticoreError(
-            f"Component {name!r}: its transplant's tokenizer is at {show(tokenizer['revision'])}, which is no 40-hex "
-            "commit."
+            f"Component {name!r}: its transplant's tokenizer is at {show(tokenizer['revision'])}, which is not a "
+            "40-hex commit."
         )
 
 
@@ -151,7 +151,7 @@ def check_plain(what: str, values: object) -> None:
         if isinstance(value, dict):
             for name in value:
                 if not isinstance(name, (str, int)) or isinstance(name, str) and len(name) > 1000:
-                    raise ManticoreError(f"{what}: {show(key)} has the key {show(name)}, which is no name.")
+                    raise ManticoreError(f"{what}: {show(key)} has the key {show(name)}, which is not a name.")
             if not isinstance(value.get("dtype"), (str, int, dict, torch.dtype, type(None))):
                 check_dtype(f"{what}: {show(key)}", value["dtype"])  # Transformers could not write it again
             todo += [(str(name), item, depth + 1) for name, item in value.items()]
@@ -225,7 +225,7 @@ def clean(what: str, values: dict, cls: type) -> dict:
     out = {}
     for key, value in values.items():
         if not isinstance(key, str):
-            raise ManticoreError(f"{what} has the key {show(key)}, which is no name of a setting.")
+            raise ManticoreError(f"{what} has the key {show(key)}, which is not a name of a setting.")
         if key.lstrip("_") in _OWN_IMPLEMENTATIONS:
             if value is None or isinstance(value, str) and value in _OWN_IMPLEMENTATIONS[key.lstrip("_")]:
                 out[key.lstrip("_")] = value
@@ -236,7 +236,7 @@ def clean(what: str, values: dict, cls: type) -> dict:
             continue
         known = inspect.getattr_static(cls, key, None)
         if key == "self" or callable(known) or isinstance(known, (classmethod, staticmethod)):
-            raise ManticoreError(f"{what}: {key}={show(value)} is no setting of a configuration; remove it.")
+            raise ManticoreError(f"{what}: {key}={show(value)} is not a setting of a configuration; remove it.")
         if isinstance(value, dict) and (key.endswith("_config") or "model_type" in value):
             value = clean(what, value, object)
         out[key] = value
@@ -289,7 +289,7 @@ def check_generation(what: str, values: dict) -> None:
         value = values.get(key)
         if value is not None and not (type(value) is int and value <= _MOST_ROWS):
             raise ManticoreError(
-                f"{what}: {key}={show(value)} is no number that anyone generates with; it may be at most {_MOST_ROWS}. "
+                f"{what}: {key}={show(value)} is not a sensible number for generation; it may be at most {_MOST_ROWS}. "
                 "Repair or do not use this file."
             )
     check_sizes(what, values)
@@ -413,8 +413,8 @@ def _refuse_adapter(source, options):
         return
     if cached_file(source, "config.json", **at, _raise_exceptions_for_missing_entries=False) is not None:
         raise ManticoreError(
-            f"{str(source)!r} has an adapter beside its hybrid (adapter_config.json): Transformers would load it, "
-            "or the model that it names, without a word. Move it to a place of its own, and load it from there with "
+            f"{str(source)!r} has an adapter beside its hybrid (adapter_config.json): Transformers would silently "
+            "load it, or the model that it names. Move it to a directory of its own, and load it from there with "
             "PeftModel.from_pretrained(hybrid, ...)."
         )
 
@@ -462,14 +462,14 @@ class Defence(Guard):
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as err:
             if isinstance(err, OSError) and isinstance(err.__context__, HFValidationError):
                 raise OSError(
-                    f"{str(source)!r} is not there: it is no directory, and no repository id of the Hub "
+                    f"{str(source)!r} is not there: it is neither a directory nor a Hub repository id "
                     "('organisation/name')."
                 ) from err
             if isinstance(err, OSError) and not isinstance(err.__context__, ValueError):
                 raise  # there is no such file, or no connection
             raise ManticoreError(
-                f"{str(source)!r}: its config.json is no JSON object of settings ({type(err).__name__}); it is damaged "
-                "or no hybrid's."
+                f"{str(source)!r}: its config.json is not a JSON object of settings ({type(err).__name__}); it is "
+                "damaged or not a hybrid's."
             ) from err
 
     def file(self, what: str, values: dict) -> None:

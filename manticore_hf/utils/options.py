@@ -195,4 +195,4 @@ class _Json(argparse.Action):
         try:
             setattr(namespace, self.dest, json.loads(values))
         except ValueError as err:
-            raise ManticoreError(f"{self.dest}={values!r} is no JSON: {err}.") from None
+            raise ManticoreError(f"{self.dest}={values!r} is not JSON: {err}.") from None

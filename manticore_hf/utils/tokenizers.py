@@ -27,7 +27,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **option
         return tokenizer(text, verbose=False, **options)
     except Exception as err:  # of the tokenizers library, which has a kind for all
         raise ManticoreError(
-            f"The tokenizer {tokenizer.name_or_path!r} cannot cut a text: {reason(err)}. Repair it, or give another."
+            f"The tokenizer {tokenizer.name_or_path!r} cannot encode a text: {reason(err)}. Repair it, or give another."
         ) from err
 
 

@@ -132,9 +132,9 @@ def _read_config(source):
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as err:
-        raise ManticoreError(f"{source.what}: its config.json is no JSON object ({err}).") from err
+        raise ManticoreError(f"{source.what}: its config.json is not a JSON object ({err}).") from err
     if not isinstance(values, dict):
-        raise ManticoreError(f"{source.what}: its config.json is no JSON object.")
+        raise ManticoreError(f"{source.what}: its config.json is not a JSON object.")
     guard().plain(source.what, values)
     if not is_mamba_ssm(values) and any(source.file(name) for name in WEIGHT_FILES):
         raise ManticoreError(f"{source.what} has safetensors already: name it as a component as it is.")
@@ -236,7 +236,7 @@ def _check_saved_tokenizer(what, tokenizer, directory):
     loaded = read_tokenizer(directory)
     if loaded(SAMPLE)["input_ids"] != tokenizer(SAMPLE)["input_ids"]:
         raise ManticoreError(
-            f"{what}: its tokenizer, a {type(tokenizer).__name__}, cuts text otherwise once it is saved and loaded: "
+            f"{what}: its tokenizer, a {type(tokenizer).__name__}, splits text differently once saved and reloaded: "
             "give another (--tokenizer)."
         )
 

@@ -42,7 +42,8 @@ def load_gguf(
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     except Exception as err:  # it reads a stranger's bytes as offsets and sizes
-        raise ManticoreError(f"{what}: {path.name} is no readable GGUF file ({_brief(err)}); fetch it again.") from err
+        said = f"{path.name} is not a readable GGUF file ({_brief(err)}); fetch it again."
+        raise ManticoreError(f"{what}: {said}") from err
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         _check_size(what, path, header, config)

@@ -146,7 +146,7 @@ def check_header(what: str, path: str | os.PathLike, sizes: dict) -> Header:
     try:
         header = read_header(path, sizes)
     except (ValueError, OSError) as err:
-        raise ManticoreError(f"{what}: {name} is no readable GGUF file ({err}); fetch it again.") from err
+        raise ManticoreError(f"{what}: {name} is not a readable GGUF file ({err}); fetch it again.") from err
     kind = header.fields.get("general.architecture")
     if not isinstance(kind, str):
         raise ManticoreError(f"{what}: {name} does not say its architecture (general.architecture); fetch it again.")

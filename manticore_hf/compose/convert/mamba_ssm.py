@@ -95,7 +95,7 @@ def mamba_config(what: str, values: dict) -> MambaConfig | Mamba2Config:
     if mixer["d_ssm"] not in (None, inner):
         _must_be(what, "ssm_cfg.d_ssm", mixer["d_ssm"], inner)
     if inner % mixer["headdim"]:
-        raise ManticoreError(f"{what}: its inner width {inner} is no multiple of ssm_cfg.headdim={mixer['headdim']}.")
+        raise ManticoreError(f"{what}: inner width {inner} is not a multiple of ssm_cfg.headdim={mixer['headdim']}.")
     return _built(
         what,
         Mamba2Config,

@@ -106,7 +106,7 @@ def find_source(
         raise ManticoreError(f"The checkpoint {text!r}: revision {revision!r} contradicts '@{at}'.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or ".." in repo_id or text.endswith(".gguf"):
         raise ManticoreError(
-            f"The checkpoint {text!r} is no directory or .gguf file that exists, and no Hub repository id ('org/name')."
+            f"The checkpoint {text!r} is no existing directory or .gguf file, nor a Hub repository id ('org/name')."
         )
     return Source(repo_id=repo_id, revision=at or revision or "main"), gguf_file
 
@@ -147,7 +147,7 @@ def _shards(what, index, suffix):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         plain = False
     if not plain:
-        raise ManticoreError(f"{what}: {index.name} is no index of .{suffix} files beside it; it is damaged.")
+        raise ManticoreError(f"{what}: {index.name} is not an index of .{suffix} files beside it; it is damaged.")
     return shards
 
 
@@ -155,7 +155,8 @@ def _read_safetensors(what, path):
     try:
         return load_file(path)
     except Exception as err:
-        raise ManticoreError(f"{what}: {path.name} is no readable safetensors file ({err}); fetch it again.") from err
+        said = f"{path.name} is not a readable safetensors file ({err}); fetch it again."
+        raise ManticoreError(f"{what}: {said}") from err
 
 
 def _read_pickle(what, path):
@@ -176,5 +177,5 @@ def _read_pickle(what, path):
             raise ManticoreError(f"{what}: {path.name} holds a {type(tensor).__name__} at {name!r}; {refused}.")
         # A few bytes can be said to be a tensor of any size
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ManticoreError(f"{what}: {path.name}: {name!r} is no plain tensor; {refused}.")
+            raise ManticoreError(f"{what}: {path.name}: {name!r} is not a plain tensor; {refused}.")
     return found

@@ -25,8 +25,8 @@ def add_options(parser: Parser) -> None:
         ("batch-size", 16, "rows per step"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    parser.add_argument("--smoothing", type=float, default=0.1, help="of the labels that the table is learned from")
-    parser.add_argument("--noise", type=float, default=2.0, help="alpha of NEFTune, with which the sums are learned")
+    parser.add_argument("--smoothing", type=float, default=0.1, help="label smoothing while learning the table")
+    parser.add_argument("--noise", type=float, default=2.0, help="NEFTune alpha while learning the sums")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="random seeds: of texts, weights, order")
 
 

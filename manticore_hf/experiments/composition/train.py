@@ -79,7 +79,7 @@ def run_composition(
     training = training or CompositionTraining(seed=task.seed)
     known = conditions(training.layers)
     if unknown := set(only or ()) - set(known):
-        raise ManticoreError(f"{sorted(unknown)} are no conditions; choose from {list(known)}.")
+        raise ManticoreError(f"{sorted(unknown)} are not conditions; choose from {list(known)}.")
     if training.layers < 3:
         raise ManticoreError(f"layers={training.layers}: three blocks are merged, so that at least 3 are needed.")
     results = Composition(task, output_dir, training, quiet).compare({name: known[name] for name in only or known})

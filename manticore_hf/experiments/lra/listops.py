@@ -101,7 +101,7 @@ def value(ids: Iterable[int]) -> int:
                 raise ValueError
         ((result,),) = stack
     except (ValueError, IndexError, TypeError) as err:
-        raise ManticoreError(f"{as_text(ids)!r} is no ListOps expression.") from err
+        raise ManticoreError(f"{as_text(ids)!r} is not a ListOps expression.") from err
     return result
 
 

@@ -88,7 +88,7 @@ def _families(model):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as err:
         raise ManticoreError(
-            f"model={show(model)} is no model type of Transformers (llama, mamba, ...), and no directory or Hub repo "
+            f"model={show(model)} is not a model type of Transformers (llama, mamba, ...), nor a directory or Hub repo "
             f"whose configuration can be read: {err}"
         ) from err
     if isinstance(config, ManticoreConfig):
