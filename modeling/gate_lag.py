@@ -35,7 +35,7 @@ class Held:
     def crop(self, tokens: int) -> "Held":
         """What it was before the last `tokens` positions: unknown, a ManticoreError, unless there are none."""
         if tokens:
-            raise ManticoreError("A hybrid whose gate_lag is more than 1 cannot take back tokens that it has read.")
+            raise ManticoreError("A hybrid whose gate_lag is more than 1 cannot undo tokens that it has read.")
         return self
 
 
