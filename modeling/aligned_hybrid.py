@@ -193,10 +193,8 @@ class Aligner:
         own = logits.detach().float() if logits.dtype in (torch.float16, torch.bfloat16) else logits.detach()
         own, wanted = own.flatten(0, 1), [reading.positions[place] for place in places]
         out, width, head = [], own.shape[-1] + getattr(model.config, name).vocab_size, model.segments.head(name)
-        few, again = (
-            max(1, PIECE // width),
-            torch.is_grad_enabled() and (states.requires_grad or any(p.requires_grad for p in head.parameters())),
-        )
+        trained = any(p.requires_grad for p in model.component(name).get_output_embeddings().parameters())
+        few, again = max(1, PIECE // width), torch.is_grad_enabled() and (states.requires_grad or trained)
         rows = len(wanted) if again else max(1, HEADS // width)
         for start in range(0, len(wanted), rows):
             mine = own[start : start + rows].split(few)
