@@ -2,7 +2,8 @@
 
 LoRA on a hybrid with PEFT: `lora_config` chooses targets that train alike on every machine (Mamba's raw and fused
 projections are left out), and trains what joins the components in full. Prints the loss beside each component's and
-their ensemble's, before and after. Runs on what ships with the package; needs `pip install 'manticore-hf[peft]'`.
+their ensemble's, before and after, and draws them all. Runs on what ships with the package; needs
+`pip install 'manticore-hf[peft]'`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from manticore_hf import ManticoreForCausalLM, lora_config
 from manticore_hf.demo.text import documents
 from manticore_hf.evaluation.data import pack
 from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.utils.plots import plot_losses
 
 SHIPPED = [str(files("manticore_hf") / "demo_components" / name) for name in ("neox-prose", "mamba-code")]
 
@@ -24,6 +26,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=128, help="training rows of 128 tokens")
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapters")
+    parser.add_argument("--picture", default="lora.png", help="where to draw the losses (default: %(default)s)")
     args = parser.parse_args()
 
     hybrid = ManticoreForCausalLM.from_components(SHIPPED, num_blocks=1)
@@ -41,5 +44,9 @@ if __name__ == "__main__":
         model.save_pretrained(folder)
         print(f"adapter: {Path(folder, 'adapter_model.safetensors').stat().st_size:,} bytes")
     found["after"] = compare_losses(model.get_base_model(), test)  # PEFT has put the adapters into it
+    drawn = {}
     for label, losses in found.items():
         print(f"{label}, nats per token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        drawn |= {f"{name}, {label}": loss for name, loss in losses.items()}
+    plot_losses(drawn, args.picture)
+    print(f"drawn: {args.picture}")

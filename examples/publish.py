@@ -2,7 +2,8 @@
 
 Publishes a hybrid and loads it back. Without `--owner` this goes to a Hub that the script starts on your own machine,
 for rehearsal; with `--owner you` to the real one, where it makes three private repositories: two components and the
-hybrid, which holds a few kB and refers to them by commit. Prints its loss beside its components' and their ensemble's.
+hybrid, which holds a few kB and refers to them by commit. Prints its loss beside its components' and their ensemble's,
+and draws by how much each of these is worse, with its interval.
 """
 
 import argparse
@@ -18,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from manticore_hf import ManticoreForCausalLM, publish
 from manticore_hf.demo.text import documents
 from manticore_hf.evaluation.data import pack
-from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.evaluation.losses import make_passages, measure
 from manticore_hf.testing.local_hub import LocalHub
+from manticore_hf.utils.plots import plot_differences
 
 SHIPPED = files("manticore_hf") / "demo_components"
 
@@ -27,6 +29,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--owner", help="your name on the Hub, or an organisation's")
     parser.add_argument("--rows", type=int, default=32, help="test rows of 128 tokens")
+    parser.add_argument("--picture", default="publish.png", help="where to draw the differences (default: %(default)s)")
     args = parser.parse_args()
     if args.owner is None:  # once more in a process that finds the local Hub: the client reads its address at import
         with LocalHub() as hub, tempfile.TemporaryDirectory() as home:
@@ -43,5 +46,12 @@ if __name__ == "__main__":
     size = sum(file.size for file in HfApi().list_repo_tree(done.repo_id) if file.path.endswith(".safetensors"))
     print(f"published {done.repo_id}@{done.commit[:7]}: {size:,} bytes of weights")
     loaded = AutoModelForCausalLM.from_pretrained(done.repo_id)  # without this package: trust_remote_code=True
-    losses = compare_losses(loaded, pack(documents("code", "test"), tokenizer, 128, args.rows))
-    print("loaded, nats per token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    rows = pack(documents("code", "test"), tokenizer, 128, args.rows, keep_text=True)
+    found = measure(loaded, make_passages(rows, tokenizer))
+    print("loaded, nats per token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in found.losses.items()))
+    drawn = [
+        {"name": name, "kind": "baseline", "difference": difference, "difference_interval": interval}
+        for name, (difference, *interval) in found.differences().items()
+    ]
+    plot_differences(drawn, "hybrid", args.picture, unit="bits per byte")
+    print(f"drawn: {args.picture}")

@@ -2,7 +2,8 @@
 
 Supervised fine-tuning with TRL's SFTTrainer on prompts and completions: the first line of a piece of code is the
 prompt, the rest the answer. Prints the hybrid's loss beside each component's and their ensemble's, before and after, on
-code that was not trained on. Runs on what ships with the package; needs `pip install trl`.
+code that was not trained on, and draws how much each component contributes there, token by token. Runs on what ships
+with the package; needs `pip install trl`.
 """
 
 import argparse
@@ -18,12 +19,14 @@ from manticore_hf import ManticoreForCausalLM, set_stage
 from manticore_hf.demo.text import documents
 from manticore_hf.evaluation.data import pack
 from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.utils.plots import plot_weights
 
 SHIPPED = [str(files("manticore_hf") / "demo_components" / name) for name in ("neox-prose", "mamba-code")]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=128, help="prompts with their completions to train on")
+    parser.add_argument("--picture", default="sft.png", help="where to draw the weights (default: %(default)s)")
     args = parser.parse_args()
 
     model = ManticoreForCausalLM.from_components(SHIPPED, num_blocks=1)
@@ -48,3 +51,8 @@ if __name__ == "__main__":
     found["after"] = compare_losses(model, test)
     for label, losses in found.items():
         print(f"{label}, nats per token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    row = test[:1]["input_ids"][0][:80]
+    with torch.no_grad():
+        weights = model.eval()(torch.tensor([row], device=model.device)).weights[0]
+    plot_weights(weights, model.config.component_names, args.picture, [tokenizer.decode(one) for one in row])
+    print(f"drawn: {args.picture}")

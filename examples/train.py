@@ -2,7 +2,7 @@
 
 Trains a hybrid with the standard Trainer: first what joins the components (here the gate that weighs them for each
 token), then everything. Prints its loss beside each component's and their ensemble's, before and after (the components'
-are those of their own heads inside the hybrid), and draws them. Runs on what ships with the package; a minute.
+are those of their own heads inside the hybrid), and draws them all. Runs on what ships with the package; a minute.
 """
 
 import argparse
@@ -28,7 +28,8 @@ def report(label, losses):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=128, help="training rows of 128 tokens, of each kind of text")
-    parser.add_argument("--output-dir", help="where to save the hybrid and losses.png, a picture (default: nowhere)")
+    parser.add_argument("--output-dir", help="where to save the hybrid (default: nowhere)")
+    parser.add_argument("--picture", default="train.png", help="where to draw the losses (default: %(default)s)")
     args = parser.parse_args()
 
     model = ManticoreForCausalLM.from_components(SHIPPED, num_blocks=1)
@@ -50,4 +51,5 @@ if __name__ == "__main__":
         found |= report(f"after {stage}", compare_losses(model, test))
     if args.output_dir:
         model.save_pretrained(args.output_dir)
-        plot_losses(found, f"{args.output_dir}/losses.png")
+    plot_losses(found, args.picture)
+    print(f"drawn: {args.picture}")

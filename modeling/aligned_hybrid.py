@@ -92,6 +92,17 @@ class Aligner:
             self.byte_tokenizers[name] = ByteTokenizer(tokenizer_of(model, name), rows)
         return self.byte_tokenizers[name]
 
+    def check_embeds(self, model, inputs):
+        """Raises ManticoreError where what is read is not what the embeddings give for the tokens."""
+        embedding = model.get_input_embeddings()
+        with torch.no_grad():
+            if not torch.equal(inputs.embeds, torch.cat([model.embed(n, inputs.ids) for n in embedding.readers], -1)):
+                raise ManticoreError(
+                    "A hook on get_input_embeddings() (such as NEFTune's) changes only what component "
+                    f"{self.home!r} reads; {list(model.config.aligned)} read other tokens, which it does not reach. "
+                    "Hook model.component(name).get_input_embeddings() of each, or leave neftune_noise_alpha out."
+                )
+
     @torch.compiler.disable
     def read(self, model, name, inputs):
         """The Reading of a component of what a call gives it."""
@@ -183,22 +194,22 @@ class Aligner:
             [batch, kept, vocabulary], in float32 or wider; rows of padding have the other component's.
         """
         mapping, states, shape = self.mapping(model, name), model.together(reading.states), logits.shape
-        places = torch.arange(len(reading.positions)).view(reading.shape)[:, kept].flatten().tolist()
+        kept = kept.cpu().numpy() if isinstance(kept, torch.Tensor) else kept
+        places = np.arange(len(reading.positions)).reshape(reading.shape)[:, kept].flatten().tolist()
         own = logits.detach().float() if logits.dtype in (torch.float16, torch.bfloat16) else logits.detach()
         own, wanted = own.flatten(0, 1), [reading.positions[place] for place in places]
         out, width, head = [], own.shape[-1] + getattr(model.config, name).vocab_size, model.segments.head(name)
-        few, again = (
-            max(1, PIECE // width),
-            torch.is_grad_enabled() and (states.requires_grad or any(p.requires_grad for p in head.parameters())),
-        )
+        trained = any(p.requires_grad for p in model.component(name).get_output_embeddings().parameters())
+        few, again = max(1, PIECE // width), torch.is_grad_enabled() and (states.requires_grad or trained)
         rows = len(wanted) if again else max(1, HEADS // width)
         for start in range(0, len(wanted), rows):
             mine = own[start : start + rows].split(few)
             places = range(start, start + sum(map(len, mine)), few)
             pieces = [Piece(self, mapping, wanted[at : at + len(one)], own.shape[-1]) for at, one in zip(places, mine)]
-            nodes, number = torch.cat([piece.nodes for piece in pieces]).unique(return_inverse=True)
+            nodes, number = np.unique(np.concatenate([piece.nodes for piece in pieces]), return_inverse=True)
             logits = reading.logits(head, states, nodes.tolist(), not again).to(own.device)
-            logits = logits[number.to(own.device)].split([len(piece.nodes) for piece in pieces])
+            number = torch.from_numpy(number).to(own.device)
+            logits = logits[number].split([len(piece.nodes) for piece in pieces])
             for piece, theirs, one in zip(pieces, logits, mine):  # less is kept for the gradient than without
                 out.append(checkpoint(piece, theirs, one, use_reentrant=False) if again else piece(theirs, one))
         return torch.cat(out).view(shape)
@@ -285,12 +296,13 @@ class Piece:
                 else:
                     pairs = mapping.pairs(cover.rest, cover.ahead, position.last)
                     sparse.append((number, local(offset + node), place, *pairs, cover.without))
-        self.nodes = torch.tensor(list(nodes), dtype=torch.long)
+        self.nodes = np.array(list(nodes), dtype=np.int64)
         self.covers = torch.tensor(covers, dtype=torch.long)
         self.weights = torch.tensor(weights, dtype=torch.long).view(-1, 3).T
-        self.dense = torch.tensor(self.dense, dtype=torch.long).view(-1, 3).T
-        rows = torch.arange(len(self.there))
-        self.in_order = self.dense.shape[1] == len(rows) and bool((self.dense[1:] == rows).all())
+        dense = np.array(self.dense, dtype=np.int64).reshape(-1, 3).T
+        rows = np.arange(len(self.there))
+        self.in_order = dense.shape[1] == len(rows) and bool((dense[1:] == rows).all())
+        self.dense = torch.from_numpy(dense)
         self.never, self.blocked = _flat(never, size), blocked
         self.sparse = _join(sparse, size)
 
@@ -416,14 +428,7 @@ def _run(model, inputs, shared):
     config, segments, aligner, weights = model.config, model.segments, aligner_of(model), mixture_rows(model)
     active = active_in(model, weights[0])
     if inputs.embeds is not None and any(name in active for name in config.aligned):
-        embedding = model.get_input_embeddings()
-        with torch.no_grad():
-            if not torch.equal(inputs.embeds, torch.cat([model.embed(n, inputs.ids) for n in embedding.readers], -1)):
-                raise ManticoreError(
-                    "A hook on get_input_embeddings() (such as NEFTune's) changes only what component "
-                    f"{aligner.home!r} reads; {list(config.aligned)} read other tokens, which it does not reach. Hook "
-                    "model.component(name).get_input_embeddings() of each, or leave neftune_noise_alpha out."
-                )
+        aligner.check_embeds(model, inputs)
     plain = [
         float(name not in config.aligned and (name in active or name == aligner.home))
         for name in config.component_names

@@ -204,7 +204,7 @@ def read_trees(segment, config, trees, rows=None):
                 one[place] = layer
         beside.layers = [_Beside(layers) for layers in fresh]
     ends = torch.tensor([tree.depths[0] for tree in trees], device=device)
-    states = segment(ids, _masks(segment, sees, depths, ends, beside), depths, beside)
+    states = segment(ids, masks(segment, sees, depths, ends, beside), depths, beside)
     befores = [None if rows is None else row.state for row in rows or trees]
     zeros = states.new_zeros(states.shape[-1])
     states = [torch.cat([(zeros if one is None else one)[None], found]) for one, found in zip(befores, states)]
@@ -253,7 +253,7 @@ class _Beside(DynamicLayer):
         return shown("keys", key_states), shown("values", value_states)
 
 
-def _masks(segment, sees, depths, ends, beside):
+def masks(segment, sees, depths, ends, beside):
     """What Transformers' attention is given for `sees` [batch, query, key]; one for each kind of layers.
 
     Args:
@@ -417,14 +417,19 @@ class _Kept:
 _kept = {}
 
 
-@torch.no_grad()
-def can_read_trees(segment, config):
-    """Whether a component reads a tree as it reads each of its paths: tried on a few tokens."""
+def may_read_trees(segment, config):
+    """Whether nothing that a component says of itself forbids that it reads trees."""
     if not segment.layout.attends or not segment.layout.positions:
         return False
     if any(kind not in _WINDOWED for kind in getattr(config, "layer_types", None) or ()):
         return False
-    if any(not isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers):
+    return all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers)
+
+
+@torch.no_grad()
+def can_read_trees(segment, config):
+    """Whether a component reads a tree as it reads each of its paths: tried on a few tokens."""
+    if not may_read_trees(segment, config):
         return False
     paths = [(4, 5), (6,)]
     device = _device_of(segment)

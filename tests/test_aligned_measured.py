@@ -22,11 +22,11 @@ from manticore_hf.compare import CompareArguments
 from manticore_hf.compare.compare import Comparison
 from manticore_hf.compare.harness import _models
 from manticore_hf.compare.scores import forward_flops
+from manticore_hf.compose import choose_tokenizer
 from manticore_hf.compose.choose_tokenizer import measure_tokenizers
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.evaluation.losses import ONLINE, make_passages
 from manticore_hf.hub.inspection import inspect_hybrid, print_inspection
-from manticore_hf.plan.plan import make_plan
 from manticore_hf.report import speed
 from manticore_hf.report.measure import feature_similarity
 from manticore_hf.training.calibrate import calibrate_projectors
@@ -303,7 +303,30 @@ def test_the_tokenizer_is_chosen_by_a_text(recipe, tmp_path, capsys):
         assert re.search(message, capsys.readouterr().err), message
 
 
-def test_plans_are_refused(recipe, saved):
-    for source in (saved, recipe / "recipe.yaml"):
-        with pytest.raises(ManticoreError, match=r"\['(b|gpt_neox_gemma)'\] have tokenizers of their own"):
-            make_plan(source, device="cpu")
+def test_no_more_of_a_text_is_read_than_it_takes(recipe, monkeypatch):
+    """Until one tokenizer is better by more than chance; all hybrids have the same weights."""
+    read, text = [], TEXT * 40
+
+    def lost(model, own, texts, progress):
+        assert not progress
+        read.append((model.config.tokenizer_component, *texts))
+        turn = sum(name == "a" for name, _ in read) % 2  # the other way round in every other piece
+        better = ("a", "b")[turn] if unsure else "b"
+        return torch.tensor([len(texts[0]) * (1.0 if read[-1][0] == better else 1.2)])
+
+    monkeypatch.setattr(choose_tokenizer, "text_nats", lost)
+    parts = [str(recipe / "a"), str(recipe / "b")]
+    for unsure, pieces in ((False, 8), (True, math.ceil(len(text) / 500))):
+        read.clear()
+        found = measure_tokenizers(parts, [text])
+        assert [name for name, _ in read] == ["a", "b"] * (len(read) // 2)
+        (mine, others) = ([piece for name, piece in read if name == one] for one in "ab")
+        assert mine == others and text.startswith("".join(mine)) and len(mine) >= pieces
+        assert len(mine) == 8 or "".join(mine) == text and unsure
+        if not unsure:
+            size, letters = len("".join(mine).encode()), len("".join(mine))
+            assert found["b"] == pytest.approx(letters / math.log(2) / size)
+            assert found["a"] == pytest.approx(1.2 * found["b"])
+    first, second = choose_tokenizer._hybrids(parts, {}).values()
+    kept = {parameter.data_ptr() for parameter in first.component("b").parameters()}
+    assert {parameter.data_ptr() for parameter in second.component("b").parameters()} == kept

@@ -1,6 +1,7 @@
 """The examples run as they stand, on what ships with the package; the notebook from its first cell to its last."""
 
 import ast
+import base64
 import contextlib
 import io
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import notebooks
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from manticore_hf.demo import text
@@ -21,10 +23,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SETTINGS = {
     "compose": ["--rows", "4"],
     "lora": ["--rows", "8", "--rank", "2"],
-    "publish": ["--owner", "examples", "--rows", "4"],  # with an owner it takes the Hub of the environment
+    "publish": ["--owner", "examples", "--rows", "12"],  # with an owner it takes the Hub of the environment
     "sft": ["--examples", "8"],
-    "train": ["--rows", "8", "--output-dir", "OUT"],
+    "train": ["--rows", "8"],
 }
+# The colours that stand for something: hybrids and their baselines; how sure a difference is; two components' weights
+BARS, POINTS, WEIGHTS = ("tab:orange", "tab:gray"), ("tab:gray", "black"), ("tab:blue", "tab:orange")
+DRAWN_IN = {"compose": BARS, "lora": BARS, "publish": POINTS, "sft": WEIGHTS, "train": BARS}
 BASELINES = {"neox_prose", "mamba_code", "ensemble", "mixture"}
 
 
@@ -49,8 +54,8 @@ def less_text():
 
 def run(name, monkeypatch, folder):
     """What a script prints, and the losses in it: [{model: loss} of each line that has some]."""
-    settings = [str(folder) if one == "OUT" else one for one in SETTINGS[name]]
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / f"{name}.py"), *settings])
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / f"{name}.py"), *SETTINGS[name]])
+    monkeypatch.chdir(folder)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         runpy.run_path(sys.argv[0], run_name="__main__")
     lines = [line for line in out.getvalue().splitlines() if "nats per token: " in line]
@@ -65,6 +70,8 @@ def test_an_example(name, less_text, monkeypatch, tmp_path):
     printed, losses = run(name, monkeypatch, tmp_path)
     assert losses and all(set(found) == {"hybrid", *BASELINES} for found in losses)
     first, last = losses[0], losses[-1]
+    (picture,) = re.findall(r"^drawn: (.*)$", printed, re.MULTILINE)
+    assert picture == f"{name}.png" and is_drawn((tmp_path / picture).read_bytes(), DRAWN_IN[name])
     if name == "compose":
         assert last["hybrid"] == pytest.approx(last["ensemble"], abs=0.1) and "def close(self):" in printed
     elif name == "publish":
@@ -77,10 +84,22 @@ def test_an_example(name, less_text, monkeypatch, tmp_path):
     if name == "train":  # the gate first: it is no part of the components
         assert losses[1]["hybrid"] < first["hybrid"]
         assert {key: losses[1][key] for key in BASELINES} == {key: first[key] for key in BASELINES}
-        with Image.open(tmp_path / "losses.png") as picture:
-            assert picture.size[0] > 600 and len(picture.getcolors(1 << 20)) > 20  # bars and text, no blank sheet
     if name == "lora":
         assert 10_000 < int(re.search(r"adapter: ([\d,]+) bytes", printed)[1].replace(",", "")) < 400_000
+
+
+def is_drawn(data, colours):
+    """Whether an image has width, text beside its marks, and enough of each of some colours to be seen."""
+    with Image.open(io.BytesIO(data)) as picture:
+        found = {colour[:3]: count for count, colour in picture.convert("RGB").getcolors(1 << 20)}
+    wanted = [tuple(round(255 * part) for part in to_rgb(colour)) for colour in colours]
+    return picture.size[0] > 400 and len(found) > 20 and all(found.get(colour, 0) > 100 for colour in wanted)
+
+
+def test_a_blank_sheet_is_no_picture():
+    blank = io.BytesIO()
+    Image.new("RGB", (800, 300), "white").save(blank, "png")
+    assert not is_drawn(blank.getvalue(), ("white",)) and not is_drawn(blank.getvalue(), BARS)
 
 
 def test_they_open_with_their_command_and_are_short():
@@ -90,7 +109,7 @@ def test_they_open_with_their_command_and_are_short():
         text = script.read_text(encoding="utf-8")
         command = ast.get_docstring(ast.parse(text)).splitlines()[0]
         assert shlex.split(command) == ["python", f"examples/{script.name}"]
-        assert 25 <= len(text.splitlines()) <= 55
+        assert 25 <= len(text.splitlines()) <= 60
 
 
 def stored():
@@ -103,7 +122,10 @@ def kinds(outputs):
 
 
 def test_the_notebook_is_small_and_has_its_outputs(tmp_path):
-    assert all(stored()) and sum("image/png" in one.get("data", {}) for cell in stored() for one in cell) == 3
+    assert all(stored())
+    pictures = [one["data"]["image/png"] for cell in stored() for one in cell if "image/png" in one.get("data", {})]
+    for picture, other in zip(pictures, ("#9aa5b1", "#9aa5b1", "#c9a227"), strict=True):  # baselines; a component
+        assert is_drawn(base64.b64decode(picture), (other, "#2f6f9f"))
     assert (EXAMPLES / "tour.ipynb").stat().st_size < 150_000
     path = tmp_path / "made.ipynb"
     notebooks.write(path, [("markdown", "# A"), ("code", "a = 1\nprint(a)\na + 1"), ("code", "a = 3")])

@@ -64,11 +64,12 @@ PAIRS = [
     ("EleutherAI/pythia-1.4b", "state-spaces/mamba-1.4b-hf"),
     ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-Coder-0.5B"),
     ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-360M"),
+    ("HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen2.5-0.5B"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 def test_pairs_worth_trying_are_planned_from_their_configurations(pair, tmp_path, capsys):
     poc = (ROOT / "recipes" / "poc.yaml").read_text()
     for shipped, other in zip(PAIRS[0], pair):
@@ -83,6 +84,8 @@ def test_pairs_worth_trying_are_planned_from_their_configurations(pair, tmp_path
         re.sub("[^a-z0-9]", "", name) for name in names
     ]
     assert plan["parameters"] == sum(one["parameters"] for one in plan["components"]) + plan["own_parameters"]
+    several = [note for note in plan["notes"] if "tokens for each of the hybrid's" in note]
+    assert len(several) == (pair == PAIRS[-1])
 
 
 @pytest.fixture
@@ -272,7 +275,7 @@ def test_a_saved_hybrid(hub, owner, tmp_path, no_adapters):
 def test_vocabularies(tmp_path):
     parts = [*save_configs(tmp_path, "llama"), *save_configs(tmp_path, "mamba", vocabulary=90)]
     with pytest.raises(ManticoreError, match="transplant: auto"):
-        load_subject(write_recipe(tmp_path, parts))
+        load_subject(write_recipe(tmp_path, parts, num_blocks=2))
     subject = load_subject(write_recipe(tmp_path, parts, transplant="auto"))
     assert subject.config.mamba.vocab_size == subject.config.vocab_size == 64
     assert [entry["transplant"] is not None for entry in subject.config.components] == [False, True]

@@ -16,6 +16,7 @@ from manticore_hf import ManticoreForCausalLM, publish
 DRAWN = {
     "plot_alpha": ([0, 1, 2], {"alpha/0/a": [0.5, 0.6, 0.7], "alpha/0/b": [0.5, 0.4, 0.3]}),
     "plot_mixture": ([[0.25, 0.75], [1.0, 0.0]], ["a", "b"]),
+    "plot_weights": ([[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]], ["a", "b"]),
     "plot_losses": ({"hybrid": 1.0, "a": 1.5},),
     "plot_differences": ([{"name": "a", "kind": "single", "difference": 0.1, "difference_interval": [0.0, 0.2]}], "h"),
     "plot_profile": ({"a": {"x": 0.5, "y": 0.7, "z": 1.0}}, {"x": 0.1, "y": 0.1, "z": 0.1}),

@@ -11,9 +11,11 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 import yaml
-from test_docs import check
+from huggingface_hub.cli.hf import app
+from test_docs import OTHERS, check, parser_of, subcommands
 from tiny_hybrid import WORDS, mamba, neox, save
 
 from manticore_hf.cli import main
@@ -21,15 +23,20 @@ from manticore_hf.report import write_report
 from manticore_hf.training.recipe import run_recipe
 
 ROOT = Path(__file__).parent.parent
-COMMAND = re.compile(r"(?:^|[`(\s])(manticore-hf [a-z][a-z-]*(?: [^`,;:()\n]*)?)")
+COMMAND = re.compile(r"(?:^|[`(>\s])(manticore-hf [a-z][a-z-]*(?: [^`,;:()<&\n]*)?)", re.MULTILINE)
+OPTION = re.compile(r"(?:^|[`( '])(--[a-z][a-z0-9-]+)")
+HF = re.compile(r"(?:^|[`(\s])(hf (?:auth|download|upload|repos|cache)\b[a-z ]*)")
 PROSE = ("installed", "from")  # "with manticore-hf installed", "converted by manticore-hf from"
 EXTRA = re.compile(r"manticore-hf\[(\w+)\]")
 
 
 def texts(file):
     """The strings of a file that people may read; of what is filled in, "X"."""
-    if file.suffix == ".jinja":
-        yield re.sub(r"\{\{.*?\}\}", "X", file.read_text())
+    if file.suffix != ".py":
+        text = file.read_text()
+        if file.suffix == ".ipynb":
+            text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+        yield re.sub(r"\{\{.*?\}\}", "X", re.sub("^# ?", "", text, flags=re.MULTILINE))
         return
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.JoinedStr):
@@ -45,7 +52,9 @@ def words_of(command):
 
 
 FILES = sorted(
-    [*(ROOT / "manticore_hf").rglob("*.py"), *(ROOT / "modeling").glob("*.py"), *(ROOT / "hub_cards").glob("*.jinja")]
+    file
+    for pattern in ("manticore_hf/**/*.py", "modeling/*.py", "hub_cards/*.jinja", "recipes/**/*.*", "examples/*.*")
+    for file in ROOT.glob(pattern)
 )
 
 
@@ -59,10 +68,30 @@ def test_commands_and_options_that_are_printed_exist():
     assert len(commands) > 80
     for file, words in commands:
         check(file, words, whole=False)
+    assert {file.suffix for file, _ in commands} == {".py", ".jinja", ".yaml", ".ipynb"}
     with pytest.raises(AssertionError, match="there is no manticore-hf publish"):
         check(ROOT, words_of("manticore-hf publish X you/name"), whole=False)
     with pytest.raises(AssertionError, match="has no ..--code"):
         check(ROOT, words_of("manticore-hf push X --code. Then --go."), whole=False)
+
+
+def test_options_that_are_printed_without_their_command_exist():
+    """In what the package says; style sheets name their variables like options."""
+    ours = {option for name in subcommands() for option in parser_of(name)._option_string_actions}
+    files = {file for room in ("manticore_hf", "modeling") for file in (ROOT / room).rglob("*.py")}
+    styled = {file for file in files if file.parent.name == "hybrid_page"}
+    named = {option for file, option in found(OPTION) if file in files - styled}
+    assert len(named) > 50 and not named - ours - OTHERS - {"--home"}  # the last of the local Hub's own program
+
+
+def test_commands_of_the_hub_s_client_that_are_printed_exist():
+    named = {words for _, words in found(HF)}
+    assert {"hf auth login", "hf download", "hf upload"} <= named
+    for words in named:
+        at, context = app, click.Context(app)
+        for word in words.split()[1:]:
+            at = at.get_command(context, word)
+            assert at is not None, words
 
 
 def test_extras_that_are_printed_exist():

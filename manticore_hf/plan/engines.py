@@ -98,6 +98,7 @@ class StagePlanner:
             teacher=task.teacher,
             prepare=prepare,
             share=wide / dtype.itemsize / self.machine.devices,
+            amounts=task.amounts,
         )
 
     @cached_property

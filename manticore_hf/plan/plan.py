@@ -152,7 +152,7 @@ def _plan_stage(task, machine, rate, parameters):
 
 
 def _calibration(task, machine):
-    rehearsal = Rehearsal(task.config, "projectors", task.dtype, machine.device)
+    rehearsal = Rehearsal(task.config, "projectors", task.dtype, machine.device, amounts=task.amounts)
     if rehearsal.config.projector != "linear":
         raise ManticoreError(f"calibrate: projector={rehearsal.config.projector!r} has no closed form; drop the stage.")
     cost, solving = rehearsal.calibration(task.batch, task.length)

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ class Task:
         teacher: Configuration of the soft hybrid that a pruned one learns from, or None.
         dtype, autocast: Of the weights; of mixed precision, or None.
         converts: The dtype that they are stored in, where it is another; else None.
+        amounts: Of components that read text by tokenizers of their own, as the Subject has them.
         batch, accumulation, length, checkpointing: Rows per device, micro-batches per step, tokens per row, and whether
             activations are recomputed.
         eval_batch: Rows per device of the losses that end the stage; None if it has no validation text.
@@ -57,6 +58,7 @@ class Task:
     tokens: int | None = None
     counted: str = ""
     converts: torch.dtype | None = None
+    amounts: dict = field(default_factory=dict)
 
     @property
     def compute(self) -> torch.dtype:
@@ -116,6 +118,7 @@ def make_task(
         given["gradient_accumulation_steps"],
         rows,
         bool(given["gradient_checkpointing"]),
+        amounts=subject.amounts,
     )
     if (stored := subject.config.dtype) is not None and stored != task.dtype:
         task.converts = stored
@@ -156,7 +159,14 @@ def _pruned(config, settings, subject):
     if config.bridges:
         subject.notes.append("prune: which bridges stay is not known yet; planned is with all of them")
         return config, config if settings["distil_weight"] > 0 else None
-    if "," in route:
+    if config.aligned:
+        if route not in ("alpha", "loss", config.tokenizer_component):
+            raise ManticoreError(
+                f"prune: route={route!r}: components {list(config.aligned)} have tokenizers of their own; such a "
+                f"hybrid can be pruned to {config.tokenizer_component!r} alone, whose tokenizer is the hybrid's."
+            )
+        names = [config.tokenizer_component]
+    elif "," in route:
         names = route.split(",")
     elif route in ("alpha", "loss"):  # not known before it is measured: the largest it can be
         model = meta_hybrid(config)

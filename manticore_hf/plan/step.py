@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,14 @@ from torch import nn
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plan import kernels
+from manticore_hf.plan.aligned import Amount, PlannedAligner
 from manticore_hf.plan.ledger import Ledger
 from manticore_hf.plan.memory import layers_of, weigh
 from manticore_hf.plan.shrink import shrink
 from manticore_hf.training.calibrate import _collect, loss_alone
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.trainer import PartSums
+from manticore_hf.utils.distributed import component_runner
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Rehearsal:
         prepare: Function of the unshortened meta model that returns what is trained (LoRA), or None.
         every_layer: Keep every layer, also of those that repeat.
         share: How many bytes FSDP2 keeps on each device of a byte of a layer's gradient.
+        amounts: {component that reads text by a tokenizer of its own: Amount}, or None.
 
     Attributes:
         weights: The Weights of the unshortened model.
@@ -84,6 +87,7 @@ class Rehearsal:
         prepare: Callable[[ManticoreForCausalLM], tuple[nn.Module, Iterable[nn.Parameter]]] | None = None,
         every_layer: bool = False,
         share: float = 1.0,
+        amounts: Mapping[str, Amount] | None = None,
     ):
         self.ledger, self.device, self.config, self.teacher = Ledger(), device, config, None
         self.hybrid = hybrid = meta_hybrid(config, dtype)
@@ -97,6 +101,9 @@ class Rehearsal:
             self.teacher_bytes = sum(one.nbytes for one in self.teacher.parameters())
             if not every_layer:
                 shrink(self.teacher, self.ledger, "teacher")
+        for one in filter(None, (hybrid, self.teacher)):
+            if one.config.aligned:
+                one.__dict__["_aligner"] = PlannedAligner(one.config.tokenizer_component, amounts)
         for one in filter(None, (self.model, self.teacher)):
             with self.ledger:
                 one.to_empty(device="cpu")
@@ -191,7 +198,7 @@ class Rehearsal:
 
             mean = 0.0
             for name in names:
-                logits = self.hybrid.component(name)(input_ids=ids, use_cache=False).logits
+                logits = component_runner(self.hybrid, name)(input_ids=ids, use_cache=False).logits
                 logprobs = logits[..., : self.config.vocab_size].float().log_softmax(-1)
                 loss(logprobs)
                 mean = mean + logprobs / len(names)

@@ -10,10 +10,13 @@ from huggingface_hub.errors import HTTPError
 
 from manticore_hf.compose.components import ComponentSpec, Resolved, resolve
 from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, find_tokenizer
+from manticore_hf.evaluation.sources import read_texts
+from manticore_hf.modeling.aligned_mapping import ByteTokenizer
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+from manticore_hf.plan.aligned import ASSUMED, SAMPLE, measure_amount
 from manticore_hf.training.programs import program_of
-from manticore_hf.training.recipe import Recipe, find_beside, load_recipe
+from manticore_hf.training.recipe import Recipe, find_beside, load_recipe, stage_data
 
 _PADDING = 0.02  # vocabularies whose sizes differ by no more are taken for one that is padded differently
 _NOT_OF_THE_MODEL = ("dtype", "transplant", "transplant_data", "tokenizer_data", "tokenizer")
@@ -29,6 +32,7 @@ class Subject:
         stages: [(stage, its settings)].
         recipe: The Recipe, or None for a saved hybrid.
         home: The Resolved component whose tokenizer is the hybrid's, or None.
+        amounts: {component that reads text by a tokenizer of its own: Amount}.
         notes: What had to be assumed.
     """
 
@@ -37,6 +41,7 @@ class Subject:
     stages: list
     recipe: Recipe | None = None
     home: Resolved | None = None
+    amounts: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
 
 
@@ -67,8 +72,9 @@ def load_subject(source: str | Path, configs: str | Path | None = None, allow_ou
         ) from err
     if not config.component_names:
         raise ManticoreError(f"{str(source)!r} is not a hybrid; to plan joining models, name them in a recipe.")
-    _refuse_aligned(config.aligned)
-    return Subject(str(source), config, [("finetune", {})])
+    subject = Subject(str(source), config, [("finetune", {})])
+    subject.amounts = _amounts(config, {}, None, subject.notes)
+    return subject
 
 
 def _from_recipe(recipe, configs):
@@ -78,6 +84,11 @@ def _from_recipe(recipe, configs):
     home = found[0]
     if settings.get("tokenizer_component") is not None:
         home = next((one for one in found if one.name == settings["tokenizer_component"]), home)
+    own = {} if "transplant" in recipe.hybrid else _own_tokenizers(found, home, settings, notes)
+    if own and "tokenizer_data" in recipe.hybrid:
+        notes.append(f"the hybrid has the tokenizer of {home.name}: what tokenizer_data will choose is not known yet")
+    for one in found:
+        one.tokenizer = {"files": None} if one.name in own else None
     entries = [one.entry() for one in found]
     if program_of(settings.get("mixture")) is not None:
         rows = settings.get("num_blocks", 1)
@@ -85,9 +96,9 @@ def _from_recipe(recipe, configs):
     if "transplant" in recipe.hybrid:
         _transplant(found, entries, home, recipe.hybrid["transplant"], notes)
     else:
-        _refuse_aligned(_aligned(found, home, settings))
-        if len({one.config.vocab_size for one in found}) > 1 and "vocab_size" not in settings:
-            settings["vocab_size"] = _common_size(found, notes)
+        same = [one for one in found if one is home or one.name not in own]
+        if len({one.config.vocab_size for one in same}) > 1 and "vocab_size" not in settings:
+            settings["vocab_size"] = _common_size(same, notes)
     dtypes = {one.config.dtype for one in found}
     config = ManticoreConfig(components=entries, **settings)
     config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -99,22 +110,48 @@ def _from_recipe(recipe, configs):
     stages = recipe.stages or [("finetune", {})]
     if not recipe.stages:
         notes.append("the recipe has no stages: planned is a finetune with Transformers' defaults")
-    return Subject(recipe.name, config, stages, recipe, home, notes)
+    return Subject(recipe.name, config, stages, recipe, home, _amounts(config, own, recipe, notes), notes)
 
 
-def _aligned(found, home, settings):
-    """Names of the components that would read text by tokenizers of their own."""
+def _own_tokenizers(found, home, settings, notes):
+    """{component: its tokenizer, None where it was not read}, of home and of those that read text by another; or {}."""
     own = align(found, {}, None, can_align(settings))
-    return [name for name, one in own.items() if one.get_vocab() != own[home.name].get_vocab()]
+    if own:
+        others = [name for name, one in own.items() if one.get_vocab() != own[home.name].get_vocab()]
+    elif can_align(settings) and any(find_tokenizer(one, {}) is None for one in found):
+        # Vocabularies of very different sizes tell
+        others = [one.name for one in found if not _padded(one, home)]
+        for name in others:
+            notes.append(f"the tokenizers of {name} and {home.name}, which were not read, are taken for different ones")
+    else:
+        others = []
+    return {name: own.get(name) for name in (home.name, *others)} if others else {}
 
 
-def _refuse_aligned(names):
-    if names:
-        raise ManticoreError(
-            f"Components {list(names)} have tokenizers of their own: what a step reads and takes depends on the text, "
-            "which a plan does not have. Measure a few steps (max_steps: 3), or plan with `transplant: auto` in the "
-            "recipe's hybrid."
+def _amounts(config, own, recipe, notes):
+    """{component: Amount} of those that read text by tokenizers of their own."""
+    out, texts = {}, []
+    if recipe is not None and "data" in recipe.data:
+        data = stage_data(recipe, {})
+        texts = read_texts(data, SAMPLE) if os.path.exists(data.data) else []
+    for name in config.aligned:
+        pair = [own.get(one) for one in (config.tokenizer_component, name)]
+        if any(one is None for one in pair) or not any(texts):
+            out[name] = ASSUMED
+        else:
+            sizes = [getattr(config, one).vocab_size for one in (config.tokenizer_component, name)]
+            out[name] = measure_amount(*(ByteTokenizer(one, rows) for one, rows in zip(pair, sizes)), texts)
+        notes.append(
+            f"{name} reads {out[name].nodes:.2f} tokens for each of the hybrid's ({out[name].how}); its cache is "
+            "counted per token of its own"
         )
+    return out
+
+
+def _padded(one, other):
+    """Whether the vocabularies of two components differ in size by no more than padding."""
+    sizes = one.config.vocab_size, other.config.vocab_size
+    return (max(sizes) - min(sizes)) / max(sizes) <= _PADDING
 
 
 def _find(item, recipe, configs):

@@ -1,4 +1,4 @@
-"""Pictures: alpha over a search, the mixture that came out, losses, and what models are good at.
+"""Pictures: alpha over a search, the mixture that came out, weights over tokens, losses, and what models are good at.
 
 Drawn on `Figure` objects, without pyplot: pyplot holds one state per process, its backend and its open figures, and
 that state is the user's. A notebook keeps the backend that it had.
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from manticore_hf.modeling.settings_manticore import printable
 
-_LONGEST, _MOST = 60, 40  # characters of a name, rows of a chart
+_LONGEST, _TOKEN, _MOST = 60, 12, 40  # characters of a name and of a token, rows of a chart
 
 
 def plot_alpha(steps: Sequence[int], history: Mapping[str, Sequence[float]], path: str | os.PathLike) -> None:
@@ -65,6 +65,43 @@ def plot_mixture(
     _save(figure, path)
 
 
+def plot_weights(
+    weights: torch.Tensor | Sequence[Sequence[float]],
+    names: Sequence[str],
+    path: str | os.PathLike | None = None,
+    tokens: Sequence[str] = (),
+) -> Figure:
+    """Draws how much each component contributes to the prediction of each token, one above the other.
+
+    Args:
+        weights: [time, K] nested lists or tensor, as a hybrid returns them for a row (`weights[0]`).
+        names: K component names.
+        path: PNG to write, or None.
+        tokens: What stands at the positions, to be written below them; () for their numbers.
+
+    Returns:
+        The picture, which a notebook shows.
+    """
+    columns = [[float(w) for w in column] for column in zip(*weights)]
+    places = range(len(columns[0]))
+    figure = Figure(figsize=(max(7, 0.16 * len(tokens)), 2.6 + 0.6 * bool(tokens)))
+    axis = figure.subplots()
+    axis.stackplot(places, columns, labels=names)
+    axis.set_xlim(0, len(places) - 1)
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("weight")
+    if tokens:
+        shown = [printable(token)[:_TOKEN] for token in tokens]
+        axis.set_xticks(places, shown, rotation=90, fontsize="x-small", parse_math=False)
+    else:
+        axis.set_xlabel("token")
+    axis.legend(loc="lower left", fontsize="small")
+    figure.tight_layout()
+    if path is not None:
+        _save(figure, path)
+    return figure
+
+
 def plot_losses(losses: Mapping[str, float], path: str | os.PathLike) -> None:
     """Draws losses as bars, hybrids apart from their baselines by colour.
 
@@ -96,7 +133,8 @@ def plot_differences(
     """Draws how much each baseline loses against a hybrid, with its interval.
 
     Args:
-        rows: Rows of a comparison: name, kind, difference, difference_interval (its low and high end).
+        rows: Rows of a comparison: name, kind, difference, difference_interval (its low and high end; None, None: it is
+            not known).
         hybrid: Name of the hybrid that all are compared with.
         path: PNG to write.
         per_byte: Bits per byte in a nat per token, for a second scale; None for none.
@@ -110,7 +148,8 @@ def plot_differences(
     for place, row in enumerate(shown):
         low, high = row["difference_interval"]
         colour = colours.get(row["kind"], "tab:gray")
-        axis.plot([low, high], [place, place], color=colour, linewidth=2)
+        if low is not None:
+            axis.plot([low, high], [place, place], color=colour, linewidth=2)
         axis.plot(row["difference"], place, "o", color=colour)
     # Names may be anybody's: nothing in them is a formula, and none pushes the chart aside
     names = [printable(row["name"])[:_LONGEST] for row in shown]
