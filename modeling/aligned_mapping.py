@@ -111,10 +111,7 @@ class ByteTokenizer:
         return out
 
     def _cut_broken(self, data):
-        """Bytes that are no text: the text in them is cut as text, the rest byte by byte.
-
-        Where they end inside of a letter they are cut as with a letter of that kind: words are split at what is none.
-        """
+        """Bytes that are no text: the text in them is cut as text, the rest byte by byte, half a letter as a letter."""
         out = []
         while data:
             try:
@@ -130,15 +127,10 @@ class ByteTokenizer:
         return tuple(out)
 
     def _cut_beginning(self, text, size):
-        """The canonical tokens of some bytes as far as the first `size` of them reach; a token beyond is spelled."""
-        out, at = [], 0
-        for number in self.cut(text):
-            end = at + len(self.bytes_of([number]))
-            if end > size:
-                break
-            out.append(number)
-            at = end
-        return (*out, *(self._spell(text[at:size], ()) if at < size else ()))
+        """The canonical tokens of some bytes within the first `size` of them; what is left of those is spelled."""
+        ids = self.cut(text)
+        ids = next(ids[:n] for n in range(len(ids), -1, -1) if len(self.bytes_of(ids[:n])) <= size)
+        return (*ids, *self._spell(text[len(self.bytes_of(ids)) : size], ()))
 
     def _spell(self, data, otherwise):
         """Tokens for bytes that the tokenizer would change or does not know."""
@@ -146,16 +138,11 @@ class ByteTokenizer:
 
 
 def _completed(start):
-    """A letter, or else another sign, whose first bytes are given; None where there is none."""
+    """A letter whose first bytes are given, else another sign (of four bytes an emoji); empty where there is none."""
     size = 2 if start[0] < 0xE0 else 3 if start[0] < 0xF0 else 4
-    found = []
-    # Most signs of four bytes are emojis
-    for rest in (b"\x9f\x98\x80"[len(start) - 1 :],) if size == 4 else (b"\x81" * 2, b"\x95" * 2, b"\xa1" * 2):
-        text = decoded((start + rest)[:size])
-        if text is not None and text.isprintable():
-            found.append(text)
-    letters = [one for one in found if one.isalpha()]
-    return next((one.encode() for one in letters or found), None)
+    rests = (b"\x9f\x98\x80"[len(start) - 1 :],) if size == 4 else (b"\x81" * 2, b"\x95" * 2, b"\xa1" * 2)
+    texts = [text for rest in rests if (text := decoded((start + rest)[:size])) and text.isprintable()]
+    return max(texts, key=str.isalpha, default="").encode()
 
 
 def _inside(parts):

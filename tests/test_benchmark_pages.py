@@ -164,7 +164,7 @@ BASELINES = {
 NO_LOSS_OF_A_HYBRID = {
     "mad-profile", "mad-generation", "speed", "parts", "scan", "drafting", "plan", "plan-processes", "plan-cuda",
     "families", "transplant", "serving", "vllm", "gpu-kernels", "gpu-errors", "gpu-ratios", "packing",
-    "mixture-sampling-speed",
+    "mixture-sampling-speed", "aligned-tokenizers",
 }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def aligned(load: Load) -> Rows:
     return rows
 
 
-@table("aligned_tokenizers")
+@table("aligned-tokenizers")
 def aligned_tokenizers(load: Load) -> Rows:
     """What a perfect model loses by being mapped, and the worst of what must hold of any weights, in each direction."""
     found = load("aligned_tokenizers")
