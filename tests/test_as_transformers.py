@@ -269,7 +269,7 @@ def test_a_cache_quantised_in_groups(backend, package):
         assert not torch.allclose(wanted, part(ids).logits, atol=1e-3)  # it is quantised
         mask = torch.ones_like(ids)
         mask[0, :4] = 0
-        for more in ({}, {"num_beams": 3}, {"attention_mask": mask}, {"cache_config": {"backend": backend}}):
+        for more in ({}, {"num_beams": 3}, {"attention_mask": mask}):
             one, other = (each.generate(ids, **{**how, **new, **more}, pad_token_id=0) for each in (model, part))
             assert torch.equal(one, other), more
     mixed = join("llama", "mamba", num_blocks=2)[0]
