@@ -127,7 +127,7 @@ def test_what_is_finished_is_not_searched_again(tmp_path, searched):
         (PAIR, ["recal"], 1, {}, "there is no MAD task 'recal'; known are .'recall', 'fuzzy-recall', "),
         (PAIR, [], 1, {}, "no MAD task is named"),
         (PAIR, ["recall", "in-context-recall"], 1, {}, "named twice"),
-        (["gpt_neox", "own_family"], ["recall"], 1, {}, "every component's family: model='own_family' is no model"),
+        (["gpt_neox", "own_family"], ["recall"], 1, {}, "every component's family: model='own_family' is not a model"),
         (PAIR, ["recall"], 3, {"layers": 2}, "layers=2 of the small hybrids are fewer than the 3 blocks"),
         (PAIR, ["recall"], 1, {"hidden_size": 70}, "hidden_size=70 cannot be cut into heads"),
         (PAIR, ["recall"], 1, {"strategy": "best"}, "strategy='best' is unknown; choose one of"),

@@ -164,20 +164,20 @@ def test_text_files_in_other_encodings(tmp_path, tok):
         assert [one["text"] for one in read_records(DataArguments(str(tmp_path / f"{name}.txt")))] == [text], name
     file = tmp_path / "latin.txt"
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ManticoreError, match=r"latin.txt' is no utf-8 text \(byte 3 is 0xe9\): convert it to UTF-8"):
+    with pytest.raises(ManticoreError, match=r"latin.txt' is not utf-8 text \(byte 3 is 0xe9\): convert it to UTF-8"):
         read_records(DataArguments(str(file)))
     assert read_records(DataArguments(str(file), encoding="latin-1"))[0]["text"] == text
     with pytest.raises(ManticoreError, match="encoding='latin-one' is none that Python knows"):
         read_records(DataArguments(str(file), encoding="latin-one"))
     for encoding in ("undefined", "idna", "hex", "zlib", "rot13", "a\0b", "x" * 5000):  # of no text, or none at all
-        with pytest.raises(ManticoreError, match="none that Python knows for texts|is no idna text"):
+        with pytest.raises(ManticoreError, match="none that Python knows for texts|is not idna text"):
             read_records(DataArguments(str(file), encoding=encoding))
     for encoding, data in (("utf-7", b"+2AA-"), ("raw_unicode_escape", rb"\ud800")):
         file.write_bytes(data)
-        with pytest.raises(ManticoreError, match="it holds half of a character|is no utf-7 text"):
+        with pytest.raises(ManticoreError, match="it holds half of a character|is not utf-7 text"):
             read_records(DataArguments(str(file), encoding=encoding))
     file.write_bytes("no mark".encode("utf-16-le"))
-    with pytest.raises(ManticoreError, match="holds zero bytes, so it is no utf-8 text"):
+    with pytest.raises(ManticoreError, match="holds zero bytes, so it is not utf-8 text"):
         read_records(DataArguments(str(file)))
     assert read_records(DataArguments(str(file), encoding="utf-16-le"))[0]["text"] == "no mark"
 

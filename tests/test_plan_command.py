@@ -285,7 +285,7 @@ def test_vocabularies(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"memory": "80 apples"}, "memory='80 apples' is no amount"),
+        ({"memory": "80 apples"}, "memory='80 apples' is not an amount"),
         ({"memory": "0GB"}, "is not an amount of memory"),
         ({"devices": 0}, "devices=0"),
         ({"tokens": "many"}, "tokens='many'"),
