@@ -10,7 +10,7 @@ import json
 from .bounds_manticore import ManticoreError
 
 ROLES = ("bos", "eos", "pad", "unk")
-_SPACE_MARK = "\u2581"
+SPACE_MARK = "\u2581"
 _CONTINUES = "##"
 _MOST_IDS = 2**25
 
@@ -22,8 +22,8 @@ def _byte_letters():
     return {byte: chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)}
 
 
-_LETTER_OF = _byte_letters()
-_BYTE_OF = {letter: byte for byte, letter in _LETTER_OF.items()}
+LETTER_OF = _byte_letters()
+_BYTE_OF = {letter: byte for byte, letter in LETTER_OF.items()}
 
 
 class Surfaces:
@@ -88,31 +88,10 @@ class Surfaces:
                 return bytes(_BYTE_OF[letter] for letter in token)
         elif self._kind == "sentencepiece":
             single = _byte_token(token)
-            return bytes([single]) if single is not None else token.replace(_SPACE_MARK, " ").encode()
+            return bytes([single]) if single is not None else token.replace(SPACE_MARK, " ").encode()
         elif self._kind == "wordpiece":
             return (token.removeprefix(_CONTINUES) if token.startswith(_CONTINUES) else f" {token}").encode()
         return token.encode()
-
-    def spell(self, data):
-        """The tokens that together stand for some bytes, as the tokenizer itself cuts them where that can be told.
-
-        Args:
-            data: Bytes.
-
-        Returns:
-            List of ids, empty if the tokenizer has no tokens for them.
-        """
-        text = None
-        if self._kind == "byte-level":
-            text = "".join(_LETTER_OF[byte] for byte in data)
-        elif self._kind == "sentencepiece":
-            text = decoded(data)
-            text = None if text is None else text.replace(" ", _SPACE_MARK)
-        if text is not None:
-            ids = [piece.id for piece in self._model.tokenize(text)]
-            if b"".join(self.bytes[number] or b"" for number in ids) == data:
-                return ids
-        return self.longest_first(data)
 
     def longest_first(self, data):
         """The longest token first, from left to right; empty if the tokenizer has no tokens for the bytes."""
@@ -135,7 +114,7 @@ def _kind(parts):
         kinds = {one["type"] for one in found}
         if "ByteLevel" in kinds:
             return "byte-level"
-        if "Metaspace" in kinds or any(_SPACE_MARK in str(one.get("pattern")) for one in found):
+        if "Metaspace" in kinds or any(SPACE_MARK in str(one.get("pattern")) for one in found):
             return "sentencepiece"
         if "WordPiece" in kinds:
             return "wordpiece"

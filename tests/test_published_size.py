@@ -13,7 +13,7 @@ MOST_LINES = {
     "classifier, a Mamba": 5410,
     "online, a Mamba": 5730,
     "bridges, a Mamba": 6340,
-    "aligned, attention only": 6460,
+    "aligned, attention only": 6475,
     "two blocks, attention only": 5400,
     "two blocks, a Mamba": 6120,
     "pruned, a Mamba": 6290,
