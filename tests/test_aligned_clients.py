@@ -106,7 +106,7 @@ def test_what_reaches_one_tokenizers_tokens_alone_is_refused(made):
     model.enable_input_require_grads()  # changes nothing
     assert torch.equal(model(ids, attention_mask=mask).logits, right)
     activate_neftune(model, 5.0)
-    with pytest.raises(ManticoreError, match="NEFTune does that. changes what component 'llama_gpt' reads"):
+    with pytest.raises(ManticoreError, match="such as NEFTune's. changes only what component 'llama_gpt' reads"):
         model.train()(ids, attention_mask=mask)
     assert torch.equal(model.eval()(ids, attention_mask=mask).logits, right)
 

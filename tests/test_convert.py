@@ -241,7 +241,7 @@ def test_what_transformers_does_not_compute_is_refused(tmp_path, refuse, changes
 
 
 def test_sources_that_are_none(tmp_path, refuse, owner, words):
-    refuse(tmp_path / "nowhere.gguf", "no directory or .gguf file that exists")
+    refuse(tmp_path / "nowhere.gguf", "no existing directory or .gguf file")
     refuse(f"{owner}/nowhere", "no such repository")
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", "has no config.json")
