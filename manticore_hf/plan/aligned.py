@@ -8,14 +8,17 @@ measured on the recipe's, where that and both tokenizers are at hand, and else a
 from collections.abc import Mapping as MappingOf
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from manticore_hf.modeling.aligned_hybrid import Aligner, Reading
 from manticore_hf.modeling.aligned_mapping import ByteTokenizer, Cover, Mapping
 from manticore_hf.modeling.aligned_reading import Position, Row, grow, masks, may_read_trees
 from manticore_hf.modeling.bounds_manticore import ManticoreError
+from manticore_hf.modeling.running_manticore import Inputs
 
 SAMPLE = 4_000
 """Bytes of text that are enough to measure on."""
@@ -82,17 +85,17 @@ class PlannedAligner(Aligner):
         super().__init__(home)
         self.amounts = amounts
 
-    def mapping(self, model, name):
+    def mapping(self, model: PreTrainedModel, name: str) -> Any:
         """As the aligner's, between vocabularies of which nothing but the size is known."""
         if name not in self.mappings:
             sizes = (getattr(model.config, one).vocab_size for one in (name, self.home))
             self.mappings[name] = _PlannedMapping(self.amounts[name], *sizes)
         return self.mappings[name]
 
-    def check_embeds(self, model, inputs):
+    def check_embeds(self, model: PreTrainedModel, inputs: Inputs) -> None:
         """Nothing is known of what is read."""
 
-    def read(self, model, name, inputs):
+    def read(self, model: PreTrainedModel, name: str, inputs: Inputs) -> Reading:
         """As the aligner's; every row is as long as the others."""
         segment, amount, (batch, time) = model.segments.segment(name, 0), self.amounts[name], inputs.shape
         if not may_read_trees(segment, model.component(name).config):

@@ -9,7 +9,7 @@ __all__ = ["ROLES", "Surfaces"]
 class Surfaces(aligned_bytes.Surfaces):
     """The surface form of every token of a tokenizer; see `manticore_hf.modeling.aligned_bytes`."""
 
-    def spell(self, data):
+    def spell(self, data: bytes) -> list[int]:
         """The tokens that together stand for some bytes, as the tokenizer itself cuts them where that can be told.
 
         Args:
