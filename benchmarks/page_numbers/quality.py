@@ -192,6 +192,23 @@ def past_losses_gate(load: Load) -> Rows:
     return rows
 
 
+@table("gate-variants")
+def gate_variants(load: Load) -> Rows:
+    """What a gate gains by each variant, with the interval and in how many seeds."""
+    lines = _past(load, "variant")
+    names = list(dict.fromkeys(line["variant"] for line in lines))
+    rows = [["text", "training tokens", "past losses", "gate as it is", *names]]
+    for key in dict.fromkeys((line["text"], line["tokens"], line["past_losses"]) for line in lines):
+        found = {line["variant"]: line for line in lines if (line["text"], line["tokens"], line["past_losses"]) == key}
+        gains = [
+            f"{one['gain']:+.4f} ({span(one['interval'], '+.4f')}), {one['seeds_won']} of {one['seeds']}"
+            for one in (found[name] for name in names if name in found)
+        ]
+        gains += [""] * (len(names) - len(gains))  # of a run that goes on
+        rows.append([key[0], f"{key[1]:,}", "yes" if key[2] else "no", f"{found[names[0]]['plain']:.3f}", *gains])
+    return rows
+
+
 @values
 def past_losses_values(load: Load) -> Values:
     for text in TEXTS:
@@ -206,6 +223,9 @@ def past_losses_values(load: Load) -> Values:
             yield f"past.{text}.{line['tokens']}", f"{line['gain']:+.3f}"
         for line in _past(load, "users", text=text):  # float32 sums of a row do not show less
             yield f"past.{text}.users", f"{max(1e-6, *line['difference'].values()):.0e}"
+    for line in _past(load, "variant", past_losses=False):
+        yield f"variant.{line['text']}.{line['tokens']}.{line['variant'].replace(' ', '-')}", f"{line['gain']:+.4f}"
+    yield "variant.error", f"{_past(load, 'interpolation')[0]['error']:.0e}"
     for key, value in _past(load, "untrained", text="mixed", name="online, defaults")[0]["settings"].items():
         yield f"online.{key}", f"{value:g}"
 
