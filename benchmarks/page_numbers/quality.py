@@ -92,6 +92,42 @@ def blocks(load: Load) -> Rows:
     return rows
 
 
+def _bridged(load: Load) -> list[tuple[dict, str, dict]]:
+    """(row, name of its best control, {contender: what was measured}) of benchmarks/study_bridges.py."""
+    out = []
+    for row in load("study_bridges")["rows"]:
+        found = row["contenders"]
+        out.append((row, min(found.keys() - {"bridges"}, key=lambda name: found[name]["loss"]), found))
+    return out
+
+
+@table("bridges-text")
+def bridges_text(load: Load) -> Rows:
+    names = ["bridges", "one block", "self-bridges", "LoRA"]
+    rows = [["setting", "blocks", "components", *names, "best control - bridges", *AGAINST[1:3], "seeds bridges won"]]
+    for row, control, found in _bridged(load):
+        best_one, many = found[control], len(found["bridges"]["losses"])
+        losses = best_bold([found[name]["loss"] if name in found else None for name in names], ".3f")
+        cells = [f"{best_one['behind']:+.3f}", span(best_one["behind_interval"]), f"{best_one['p']:.4f}"]
+        won = sum(one > 0 for one in best_one["behind_each"])
+        rows.append([row["setting"], str(row["blocks"]), row["trained"], *losses, *cells, f"{won} of {many}"])
+    return rows
+
+
+@values
+def bridged_values(load: Load) -> Values:
+    result = load("study_bridges")
+    yield "bridged.versions", versions(result)
+    for name, facts in result["settings"].items():
+        yield f"bridged.{name}.tokens", f"{facts['train_tokens']:,}"
+    for row, control, found in _bridged(load):
+        key = f"bridged.{row['setting']}.{row['blocks']}.{row['trained']}"
+        yield f"{key}.behind", f"{-found[control]['behind']:+.3f}"
+        yield f"{key}.interval", span(sorted(-end for end in found[control]["behind_interval"]))
+        yield f"{key}.one", f"{found['one block']['loss']:.3f}"
+        yield f"{key}.added", f"{found['bridges']['added'] - found['one block']['added']:,}"
+
+
 @table("smollm2")
 def smollm2(load: Load) -> Rows:
     result = load("smollm2")
