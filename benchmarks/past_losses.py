@@ -1,4 +1,4 @@
-"""What the components' past losses are worth: the online mixture, and a token gate with them and without.
+"""What the components' past losses are worth, and what else a token gate could know: gates with each and without.
 
     python benchmarks/past_losses.py --work WORK       # minutes on two idle cores; goes on where it was stopped
 
@@ -7,7 +7,12 @@ the other in the middle (shifted). Nothing is chosen on test text but the best s
 the weight that is best there. Gates are trained alone, over the frozen components, with probabilities mixed, so that a
 gate needs of each token the components' last states, what it knows of their predictions, and their losses: these are
 computed once, kept in WORK, and every gate is trained on them by Transformers' schedule and AdamW as the Trainer has
-them. The last line says how far the hybrid, run as users run it, is from that. Every result is a line of the output.
+them. One line of each text says how far the hybrid, run as users run it, is from that. Every result is a line of the
+output.
+
+VARIANTS are gates with more than the package's: a small hidden layer beside the linear map, whether the components'
+most probable tokens are the same, and a temperature for each component's prediction, learned with the gate. All start
+where the gate without them does.
 """
 
 import argparse
@@ -21,6 +26,7 @@ from demo_pair import BLOCK, add_line, compose_pair, read_lines, rows_of
 from manticore_hf.modeling.mixing_manticore import TokenGate
 from manticore_hf.modeling.mixture_manticore import sureness
 from manticore_hf.modeling.past_losses import GATE_DECAYS, MOST, LossGate, decayed_sums, online_weights
+from torch import nn
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from manticore_hf.demo.demo import COMPONENTS, KINDS
@@ -35,6 +41,17 @@ EPOCHS = {2_000: (3, 10, 30, 100), 20_000: (1, 3, 10, 30), 60_000: (1, 3, 10)}  
 WIDTHS = (128, 128)  # of the pair's states
 ETAS, DECAYS, SHARES = (0.03, 0.1, 0.3, 1.0), (0.5, 0.8, 0.9, 0.95, 0.98), (0.02, 0.1)
 WEIGHTS = np.linspace(0, 1, 21)
+# Validation text chooses among the settings of each; temperatures have so many times the gate's learning rate.
+VARIANTS = {
+    "hidden layer": [{"hidden": 16}, {"hidden": 64}],
+    "agreement": [{"agreement": True}],
+    "temperatures": [{"temperature": 10.0}],
+    "all three": [{"hidden": 16, "agreement": True, "temperature": 10.0}],
+}
+VARIED_RATES = RATES[:2]  # no gate chose the third
+VARIED = (2_000, 20_000)  # training tokens
+COLDEST, HOTTEST = 0.5, 2.0  # temperatures
+NODES = 1.25 + 0.75 * np.cos(np.pi * (np.arange(9) + 0.5) / 9)  # Chebyshev's, between their inverses
 
 
 def rows(text: str, split: str) -> torch.Tensor:
@@ -51,14 +68,16 @@ def rows(text: str, split: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def features(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of each token but the last: what a gate reads, and each component's loss on the next one; of static mixtures too.
+def features(model, ids: torch.Tensor, static: bool) -> dict[str, torch.Tensor]:
+    """Of each token but the last: what gates read, and each component's loss on the next one; if `static`, mixtures'.
 
     Returns:
-        {"states": [rows, time, sum of widths] per component, "sure", "nats": [rows, time, K], "geometric": [rows,
-        weights] nats of geometric static mixtures with WEIGHTS on the second component}.
+        {"states": [rows, time, sum of widths] per component, "sure", "nats": [rows, time, K], "norms": [rows, time, K,
+        NODES] what normalises log-probabilities that are multiplied by NODES, "agree": [rows, time, 1] whether the most
+        probable tokens are one, "geometric": [rows, weights] nats of geometric static mixtures with WEIGHTS on the
+        second component, or no weights}.
     """
-    out = {"states": [], "sure": [], "nats": [], "geometric": []}
+    out = {"states": [], "sure": [], "nats": [], "norms": [], "agree": [], "geometric": []}
     for batch in ids.split(16):
         states, sure, logprobs = [], [], []
         for name in model.config.component_names:
@@ -71,11 +90,15 @@ def features(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         out["states"].append(torch.stack(states))
         out["sure"].append(torch.stack(sure))
         out["nats"].append(torch.cat([-one.gather(-1, names) for one in logprobs], -1))
+        norms = [torch.stack([(float(node) * one).logsumexp(-1) for node in NODES], -1) for one in logprobs]
+        out["norms"].append(torch.stack(norms, -2))
+        first, second = (one.argmax(-1, keepdim=True) for one in logprobs)
+        out["agree"].append((first == second).float())
         mixed = []
-        for weight in WEIGHTS:
+        for weight in WEIGHTS if static else ():
             mean = (1 - weight) * logprobs[0] + weight * logprobs[1]
             mixed.append((mean.logsumexp(-1) - mean.gather(-1, names)[..., 0]).sum(-1))
-        out["geometric"].append(torch.stack(mixed, -1))
+        out["geometric"].append(torch.stack(mixed, -1) if static else torch.empty(len(batch), 0))
     return {key: torch.cat(values, 1 if key in ("states", "sure") else 0) for key, values in out.items()}
 
 
@@ -123,39 +146,87 @@ def fit(module, loss, count, rate, epochs, seed):
             schedule.step()
 
 
-class Gate:
-    """A gate that is trained on features."""
+def tempered(nats, norms, power):
+    """[..., K] nats of predictions whose log-probabilities are multiplied by `power` [K], an inverse temperature.
 
-    def __init__(self, widths, past):
+    What normalises them is smooth in it, and interpolated between NODES (by Lagrange's polynomials).
+    """
+    nodes = torch.tensor(NODES, dtype=power.dtype)
+    basis = []
+    for node in nodes:
+        others = nodes[nodes != node]
+        basis.append(((power[:, None] - others) / (node - others)).prod(-1))
+    return (norms * torch.stack(basis, -1)).sum(-1) + power * nats
+
+
+class Gate(nn.Module):
+    """A gate that is trained on features.
+
+    Args:
+        widths: Of the components' states.
+        past: Whether it reads past losses.
+        hidden: Units of a hidden layer beside the linear map, 0 for none.
+        agreement: Whether it reads if the components' most probable tokens are the same.
+        temperature: How many times the gate's learning rate temperatures have, 0 for none.
+    """
+
+    def __init__(self, widths, past, hidden=0, agreement=False, temperature=0.0):
+        super().__init__()
         self.module, self.past = (LossGate if past else TokenGate)(widths), past
         self.module.reset()
+        count, self.speed = len(widths), temperature
+        size = self.module.linear.in_features + past * count * len(GATE_DECAYS) + agreement
+        last = nn.Linear(hidden, count, bias=False) if hidden else None
+        self.hidden = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), last) if hidden else None
+        self.agreement = nn.Linear(1, count, bias=False) if agreement else None
+        self.powers = nn.Parameter(torch.zeros(count)) if temperature else None
+        for zero in (self.agreement, last):
+            if zero is not None:
+                nn.init.zeros_(zero.weight)
 
     def nats(self, found, index=slice(None)):
         """[rows] nats of some rows."""
-        scores = self.module.linear(found["read"][index])
+        read = [found["read"][index]]
+        scores, nats = self.module.linear(read[0]), found["nats"][index]
         if self.past:
-            scores = scores + self.module.past(found["losses"][index])
-        return row_nats(scores.softmax(-1), found["nats"][index])
+            read.append(found["losses"][index])
+            scores = scores + self.module.past(read[-1])
+        if self.agreement is not None:
+            read.append(found["agree"][index])
+            scores = scores + self.agreement(read[-1])
+        if self.hidden is not None:
+            scores = scores + self.hidden(torch.cat(read, -1))
+        if self.powers is not None:
+            nats = tempered(nats, found["norms"][index], 1 / self.temperatures())
+        return row_nats(scores.softmax(-1), nats)
 
-    def train(self, found, chosen, rate, epochs, seed):
-        """One run over the rows `chosen`."""
+    def temperatures(self):
+        """[K], 1 at the start."""
+        return (self.speed * self.powers).exp().clamp(COLDEST, HOTTEST)
+
+    def fitted(self, found, chosen, rate, epochs, seed):
+        """Itself, after one run over the rows `chosen`."""
 
         def loss(batch):
             return self.nats(found, chosen[batch]).sum() / (len(batch) * (BLOCK - 1))
 
-        fit(self.module, loss, len(chosen), rate, epochs, seed)
+        fit(self, loss, len(chosen), rate, epochs, seed)
         return self
 
 
-def best_gate(data, text, past, tokens, seed):
+def best_gate(data, text, past, tokens, seed, variants=({},), rates=RATES):
     """(validation loss, settings, [rows] nats on the test text, gate) of the run that the validation text chooses."""
     train, validation = data[text, "train"], data[text, "validation"]
     order = torch.randperm(len(train["nats"]), generator=torch.Generator().manual_seed(100 + seed))
     chosen, runs = order[: round(tokens / BLOCK)], []
-    for rate, epochs in itertools.product(RATES, EPOCHS[tokens]):
-        gate = Gate(WIDTHS, past).train(train, chosen, rate, epochs, seed)
+    for variant, rate, epochs in itertools.product(variants, rates, EPOCHS[tokens]):
+        torch.manual_seed(seed)
+        gate = Gate(WIDTHS, past, **variant).fitted(train, chosen, rate, epochs, seed)
         with torch.no_grad():
-            runs.append((gate.nats(validation).sum().item(), {"learning_rate": rate, "epochs": epochs}, gate))
+            settings = {**variant, "learning_rate": rate, "epochs": epochs}
+            if variant.get("temperature"):
+                settings["temperatures"] = gate.temperatures().tolist()
+            runs.append((gate.nats(validation).sum().item(), settings, gate))
     loss, settings, gate = min(runs, key=lambda run: run[0])
     with torch.no_grad():
         return loss / validation["nats"][..., 0].numel(), settings, gate.nats(data[text, "test"]), gate
@@ -213,6 +284,38 @@ def as_users_run_it(gate, data, text, ids):
     return {key: abs(found[key] - wanted[key]).item() / (BLOCK - 1) for key in found}
 
 
+def measure_variants(data, text, tokens, past, output, lines):
+    """Measures what is not in the output yet of VARIANTS, against the gate without them."""
+    key = {"what": "variant", "text": text, "tokens": tokens, "past_losses": past}
+    done = [one["variant"] for one in lines if {name: one.get(name) for name in key} == key]
+    if set(VARIANTS) <= set(done):
+        return
+    plain = torch.stack([best_gate(data, text, past, tokens, seed, rates=VARIED_RATES)[2] for seed in SEEDS])
+    for name, variants in VARIANTS.items():
+        if name not in done:
+            runs = [best_gate(data, text, past, tokens, seed, variants, VARIED_RATES) for seed in SEEDS]
+            nats = torch.stack([run[2] for run in runs])
+            add_line(output, lines, **key, variant=name, loss=losses(nats)["loss"], plain=losses(plain)["loss"],
+                     **gain(plain, nats), each=((plain - nats).mean(1) / (BLOCK - 1)).tolist(),
+                     validation=[run[0] for run in runs], settings=[run[1] for run in runs])  # fmt: skip
+            print(lines[-1], flush=True)
+
+
+@torch.no_grad()
+def interpolation_error(model, data):
+    """The largest error, in nats, of a component's loss under temperatures that are between NODES, on a few rows."""
+    ids, found, worst = rows("mixed", "test")[:2], data["mixed", "test"], 0.0
+    for k, name in enumerate(model.config.component_names):
+        state = model.segments.segment(name, 0)(ids, None, torch.arange(BLOCK)[None])
+        logprobs = model.segments.logits(name, state)[:, :-1].log_softmax(-1)
+        for power in np.linspace(1 / HOTTEST, 1 / COLDEST, 31):
+            wanted = -(power * logprobs).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            powers = torch.full((len(WIDTHS),), power, dtype=torch.float32)
+            given = tempered(found["nats"][:2], found["norms"][:2], powers)[..., k]
+            worst = max(worst, (wanted - given).mean().abs().item())
+    return worst
+
+
 def main():
     """Measures what is not in the output yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,9 +325,9 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     model, data, lines = compose_pair().eval(), {}, read_lines(args.output)
     for text, split in itertools.product(TEXTS, ROWS):
-        file = args.work / f"{text}-{split}.pt"
+        file = args.work / f"features-{text}-{split}.pt"
         if not file.is_file():
-            torch.save(features(model, rows(text, split)), file)
+            torch.save(features(model, rows(text, split), split == "test"), file)
             print(f"{file.name} is made", flush=True)
         found = data[text, split] = torch.load(file)
         gate_inputs(found)
@@ -261,6 +364,10 @@ def main():
             text=text,
             difference=as_users_run_it(gate, data, text, rows(text, "test")),
         )
+    if not any(one["what"] == "interpolation" for one in lines):
+        add_line(args.output, lines, what="interpolation", text="mixed", error=interpolation_error(model, data))
+    for past, text, tokens in itertools.product((False, True), TEXTS, VARIED):
+        measure_variants(data, text, tokens, past, args.output, lines)
     for line in lines:
         print(line)
 

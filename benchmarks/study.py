@@ -166,18 +166,23 @@ def specialist(base, kind, shared, work):
     return folder
 
 
-def run(name, shared, work):
-    """Prepares and compares one setting."""
+def prepared(name, shared, work):
+    """The directories of a setting's components, once they and its texts (WORK/NAME/SPLIT.jsonl) are there."""
     setting = SETTINGS[name]
     sources = [specialist(base, kind, shared, work) for base, kind in setting.components]
-    folder = work / name
-    tokenizer = AutoTokenizer.from_pretrained(sources[0])
-    rate = 3.0e-4 if setting.components[0][0] == "neox-prose" else 1.0e-3
-    many = len(setting.kinds)
+    tokenizer, many = AutoTokenizer.from_pretrained(sources[0]), len(setting.kinds)
     sizes = {"train": setting.tokens, "validation": VALIDATION_TOKENS * many, "test": TEST_TOKENS * many}
     for split, tokens in sizes.items():
-        if not (folder / f"{split}.jsonl").is_file():
-            write_texts(setting.kinds, split, tokens, tokenizer, shared, folder / f"{split}.jsonl")
+        file = work / name / f"{split}.jsonl"
+        if not file.is_file():
+            write_texts(setting.kinds, split, tokens, tokenizer, shared, file)
+    return sources
+
+
+def run(name, shared, work):
+    """Prepares and compares one setting."""
+    setting, sources, folder = SETTINGS[name], prepared(name, shared, work), work / name
+    rate = 3.0e-4 if setting.components[0][0] == "neox-prose" else 1.0e-3
     if setting.all_text and not (folder / "all.jsonl").is_file():
         (folder / "all.jsonl").write_text("".join((source / "text.jsonl").read_text() for source in sources))
     common = {"per_device_train_batch_size": BATCH, "lr_scheduler_type": "cosine", "warmup_steps": 5}

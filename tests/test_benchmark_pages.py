@@ -159,6 +159,8 @@ BASELINES = {
     "real-pair": "Gemma, as it came|SmolLM2, as it came",
     "past-losses": "neox prose alone|uniform, log-probabilities|best static, probabilities",
     "past-losses-gate": "gate without past losses",
+    "gate-variants": "gate as it is",
+    "bridges-text": "one block|self-bridges|LoRA",
     "mixture-sampling-lag": "token (the loss)",  # the same gate, asked as ever
 }
 NO_LOSS_OF_A_HYBRID = {

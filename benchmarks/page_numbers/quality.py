@@ -92,6 +92,42 @@ def blocks(load: Load) -> Rows:
     return rows
 
 
+def _bridged(load: Load) -> list[tuple[dict, str, dict]]:
+    """(row, name of its best control, {contender: what was measured}) of benchmarks/study_bridges.py."""
+    out = []
+    for row in load("study_bridges")["rows"]:
+        found = row["contenders"]
+        out.append((row, min(found.keys() - {"bridges"}, key=lambda name: found[name]["loss"]), found))
+    return out
+
+
+@table("bridges-text")
+def bridges_text(load: Load) -> Rows:
+    names = ["bridges", "one block", "self-bridges", "LoRA"]
+    rows = [["setting", "blocks", "components", *names, "best control - bridges", *AGAINST[1:3], "seeds bridges won"]]
+    for row, control, found in _bridged(load):
+        best_one, many = found[control], len(found["bridges"]["losses"])
+        losses = best_bold([found[name]["loss"] if name in found else None for name in names], ".3f")
+        cells = [f"{best_one['behind']:+.3f}", span(best_one["behind_interval"]), f"{best_one['p']:.4f}"]
+        won = sum(one > 0 for one in best_one["behind_each"])
+        rows.append([row["setting"], str(row["blocks"]), row["trained"], *losses, *cells, f"{won} of {many}"])
+    return rows
+
+
+@values
+def bridged_values(load: Load) -> Values:
+    result = load("study_bridges")
+    yield "bridged.versions", versions(result)
+    for name, facts in result["settings"].items():
+        yield f"bridged.{name}.tokens", f"{facts['train_tokens']:,}"
+    for row, control, found in _bridged(load):
+        key = f"bridged.{row['setting']}.{row['blocks']}.{row['trained']}"
+        yield f"{key}.behind", f"{-found[control]['behind']:+.3f}"
+        yield f"{key}.interval", span(sorted(-end for end in found[control]["behind_interval"]))
+        yield f"{key}.one", f"{found['one block']['loss']:.3f}"
+        yield f"{key}.added", f"{found['bridges']['added'] - found['one block']['added']:,}"
+
+
 @table("smollm2")
 def smollm2(load: Load) -> Rows:
     result = load("smollm2")
@@ -192,6 +228,23 @@ def past_losses_gate(load: Load) -> Rows:
     return rows
 
 
+@table("gate-variants")
+def gate_variants(load: Load) -> Rows:
+    """What a gate gains by each variant, with the interval and in how many seeds."""
+    lines = _past(load, "variant")
+    names = list(dict.fromkeys(line["variant"] for line in lines))
+    rows = [["text", "training tokens", "past losses", "gate as it is", *names]]
+    for key in dict.fromkeys((line["text"], line["tokens"], line["past_losses"]) for line in lines):
+        found = {line["variant"]: line for line in lines if (line["text"], line["tokens"], line["past_losses"]) == key}
+        gains = [
+            f"{one['gain']:+.4f} ({span(one['interval'], '+.4f')}), {one['seeds_won']} of {one['seeds']}"
+            for one in (found[name] for name in names if name in found)
+        ]
+        gains += [""] * (len(names) - len(gains))  # of a run that goes on
+        rows.append([key[0], f"{key[1]:,}", "yes" if key[2] else "no", f"{found[names[0]]['plain']:.3f}", *gains])
+    return rows
+
+
 @values
 def past_losses_values(load: Load) -> Values:
     for text in TEXTS:
@@ -206,6 +259,9 @@ def past_losses_values(load: Load) -> Values:
             yield f"past.{text}.{line['tokens']}", f"{line['gain']:+.3f}"
         for line in _past(load, "users", text=text):  # float32 sums of a row do not show less
             yield f"past.{text}.users", f"{max(1e-6, *line['difference'].values()):.0e}"
+    for line in _past(load, "variant", past_losses=False):
+        yield f"variant.{line['text']}.{line['tokens']}.{line['variant'].replace(' ', '-')}", f"{line['gain']:+.4f}"
+    yield "variant.error", f"{_past(load, 'interpolation')[0]['error']:.0e}"
     for key, value in _past(load, "untrained", text="mixed", name="online, defaults")[0]["settings"].items():
         yield f"online.{key}", f"{value:g}"
 
