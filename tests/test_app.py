@@ -312,6 +312,7 @@ def test_gradio_builds_it_and_tells_nobody(hybrid, monkeypatch):
     pytest.importorskip("gradio", reason="the extra `app` is not installed")
     from manticore_hf.app.hybrid_page import serving
 
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")  # gradio sets it, and clean processes notice
     page = serving.build(hybrid, "a <b>title</b>")
     config = page.get_config_file()
     assert page.analytics_enabled is False and config["analytics_enabled"] is False

@@ -135,7 +135,7 @@ def test_the_code_is_that_of_the_pinned_commit(saved, hub, repo, stranger, tmp_p
 def test_trust_is_for_components_that_need_it(saved, stranger):
     stranger()
     for names in (["b"], ["c"], [3], "b"):
-        with pytest.raises(ManticoreError, match="trust_component_code.*no component that needs code"):
+        with pytest.raises(ManticoreError, match="trust_component_code.*is not a component that needs code"):
             ManticoreForCausalLM.from_pretrained(saved[1], trust_component_code=names)
 
 

@@ -95,7 +95,7 @@ def test_an_aligned_micro_batch_takes_what_the_allocator_gives(made, stage, chec
         made.eval().config.mixture_weights = before
     config = _fixed(made.config) if stage == "finetune" else made.config
     cost = Rehearsal(config, stage, device="cpu", amounts=amounts()).micro_batch(BATCH, LENGTH, None, checkpointing)
-    assert 0.98 * taken < cost.with_gradients < 1.15 * taken, (taken, cost.with_gradients)
+    assert 0.98 * taken < cost.with_gradients < 1.25 * taken, (taken, cost.with_gradients)
     assert cost.operations == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
