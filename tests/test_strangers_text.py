@@ -245,7 +245,7 @@ def test_a_generation_config_beyond_any_sense_is_refused(folder):
         ({"num_return_sequences": 10**7}, "num_return_sequences"),
         ({"num_return_sequences": 10**7, "do_sample": True}, "num_return_sequences=10000000 is not a sensible number"),
         ({"max_new_tokens": 10**30}, "max_new_tokens"),
-        ({"num_beams": "many"}, "num_beams='many' is not a number"),
+        ({"num_beams": "many"}, "num_beams='many' is not a sensible number"),
         ({"stop_strings": ["x" * 10**6]}, "a text of 1000000 characters"),
     ):
         (folder / "generation_config.json").write_text(json.dumps({**json.loads(text), **values}))
