@@ -237,6 +237,9 @@ def align_values(load: Load) -> Values:
         pairs = [zip(means[one], means[other]) for _, means in found.values() if one in means and other in means]
         gains = [a - b for pair in pairs for a, b in pair]
         yield f"align.{key}", span([min(gains), max(gains)])
+    (rates,) = load("align_stage")["rates"].values()
+    few = [min(rates[name].values()) for name in ("paths, state + mixture", "paths, task")]
+    yield "align.few", " against ".join(f"{loss:.3f}" for loss in few)
     yield "align.more", f"{ALIGN_MORE:,}"
     more = align_losses(load, "7/8", ALIGN_MORE)[1]
     for key, name in (
