@@ -154,6 +154,7 @@ BASELINES = {
     "alpha-found": "the plain mean",
     "pruning": "baseline: tuned plainly",
     "paths": "baseline: neox prose alone",
+    "align": "baseline: NeoX alone|baseline: Mamba alone",
     "gpu-run": "their plain ensemble",
     "aligned": "its own tokenizer|home model",
     "real-pair": "Gemma, as it came|SmolLM2, as it came",

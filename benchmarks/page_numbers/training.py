@@ -1,9 +1,9 @@
-"""What to train, from where and with what: benchmarks/objective.py, calibration.py, alpha_grid.py, hardening.py."""
+"""What to train, from where and with what: objective, calibration, alpha_grid, hardening and align_stage."""
 
 import re
 import statistics
 
-from .registry import Load, Rows, Unmade, Values, best_bold, bold, table, values
+from .registry import Load, Rows, Unmade, Values, best_bold, bold, span, table, values
 
 # What a hybrid is trained with where the components' gain is above the threshold, and elsewhere: these are
 # `manticore_hf.utils.objective`'s, which needs torch; tests/test_benchmark_pages.py compares them.
@@ -172,6 +172,85 @@ def paths(load: Load) -> Rows:
         loss = statistics.mean(pruning_loss(load, f"{part} as published"))
         rows.append([f"baseline: {part.replace('_', ' ')} alone, as published", "", "", f"{loss:.4f}"])
     return rows
+
+
+ALIGNED = {
+    "untrained": "nothing (a ridge initialisation)",
+    "soft, task": "the hybrid at equal weights: the text",
+    "soft, state + mixture": "the hybrid at equal weights: last states, and the one-block mixture",
+    "paths, task": "the paths: the text",
+    "paths, mixture": "the paths: the one-block mixture",
+    "paths, state + mixture": "the paths: last states, and the one-block mixture",
+    "paths, state + mixture, then task": "the paths: the same for half of the tokens, then the text",
+}
+ALIGN_TOKENS, ALIGN_MORE, ALIGN_CUTS = 100_000, 250_000, ("3/4", "7/8")
+
+
+def align_runs(load: Load, cut: str, tokens: int) -> list[dict]:
+    """The runs of a cut and a budget, one a seed."""
+    runs = load("align_stage")["runs"]
+    found = [run for run in runs if (run["cut"], run["tokens"]) == (cut, tokens) and "recovered" not in run]
+    if not found:
+        raise Unmade(f"benchmarks/results/align_stage.json has no run of the cut {cut} and {tokens} tokens.")
+    return found
+
+
+def align_losses(load: Load, cut: str, tokens: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(loss of each component alone, {what was trained: mean loss of both paths, NeoX first})."""
+    runs = align_runs(load, cut, tokens)
+    means = {
+        name: [statistics.mean(run["paths"][name][path]["task"] for run in runs) for path in paths]
+        for name, paths in runs[0]["paths"].items()
+    }
+    return runs[0]["alone"], means
+
+
+@table("align")
+def align(load: Load) -> Rows:
+    found = [align_losses(load, cut, ALIGN_TOKENS) for cut in ALIGN_CUTS]
+    heads = [f"{cut}: {path}" for cut in ALIGN_CUTS for path in ("NeoX, Mamba", "Mamba, NeoX")]
+    rows = [["projectors are trained on", *heads]]
+    lowest = [f"{min(losses[i] for losses in means.values()):.3f}" for _, means in found for i in range(2)]
+    for name, label in ALIGNED.items():
+        cells = [f"{loss:.3f}" if loss else "" for _, means in found for loss in means.get(name, (None, None))]
+        rows.append([label, *(bold(cell, cell == low) for cell, low in zip(cells, lowest))])
+    for name, loss in found[0][0].items():
+        if name != "online mixture":
+            label = "plain ensemble" if name == "ensemble" else STORIES[name.replace("_", "-")] + " alone"
+            rows.append([f"baseline: {label}", *[f"{loss:.3f}"] * len(heads)])
+    return rows
+
+
+@values
+def align_values(load: Load) -> Values:
+    yield "align.tokens", f"{ALIGN_TOKENS:,}"
+    found = {cut: align_losses(load, cut, ALIGN_TOKENS) for cut in ALIGN_CUTS}
+    best = min(loss for _, means in found.values() for losses in means.values() for loss in losses)
+    better = min(loss for name, loss in found["7/8"][0].items() if name.startswith("stories"))
+    yield "align.behind", f"{best - better:.2f}"
+    for key, one, other in (
+        ("states", "paths, state + mixture", "paths, task"),
+        ("then", "paths, state + mixture, then task", "paths, task"),
+        ("mixture", "paths, mixture", "paths, task"),
+        ("soft", "soft, state + mixture", "soft, task"),
+    ):
+        pairs = [zip(means[one], means[other]) for _, means in found.values() if one in means and other in means]
+        gains = [a - b for pair in pairs for a, b in pair]
+        yield f"align.{key}", span([min(gains), max(gains)])
+    (rates,) = load("align_stage")["rates"].values()
+    few = [min(rates[name].values()) for name in ("paths, state + mixture", "paths, task")]
+    yield "align.few", " against ".join(f"{loss:.3f}" for loss in few)
+    yield "align.more", f"{ALIGN_MORE:,}"
+    more = align_losses(load, "7/8", ALIGN_MORE)[1]
+    for key, name in (
+        ("text", "paths, task"),
+        ("mixture", "paths, mixture"),
+        ("then", "paths, state + mixture, then task"),
+    ):
+        yield f"align.more.{key}", " and ".join(f"{loss:.3f}" for loss in more[name])
+    yield "align.more.behind", f"{min(map(min, more.values())) - better:.2f}"
+    early, deep = (min(losses[1] for losses in found[cut][1].values()) for cut in ("3/4", "7/8"))
+    yield "align.deep", f"{early - deep:.2f}"
 
 
 @values
