@@ -243,12 +243,12 @@ def test_the_table_says_what_the_numbers_say(compared):
 def test_a_killed_comparison_goes_on(compared, place, tmp_path, monkeypatch):
     trained, fit = [], contenders.Workshop._fit
 
-    def counted(self, model, rows, settings, seed, folder, factor):
+    def counted(self, model, rows, settings, seed, folder, *more):
         if len(trained) == 7 and "killed" not in trained:
             trained.append("killed")
             raise KeyboardInterrupt
         trained.append((folder.name, seed))
-        return fit(self, model, rows, settings, seed, folder, factor)
+        return fit(self, model, rows, settings, seed, folder, *more)
 
     monkeypatch.setattr(contenders.Workshop, "_fit", counted)
     with pytest.raises(KeyboardInterrupt):

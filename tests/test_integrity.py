@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,18 @@ def damage(path, keep_dates=True):
     real.write_bytes(bytes(data))
     if keep_dates:
         os.utime(real, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_another_file_in_its_place_is_hashed_though_size_and_date_are_the_same(saved, owner):
+    """As `cp -p` or a restored backup leaves it: only the inode tells."""
+    (file,) = blobs(owner, "a")
+    real = file.resolve()
+    shutil.copy2(real, other := real.with_name("other"))
+    damage(other)
+    before = real.stat()
+    os.replace(other, real)
+    assert (real.stat().st_size, real.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    damaged(saved[1], "Component 'a'.*model.safetensors is damaged.*load again")
 
 
 def test_bytes_in_the_cache_are_hashed_once_whoever_put_them_there(saved, hub, owner, tmp_path, monkeypatch):

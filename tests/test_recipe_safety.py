@@ -5,10 +5,12 @@ import dataclasses
 import json
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from cases import case
 from huggingface_hub import HfApi
 from tiny_hybrid import save_pair
 from transformers import TrainingArguments
@@ -106,6 +108,14 @@ def test_what_a_recipe_names_lies_below_its_folder(tmp_path, monkeypatch):
                 read(home / "x.yaml")
         with pytest.raises(ManticoreError, match="not below the recipe's folder"):
             run_recipe(home / "x.yaml", tmp_path / "out")
+    for key in ("transplant_data", "tokenizer_data", "tokenizer"):
+        for source in (str(private), "../private.txt"):
+            hybrid = f"hybrid: {{transplant: mean, {key}: {source}}}\n"
+            text = f"components: [a/b, b/c]\n{hybrid}data: {{data: text.txt}}\nstages: [finetune]\n"
+            file = write(home / "x.yaml", text)
+            for call in (read_recipe, partial(run_recipe, output_dir=tmp_path / "out")):
+                with case(f"{key}: {source}"), pytest.raises(ManticoreError, match="not below the recipe's folder"):
+                    call(file)
     assert not (tmp_path / "out").exists()
     for source in ("text.txt", "folder", "folder/a.txt", str(home / "text.txt")):
         assert os.path.samefile(data(source), home / source)

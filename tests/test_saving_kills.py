@@ -180,8 +180,30 @@ def test_a_strangers_note_moves_nothing(tmp_path):
     assert (tmp_path / "secret" / "id_rsa").read_text() == "private"
 
 
+def test_a_full_disk_at_every_change_of_a_file_leaves_the_old_one_or_the_new_one(tmp_path):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work(folder):
+        try:
+            save(folder, NEW)
+        except OSError as err:
+            os._exit(3 if err.errno == errno.ENOSPC else 4)
+
+    seen = []
+    for step in range(1, 60):
+        folder = fill(tmp_path / f"{step}" / "out", OLD)
+        killed_at(step, folder.parent, partial(work, folder), full)
+        found = loaded(folder)
+        assert found in (OLD, AFTER), step
+        seen.append("old" if found == OLD else "new")
+        save(folder, NEW)
+        assert content(folder) == AFTER
+    assert {"old", "new"} == set(seen)
+
+
 def test_a_full_disk_leaves_the_old_one(tmp_path):
-    """At every moment at which something is written, the disk is full."""
+    """While the new files are written, and while the note of them is."""
 
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")

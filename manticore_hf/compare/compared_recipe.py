@@ -47,7 +47,7 @@ def read_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
         settings.pop("data", None)
         settings |= {} if text == recipe.data else {"data": text}
     recipe.components = [_absolute(source, recipe) for source in recipe.components]
-    addresses = [key for key in ("tokenizer_data", "tokenizer") if key in recipe.hybrid]
+    addresses = [key for key in ("transplant_data", "tokenizer_data", "tokenizer") if key in recipe.hybrid]
     recipe.hybrid = {**recipe.hybrid, **{key: _absolute(recipe.hybrid[key], recipe) for key in addresses}}
     if not recipe.data.get("validation_fraction", DataArguments.validation_fraction):
         recipe.data["validation_fraction"] = VALIDATION

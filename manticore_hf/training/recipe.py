@@ -365,22 +365,24 @@ def run_recipe(
         given = {"output_dir": str(output / f"{number}-{stage}"), **defaults, **with_direction(training), **told}
         check_training(f"{recipe.path}: stages.{number - 1}.{stage}", known.training_class, given)
         stages.append((known, own, stage_data(recipe, settings.get("data", {})), given))
+    hybrid = dict(recipe.hybrid)
+    if "transplant_data" in hybrid:
+        hybrid["transplant_data"] = stage_data(recipe, {"data": hybrid["transplant_data"]})
+    elif "transplant" in hybrid and "data" in recipe.data:
+        hybrid["transplant_data"] = stage_data(recipe, {})
+    if "tokenizer_data" in hybrid:
+        hybrid["tokenizer_data"] = stage_data(recipe, {"data": hybrid["tokenizer_data"]})
+    if "tokenizer" in hybrid:
+        hybrid["tokenizer"] = find_beside(hybrid["tokenizer"], recipe)
     output.mkdir(parents=True, exist_ok=True)
     on_main(replace_text, kept, text)
     on_main(remember_recipe, text, recipe.path.parent, allow_outside)
-    hybrid, program = dict(recipe.hybrid), None
+    program = None
     programs = program_of(hybrid.get("mixture"))
     if programs is not None:
         settings = programs.ProgramSettings(**{"seed": recipe.seed, **recipe.program})
         tasks, hybrid["mixture"] = programs.mixture_tasks(hybrid["mixture"]), "static"
         program = partial(programs.program_alpha, tasks=tasks, output_dir=output / "0-program", settings=settings)
-    if "transplant" in hybrid and "data" in recipe.data:
-        given = hybrid.get("transplant_data")
-        hybrid["transplant_data"] = stage_data(recipe, {} if given is None else {"data": given})
-    if "tokenizer_data" in hybrid:
-        hybrid["tokenizer_data"] = stage_data(recipe, {"data": hybrid["tokenizer_data"]})
-    if "tokenizer" in hybrid:
-        hybrid["tokenizer"] = find_beside(hybrid["tokenizer"], recipe)
     results = [(folder, STAGES["compose"].run(components, arguments, program=program, **hybrid))]
     before_search, searched = folder, None
     for known, own, data, training in stages:
