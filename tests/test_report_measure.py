@@ -8,7 +8,7 @@ from manticore_hf.modeling.shared_manticore import enter, leave
 from tiny_hybrid import mixed_hybrid, neox, pair, rows_of, word_tokenizer
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM, ManticoreModel, prune
-from manticore_hf.report import measure
+from manticore_hf.report import measure, speed
 from manticore_hf.report.passages import document_gains, documents_of, kind_gains, where_it_differs
 from manticore_hf.report.speed import measure_speed
 
@@ -245,3 +245,9 @@ def test_speed_names_every_model_and_its_weights():
         assert row["prefill"] == pytest.approx(4 / row["first"]) and row["decode"] > 0
     hard = prune(model, model.config.component_names[0])
     assert list(measure_speed(hard, [1, 2], 1, 1)["models"]) == ["hybrid"]
+
+
+def test_slow_models_are_timed_twice(monkeypatch):
+    monkeypatch.setattr(speed, "ENOUGH", 0.0)
+    found = measure_speed(mixed_hybrid(num_blocks=1), [1, 2, 3], new_tokens=1, repeats=4)
+    assert found["repeats"] == 2 and len(found["models"]) == 3

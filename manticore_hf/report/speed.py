@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 
+ENOUGH = 60.0
+"""Seconds after which no further repetition begins, once there are two."""
+
 
 @torch.no_grad()
 def measure_speed(
@@ -25,7 +28,8 @@ def measure_speed(
         model: A hybrid in evaluation mode, in the dtype and on the device to measure.
         prompt: [time] token ids.
         new_tokens: Tokens to write.
-        repeats: Repetitions of each model, in turn, after one that does not count.
+        repeats: Repetitions of each model, in turn, after one that does not count; fewer, at least two, where they take
+            longer than ENOUGH.
 
     Returns:
         {"device", "dtype", "threads", "prompt_tokens", "new_tokens", "repeats", "models": {name:
@@ -48,8 +52,10 @@ def measure_speed(
     given = {name: torch.as_tensor(one, device=model.device)[None] for name, one in prompts.items()}
     times = {name: ([], []) for name in models}
     working = dict.fromkeys(models)
-    steps = [(repeat, name) for repeat in range(repeats + 1) for name in models]
+    steps, began = [(repeat, name) for repeat in range(repeats + 1) for name in models], time.monotonic()
     for repeat, name in tqdm(steps, desc="Speed", leave=False):
+        if repeat > 2 and name == next(iter(models)) and time.monotonic() - began > ENOUGH:
+            break
         if repeat == 0:  # warms up, and is the one whose memory is watched: watching takes time
             working[name] = _watched_memory(
                 lambda name=name: _generate(models[name], given[name], new_tokens + 1), model.device
@@ -71,7 +77,7 @@ def measure_speed(
         "threads": torch.get_num_threads(),
         "prompt_tokens": len(prompt),
         "new_tokens": new_tokens,
-        "repeats": repeats,
+        "repeats": min(len(kept) for kept, _ in times.values()),
         "models": rows,
     }
 
