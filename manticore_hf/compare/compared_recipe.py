@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from manticore_hf.compare.arguments import stage_settings
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.training.recipe import Recipe, as_run, find_beside, load_recipe, stage_data
+from manticore_hf.training.recipe import HYBRID_SOURCES, Recipe, as_run, find_beside, load_recipe, stage_data
 from manticore_hf.training.runtime import RESULT
 from manticore_hf.training.stages import STAGES
 
@@ -47,8 +47,8 @@ def read_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
         settings.pop("data", None)
         settings |= {} if text == recipe.data else {"data": text}
     recipe.components = [_absolute(source, recipe) for source in recipe.components]
-    addresses = [key for key in ("transplant_data", "tokenizer_data", "tokenizer") if key in recipe.hybrid]
-    recipe.hybrid = {**recipe.hybrid, **{key: _absolute(recipe.hybrid[key], recipe) for key in addresses}}
+    sources = {key: _absolute(recipe.hybrid[key], recipe) for key in HYBRID_SOURCES & recipe.hybrid.keys()}
+    recipe.hybrid = {**recipe.hybrid, **sources}
     if not recipe.data.get("validation_fraction", DataArguments.validation_fraction):
         recipe.data["validation_fraction"] = VALIDATION
     return recipe

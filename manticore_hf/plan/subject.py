@@ -16,10 +16,10 @@ from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plan.aligned import ASSUMED, SAMPLE, measure_amount
 from manticore_hf.training.programs import program_of
-from manticore_hf.training.recipe import Recipe, find_beside, load_recipe, stage_data
+from manticore_hf.training.recipe import HYBRID_SOURCES, Recipe, find_beside, load_recipe, stage_data
 
 _PADDING = 0.02  # vocabularies whose sizes differ by no more are taken for one that is padded differently
-_NOT_OF_THE_MODEL = ("dtype", "transplant", "transplant_data", "tokenizer_data", "tokenizer")
+_NOT_OF_THE_MODEL = ("dtype", "transplant", *HYBRID_SOURCES)
 
 
 @dataclass

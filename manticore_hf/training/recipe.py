@@ -43,6 +43,8 @@ from manticore_hf.utils.distributed import on_main, print_main
 from manticore_hf.utils.files import read_json, replace_text, stays_inside, write_json
 from manticore_hf.utils.renamed import warn_renamed
 
+HYBRID_SOURCES = {"transplant_data", "tokenizer_data", "tokenizer"}
+"""Keys under `hybrid:` that may name files of this machine: whoever reads a recipe keeps them below its folder."""
 TOP = {"name", "description", "seed", "components", "hybrid", "program", "data", "stages"}
 _MAX_PATH = 1_000
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
@@ -269,7 +271,7 @@ def _types(cls):
 
 def _hybrid_types():
     """Keys under `hybrid:`; ManticoreConfig checks the values of most itself."""
-    checked = ("dtype", "transplant", "transplant_data", "tokenizer_data", "tokenizer")
+    checked = ("dtype", "transplant", *HYBRID_SOURCES)
     return {f.name: str if f.name in checked else object for f in dataclasses.fields(HybridArguments)}
 
 
@@ -366,14 +368,11 @@ def run_recipe(
         check_training(f"{recipe.path}: stages.{number - 1}.{stage}", known.training_class, given)
         stages.append((known, own, stage_data(recipe, settings.get("data", {})), given))
     hybrid = dict(recipe.hybrid)
-    if "transplant_data" in hybrid:
-        hybrid["transplant_data"] = stage_data(recipe, {"data": hybrid["transplant_data"]})
-    elif "transplant" in hybrid and "data" in recipe.data:
+    for key in HYBRID_SOURCES & hybrid.keys():
+        source, is_text = hybrid[key], key != "tokenizer"
+        hybrid[key] = stage_data(recipe, {"data": source}) if is_text else find_beside(source, recipe)
+    if "transplant" in hybrid and "transplant_data" not in hybrid and "data" in recipe.data:
         hybrid["transplant_data"] = stage_data(recipe, {})
-    if "tokenizer_data" in hybrid:
-        hybrid["tokenizer_data"] = stage_data(recipe, {"data": hybrid["tokenizer_data"]})
-    if "tokenizer" in hybrid:
-        hybrid["tokenizer"] = find_beside(hybrid["tokenizer"], recipe)
     output.mkdir(parents=True, exist_ok=True)
     on_main(replace_text, kept, text)
     on_main(remember_recipe, text, recipe.path.parent, allow_outside)

@@ -103,6 +103,7 @@ def _compose(components, settings, program, run: StageRun) -> dict:
         settings["tokenizer_component"] = min(found, key=found.get)
     if method is None:
         if source is not None:
+            source = getattr(source, "data", source)
             raise ManticoreError(f"transplant_data={source!r} is given, but no transplant; give --transplant auto.")
         model = ManticoreForCausalLM.from_components(components, **settings)
     else:
