@@ -77,8 +77,7 @@ class Aligner:
     """
 
     def __init__(self, home):
-        self.home, self.byte_tokenizers, self.mappings, self.trees = home, {}, {}, {}
-        self.boundaries = {}
+        self.home, self.byte_tokenizers, self.mappings, self.trees, self.boundaries = home, {}, {}, {}, {}
 
     def mapping(self, model, name):
         """The `Mapping` of a component to the hybrid's tokenizer."""
@@ -271,7 +270,7 @@ class Piece:
     def __init__(self, aligner, mapping, wanted, size):
         self.aligner, self.mapping, self.size = aligner, mapping, size
         self.there = [i for i, one in enumerate(wanted) if one is not None]
-        nodes, self.dense, weights, covers = {}, [], [], []
+        nodes, dense, weights, covers = {}, [], [], []
         never, blocked, sparse = [], [], []
 
         def local(node):
@@ -292,14 +291,14 @@ class Piece:
                 covers.append(place)
                 weights += [(number, local(offset + parent), token) for parent, token in edges]
                 if not cover.rest and not cover.ahead:
-                    self.dense.append((number, local(offset + node), place))
+                    dense.append((number, local(offset + node), place))
                 else:
                     pairs = mapping.pairs(cover.rest, cover.ahead, position.last)
                     sparse.append((number, local(offset + node), place, *pairs, cover.without))
         self.nodes = np.array(list(nodes), dtype=np.int64)
         self.covers = torch.tensor(covers, dtype=torch.long)
         self.weights = torch.tensor(weights, dtype=torch.long).view(-1, 3).T
-        dense = np.array(self.dense, dtype=np.int64).reshape(-1, 3).T
+        dense = np.array(dense, dtype=np.int64).reshape(-1, 3).T
         rows = np.arange(len(self.there))
         self.in_order = dense.shape[1] == len(rows) and bool((dense[1:] == rows).all())
         self.dense = torch.from_numpy(dense)

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from manticore_hf.modeling.cache_manticore import ManticoreCache
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.past_losses import MOST, decays_of
+from manticore_hf.modeling.past_losses import MOST, decayed_sums, decays_of
 from manticore_hf.modeling.running_manticore import Inputs, active_in, mixture_rows, native_inputs
 from manticore_hf.modeling.segments_manticore import check_positions
 
@@ -46,6 +46,7 @@ class _Reader:
     state: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     sums: torch.Tensor | float = 0.0
+    known: torch.Tensor | None = None
 
     @torch.no_grad()
     def read(self, ids):
@@ -74,14 +75,13 @@ class _Reader:
 
     def _lose(self, log_probs, new):
         """Adds the losses of new tokens [new] to the decayed `sums` [decays]; log_probs [new, size] are after them."""
-        ids, losses = new.to(log_probs.device), -log_probs[:-1].gather(1, new[1:, None].to(log_probs.device))[:, 0]
-        first = losses.new_zeros(1)  # of a text: nothing was expected
-        if self.logits is not None:
-            first = -self.logits[0, -1:].float().log_softmax(-1)[:, ids[0]].to(first.device)
-        losses = torch.cat([first, losses]).clamp(0, MOST)
+        # Of a text's first token nothing was expected
+        before = torch.zeros_like(log_probs[:1]) if self.known is None else self.known
+        losses = -torch.cat([before, log_probs[:-1]]).gather(1, new[:, None].to(log_probs.device))
         decays, shares = (losses.new_tensor(x) for x in decays_of(self.model.config))
-        ago = torch.arange(len(losses) - 1, -1, -1, device=losses.device)
-        self.sums = decays ** len(losses) * self.sums + (losses[:, None] * decays ** ago[:, None]).sum(0) * shares
+        values = losses.clamp(0, MOST) * shares
+        values[0] += decays * self.sums
+        self.sums, self.known = decayed_sums(values[None], decays.expand_as(values)[None])[0, -1], log_probs[-1:]
 
 
 def sample_components(
