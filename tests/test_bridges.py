@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from cases import case
+from decoding_contract import check_decoding
 from families import FAMILIES, tiny, tokens
 from manticore_hf.modeling.bridges import bridge_weights
 from peft import PeftModel, get_peft_model
@@ -249,20 +250,7 @@ def test_what_nobody_reads_is_not_run():
 
 
 def test_the_contract_of_decoding(model):
-    checks = {
-        "greedy": lambda: contract.check_greedy(model),
-        "padding": lambda: contract.check_padding(model),
-        "beams": lambda: contract.check_beams(model),
-        "turns": lambda: contract.check_turns(model),
-        "padding inside": lambda: contract.check_padding_inside(model),
-        "documents": lambda: contract.check_documents(model),
-    }
-    checks |= {f"chunks of {n}": lambda n=n: contract.check_chunks(model, n) for n in ((1,), (3,), (4, 1, 1, 3, 2))}
-    if "gpt_neo" not in model.config.component_names:
-        checks["static cache"] = lambda: contract.check_static_cache(model)
-    for name, check in checks.items():
-        with case(name):
-            check()
+    check_decoding(model)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import cache_rows
 import pytest
 import torch
 from cases import case
+from decoding_contract import check_decoding
 from families import tokens
 from test_past_losses import GATE, ONLINE, hybrid, own_logits
 
@@ -80,18 +81,7 @@ def test_the_loss_and_its_gradients_are_those_of_weights_held_by_hand(model):
 
 
 def test_the_contract_of_decoding(model):
-    checks = {
-        "greedy": lambda: contract.check_greedy(model),
-        "padding": lambda: contract.check_padding(model),
-        "beams": lambda: contract.check_beams(model),
-        "turns": lambda: contract.check_turns(model),
-        "padding inside": lambda: contract.check_padding_inside(model),
-        "documents": lambda: contract.check_documents(model),
-    }
-    checks |= {f"chunks of {n}": lambda n=n: contract.check_chunks(model, n) for n in ((1,), (3,), (4, 1, 1, 3, 2))}
-    for name, check in checks.items():
-        with case(name):
-            check()
+    check_decoding(model)
 
 
 @torch.no_grad()

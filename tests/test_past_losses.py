@@ -9,7 +9,7 @@ import torch
 from aligned_pairs import TEXTS
 from aligned_pairs import hybrid as aligned_hybrid
 from aligned_pairs import tokenizer as aligned_tokenizer
-from cases import case
+from decoding_contract import check_decoding
 from families import tiny, tokens
 from manticore_hf.modeling import past_losses
 from manticore_hf.modeling.past_losses import GATE_DECAYS, MOST, decayed_sums
@@ -137,20 +137,7 @@ def test_the_future_is_not_known(model):
 
 
 def test_the_contract_of_decoding(model):
-    checks = {
-        "greedy": lambda: contract.check_greedy(model),
-        "padding": lambda: contract.check_padding(model),
-        "beams": lambda: contract.check_beams(model),
-        "turns": lambda: contract.check_turns(model),
-        "padding inside": lambda: contract.check_padding_inside(model),
-        "documents": lambda: contract.check_documents(model),
-    }
-    checks |= {f"chunks of {n}": lambda n=n: contract.check_chunks(model, n) for n in ((1,), (3,), (4, 1, 1, 3, 2))}
-    if "gpt_neo" not in model.config.component_names:
-        checks["static cache"] = lambda: contract.check_static_cache(model)
-    for name, check in checks.items():
-        with case(name):
-            check()
+    check_decoding(model)
 
 
 def test_sampling_and_a_second_turn(model):
