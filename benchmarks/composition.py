@@ -24,7 +24,7 @@ from manticore_hf.experiments.composition.train import Composition, CompositionT
 from manticore_hf.utils.files import read_json
 
 TASKS = {"sums": CompositionTask, "glossary": GlossaryTask}
-SIZES = {"sums": {}, "glossary": {"num_keys": 288, "num_table": 7200, "num_sums": 6400, "num_train": 3200}}
+SIZES = {"sums": {}, "glossary": {"num_keys": 288, "num_table": 7200, "num_sums": 6400, "num_train": 2400}}
 KEPT = ("model", "unseen", "known", "trained", "parameters", "trained_parameters", "steps", "train_loss")
 
 

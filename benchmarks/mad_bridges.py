@@ -4,9 +4,10 @@
 
 Each component is trained alone on small MAD rows: the Mamba on fuzzy in-context recall (keys of one or two tokens,
 values of one), the Llama on selective copying of the same tokens among blanks. In the task that needs both, the tokens
-among blanks are pairs of fuzzy recall, and behind them keys that were shown, once more: behind the copy token all are to
-be said in their order, but for a repeated key's last token the key's value. Asked, trained and scored are these values
-alone; to say any of the values shown would be right in a third. The Llama copies the key there, the Mamba knows the value only where the key stood.
+among blanks are pairs of fuzzy recall, and behind them keys that were shown, once more: behind the copy token all are
+to be said in their order, but for a repeated key's last token the key's value. Asked, trained and scored are these
+values alone; to say any of the values shown would be right in a third. The Llama copies the key there, the Mamba knows
+the value only where the key stood.
 
 Joined and trained as in `manticore-hf composition`; bridges lead from the Mamba's last state into the Llama. Finished
 runs in DIR are not repeated; --collect writes what is there.
@@ -36,7 +37,7 @@ PAIRS, REPEATED, BLANKS = 3, 2, 6
 SAID = 3 * PAIRS + 2 * REPEATED
 KEPT = ("model", "unseen", "parameters", "trained_parameters", "steps", "train_loss")
 CONDITIONS = [
-    name for name in conditions(2, ("copying", "recall")) if not name.startswith(("merge", "attention", "weighted"))
+    name for name in conditions(2, ("copying", "recall")) if not name.startswith(("merge", "attention", "quiet"))
 ]
 
 

@@ -128,7 +128,7 @@ def glossary_values(load: Load) -> Values:
     others = [
         run["unseen"]
         for name, runs in found.items()
-        if not name.startswith(("linear", "attention", "calibrated", "weighted"))
+        if not name.startswith(("linear", "attention", "calibrated", "quiet"))
         for run in runs
     ]
     yield "glossary.others", f"{max(others):.3f}"

@@ -28,7 +28,7 @@ from manticore_hf.experiments.models import from_scratch
 from manticore_hf.modeling.settings_manticore import ManticoreError
 
 TRAINED = {"warmup_steps": 50, "max_grad_norm": 1.0, "disable_tqdm": True}
-CALIBRATED_ON = 2500  # rows of the table's text
+CALIBRATED_ON = 2500  # rows of a component's text
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,11 @@ class Composition(Benchmark):
         def start():
             model = build(condition, self.component, self.training.seed)
             if condition.calibrated:
-                text = self.data(self.task.parts[condition.parts[1]].text)
-                calibrate(model, torch.tensor(text[:CALIBRATED_ON]["input_ids"]), condition.weighted)
+                own, text = (
+                    torch.tensor(self.data(self.task.parts[name].text)[:CALIBRATED_ON]["input_ids"])
+                    for name in self.task.parts
+                )
+                calibrate(model, text, own if condition.quiet else None)
             return model
 
         split, own = (None, {}) if condition.learning_rate is None else ("train", TRAINED)
