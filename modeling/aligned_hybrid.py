@@ -24,8 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from .aligned_mapping import ByteTokenizer, Mapping
 from .aligned_reading import Row, can_read_trees, grow, read_trees, walk
 from .aligned_tokenizers import tokenizer_of
-from .bounds_manticore import show
-from .configuration_manticore import ManticoreConfig, ManticoreError
+from .configuration_manticore import ManticoreError
 from .mixing_manticore import resize
 from .mixture_manticore import without_autocast
 from .running_manticore import active_in, mix_native, mixture_rows, run_any, takes_turns
@@ -389,21 +388,6 @@ def aligner_of(model):
     if found is None or found.home != model.config.tokenizer_component:
         found = model.__dict__["_aligner"] = Aligner(model.config.tokenizer_component)
     return found
-
-
-def check_aligned(config: ManticoreConfig, max_cache_len: int | None = None) -> None:
-    """Raises ManticoreError where settings, or a static cache, do not go with components' own tokenizers."""
-    if config.num_blocks > 1 or config.embeddings != "native" or config.route:
-        raise ManticoreError(
-            f"Components {list(config.aligned)} have tokenizers of their own, which needs one block and "
-            f"embeddings 'native'; this hybrid has num_blocks={config.num_blocks}, embeddings={config.embeddings!r}, "
-            f"route={show(config.route)}. Transplant their vocabularies instead (tokenizers='transplant')."
-        )
-    if max_cache_len is not None:
-        raise ManticoreError(
-            f"Components {list(config.aligned)} read text by tokenizers of their own, which needs a cache that grows; "
-            "leave cache_implementation at its default."
-        )
 
 
 def run_aligned(model, inputs, shared):

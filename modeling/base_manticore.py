@@ -372,10 +372,8 @@ class ManticoreModel(ManticorePreTrainedModel):
         # Rows that read on as text what was padding would be known by it
         cache.keeps_more = bool(self.config.aligned) or self.config.reads_past_losses or self.config.holds_weights
         cache.is_plain &= not cache.keeps_more
-        if self.config.aligned:
-            optional("aligned_hybrid").check_aligned(self.config, max_cache_len)
         for name, part in parts.items() if max_cache_len is not None else ():
-            if cache.attends(name) and not part._can_compile_fullgraph:
+            if name in self.config.aligned or cache.attends(name) and not part._can_compile_fullgraph:
                 raise ManticoreError(
                     f"Component {name!r} ({part.config.model_type}) does not support a static cache; leave "
                     "cache_implementation at its default."

@@ -58,7 +58,11 @@ class Guard:
         """A copy of the settings in a config.json that may reach the configuration class `cls`."""
         return copy.deepcopy(values)
 
-    def entries(self, entries: list) -> None:
+    def given(self, settings: dict, version: object) -> dict:
+        """A hybrid's own settings as they are taken, of those in its configuration, which has this `FORMAT_VERSION`."""
+        return {key: value for key, value in settings.items() if key != "preset"}
+
+    def entries(self, entries: object) -> None:
         """Before the list of a hybrid's components is walked through."""
 
     def entry(self, name: str, entry: dict) -> None:
@@ -71,7 +75,7 @@ class Guard:
         """Before a hybrid's settings beyond its own (ids, dtype, ...) are taken."""
 
     def hybrid(self, config: PreTrainedConfig) -> None:
-        """When all of a hybrid's components are known."""
+        """When all of a hybrid's components are known, and before its settings are used."""
 
     def construct(self, what: str, make: Callable, beside: tuple | list) -> torch.nn.Module:
         """The module that `make()` makes; `beside`: modules that are there already and stay."""

@@ -23,9 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from .bounds_manticore import ManticoreError, reason, show
+from .bounds_manticore import ManticoreError, reason
 from .components_manticore import Shell, StackLayout, find_stack, uncut
-from .configuration_manticore import component_depth
 from .devices_manticore import onloaded
 from .segments_manticore import Whole
 
@@ -117,43 +116,6 @@ def check_cut(component: PreTrainedModel, layout: StackLayout, num_blocks: int) 
     if layout.rereads and num_blocks > 1:
         why = "its layers read the embeddings again, which only the first block has; give num_blocks=1."
         raise uncut(component, why, f"cut into {num_blocks} blocks")
-
-
-def layers_of_blocks(config: PreTrainedConfig, block_layers: dict | None, key: str) -> dict[str, list[int]]:
-    """{component: layers in each block}: as given, or as even as can be.
-
-    Args:
-        config: The hybrid's, which knows its components.
-        block_layers: {component: layers in each block}, of some components or none.
-        key: The setting that says how many blocks there are.
-
-    Raises:
-        ManticoreError: What is given does not fit the components.
-    """
-    blocks = getattr(config, key)
-    block_layers = {} if block_layers is None else block_layers
-    if not isinstance(block_layers, dict) or set(block_layers) - set(config.component_names):
-        raise ManticoreError(
-            f"block_layers={show(block_layers)} must map component names to layers per block; "
-            f"the components are {config.component_names}."
-        )
-    cuts = {}
-    for name in config.component_names:
-        depth = component_depth(getattr(config, name))
-        if blocks > depth:
-            raise ManticoreError(
-                f"{key}={blocks} is more than the {depth} layers of component {name!r}; choose at most {depth}."
-            )
-        even = [depth // blocks + (s < depth % blocks) for s in range(blocks)]
-        cut = block_layers.get(name, even)
-        numbers = isinstance(cut, (list, tuple)) and all(type(n) is int and n >= 1 for n in cut)
-        if not numbers or len(cut) != blocks or sum(cut) != depth:
-            raise ManticoreError(
-                f"block_layers[{name!r}]={show(cut)} must be {blocks} positive integers that sum to the "
-                f"component's {depth} layers."
-            )
-        cuts[name] = list(cut)
-    return cuts
 
 
 def _watch_children(component, stack, layout):

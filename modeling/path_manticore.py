@@ -11,24 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .bounds_manticore import ManticoreError, show
 from .components_manticore import StackLayout
 from .mixing_manticore import resize
 from .running_manticore import Pass, mix_native, native_inputs
 from .segments_manticore import Dropped, Segments
 from .shared_manticore import PROJECTORS, LinearProjector, MLPProjector, Resize, enter, gated, leave, mixed_inputs
-
-
-def check_route(config: PreTrainedConfig, route: list[str]) -> list[str]:
-    """A route, if it names a component of the hybrid for each block, and all of them; else raises ManticoreError."""
-    names = config.component_names
-    known = isinstance(route, (list, tuple)) and all(name in names for name in route)
-    if not known or len(route) != config.num_blocks or set(route) != set(names):
-        raise ManticoreError(
-            f"route={show(route)} must name one component for each of the {config.num_blocks} block(s) and leave "
-            f"none of {names} out."
-        )
-    return list(route)
 
 
 @dataclass(frozen=True)

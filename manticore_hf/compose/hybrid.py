@@ -31,8 +31,8 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.layer_stack_manticore import find_layout
 from manticore_hf.modeling.references_manticore import component_files
-from manticore_hf.modeling.settings_manticore import HybridSettings
 from manticore_hf.utils.defence import check_generation, loading
+from manticore_hf.utils.settings import HybridSettings
 from manticore_hf.utils.task_types import CAUSAL
 from manticore_hf.utils.unwrap import is_hybrid
 

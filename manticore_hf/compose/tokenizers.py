@@ -11,7 +11,7 @@ from manticore_hf.compose.components import Resolved
 from manticore_hf.modeling.aligned_tokenizers import FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import sha256
-from manticore_hf.modeling.settings_manticore import PRESETS
+from manticore_hf.utils.settings import PRESETS
 from manticore_hf.utils.tokenizers import read_tokenizer
 
 TOKENIZER_FILES = (

@@ -41,10 +41,11 @@ from manticore_hf.modeling.bounds_manticore import (
 )
 from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
 from manticore_hf.modeling.references_manticore import shards
-from manticore_hf.modeling.settings_manticore import HybridSettings
 from manticore_hf.modeling.weights_manticore import Renamer, check_complete, part_of
 from manticore_hf.utils.files import refuse_link, refuse_pipes
 from manticore_hf.utils.headers import compare
+from manticore_hf.utils.hybrid_settings import complete, fill
+from manticore_hf.utils.settings import HybridSettings
 
 MAX_COMPONENTS = 32
 MAX_LAYERS = 1024
@@ -478,8 +479,13 @@ class Defence(Guard):
     def settings(self, what: str, values: dict, cls: type) -> dict:
         return clean(what, values, cls)
 
+    def given(self, settings: dict, version: object) -> dict:
+        return fill(settings, version)
+
     def entry(self, name: str, entry: dict) -> None:
         check_component_name(name)
+        if (weights := entry.get("weights", "reference")) not in ("reference", "embedded"):
+            raise ManticoreError(f"Component {name!r}: weights={show(weights)}; choose 'reference' or 'embedded'.")
         said = entry.get("license")
         if said is not None and not (isinstance(said, str) and len(said) < 200 and said.isprintable()):
             raise ManticoreError(f"Component {name!r}: license={show(said)} must be the short name of one, or null.")
@@ -507,13 +513,25 @@ class Defence(Guard):
                 raise ManticoreError(f"{what}: {key}={show(value)} must be a positive integer.")
 
     def general(self, what: str, values: dict) -> None:
+        for key in ("dtype", "torch_dtype"):
+            check_dtype(what, values.get(key))
         check_hybrid(what, values)
 
-    def entries(self, entries: list) -> None:
-        if len(entries) > MAX_COMPONENTS:
-            raise ManticoreError(f"{len(entries)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
+    def entries(self, entries: object) -> None:
+        found = [] if entries is None else entries
+        if not isinstance(found, (list, tuple)) or not all(isinstance(entry, dict) for entry in found):
+            raise ManticoreError(f"components={show(entries)} must be a list of dicts with a name and a config.")
+        if len(found) > MAX_COMPONENTS:
+            raise ManticoreError(f"{len(found)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
+        names = [entry.get("name") for entry in found]
+        for i, name in enumerate(names):
+            if not isinstance(name, str) or name in names[:i]:
+                raise ManticoreError(
+                    f"Two components are named {name!r}, or one is unnamed; name each (ComponentSpec(name=...))."
+                )
 
     def hybrid(self, config: PreTrainedConfig) -> None:
+        complete(config)
         check_objective(config.objective)
         depths = [getattr(config, name).get_text_config().num_hidden_layers for name in config.component_names]
         if sum(depths) > MAX_LAYERS:
