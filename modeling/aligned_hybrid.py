@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from .aligned_mapping import ByteTokenizer, Mapping
 from .aligned_reading import Row, can_read_trees, grow, read_trees, walk
 from .aligned_tokenizers import tokenizer_of
+from .bounds_manticore import guard
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import resize
 from .mixture_manticore import without_autocast
 from .running_manticore import active_in, mix_native, mixture_rows, run_any, takes_turns
-from .segments_manticore import check_positions
 
 TRUST = 1e-6
 BLOCKED = 0.05
@@ -124,7 +124,7 @@ class Aligner:
         trees, after = [tree for tree, _ in grown], [row for _, row in grown]
         for tree in trees:
             depths = torch.tensor([tree.depths])
-            check_positions([(name, segment)], depths, max(tree.depths) + 1, True)
+            guard().positions([(name, segment)], depths, max(tree.depths) + 1, True)
         if any(len(tree.parents) > 1 for tree in trees) and self.reads_trees(name, segment, config):
             states, caches = read_trees(segment, config, trees, rows if inputs.cache is not None else None)
             for tree, before, row, found, cache in zip(trees, rows, after, states, caches or ()):

@@ -8,7 +8,7 @@ protected, by the `Guard` that it installs.
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -80,6 +80,9 @@ class Guard:
     def construct(self, what: str, make: Callable, beside: tuple | list) -> torch.nn.Module:
         """The module that `make()` makes; `beside`: modules that are there already and stay."""
         return make()
+
+    def positions(self, segments: Iterable, positions: torch.Tensor, length: int, explicit: bool) -> None:
+        """Before `segments`, (component, its segment), run at [batch or 1, time] positions, given or below `length`."""
 
     def running(self, what: str) -> AbstractContextManager:
         """Context in which a model is made or run without storage."""

@@ -13,6 +13,7 @@ import copy
 import inspect
 import json
 from collections.abc import Sequence
+from operator import is_not
 
 import torch
 from torch import nn
@@ -322,22 +323,30 @@ class Segment(Whole):
 
     is_whole = False
 
-    def prepare(self) -> None:
-        self.shell, self.entry, self.exit = Shell(self.stack), None, None
-        self.config = pick_config(self.stack.config, range(self.start, self.stop))
-        self.is_last = self.stop == len(getattr(self.stack, self.layout.layers))
-        if self.start != 0:
-            self.stand_ins |= {name: cls() for name, cls in self.layout.before.items()}
+    def __init__(self, component: nn.Module, layout: StackLayout, start: int, stop: int):
+        stack = component.get_submodule(layout.path)
+        self.shell, self.entry, self.exit, self.children = Shell(stack), None, None, []
+        self.is_last, self.stand_ins = stop == len(getattr(stack, layout.layers)), {}
+        if start != 0:
+            self.stand_ins |= {name: cls() for name, cls in layout.before.items()}
         if not self.is_last:
-            self.stand_ins |= {name: PassThrough() for name in self.layout.after}
+            self.stand_ins |= {name: PassThrough() for name in layout.after}
+        self.config = pick_config(stack.config, range(start, stop))
+        super().__init__(component, layout, start, stop)
 
     def refresh(self) -> None:
         super().refresh()
+        modules = self.stack._modules
+        layers = modules[self.layout.layers]
+        children = [*modules.values(), *layers._modules.values()]
+        if len(children) != len(self.children) or any(map(is_not, children, self.children)):
+            self.children = children
+            self._rebuild(modules, list(layers)[self.start : self.stop])
         self.config._attn_implementation_internal = self.stack.config._attn_implementation_internal
         self.shell.follow()
 
-    def rebuild(self, modules: dict, layers: nn.ModuleList, mine: list) -> None:
-        super().rebuild(modules, layers, mine)
+    def _rebuild(self, modules, mine):
+        """Takes over replaced children of the owner of the layers."""
         if self.layout.enters and self.start != 0:
             mine[0] = self.entry = Entry(mine[0])
         if self.layout.leaves and not self.is_last:

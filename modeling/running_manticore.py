@@ -13,13 +13,14 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
+from .bounds_manticore import guard
 from .cache_manticore import ManticoreCache, cache_for
 from .carried_manticore import optional
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
 from .rows_manticore import IN_PARTS, Documents, check_mask, find_documents, has_values, run_cut
-from .segments_manticore import check_positions, width_of
+from .segments_manticore import width_of
 
 logger = logging.get_logger(__name__)
 
@@ -224,8 +225,9 @@ def run_rows(model, inputs, shared, weights=None):
     config, segments, cache = model.config, model.segments, inputs.cache
     weights, (_, time) = weights or mixture_rows(model), inputs.shape
     length = time if cache is None else cache.max_cache_len or cache.get_seq_length() + time
-    running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
-    check_positions(running, inputs.positions, length, inputs.explicit)
+    if not torch.compiler.is_compiling():  # looking at values would break the graph
+        running = ((name, segments.segment(name, block)) for name, block in segments.running(weights))
+        guard().positions(running, inputs.positions, length, inputs.explicit)
     if config.route is not None:
         found = optional("path_manticore").run_path(model, inputs, weights, shared)
     elif config.bridges:

@@ -22,6 +22,7 @@ from manticore_hf.modeling.segments_manticore import Whole
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.hub.provenance import repository
+from manticore_hf.utils.positions import position_tables
 
 CODE = Path(carried_manticore.__file__).parent
 IDS = torch.randint(3, 48, (2, 8), generator=torch.Generator().manual_seed(1))
@@ -106,7 +107,7 @@ def test_what_is_told_from_a_configuration_is_so(family):
     whole = Whole(model, told, 0, len(getattr(model.get_submodule(told.path), told.layers)))
     modules = whole.stack._modules
     found = [modules[name] for name, cls in looked.before.items() if cls is layer_stack_manticore.NoPosition]
-    assert whole.positions(modules) == [one for one in found if isinstance(one, torch.nn.Embedding)]
+    assert position_tables(whole) == [one for one in found if isinstance(one, torch.nn.Embedding)]
 
 
 # ---- without the package ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from manticore_hf.modeling.cache_manticore import ManticoreCache
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.past_losses import MOST, decayed_sums, decays_of
 from manticore_hf.modeling.running_manticore import Inputs, active_in, mixture_rows, native_inputs
-from manticore_hf.modeling.segments_manticore import check_positions
+from manticore_hf.utils.positions import check_positions
 
 GATE_LAG = 16
 

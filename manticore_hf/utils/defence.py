@@ -45,6 +45,7 @@ from manticore_hf.modeling.weights_manticore import Renamer, check_complete, par
 from manticore_hf.utils.files import refuse_link, refuse_pipes
 from manticore_hf.utils.headers import compare
 from manticore_hf.utils.hybrid_settings import complete, fill
+from manticore_hf.utils.positions import check_positions
 from manticore_hf.utils.settings import HybridSettings
 
 MAX_COMPONENTS = 32
@@ -564,6 +565,8 @@ class Defence(Guard):
         there = [tensor for one in beside for tensor in _tensors(one)]
         check_memory(what, tensors + there, " with what is built before it" if there else "", device)
         return make()  # only tensors with storage get initial values
+
+    positions = staticmethod(check_positions)
 
     def running(self, what: str) -> Meter:
         return Meter(what, _MAX_STEPS)
