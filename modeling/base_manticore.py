@@ -19,8 +19,8 @@ from .cache_manticore import ManticoreCache, cache_for_generation
 from .carried_manticore import carried, is_needed, optional
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
-from .devices_manticore import check_whole_rows, device_of, onloaded, place, whole_weights
-from .dtypes_manticore import MixedDtypes, Quantizable, check_adapted
+from .devices_manticore import device_of, onloaded, place, whole_weights
+from .dtypes_manticore import MixedDtypes, Quantizable
 from .mixing_manticore import HybridMixer, whole
 from .mixture_manticore import widen
 from .running_manticore import read_inputs, run
@@ -79,11 +79,6 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         super()._init_weights(module)
         if isinstance(module, HybridMixer):
             module.reset()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "peft_config":  # PEFT has wrapped what a configuration, whoever made it, says
-            check_adapted(self)
 
     def initialize_weights(self) -> None:
         """Components first, each as its own class does it.
@@ -272,14 +267,7 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     def train(self, mode: bool = True) -> "ManticoreModel":
         """As in torch, for the shells of the segments, too."""
-        check_whole_rows()
-        went_on = self.training  # as in every step of the Trainer
         super().train(mode)
-        if mode and hasattr(self, "peft_config"):  # adapters that came after the first
-            adapters = [*self.peft_config.items(), self.is_resized]
-            if not went_on or adapters != self.__dict__.get("_checked_adapters"):
-                check_adapted(self)
-            self.__dict__["_checked_adapters"] = adapters
         if "input_embedding" in self.__dict__:
             self.input_embedding.train(mode)
         if "hybrid_mixer" in self._modules:

@@ -28,7 +28,6 @@ from .configuration_manticore import component_depth
 ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.", "bridges.alpha", "bridges.gates")  # names in the mixer begin so
 RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")  # of state-space mixers: no plain matrix product everywhere
 MIXER, SCORE = "hybrid_mixer", "score"
-_WRAPS = ("base_layer", "token_adapter")  # what PEFT's wrappers of a module have
 # What torchao's settings in a hybrid's file may name.
 _TORCHAO = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "PerRow", "PerTensor", "MappingType")
 
@@ -113,44 +112,6 @@ def plain_linear_maps(model: PreTrainedModel, components: list | None = None) ->
             if not raw and leaf != "router" and not (leaf == "gate" and hasattr(modules[parent], "experts")):
                 out.append(key)
     return sorted(out)
-
-
-def check_adapted(model: PreTrainedModel) -> None:
-    """Raises ManticoreError if what PEFT has wrapped would not train, merge or be saved as on a plain model."""
-    for why in _wrong_adapters(model):
-        raise ManticoreError(f"{why} Load the hybrid again, and adapt it with lora_config(model).")
-
-
-def _wrong_adapters(model):
-    for key, module in model.named_modules():
-        parent, _, leaf = key.rpartition(".")
-        if not hasattr(module, "base_layer"):
-            continue
-        if leaf in RAW and is_state_space(model.get_submodule(parent)):
-            yield (
-                f"PEFT has wrapped {key!r}, which Mamba reads raw or inside a fused kernel: its adapter would get no "
-                "gradient on some machines, silently."
-            )
-        norms = [one.weight for one in getattr(module, "lora_magnitude_vector", {}).values()]
-        if any(one.device.type != "meta" and not one.all() for one in norms):
-            yield f"DoRA divides by the norms of weights, and {key!r} has rows of zeros."
-    if model.config.route is not None:
-        return
-    parts = {name: model.component(name) for name in model.config.component_names}
-    ends = {name: (part.get_input_embeddings(), part.get_output_embeddings()) for name, part in parts.items()}
-    wraps = {name: {key for key in _WRAPS for end in pair if hasattr(end, key)} for name, pair in ends.items()}
-    for name, part in parts.items():
-        if part.all_tied_weights_keys and wraps[name]:
-            yield f"PEFT has wrapped embeddings or head of component {name!r}, which are one tensor, and not the other."
-    listed = [isinstance(getattr(one, "trainable_token_indices", None), list) for one in model.peft_config.values()]
-    if any(listed) and any("token_adapter" not in found for found in wraps.values()):
-        yield "trainable_token_indices in a list trains the rows of one component alone, or of none."
-    bare = [name for name in ends if any(end is not None and not hasattr(end, "modules_to_save") for end in ends[name])]
-    if bare and model.is_resized and model.name_or_path:
-        yield (
-            f"The vocabulary was resized after loading, and embeddings and heads of {bare} would not be saved with the "
-            "adapter. Save the resized hybrid and go on from there, or:"
-        )
 
 
 def kept_maps(model: PreTrainedModel) -> list[str]:
