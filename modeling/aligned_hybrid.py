@@ -155,13 +155,11 @@ class Aligner:
 
     @staticmethod
     def _walk(segment, config, tree, row, after):
-        if len(tree.parents) == 1 and row.state is None:  # nothing but padding so far
-            return None
-        if len(tree.parents) == 1:
-            if after is not None:
-                after.cache, after.state, after.ahead = row.cache, row.state, row.ahead
-            return row.state[None]
-        return walk(segment, config, tree, row, after)
+        if len(tree.parents) > 1:
+            return walk(segment, config, tree, row, after)
+        if after is not None:
+            after.cache, after.state, after.ahead = row.cache, row.state, row.ahead
+        return None if row.state is None else row.state[None]  # None: nothing but padding so far
 
     def reads_trees(self, name, segment, config):
         """Whether a component reads a tree in one call."""

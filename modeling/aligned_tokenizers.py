@@ -6,7 +6,6 @@ component that has no address is kept in the hybrid's own directory.
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import AutoTokenizer
 
-from .bounds_manticore import ManticoreError, guard, reason, show
-from .references_manticore import fetch, refusal, where
+from .bounds_manticore import ManticoreError, guard, reason
+from .references_manticore import asking, fetch
 
 FILES = (
     "tokenizer.json",
@@ -60,23 +59,10 @@ def tokenizer_of(model, name):
 
 
 def _from_component(entry, cache_dir, folder):
-    recorded = entry.get("tokenizer")
-    files = (recorded or {}).get("files")
-    known = (
-        isinstance(files, dict)
-        and files
-        and all(one in FILES and re.fullmatch(r"[0-9a-f]{64}", str(value)) for one, value in files.items())
-    )
-    if not known:
-        raise ManticoreError(f"{where(entry)}: tokenizer={show(recorded)} names no tokenizer files.")
+    files = entry["tokenizer"]["files"]
     for file in files:
-        try:
+        with asking(entry, f"{file} of its tokenizer"):
             path = fetch({**entry, "files": files}, file, {} if cache_dir is None else {"cache_dir": cache_dir})
-        except ManticoreError:
-            raise
-        except Exception as err:  # the HTTP library's own errors among them
-            said = refusal(err, entry["repo_id"])
-            raise ManticoreError(f"{where(entry)}: {file} of its tokenizer cannot be read: {said}") from err
         shutil.copyfile(path, Path(folder) / file)
 
 

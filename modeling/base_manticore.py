@@ -24,7 +24,7 @@ from .dtypes_manticore import MixedDtypes, Quantizable
 from .mixing_manticore import HybridMixer, whole
 from .mixture_manticore import widen
 from .running_manticore import read_inputs, run
-from .segments_manticore import Dropped, Segments, width_of
+from .segments_manticore import Segments
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 takes_old_cache = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
@@ -134,7 +134,7 @@ class HybridEmbedding(nn.Module):
         model = self._owner[0]
         if model.config.embeddings != "native":
             return model.config.hidden_size
-        return sum(width_of(model.component(name).get_input_embeddings()) for name in self.readers)
+        return sum(model.component(name).get_input_embeddings().weight.shape[1] for name in self.readers)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         model = self._owner[0]
@@ -186,7 +186,7 @@ class ManticoreModel(ManticorePreTrainedModel):
     def init_parallel_plans(self) -> None:
         """As in Transformers, without what a component no longer has (its head, in a classifier)."""
         super().init_parallel_plans()
-        names = [name for name, module in self.named_modules() if not isinstance(module, Dropped)]
+        names = [name for name, module in self.named_modules() if not hasattr(module, "is_dropped")]
         there = {*map(replace_layer_number_by_wildcard, (*names, *(name for name, _ in self.named_parameters())))}
         self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in there}
         self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in there}
@@ -207,9 +207,9 @@ class ManticoreModel(ManticorePreTrainedModel):
         parts = {name: self.component(name) for name in self.config.component_names}
         return HybridMixer(
             self.config,
-            {name: width_of(part.get_input_embeddings()) for name, part in parts.items()},
+            {name: part.get_input_embeddings().weight.shape[1] for name, part in parts.items()},
             {name: getattr(self.config, name).hidden_size for name in parts},
-            {name: width_of(part.get_output_embeddings()) for name, part in parts.items()},
+            {name: part.get_output_embeddings().weight.shape[1] for name, part in parts.items()},
         )
 
     def component(self, name: str) -> PreTrainedModel:

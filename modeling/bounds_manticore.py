@@ -116,7 +116,7 @@ def reason(err: Exception) -> str:
     return " ".join(f"{type(err).__name__}: {err}".split())[:1000]
 
 
-def check_reference(name: str, repo_id: object, revision: object, subfolder: object = None, files: object = None):
+def check_reference(name: str, repo_id: object, revision: object, subfolder: object = None) -> None:
     """Raises ManticoreError unless a component's address is one on the Hub: no path, no URL.
 
     Reading the weights replaces a branch or tag, which can move, by its commit.
@@ -132,15 +132,6 @@ def check_reference(name: str, repo_id: object, revision: object, subfolder: obj
     plain = isinstance(subfolder, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", subfolder)
     if subfolder and (not plain or ".." in subfolder.split("/")):
         raise ManticoreError(f"{what}: subfolder={show(subfolder)} is not a plain sub-folder of a repository.")
-    if files is None:
-        return
-    if not isinstance(files, dict) or not any(str(file).endswith(".safetensors") for file in files):
-        raise ManticoreError(f"{what}: files={show(files)} must map its safetensors files to their SHA-256.")
-    for file, digest in files.items():
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(file)):
-            raise ManticoreError(f"{what}: {show(file)} in files is not a plain name of a safetensors file.")
-        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise ManticoreError(f"{what}: {show(digest)} of {show(file)} is not a SHA-256 of 64 hex digits.")
 
 
 def is_commit(revision: str) -> bool:

@@ -24,10 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .base_manticore import ManticoreModel
 from .configuration_manticore import ManticoreConfig
-from .devices_manticore import onloaded
-from .mixing_manticore import whole
 from .mixture_manticore import is_active, widen, without_autocast
 from .running_manticore import Pass, active_in, mix_native, native_inputs
 
@@ -235,17 +232,6 @@ def add(mixer, state, others, mask, views):
         update = widen(bridges.edges[i](own, other, mask, views.get(i)))
         total = total + weights[i] * widen(bridges.gates[i]) * update
     return state + (size * total).to(state.dtype)
-
-
-@torch.no_grad()
-def bridge_weights(model: ManticoreModel) -> list[float]:
-    """The weight of each of a hybrid's bridges, in the order of its configuration; [] without bridges."""
-    bridges = model.hybrid_mixer.bridges
-    if bridges is None:
-        return []
-    with onloaded(bridges):
-        logits = None if bridges.alpha_logits is None else whole(bridges.alpha_logits)
-        return [float(one) for one in bridges.edge_weights(None if logits is None else bridges.softmax(logits))]
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class ManticoreConfig(PreTrainedConfig):
         check_component(name, sub)
         weights = entry.setdefault("weights", "reference" if entry.get("repo_id") else "embedded")
         if weights == "reference" or entry.get("repo_id") is not None:
-            check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
+            check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder")))
         # As earlier versions write it
         own = {} if entry.get("tokenizer") is None else {"tokenizer": entry["tokenizer"]}
         entry = {key: entry.get(key) for key in _ENTRY_KEYS} | own
@@ -190,14 +190,13 @@ class ManticoreConfig(PreTrainedConfig):
         """
         what = "The hybrid's config.json"
         guard().plain(what, config_dict)
-        if not isinstance(config_dict, dict):
-            raise ManticoreError(f"{what} is not a JSON object but {show(config_dict)}; damaged, or not a hybrid's.")
+        settings = guard().settings(what, config_dict, cls)
         trusted = kwargs.pop("trust_component_code", None)
         if trusted:
             optional("code_manticore").run_trusted(trusted, config_dict)
         # For its classes the caller decides (trust_remote_code).
         classes = {"auto_map": config_dict["auto_map"]} if isinstance(config_dict.get("auto_map"), dict) else {}
-        return super().from_dict({**guard().settings(what, config_dict, cls), **classes}, **kwargs)
+        return super().from_dict({**settings, **classes}, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> tuple[dict, dict]:

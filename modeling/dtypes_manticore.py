@@ -14,7 +14,6 @@ import copy
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -145,11 +144,6 @@ class Quantizable:
                 module.weight, module.bias = nn.Parameter(plain.weight.data.T.contiguous()), plain.bias
                 setattr(self.get_submodule(path), leaf, module)
         return self
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
-        """As in Transformers; what cannot be saved raises before a repository is made for it."""
-        check_savable(self)
-        return super().push_to_hub(*args, **kwargs)
 
 
 def note_kept(quantizer: object, model: PreTrainedModel) -> None:

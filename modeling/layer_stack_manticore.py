@@ -13,6 +13,7 @@ import copy
 import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from operator import is_not
 
 import torch
@@ -86,10 +87,31 @@ class Exit(_Around):
         return out
 
 
-_FOUND = {}  # {all that a layout depends on: StackLayout}
+@dataclass
+class CutLayout(StackLayout):
+    """A component's layout, with what its own forward does around its layers.
+
+    Attributes:
+        before: Child name -> stand-in class, for children that change the state before the first layer.
+        after: Names of the children that run after the last layer.
+        shared: Names of the children that run both before the first layer and after the last one.
+        enters: Whether the owner changes the state before the first layer by more than those (Granite scales it).
+        leaves: The same after the last layer.
+        rereads: Whether layers read the embeddings beside the state (Zamba), which only a first segment has.
+    """
+
+    before: dict = field(default_factory=dict)
+    after: list = field(default_factory=list)
+    shared: list = field(default_factory=list)
+    enters: bool = False
+    leaves: bool = False
+    rereads: bool = False
 
 
-def find_layout(component: PreTrainedModel) -> StackLayout:
+_FOUND = {}  # {all that a layout depends on: CutLayout}
+
+
+def find_layout(component: PreTrainedModel) -> CutLayout:
     """Finds the layout of a causal LM, on any device, by running the owner of its layers twice without computing.
 
     Equal components have equal layouts: it is done once for them all, since it takes longer (0.1 to 0.5 s) than all
@@ -102,17 +124,13 @@ def find_layout(component: PreTrainedModel) -> StackLayout:
     values = {**component.config.to_dict(), "_name_or_path": None}  # where it came from does not matter
     description = json.dumps(values, sort_keys=True, default=repr), modules
     if description not in _FOUND:
-        _FOUND[description] = _find_layout(component)
+        layout = CutLayout(**vars(find_stack(component)))
+        _watch_children(component, component.get_submodule(layout.path), layout)
+        _FOUND[description] = layout
     return _FOUND[description]
 
 
-def _find_layout(component):
-    layout = find_stack(component)
-    _watch_children(component, component.get_submodule(layout.path), layout)
-    return layout
-
-
-def check_cut(component: PreTrainedModel, layout: StackLayout, num_blocks: int) -> None:
+def check_cut(component: PreTrainedModel, layout: CutLayout, num_blocks: int) -> None:
     """Raises ManticoreError if a component cannot be cut into so many blocks, but into one."""
     if layout.rereads and num_blocks > 1:
         why = "its layers read the embeddings again, which only the first block has; give num_blocks=1."
@@ -323,7 +341,7 @@ class Segment(Whole):
 
     is_whole = False
 
-    def __init__(self, component: nn.Module, layout: StackLayout, start: int, stop: int):
+    def __init__(self, component: nn.Module, layout: CutLayout, start: int, stop: int):
         stack = component.get_submodule(layout.path)
         self.shell, self.entry, self.exit, self.children = Shell(stack), None, None, []
         self.is_last, self.stand_ins = stop == len(getattr(stack, layout.layers)), {}

@@ -26,7 +26,6 @@ from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
 from .outputs_manticore import FIELDS, TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_by_trl, fused_output
 from .rows_manticore import check_mask
 from .running_manticore import active_in, read_inputs, run
-from .segments_manticore import width_of
 
 logger = logging.get_logger(__name__)
 
@@ -128,7 +127,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         if config.embeddings == "native":
             states = {name: found.states[name][:, kept] for name in active}
         else:
-            widths = {name: width_of(self.component(name).get_output_embeddings()) for name in active}
+            widths = {name: self.component(name).get_output_embeddings().weight.shape[1] for name in active}
             states = {name: resize(found.shared[:, kept], width) for name, width in widths.items()}
         if found.own_logits is not None:
             return list(active.values()), states, found.own_logits(kept)

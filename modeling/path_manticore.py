@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .components_manticore import StackLayout
+from .configuration_manticore import ManticoreError
+from .layer_stack_manticore import CutLayout
 from .mixing_manticore import resize
 from .running_manticore import Pass, mix_native, native_inputs
-from .segments_manticore import Dropped, Segments
+from .segments_manticore import Segments
 from .shared_manticore import PROJECTORS, LinearProjector, MLPProjector, Resize, enter, gated, leave, mixed_inputs
 
 
@@ -39,6 +40,16 @@ def stretches(config: PreTrainedConfig) -> list[Stretch]:
     return out
 
 
+class Dropped(nn.Module):
+    """Stands where a module was that the path of a pruned hybrid does not use."""
+
+    is_dropped = True
+    weight = torch.empty(0, 0)  # of an embedding or head: its width is 0
+
+    def forward(self, *args, **kwargs):
+        raise ManticoreError("This part of a component was pruned: only the layers of the hybrid's path are left.")
+
+
 def prune(segments: Segments) -> None:
     """Drops what the path of a pruned hybrid does not use, once."""
     config = segments.model.config
@@ -51,7 +62,7 @@ def prune(segments: Segments) -> None:
             drop_unused(component, component._layout, mine, name == config.route[0], name == writer)
 
 
-def drop_unused(component: nn.Module, layout: StackLayout, mine: list, reads: bool, writes: bool) -> None:
+def drop_unused(component: nn.Module, layout: CutLayout, mine: list, reads: bool, writes: bool) -> None:
     """Replaces what a path does not use of a component, in place.
 
     Of its layers it runs `mine`, [(start, stop)]; it `reads` by its embeddings and `writes` by its head, or not.

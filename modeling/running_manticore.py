@@ -20,7 +20,6 @@ from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
 from .rows_manticore import IN_PARTS, Documents, check_mask, find_documents, has_values, run_cut
-from .segments_manticore import width_of
 
 logger = logging.get_logger(__name__)
 
@@ -292,7 +291,7 @@ def native_inputs(model, inputs, row):
         whole = {name: segments.segment(name, 0).is_whole for name in active_in(model, row)}
         return {name: inputs.ids if whole[name] else model.embed(name, inputs.ids) for name in whole}
     names = model.get_input_embeddings().readers
-    widths = [width_of(model.component(name).get_input_embeddings()) for name in names]
+    widths = [model.component(name).get_input_embeddings().weight.shape[1] for name in names]
     if inputs.embeds.shape[-1] != sum(widths):
         raise ManticoreError(
             f"inputs_embeds has width {inputs.embeds.shape[-1]}; with embeddings='native' it must hold every "

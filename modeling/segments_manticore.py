@@ -12,7 +12,6 @@ from torch import nn
 
 from .carried_manticore import is_needed, optional
 from .components_manticore import Shell, StackLayout, backbone_name, find_stack
-from .configuration_manticore import ManticoreError
 from .devices_manticore import device_of, place
 from .mixture_manticore import is_active
 
@@ -272,18 +271,3 @@ class Head:
             states = states.to(head.weight.dtype)
         states = place(states, device_of(head))
         return self.shell.module.forward(inputs_embeds=states, use_cache=False).logits
-
-
-# ---- what a path leaves out ------------------------------------------------------------------------------------------
-
-
-class Dropped(nn.Module):
-    """Stands where a module was that the path of a pruned hybrid does not use."""
-
-    def forward(self, *args, **kwargs):
-        raise ManticoreError("This part of a component was pruned: only the layers of the hybrid's path are left.")
-
-
-def width_of(module: nn.Module) -> int:
-    """Width of an embedding or head; 0 where a pruned hybrid dropped it."""
-    return 0 if isinstance(module, Dropped) else module.weight.shape[1]

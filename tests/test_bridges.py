@@ -13,7 +13,6 @@ import yaml
 from cases import case
 from decoding_contract import check_decoding
 from families import FAMILIES, tiny, tokens
-from manticore_hf.modeling.bridges import bridge_weights
 from peft import PeftModel, get_peft_model
 from tiny_hybrid import QUIET, QUIET_RECIPE, rows_of, save_pair, word_tokenizer
 from transformers.cache_utils import StaticLayer
@@ -41,6 +40,7 @@ from manticore_hf.training.prune import prune
 from manticore_hf.training.recipe import run_recipe
 from manticore_hf.training.search import STRATEGIES, SearchArguments, SearchTrainer
 from manticore_hf.training.trained_stages import take_mixture
+from manticore_hf.utils.bridge_settings import bridge_weights
 
 EVERY = {"topology": "bridge", "bridge_blocks": 3}
 

@@ -1,10 +1,16 @@
-"""Bridges as a user gives them, checked, and as a hybrid's configuration lists them: one edge each, with all keys."""
+"""Bridges as a user gives them, checked, as a hybrid's configuration lists them (one edge each, with all keys), and
+their weights."""
 
 from graphlib import CycleError
+
+import torch
+from transformers import PreTrainedModel
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.modeling.bridges import inner_width, order
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+from manticore_hf.modeling.devices_manticore import onloaded
+from manticore_hf.modeling.mixing_manticore import whole
 
 MOST = 1024
 """Bridges of one hybrid."""
@@ -113,3 +119,14 @@ def _check_attention(config, edge):
             f"bridge_rank={config.bridge_rank} is the width of bridge_heads={heads} heads into {edge['to']!r}: give a "
             "multiple of their number."
         )
+
+
+@torch.no_grad()
+def bridge_weights(model: PreTrainedModel) -> list[float]:
+    """The weight of each of a hybrid's bridges, in the order of its configuration; [] without bridges."""
+    bridges = model.hybrid_mixer.bridges
+    if bridges is None:
+        return []
+    with onloaded(bridges):
+        logits = None if bridges.alpha_logits is None else whole(bridges.alpha_logits)
+        return [float(one) for one in bridges.edge_weights(None if logits is None else bridges.softmax(logits))]

@@ -4,12 +4,17 @@ A published repository's `config.json` has all of them as they are filled in her
 author, who could change it there, is believed. The package asks for whatever it makes, loads or inspects.
 """
 
+import re
+
 from transformers import PreTrainedConfig
 
-from manticore_hf.modeling.bounds_manticore import ManticoreError, show
+from manticore_hf.modeling.aligned_tokenizers import FILES
+from manticore_hf.modeling.bounds_manticore import ManticoreError, check_reference, is_commit, show
 from manticore_hf.modeling.configuration_manticore import FORMAT_VERSION, component_depth
 from manticore_hf.utils.bridge_settings import check_bridges
 from manticore_hf.utils.settings import CHOICES, FILLED, PRESETS
+
+MAX_SIZE = 2**25  # widths, vocabularies, positions
 
 
 def fill(given: dict, version: object) -> dict:
@@ -160,3 +165,76 @@ def check_route(config: PreTrainedConfig, route: list[str]) -> list[str]:
             f"none of {names} out."
         )
     return list(route)
+
+
+# ---- of a component --------------------------------------------------------------------------------------------------
+
+
+def check_transplant(name: str, values: dict | None) -> None:
+    """Raises ManticoreError unless what a component's entry says of its transplanted vocabulary makes sense.
+
+    Args:
+        name: The component's name.
+        values: None, or {"method", "tokenizer": {"repo_id", "revision", "subfolder"} of the one it was made for, or
+            None if that has no address, "vocabulary": SHA-256 of its tokens and ids, "vocab_size": rows of the
+            embedding that the component's own checkpoint has}.
+    """
+    if values is None:
+        return
+    keys = {"method", "tokenizer", "vocabulary", "vocab_size"}
+    if not isinstance(values, dict) or set(values) != keys:
+        raise ManticoreError(f"Component {name!r}: transplant={show(values)} must have the keys {sorted(keys)}.")
+    method, tokenizer, rows = values["method"], values["tokenizer"], values["vocab_size"]
+    if not isinstance(method, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", method):
+        raise ManticoreError(f"Component {name!r}: transplant method={show(method)} is not a name of one.")
+    if not isinstance(values["vocabulary"], str) or not re.fullmatch(r"[0-9a-f]{64}", values["vocabulary"]):
+        raise ManticoreError(
+            f"Component {name!r}: transplant vocabulary={show(values['vocabulary'])} is not a SHA-256 of 64 hex digits."
+        )
+    if type(rows) is not int or not 0 < rows <= MAX_SIZE:
+        raise ManticoreError(f"Component {name!r}: transplant vocab_size={show(rows)} must be a number of tokens.")
+    if tokenizer is None:
+        return
+    if not isinstance(tokenizer, dict) or set(tokenizer) != {"repo_id", "revision", "subfolder"}:
+        raise ManticoreError(
+            f"Component {name!r}: transplant tokenizer={show(tokenizer)} must have a repo_id, revision and subfolder."
+        )
+    check_reference(name, tokenizer["repo_id"], tokenizer["revision"], tokenizer["subfolder"])
+    if not is_commit(tokenizer["revision"]):
+        raise ManticoreError(
+            f"Component {name!r}: its transplant's tokenizer is at {show(tokenizer['revision'])}, which is not a "
+            "40-hex commit."
+        )
+
+
+def check_files(name: str, files: dict | None) -> None:
+    """Raises ManticoreError unless what an entry records of a referenced component's files are names and SHA-256s."""
+    what = f"Component {name!r}"
+    if files is None:
+        return
+    if not isinstance(files, dict) or not any(str(file).endswith(".safetensors") for file in files):
+        raise ManticoreError(f"{what}: files={show(files)} must map its safetensors files to their SHA-256.")
+    for file, digest in files.items():
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(file)):
+            raise ManticoreError(f"{what}: {show(file)} in files is not a plain name of a safetensors file.")
+        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise ManticoreError(f"{what}: {show(digest)} of {show(file)} is not a SHA-256 of 64 hex digits.")
+
+
+def check_tokenizer(name: str, values: dict | None, repo_id: str | None) -> None:
+    """Raises ManticoreError unless a component's entry says which files its own tokenizer has, if it has an address."""
+    files = values.get("files") if isinstance(values, dict) else None
+    digests = files.items() if isinstance(files, dict) else ()
+    known = digests and all(file in FILES and re.fullmatch(r"[0-9a-f]{64}", str(one)) for file, one in digests)
+    if values is not None and (repo_id is not None or not isinstance(values, dict)) and not known:
+        raise ManticoreError(f"Component {name!r}: tokenizer={show(values)} names no tokenizer files.")
+
+
+def check_objective(value: dict | None) -> None:
+    """Raises ManticoreError unless it says what is left open, or what was measured."""
+    known = {"mixture_space", "loss_weights"}
+    if value is not None:
+        keys = value.get("open", value.get("chosen")) if isinstance(value, dict) else None
+        measured = isinstance(value, dict) and ("open" in value or isinstance(value.get("gain"), float))
+        if not measured or not isinstance(keys, list) or not all(isinstance(k, str) and k in known for k in keys):
+            raise ManticoreError(f"objective={show(value)} must be None, or what is left open or was measured.")
