@@ -6,6 +6,7 @@ can be read from its decoder, which must know it to turn tokens into text.
 """
 
 import json
+import re
 
 ROLES = ("bos", "eos", "pad", "unk")
 SPACE_MARK = "\u2581"
@@ -116,12 +117,8 @@ def _stages(stage):
 
 def _byte_token(token):
     """The byte that SentencePiece's `<0x0A>` stands for, or None."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return int(token[3:5], 16)
-        except ValueError:
-            return None
-    return None
+    found = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return int(found[1], 16) if found else None
 
 
 def decoded(data):

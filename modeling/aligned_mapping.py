@@ -10,6 +10,7 @@ for an r which tokens of A may be next, given B's.
 import bisect
 import json
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -51,11 +52,7 @@ class ByteTokenizer:
         self.core = Tokenizer.from_str(json.dumps(_inside(parts)))
         self.core.encode_special_tokens = True
         roles = self.surfaces.roles
-        self.start = []
-        for number in tokenizer("x").input_ids:
-            if number >= self.size or self.table[number] is not None:
-                break
-            self.start.append(number)
+        self.start = list(takewhile(lambda i: i < self.size and self.table[i] is None, tokenizer("x").input_ids))
         if not self.start:
             self.start = [roles[role] for role in ("bos", "eos", "pad") if role in roles][:1] or [0]
         ids = [i for i in tokenizer("x", add_special_tokens=False).input_ids if i < self.size]

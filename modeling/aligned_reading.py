@@ -196,13 +196,9 @@ def read_trees(segment, config, trees, rows=None):
     beside = None
     if rows is not None:
         beside = DynamicCache()
-        kept = zip(*(row.cache.layers for row in rows if row.cache is not None))
-        fresh = [[None] * len(rows) for _ in DynamicCache(config=config).layers]
-        places = [i for i, row in enumerate(rows) if row.cache is not None]
-        for one, found in zip(fresh, kept):
-            for place, layer in zip(places, found):
-                one[place] = layer
-        beside.layers = [_Beside(layers) for layers in fresh]
+        none = [None] * len(DynamicCache(config=config).layers)
+        kept = zip(*(none if row.cache is None else row.cache.layers for row in rows))
+        beside.layers = [_Beside(trunks) for trunks in kept]
     ends = torch.tensor([tree.depths[0] for tree in trees], device=device)
     states = segment(ids, masks(segment, sees, depths, ends, beside), depths, beside)
     befores = [None if rows is None else row.state for row in rows or trees]

@@ -48,9 +48,8 @@ def tokenizer_of(model, name):
                 _from_component(entry, model._component_cache_dir, folder)
             else:
                 _from_hybrid(model, name, folder)
-            (Path(folder) / "config.json").write_text(
-                json.dumps({"model_type": getattr(model.config, name).model_type})
-            )
+            kind = {"model_type": getattr(model.config, name).model_type}
+            Path(folder, "config.json").write_text(json.dumps(kind))
             try:
                 held[name] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             except Exception as err:  # of the tokenizers library
@@ -67,22 +66,16 @@ def _from_component(entry, cache_dir, folder):
 
 
 def _from_hybrid(model, name, folder):
+    home, commit = (model.__dict__.get(key) for key in ("_loaded_from", "_own_commit"))
+    hub = {"subfolder": folder_of(name), "revision": commit, "cache_dir": getattr(model, "_component_cache_dir", None)}
     for file in FILES:
-        path = None
-        if (home := model.__dict__.get("_loaded_from")) is not None:
-            path = os.path.join(home, folder_of(name), file)
-        if (path is None or not os.path.isfile(path)) and model.__dict__.get("_own_commit"):
+        path = home and os.path.join(home, folder_of(name), file)
+        if commit and not (path and os.path.isfile(path)):
             try:
-                path = hf_hub_download(
-                    model.name_or_path,
-                    file,
-                    subfolder=folder_of(name),
-                    revision=model._own_commit,
-                    cache_dir=model._component_cache_dir,
-                )
+                path = hf_hub_download(model.name_or_path, file, **hub)
             except Exception:  # it has no such file, or the Hub is out of reach
                 path = None
-        if path is not None and os.path.isfile(path):
+        if path and os.path.isfile(path):
             guard().beside(path, path.rpartition(folder_of(name))[0])
             shutil.copyfile(path, Path(folder) / file)
     if not os.listdir(folder):

@@ -80,6 +80,11 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
         if isinstance(module, HybridMixer):
             module.reset()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config" and is_needed("mixers_manticore", self.config):  # PEFT has wrapped what was asked for
+            optional("mixers_manticore").check_adapted(self)
+
     def initialize_weights(self) -> None:
         """Components first, each as its own class does it.
 
@@ -360,8 +365,13 @@ class ManticoreModel(ManticorePreTrainedModel):
         # Rows that read on as text what was padding would be known by it
         cache.keeps_more = bool(self.config.aligned) or self.config.reads_past_losses or self.config.holds_weights
         cache.is_plain &= not cache.keeps_more
+        if self.config.aligned and max_cache_len is not None:
+            raise ManticoreError(
+                f"Components {list(self.config.aligned)} read text by tokenizers of their own, which needs a cache "
+                "that grows; leave cache_implementation at its default."
+            )
         for name, part in parts.items() if max_cache_len is not None else ():
-            if name in self.config.aligned or cache.attends(name) and not part._can_compile_fullgraph:
+            if cache.attends(name) and not part._can_compile_fullgraph:
                 raise ManticoreError(
                     f"Component {name!r} ({part.config.model_type}) does not support a static cache; leave "
                     "cache_implementation at its default."

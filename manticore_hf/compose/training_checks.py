@@ -1,14 +1,14 @@
 """What would train silently wrong: PEFT's adapters in some places, and parts of rows on several devices.
 
-A published repository's own code does not ask, as no model of Transformers does.
+A published repository's own code asks only for what state-space mixers read raw.
 """
 
 import sys
 
 from transformers import PreTrainedModel
 
+from manticore_hf.modeling import mixers_manticore
 from manticore_hf.modeling.bounds_manticore import ManticoreError
-from manticore_hf.modeling.dtypes_manticore import RAW, is_state_space
 
 _WRAPS = ("base_layer", "token_adapter")  # what PEFT's wrappers of a module have
 
@@ -27,20 +27,13 @@ def check_whole_rows() -> None:
 
 def check_adapted(model: PreTrainedModel) -> None:
     """Raises ManticoreError if what PEFT has wrapped would not train, merge or be saved as on a plain model."""
+    mixers_manticore.check_adapted(model)
     for why in _wrong_adapters(model):
         raise ManticoreError(f"{why} Load the hybrid again, and adapt it with lora_config(model).")
 
 
 def _wrong_adapters(model):
     for key, module in model.named_modules():
-        parent, _, leaf = key.rpartition(".")
-        if not hasattr(module, "base_layer"):
-            continue
-        if leaf in RAW and is_state_space(model.get_submodule(parent)):
-            yield (
-                f"PEFT has wrapped {key!r}, which Mamba reads raw or inside a fused kernel: its adapter would get no "
-                "gradient on some machines, silently."
-            )
         norms = [one.weight for one in getattr(module, "lora_magnitude_vector", {}).values()]
         if any(one.device.type != "meta" and not one.all() for one in norms):
             yield f"DoRA divides by the norms of weights, and {key!r} has rows of zeros."
