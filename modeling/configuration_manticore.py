@@ -83,7 +83,7 @@ class ManticoreConfig(PreTrainedConfig):
         width, widest = kwargs.pop("hidden_size", None), max((sub.hidden_size for sub in subs), default=None)
         kwargs.pop("num_hidden_layers", None), kwargs.pop("max_position_embeddings", None)
         # A pruned hybrid keeps the width its projectors were made for, whoever brought it.
-        self.hidden_size = width if route and type(width) is int and width >= widest else widest
+        self.hidden_size = width if route and subs and type(width) is int and width >= widest else widest
         guard().hybrid(self)
         self.num_hidden_layers = self.num_blocks
         limits = [getattr(sub, "max_position_embeddings", None) for sub in subs]
