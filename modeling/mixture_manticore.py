@@ -65,16 +65,11 @@ def weighted_sum(weights, terms):
     weights = [w if isinstance(w, float) else w.to(x.dtype) for w, x in zip(weights, terms)]
     if any(floats):
         return sum(weight * term for weight, term in zip(weights, terms))
-    if _takes_faster(terms):
+    same = len({term.dtype for term in terms}) == 1
+    if same and hasattr(_shared, "weighted_sum") and not torch.compiler.is_compiling():  # which joins them by itself
         return _shared.weighted_sum(*weights, *terms)
     # Autograd must not multiply a gradient of 0 by what a head rules out
     return sum(weight * term.clamp(min=torch.finfo(term.dtype).min) for weight, term in zip(weights, terms))
-
-
-def _takes_faster(terms):
-    """Whether what is registered runs: a compiler joins the terms by itself."""
-    same = len({term.dtype for term in terms}) == 1
-    return same and hasattr(_shared, "log_mean") and not torch.compiler.is_compiling()
 
 
 def rows_of_a_piece(rows, size):
@@ -101,11 +96,12 @@ def mix_prob(weights, logits, norms=None):
     """
     weights = [torch.as_tensor(_above_zero(w), device=x.device) for w, x in zip(weights, logits)]
     weights = [w.expand(*x.shape[:-1], 1) for w, x in zip(weights, logits)]
-    if _takes_faster(logits):
+    same, compiling = len({x.dtype for x in logits}) == 1, torch.compiler.is_compiling()
+    if same and hasattr(_shared, "log_mean") and not compiling:
         norms = norms or [one.detach().logsumexp(-1, keepdim=True) for one in logits]
         flat = [x.flatten(0, -2).to(logits[0].dtype) for x in (*weights, *logits, *norms)]
         return _shared.log_mean(*flat).view(logits[0].shape)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if compiling or not torch.is_grad_enabled():
         return _log_mean(*weights, *logits)
     flat = [x.flatten(0, -2) for x in (*weights, *logits)]
     pieces = zip(*(x.split(rows_of_a_piece(*flat[-1].shape)) for x in flat))

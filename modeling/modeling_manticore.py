@@ -146,9 +146,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         Returns:
             (logits [batch, time, vocabulary], weights [batch, time, K'] that depend on the token, or None).
         """
-        cut = (lambda values: values) if lag is None else lag.cut
         if len(own) == 1:
-            return cut(own[0]), None
+            return own[0] if lag is None else lag.cut(own[0]), None
         token_weights = norms = None
         if self.config.mixture != "static" and not isinstance(weights[0], float):
             sure, norms = zip(*[sureness(one) for one in own])
@@ -159,9 +158,11 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
                 token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure), *losses))
                 # The gate stands for alpha, which gets a gradient of zeros: DDP waits for all that may be trained.
                 token_weights = token_weights + 0.0 * sum(weights)
-            token_weights = token_weights if lag is None else lag.hold(token_weights)
-            weights, norms = list(token_weights.split(1, -1)), [cut(one) for one in norms]
-        return SPACES[self.config.mixture_space](weights, [widen(cut(one)) for one in own], norms), token_weights
+            if lag is not None:
+                token_weights, norms = lag.hold(token_weights), [lag.cut(one) for one in norms]
+            weights = list(token_weights.split(1, -1))
+        own = own if lag is None else [lag.cut(one) for one in own]
+        return SPACES[self.config.mixture_space](weights, [widen(one) for one in own], norms), token_weights
 
     def _losses(self, logits, own, labels, kwargs):
         """(loss, its parts by output name). The parts are means over this call's own tokens, whatever the loss is."""

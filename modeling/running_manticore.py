@@ -225,7 +225,7 @@ def run_rows(model, inputs, shared, weights=None):
     weights, (_, time) = weights or mixture_rows(model), inputs.shape
     length = time if cache is None else cache.max_cache_len or cache.get_seq_length() + time
     if not torch.compiler.is_compiling():  # looking at values would break the graph
-        running = ((name, segments.segment(name, block)) for name, block in segments.running(weights))
+        running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
         guard().positions(running, inputs.positions, length, inputs.explicit)
     if config.route is not None:
         found = optional("path_manticore").run_path(model, inputs, weights, shared)

@@ -15,6 +15,7 @@ def ways(request, monkeypatch):
     """Of mixing: those that `import manticore_hf` has registered, and those that a repository has."""
     if request.param == "without":
         monkeypatch.delattr(mixture_manticore._shared, "log_mean")
+        monkeypatch.delattr(mixture_manticore._shared, "weighted_sum")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

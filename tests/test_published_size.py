@@ -6,18 +6,18 @@ from cases import case
 # The aim is 5,500 lines and 28 files
 MOST_FILES = 28
 MOST_LINES = {
-    "one block, attention only": 4375,
-    "one block, a Mamba": 5105,
-    "one block, a Mamba-2": 5000,
-    "K = 3, one block": 5105,
-    "classifier, a Mamba": 5010,
-    "online, a Mamba": 5325,
-    "bridges, a Mamba": 5795,
-    "aligned, attention only": 5995,
-    "two blocks, attention only": 4970,
-    "two blocks, a Mamba": 5700,
-    "pruned, a Mamba": 5865,
-    "K = 3, two blocks": 5700,
+    "one block, attention only": 4370,
+    "one block, a Mamba": 5100,
+    "one block, a Mamba-2": 4995,
+    "K = 3, one block": 5100,
+    "classifier, a Mamba": 5005,
+    "online, a Mamba": 5320,
+    "bridges, a Mamba": 5790,
+    "aligned, attention only": 5990,
+    "two blocks, attention only": 4965,
+    "two blocks, a Mamba": 5695,
+    "pruned, a Mamba": 5860,
+    "K = 3, two blocks": 5695,
 }
 
 
