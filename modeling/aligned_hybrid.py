@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .aligned_mapping import ByteTokenizer, Mapping
+from .aligned_mapping import UNSURE, ByteTokenizer, Mapping
 from .aligned_reading import Row, can_read_trees, grow, read_trees, walk
 from .aligned_tokenizers import tokenizer_of
 from .bounds_manticore import guard
@@ -31,6 +31,8 @@ from .mixture_manticore import without_autocast
 from .running_manticore import active_in, mix_native, mixture_rows, run_any, takes_turns
 
 TRUST = 1e-6
+LIKELY = 64
+"""Tokens of each vocabulary, the likeliest, that may be cut otherwise than they are alone."""
 BLOCKED = 0.05
 HEADS, PIECE = 1 << 24, 1 << 21
 """Numbers over both vocabularies that a head, and the mapping, work on at once: what it makes stays in the processor's
@@ -214,7 +216,7 @@ class Aligner:
         """`Mapping.at_boundary` as a Boundary; kept."""
         key = (mapping, device)
         if key not in self.boundaries:
-            self.boundaries[key] = Boundary(*mapping.at_boundary()[:2], device)
+            self.boundaries[key] = Boundary(*mapping.at_boundary()[:2], mapping.prefixes(), device)
         return self.boundaries[key]
 
 
@@ -226,7 +228,8 @@ class Boundary:
         device: Where they are wanted.
     """
 
-    def __init__(self, b, a, device):
+    def __init__(self, b, a, prefixes, device):
+        self.prefixes = {name: torch.from_numpy(found).to(device) for name, found in prefixes.items()}
         names, number, counts = np.unique(b, return_inverse=True, return_counts=True)
         one, many = counts[number] == 1, counts > 1
         # One token only that may come first: no need to know what is shared
@@ -234,6 +237,9 @@ class Boundary:
         of = np.cumsum(many) - 1
         found = names[many], of[number[~one]], a[~one]
         self.shared, self.of, self.sharing = (torch.from_numpy(ids).to(device) for ids in found)
+        self.total = torch.full((2, len(prefixes["b"])), -1, device=device)  # where what is shared of a token is found
+        self.total[0, self.single[0]] = self.single[1]
+        self.total[1, self.shared] = torch.arange(len(self.shared), device=device)
 
     def __call__(self, probs, share):
         """[rows, hybrid's vocabulary] of [rows, component's vocabulary] and the hybrid's own probabilities."""
@@ -242,13 +248,39 @@ class Boundary:
             return ids.expand(len(share), -1)
 
         b, a = self.single
-        out = torch.zeros_like(share).scatter_add_(1, wide(a), probs.gather(1, wide(b)))
+        mine = share.gather(1, wide(self.sharing))
+        total = share.new_zeros(len(share), len(self.shared)).scatter_add_(1, wide(self.of), mine)
+        probs, moved, to = self.otherwise(probs, share, total)
+        out = torch.zeros_like(share).scatter_add_(1, wide(a), probs.gather(1, wide(b))).scatter_add_(1, to, moved)
         if len(self.shared):
-            mine = share.gather(1, wide(self.sharing))
-            total = share.new_zeros(len(share), len(self.shared)).scatter_add_(1, wide(self.of), mine)
             kept = probs.gather(1, wide(self.shared)) / total.clamp_(min=1e-30)
             out = out.scatter_add_(1, wide(self.sharing), kept.gather(1, wide(self.of)) * mine)
         return out
+
+    def otherwise(self, probs, share, total):
+        """Lets the likeliest tokens be cut otherwise than they are alone: the rest of a word may ask for that.
+
+        Where B's token is "Deb", A's next token is "De" if the word goes on as "De|bian": of any two tokens of which
+        one begins with the other, A's takes a part of the probability of B's, as far as A itself expects it.
+        """
+        b, a = self.prefixes["b"], self.prefixes["a"]
+        with torch.no_grad():
+            expected, names = share.topk(min(LIKELY, share.shape[-1]))
+            expected = (expected - expected[:, -1:]) * UNSURE  # so that nothing jumps where another one comes in
+        values, numbers = probs.topk(min(LIKELY, probs.shape[-1]))
+        values = values - values[:, -1:]
+        b, a = b[numbers][:, :, None], a[names][:, None]
+        begins = (b[..., 1] <= a[..., 0]) & (a[..., 0] < b[..., 2]) | (a[..., 1] <= b[..., 0]) & (b[..., 0] < a[..., 2])
+        begins &= (b[..., 3] != names[:, None]) & (a[..., 3] != numbers[:, :, None]) & (a[..., 0] >= 0)
+        parts = expected[:, None] * begins
+        single, shared = self.total[:, numbers]
+        usual = torch.where(single >= 0, share.gather(1, single.clamp(min=0)), 0.0)
+        if total.shape[-1]:
+            usual = torch.where(shared >= 0, total.gather(1, shared.clamp(min=0)), usual)
+        every = parts.sum(-1)
+        taken = values * (every / (every + usual).clamp(min=1e-30)).clamp(max=0.5)
+        moved = (taken / every.clamp(min=1e-30))[:, :, None] * parts
+        return probs.scatter_add(1, numbers, -taken), moved.sum(1), names
 
 
 class Piece:

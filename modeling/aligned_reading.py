@@ -151,7 +151,7 @@ def grow(mapping, row, ids):
 
 def _position(mapping, tree, word, last, texts):
     covers, node = [], tree.end
-    for cover in mapping.covers(word, mapping.opens(last[-1])) if texts else mapping.first_covers():
+    for cover in mapping.covers(word, mapping.opens(last[-1]), len(last)) if texts else mapping.first_covers():
         at, edges = tree.end, []
         for token in cover.path:
             edges.append((at, token))
