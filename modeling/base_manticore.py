@@ -19,8 +19,8 @@ from .cache_manticore import ManticoreCache, cache_for_generation
 from .carried_manticore import carried, is_needed, optional
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
-from .devices_manticore import device_of, onloaded, place, whole_weights
-from .dtypes_manticore import MixedDtypes, Quantizable
+from .devices_manticore import check_whole_rows, device_of, onloaded, place, whole_weights
+from .dtypes_manticore import MixedDtypes, Quantizable, check_adapted
 from .mixing_manticore import HybridMixer, whole
 from .mixture_manticore import widen
 from .running_manticore import read_inputs, run
@@ -82,8 +82,10 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "peft_config" and is_needed("mixers_manticore", self.config):  # PEFT has wrapped what was asked for
-            optional("mixers_manticore").check_adapted(self)
+        if name == "peft_config":  # PEFT has wrapped what was asked for
+            if is_needed("mixers_manticore", self.config):
+                optional("mixers_manticore").check_adapted(self)
+            check_adapted(self)
 
     def initialize_weights(self) -> None:
         """Components first, each as its own class does it.
@@ -272,6 +274,7 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     def train(self, mode: bool = True) -> "ManticoreModel":
         """As in torch, for the shells of the segments, too."""
+        check_whole_rows()
         super().train(mode)
         if "input_embedding" in self.__dict__:
             self.input_embedding.train(mode)

@@ -6,12 +6,27 @@ states. What is read or called past a hook is placed here. In a graph that is be
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.integrations import deepspeed
+
+from .settings_manticore import ManticoreError
+
+
+def check_whole_rows() -> None:
+    """Raises ManticoreError where accelerate gives each process a part of every row."""
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    how = None if state is None else state._shared_state.get("parallelism_config")
+    for size in ("cp_size", "sp_size"):
+        if getattr(how, size, 1) > 1:
+            raise ManticoreError(
+                f"parallelism_config has {size}={getattr(how, size)}: each process would get a part of every row, and "
+                f"recurrent states are not passed on between them. Set {size}=1 (tp_size and data parallelism work)."
+            )
 
 
 def hooks_of(module: nn.Module) -> tuple:

@@ -27,6 +27,7 @@ from .configuration_manticore import component_depth
 ALWAYS_FLOAT32 = ("alpha_logits", "token_gate.", "bridges.alpha", "bridges.gates")  # names in the mixer begin so
 RAW = ("x_proj", "dt_proj", "out_proj", "conv1d")  # of state-space mixers: no plain matrix product everywhere
 MIXER, SCORE = "hybrid_mixer", "score"
+_WRAPS = ("base_layer", "token_adapter")  # what PEFT's wrappers of a module have
 # What torchao's settings in a hybrid's file may name.
 _TORCHAO = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "PerRow", "PerTensor", "MappingType")
 
@@ -111,6 +112,30 @@ def plain_linear_maps(model: PreTrainedModel, components: list | None = None) ->
             if not raw and leaf != "router" and not (leaf == "gate" and hasattr(modules[parent], "experts")):
                 out.append(key)
     return sorted(out)
+
+
+def check_adapted(model: PreTrainedModel) -> None:
+    """Raises ManticoreError where PEFT's adapters would leave embeddings and heads untrained or unsaved, silently."""
+    if model.config.route is not None:
+        return
+    parts = {name: model.component(name) for name in model.config.component_names}
+    ends = {name: (part.get_input_embeddings(), part.get_output_embeddings()) for name, part in parts.items()}
+    wraps = {name: {key for key in _WRAPS for end in pair if hasattr(end, key)} for name, pair in ends.items()}
+    tied = [name for name, part in parts.items() if part.all_tied_weights_keys and wraps[name]]
+    listed = [isinstance(getattr(one, "trainable_token_indices", None), list) for one in model.peft_config.values()]
+    bare = [name for name in ends if any(end is not None and not hasattr(end, "modules_to_save") for end in ends[name])]
+    if tied:
+        why = f"PEFT has wrapped embeddings or head of component {tied[0]!r}, which are one tensor, and not the other."
+    elif any(listed) and any("token_adapter" not in found for found in wraps.values()):
+        why = "trainable_token_indices in a list trains the rows of one component alone, or of none."
+    elif bare and model.is_resized and model.name_or_path:
+        why = (
+            f"The vocabulary was resized after loading, and embeddings and heads of {bare} would not be saved with the "
+            "adapter. Save the resized hybrid and go on from there, or:"
+        )
+    else:
+        return
+    raise ManticoreError(f"{why} Load the hybrid again, and adapt it with lora_config(model).")
 
 
 def kept_maps(model: PreTrainedModel) -> list[str]:

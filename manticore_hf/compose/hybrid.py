@@ -23,7 +23,7 @@ from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.mixture_sampling import sample_components
 from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
-from manticore_hf.compose.training_checks import check_adapted, check_whole_rows
+from manticore_hf.compose.training_checks import check_adapted
 from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import base_manticore, heads_manticore, modeling_manticore
 from manticore_hf.modeling.bounds_manticore import reason, show, trying
@@ -85,7 +85,6 @@ class _Defended:
 
     def train(self, mode: bool = True) -> PreTrainedModel:
         """As in torch; ManticoreError for what would train silently wrong."""
-        check_whole_rows()
         went_on = self.training  # as in every step of the Trainer
         super().train(mode)
         if mode and hasattr(self, "peft_config"):  # adapters that came after the first
