@@ -58,8 +58,8 @@ class Guard:
         """A copy of the settings in a config.json that may reach the configuration class `cls`."""
         return copy.deepcopy(values)
 
-    def given(self, settings: dict, version: object) -> dict:
-        """A hybrid's own settings as they are taken, of those in its configuration, which has this `FORMAT_VERSION`."""
+    def given(self, settings: dict) -> dict:
+        """A hybrid's own settings as they are taken, of those in its configuration."""
         return {key: value for key, value in settings.items() if key != "preset"}
 
     def entries(self, entries: object) -> None:

@@ -5,6 +5,7 @@ repository; only the component *weights* are references (repo id + 40-hex commit
 """
 
 import copy
+import re
 from itertools import accumulate
 from typing import Any
 
@@ -15,7 +16,7 @@ from .bounds_manticore import ManticoreError, build_config, check_component, che
 from transformers import PreTrainedConfig
 
 from .carried_manticore import ENTRY, carries, optional
-from .settings_manticore import SETTINGS
+from .settings_manticore import CHOICES, SETTINGS
 
 FORMAT_VERSION = 1
 """Version of the repository layout. Raised when an older package could no longer read a newer repository."""
@@ -71,8 +72,15 @@ class ManticoreConfig(PreTrainedConfig):
         given = {key: kwargs.pop(key, default) for key, default in SETTINGS.items()}
         given |= {"calibration": calibration, "objective": objective, "route": route}
         guard().general(what, kwargs)
+        if type(manticore_version) is not int or not 1 <= manticore_version <= FORMAT_VERSION:
+            raise ManticoreError(
+                f"This hybrid has format version {show(manticore_version)}; the installed code reads up to "
+                f"{FORMAT_VERSION}. Upgrade manticore-hf, or load with trust_remote_code=True."
+            )
         self.manticore_version = manticore_version
-        for key, value in guard().given(given, manticore_version).items():
+        for key, value in guard().given(given).items():
+            if value is not None and value not in CHOICES.get(key, (value,)):
+                raise ManticoreError(f"{key}={show(value)} is unknown; choose one of {list(CHOICES[key])}.")
             setattr(self, key, copy.deepcopy(value))
         guard().entries(components)
         self.components, self._component_names = [], []
@@ -122,6 +130,11 @@ class ManticoreConfig(PreTrainedConfig):
         weights = entry.setdefault("weights", "reference" if entry.get("repo_id") else "embedded")
         if weights == "reference" or entry.get("repo_id") is not None:
             check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder")))
+        for file in entry.get("files") or ():
+            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(file)):
+                raise ManticoreError(
+                    f"Component {name!r}: {show(file)} in files is not a plain name of a safetensors file."
+                )
         # As earlier versions write it
         own = {} if entry.get("tokenizer") is None else {"tokenizer": entry["tokenizer"]}
         entry = {key: entry.get(key) for key in _ENTRY_KEYS} | own

@@ -56,3 +56,16 @@ SETTINGS = {
 }
 """Keys of a configuration and their defaults. What they mean stands where they are given: `HybridSettings` of the
 package (manticore_hf.utils.settings), and its docs/composing.md."""
+
+CHOICES = {
+    "projector": ("linear", "mlp", "none"),
+    "projector_init": ("default", "identity", "calibrated"),
+    "gate": ("none", "alpha"),
+    "mixture": ("static", "token", "online"),
+    "mixture_space": ("logprob", "prob"),
+    "embeddings": ("native", "mixed", "fresh"),
+    "head_mixture": ("last", "first"),
+    "topology": ("merge", "bridge"),
+    "bridge_kind": ("linear", "attention"),
+}
+"""What some of them may be."""

