@@ -121,7 +121,7 @@ class Aligner:
             rows = inputs.cache.readers.setdefault(name, rows)
         if len(rows) != len(places):
             raise ManticoreError(f"The cache holds {len(rows)} rows; input_ids has {batch}.")
-        grown = [grow(mapping, row, [ids[place] for place in one]) for row, one in zip(rows, places)]
+        grown = [grow(mapping, row, [ids[place] for place in one], inputs.last) for row, one in zip(rows, places)]
         trees, after = [tree for tree, _ in grown], [row for _, row in grown]
         for tree in trees:
             depths = torch.tensor([tree.depths])
@@ -147,7 +147,7 @@ class Aligner:
         positions, told, ends, offset = [None] * (batch * time), {}, [], 0
         for before, tree, row, one, found in zip(rows, trees, after, places, states):
             for place, position in zip(one, tree.positions):
-                positions[place] = (offset, position)
+                positions[place] = position and (offset, position)
             paths = tree.paths(0, max(map(len, before.told))) if before.told else {}
             told.update((offset + node, before.told[path]) for node, path in paths.items() if path in before.told)
             ends += [(offset, tree, row)] if inputs.cache is not None else []
@@ -315,29 +315,37 @@ class Piece:
             found = self._map(logits.to(own.dtype), own[there].softmax(-1))
             return own.log_softmax(-1).index_copy(0, there, found)
 
-    def _map(self, logits, share):
-        device, rows, width = share.device, len(share), logits.shape[-1]
-        share = share.clamp_(min=1e-30)
+    def ways(self, logits):
+        """What the mapping takes from the component alone, of the logits [nodes, vocabulary].
+
+        Returns:
+            (their probabilities, weight of each cover, [rows, vocabulary] of tokens after covers that end with A).
+        """
+        device, rows, width = logits.device, len(self.there), logits.shape[-1]
         probs = logits.softmax(-1)
         covers = self.covers.to(device)
-        weight = share.new_zeros(len(covers))
+        weight = probs.new_zeros(len(covers))
         if self.weights.numel():
             number, node, token = self.weights.to(device)
             likeliest = logits.detach().argmax(-1, keepdim=True)
             norm = logits.gather(-1, likeliest) - probs.gather(-1, likeliest).log()
             weight = weight.index_add(0, number, logits[node, token] - norm[node, 0])
-        most = share.new_full((rows,), -torch.inf).scatter_reduce(0, covers, weight.detach(), "amax")
+        most = probs.new_full((rows,), -torch.inf).scatter_reduce(0, covers, weight.detach(), "amax")
         weight = (weight - most[covers]).exp()
-
-        # Where the tokens of both end: all pairs at once
         number, node, place = self.dense.to(device)
         if self.in_order:
             ended = probs[:rows] * weight[number, None]
         else:
-            ended = share.new_zeros(rows, width).index_add(0, place, probs[node] * weight[number, None])
+            ended = probs.new_zeros(rows, width).index_add(0, place, probs[node] * weight[number, None])
         blocked = _flat(self.blocked, width).to(device)
         if len(blocked):
             ended = ended.view(-1).index_add_(0, blocked, ended.view(-1)[blocked] * (BLOCKED - 1)).view(rows, width)
+        return probs, weight, ended
+
+    def _map(self, logits, share):
+        device, rows, width = share.device, len(share), logits.shape[-1]
+        share = share.clamp_(min=1e-30)
+        probs, weight, ended = self.ways(logits)
         out = self.aligner.boundary(self.mapping, device)(ended, share)
 
         # Elsewhere B's next token begins within bytes that were read, or A's does
