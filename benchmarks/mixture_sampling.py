@@ -17,6 +17,7 @@ Three questions, each result a line of the output; what is there is not measured
 
 import argparse
 import copy
+import os
 import statistics
 import time
 
@@ -210,7 +211,11 @@ def speed(count=2):
     for _ in tqdm(range(REPEATS), desc="Timing"):
         for name, generate in ways.items():
             times[name].append(seconds(generate))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {"seconds_per_token": {name: statistics.median(values) for name, values in times.items()}}
+
+
+SPEEDS = {"speed": speed, "speed, three": lambda: speed(3)}
+DRAWS = {"draws": draws}
 
 
 def main():
@@ -218,14 +223,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="benchmarks/results/mixture_sampling.jsonl")
     parser.add_argument("--draws", type=int, default=100_000)
+    parser.add_argument("--only", nargs="+", help="Of the questions, those that are asked; default: all.")
     args = parser.parse_args()
     lines = read_lines(args.output)
     known_lines = {(line["what"], line.get("seed")) for line in lines}
-    if ("speed", None) not in known_lines:
-        add_line(args.output, lines, what="speed", threads=torch.get_num_threads(), seconds_per_token=speed())
-    if ("speed, three", None) not in known_lines:
-        line = {"threads": torch.get_num_threads(), "seconds_per_token": speed(3)}
-        add_line(args.output, lines, what="speed, three", **line)
+
+    def asked(what, seed=None):
+        return (what, seed) not in known_lines and (args.only is None or what in args.only)
+
+    for what, measure in SPEEDS.items():
+        if asked(what):
+            result = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0], **measure()}
+            add_line(args.output, lines, what=what, **result)
     rows = rows_of("test", 40)["input_ids"]
     rows = [row for row in rows if len(row) > 64]
     tokens, train = [len(row) - 1 for row in rows], rows_of("train", 78)["input_ids"]
@@ -236,13 +245,14 @@ def main():
             ("past", lambda seed: train_with_lags(seed, train, rows, past=True)),
             ("online", lambda seed: online_with_lags(rows)),
         ):
-            if (what, seed) not in known_lines and (what != "online" or seed == 0):
+            if asked(what, seed) and (what != "online" or seed == 0):
                 found = measure(seed)
                 losses = {lag: sum(found[lag]) / sum(tokens) for lag in LAGS}
                 ends = {lag: bootstrap(np.array(found[lag]) - np.array(found[1]), tokens) for lag in LAGS}
                 add_line(args.output, lines, what=what, seed=seed, tokens=sum(tokens), losses=losses, cost_95=ends)
-    if ("draws", None) not in known_lines:
-        add_line(args.output, lines, what="draws", **draws(args.draws))
+    for what, measure in DRAWS.items():
+        if asked(what):
+            add_line(args.output, lines, what=what, **measure(args.draws))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class _Reader:
         head, nodes = model.segments.head(self.name), piece.nodes.tolist()
         logits = self.reading.logits(head, model.together(self.reading.states), nodes, True)
         with without_autocast(logits.device.type):
-            probs, weight, ended = piece.ways(widen(logits))
+            probs, weight, ended = piece.ways(logits.to(torch.promote_types(model.dtype, torch.float32)))
             boundary = aligner.boundary(mapping, logits.device)
             b, a = boundary.single
             out = ended.new_zeros(size).index_add_(0, a, ended[0, b])
