@@ -304,7 +304,11 @@ def aligned_speed(models, names):
     return {"names": names, "tokens_of_text": size, "seconds_per_token": median_seconds(ways)}
 
 
-SPEEDS = {"speed": speed, "speed, three": lambda: speed(3)}
+SPEEDS = {
+    "speed": lambda args: speed(),
+    "speed, three": lambda args: speed(3),
+    "speed, aligned": lambda args: aligned_speed(args.models, args.names),
+}
 DRAWS = {
     "draws": lambda count: draws(tiny_pair(), [5, 3, 9], count, 2),
     "draws, aligned": lambda count: draws(tiny_aligned_pair(), [1, 4, 3, 2, 5], count, 3),
