@@ -5,7 +5,7 @@
 Three questions, each result a line of the output; what is there is not measured again.
 
 * "draws": 100,000 first and second tokens of a tiny hybrid against the model's own distribution (chi-square). "draws,
-  aligned": first to third tokens, where the components have tokenizers of their own.
+  aligned": after three texts, where the components have tokenizers of their own.
 * "lag": the demo's pair, its gate trained on 40,000 tokens (three seeds); nats per token on the test text if the gate
   is asked at every token, or every 4, 16 or 64.
 * "trained": the same with gates trained with the lag that they are tested with, by gradients of the mixture's loss on
@@ -24,11 +24,14 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from demo_pair import add_line, compose_pair, read_lines, rows_of, short_training
+from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.modeling.mixers_manticore import repair_mixers
 from manticore_hf.modeling.mixture_manticore import mix_prob, sureness
 from manticore_hf.modeling.past_losses import GATE_DECAYS, LossGate, online_weights
@@ -47,20 +50,18 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerFast,
+    StoppingCriteria,
     Trainer,
     set_seed,
 )
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM, set_stage
+from manticore_hf.compose import mixture_sampling as sampling
 from manticore_hf.compose.mixture_sampling import with_lag
 from manticore_hf.evaluation.statistics import bootstrap
 
 LAGS, PROMPT, NEW, REPEATS = (1, 4, 16, 64), 64, 64, 3
-TEXT = (
-    "The town lies on both sides of a river, which the railway crosses on an old bridge of seven arches. In summer the "
-    "market is held on the square in front of the church, and people come from all the villages around to sell fruit, "
-    "cheese and flowers. In the evening"
-)
+TEXT = "In the evening the people of the town"
 
 
 def tiny_pair():
@@ -105,23 +106,53 @@ def gated(parts, **settings):
     return model.eval()
 
 
+def chi_square(found, probs):
+    """Of tokens [count] that were drawn, against their probabilities [vocabulary]."""
+    expected = probs.double() * len(found)
+    return float(((torch.bincount(found, minlength=len(probs)) - expected) ** 2 / expected).sum())
+
+
+def tested(count, squares, degrees):
+    return {"drawn": count, "chi_square": squares, "degrees": degrees, "limit_95": round(chi2.ppf(0.95, degrees), 2)}
+
+
 @torch.no_grad()
-def draws(model, prompt, count, new):
-    """Chi-square of the tokens drawn at some positions, each against the model's own distribution there."""
-    rows, size, found = torch.tensor([prompt]), model.config.vocab_size, []
-    given = {"do_sample": True, "mixture_sampling": True, "num_return_sequences": 500, "max_new_tokens": new}
-    given["gate_lag"] = None if model.config.holds_weights else 1
-    for _ in tqdm(range(count // 500), desc="Drawing", unit="500 rows"):
-        found.append(model.generate(rows, **given)[:, len(prompt) :])
-    found, out, weights = torch.cat(found), [], torch.ones(1, 1, dtype=torch.float64)
-    for at in range(new):
-        joint = weights * model(rows).logits[:, -1].softmax(-1).double()
-        expected = joint.sum(0) * len(found)
-        out.append(float(((torch.bincount(found[:, at], minlength=size) - expected) ** 2 / expected).sum()))
-        rows = torch.cat([rows.repeat_interleave(size, 0), torch.arange(size).repeat(len(rows))[:, None]], 1)
-        weights = joint.flatten()[:, None]
-    limit = float(chi2.ppf(0.95, size - 1))
-    return {"drawn": len(found), "chi_square": out, "degrees": size - 1, "limit_95": round(limit, 2)}
+def draws(count):
+    """Of the tokens drawn at two positions, each against the model's own distribution there."""
+    model, prompt, size = tiny_pair(), torch.tensor([[5, 3, 9]]), 500
+    found = []
+    for _ in tqdm(range(count // size), desc="Drawing", unit=f"{size} rows"):
+        given = {"do_sample": True, "mixture_sampling": True, "gate_lag": 1, "max_new_tokens": 2}
+        found.append(model.generate(prompt, num_return_sequences=size, **given)[:, 3:])
+    first, second = torch.cat(found).unbind(1)
+    probs = model(prompt).logits[0, -1].softmax(-1).double()
+    after = model(torch.cat([prompt.repeat(13, 1), torch.arange(13)[:, None]], 1)).logits[:, -1].softmax(-1).double()
+    return tested(count, [chi_square(first, probs), chi_square(second, probs @ after)], 12)
+
+
+@torch.no_grad()
+def aligned_draws(count):
+    """Of the tokens drawn after three texts, for which no component reads anew at each draw; see `draws`."""
+    model, squares = tiny_aligned_pair(), []
+    home, aligner = model.config.tokenizer_component, aligner_of(model)
+    cache, asked = model.make_cache(), torch.tensor([1, 4, 3, 2, 5])  # the gate is asked at each fourth token
+    shares, own, _ = sampling._ask(model, asked, cache)
+    for text in ([1], [1, 3], [1, 3, 2]):
+        ids, readers = torch.cat([asked, torch.tensor(text)]), {}
+        for name in own:
+            readers[name] = sampling._Reader(model, name, sampling._fork(cache), len(asked), None)
+            readers[name].read(ids)
+        (other,) = (readers[name] for name in model.config.aligned)
+        certain = other.certain()
+        whole = aligner.log_probs(model, other.name, other.reading, readers[home].logits, sampling.LAST)
+        held = patch.object(sampling._Reader, "certain", lambda self, held=certain: held)
+        with held, patch.object(aligner, "log_probs", lambda *_, held=whole: held):
+            found = []
+            for _ in tqdm(range(count), desc="Drawing"):
+                one = readers[list(own)[int(torch.multinomial(shares, 1))]]
+                found.append(replace(one).draw(ids, readers[home]))
+        squares.append(chi_square(torch.cat(found), model(ids[None]).logits[0, -1].softmax(-1)))
+    return tested(count, squares, model.config.vocab_size - 1)
 
 
 def trained(seed):
@@ -235,33 +266,41 @@ def wide_pair(mixture, count=2):
     return model
 
 
-def seconds(generate):
-    """CPU seconds per new token: of a call with NEW tokens more than one with a single token."""
-    took = []
-    for new in (1, NEW + 1):
-        start = time.process_time()
-        generate(new)
-        took.append(time.process_time() - start)
-    return (took[1] - took[0]) / NEW
+class Clock(StoppingCriteria):
+    """CPU seconds at which each token was there."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.times.append(time.process_time())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def median_seconds(ways):
+def seconds(generate, new):
+    """CPU seconds per new token after the first."""
+    clock = Clock()
+    generate(max_new_tokens=new + 1, stopping_criteria=[clock])
+    return (clock.times[-1] - clock.times[0]) / new
+
+
+def median_seconds(ways, new=NEW, repeats=REPEATS):
     """Median seconds per token of each way, measured in turn."""
     times = {name: [] for name in ways}
-    for _ in tqdm(range(REPEATS), desc="Timing"):
+    for _ in tqdm(range(repeats), desc="Timing"):
         for name, generate in ways.items():
-            times[name].append(seconds(generate))
+            times[name].append(seconds(generate, new))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def way(model, ids, before=None, **given):
-    """Sampling a number of new tokens, after a call of `before`."""
+    """A way to sample, after a call of `before`; always the same text."""
 
-    def generate(new):
+    def generate(**settings):
         if before is not None:
             before()
-        settings = {"do_sample": True, "top_k": 0, "max_new_tokens": new, "min_new_tokens": None, "eos_token_id": None}
-        model.generate(ids, **settings, **given)
+        set_seed(0)
+        return model.generate(ids, do_sample=True, top_k=0, eos_token_id=None, **settings, **given)
 
     return generate
 
@@ -279,29 +318,27 @@ def speed(count=2):
 
 
 def aligned_speed(models, names):
-    """Each way to write with components that have tokenizers of their own; the mapping has been used once."""
+    """Each way to write with components that have tokenizers of their own, for the first time and then again.
+
+    A mapping remembers what it has found out about pieces of words.
+    """
     specs = [ComponentSpec(source, name=name) for source, name in zip(models, names)]
     model = ManticoreForCausalLM.from_components(specs, dtype="float32", mixture="token", verify=False).eval()
-    tokens = {
-        name: torch.tensor([AutoTokenizer.from_pretrained(source)(TEXT).input_ids])
-        for source, name in zip(models, names)
-    }
-    ways = {name: way(model.component(name), tokens[name]) for name in names}
+    ids = {}
+    for name, source in zip(names, models):
+        ids[name] = AutoTokenizer.from_pretrained(source)(TEXT, return_tensors="pt").input_ids
+    ways = {name: way(model.component(name), ids[name]) for name in names}
 
     def weigh(weights):
         return lambda: model.set_mixture_weights(weights)
 
-    home, even = tokens[names[0]], [[1 / len(names)] * len(names)]
+    home, even, new = ids[names[0]], [[1 / len(names)] * len(names)], 24
     ways["hybrid"] = way(model, home, weigh(None))
     ways["drawn, static"] = way(model, home, weigh(even), mixture_sampling=True)
     ways["drawn, gate asked every 16"] = way(model, home, weigh(None), mixture_sampling=True, gate_lag=16)
-    for name in names[1:]:
-        weights = [[float(one == name) for one in names]]
-        ways[f"{name}, mapped"] = way(model, home, weigh(weights), mixture_sampling=True)
-    for generate in ways.values():
-        generate(NEW)
-    size = {name: ids.shape[1] for name, ids in tokens.items()}
-    return {"names": names, "tokens_of_text": size, "seconds_per_token": median_seconds(ways)}
+    model(home)  # what is found out once for all texts
+    first = {name: seconds(generate, new) for name, generate in ways.items()}
+    return {"names": names, "first": first, "seconds_per_token": median_seconds(ways, new, 2)}
 
 
 SPEEDS = {
@@ -309,10 +346,7 @@ SPEEDS = {
     "speed, three": lambda args: speed(3),
     "speed, aligned": lambda args: aligned_speed(args.models, args.names),
 }
-DRAWS = {
-    "draws": lambda count: draws(tiny_pair(), [5, 3, 9], count, 2),
-    "draws, aligned": lambda count: draws(tiny_aligned_pair(), [1, 4, 3, 2, 5], count, 3),
-}
+DRAWS = {"draws": draws, "draws, aligned": aligned_draws}
 
 
 def main():

@@ -1,5 +1,6 @@
 """Sampling one component per token where components have tokenizers of their own."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from aligned_pairs import TEXTS, hybrid, tokenizer
 from cases import case
 from hub_models import folder_of, tiny
+from manticore_hf.modeling.aligned_hybrid import aligner_of
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -194,7 +196,7 @@ def plain(*words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixture", ["static", "gate"])
-def test_100000_tokens_at_each_position_are_the_mixtures(tmp_path, mixture):
+def test_100000_tokens_at_each_position_are_the_mixtures(tmp_path, monkeypatch, mixture):
     parts = []
     for family, words in (("llama", ("ab", "bc")), ("gpt_neox", ("ca", "cab")), ("mamba", ("bb", "bbc"))):
         tokens = plain(*words)
@@ -205,16 +207,30 @@ def test_100000_tokens_at_each_position_are_the_mixtures(tmp_path, mixture):
     model = ManticoreForCausalLM.from_components(parts, **MIXTURES[mixture]).eval()
     model.generation_config.eos_token_id = None
     torch.manual_seed(0)
-    prompt, count, size = torch.tensor([[1, 4, 3]]), 100_000, model.config.vocab_size
-    found = torch.cat(
-        [sample(model, prompt, max_new_tokens=3, num_return_sequences=1000)[:, 3:] for _ in range(count // 1000)]
-    )
-    weights, rows = torch.ones(1, dtype=torch.float64), prompt
-    for at in range(3):
+    prompt, count, names = torch.tensor([1, 4, 3, 2]), 100_000, model.config.component_names
+    for more in ([5], [5, 1]):
+        ids, cache = torch.cat([prompt, torch.tensor(more)]), model.make_cache()
         with torch.no_grad():
-            probs = model(rows, use_cache=False).logits[:, -1].double().softmax(-1) * weights[:, None]
-        expected = probs.sum(0) * count
-        square = ((found[:, at].bincount(minlength=size) - expected) ** 2 / expected).sum().item()
-        assert square < 22.5, (at, square)  # of 5 degrees of freedom one in 2,500 is above
-        weights = probs.flatten()
-        rows = torch.cat([rows.repeat_interleave(size, 0), torch.arange(size).repeat(len(rows))[:, None]], 1)
+            shares, own, _ = mixture_sampling._ask(model, prompt, cache)
+            readers = {
+                name: mixture_sampling._Reader(model, name, mixture_sampling._fork(cache), 4, own[name])
+                for name in names
+            }
+            for one in readers.values():
+                one.read(ids)
+            # What is read and mapped here is the same at each draw: once is enough
+            aligner, held = aligner_of(model), {}
+            for name in model.config.aligned:
+                one = readers[name]
+                held[name] = (
+                    one.certain(),
+                    aligner.log_probs(model, name, one.reading, readers["llama"].logits, mixture_sampling.LAST),
+                )
+            monkeypatch.setattr(mixture_sampling._Reader, "certain", lambda self, held=held: held[self.name][0])
+            monkeypatch.setattr(aligner, "log_probs", lambda model, name, *_, held=held: held[name][1])
+            drawn = [names[one] for one in torch.multinomial(shares, count, replacement=True).tolist()]
+            found = torch.cat([dataclasses.replace(readers[name]).draw(ids, readers["llama"]) for name in drawn])
+            monkeypatch.undo()
+            expected = model(ids[None]).logits[0, -1].double().softmax(-1) * count
+        square = ((found.bincount(minlength=len(expected)) - expected) ** 2 / expected).sum().item()
+        assert square < 22.5, (more, square)  # of 5 degrees of freedom one in 2,500 is above

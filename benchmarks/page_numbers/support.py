@@ -171,10 +171,8 @@ def sampling_took(load):
     out = {}
     for line in load("mixture_sampling"):
         if line["what"] in SPEEDS:
-            took, size = dict(line["seconds_per_token"]), line.get("tokens_of_text")
+            took = line["seconds_per_token"]
             alone = list(took)[: list(took).index("hybrid")]
-            for name in alone if size else ():  # a component's own tokens are not the hybrid's
-                took[name] *= size[name] / size[alone[0]]
             out[line["what"]] = took, sum(took[name] for name in alone) / len(alone)
     return {what: out[what] for what in SPEEDS if what in out}
 
@@ -199,6 +197,12 @@ def sampling_values(load: Load) -> Values:
     for what, key in (("lag", "lost"), ("trained", "lost_trained"), ("past", "lost_past"), ("online", "lost_online")):
         costs = [line["losses"]["16"] - line["losses"]["1"] for line in lines if line["what"] == what]
         yield f"sampling.{key}", f"{sum(costs) / len(costs):.3f}"
+
+    def mean(what, lag):
+        found = [line["losses"][lag] for line in lines if line["what"] == what]
+        return sum(found) / len(found)
+
+    yield "sampling.past_behind", f"{mean('past', '16') - mean('lag', '1'):.3f}"
     for what, (took, one) in sampling_took(load).items():
         key = "_" + what.split(", ")[1] if ", " in what else ""
         yield f"sampling.ratio{key}", f"{took['drawn, gate asked every 16'] / one:.2f}"
