@@ -316,11 +316,7 @@ class Piece:
             return own.log_softmax(-1).index_copy(0, there, found)
 
     def ways(self, logits):
-        """What the mapping takes from the component alone, of the logits [nodes, vocabulary].
-
-        Returns:
-            (their probabilities, weight of each cover, [rows, vocabulary] of tokens after covers that end with A).
-        """
+        """(Probabilities [nodes, vocabulary], weight of each cover, [rows, vocabulary] of tokens that follow A's)."""
         device, rows, width = logits.device, len(self.there), logits.shape[-1]
         probs = logits.softmax(-1)
         covers = self.covers.to(device)
