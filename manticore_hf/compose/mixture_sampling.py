@@ -190,7 +190,7 @@ def sample_components(
 def _cache_for(model, row, ids, rows, given):
     """The cache that a row begins with: the caller's where it is of this row alone and holds no padding, else empty."""
     cache = given.get("cache")
-    if cache is None or len(rows) > 1 or len(ids) < len(row) or cache.options != (None, False, None):
+    if len(rows) > 1 or len(ids) < len(row) or getattr(cache, "options", None) != (None, False, None):
         return model.make_cache()
     return cache if cache.mask is None or bool(cache.mask.all()) else model.make_cache()
 
