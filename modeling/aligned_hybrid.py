@@ -31,8 +31,8 @@ from .mixture_manticore import without_autocast
 from .running_manticore import active_in, mix_native, mixture_rows, run_any, takes_turns
 
 TRUST = 1e-6
-LIKELY = 64
-"""Tokens of each vocabulary, the likeliest, that may be cut otherwise than they are alone."""
+LIKELY, MOVED = 64, 0.5
+"""How many tokens of each vocabulary, the likeliest, may be cut otherwise than alone, and what part of one at most."""
 BLOCKED = 0.05
 HEADS, PIECE = 1 << 24, 1 << 21
 """Numbers over both vocabularies that a head, and the mapping, work on at once: what it makes stays in the processor's
@@ -122,7 +122,7 @@ class Aligner:
             rows = inputs.cache.readers.setdefault(name, rows)
         if len(rows) != len(places):
             raise ManticoreError(f"The cache holds {len(rows)} rows; input_ids has {batch}.")
-        grown = [grow(mapping, row, [ids[place] for place in one]) for row, one in zip(rows, places)]
+        grown = [grow(mapping, row, [ids[place] for place in one], inputs.last) for row, one in zip(rows, places)]
         trees, after = [tree for tree, _ in grown], [row for _, row in grown]
         for tree in trees:
             depths = torch.tensor([tree.depths])
@@ -148,7 +148,7 @@ class Aligner:
         positions, told, ends, offset = [None] * (batch * time), {}, [], 0
         for before, tree, row, one, found in zip(rows, trees, after, places, states):
             for place, position in zip(one, tree.positions):
-                positions[place] = (offset, position)
+                positions[place] = position and (offset, position)
             paths = tree.paths(0, max(map(len, before.told))) if before.told else {}
             told.update((offset + node, before.told[path]) for node, path in paths.items() if path in before.told)
             ends += [(offset, tree, row)] if inputs.cache is not None else []
@@ -257,6 +257,17 @@ class Boundary:
             out = out.scatter_add_(1, wide(self.sharing), kept.gather(1, wide(self.of)) * mine)
         return out
 
+    @staticmethod
+    def likely(probs):
+        """(How far the likeliest tokens are above the next one, their ids): nothing jumps where another comes in."""
+        values, numbers = probs.topk(min(LIKELY, probs.shape[-1]))
+        return values - values[:, -1:], numbers
+
+    def least(self, probs):
+        """What is left of probabilities at least, whatever the hybrid's own tokenizer expects."""
+        values, numbers = self.likely(probs)
+        return probs.scatter_add(1, numbers, -MOVED * values)
+
     def otherwise(self, probs, share, total):
         """Lets the likeliest tokens be cut otherwise than they are alone: the rest of a word may ask for that.
 
@@ -265,20 +276,18 @@ class Boundary:
         """
         b, a = self.prefixes["b"], self.prefixes["a"]
         with torch.no_grad():
-            expected, names = share.topk(min(LIKELY, share.shape[-1]))
-            expected = (expected - expected[:, -1:]) * UNSURE  # so that nothing jumps where another one comes in
-        values, numbers = probs.topk(min(LIKELY, probs.shape[-1]))
-        values = values - values[:, -1:]
+            expected, names = self.likely(share)
+        values, numbers = self.likely(probs)
         b, a = b[numbers][:, :, None], a[names][:, None]
         begins = (b[..., 1] <= a[..., 0]) & (a[..., 0] < b[..., 2]) | (a[..., 1] <= b[..., 0]) & (b[..., 0] < a[..., 2])
         begins &= (b[..., 3] != names[:, None]) & (a[..., 3] != numbers[:, :, None]) & (a[..., 0] >= 0)
-        parts = expected[:, None] * begins
+        parts = UNSURE * expected[:, None] * begins
         single, shared = self.total[:, numbers]
         usual = torch.where(single >= 0, share.gather(1, single.clamp(min=0)), 0.0)
         if total.shape[-1]:
             usual = torch.where(shared >= 0, total.gather(1, shared.clamp(min=0)), usual)
         every = parts.sum(-1)
-        taken = values * (every / (every + usual).clamp(min=1e-30)).clamp(max=0.5)
+        taken = values * (every / (every + usual).clamp(min=1e-30)).clamp(max=MOVED)
         moved = (taken / every.clamp(min=1e-30))[:, :, None] * parts
         return probs.scatter_add(1, numbers, -taken), moved.sum(1), names
 
@@ -344,29 +353,33 @@ class Piece:
             found = self._map(logits.to(own.dtype), own[there].softmax(-1))
             return own.log_softmax(-1).index_copy(0, there, found)
 
-    def _map(self, logits, share):
-        device, rows, width = share.device, len(share), logits.shape[-1]
-        share = share.clamp_(min=1e-30)
+    def ways(self, logits):
+        """(Probabilities [nodes, vocabulary], weight of each cover, [rows, vocabulary] of tokens that follow A's)."""
+        device, rows, width = logits.device, len(self.there), logits.shape[-1]
         probs = logits.softmax(-1)
         covers = self.covers.to(device)
-        weight = share.new_zeros(len(covers))
+        weight = probs.new_zeros(len(covers))
         if self.weights.numel():
             number, node, token = self.weights.to(device)
             likeliest = logits.detach().argmax(-1, keepdim=True)
             norm = logits.gather(-1, likeliest) - probs.gather(-1, likeliest).log()
             weight = weight.index_add(0, number, logits[node, token] - norm[node, 0])
-        most = share.new_full((rows,), -torch.inf).scatter_reduce(0, covers, weight.detach(), "amax")
+        most = probs.new_full((rows,), -torch.inf).scatter_reduce(0, covers, weight.detach(), "amax")
         weight = (weight - most[covers]).exp()
-
-        # Where the tokens of both end: all pairs at once
         number, node, place = self.dense.to(device)
         if self.in_order:
             ended = probs[:rows] * weight[number, None]
         else:
-            ended = share.new_zeros(rows, width).index_add(0, place, probs[node] * weight[number, None])
+            ended = probs.new_zeros(rows, width).index_add(0, place, probs[node] * weight[number, None])
         blocked = _flat(self.blocked, width).to(device)
         if len(blocked):
             ended = ended.view(-1).index_add_(0, blocked, ended.view(-1)[blocked] * (BLOCKED - 1)).view(rows, width)
+        return probs, weight, ended
+
+    def _map(self, logits, share):
+        device, rows, width = share.device, len(share), logits.shape[-1]
+        share = share.clamp_(min=1e-30)
+        probs, weight, ended = self.ways(logits)
         out = self.aligner.boundary(self.mapping, device)(ended, share)
 
         # Elsewhere B's next token begins within bytes that were read, or A's does

@@ -40,7 +40,7 @@ class Tree:
         parents, tokens, depths: Of each node; the depth of the first token of all is 0.
         trunk: Nodes that can no longer change, in order.
         end: The last of them, or 0.
-        positions: A Position for each of the hybrid's tokens.
+        positions: A Position for each of the hybrid's tokens, or None.
     """
 
     depths: list
@@ -110,13 +110,14 @@ class Row:
         return out
 
 
-def grow(mapping, row, ids):
+def grow(mapping, row, ids, last=False):
     """Reads tokens of the hybrid into a row.
 
     Args:
         mapping: The component's `Mapping`.
         row: The Row before them.
         ids: The tokens.
+        last: Whether what comes after the last of them is all that is wanted: then only that one has a Position.
 
     Returns:
         (the Tree of what the component reads, the Row after them, without states and cache).
@@ -126,7 +127,7 @@ def grow(mapping, row, ids):
     if not begun and len(ids):
         tree.extend(b.start)
         word, begun = mapping.begins_with, True
-    for number in ids:
+    for place, number in enumerate(ids, 1):
         data = a.table[number] if number < a.size else b""
         if data is None:
             text, tokens, anew = mapping.read_special(number)
@@ -144,7 +145,8 @@ def grow(mapping, row, ids):
             if done:
                 tree.extend(b.cut(done))
             read = a.ending((*read, number), len(word))
-        tree.positions.append(_position(mapping, tree, word, read or (number,), texts))
+        wanted = not last or place == len(ids)
+        tree.positions.append(_position(mapping, tree, word, read or (number,), texts) if wanted else None)
     after = Row(word=word, read=read, begun=begun, texts=texts, depth=tree.depths[tree.end])
     return tree, after
 

@@ -70,6 +70,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             labels = None if labels is None else inputs.documents.labels(labels)
             if kwargs.get("shift_labels") is not None:
                 kwargs["shift_labels"] = inputs.documents.labels(kwargs["shift_labels"], True)
+        follows = self.config.reads_past_losses or self.config.holds_weights
+        inputs.last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and not (keep or follows)
         found = run(self, inputs, shared=False)
         # -0 is 0: all of them
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

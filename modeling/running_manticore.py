@@ -39,6 +39,7 @@ class Inputs:
         documents: The Documents of rows that are not one text each, or None.
         own: What the caller gets as cache: `cache`, or a DynamicCache of the caller's own with its layers.
         attentions: List that takes the layers' attention weights as they are computed, or None.
+        last: Whether predictions of each row's last token are all that is wanted.
     """
 
     ids: torch.Tensor | None
@@ -51,6 +52,7 @@ class Inputs:
     documents: Documents | None = None
     own: Cache | None = None
     attentions: list | None = None
+    last: bool = False
 
     @property
     def shape(self):

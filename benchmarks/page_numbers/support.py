@@ -145,40 +145,69 @@ def vllm(load: Load) -> Rows:
 @table("mixture-sampling-lag")
 def sampling_lag(load: Load) -> Rows:
     rows = [["gate trained", "asked every", "seed 0", "seed 1", "seed 2"]]
-    for what, said in (("lag", "as usual"), ("trained", "with the lag")):
+    ways = {
+        "lag": "as usual",
+        "trained": "with the lag",
+        "past": "with the lag and past losses",
+        "online": "online mixture",
+    }
+    for what, said in ways.items():
         lines = [line for line in load("mixture_sampling") if line["what"] == what]
         one, *lags = lines[0]["losses"]
-        rows.append([said, "token (the loss)", *(f"{line['losses'][one]:.4f}" for line in lines)])
+        none = [""] * (3 - len(lines))
+        rows.append([said, "token (the loss)", *(f"{line['losses'][one]:.4f}" for line in lines), *none])
         for lag in lags:
             costs = [line["losses"][lag] - line["losses"][one] for line in lines]
             ends = [span(line["cost_95"][lag], "+.3f") for line in lines]
-            rows.append([said, f"{lag} tokens", *(f"{cost:+.4f} ({end})" for cost, end in zip(costs, ends))])
+            rows.append([said, f"{lag} tokens", *(f"{cost:+.4f} ({end})" for cost, end in zip(costs, ends)), *none])
     return rows
+
+
+SPEEDS = {"speed": "two", "speed, three": "three", "speed, aligned": "two tokenizers"}
+
+
+def sampling_took(load):
+    """{case: ({way: seconds per token of the hybrid's}, those of one component)}."""
+    out = {}
+    for line in load("mixture_sampling"):
+        if line["what"] in SPEEDS:
+            took = line["seconds_per_token"]
+            alone = list(took)[: list(took).index("hybrid")]
+            out[line["what"]] = took, sum(took[name] for name in alone) / len(alone)
+    return {what: out[what] for what in SPEEDS if what in out}
 
 
 @table("mixture-sampling-speed")
 def sampling_speed(load: Load) -> Rows:
-    line = next(line for line in load("mixture_sampling") if line["what"] == "speed")
-    took = line["seconds_per_token"]
-    one = (took["gpt_neox"] + took["mamba"]) / 2
-    rows = [["way to write", "ms per token", "of one component"]]
-    return rows + [[name, f"{1000 * value:.1f}", f"{value / one:.2f}"] for name, value in took.items()]
+    rows = [["components", "way to write", "ms per token", "of one component"]]
+    for what, (took, one) in sampling_took(load).items():
+        rows += [[SPEEDS[what], name, f"{1000 * value:.1f}", f"{value / one:.2f}"] for name, value in took.items()]
+    return rows
 
 
 @values
 def sampling_values(load: Load) -> Values:
     lines = load("mixture_sampling")
-    draws = next(line for line in lines if line["what"] == "draws")
-    yield "sampling.draws", f"{draws['drawn']:,}"
-    yield "sampling.chi", " and ".join(f"{value:.1f}" for value in draws["chi_square"])
-    yield "sampling.limit", f"{draws['limit_95']:.1f}"
-    for what, key in (("lag", "lost"), ("trained", "lost_trained")):
+    for draws in lines:
+        if draws["what"].startswith("draws"):
+            key = "sampling.aligned_" if "aligned" in draws["what"] else "sampling."
+            yield f"{key}draws", f"{draws['drawn']:,}"
+            yield f"{key}chi", ", ".join(f"{value:.1f}" for value in draws["chi_square"])
+            yield f"{key}limit", f"{draws['limit_95']:.1f}"
+    for what, key in (("lag", "lost"), ("trained", "lost_trained"), ("past", "lost_past"), ("online", "lost_online")):
         costs = [line["losses"]["16"] - line["losses"]["1"] for line in lines if line["what"] == what]
         yield f"sampling.{key}", f"{sum(costs) / len(costs):.3f}"
-    took = next(line for line in lines if line["what"] == "speed")["seconds_per_token"]
-    one = (took["gpt_neox"] + took["mamba"]) / 2
-    yield "sampling.ratio", f"{took['drawn, gate asked every 16'] / one:.2f}"
-    yield "sampling.saved", f"{took['hybrid'] / took['drawn, gate asked every 16']:.2f}"
+
+    def mean(what, lag):
+        found = [line["losses"][lag] for line in lines if line["what"] == what]
+        return sum(found) / len(found)
+
+    yield "sampling.past_behind", f"{mean('past', '16') - mean('lag', '1'):.3f}"
+    for what, (took, one) in sampling_took(load).items():
+        key = "_" + what.split(", ")[1] if ", " in what else ""
+        yield f"sampling.ratio{key}", f"{took['drawn, gate asked every 16'] / one:.2f}"
+        yield f"sampling.static{key}", f"{took['drawn, static'] / one:.2f}"
+        yield f"sampling.saved{key}", f"{took['hybrid'] / took['drawn, gate asked every 16']:.2f}"
 
 
 @values
