@@ -112,6 +112,8 @@ def test_attention_weights_of_padded_rows():
         with pytest.raises(ManticoreError, match="padding between tokens"):
             model(ids, attention_mask=mask, use_cache=use_cache, output_attentions=True)
         mask[0, 3] = 1
+    with pytest.raises(ManticoreError, match="rows with several documents"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), use_cache=False, output_attentions=True)
 
 
 def test_no_attention_weights_without_a_word(monkeypatch):
