@@ -168,6 +168,9 @@ assert not any(info.values()), info
 found = facts(model)
 with torch.no_grad():
     found["hidden"] = base.eval()(input_ids=ids).last_hidden_state
+    places, mask = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]] * 2), torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]] * 2)
+    found["documents"] = model(input_ids=ids, position_ids=places, use_cache=False).logits
+    found["gaps"] = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, mask[0].bool()]
 pipe = pipeline("text-generation", model=repo, tokenizer=repo, **trust)
 found["pipeline"] = pipe("w5 w6 w7", max_new_tokens=6, do_sample=False)[0]["generated_text"]
 
@@ -318,6 +321,10 @@ def test_life_without_the_package(published, run, hub, owner, tmp_path):
     with torch.no_grad():
         hidden = base.eval()(input_ids=ids()).last_hidden_state
         torch.testing.assert_close(found["hidden"], hidden, rtol=1e-5, atol=1e-5)
+        alone = torch.cat([model(input_ids=one).logits for one in ids().split((3, 2, 3), 1)], 1)
+        torch.testing.assert_close(found["documents"], alone, rtol=1e-4, atol=1e-4)
+        short = model(input_ids=ids()[:, [0, 1, 2, 5, 6, 7]]).logits
+        torch.testing.assert_close(found["gaps"], short, rtol=1e-4, atol=1e-4)
     words = tokenizer()
     text = model.generate(
         **words("w5 w6 w7", return_tensors="pt", return_token_type_ids=False), max_new_tokens=6, do_sample=False

@@ -28,8 +28,9 @@ class WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        count, needed = len(ctx.saved_tensors) // 2, ctx.needs_input_grad
-        weights, terms = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad  # read once: what offloads them brings back once
+        count = len(saved) // 2
+        weights, terms = saved[:count], saved[count:]
         dots = [_dot(grad, x, w) if need else None for w, x, need in zip(weights, terms, needed)]
         scaled = [w * grad if need else None for w, need in zip(weights, needed[count:])]
         return *dots, *scaled
