@@ -157,10 +157,10 @@ BASELINES = {
     "align": "baseline: NeoX alone|baseline: Mamba alone",
     "gpu-run": "their plain ensemble",
     "aligned": "its own tokenizer|home model",
-    "real-pair": "Gemma, original|SmolLM2, original",
+    "real-pair": "original Gemma|original SmolLM2",
     "past-losses": "neox prose alone|uniform, log-probabilities|best static, probabilities",
     "past-losses-gate": "gate without past losses",
-    "gate-variants": "gate as it is",
+    "gate-variants": "gate unchanged",
     "bridges-text": "one block|self-bridges|LoRA",
     "mixture-sampling-lag": "token (the loss)",  # the same gate, asked as ever
 }

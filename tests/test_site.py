@@ -42,6 +42,8 @@ def test_the_reference_names_what_there_is(tmp_path):
     assert "::: modeling.configuration_manticore.ManticoreConfig" in package
     assert "## `from manticore_hf.evaluation.data import ...`" in others
     assert "::: manticore_hf.evaluation.data_arguments.DataArguments\n" in others
+    (row,) = (line for line in others.splitlines() if line.startswith("| `special_tokens` |"))
+    assert "&lt;&#124;im_start&#124;&gt;" in row and row.count("|") == 4  # a bar of the text is no bar of the table
 
 
 def test_what_is_loaded_from_elsewhere_is_found(tmp_path):

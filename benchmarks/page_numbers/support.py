@@ -104,7 +104,7 @@ def family_values(load: Load) -> Values:
 @table("serving")
 def serving(load: Load) -> Rows:
     result = load("serving")
-    rows = [["clients", "answers", "wrong", "tokens/s", "median latency, s", "95 %, s"]]
+    rows = [["clients", "answers", "wrong", "tokens/s", "median latency, s", "95th percentile, s"]]
     for one in result["served"]:
         latencies = [f"{one['median_latency']:.1f}", f"{one['p95_latency']:.1f}"]
         answers = [str(one["requests"]), bold(str(one["wrong"]))]

@@ -142,7 +142,7 @@ class StageRun:
         """Trains, from the last whole checkpoint if there is one; what it returns is for `save`. On every rank."""
         resume = self.arguments.resume_from_checkpoint or broadcast_object(last_whole_checkpoint(self.output))
         if resume:
-            print_main(f"{self.output}: going on from {resume}.")
+            print_main(f"{self.output}: resuming from {resume}.")
         kept = Unrounded(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return kept
