@@ -288,8 +288,9 @@ def test_phrases_say_what_is_lost_too():
         "without/1/a": {"loss": None},
     }  # fmt: skip
     assert phrases(facts, "", "Mine.") == [
-        "Without a in block 1, the hybrid is 0.500 nats per token worse; without b in block 1, it is 0.100 better.", "Mine."
-    ]  # fmt: skip
+        "Without a in block 1, the hybrid is 0.500 nats per token worse; without b in block 1, it is 0.100 better.",
+        "Mine.",
+    ]
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------
