@@ -1,4 +1,4 @@
-"""The model card of a hybrid, made from its directory: what it is, what it is worth, what it costs, what it obliges to.
+"""The model card of a hybrid, made from its directory: its contents, worth, cost and obligations.
 
 Metadata follow the Hub's conventions. The body comes from a template whose blocks are the card's sections. Whatever was
 written by strangers (names, licences, recipes) is escaped: it is shown, and formats nothing.

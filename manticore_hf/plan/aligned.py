@@ -1,4 +1,4 @@
-"""Components that read text by tokenizers of their own, in a plan: as much as they would read of a text, without it.
+"""Components with their own tokenizers in a plan: how much they would read of a text, without having the text.
 
 Such a component reads a tree of its tokens (see `modeling.aligned_reading`), and what it predicts is mapped to the
 hybrid's vocabulary. How large the tree is, and between how many tokens the mapping chooses, depends on the text: it is

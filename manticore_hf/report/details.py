@@ -1,4 +1,4 @@
-"""What the reports say to engineers, as texts and charts: the mixture, why it is so, where it pays, its training."""
+"""What the reports tell engineers, as texts and charts: the mixture, why it is so, where it pays off, its training."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a hybrid gains over each baseline, as numbers for a chart and as sentences that may be said."""
+"""What a hybrid gains over each baseline, as numbers for a chart and as sentences to quote."""
 
 from manticore_hf.report.facts import Facts, one_run
 from manticore_hf.utils.claims import ORIGINAL, claim

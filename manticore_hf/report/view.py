@@ -1,4 +1,4 @@
-"""What both reports say to who decides, as texts: HTML and Markdown print the same strings."""
+"""What both reports tell decision makers, as texts: HTML and Markdown print the same strings."""
 
 from importlib import metadata
 from typing import Any

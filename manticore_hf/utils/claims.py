@@ -1,4 +1,4 @@
-"""What may be said of a difference: nothing on too little text, and nothing without an interval."""
+"""What may be claimed about a difference: nothing on too little text, and nothing without an interval."""
 
 from collections.abc import Sequence
 
