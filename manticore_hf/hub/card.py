@@ -373,7 +373,7 @@ def _show(result):
     size = f", {result.tokens:,} tokens" if result.tokens else ""
     size += f", {result.size:,} bytes" if result.size else ""
     note = f" {result.note}" if result.note else ""
-    verdict = claim(f"the best baseline listed ({best})", result.differences.get(best), result.size)
+    verdict = claim(f"the best baseline listed ({best})", result.differences.get(best), result.size, "This hybrid")
     if not any(label.startswith(ORIGINAL.format("")) for label in baselines):
         verdict += (
             " The original components, with their own tokenizers, were not measured on this text; "
