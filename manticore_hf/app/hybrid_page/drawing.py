@@ -35,7 +35,7 @@ CSS = """
 .hp code{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre-wrap;font-size:.88em}
 .hp-cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(16rem,100%),1fr));gap:.8rem}
 .hp-card{border:1px solid var(--border-color-primary,#ccc);border-radius:.5rem;padding:.5rem .8rem}
-.hp-narrow{grid-template-columns:repeat(auto-fit,minmax(min(8.2rem,100%),1fr))}
+.hp-narrow{grid-template-columns:repeat(auto-fit,minmax(min(11rem,100%),1fr))}
 .hp-card h4{margin:.1rem 0 .4rem}
 .hp-bar{position:relative;z-index:0}
 .hp-bar::before{content:"";position:absolute;z-index:-1;inset:2px auto 2px 0;width:var(--w);border-radius:.2rem;
