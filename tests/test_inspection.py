@@ -145,7 +145,7 @@ def test_what_is_not_as_it_should_be_stands_out(published, hub, owner, capsys):
 def test_a_directory_is_described_alike(published, hub, tmp_path, capsys):
     (tmp_path / "out" / "evil.py").write_text("x")
     shown = inspected(str(tmp_path / "out"), capsys)
-    assert "tensors: 1 of a, " in shown and "read it: evil.py" in shown and "repository:" in shown
+    assert "tensors: 1 of a, " in shown and "running it: evil.py" in shown and "repository:" in shown
     found = json.loads(inspected(str(tmp_path / "out"), capsys, "--json"))
     assert found["repository"]["code"]["evil.py"] == "unknown"
     assert [entry["state"]["access"] for entry in found["components"]] == ["public", "public"]
