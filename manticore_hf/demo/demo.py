@@ -95,9 +95,7 @@ def run(output_dir: Path, tokens: int, seed: int, scratch: Path, verbose: bool =
     tuned = _rows_after_tuning(recipe, stages, test, scratch, seed)
     _print_table("before tuning the components", frozen, test)
     _print_table("after tuning everything on the same text", tuned, test)
-    _say(
-        "Passes over the text: 1 for a component alone, 2 with a gate (it alone, then everything), 3 with a search too."
-    )
+    _say("Components were trained on the text once, models with a gate twice, the searched hybrid three times.")
     plot_losses(_measured({**frozen, **tuned}, test).losses, output_dir / "losses.png")
 
     found = [*_verdicts(frozen, tuned, test), _gate(ManticoreForCausalLM.from_pretrained(stages[1]["finetune"]), test)]

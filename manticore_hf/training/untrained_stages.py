@@ -173,4 +173,7 @@ def _calibrated(result: dict) -> Iterator[str]:
     for name, loss in result["losses"].items():
         yield f"{name:>24}  {loss:.4f} nats per token"
     for key, score in result["r2"].items():
-        yield f"{key:>32}  R^2 {score:6.3f}  ridge {result['ridges'][key]:g}"
+        way, _, part = key.partition(":")
+        name, _, block = part.rpartition("-")
+        where = f"{way.replace('_', ' ')} {name}, block {int(block) + 1}"
+        yield f"{where:>40}  R^2 {score:6.3f}  ridge {result['ridges'][key]:g}"
