@@ -1,6 +1,7 @@
 """The rules of the verdict, each by a comparison made for it; reading a comparison; the charts' arithmetic."""
 
 import json
+import re
 import types
 
 import pytest
@@ -305,6 +306,21 @@ def test_charts_escape_what_they_print():
     ]
     for chart in drawn:
         assert "<script" not in chart and "&lt;script&gt;&#34;&amp;" in chart
+
+
+def test_what_a_forest_says_of_its_sides_stands_inside():
+    """Also of a hybrid that loses everywhere, whose line at 0 is at the edge, and beside the longest names."""
+    for width in (640, 520):
+        chart = charts.forest([("n" * 60, -0.05, [-0.06, -0.04]), ("b", -0.03, None)], width=width)
+        found = re.findall(
+            r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)" class="tick">([^<]*better[^<]*)<', chart
+        )
+        (left, y, start, baseline), (right, at, end, hybrid) = found
+        assert (start, end) == ("start", "end") and y == at and float(right) < width
+        assert float(right) - float(left) > 5.6 * len(
+            baseline + hybrid
+        )  # of 11 pixels' letters, which they do not share
+        assert re.search(r"n{28,}…", chart)
 
 
 def test_ticks_are_round_and_inside():

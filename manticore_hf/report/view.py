@@ -11,6 +11,7 @@ from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_differen
 from manticore_hf.utils.formatting import listed, plural, short_bytes, short_count, short_duration
 
 _ON_TOP = 6
+_CARD = 520  # width of the chart in its card, about that of the card on a page of 1,100 pixels
 
 
 def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
@@ -82,7 +83,8 @@ def _standing(facts):
     shown = rows[:_ON_TOP] if place < _ON_TOP else rows[: _ON_TOP - 1] + [rows[place]]
     found, unit = gains(facts)
     bars = [(name, gain, None if None in ends else ends) for name, (gain, *ends) in found.items()]
-    chart = charts.forest(bars, label="What the hybrid gains over each baseline", unit=unit) if bars else None
+    label = "What the hybrid gains over each baseline"
+    chart = charts.forest(bars, label=label, unit=unit, width=_CARD) if bars else None
     return {
         "note": note,
         "rows": shown,
