@@ -1,4 +1,4 @@
-"""A tokenizer as bytes: what each token stands for, and how bytes that go on with a text are cut.
+"""A tokenizer as bytes: what each token stands for, and how bytes that continue a text are split.
 
 Byte-level BPE (GPT-2, GPT-NeoX, Llama 3) writes each byte as a letter of its own, SentencePiece (Llama 2, Gemma) writes
 a space as a mark and a rare byte as `<0x0A>`, WordPiece marks what goes on with a word. Which of them a tokenizer is

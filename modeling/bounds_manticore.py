@@ -1,4 +1,4 @@
-"""What the other files stand on: errors, addresses and configurations of components, and the making of their models.
+"""What the other files build on: errors, addresses and configurations of components, and the making of their models.
 
 It is imported first, so it says if Transformers is too old. What a file says is believed here as Transformers believes
 it, but for the addresses and code of components, which belong to another owner. Who loads with the package is better

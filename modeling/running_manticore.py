@@ -1,4 +1,4 @@
-"""One pass of a hybrid: what it reads, the ways to run, and what it gives.
+"""One pass of a hybrid: what it reads, the ways to run, and what it returns.
 
 `run` takes one of three functions of one signature: `run_straight` (one block that reads native embeddings: whole
 components side by side, nothing cut), `run_all` (all components in every block, mixed after each: shared_manticore) and

@@ -538,8 +538,8 @@ def test_tools_know_of_bridges(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     card, *_ = make_card(tmp_path / "saved", CardFacts("me/hybrid", {"gpt_neox": "mit", "mamba": "mit"}))
     shown = "".join(card.sections.values())
-    assert "add to each other's states on the way, through 1 bridge." in shown
-    assert "mamba after block 2 to gpt" in shown and "keeps one for each block" not in shown
+    assert "add to each other's hidden states, through 1 bridge." in shown
+    assert "mamba after block 2 to gpt" in shown and "keeps one per block" not in shown
     with pytest.raises(ManticoreError, match="this hybrid has .*bridges between components"):
         model.generate(ids, do_sample=True, mixture_sampling=True, max_new_tokens=2)
     with pytest.raises(ManticoreError, match="has bridges .* this hybrid None"):

@@ -264,7 +264,9 @@ def test_an_entry_file_is_compared_like_the_rest(saved, tmp_path, capsys):
     folder = shutil.copytree(saved["two blocks, a Mamba"][0], tmp_path / "edited")
     (folder / ENTRY).write_text((folder / ENTRY).read_text() + "import os\n")
     assert main(["inspect", str(folder)]) == 0
-    assert f"CODE other content than in the installed manticore-hf, read it: {ENTRY}" in capsys.readouterr().out
+    assert (
+        f"CODE different from the installed manticore-hf, read it before running it: {ENTRY}" in capsys.readouterr().out
+    )
 
 
 def test_code_is_that_of_the_saved_class(saved, tmp_path):

@@ -243,7 +243,7 @@ def test_what_was_killed_goes_on(tmp_path, hybrids):
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
     half = command("finetune", hybrids, "blocks1", tmp_path / "half", 2, *own, "--bf16")
     printed = in_two(tmp_path, [killed, half])
-    assert printed.count("going on from") == 2
+    assert printed.count("resuming from") == 2
     assert main(command("finetune", hybrids, "blocks1", tmp_path / "one", 1, *saving)) == 0
     same_stage(tmp_path / "one", tmp_path / "two")
     same_stage(tmp_path / "whole", tmp_path / "half")

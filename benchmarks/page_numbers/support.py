@@ -29,7 +29,7 @@ def families(load: Load) -> Rows:
 @table("transplant")
 def transplant(load: Load) -> Rows:
     labels = {"copied": "the mean of all rows", "random": "all rows random"}
-    rows = [["head", "rows that are not copied", "its own tokenizer (baseline)", "after", "tuned"]]
+    rows = [["head", "rows that are not copied", "its own tokenizer (baseline)", "transplanted", "tuned"]]
     for line in load("transplant"):
         cells = [f"{line[when]:.3f}" for when in ("before", "after", "tuned")]
         rows.append([line["head"], labels.get(line["rows"], f"`{line['rows']}`"), *cells])
@@ -39,16 +39,7 @@ def transplant(load: Load) -> Rows:
 @table("aligned")
 def aligned(load: Load) -> Rows:
     """Bits per byte of each text and direction that was measured."""
-    head = [
-        "text",
-        "bytes",
-        "the model that is mapped",
-        "its own tokenizer",
-        "mapped",
-        "loss",
-        "home model",
-        "both, mixed",
-    ]
+    head = ["text", "bytes", "mapped model", "its own tokenizer", "mapped", "loss", "home model", "both, mixed"]
     rows = [[*head, "nodes read / own tokens"]]
     for key, one in load("aligned").items():
         pair, _, text = key.partition(": ")
@@ -67,16 +58,16 @@ def aligned_tokenizers(load: Load) -> Rows:
     for name in next(iter(found.values()))["lost"]:
         pairs = [one["lost"][name] for one in found.values()]
         cells = [f"{round(lost, 3) + 0.0:.3f} of {entropy:.2f}" for lost, entropy in pairs]  # a rounded -0 is 0
-        rows.append([f"bits lost of a perfect model's, {name}", *cells])
+        rows.append([f"bits that a perfect model loses, {name}", *cells])
     labels = {
-        "sum": "probabilities' sum, off one by",
-        "cached": "with a cache, token by token, off by",
-        "chunks": "with a cache, in chunks, off by",
-        "future": "with another future, off by",
+        "sum": "error of the probabilities' sum",
+        "cached": "error with a cache, token by token",
+        "chunks": "error with a cache, in chunks",
+        "future": "error with a different future",
     }
     rows += [[label, *(f"{one[key]:.0e}" for one in found.values())] for key, label in labels.items()]
-    rows.append(["greedy tokens alike with and without a cache", *(one["generated"] for one in found.values())])
-    rows.append(["odd rows whose numbers are all finite", *(one["odd_rows"] for one in found.values())])
+    rows.append(["same greedy tokens with and without a cache", *(one["generated"] for one in found.values())])
+    rows.append(["edge-case rows with finite values only", *(one["odd_rows"] for one in found.values())])
     return rows
 
 
@@ -113,7 +104,7 @@ def family_values(load: Load) -> Values:
 @table("serving")
 def serving(load: Load) -> Rows:
     result = load("serving")
-    rows = [["clients", "answers", "wrong", "tokens/s", "median latency, s", "95 %, s"]]
+    rows = [["clients", "answers", "wrong", "tokens/s", "median latency, s", "95th percentile, s"]]
     for one in result["served"]:
         latencies = [f"{one['median_latency']:.1f}", f"{one['p95_latency']:.1f}"]
         answers = [str(one["requests"]), bold(str(one["wrong"]))]
@@ -144,7 +135,7 @@ def vllm(load: Load) -> Rows:
 
 @table("mixture-sampling-lag")
 def sampling_lag(load: Load) -> Rows:
-    rows = [["gate trained", "asked every", "seed 0", "seed 1", "seed 2"]]
+    rows = [["gate trained", "gate evaluated every", "seed 0", "seed 1", "seed 2"]]
     ways = {
         "lag": "as usual",
         "trained": "with the lag",
@@ -179,9 +170,12 @@ def sampling_took(load):
 
 @table("mixture-sampling-speed")
 def sampling_speed(load: Load) -> Rows:
-    rows = [["components", "way to write", "ms per token", "of one component"]]
+    rows = [["components", "generation", "ms per token", "relative to one component"]]
     for what, (took, one) in sampling_took(load).items():
-        rows += [[SPEEDS[what], name, f"{1000 * value:.1f}", f"{value / one:.2f}"] for name, value in took.items()]
+        rows += [
+            [SPEEDS[what], name.replace("asked", "evaluated"), f"{1000 * value:.1f}", f"{value / one:.2f}"]
+            for name, value in took.items()
+        ]
     return rows
 
 

@@ -370,7 +370,7 @@ def _refuse_aligned(config, route):
     if config.aligned:
         raise ManticoreError(
             f"route={route!r}: components {list(config.aligned)} have tokenizers of their own, and pruned to one of "
-            f"them the hybrid would be that model as it came; prune to {config.tokenizer_component!r}, whose tokenizer "
+            f"them the hybrid would be that original model; prune to {config.tokenizer_component!r}, whose tokenizer "
             "is the hybrid's."
         )
 
