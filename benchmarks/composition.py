@@ -1,8 +1,10 @@
-"""A task that no mixture of outputs can do, by all conditions and over several seeds.
+"""Tasks that no mixture of outputs can do, by all conditions and over several seeds.
 
     python benchmarks/composition.py DIR --output benchmarks/results/composition.json    # minutes of a core
+    python benchmarks/composition.py DIR --task glossary --output benchmarks/results/glossary.json
 
-At the defaults of `manticore-hf composition`. Finished runs in DIR are not repeated; --collect writes what is there.
+Sums at the defaults of `manticore-hf composition`, the glossary with fewer names, rows and steps (SIZES). Finished runs
+in DIR are not repeated; --collect writes what is there.
 """
 
 import argparse
@@ -16,35 +18,43 @@ import torch
 from transformers.utils import logging
 
 from manticore_hf.experiments import CompositionTask, run_composition
+from manticore_hf.experiments.composition.glossary import GlossaryTask
 from manticore_hf.experiments.composition.models import conditions
 from manticore_hf.experiments.composition.train import Composition, CompositionTraining
 from manticore_hf.utils.files import read_json
 
-KEPT = ("model", "unseen", "trained", "parameters", "trained_parameters", "steps", "train_loss")
+TASKS = {"sums": CompositionTask, "glossary": GlossaryTask}
+SIZES = {"sums": {}, "glossary": {"num_keys": 288, "num_table": 7200, "num_sums": 6400, "num_train": 2400}}
+KEPT = ("model", "unseen", "known", "trained", "parameters", "trained_parameters", "steps", "train_loss")
 
 
-def collected(folder: Path) -> dict:
-    """All finished runs of a folder, as the pages read them: conditions in their order, seeds in theirs."""
-    runs = [read_json(file) for file in sorted(folder.glob("*.json"))]
-    order = [*conditions(3)]
+def collected(folder: Path, name: str) -> dict:
+    """All finished runs of a task in a folder, as the pages read them: conditions in their order, seeds in theirs."""
+    kind = TASKS[name]
+    runs = [read_json(file) for file in sorted(folder.glob(f"{kind.name}-*.json"))]
+    order = [*conditions(3, tuple(kind.parts))]
     runs = sorted(
         (run for run in runs if "condition" in run["what"]),
         key=lambda run: (order.index(run["model"]), run["task"]["seed"]),
     )
     seeds = sorted({run["task"]["seed"] for run in runs})
     alone = [
-        Composition(CompositionTask(seed=one), folder, CompositionTraining(seed=one), True).alone() for one in seeds
+        Composition(kind(**SIZES[name], seed=one), folder, CompositionTraining(seed=one), True).alone() for one in seeds
     ]
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": version("transformers"), "peft": version("peft")},
-        "command": "python benchmarks/composition.py DIR --output benchmarks/results/composition.json",
+        "command": f"python benchmarks/composition.py DIR --task {name} --output benchmarks/results/{kind.name}.json",
         "task": {key: value for key, value in runs[0]["task"].items() if key != "seed"},
         "training": {key: value for key, value in runs[0]["training"].items() if key != "seed"},
         "components": [{"seed": one, **found} for one, found in zip(seeds, alone)],
         "rows": [
-            {"seed": run["task"]["seed"], **{key: run.get(key) for key in KEPT}, "condition": run["what"]["condition"]}
+            {
+                "seed": run["task"]["seed"],
+                **{key: run[key] for key in KEPT if key in run},
+                "condition": run["what"]["condition"],
+            }
             for run in runs
         ],
     }
@@ -53,6 +63,7 @@ def collected(folder: Path) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="where each run's JSON goes")
+    parser.add_argument("--task", choices=TASKS, default="sums")
     parser.add_argument("--output", type=Path, help="write all results to this file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="conditions, by name")
@@ -62,9 +73,9 @@ def main():
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     for seed in () if args.collect else args.seeds:
-        run_composition(CompositionTask(seed=seed), args.directory, only=args.only)
+        run_composition(TASKS[args.task](**SIZES[args.task], seed=seed), args.directory, only=args.only)
     if args.output:
-        args.output.write_text(json.dumps(collected(args.directory), indent=1) + "\n")
+        args.output.write_text(json.dumps(collected(args.directory, args.task), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from manticore_hf import ManticoreError
 from manticore_hf.cli import main
 from manticore_hf.experiments.composition import train
-from manticore_hf.experiments.composition.models import PARTS, build, calibrate, conditions
+from manticore_hf.experiments.composition.models import build, calibrate, conditions
 from manticore_hf.experiments.composition.texts import CHARACTERS, TEXTS, CompositionTask, generate, table
 from manticore_hf.experiments.composition.train import Composition, CompositionTraining
 from manticore_hf.experiments.models import from_scratch
@@ -117,14 +117,16 @@ def test_each_condition_trains_what_it_says_and_starts_from_its_components():
     sizes = SMALL.vocab_size, 3, 32, SMALL.positions
 
     def component(name):
-        return from_scratch(PARTS[name], *sizes, seed=7)
+        return from_scratch(SMALL.parts[name].family, *sizes, seed=7)
 
     ids = torch.from_numpy(generate(SMALL, "test")[0][:3])
     adder = component("adder").eval()(input_ids=ids).logits
     for name, condition in conditions(3).items():
         model = build(condition, component, 7).eval()
         trained = {one.split(".")[0] for one, p in model.named_parameters() if p.requires_grad}
-        if len(condition.parts) == 2:
+        if condition.gates:
+            assert [one for one, p in model.named_parameters() if p.requires_grad] == ["hybrid_mixer.bridges.gates"]
+        elif len(condition.parts) == 2:
             assert trained == {"hybrid_mixer", *condition.tuned}, name
         elif condition.lora:
             trained = [one for one, p in model.named_parameters() if p.requires_grad]
@@ -142,25 +144,36 @@ def test_each_condition_trains_what_it_says_and_starts_from_its_components():
     ]
 
 
-def test_a_calibrated_bridge_says_the_next_token_in_the_receivers_embeddings():
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_calibrated_bridge_says_the_next_token_in_the_receivers_embeddings(quiet):
     """Beside least squares without a bias, token by token; other bridges stay zero, and both models as they were."""
     sizes = SMALL.vocab_size, 3, 32, SMALL.positions
-    model = build(conditions(3)["calibrated bridge frozen"], lambda name: from_scratch(PARTS[name], *sizes, seed=7), 7)
+    model = build(
+        conditions(3)["calibrated bridge frozen"],
+        lambda name: from_scratch(SMALL.parts[name].family, *sizes, seed=7),
+        7,
+    )
     before = {name: value.clone() for name, value in model.state_dict().items() if "bridges" not in name}
     ids = torch.from_numpy(generate(SMALL, "table")[0])
-    found = calibrate(model.eval(), ids)
+    own = torch.from_numpy(generate(SMALL, "sums")[0]) if quiet else None
+    found = calibrate(model.eval(), ids, own)
     first, *rest = model.hybrid_mixer.bridges.edges
     assert all(not one.up.weight.any() for one in rest)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
     embedding, rows = model.component("adder").get_input_embeddings().weight.double(), {"fit": [], "chosen": []}
-    for i, row in enumerate(ids):
+    texts = [(row, i, True) for i, row in enumerate(ids)] + [
+        (row, i, False) for i, row in enumerate(own if quiet else ())
+    ]
+    for row, i, told in texts:
         with torch.no_grad():
-            states = model.component("table").backbone(row[None]).last_hidden_state[0].double()
+            states = model.component("table").backbone(row[None]).last_hidden_state[0]
+            sure = model.component("table").lm_head(states).softmax(-1).max(-1)[0].double() ** quiet
         for t in range(len(row) - 1):
-            x = states[t] / states[t].square().mean().add(1e-6).sqrt()
+            x = states[t].double() / states[t].double().square().mean().add(1e-6).sqrt()
             y = embedding[row[t + 1]] / embedding[row[t]].square().mean().add(1e-6).sqrt()
-            rows["fit" if i < 270 else "chosen"].append((x, y))
+            y = y * told
+            rows["fit" if i < 270 else "chosen"].append((sure[t] * x, sure[t] * y))
     (x, y), (new, wanted) = ([torch.stack(one).detach() for one in zip(*part)] for part in rows.values())
     best = None
     for ridge in RIDGES:
@@ -251,5 +264,5 @@ def test_what_a_component_can_alone_is_asked_of_it_alone(tmp_path, monkeypatch):
 def test_conditions_that_are_not_there_and_too_few_layers_raise(tmp_path):
     with pytest.raises(ManticoreError, match=r"\['bridges'\] are not conditions"):
         train.run_composition(SMALL, tmp_path, only=["bridges"])
-    with pytest.raises(ManticoreError, match="layers=2: three blocks"):
+    with pytest.raises(ManticoreError, match="layers=2: 3 blocks"):
         train.run_composition(SMALL, tmp_path, CompositionTraining(layers=2))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset
 
 from manticore_hf.modeling.settings_manticore import ManticoreError
@@ -26,6 +27,15 @@ DIGITS, LETTERS = range(10), range(10, 36)
 COLON, PLUS, EQUALS, SEMICOLON = range(36, 40)
 IGNORE = -100
 TEXTS = ("table", "sums", "train", "trained-keys", "test")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of a composition: its model type, the text that it is trained on, and the field with its rows."""
+
+    family: str
+    text: str
+    rows: str
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,13 @@ class CompositionTask:
 
     name = "composition"
     vocab_size = len(CHARACTERS)
+    letters = len(LETTERS)
+    texts = TEXTS
+    # First the component that bridges lead into, then the one that they begin from
+    parts = {"adder": Part("llama", "sums", "num_sums"), "table": Part("mamba", "table", "num_table")}
+    said = DIGITS  # what the second one knows of a key
+    answer = 2  # tokens asked for at a time
+    asked = {"unseen": "test", "trained": "trained-keys"}
 
     def __post_init__(self):
         for field in fields(self):
@@ -67,9 +84,9 @@ class CompositionTask:
                     raise ManticoreError(f"omitted={value} must be a share in [0, 1).")
             elif not isinstance(value, int) or value < (0 if field.name == "seed" else 1):
                 raise ManticoreError(f"{field.name}={value!r} must be a whole number, at least 1 (seed: 0).")
-        if self.num_keys % 2 or self.num_keys > len(LETTERS) ** self.key_length:
+        if self.num_keys % 2 or self.num_keys > self.letters**self.key_length:
             raise ManticoreError(
-                f"num_keys={self.num_keys} must be even, and at most {len(LETTERS) ** self.key_length}: there are no "
+                f"num_keys={self.num_keys} must be even, and at most {self.letters**self.key_length}: there are no "
                 f"more words of {self.key_length} letter(s)."
             )
         if 4 * self.pairs > self.num_keys:
@@ -84,12 +101,28 @@ class CompositionTask:
         return max(self.length, self.pairs * (2 * self.key_length + 7))
 
     def dataset(self, text: str) -> Dataset:
-        """One of TEXTS as a `datasets.Dataset` with `input_ids` and `labels`."""
+        """One of `texts` as a `datasets.Dataset` with `input_ids` and `labels`."""
         columns = {}
         for name, values in zip(("input_ids", "labels"), generate(self, text)):
             starts = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
             columns[name] = pa.ListArray.from_arrays(pa.array(starts), pa.array(values.reshape(-1)))
         return Dataset(pa.table(columns))
+
+    def write(self, text: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """One of `texts`, as `generate` returns it."""
+        if text == "table":
+            return _table(self, rng, self.num_table)
+        if text == "sums":
+            return _sums(self, rng, self.num_sums)
+        return _pairs(self, rng, self.num_train if text == "train" else self.num_test, text == "test")
+
+    def told(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the second component knows, where a text of the task asks for it: [rows, time]; -100 elsewhere."""
+        known = {tuple(key): int(value) for key, value in zip(*(one.tolist() for one in table(self)))}
+        found = torch.full_like(ids, IGNORE)
+        for row, colon in (ids == COLON).nonzero().tolist():
+            found[row, colon] = known[tuple(ids[row, colon - self.key_length : colon].tolist())]
+        return found
 
 
 def table(task: CompositionTask) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +143,7 @@ def generate(task: CompositionTask, text: str) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         task: What is written.
-        text: One of TEXTS.
+        text: One of its `texts`.
 
     Returns:
         (input_ids, labels): int64 [rows, characters]; labels are -100 where nothing is asked, aligned with the inputs,
@@ -119,14 +152,9 @@ def generate(task: CompositionTask, text: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ManticoreError: There is no such text.
     """
-    if text not in TEXTS:
-        raise ManticoreError(f"text={text!r} is unknown; choose one of {list(TEXTS)}.")
-    rng = stream(task, text)
-    if text == "table":
-        return _table(task, rng, task.num_table)
-    if text == "sums":
-        return _sums(task, rng, task.num_sums)
-    return _pairs(task, rng, task.num_train if text == "train" else task.num_test, text == "test")
+    if text not in task.texts:
+        raise ManticoreError(f"text={text!r} is unknown; choose one of {list(task.texts)}.")
+    return task.write(text, stream(task, text))
 
 
 def stream(task: CompositionTask, use: str) -> np.random.Generator:
@@ -151,7 +179,7 @@ def _table(task, rng, rows):
     there[..., -2] = rng.random((rows, count)) >= task.omitted
     asked = np.ones(slots.shape, bool)
     asked[..., -1] = there[..., -2]
-    return _written(slots, there, asked, task.length)
+    return written(slots, there, asked, task.length)
 
 
 def _sums(task, rng, rows):
@@ -171,11 +199,13 @@ def _sums(task, rng, rows):
     slots = np.concatenate(parts, -1)
     asked = np.zeros(slots.shape, bool)
     asked[..., -3:-1] = True
-    return _written(slots, np.concatenate(there, -1), asked, task.length)
+    return written(slots, np.concatenate(there, -1), asked, task.length)
 
 
-def _written(slots, there, asked, length):
-    """[rows, items, slots] as rows of `length` characters, without the slots that are not there, and their labels."""
+def written(
+    slots: np.ndarray, there: np.ndarray, asked: np.ndarray, length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """[rows, items, slots] as rows of `length` tokens, without the slots that are not there, and their labels."""
     labels = np.where(asked, slots, IGNORE)
     order = np.argsort(~there.reshape(len(slots), -1), axis=1, kind="stable")[:, :length]
     return tuple(np.take_along_axis(one.reshape(len(slots), -1), order, 1) for one in (slots, labels))

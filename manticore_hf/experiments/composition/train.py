@@ -22,15 +22,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
 from manticore_hf.experiments.baselines import Benchmark, Training, answers
-from manticore_hf.experiments.composition.models import PARTS, Condition, build, calibrate, conditions
-from manticore_hf.experiments.composition.texts import COLON, DIGITS, CompositionTask, table
+from manticore_hf.experiments.composition.models import Condition, build, calibrate, conditions
+from manticore_hf.experiments.composition.texts import IGNORE, CompositionTask
 from manticore_hf.experiments.models import from_scratch
 from manticore_hf.modeling.settings_manticore import ManticoreError
 
-TEXT_OF = {"adder": "sums", "table": "table"}
 TRAINED = {"warmup_steps": 50, "max_grad_norm": 1.0, "disable_tqdm": True}
-CALIBRATED_ON = 2500  # rows of the table's text
-ASKED = {"unseen": "test", "trained": "trained-keys"}
+CALIBRATED_ON = 2500  # rows of a component's text
 
 
 @dataclass(frozen=True)
@@ -71,23 +69,25 @@ def run_composition(
         quiet: No progress bar and no table.
 
     Returns:
-        A result for each condition: model, unseen and trained (shares of the sums that are right), settings.
+        A result for each condition: model, unseen and trained (shares of the answers that are right), settings.
 
     Raises:
         ManticoreError: There is no such condition, or something in the settings cannot be used.
     """
     training = training or CompositionTraining(seed=task.seed)
-    known = conditions(training.layers)
+    known = conditions(training.layers, tuple(task.parts))
     if unknown := set(only or ()) - set(known):
         raise ManticoreError(f"{sorted(unknown)} are not conditions; choose from {list(known)}.")
-    if training.layers < 3:
-        raise ManticoreError(f"layers={training.layers}: three blocks are merged, so that at least 3 are needed.")
-    results = Composition(task, output_dir, training, quiet).compare({name: known[name] for name in only or known})
+    wanted = {name: known[name] for name in only or known}
+    if training.layers < (most := max(one.hybrid.get("num_blocks", 1) for one in wanted.values())):
+        raise ManticoreError(f"layers={training.layers}: {most} blocks are merged, so that at least {most} are needed.")
+    results = Composition(task, output_dir, training, quiet).compare(wanted)
     if not quiet:
-        print(f"\n{task.num_keys} keys, seed {task.seed}; a sum that is always said would be right in a tenth")
-        print(f"{'':26}{'trained':>12}{'unseen keys':>13}{'trained keys':>14}")
+        print(f"\n{task.num_keys} keys, seed {task.seed}; shares of answers that are right")
+        print(f"{'':28}{'trained':>12}", *(f"{name + ' keys':>14}" for name in task.asked), sep="")
         for row in results:
-            print(f"{row['model']:26}{row['trained_parameters']:12,}{row['unseen']:13.3f}{row['trained']:14.3f}")
+            shares = (f"{row[name]:14.3f}" for name in task.asked)
+            print(f"{row['model']:28}{row['trained_parameters']:12,}", *shares, sep="")
     return results
 
 
@@ -107,11 +107,11 @@ class Composition(Benchmark):
         """Runs what is not finished; returns a result for each condition, by name, that is wanted."""
         missing = [one for name, one in wanted.items() if self._is_missing(name, one)]
         texts = ["train"] * sum(one.learning_rate is not None for one in missing)
-        texts += [TEXT_OF[name] for name in PARTS if missing and self._is_missing(name)]
+        texts += [part.text for name, part in self.task.parts.items() if missing and self._is_missing(name)]
         steps = sum(-(-len(self.data(text)) // self.training.batch_size) for text in texts)
         with tqdm(total=self.training.epochs * steps, unit="step", disable=self.quiet or not steps) as self.bar:
             if missing:
-                for name in PARTS:
+                for name in self.task.parts:
                     self._part(name)
             return [self._condition(name, one) for name, one in wanted.items()]
 
@@ -120,7 +120,7 @@ class Composition(Benchmark):
 
     def component(self, name: str) -> PreTrainedModel:
         """A trained component, as an ordinary model of its own."""
-        model = from_scratch(PARTS[name], *self.sizes, seed=self.training.seed)
+        model = from_scratch(self.task.parts[name].family, *self.sizes, seed=self.training.seed)
         weights = self._file(name, self._what(name))[0].with_suffix(".safetensors")
         model.load_state_dict(load_file(weights), strict=False)  # of tied tensors the file has one
         return model
@@ -130,44 +130,51 @@ class Composition(Benchmark):
         """What each component can of the test by itself, once it is trained.
 
         Returns:
-            {"table": share of the keys whose value it says, whichever of a pair, "adder": share of the sums that are
-            right where it is told the values, in the place of the colons}.
+            By name: of the one that bridges begin from the share of the keys whose value it says, whichever of a row;
+            of the other the share of the answers that are right where it is told the values, in the keys' last token.
         """
-        ids, size = torch.tensor(self.data("test")["input_ids"]), self.task.key_length
-        known = {tuple(key): int(value) for key, value in zip(*(one.tolist() for one in table(self.task)))}
-        said = self.component("table").eval()(input_ids=ids).logits[..., : len(DIGITS)].argmax(-1)
-        told, hits = ids.clone(), []
-        for row, colon in (ids == COLON).nonzero().tolist():
-            value = told[row, colon] = known[tuple(ids[row, colon - size : colon].tolist())]
-            hits.append(bool(said[row, colon] == value))
-        answer = self.component("adder").eval()(input_ids=told).logits
-        found = [torch.tensor(one) for one in self.pick(answer, {"labels": torch.tensor(self.data("test")["labels"])})]
-        return {"table": sum(hits) / len(hits), "adder": (found[0] == found[1]).all(-1).float().mean().item()}
+        (receiver, sender), asked = self.task.parts, self.data("test")
+        ids, values = torch.tensor(asked["input_ids"]), self.task.said
+        known = self.task.told(ids)
+        there = known != IGNORE
+        said = self.component(sender).eval()(input_ids=ids).logits[..., values.start : values.stop].argmax(-1)
+        right = (said + values.start == known)[there]
+        answer = self.component(receiver).eval()(input_ids=torch.where(there, known, ids)).logits
+        found = [torch.tensor(one) for one in self.pick(answer, {"labels": torch.tensor(asked["labels"])})]
+        shares = right, (found[0] == found[1]).all(-1)
+        return {name: share.float().mean().item() for name, share in zip((sender, receiver), shares)}
 
     def depends_on(self, what: Mapping[str, Any]) -> dict[str, Any]:
         """As in the base; a component depends on nothing that the task is trained and asked with."""
         used = dataclasses.asdict(self.task)
         if "component" in what:
-            others = {"num_train", "num_test", "pairs", "num_sums", "num_table"} - {f"num_{TEXT_OF[what['name']]}"}
+            others = {"num_train", "num_test", "pairs", "num_sums", "num_table"} - {self.task.parts[what["name"]].rows}
             used = {key: value for key, value in used.items() if key not in others}
         return used
 
     def _what(self, name, condition=None):
         if condition is None:
-            return {"name": name, "component": PARTS[name]}
+            return {"name": name, "component": self.task.parts[name].family}
         return {"condition": dataclasses.asdict(condition)}
 
     def _part(self, name):
-        start, one = partial(from_scratch, PARTS[name], *self.sizes, seed=self.training.seed), self.training
-        own = {"adder": {"neftune_noise_alpha": one.noise or None}, "table": {"label_smoothing_factor": one.smoothing}}
-        own = own[name] | TRAINED
-        self._run(name, self._what(name), start, True, TEXT_OF[name], [_Bar(self.bar)], **own)
+        start, one = (
+            partial(from_scratch, self.task.parts[name].family, *self.sizes, seed=self.training.seed),
+            self.training,
+        )
+        own = {"neftune_noise_alpha": one.noise or None}, {"label_smoothing_factor": one.smoothing}
+        own = dict(zip(self.task.parts, own))[name] | TRAINED
+        self._run(name, self._what(name), start, True, self.task.parts[name].text, [_Bar(self.bar)], **own)
 
     def _condition(self, name, condition):
         def start():
             model = build(condition, self.component, self.training.seed)
             if condition.calibrated:
-                calibrate(model, torch.tensor(self.data("table")[:CALIBRATED_ON]["input_ids"]))
+                own, text = (
+                    torch.tensor(self.data(self.task.parts[name].text)[:CALIBRATED_ON]["input_ids"])
+                    for name in self.task.parts
+                )
+                calibrate(model, text, own if condition.quiet else None)
             return model
 
         split, own = (None, {}) if condition.learning_rate is None else ("train", TRAINED)
@@ -175,17 +182,20 @@ class Composition(Benchmark):
         return self._run(name, self._what(name, condition), start, split=split, callbacks=[_Bar(self.bar)], **own)
 
     def _score(self, models):
-        """{"unseen": share of right sums of keys that were not trained on, "trained": of keys that were, ...}."""
+        """The share of right answers of each text of `task.asked`, and the number of weights that were trained."""
         found = {"trained_parameters": sum(p.numel() for p in models[0].parameters() if p.requires_grad)}
-        for name, text in ASKED.items():
+        for name, text in self.task.asked.items():
             said, wanted = answers(models, self.data(text), self.pick, 50, arguments=self.forward_arguments, quiet=True)
             found[name] = sum(one == other for one, other in zip(said, wanted)) / len(wanted)
         return found
 
     def pick(self, scores: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> tuple[list, list]:
-        """The two digits of every result, as said and as they are."""
+        """The tokens of every answer, as said and as they are."""
         asked = batch["labels"][:, 1:] != -100
-        return tuple(one[asked].view(-1, 2).tolist() for one in (scores.argmax(-1)[:, :-1], batch["labels"][:, 1:]))
+        return tuple(
+            one[asked].view(-1, self.task.answer).tolist()
+            for one in (scores.argmax(-1)[:, :-1], batch["labels"][:, 1:])
+        )
 
     def _say(self, text):
         self.bar.set_description(text.partition(":")[0])
