@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "real_pair.json"
 TEST, VALIDATION = 20_480, 5_120  # bytes of each text
 SEEDS, RATES, EPOCHS = (0, 1, 2), (1e-3, 3e-3, 1e-2), (1, 3, 10)
 WEIGHTS = np.linspace(0, 1, 21)
+NODES = (1 - np.cos(np.linspace(0, math.pi, 9))) / 2  # weights of the second model, Chebyshev's
 ONLINE = {"eta": 0.1, "decay": 0.95, "share": 0.05}  # the hybrid's defaults
 
 
@@ -54,8 +55,9 @@ def measure(hybrid, text, alone=True):
     """What every mixture of a window needs, and what its components make of it `alone`.
 
     Returns:
-        {"nats" [tokens, K] of the hybrid's tokens, the other component's mapped; "read" [tokens, features] of a gate;
-        "own" bits of each component with its own tokenizer; "bytes"; "seconds" of the processor: hybrid, components}.
+        {"nats" [tokens, K] of the hybrid's tokens, the other component's mapped; "norms" [tokens, NODES]: the logarithm
+        of what normalises their geometric mixtures; "read" [tokens, features] of a gate; "own" bits of each component
+        with its own tokenizer; "bytes"; "seconds" of the processor: hybrid, components}.
     """
     aligner, names = aligner_of(hybrid), hybrid.config.component_names
     tokens, ids = {name: aligner.bytes_of(hybrid, name) for name in names}, None
@@ -77,13 +79,16 @@ def measure(hybrid, text, alone=True):
     finally:
         del hybrid.mix
     seconds = [time.process_time() - began, began - start]
-    nats, read = [], []
-    for state, logits in zip(seen["states"], seen["logits"]):
-        state, logits = state[0, first:-1].float(), logits[0, first:-1].float()
-        nats.append(-logits.log_softmax(-1).gather(-1, ids[:, None]))
+    nats, read, norms = [], [], []
+    pair = [logits[0, first:-1].float().log_softmax(-1) for logits in seen["logits"]]
+    for rows in zip(*(one.split(16) for one in pair)):  # small enough for the processor's cache
+        norms.append(torch.stack([torch.lerp(*rows, weight).logsumexp(-1) for weight in NODES], -1))
+    for state, logits in zip(seen["states"], pair):
+        state = state[0, first:-1].float()
+        nats.append(-logits.gather(-1, ids[:, None]))
         read += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), sureness(logits[None])[0][0]]
-    return {"nats": torch.cat(nats, -1), "read": torch.cat(read, -1), "own": own, "bytes": len(text.encode()),
-            "seconds": seconds}  # fmt: skip
+    return {"nats": torch.cat(nats, -1), "norms": torch.cat(norms), "read": torch.cat(read, -1), "own": own,
+            "bytes": len(text.encode()), "seconds": seconds}  # fmt: skip
 
 
 def collect(options):
@@ -124,6 +129,24 @@ def mixed(weights, one):
     return -(weights.log() - one["nats"]).logsumexp(-1).sum()
 
 
+def geometric(weights, one):
+    """Nats of a window under a geometric mixture with `weights` [tokens or 1, 2]."""
+    norms = one["norms"].to(weights.dtype)
+    return ((weights * one["nats"]).sum(-1) + (lagrange(weights[..., 1]) * norms).sum(-1)).sum()
+
+
+def lagrange(weight):
+    """[..., NODES]: what each node's value counts at a weight (polynomial interpolation)."""
+    nodes, basis = torch.tensor(NODES, dtype=weight.dtype), []
+    for i, node in enumerate(nodes):
+        others = torch.cat([nodes[:i], nodes[i + 1 :]])
+        basis.append(((weight[..., None] - others) / (node - others)).prod(-1))
+    return torch.stack(basis, -1)
+
+
+SPACES = {"": mixed, "geometric ": geometric}
+
+
 def online(one):
     """Nats of a window under the online mixture."""
     prior = one["nats"].new_full((one["nats"].shape[-1],), 1 / one["nats"].shape[-1])
@@ -132,15 +155,15 @@ def online(one):
 
 
 class Gate:
-    """A token gate that is trained on windows, with the components' past losses or without."""
+    """A token gate over a mixture (of SPACES) that is trained on windows, with past losses or without."""
 
-    def __init__(self, widths, past):
-        self.module, self.past = (LossGate if past else TokenGate)(widths), past
+    def __init__(self, widths, past, space):
+        self.module, self.past, self.mixed = (LossGate if past else TokenGate)(widths), past, SPACES[space]
         self.module.reset()
 
     def nats(self, one):
         scores = self.module.linear(one["read"])
-        return mixed((scores + self.module.past(one["losses"]) if self.past else scores).softmax(-1), one)
+        return self.mixed((scores + self.module.past(one["losses"]) if self.past else scores).softmax(-1), one)
 
     def train(self, rows, rate, epochs, seed):
         def loss(batch):
@@ -150,7 +173,7 @@ class Gate:
         return self
 
 
-def best_gate(found, kinds, widths, past, tokens, seed):
+def best_gate(found, kinds, widths, past, space, tokens, seed):
     """(settings, gate) that the validation text chooses of those trained on `tokens` tokens of all kinds."""
     rows, counted = [], 0
     pools = [[found[kind, "train"][i] for i in torch.randperm(
@@ -161,7 +184,7 @@ def best_gate(found, kinds, widths, past, tokens, seed):
             counted += len(one["nats"])
     held, runs = [one for kind in kinds for one in found[kind, "validation"]], []
     for rate, epochs in itertools.product(RATES, EPOCHS):
-        gate = Gate(widths, past).train(rows, rate, epochs, seed)
+        gate = Gate(widths, past, space).train(rows, rate, epochs, seed)
         with torch.no_grad():
             runs.append((sum(gate.nats(one).item() for one in held), rate, epochs, gate))
     loss, rate, epochs, gate = min(runs, key=lambda run: run[0])
@@ -185,8 +208,8 @@ def analyse(found, names, widths):
     def bits(nats_of):
         return {kind: np.array([float(nats_of(one)) / math.log(2) for one in rows]) for kind, rows in tests.items()}
 
-    def fixed(weight):
-        return lambda one: mixed(torch.tensor([[1 - weight, weight]]).clamp(min=1e-30), one)
+    def fixed(weight, space=""):
+        return lambda one: SPACES[space](torch.tensor([[1 - weight, weight]]).clamp(min=1e-30), one)
 
     contenders = {}
     for k, name in enumerate(names):
@@ -199,15 +222,18 @@ def analyse(found, names, widths):
     best = min(WEIGHTS, key=lambda weight: sum(values.sum() for values in bits(fixed(weight)).values()))
     contenders["static, best on the test text"] = bits(fixed(best))
     contenders["online mixture"] = bits(online)
-    weights, settings = {"chosen": float(chosen), "best": float(best)}, {}
+    contenders["geometric mixture, uniform"] = bits(fixed(0.5, "geometric "))
+    product = min(WEIGHTS, key=lambda weight: sum(float(fixed(weight, "geometric ")(one)) for one in held))
+    contenders["geometric mixture, static, chosen on validation text"] = bits(fixed(product, "geometric "))
+    weights, settings = {"chosen": float(chosen), "best": float(best), "geometric": float(product)}, {}
     trained = sum(len(one["nats"]) for kind in kinds for one in found.get((kind, "train"), []))
-    for tokens, past in itertools.product((5_000, 20_000, 60_000), (False, True)):
+    for tokens, past, space in itertools.product((5_000, 20_000, 60_000), (False, True), SPACES):
         if trained < tokens:
             continue
-        label = f"token gate{', past losses' if past else ''}, {tokens:,} tokens"
+        label = f"{space}token gate{', past losses' if past else ''}, {tokens:,} tokens"
         runs = []
         for seed in SEEDS:
-            how, gate = best_gate(found, kinds, widths, past, tokens, seed)
+            how, gate = best_gate(found, kinds, widths, past, space, tokens, seed)
             with torch.no_grad():
                 runs.append(bits(gate.nats))
             settings[f"{label}, seed {seed}"] = how

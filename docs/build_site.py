@@ -4,7 +4,7 @@ python docs/build_site.py                        # into ./site; open site/index.
 python docs/build_site.py --output-dir DIR
 
 Pages keep their paths, so that links between them are the same on GitHub and here. Two pages are made: the reference of
-the package, and of what the pages import from its rooms, both from docstrings.
+the package, and of what the pages import from its subpackages, both from docstrings.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def described(module: str, name: str, level: int = 2) -> str:
         lines += ["", "| field | default | meaning |", "|---|---|---|"]
     for one in fields:
         default = "" if one.default is dataclasses.MISSING else f"`{one.default!r}`"
-        lines.append(f"| `{one.name}` | {default} | {html.escape(one.metadata['help'])} |".replace("\n", " "))
+        meaning = html.escape(one.metadata["help"]).replace("|", "&#124;")  # a bar would end the cell
+        lines.append(f"| `{one.name}` | {default} | {meaning} |".replace("\n", " "))
     return "\n".join(lines)
 
 
@@ -86,13 +87,10 @@ def write_reference(target: Path) -> None:
     for page in pages():
         for module, names in IMPORTED.findall(page.read_text(encoding="utf-8")):
             used.setdefault(module, set()).update(name.strip() for name in names.split(","))
-    out = [
-        "# The rooms",
-        "What the pages import from the package's rooms; [files](../docs/files.md) lists all modules.",
-    ]
+    out = ["# Subpackages", "What these pages import from subpackages; [files](../docs/files.md) lists all modules."]
     for module, names in sorted(used.items()):
         out += [f"## `from {module} import ...`", *(described(module, name, 3) for name in sorted(names))]
-    folder.joinpath("rooms.md").write_text("\n\n".join(out) + "\n", encoding="utf-8")
+    folder.joinpath("subpackages.md").write_text("\n\n".join(out) + "\n", encoding="utf-8")
 
 
 def fetched(site: Path) -> list[str]:

@@ -10,9 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-from manticore_hf.modeling.settings_manticore import CHOICES, PRESETS, HybridSettings
-
 from manticore_hf.training.stages import STAGES
+from manticore_hf.utils.settings import CHOICES, PRESETS, HybridSettings
 
 FOLDER = Path(__file__).resolve().parent
 PAGES = {"settings": FOLDER / "composing.md", "stages": FOLDER / "training.md"}

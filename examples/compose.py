@@ -1,9 +1,9 @@
 """python examples/compose.py
 
-Joins two pretrained models and measures the hybrid beside them, untrained: with one block it starts as the mean of its
-components' predictions. What training adds is in train.py. Draws the losses on each kind of text. Runs on the two tiny
-components that ship with the package and on text of Python's standard library that they have not seen: no network, no
-GPU, seconds.
+Joins two pretrained models and compares the untrained hybrid with them: with one block it starts as the mean of its
+components' predictions (train.py shows what training adds). Plots the losses on each kind of text. Uses the two tiny
+components that ship with the package, and text of Python's standard library that they have not seen: no network, no
+GPU, a few seconds.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SHIPPED = [str(files("manticore_hf") / "demo_components" / name) for name in ("n
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--components", nargs="+", default=SHIPPED, help="Hub repositories or directories")
-    parser.add_argument("--rows", type=int, default=32, help="test rows of 128 tokens, of each kind of text")
+    parser.add_argument("--rows", type=int, default=32, help="test rows of 128 tokens for each kind of text")
     parser.add_argument("--picture", default="compose.png", help="where to draw the losses (default: %(default)s)")
     args = parser.parse_args()
 

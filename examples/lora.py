@@ -1,9 +1,9 @@
 """python examples/lora.py
 
-LoRA on a hybrid with PEFT: `lora_config` chooses targets that train alike on every machine (Mamba's raw and fused
-projections are left out), and trains what joins the components in full. Prints the loss beside each component's and
-their ensemble's, before and after, and draws them all. Runs on what ships with the package; needs
-`pip install 'manticore-hf[peft]'`.
+LoRA on a hybrid with PEFT: `lora_config` chooses targets that train the same way on every machine (it leaves out
+Mamba's raw and fused projections), and fully trains what joins the components. Prints the hybrid's loss next to each
+component's and their ensemble's, before and after training, and plots them all. Uses only what ships with the package;
+needs `pip install 'manticore-hf[peft]'`.
 """
 
 import argparse
@@ -43,7 +43,7 @@ if __name__ == "__main__":
         Trainer(model, settings, train_dataset=train).train()
         model.save_pretrained(folder)
         print(f"adapter: {Path(folder, 'adapter_model.safetensors').stat().st_size:,} bytes")
-    found["after"] = compare_losses(model.get_base_model(), test)  # PEFT has put the adapters into it
+    found["after"] = compare_losses(model.get_base_model(), test)  # PEFT has inserted the adapters into it
     drawn = {}
     for label, losses in found.items():
         print(f"{label}, nats per token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))

@@ -1,9 +1,9 @@
 """python examples/publish.py
 
-Publishes a hybrid and loads it back. Without `--owner` this goes to a Hub that the script starts on your own machine,
-for rehearsal; with `--owner you` to the real one, where it makes three private repositories: two components and the
-hybrid, which holds a few kB and refers to them by commit. Prints its loss beside its components' and their ensemble's,
-and draws by how much each of these is worse, with its interval.
+Publishes a hybrid and loads it back. Without `--owner`, this is a dry run against a Hub that the script starts on your
+own machine; with `--owner you` it uses the real one and creates three private repositories: two components and the
+hybrid, which holds a few kB and references them by commit. Prints the hybrid's loss next to its components' and their
+ensemble's, and plots how much worse each of these is, with intervals.
 """
 
 import argparse
@@ -31,13 +31,13 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=32, help="test rows of 128 tokens")
     parser.add_argument("--picture", default="publish.png", help="where to draw the differences (default: %(default)s)")
     args = parser.parse_args()
-    if args.owner is None:  # once more in a process that finds the local Hub: the client reads its address at import
+    if args.owner is None:  # again, in a process that finds the local Hub: the client reads its address at import
         with LocalHub() as hub, tempfile.TemporaryDirectory() as home:
             command = [sys.executable, *sys.argv, "--owner", "me"]
             sys.exit(subprocess.run(command, env={**os.environ, **hub.environment(home)}).returncode)
 
     parts = [f"{args.owner}/{name}" for name in ("neox-prose", "mamba-code")]
-    for repo in parts:  # yours are on the Hub already
+    for repo in parts:  # your own would be on the Hub already
         HfApi().create_repo(repo, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=SHIPPED / repo.split("/")[1])
     model = ManticoreForCausalLM.from_components(parts, num_blocks=1)

@@ -1,9 +1,9 @@
 """python examples/sft.py
 
 Supervised fine-tuning with TRL's SFTTrainer on prompts and completions: the first line of a piece of code is the
-prompt, the rest the answer. Prints the hybrid's loss beside each component's and their ensemble's, before and after, on
-code that was not trained on, and draws how much each component contributes there, token by token. Runs on what ships
-with the package; needs `pip install trl`.
+prompt, the rest is the answer. Prints the hybrid's loss next to each component's and their ensemble's, before and after
+training, on code it was not trained on, and plots how much each component contributes to each token. Uses only what
+ships with the package; needs `pip install trl`.
 """
 
 import argparse

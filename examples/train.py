@@ -1,8 +1,9 @@
 """python examples/train.py
 
-Trains a hybrid with the standard Trainer: first what joins the components (here the gate that weighs them for each
-token), then everything. Prints its loss beside each component's and their ensemble's, before and after (the components'
-are those of their own heads inside the hybrid), and draws them all. Runs on what ships with the package; a minute.
+Trains a hybrid with the standard Trainer: first what joins the components (here the gate that weights them for each
+token), then everything. Prints its loss next to each component's and their ensemble's, before and after training (the
+components predict with their own heads inside the hybrid), and plots them all. Uses only what ships with the package;
+takes about a minute.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def report(label, losses):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=128, help="training rows of 128 tokens, of each kind of text")
+    parser.add_argument("--rows", type=int, default=128, help="training rows of 128 tokens for each kind of text")
     parser.add_argument("--output-dir", help="where to save the hybrid (default: nowhere)")
     parser.add_argument("--picture", default="train.png", help="where to draw the losses (default: %(default)s)")
     args = parser.parse_args()
@@ -41,7 +42,7 @@ if __name__ == "__main__":
     train = pack(texts["train"], tokenizer, 128).shuffle(seed=0).select(range(2 * args.rows))
     test = pack(texts["test"], tokenizer, 128).shuffle(seed=0).select(range(min(64, args.rows)))
     found = report("before", compare_losses(model, test))
-    choose_objective(model, train)  # are the components good at different things? then the mixture's loss alone
+    choose_objective(model, train)  # complementary errors? then train on the mixture's loss alone
     for stage, rate in (("projectors", 3e-3), ("finetune", 3e-4)):
         with tempfile.TemporaryDirectory() as folder:
             settings = TrainingArguments(

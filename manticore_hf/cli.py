@@ -1,6 +1,6 @@
 """The command line: `manticore-hf COMMAND --help`.
 
-One table says which command is where. Each has its options and its `main` in a module of its own in its room, which
+One table says which command is where. Each has its options and its `main` in its own module of its subpackage, which
 imports neither torch nor Transformers before it runs, so that help is printed at once (see `manticore_hf_cli`).
 `python -m manticore_hf.cli` is the same, for torchrun and accelerate.
 """

@@ -1,4 +1,4 @@
-"""A tokenizer as bytes: what each token stands for, and how bytes that go on with a text are cut.
+"""A tokenizer as bytes: what each token stands for, and how bytes that continue a text are split.
 
 Byte-level BPE (GPT-2, GPT-NeoX, Llama 3) writes each byte as a letter of its own, SentencePiece (Llama 2, Gemma) writes
 a space as a mark and a rare byte as `<0x0A>`, WordPiece marks what goes on with a word. Which of them a tokenizer is
@@ -6,13 +6,11 @@ can be read from its decoder, which must know it to turn tokens into text.
 """
 
 import json
-
-from .bounds_manticore import ManticoreError
+import re
 
 ROLES = ("bos", "eos", "pad", "unk")
 SPACE_MARK = "\u2581"
 _CONTINUES = "##"
-_MOST_IDS = 2**25
 
 
 def _byte_letters():
@@ -39,28 +37,13 @@ class Surfaces:
         special: {text: id} of the special tokens.
         roles: {"bos", "eos", "pad" or "unk": id}, those that the tokenizer has.
         ids: {bytes: id}; of several tokens with the same bytes the one that the tokenizer writes.
-
-    Raises:
-        ManticoreError: The tokenizer shows no tokens.
     """
 
     def __init__(self, tokenizer, rows=None):
-        core = getattr(tokenizer, "backend_tokenizer", None)
-        if core is None:
-            raise ManticoreError(
-                f"{type(tokenizer).__name__} is not backed by the tokenizers library, which is needed to tell what "
-                "its tokens stand for; load it with AutoTokenizer, from a repository with tokenizer.json."
-            )
-        vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if not rows or number < rows}
-        if not vocabulary:
-            raise ManticoreError(f"The tokenizer {tokenizer.name_or_path!r} is empty: it has no tokens.")
+        core, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
+        vocabulary = {token: number for token, number in vocabulary.items() if not rows or number < rows}
         self._model, self._kind = core.model, _kind(json.loads(core.to_str()))
         self.size = max(vocabulary.values()) + 1
-        if self.size > _MOST_IDS:
-            raise ManticoreError(
-                f"The tokenizer {tokenizer.name_or_path!r} has a token with the id {self.size - 1}, beyond the rows of "
-                f"any model ({_MOST_IDS})."
-            )
         self.roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
         self.roles = {
             role: number for role, number in self.roles.items() if number is not None and not (rows and number >= rows)
@@ -134,12 +117,8 @@ def _stages(stage):
 
 def _byte_token(token):
     """The byte that SentencePiece's `<0x0A>` stands for, or None."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return int(token[3:5], 16)
-        except ValueError:
-            return None
-    return None
+    found = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return int(found[1], 16) if found else None
 
 
 def decoded(data):

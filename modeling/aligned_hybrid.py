@@ -21,17 +21,18 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .aligned_mapping import ByteTokenizer, Mapping
+from .aligned_mapping import UNSURE, ByteTokenizer, Mapping
 from .aligned_reading import Row, can_read_trees, grow, read_trees, walk
 from .aligned_tokenizers import tokenizer_of
-from .bounds_manticore import show
-from .configuration_manticore import ManticoreConfig, ManticoreError
+from .bounds_manticore import guard
+from .configuration_manticore import ManticoreError
 from .mixing_manticore import resize
 from .mixture_manticore import without_autocast
 from .running_manticore import active_in, mix_native, mixture_rows, run_any, takes_turns
-from .segments_manticore import check_positions
 
 TRUST = 1e-6
+LIKELY, MOVED = 64, 0.5
+"""How many tokens of each vocabulary, the likeliest, may be cut otherwise than alone, and what part of one at most."""
 BLOCKED = 0.05
 HEADS, PIECE = 1 << 24, 1 << 21
 """Numbers over both vocabularies that a head, and the mapping, work on at once: what it makes stays in the processor's
@@ -121,11 +122,11 @@ class Aligner:
             rows = inputs.cache.readers.setdefault(name, rows)
         if len(rows) != len(places):
             raise ManticoreError(f"The cache holds {len(rows)} rows; input_ids has {batch}.")
-        grown = [grow(mapping, row, [ids[place] for place in one]) for row, one in zip(rows, places)]
+        grown = [grow(mapping, row, [ids[place] for place in one], inputs.last) for row, one in zip(rows, places)]
         trees, after = [tree for tree, _ in grown], [row for _, row in grown]
         for tree in trees:
             depths = torch.tensor([tree.depths])
-            check_positions([(name, segment)], depths, max(tree.depths) + 1, True)
+            guard().positions([(name, segment)], depths, max(tree.depths) + 1, True)
         if any(len(tree.parents) > 1 for tree in trees) and self.reads_trees(name, segment, config):
             states, caches = read_trees(segment, config, trees, rows if inputs.cache is not None else None)
             for tree, before, row, found, cache in zip(trees, rows, after, states, caches or ()):
@@ -147,7 +148,7 @@ class Aligner:
         positions, told, ends, offset = [None] * (batch * time), {}, [], 0
         for before, tree, row, one, found in zip(rows, trees, after, places, states):
             for place, position in zip(one, tree.positions):
-                positions[place] = (offset, position)
+                positions[place] = position and (offset, position)
             paths = tree.paths(0, max(map(len, before.told))) if before.told else {}
             told.update((offset + node, before.told[path]) for node, path in paths.items() if path in before.told)
             ends += [(offset, tree, row)] if inputs.cache is not None else []
@@ -156,13 +157,11 @@ class Aligner:
 
     @staticmethod
     def _walk(segment, config, tree, row, after):
-        if len(tree.parents) == 1 and row.state is None:  # nothing but padding so far
-            return None
-        if len(tree.parents) == 1:
-            if after is not None:
-                after.cache, after.state, after.ahead = row.cache, row.state, row.ahead
-            return row.state[None]
-        return walk(segment, config, tree, row, after)
+        if len(tree.parents) > 1:
+            return walk(segment, config, tree, row, after)
+        if after is not None:
+            after.cache, after.state, after.ahead = row.cache, row.state, row.ahead
+        return None if row.state is None else row.state[None]  # None: nothing but padding so far
 
     def reads_trees(self, name, segment, config):
         """Whether a component reads a tree in one call."""
@@ -217,7 +216,7 @@ class Aligner:
         """`Mapping.at_boundary` as a Boundary; kept."""
         key = (mapping, device)
         if key not in self.boundaries:
-            self.boundaries[key] = Boundary(*mapping.at_boundary()[:2], device)
+            self.boundaries[key] = Boundary(*mapping.at_boundary()[:2], mapping.prefixes(), device)
         return self.boundaries[key]
 
 
@@ -229,7 +228,8 @@ class Boundary:
         device: Where they are wanted.
     """
 
-    def __init__(self, b, a, device):
+    def __init__(self, b, a, prefixes, device):
+        self.prefixes = {name: torch.from_numpy(found).to(device) for name, found in prefixes.items()}
         names, number, counts = np.unique(b, return_inverse=True, return_counts=True)
         one, many = counts[number] == 1, counts > 1
         # One token only that may come first: no need to know what is shared
@@ -237,6 +237,9 @@ class Boundary:
         of = np.cumsum(many) - 1
         found = names[many], of[number[~one]], a[~one]
         self.shared, self.of, self.sharing = (torch.from_numpy(ids).to(device) for ids in found)
+        self.total = torch.full((2, len(prefixes["b"])), -1, device=device)  # where what is shared of a token is found
+        self.total[0, self.single[0]] = self.single[1]
+        self.total[1, self.shared] = torch.arange(len(self.shared), device=device)
 
     def __call__(self, probs, share):
         """[rows, hybrid's vocabulary] of [rows, component's vocabulary] and the hybrid's own probabilities."""
@@ -245,13 +248,48 @@ class Boundary:
             return ids.expand(len(share), -1)
 
         b, a = self.single
-        out = torch.zeros_like(share).scatter_add_(1, wide(a), probs.gather(1, wide(b)))
+        mine = share.gather(1, wide(self.sharing))
+        total = share.new_zeros(len(share), len(self.shared)).scatter_add_(1, wide(self.of), mine)
+        probs, moved, to = self.otherwise(probs, share, total)
+        out = torch.zeros_like(share).scatter_add_(1, wide(a), probs.gather(1, wide(b))).scatter_add_(1, to, moved)
         if len(self.shared):
-            mine = share.gather(1, wide(self.sharing))
-            total = share.new_zeros(len(share), len(self.shared)).scatter_add_(1, wide(self.of), mine)
             kept = probs.gather(1, wide(self.shared)) / total.clamp_(min=1e-30)
             out = out.scatter_add_(1, wide(self.sharing), kept.gather(1, wide(self.of)) * mine)
         return out
+
+    @staticmethod
+    def likely(probs):
+        """(How far the likeliest tokens are above the next one, their ids): nothing jumps where another comes in."""
+        values, numbers = probs.topk(min(LIKELY, probs.shape[-1]))
+        return values - values[:, -1:], numbers
+
+    def least(self, probs):
+        """What is left of probabilities at least, whatever the hybrid's own tokenizer expects."""
+        values, numbers = self.likely(probs)
+        return probs.scatter_add(1, numbers, -MOVED * values)
+
+    def otherwise(self, probs, share, total):
+        """Lets the likeliest tokens be cut otherwise than they are alone: the rest of a word may ask for that.
+
+        Where B's token is "Deb", A's next token is "De" if the word goes on as "De|bian": of any two tokens of which
+        one begins with the other, A's takes a part of the probability of B's, as far as A itself expects it.
+        """
+        b, a = self.prefixes["b"], self.prefixes["a"]
+        with torch.no_grad():
+            expected, names = self.likely(share)
+        values, numbers = self.likely(probs)
+        b, a = b[numbers][:, :, None], a[names][:, None]
+        begins = (b[..., 1] <= a[..., 0]) & (a[..., 0] < b[..., 2]) | (a[..., 1] <= b[..., 0]) & (b[..., 0] < a[..., 2])
+        begins &= (b[..., 3] != names[:, None]) & (a[..., 3] != numbers[:, :, None]) & (a[..., 0] >= 0)
+        parts = UNSURE * expected[:, None] * begins
+        single, shared = self.total[:, numbers]
+        usual = torch.where(single >= 0, share.gather(1, single.clamp(min=0)), 0.0)
+        if total.shape[-1]:
+            usual = torch.where(shared >= 0, total.gather(1, shared.clamp(min=0)), usual)
+        every = parts.sum(-1)
+        taken = values * (every / (every + usual).clamp(min=1e-30)).clamp(max=MOVED)
+        moved = (taken / every.clamp(min=1e-30))[:, :, None] * parts
+        return probs.scatter_add(1, numbers, -taken), moved.sum(1), names
 
 
 class Piece:
@@ -315,29 +353,33 @@ class Piece:
             found = self._map(logits.to(own.dtype), own[there].softmax(-1))
             return own.log_softmax(-1).index_copy(0, there, found)
 
-    def _map(self, logits, share):
-        device, rows, width = share.device, len(share), logits.shape[-1]
-        share = share.clamp_(min=1e-30)
+    def ways(self, logits):
+        """(Probabilities [nodes, vocabulary], weight of each cover, [rows, vocabulary] of tokens that follow A's)."""
+        device, rows, width = logits.device, len(self.there), logits.shape[-1]
         probs = logits.softmax(-1)
         covers = self.covers.to(device)
-        weight = share.new_zeros(len(covers))
+        weight = probs.new_zeros(len(covers))
         if self.weights.numel():
             number, node, token = self.weights.to(device)
             likeliest = logits.detach().argmax(-1, keepdim=True)
             norm = logits.gather(-1, likeliest) - probs.gather(-1, likeliest).log()
             weight = weight.index_add(0, number, logits[node, token] - norm[node, 0])
-        most = share.new_full((rows,), -torch.inf).scatter_reduce(0, covers, weight.detach(), "amax")
+        most = probs.new_full((rows,), -torch.inf).scatter_reduce(0, covers, weight.detach(), "amax")
         weight = (weight - most[covers]).exp()
-
-        # Where the tokens of both end: all pairs at once
         number, node, place = self.dense.to(device)
         if self.in_order:
             ended = probs[:rows] * weight[number, None]
         else:
-            ended = share.new_zeros(rows, width).index_add(0, place, probs[node] * weight[number, None])
+            ended = probs.new_zeros(rows, width).index_add(0, place, probs[node] * weight[number, None])
         blocked = _flat(self.blocked, width).to(device)
         if len(blocked):
             ended = ended.view(-1).index_add_(0, blocked, ended.view(-1)[blocked] * (BLOCKED - 1)).view(rows, width)
+        return probs, weight, ended
+
+    def _map(self, logits, share):
+        device, rows, width = share.device, len(share), logits.shape[-1]
+        share = share.clamp_(min=1e-30)
+        probs, weight, ended = self.ways(logits)
         out = self.aligner.boundary(self.mapping, device)(ended, share)
 
         # Elsewhere B's next token begins within bytes that were read, or A's does
@@ -389,21 +431,6 @@ def aligner_of(model):
     if found is None or found.home != model.config.tokenizer_component:
         found = model.__dict__["_aligner"] = Aligner(model.config.tokenizer_component)
     return found
-
-
-def check_aligned(config: ManticoreConfig, max_cache_len: int | None = None) -> None:
-    """Raises ManticoreError where settings, or a static cache, do not go with components' own tokenizers."""
-    if config.num_blocks > 1 or config.embeddings != "native" or config.route:
-        raise ManticoreError(
-            f"Components {list(config.aligned)} have tokenizers of their own, which needs one block and "
-            f"embeddings 'native'; this hybrid has num_blocks={config.num_blocks}, embeddings={config.embeddings!r}, "
-            f"route={show(config.route)}. Transplant their vocabularies instead (tokenizers='transplant')."
-        )
-    if max_cache_len is not None:
-        raise ManticoreError(
-            f"Components {list(config.aligned)} read text by tokenizers of their own, which needs a cache that grows; "
-            "leave cache_implementation at its default."
-        )
 
 
 def run_aligned(model, inputs, shared):

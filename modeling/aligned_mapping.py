@@ -10,6 +10,7 @@ for an r which tokens of A may be next, given B's.
 import bisect
 import json
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -51,11 +52,7 @@ class ByteTokenizer:
         self.core = Tokenizer.from_str(json.dumps(_inside(parts)))
         self.core.encode_special_tokens = True
         roles = self.surfaces.roles
-        self.start = []
-        for number in tokenizer("x").input_ids:
-            if number >= self.size or self.table[number] is not None:
-                break
-            self.start.append(number)
+        self.start = list(takewhile(lambda i: i < self.size and self.table[i] is None, tokenizer("x").input_ids))
         if not self.start:
             self.start = [roles[role] for role in ("bos", "eos", "pad") if role in roles][:1] or [0]
         ids = [i for i in tokenizer("x", add_special_tokens=False).input_ids if i < self.size]
@@ -226,16 +223,17 @@ class Mapping:
 
     # ---- the component's paths -----------------------------------------------------------------------------------
 
-    def covers(self, word, opens):
+    def covers(self, word, opens, pieces=1):
         """The Covers of a growing word.
 
         Args:
             word: Its bytes so far.
+            pieces: Tokens of A that it lies in.
             opens: Whether A's last token is a run of spaces that leaves one space to the word after it.
         """
-        key = (word, opens)
+        key = (word, opens, pieces > 1)
         found = self._covers.get(key)
-        return self._covers.keep(key, self._find_covers(word, opens)) if found is None else found
+        return self._covers.keep(key, self._find_covers(*key)) if found is None else found
 
     def first_covers(self):
         """The Covers before any text."""
@@ -243,7 +241,7 @@ class Mapping:
             return [Cover((), b"", self.put_before)]
         return self.covers(self.begins_with, False)
 
-    def _find_covers(self, word, opens):
+    def _find_covers(self, word, opens, rare):
         path, found, at = self.b.cut(word) if word else (), [], 0
         beyond = self.b.cut(word + b" ") if opens else ()
         for length in range(len(path) + 1):
@@ -253,7 +251,7 @@ class Mapping:
                 found.append(Cover(path[:length], rest, without=without))
             if length < len(path):
                 at += len(self.b.table[path[length]] or b"")
-        if len(path) > 1:
+        if len(path) > 1 or (path and rare):
             found += self._shorter(path)
         if word[-1:].isspace():
             self._before_a_letter(word, found)
@@ -354,8 +352,30 @@ class Mapping:
         numbers = [i for i in a.sorted_ids.tolist() if a.table[i].startswith(ahead) and a.table[i] != ahead]
         texts = [a.table[i][len(ahead) :] + more for i, more in zip(numbers, self._follow(a, numbers))]
         mine = [(cut[0], i) for i, cut in zip(numbers, b.cut_all(texts)) if cut]
+        if not ahead:
+            self._seconds = np.full(a.size, -1, dtype=np.int64)
+            self._seconds[[i for _, i in mine]] = [i for i, _ in mine]
         mine += [] if ahead else self._special_pairs()
         return _unique([*theirs.tolist(), *(i for i, _ in mine)], [*firsts[theirs].tolist(), *(i for _, i in mine)])
+
+    def prefixes(self):
+        """Which tokens begin with which: by ranges in both sorted lists, where no other pair of tokens is needed.
+
+        Returns:
+            {"b", "a"}: int64 [ids, 4] of a tokenizer's tokens: the place of each in its own sorted list, the range of
+            the other's tokens that begin with it (first, last), and the other's token that it is read as at first (-1:
+            not known).
+        """
+        self.at_boundary()
+        out = {}
+        for name, mine, other, read in (("b", self.b, self.a, self._firsts), ("a", self.a, self.b, self._seconds)):
+            found = np.full((mine.size, 4), -1, dtype=np.int64)
+            found[:, 1:3] = 0
+            for place, (data, number) in enumerate(zip(mine.sorted_bytes, mine.sorted_ids.tolist())):
+                found[number, :3] = (place, *other.starting_with(data))
+            found[:, 3] = read
+            out[name] = found
+        return out
 
     def _special_pairs(self):
         a, b = self.a.surfaces, self.b.surfaces
@@ -395,10 +415,10 @@ class Mapping:
         pairs, longer = [], []  # (id of B, id of A, its part of the share, what is left of the probability)
         for i, data, cut, text, more in zip(numbers, left, cuts, texts, follow):
             fits = cut[: len(last)] == last and len(cut) > len(last)
-            if not fits and b.table[i] in a.surfaces.ids:
-                continue  # A would have written it as one token
             kept = 1.0 if fits else UNSURE
             longer.append((len(data), i, data, kept))
+            if not fits and b.table[i] in a.surfaces.ids:
+                continue  # A would have written it as one token, unless more of the word follows
             if fits and self._is_sure(cut[: len(last) + 1], text, more):
                 pairs.append((i, cut[len(last)], 1.0, kept))
             # More of the word may follow, and then A may cut it otherwise

@@ -40,7 +40,7 @@ class Tree:
         parents, tokens, depths: Of each node; the depth of the first token of all is 0.
         trunk: Nodes that can no longer change, in order.
         end: The last of them, or 0.
-        positions: A Position for each of the hybrid's tokens.
+        positions: A Position for each of the hybrid's tokens, or None.
     """
 
     depths: list
@@ -110,13 +110,14 @@ class Row:
         return out
 
 
-def grow(mapping, row, ids):
+def grow(mapping, row, ids, last=False):
     """Reads tokens of the hybrid into a row.
 
     Args:
         mapping: The component's `Mapping`.
         row: The Row before them.
         ids: The tokens.
+        last: Whether what comes after the last of them is all that is wanted: then only that one has a Position.
 
     Returns:
         (the Tree of what the component reads, the Row after them, without states and cache).
@@ -126,7 +127,7 @@ def grow(mapping, row, ids):
     if not begun and len(ids):
         tree.extend(b.start)
         word, begun = mapping.begins_with, True
-    for number in ids:
+    for place, number in enumerate(ids, 1):
         data = a.table[number] if number < a.size else b""
         if data is None:
             text, tokens, anew = mapping.read_special(number)
@@ -144,14 +145,15 @@ def grow(mapping, row, ids):
             if done:
                 tree.extend(b.cut(done))
             read = a.ending((*read, number), len(word))
-        tree.positions.append(_position(mapping, tree, word, read or (number,), texts))
+        wanted = not last or place == len(ids)
+        tree.positions.append(_position(mapping, tree, word, read or (number,), texts) if wanted else None)
     after = Row(word=word, read=read, begun=begun, texts=texts, depth=tree.depths[tree.end])
     return tree, after
 
 
 def _position(mapping, tree, word, last, texts):
     covers, node = [], tree.end
-    for cover in mapping.covers(word, mapping.opens(last[-1])) if texts else mapping.first_covers():
+    for cover in mapping.covers(word, mapping.opens(last[-1]), len(last)) if texts else mapping.first_covers():
         at, edges = tree.end, []
         for token in cover.path:
             edges.append((at, token))
@@ -196,13 +198,9 @@ def read_trees(segment, config, trees, rows=None):
     beside = None
     if rows is not None:
         beside = DynamicCache()
-        kept = zip(*(row.cache.layers for row in rows if row.cache is not None))
-        fresh = [[None] * len(rows) for _ in DynamicCache(config=config).layers]
-        places = [i for i, row in enumerate(rows) if row.cache is not None]
-        for one, found in zip(fresh, kept):
-            for place, layer in zip(places, found):
-                one[place] = layer
-        beside.layers = [_Beside(layers) for layers in fresh]
+        none = [None] * len(DynamicCache(config=config).layers)
+        kept = zip(*(none if row.cache is None else row.cache.layers for row in rows))
+        beside.layers = [_Beside(trunks) for trunks in kept]
     ends = torch.tensor([tree.depths[0] for tree in trees], device=device)
     states = segment(ids, masks(segment, sees, depths, ends, beside), depths, beside)
     befores = [None if rows is None else row.state for row in rows or trees]

@@ -6,7 +6,6 @@ component that has no address is kept in the hybrid's own directory.
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import AutoTokenizer
 
-from .bounds_manticore import ManticoreError, guard, reason, show
-from .references_manticore import fetch, refusal, where
+from .bounds_manticore import ManticoreError, guard, reason
+from .references_manticore import asking, fetch
 
 FILES = (
     "tokenizer.json",
@@ -49,9 +48,8 @@ def tokenizer_of(model, name):
                 _from_component(entry, model._component_cache_dir, folder)
             else:
                 _from_hybrid(model, name, folder)
-            (Path(folder) / "config.json").write_text(
-                json.dumps({"model_type": getattr(model.config, name).model_type})
-            )
+            kind = {"model_type": getattr(model.config, name).model_type}
+            Path(folder, "config.json").write_text(json.dumps(kind))
             try:
                 held[name] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             except Exception as err:  # of the tokenizers library
@@ -60,43 +58,24 @@ def tokenizer_of(model, name):
 
 
 def _from_component(entry, cache_dir, folder):
-    recorded = entry.get("tokenizer")
-    files = (recorded or {}).get("files")
-    known = (
-        isinstance(files, dict)
-        and files
-        and all(one in FILES and re.fullmatch(r"[0-9a-f]{64}", str(value)) for one, value in files.items())
-    )
-    if not known:
-        raise ManticoreError(f"{where(entry)}: tokenizer={show(recorded)} names no tokenizer files.")
+    files = entry["tokenizer"]["files"]
     for file in files:
-        try:
+        with asking(entry, f"{file} of its tokenizer"):
             path = fetch({**entry, "files": files}, file, {} if cache_dir is None else {"cache_dir": cache_dir})
-        except ManticoreError:
-            raise
-        except Exception as err:  # the HTTP library's own errors among them
-            said = refusal(err, entry["repo_id"])
-            raise ManticoreError(f"{where(entry)}: {file} of its tokenizer cannot be read: {said}") from err
         shutil.copyfile(path, Path(folder) / file)
 
 
 def _from_hybrid(model, name, folder):
+    home, commit = (model.__dict__.get(key) for key in ("_loaded_from", "_own_commit"))
+    hub = {"subfolder": folder_of(name), "revision": commit, "cache_dir": getattr(model, "_component_cache_dir", None)}
     for file in FILES:
-        path = None
-        if (home := model.__dict__.get("_loaded_from")) is not None:
-            path = os.path.join(home, folder_of(name), file)
-        if (path is None or not os.path.isfile(path)) and model.__dict__.get("_own_commit"):
+        path = home and os.path.join(home, folder_of(name), file)
+        if commit and not (path and os.path.isfile(path)):
             try:
-                path = hf_hub_download(
-                    model.name_or_path,
-                    file,
-                    subfolder=folder_of(name),
-                    revision=model._own_commit,
-                    cache_dir=model._component_cache_dir,
-                )
+                path = hf_hub_download(model.name_or_path, file, **hub)
             except Exception:  # it has no such file, or the Hub is out of reach
                 path = None
-        if path is not None and os.path.isfile(path):
+        if path and os.path.isfile(path):
             guard().beside(path, path.rpartition(folder_of(name))[0])
             shutil.copyfile(path, Path(folder) / file)
     if not os.listdir(folder):

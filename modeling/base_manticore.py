@@ -24,7 +24,7 @@ from .dtypes_manticore import MixedDtypes, Quantizable, check_adapted
 from .mixing_manticore import HybridMixer, whole
 from .mixture_manticore import widen
 from .running_manticore import read_inputs, run
-from .segments_manticore import Dropped, Segments, width_of
+from .segments_manticore import Segments
 from .weights_manticore import ReferencedWeights, keep_loaded_embeddings
 
 takes_old_cache = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)
@@ -82,7 +82,9 @@ class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreT
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "peft_config":  # PEFT has wrapped what a configuration, whoever made it, says
+        if name == "peft_config":  # PEFT has wrapped what was asked for
+            if is_needed("mixers_manticore", self.config):
+                optional("mixers_manticore").check_adapted(self)
             check_adapted(self)
 
     def initialize_weights(self) -> None:
@@ -139,7 +141,7 @@ class HybridEmbedding(nn.Module):
         model = self._owner[0]
         if model.config.embeddings != "native":
             return model.config.hidden_size
-        return sum(width_of(model.component(name).get_input_embeddings()) for name in self.readers)
+        return sum(model.component(name).get_input_embeddings().weight.shape[1] for name in self.readers)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         model = self._owner[0]
@@ -191,7 +193,7 @@ class ManticoreModel(ManticorePreTrainedModel):
     def init_parallel_plans(self) -> None:
         """As in Transformers, without what a component no longer has (its head, in a classifier)."""
         super().init_parallel_plans()
-        names = [name for name, module in self.named_modules() if not isinstance(module, Dropped)]
+        names = [name for name, module in self.named_modules() if not hasattr(module, "is_dropped")]
         there = {*map(replace_layer_number_by_wildcard, (*names, *(name for name, _ in self.named_parameters())))}
         self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in there}
         self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in there}
@@ -212,9 +214,9 @@ class ManticoreModel(ManticorePreTrainedModel):
         parts = {name: self.component(name) for name in self.config.component_names}
         return HybridMixer(
             self.config,
-            {name: width_of(part.get_input_embeddings()) for name, part in parts.items()},
+            {name: part.get_input_embeddings().weight.shape[1] for name, part in parts.items()},
             {name: getattr(self.config, name).hidden_size for name in parts},
-            {name: width_of(part.get_output_embeddings()) for name, part in parts.items()},
+            {name: part.get_output_embeddings().weight.shape[1] for name, part in parts.items()},
         )
 
     def component(self, name: str) -> PreTrainedModel:
@@ -273,13 +275,7 @@ class ManticoreModel(ManticorePreTrainedModel):
     def train(self, mode: bool = True) -> "ManticoreModel":
         """As in torch, for the shells of the segments, too."""
         check_whole_rows()
-        went_on = self.training  # as in every step of the Trainer
         super().train(mode)
-        if mode and hasattr(self, "peft_config"):  # adapters that came after the first
-            adapters = [*self.peft_config.items(), self.is_resized]
-            if not went_on or adapters != self.__dict__.get("_checked_adapters"):
-                check_adapted(self)
-            self.__dict__["_checked_adapters"] = adapters
         if "input_embedding" in self.__dict__:
             self.input_embedding.train(mode)
         if "hybrid_mixer" in self._modules:
@@ -372,8 +368,11 @@ class ManticoreModel(ManticorePreTrainedModel):
         # Rows that read on as text what was padding would be known by it
         cache.keeps_more = bool(self.config.aligned) or self.config.reads_past_losses or self.config.holds_weights
         cache.is_plain &= not cache.keeps_more
-        if self.config.aligned:
-            optional("aligned_hybrid").check_aligned(self.config, max_cache_len)
+        if self.config.aligned and max_cache_len is not None:
+            raise ManticoreError(
+                f"Components {list(self.config.aligned)} read text by tokenizers of their own, which needs a cache "
+                "that grows; leave cache_implementation at its default."
+            )
         for name, part in parts.items() if max_cache_len is not None else ():
             if cache.attends(name) and not part._can_compile_fullgraph:
                 raise ManticoreError(

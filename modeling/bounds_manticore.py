@@ -1,4 +1,4 @@
-"""What the other files stand on: errors, addresses and configurations of components, and the making of their models.
+"""What the other files build on: errors, addresses and configurations of components, and the making of their models.
 
 It is imported first, so it says if Transformers is too old. What a file says is believed here as Transformers believes
 it, but for the addresses and code of components, which belong to another owner. Who loads with the package is better
@@ -8,7 +8,7 @@ protected, by the `Guard` that it installs.
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -58,7 +58,11 @@ class Guard:
         """A copy of the settings in a config.json that may reach the configuration class `cls`."""
         return copy.deepcopy(values)
 
-    def entries(self, entries: list) -> None:
+    def given(self, settings: dict) -> dict:
+        """A hybrid's own settings as they are taken, of those in its configuration."""
+        return {key: value for key, value in settings.items() if key != "preset"}
+
+    def entries(self, entries: object) -> None:
         """Before the list of a hybrid's components is walked through."""
 
     def entry(self, name: str, entry: dict) -> None:
@@ -71,11 +75,14 @@ class Guard:
         """Before a hybrid's settings beyond its own (ids, dtype, ...) are taken."""
 
     def hybrid(self, config: PreTrainedConfig) -> None:
-        """When all of a hybrid's components are known."""
+        """When all of a hybrid's components are known, and before its settings are used."""
 
     def construct(self, what: str, make: Callable, beside: tuple | list) -> torch.nn.Module:
         """The module that `make()` makes; `beside`: modules that are there already and stay."""
         return make()
+
+    def positions(self, segments: Iterable, positions: torch.Tensor, length: int, explicit: bool) -> None:
+        """Before `segments`, (component, its segment), run at [batch or 1, time] positions, given or below `length`."""
 
     def running(self, what: str) -> AbstractContextManager:
         """Context in which a model is made or run without storage."""
@@ -109,7 +116,7 @@ def reason(err: Exception) -> str:
     return " ".join(f"{type(err).__name__}: {err}".split())[:1000]
 
 
-def check_reference(name: str, repo_id: object, revision: object, subfolder: object = None, files: object = None):
+def check_reference(name: str, repo_id: object, revision: object, subfolder: object = None) -> None:
     """Raises ManticoreError unless a component's address is one on the Hub: no path, no URL.
 
     Reading the weights replaces a branch or tag, which can move, by its commit.
@@ -125,15 +132,6 @@ def check_reference(name: str, repo_id: object, revision: object, subfolder: obj
     plain = isinstance(subfolder, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", subfolder)
     if subfolder and (not plain or ".." in subfolder.split("/")):
         raise ManticoreError(f"{what}: subfolder={show(subfolder)} is not a plain sub-folder of a repository.")
-    if files is None:
-        return
-    if not isinstance(files, dict) or not any(str(file).endswith(".safetensors") for file in files):
-        raise ManticoreError(f"{what}: files={show(files)} must map its safetensors files to their SHA-256.")
-    for file, digest in files.items():
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors(\.index\.json)?", str(file)):
-            raise ManticoreError(f"{what}: {show(file)} in files is not a plain name of a safetensors file.")
-        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise ManticoreError(f"{what}: {show(digest)} of {show(file)} is not a SHA-256 of 64 hex digits.")
 
 
 def is_commit(revision: str) -> bool:

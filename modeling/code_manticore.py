@@ -76,7 +76,7 @@ def run_trusted(names: str | list, values: dict) -> None:
         if name not in found:
             raise ManticoreError(f"trust_component_code: {show(name)} is not a component that needs code of its own.")
         entry = found[name]
-        check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder", "files")))
+        check_reference(name, *(entry.get(key) for key in ("repo_id", "revision", "subfolder")))
         if not is_commit(entry.get("revision")):
             raise ManticoreError(f"Component {name!r}: its code must be pinned by a commit, not {entry['revision']!r}.")
         sub = entry.get("config") or values.get(name)

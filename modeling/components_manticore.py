@@ -9,7 +9,7 @@ children or another configuration.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -89,9 +89,7 @@ def choose_attention(components: dict, implementation: str | dict) -> str | dict
 
 @dataclass
 class StackLayout:
-    """Where a component keeps its layers, and what its own forward does around them.
-
-    What is from `before` on is known where it was looked at (layer_stack_manticore).
+    """Where a component keeps its layers; what its own forward does around them is in a `CutLayout` (layer_stack).
 
     Attributes:
         path: Path of the module that owns the layer list, from the causal LM.
@@ -99,13 +97,7 @@ class StackLayout:
         cache_argument: Name under which the owner takes a cache, or None.
         positions: Whether the owner takes `position_ids`.
         attends: Whether it has attention: what has not (Mamba) masks the given tokens, not those it has seen.
-        before: Child name -> stand-in class, for children that change the state before the first layer.
-        after: Names of the children that run after the last layer.
-        shared: Names of the children that run both before the first layer and after the last one.
-        enters: Whether the owner changes the state before the first layer by more than those (Granite scales it).
-        leaves: The same after the last layer.
         overwrites: Whether the owner may overwrite the embeddings that it is given (CTRL does).
-        rereads: Whether layers read the embeddings beside the state (Zamba), which only a first segment has.
     """
 
     path: str
@@ -113,13 +105,7 @@ class StackLayout:
     cache_argument: str | None
     positions: bool
     attends: bool
-    before: dict = field(default_factory=dict)
-    after: list = field(default_factory=list)
-    shared: list = field(default_factory=list)
-    enters: bool = False
-    leaves: bool = False
     overwrites: bool = True
-    rereads: bool = False
 
 
 def find_stack(component: PreTrainedModel) -> StackLayout:

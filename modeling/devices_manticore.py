@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.integrations import deepspeed
 
-from .bounds_manticore import ManticoreError
+from .settings_manticore import ManticoreError
 
 
 def check_whole_rows() -> None:

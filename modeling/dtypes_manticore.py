@@ -14,7 +14,6 @@ import copy
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -116,41 +115,27 @@ def plain_linear_maps(model: PreTrainedModel, components: list | None = None) ->
 
 
 def check_adapted(model: PreTrainedModel) -> None:
-    """Raises ManticoreError if what PEFT has wrapped would not train, merge or be saved as on a plain model."""
-    for why in _wrong_adapters(model):
-        raise ManticoreError(f"{why} Load the hybrid again, and adapt it with lora_config(model).")
-
-
-def _wrong_adapters(model):
-    for key, module in model.named_modules():
-        parent, _, leaf = key.rpartition(".")
-        if not hasattr(module, "base_layer"):
-            continue
-        if leaf in RAW and is_state_space(model.get_submodule(parent)):
-            yield (
-                f"PEFT has wrapped {key!r}, which Mamba reads raw or inside a fused kernel: its adapter would get no "
-                "gradient on some machines, silently."
-            )
-        norms = [one.weight for one in getattr(module, "lora_magnitude_vector", {}).values()]
-        if any(one.device.type != "meta" and not one.all() for one in norms):
-            yield f"DoRA divides by the norms of weights, and {key!r} has rows of zeros."
+    """Raises ManticoreError where PEFT's adapters would leave embeddings and heads untrained or unsaved, silently."""
     if model.config.route is not None:
         return
     parts = {name: model.component(name) for name in model.config.component_names}
     ends = {name: (part.get_input_embeddings(), part.get_output_embeddings()) for name, part in parts.items()}
     wraps = {name: {key for key in _WRAPS for end in pair if hasattr(end, key)} for name, pair in ends.items()}
-    for name, part in parts.items():
-        if part.all_tied_weights_keys and wraps[name]:
-            yield f"PEFT has wrapped embeddings or head of component {name!r}, which are one tensor, and not the other."
+    tied = [name for name, part in parts.items() if part.all_tied_weights_keys and wraps[name]]
     listed = [isinstance(getattr(one, "trainable_token_indices", None), list) for one in model.peft_config.values()]
-    if any(listed) and any("token_adapter" not in found for found in wraps.values()):
-        yield "trainable_token_indices in a list trains the rows of one component alone, or of none."
     bare = [name for name in ends if any(end is not None and not hasattr(end, "modules_to_save") for end in ends[name])]
-    if bare and model.is_resized and model.name_or_path:
-        yield (
+    if tied:
+        why = f"PEFT has wrapped embeddings or head of component {tied[0]!r}, which are one tensor, and not the other."
+    elif any(listed) and any("token_adapter" not in found for found in wraps.values()):
+        why = "trainable_token_indices in a list trains the rows of one component alone, or of none."
+    elif bare and model.is_resized and model.name_or_path:
+        why = (
             f"The vocabulary was resized after loading, and embeddings and heads of {bare} would not be saved with the "
             "adapter. Save the resized hybrid and go on from there, or:"
         )
+    else:
+        return
+    raise ManticoreError(f"{why} Load the hybrid again, and adapt it with lora_config(model).")
 
 
 def kept_maps(model: PreTrainedModel) -> list[str]:
@@ -184,11 +169,6 @@ class Quantizable:
                 module.weight, module.bias = nn.Parameter(plain.weight.data.T.contiguous()), plain.bias
                 setattr(self.get_submodule(path), leaf, module)
         return self
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
-        """As in Transformers; what cannot be saved raises before a repository is made for it."""
-        check_savable(self)
-        return super().push_to_hub(*args, **kwargs)
 
 
 def note_kept(quantizer: object, model: PreTrainedModel) -> None:

@@ -13,6 +13,8 @@ import copy
 import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import is_not
 
 import torch
 from torch import nn
@@ -23,9 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from .bounds_manticore import ManticoreError, reason, show
+from .bounds_manticore import ManticoreError, reason
 from .components_manticore import Shell, StackLayout, find_stack, uncut
-from .configuration_manticore import component_depth
 from .devices_manticore import onloaded
 from .segments_manticore import Whole
 
@@ -86,10 +87,31 @@ class Exit(_Around):
         return out
 
 
-_FOUND = {}  # {all that a layout depends on: StackLayout}
+@dataclass
+class CutLayout(StackLayout):
+    """A component's layout, with what its own forward does around its layers.
+
+    Attributes:
+        before: Child name -> stand-in class, for children that change the state before the first layer.
+        after: Names of the children that run after the last layer.
+        shared: Names of the children that run both before the first layer and after the last one.
+        enters: Whether the owner changes the state before the first layer by more than those (Granite scales it).
+        leaves: The same after the last layer.
+        rereads: Whether layers read the embeddings beside the state (Zamba), which only a first segment has.
+    """
+
+    before: dict = field(default_factory=dict)
+    after: list = field(default_factory=list)
+    shared: list = field(default_factory=list)
+    enters: bool = False
+    leaves: bool = False
+    rereads: bool = False
 
 
-def find_layout(component: PreTrainedModel) -> StackLayout:
+_FOUND = {}  # {all that a layout depends on: CutLayout}
+
+
+def find_layout(component: PreTrainedModel) -> CutLayout:
     """Finds the layout of a causal LM, on any device, by running the owner of its layers twice without computing.
 
     Equal components have equal layouts: it is done once for them all, since it takes longer (0.1 to 0.5 s) than all
@@ -102,58 +124,17 @@ def find_layout(component: PreTrainedModel) -> StackLayout:
     values = {**component.config.to_dict(), "_name_or_path": None}  # where it came from does not matter
     description = json.dumps(values, sort_keys=True, default=repr), modules
     if description not in _FOUND:
-        _FOUND[description] = _find_layout(component)
+        layout = CutLayout(**vars(find_stack(component)))
+        _watch_children(component, component.get_submodule(layout.path), layout)
+        _FOUND[description] = layout
     return _FOUND[description]
 
 
-def _find_layout(component):
-    layout = find_stack(component)
-    _watch_children(component, component.get_submodule(layout.path), layout)
-    return layout
-
-
-def check_cut(component: PreTrainedModel, layout: StackLayout, num_blocks: int) -> None:
+def check_cut(component: PreTrainedModel, layout: CutLayout, num_blocks: int) -> None:
     """Raises ManticoreError if a component cannot be cut into so many blocks, but into one."""
     if layout.rereads and num_blocks > 1:
         why = "its layers read the embeddings again, which only the first block has; give num_blocks=1."
         raise uncut(component, why, f"cut into {num_blocks} blocks")
-
-
-def layers_of_blocks(config: PreTrainedConfig, block_layers: dict | None, key: str) -> dict[str, list[int]]:
-    """{component: layers in each block}: as given, or as even as can be.
-
-    Args:
-        config: The hybrid's, which knows its components.
-        block_layers: {component: layers in each block}, of some components or none.
-        key: The setting that says how many blocks there are.
-
-    Raises:
-        ManticoreError: What is given does not fit the components.
-    """
-    blocks = getattr(config, key)
-    block_layers = {} if block_layers is None else block_layers
-    if not isinstance(block_layers, dict) or set(block_layers) - set(config.component_names):
-        raise ManticoreError(
-            f"block_layers={show(block_layers)} must map component names to layers per block; "
-            f"the components are {config.component_names}."
-        )
-    cuts = {}
-    for name in config.component_names:
-        depth = component_depth(getattr(config, name))
-        if blocks > depth:
-            raise ManticoreError(
-                f"{key}={blocks} is more than the {depth} layers of component {name!r}; choose at most {depth}."
-            )
-        even = [depth // blocks + (s < depth % blocks) for s in range(blocks)]
-        cut = block_layers.get(name, even)
-        numbers = isinstance(cut, (list, tuple)) and all(type(n) is int and n >= 1 for n in cut)
-        if not numbers or len(cut) != blocks or sum(cut) != depth:
-            raise ManticoreError(
-                f"block_layers[{name!r}]={show(cut)} must be {blocks} positive integers that sum to the "
-                f"component's {depth} layers."
-            )
-        cuts[name] = list(cut)
-    return cuts
 
 
 def _watch_children(component, stack, layout):
@@ -360,22 +341,30 @@ class Segment(Whole):
 
     is_whole = False
 
-    def prepare(self) -> None:
-        self.shell, self.entry, self.exit = Shell(self.stack), None, None
-        self.config = pick_config(self.stack.config, range(self.start, self.stop))
-        self.is_last = self.stop == len(getattr(self.stack, self.layout.layers))
-        if self.start != 0:
-            self.stand_ins |= {name: cls() for name, cls in self.layout.before.items()}
+    def __init__(self, component: nn.Module, layout: CutLayout, start: int, stop: int):
+        stack = component.get_submodule(layout.path)
+        self.shell, self.entry, self.exit, self.children = Shell(stack), None, None, []
+        self.is_last, self.stand_ins = stop == len(getattr(stack, layout.layers)), {}
+        if start != 0:
+            self.stand_ins |= {name: cls() for name, cls in layout.before.items()}
         if not self.is_last:
-            self.stand_ins |= {name: PassThrough() for name in self.layout.after}
+            self.stand_ins |= {name: PassThrough() for name in layout.after}
+        self.config = pick_config(stack.config, range(start, stop))
+        super().__init__(component, layout, start, stop)
 
     def refresh(self) -> None:
         super().refresh()
+        modules = self.stack._modules
+        layers = modules[self.layout.layers]
+        children = [*modules.values(), *layers._modules.values()]
+        if len(children) != len(self.children) or any(map(is_not, children, self.children)):
+            self.children = children
+            self._rebuild(modules, list(layers)[self.start : self.stop])
         self.config._attn_implementation_internal = self.stack.config._attn_implementation_internal
         self.shell.follow()
 
-    def rebuild(self, modules: dict, layers: nn.ModuleList, mine: list) -> None:
-        super().rebuild(modules, layers, mine)
+    def _rebuild(self, modules, mine):
+        """Takes over replaced children of the owner of the layers."""
         if self.layout.enters and self.start != 0:
             mine[0] = self.entry = Entry(mine[0])
         if self.layout.leaves and not self.is_last:

@@ -28,6 +28,8 @@ from transformers.activations import ACT2FN
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from .carried_manticore import optional
+from .dtypes_manticore import RAW, is_state_space
+from .settings_manticore import ManticoreError
 
 SCANS = ("mamba_selective_scan", "mamba2_chunk_scan")
 FUSED = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined")
@@ -425,6 +427,17 @@ def repair_mixers(model: torch.nn.Module) -> int:
             setattr(module, place, OwnForward(module))
         count += 1
     return count
+
+
+def check_adapted(model: torch.nn.Module) -> None:
+    """Raises ManticoreError where PEFT has wrapped what mixers read raw, which would train on some machines only."""
+    for key, module in model.named_modules():
+        parent, _, leaf = key.rpartition(".")
+        if hasattr(module, "base_layer") and leaf in RAW and is_state_space(model.get_submodule(parent)):
+            raise ManticoreError(
+                f"PEFT has wrapped {key!r}, which Mamba reads raw or inside a fused kernel: its adapter would get no "
+                "gradient on some machines, silently. Load the hybrid again, and adapt it with lora_config(model)."
+            )
 
 
 def follow_kernels(model: torch.nn.Module) -> None:

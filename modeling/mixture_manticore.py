@@ -6,10 +6,27 @@ taken in pieces that stay in the processor's cache.
 """
 
 import contextlib
+import sys
+import types
+from collections.abc import Callable
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 PIECES, PIECE = 32, 1 << 18  # at most so many pieces, of at least so many numbers
+
+
+# What all copies of this file in the process share
+_shared = sys.modules.setdefault("_manticore_mixtures", types.ModuleType("_manticore_mixtures"))
+
+
+def register_mixtures(weighted_sum: Callable, log_mean: Callable) -> None:
+    """Registers ways that spare time and memory in training, of terms [..., n] of one dtype; results are the same.
+
+    They take (w_1, ..., x_1, ...): weights, scalar or [..., 1], and terms for a sum; [rows, 1] and [rows, vocabulary],
+    and then what normalises each of those logits [rows, 1], for log sum_k w_k softmax(x_k).
+    """
+    _shared.weighted_sum, _shared.log_mean = weighted_sum, log_mean
 
 
 def widen(tensor):
@@ -30,39 +47,6 @@ def is_active(weight):
     return not (isinstance(weight, float) and weight == 0.0)
 
 
-class _WeightedSum(torch.autograd.Function):
-    """sum_k w_k x_k of (w_1, ..., w_K, x_1, ..., x_K), w_k scalar or [..., 1]; no product is stored, then or later."""
-
-    @staticmethod
-    def forward(*tensors):
-        weights, terms = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        total = weights[0] * terms[0]
-        for weight, term in zip(weights[1:], terms[1:]):
-            total.addcmul_(weight, term)
-        return total
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        count, needed = len(ctx.saved_tensors) // 2, ctx.needs_input_grad
-        weights, terms = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        dots = [_dot(grad, x, w) if need else None for w, x, need in zip(weights, terms, needed)]
-        scaled = [w * grad if need else None for w, need in zip(weights, needed[count:])]
-        return *dots, *scaled
-
-
-def _dot(grad, term, weight):
-    grad, term = grad.flatten(0, -2), term.flatten(0, -2)
-    size, least = max(_rows_of_a_piece(*term.shape), 1), torch.finfo(term.dtype).min
-    # A token that a head rules out has no gradient, and 0 times minus infinity is no number
-    pairs = zip(grad.split(size), term.split(size))
-    dots = torch.cat([torch.linalg.vecdot(one, other.clamp(min=least)) for one, other in pairs])
-    return dots.view(weight.shape) if weight.dim() else dots.sum()
-
-
 def weighted_sum(weights, terms):
     """sum_k w_k x_k; a single term of weight 1 is returned as it is, to the last bit.
 
@@ -81,59 +65,16 @@ def weighted_sum(weights, terms):
     weights = [w if isinstance(w, float) else w.to(x.dtype) for w, x in zip(weights, terms)]
     if any(floats):
         return sum(weight * term for weight, term in zip(weights, terms))
-    if len({term.dtype for term in terms}) > 1 or torch.compiler.is_compiling():  # a compiler joins the terms by itself
-        # As in `_dot`, autograd must not multiply a gradient of 0 by what a head rules out
-        return sum(weight * term.clamp(min=torch.finfo(term.dtype).min) for weight, term in zip(weights, terms))
-    return _WeightedSum.apply(*weights, *terms)
+    same = len({term.dtype for term in terms}) == 1
+    if same and hasattr(_shared, "weighted_sum") and not torch.compiler.is_compiling():  # which joins them by itself
+        return _shared.weighted_sum(*weights, *terms)
+    # Autograd must not multiply a gradient of 0 by what a head rules out
+    return sum(weight * term.clamp(min=torch.finfo(term.dtype).min) for weight, term in zip(weights, terms))
 
 
-def _rows_of_a_piece(rows, size):
+def rows_of_a_piece(rows, size):
     """How many rows of `size` numbers are worked on at once: temporaries are then no more than 1/PIECES of a tensor."""
     return max(-(-rows // PIECES), PIECE // size, 1)
-
-
-class _LogMean(torch.autograd.Function):
-    """log sum_k w_k softmax(x_k) of (w_1, ..., x_1, ..., n_1, ...): w_k [rows, 1], x_k [rows, vocabulary].
-
-    n_k [rows, 1] is what normalises x_k, its logarithm of a sum of exponentials: no variable of its own.
-    """
-
-    @staticmethod
-    def forward(*tensors):
-        weights, logits, norms = (tensors[i * len(tensors) // 3 : (i + 1) * len(tensors) // 3] for i in range(3))
-        total = torch.empty_like(logits[0])
-        size = _rows_of_a_piece(*total.shape)
-        shifts = [weight.log() - norm for weight, norm in zip(weights, norms)]
-        for out, *piece in zip(*(x.split(size) for x in (total, *logits, *shifts))):
-            for k, (one, shift) in enumerate(zip(piece[: len(logits)], piece[len(logits) :])):
-                torch.add(one, shift, out=out) if k == 0 else torch.logaddexp(out, one + shift, out=out)
-        return total
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        *inputs, total = ctx.saved_tensors
-        count, needed = len(inputs) // 3, ctx.needs_input_grad
-        weights, logits, norms = inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
-        size, out = _rows_of_a_piece(*total.shape), [None] * (3 * count)
-        for k, (weight, one, norm) in enumerate(zip(weights, logits, norms)):
-            dots, found = [], torch.empty_like(one) if needed[count + k] else None
-            for start in range(0, len(total), size):
-                rows = slice(start, start + size)
-                # p_k / p, times the gradient; a token that no component thinks possible has none.
-                share = (one[rows] - norm[rows]).sub_(total[rows]).nan_to_num_(nan=-torch.inf).clamp_(max=80).exp_()
-                share.mul_(grad[rows])
-                dots.append(share.sum(-1, keepdim=True))
-                if found is not None:
-                    own = (one[rows] - norm[rows]).exp_().mul_(dots[-1])
-                    torch.mul(share.sub_(own), weight[rows], out=found[rows])
-            out[k] = torch.cat(dots) if needed[k] and dots else torch.zeros_like(weight) if needed[k] else None
-            out[count + k] = found
-        return tuple(out)
 
 
 def mix_logprob(weights, logits, norms=None):
@@ -153,13 +94,26 @@ def mix_prob(weights, logits, norms=None):
         weights, logits: As in `weighted_sum`.
         norms: What normalises each of the logits [batch, time, 1], where it is known (`sureness`).
     """
-    weights = [_above_zero(weight) for weight in weights]
-    if len({x.dtype for x in logits}) == 1 and not torch.compiler.is_compiling():
+    weights = [torch.as_tensor(_above_zero(w), device=x.device) for w, x in zip(weights, logits)]
+    weights = [w.expand(*x.shape[:-1], 1) for w, x in zip(weights, logits)]
+    same, compiling = len({x.dtype for x in logits}) == 1, torch.compiler.is_compiling()
+    if same and hasattr(_shared, "log_mean") and not compiling:
         norms = norms or [one.detach().logsumexp(-1, keepdim=True) for one in logits]
-        weights = [torch.as_tensor(w, device=x.device).expand(*x.shape[:-1], 1) for w, x in zip(weights, logits)]
         flat = [x.flatten(0, -2).to(logits[0].dtype) for x in (*weights, *logits, *norms)]
-        return _LogMean.apply(*flat).view(logits[0].shape)
-    terms = [one.log_softmax(-1) + torch.as_tensor(weight).log() for weight, one in zip(weights, logits)]
+        return _shared.log_mean(*flat).view(logits[0].shape)
+    if compiling or not torch.is_grad_enabled():
+        return _log_mean(*weights, *logits)
+    flat = [x.flatten(0, -2) for x in (*weights, *logits)]
+    pieces = zip(*(x.split(rows_of_a_piece(*flat[-1].shape)) for x in flat))
+    # In pieces that are computed again in the backward pass: what they keep is as large as all logits, several times
+    out = [checkpoint(_log_mean, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return torch.cat(out).view(logits[0].shape)
+
+
+def _log_mean(*tensors):
+    """log sum_k w_k softmax(x_k) of (w_1, ..., x_1, ...): w_k [..., 1], x_k [..., vocabulary]."""
+    weights, logits = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+    terms = [one.log_softmax(-1) + weight.log() for weight, one in zip(weights, logits)]
     return torch.stack([one.clamp(min=torch.finfo(one.dtype).min) for one in terms]).logsumexp(0)  # see `weighted_sum`
 
 
@@ -183,7 +137,7 @@ def sureness(logits):
     rows = logits.flatten(0, -2)
     # Numbers are looked at where that costs no waiting and they are there: on the CPU, of plain tensors.
     at_hand = logits.device.type == "cpu" and not torch.compiler.is_compiling() and type(rows) is torch.Tensor
-    size = _rows_of_a_piece(*rows.shape) if at_hand else len(rows)
+    size = rows_of_a_piece(*rows.shape) if at_hand else len(rows)
     out = []
     with without_autocast(logits.device.type):
         for piece in rows.split(max(size, 1)):

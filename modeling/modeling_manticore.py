@@ -26,7 +26,6 @@ from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
 from .outputs_manticore import FIELDS, TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_by_trl, fused_output
 from .rows_manticore import check_mask
 from .running_manticore import active_in, read_inputs, run
-from .segments_manticore import width_of
 
 logger = logging.get_logger(__name__)
 
@@ -71,6 +70,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             labels = None if labels is None else inputs.documents.labels(labels)
             if kwargs.get("shift_labels") is not None:
                 kwargs["shift_labels"] = inputs.documents.labels(kwargs["shift_labels"], True)
+        follows = self.config.reads_past_losses or self.config.holds_weights
+        inputs.last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and not (keep or follows)
         found = run(self, inputs, shared=False)
         # -0 is 0: all of them
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -128,7 +129,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         if config.embeddings == "native":
             states = {name: found.states[name][:, kept] for name in active}
         else:
-            widths = {name: width_of(self.component(name).get_output_embeddings()) for name in active}
+            widths = {name: self.component(name).get_output_embeddings().weight.shape[1] for name in active}
             states = {name: resize(found.shared[:, kept], width) for name, width in widths.items()}
         if found.own_logits is not None:
             return list(active.values()), states, found.own_logits(kept)
@@ -147,9 +148,8 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         Returns:
             (logits [batch, time, vocabulary], weights [batch, time, K'] that depend on the token, or None).
         """
-        cut = (lambda values: values) if lag is None else lag.cut
         if len(own) == 1:
-            return cut(own[0]), None
+            return own[0] if lag is None else lag.cut(own[0]), None
         token_weights = norms = None
         if self.config.mixture != "static" and not isinstance(weights[0], float):
             sure, norms = zip(*[sureness(one) for one in own])
@@ -160,9 +160,11 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
                 token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure), *losses))
                 # The gate stands for alpha, which gets a gradient of zeros: DDP waits for all that may be trained.
                 token_weights = token_weights + 0.0 * sum(weights)
-            token_weights = token_weights if lag is None else lag.hold(token_weights)
-            weights, norms = list(token_weights.split(1, -1)), [cut(one) for one in norms]
-        return SPACES[self.config.mixture_space](weights, [widen(cut(one)) for one in own], norms), token_weights
+            if lag is not None:
+                token_weights, norms = lag.hold(token_weights), [lag.cut(one) for one in norms]
+            weights = list(token_weights.split(1, -1))
+        own = own if lag is None else [lag.cut(one) for one in own]
+        return SPACES[self.config.mixture_space](weights, [widen(one) for one in own], norms), token_weights
 
     def _losses(self, logits, own, labels, kwargs):
         """(loss, its parts by output name). The parts are means over this call's own tokens, whatever the loss is."""

@@ -11,24 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .bounds_manticore import ManticoreError, show
-from .components_manticore import StackLayout
+from .configuration_manticore import ManticoreError
+from .layer_stack_manticore import CutLayout
 from .mixing_manticore import resize
 from .running_manticore import Pass, mix_native, native_inputs
-from .segments_manticore import Dropped, Segments
+from .segments_manticore import Segments
 from .shared_manticore import PROJECTORS, LinearProjector, MLPProjector, Resize, enter, gated, leave, mixed_inputs
-
-
-def check_route(config: PreTrainedConfig, route: list[str]) -> list[str]:
-    """A route, if it names a component of the hybrid for each block, and all of them; else raises ManticoreError."""
-    names = config.component_names
-    known = isinstance(route, (list, tuple)) and all(name in names for name in route)
-    if not known or len(route) != config.num_blocks or set(route) != set(names):
-        raise ManticoreError(
-            f"route={show(route)} must name one component for each of the {config.num_blocks} block(s) and leave "
-            f"none of {names} out."
-        )
-    return list(route)
 
 
 @dataclass(frozen=True)
@@ -52,6 +40,16 @@ def stretches(config: PreTrainedConfig) -> list[Stretch]:
     return out
 
 
+class Dropped(nn.Module):
+    """Stands where a module was that the path of a pruned hybrid does not use."""
+
+    is_dropped = True
+    weight = torch.empty(0, 0)  # of an embedding or head: its width is 0
+
+    def forward(self, *args, **kwargs):
+        raise ManticoreError("This part of a component was pruned: only the layers of the hybrid's path are left.")
+
+
 def prune(segments: Segments) -> None:
     """Drops what the path of a pruned hybrid does not use, once."""
     config = segments.model.config
@@ -64,7 +62,7 @@ def prune(segments: Segments) -> None:
             drop_unused(component, component._layout, mine, name == config.route[0], name == writer)
 
 
-def drop_unused(component: nn.Module, layout: StackLayout, mine: list, reads: bool, writes: bool) -> None:
+def drop_unused(component: nn.Module, layout: CutLayout, mine: list, reads: bool, writes: bool) -> None:
     """Replaces what a path does not use of a component, in place.
 
     Of its layers it runs `mine`, [(start, stop)]; it `reads` by its embeddings and `writes` by its head, or not.

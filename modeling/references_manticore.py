@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def component_files(entry: dict, hub: dict) -> list[str]:
         ManticoreError: Names the component, the repository and what to do.
     """
     hub = {key: value for key, value in (hub or {}).items() if key in _HUB_KEYS and value is not None}
-    try:
+    with asking(entry, "its weights"):
         if not is_commit(entry["revision"]):
             _pin(entry, hub)
         if entry.get("files"):  # recorded when it was composed: nothing else is read
@@ -69,10 +70,17 @@ def component_files(entry: dict, hub: dict) -> list[str]:
             index = fetch(entry, WEIGHT_FILES[1], hub)
         said = f"{where(entry)}: {WEIGHT_FILES[1]}", "use another commit of the component."
         return [fetch(entry, shard, hub) for shard in shards(index, said)]
+
+
+@contextlib.contextmanager
+def asking(entry: dict, what: str) -> Iterator[None]:
+    """Context in which the Hub is asked for a part of a component; whatever fails is a ManticoreError that says so."""
+    try:
+        yield
     except ManticoreError:
         raise
     except Exception as err:  # the HTTP library's own errors among them
-        raise ManticoreError(f"{where(entry)}: its weights cannot be read: {refusal(err, entry['repo_id'])}") from err
+        raise ManticoreError(f"{where(entry)}: {what} cannot be read: {refusal(err, entry['repo_id'])}") from err
 
 
 def refusal(err: Exception, repo_id: str) -> str:

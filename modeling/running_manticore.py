@@ -1,4 +1,4 @@
-"""One pass of a hybrid: what it reads, the ways to run, and what it gives.
+"""One pass of a hybrid: what it reads, the ways to run, and what it returns.
 
 `run` takes one of three functions of one signature: `run_straight` (one block that reads native embeddings: whole
 components side by side, nothing cut), `run_all` (all components in every block, mixed after each: shared_manticore) and
@@ -13,13 +13,13 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
+from .bounds_manticore import guard
 from .cache_manticore import ManticoreCache, cache_for
 from .carried_manticore import optional
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
 from .rows_manticore import IN_PARTS, Documents, check_mask, find_documents, has_values, run_cut
-from .segments_manticore import check_positions, width_of
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +39,7 @@ class Inputs:
         documents: The Documents of rows that are not one text each, or None.
         own: What the caller gets as cache: `cache`, or a DynamicCache of the caller's own with its layers.
         attentions: List that takes the layers' attention weights as they are computed, or None.
+        last: Whether predictions of each row's last token are all that is wanted.
     """
 
     ids: torch.Tensor | None
@@ -51,6 +52,7 @@ class Inputs:
     documents: Documents | None = None
     own: Cache | None = None
     attentions: list | None = None
+    last: bool = False
 
     @property
     def shape(self):
@@ -224,8 +226,9 @@ def run_rows(model, inputs, shared, weights=None):
     config, segments, cache = model.config, model.segments, inputs.cache
     weights, (_, time) = weights or mixture_rows(model), inputs.shape
     length = time if cache is None else cache.max_cache_len or cache.get_seq_length() + time
-    running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
-    check_positions(running, inputs.positions, length, inputs.explicit)
+    if not torch.compiler.is_compiling():  # looking at values would break the graph
+        running = [(name, segments.segment(name, block)) for name, block in segments.running(weights)]
+        guard().positions(running, inputs.positions, length, inputs.explicit)
     if config.route is not None:
         found = optional("path_manticore").run_path(model, inputs, weights, shared)
     elif config.bridges:
@@ -290,7 +293,7 @@ def native_inputs(model, inputs, row):
         whole = {name: segments.segment(name, 0).is_whole for name in active_in(model, row)}
         return {name: inputs.ids if whole[name] else model.embed(name, inputs.ids) for name in whole}
     names = model.get_input_embeddings().readers
-    widths = [width_of(model.component(name).get_input_embeddings()) for name in names]
+    widths = [model.component(name).get_input_embeddings().weight.shape[1] for name in names]
     if inputs.embeds.shape[-1] != sum(widths):
         raise ManticoreError(
             f"inputs_embeds has width {inputs.embeds.shape[-1]}; with embeddings='native' it must hold every "

@@ -56,7 +56,6 @@ def check_whole(directory: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def _whole_directory(target, active) -> Iterator[str]:
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=scratch_prefix(target), dir=scratch_place(target)))

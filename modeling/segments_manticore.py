@@ -4,18 +4,14 @@ A component stays whole and registered once. One that runs all its layers in one
 others a `Segment` (layer_stack_manticore) runs some. A pruned hybrid has one component per block (path_manticore).
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
-from operator import is_not
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from .carried_manticore import is_needed, optional
 from .components_manticore import Shell, StackLayout, backbone_name, find_stack
-from .configuration_manticore import ManticoreError
 from .devices_manticore import device_of, place
 from .mixture_manticore import is_active
 
@@ -85,7 +81,10 @@ class Segments:
         """A component's layers [start, stop), whatever the cut."""
         found, component = self._runs.get((name, start, stop)), self.model._modules[name]
         if found is None or found.component is not component:
-            found = self._runs[name, start, stop] = cut(component, self.layout(name), start, stop)
+            layout = self.layout(name)
+            whole = (start, stop) == (0, len(getattr(component.get_submodule(layout.path), layout.layers)))
+            make = Whole if whole else optional("layer_stack_manticore").Segment
+            found = self._runs[name, start, stop] = make(component, layout, start, stop)
         return found
 
     def head(self, name: str) -> "Head":
@@ -120,13 +119,6 @@ class Segments:
 # ---- running layers --------------------------------------------------------------------------------------------------
 
 
-def cut(component: nn.Module, layout: StackLayout, start: int, stop: int) -> "Whole":
-    """The layers [start, stop) of a causal LM as a callable on hidden states: a `Segment`, or all of it as `Whole`."""
-    depth = len(getattr(component.get_submodule(layout.path), layout.layers))
-    whole = (start, stop) == (0, depth)
-    return (Whole if whole else optional("layer_stack_manticore").Segment)(component, layout, start, stop)
-
-
 class Whole:
     """All layers of a component, run by its own class as they are; it reads token ids as well as embeddings."""
 
@@ -135,13 +127,8 @@ class Whole:
     def __init__(self, component: nn.Module, layout: StackLayout, start: int, stop: int):
         self.component, self.layout, self.start, self.stop = component, layout, start, stop
         self.stack = component.get_submodule(layout.path)
-        self.config, self.children, self.stand_ins = self.stack.config, None, {}
-        self.takes_float32 = bool(getattr(self.config, "residual_in_fp32", False))
-        self.prepare()
+        self.takes_float32 = bool(getattr(self.stack.config, "residual_in_fp32", False))
         self.refresh()
-
-    def prepare(self) -> None:
-        """Makes what does not change with the component."""
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -150,27 +137,7 @@ class Whole:
 
     def refresh(self) -> None:
         """Follows the component; cheap when nothing changed. Not for use inside a compiled graph."""
-        modules = self.stack._modules
-        layers = modules[self.layout.layers]
-        children = [*modules.values(), *layers._modules.values()]
-        if self.children is None or len(children) != len(self.children) or any(map(is_not, children, self.children)):
-            self.children = children
-            self.rebuild(modules, layers, list(layers)[self.start : self.stop])
-        self.device = device_of(layers[self.start])
-
-    def rebuild(self, modules: dict, layers: nn.ModuleList, mine: list) -> None:
-        """Takes over replaced children of the owner of the layers."""
-        first = self.positions(modules) if self.start == 0 else []
-        runs = [x for name, x in modules.items() if x not in (None, layers) and name not in self.stand_ins]
-        beside = [*self.stack.buffers(recurse=False), *(buffer for x in runs for buffer in x.buffers())]
-        self.tables = find_tables(self.stack.config, first, mine, beside)
-
-    def positions(self, modules: dict) -> list[nn.Module]:
-        """The embeddings of positions that are added to those of tokens."""
-        tokens, config = self.component.get_input_embeddings(), self.component.config.get_text_config()
-        widths = {tokens.weight.shape[1], config.hidden_size}
-        tables = [one for one in modules.values() if isinstance(one, nn.Embedding) and one is not tokens]
-        return [one for one in tables if one.embedding_dim in widths]
+        self.device = device_of(self.stack._modules[self.layout.layers][self.start])
 
     def __call__(self, hidden, attention_mask=None, position_ids=None, cache=None, attentions=None) -> torch.Tensor:
         """Runs the layers.
@@ -304,82 +271,3 @@ class Head:
             states = states.to(head.weight.dtype)
         states = place(states, device_of(head))
         return self.shell.module.forward(inputs_embeds=states, use_cache=False).logits
-
-
-# ---- how far components can read -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Where the tables of a segment (learned positions, GPT-J's angles) end.
-
-    Rotary and recurrent components compute beyond their `config.max_position_embeddings`, better or worse.
-
-    Attributes:
-        positions: Positions that it has rows for, None without a table.
-        length: Tokens, padding and cached ones included, that its masks are made for (GPT-Neo); None: any number.
-    """
-
-    positions: int | None = None
-    length: int | None = None
-
-
-def find_tables(config: PreTrainedConfig, embeddings: list, layers: list, beside: list) -> Tables:
-    """The Tables of some layers of a component, and of what runs with them.
-
-    That are modules that add positions before them (`embeddings`), and buffers `beside` them (GPT-J's angles, CTRL's).
-    """
-    stated = getattr(config, "max_position_embeddings", None)
-    # OPT and its kin leave the first rows to padding.
-    rows = [one.num_embeddings - getattr(one, "offset", 0) for one in embeddings if isinstance(one, nn.Embedding)]
-    lengths = []
-    for buffer in {id(one): one for layer in layers for one in layer.buffers()}.values():
-        if buffer.ndim >= 2 and stated in buffer.shape:
-            (lengths if list(buffer.shape).count(stated) > 1 else rows).append(stated)
-    rows += [stated for one in beside if one.ndim == 2 and one.shape[0] == stated != one.shape[1]]
-    return Tables(min(rows, default=None), min(lengths, default=None))
-
-
-def check_positions(segments: list, positions: torch.Tensor, length: int, explicit: bool) -> None:
-    """Raises ManticoreError for input beyond a table, before an index error inside of a component.
-
-    Args:
-        segments: (component's name, its Segment) of all that are run.
-        positions: [batch or 1, time] positions of the new tokens.
-        length: Cached and new tokens, padding included, or the length of a static cache.
-        explicit: Whether the caller gave the positions; else none of them is `length` or more.
-    """
-    if torch.compiler.is_compiling():  # looking at values would break the graph
-        return
-    found = [(name, segment.tables) for name, segment in segments if segment.tables != Tables()]
-    if not found or positions.numel() == 0:
-        return
-    last = None
-    for name, tables in found:
-        if tables.length is not None and length > tables.length:
-            raise _too_long(name, tables.length, f"{length} tokens, padding and cached ones included")
-        if tables.positions is not None and (explicit or length > tables.positions):
-            last = int(positions.max()) if last is None else last
-            if last >= tables.positions:
-                said = f"position {last}, that is {last + 1} tokens with those cached"
-                raise _too_long(name, tables.positions, said)
-
-
-def _too_long(name, limit, given):
-    return ManticoreError(
-        f"Component {name!r} has a table of {limit} positions; {given}, is beyond its end. Give shorter input, "
-        "generate fewer tokens, or take the component out of the mixture (set_mixture_weights with weight 0 for "
-        f"{name!r} in every block: it is not run then)."
-    )
-
-
-class Dropped(nn.Module):
-    """Stands where a module was that the path of a pruned hybrid does not use."""
-
-    def forward(self, *args, **kwargs):
-        raise ManticoreError("This part of a component was pruned: only the layers of the hybrid's path are left.")
-
-
-def width_of(module: nn.Module) -> int:
-    """Width of an embedding or head; 0 where a pruned hybrid dropped it."""
-    return 0 if isinstance(module, Dropped) else module.weight.shape[1]

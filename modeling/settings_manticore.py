@@ -1,10 +1,6 @@
-"""What may be set of a hybrid: one list, from which configuration, command line, recipes and docs come.
-
-Imports nothing else, so that a command's help can be printed without torch and Transformers.
-"""
+"""The settings of a hybrid with their defaults, and the error for what cannot be used. Imports nothing else."""
 
 import unicodedata
-from dataclasses import dataclass, field, fields
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -28,116 +24,48 @@ class ManticoreError(ValueError):
         super().__init__(printable(message, "\n"))
 
 
-PRESETS = {
-    # Roberts et al., section 3 and their released code (linear projectors of the framework's default initialisation,
-    # gates equal to alpha, embeddings and heads mixed with the first block's alpha, loss of the mixture only).
-    "paper": {
-        "projector": "linear", "projector_init": "default", "gate": "alpha", "mixture": "static",
-        "mixture_space": "logprob", "embeddings": "mixed", "head_mixture": "first",
-        "mix_loss_weight": 1.0, "component_loss_weight": 0.0,
-    },
-    # What measured best so far (BENCHMARKS.md says on what).
-    "default": {
-        "projector": "linear", "projector_init": "calibrated", "gate": "none", "mixture": "token",
-        "mixture_space": "prob", "embeddings": "native", "head_mixture": "last",
-        "mix_loss_weight": 1.0, "component_loss_weight": 0.0,
-    },
-}  # fmt: skip
+SETTINGS = {
+    "num_blocks": 1,
+    "block_layers": None,
+    "preset": "default",
+    "projector": None,
+    "projector_init": None,
+    "gate": None,
+    "reference_component": None,
+    "mixture": None,
+    "gate_past_losses": False,
+    "gate_lag": 1,
+    "online_eta": 0.1,
+    "online_decay": 0.95,
+    "online_share": 0.05,
+    "mixture_space": None,
+    "embeddings": None,
+    "head_mixture": None,
+    "mix_loss_weight": None,
+    "component_loss_weight": None,
+    "mixture_weights": None,
+    "vocab_size": None,
+    "tokenizer_component": None,
+    "topology": "merge",
+    "bridge_blocks": 2,
+    "bridges": None,
+    "bridge_kind": "linear",
+    "bridge_rank": None,
+    "bridge_heads": 4,
+    "bridge_alpha": False,
+}
+"""Keys of a configuration and their defaults. What they mean stands where they are given: `HybridSettings` of the
+package (manticore_hf.utils.settings), and its docs/composing.md."""
 
-
-def _setting(default, help, **more):
-    return field(default=default, metadata={"help": help, **more})
-
-
-def _preset(help, *choices):
-    """A setting that a preset fills where it is not given."""
-    return _setting(None, help, choices=choices, preset=True)
-
-
-@dataclass
-class HybridSettings:
-    """How components are joined: keys of ManticoreConfig, options of `compose`, keys under `hybrid:` in a recipe."""
-
-    num_blocks: int = _setting(1, "Blocks that every component is cut into; at most the depth of the shallowest.")
-    block_layers: dict[str, list[int]] | None = _setting(
-        None, 'Layers per block of each component, {"name": [4, 2], ...}. Default: as even as possible.'
-    )
-    preset: str = _setting("default", "Supplies the settings that are not given.", choices=tuple(PRESETS))
-    projector: str | None = _preset(
-        "Maps between feature spaces: linear (paper, section 3.1), mlp (two layers, GELU, residual), or none (pad and "
-        "truncate).",
-        *("linear", "mlp", "none"),
-    )
-    projector_init: str | None = _preset(
-        "How linear projectors are initialised: calibrated (solved in closed form by the first stage that has text; "
-        "the identity until then), identity, or default (the framework's). Others start as the identity.",
-        *("default", "identity", "calibrated"),
-    )
-    gate: str | None = _preset(
-        "Projector only (none), or projector and raw feature mixed by the block's alpha (alpha, paper).",
-        *("none", "alpha"),
-    )
-    reference_component: str | None = _setting(
-        None,
-        "With gate none: component whose states define the shared space, so its projectors are the identity. "
-        "Default: the first; calibration picks the one with the lowest loss.",
-    )
-    mixture: str | None = _preset(
-        "One weight per block and component (static, paper), a per-token gate in the last block (token), or untrained "
-        "weights that follow each component's loss on the tokens so far (online).",
-        *("static", "token", "online"),
-    )
-    gate_past_losses: bool = _setting(
-        False, "With mixture token: the gate also reads each component's loss on the tokens so far."
-    )
-    gate_lag: int = _setting(1, "With mixture token or online: the weights are computed at every n-th token and kept.")
-    online_eta: float = _setting(0.1, "With mixture online: weights scale with exp(-eta * decayed loss in nats).")
-    online_decay: float = _setting(0.95, "With mixture online: factor by which past losses decay per token, 0 to 1.")
-    online_share: float = _setting(0.05, "With mixture online: share of the weights kept at alpha, from 0 to 1.")
-    mixture_space: str | None = _preset(
-        "Mean of the components' distributions: geometric (logprob) or arithmetic (prob).", *("logprob", "prob")
-    )
-    embeddings: str | None = _preset(
-        "Each component's own embeddings and last state (native), all through the shared space (mixed, paper), or the "
-        "same with new ones drawn from N(0, 0.02) (fresh).",
-        *("native", "mixed", "fresh"),
-    )
-    head_mixture: str | None = _preset(
-        "Block whose alpha mixes the heads (the paper's code: first).", *("last", "first")
-    )
-    mix_loss_weight: float | None = _preset("Weight of the mixture's cross-entropy.")
-    component_loss_weight: float | None = _preset("Weight of the summed cross-entropies of the components' heads.")
-    mixture_weights: list | None = _setting(
-        None,
-        "Exact mixture weights [blocks][components]; a null row is learned, a component at 0 is not run in that "
-        "block. Default: learned.",
-    )
-    vocab_size: int | None = _setting(
-        None, "Size of the common vocabulary; rows beyond it are padding. Default: inferred."
-    )
-    tokenizer_component: str | None = _setting(None, "Component whose tokenizer is the hybrid's. Default: the first.")
-    topology: str = _setting(
-        "merge",
-        "Replace states by their mixture after each of num_blocks blocks (merge), or run components side by side as in "
-        "one block, with bridges that add to their states along the way (bridge).",
-        choices=("merge", "bridge"),
-    )
-    bridge_blocks: int = _setting(2, "With topology bridge: blocks that bridges may connect; see block_layers.")
-    bridges: list | None = _setting(
-        None,
-        'With topology bridge: list of {"from": component, "to": component, "from_block": block (from 0) to read, or '
-        '"last" (default), "to_block": block to add before (default: each), "kind": as bridge_kind, "weight": exact}, '
-        '"others" (each component to all others, block to next block; the default) or "self" (each to itself).',
-    )
-    bridge_kind: str = _setting(
-        "linear",
-        "A linear map of the other component's state at this token, or causal cross-attention to its states so far.",
-        choices=("linear", "attention"),
-    )
-    bridge_rank: int | None = _setting(None, "Rank of linear bridges (default: full), or width of attention bridges.")
-    bridge_heads: int = _setting(4, "Heads of attention bridges.")
-    bridge_alpha: bool = _setting(False, "Whether bridges get searchable weights, over (none, those into a place).")
-
-
-CHOICES = {one.name: one.metadata["choices"] for one in fields(HybridSettings) if one.metadata.get("choices")}
-FILLED = tuple(one.name for one in fields(HybridSettings) if one.metadata.get("preset"))  # by a preset
+CHOICES = {
+    "projector": ("linear", "mlp", "none"),
+    "projector_init": ("default", "identity", "calibrated"),
+    "gate": ("none", "alpha"),
+    "mixture": ("static", "token", "online"),
+    "mixture_space": ("logprob", "prob"),
+    "embeddings": ("native", "mixed", "fresh"),
+    "head_mixture": ("last", "first"),
+    "topology": ("merge", "bridge"),
+    "bridge_kind": ("linear", "attention"),
+}
+"""What some of them may be."""

@@ -45,15 +45,15 @@ class Renamer:
 
     Args:
         model: The model, on any device.
-        prefixed: Whether to add or remove a base model's prefix (a component may have been saved without its head).
+        prefix: A base model's prefix that is added or removed (a component may have been saved without its head).
         packed: Transformers' quantiser of a checkpoint that is quantised: it has names of its own for what it packs.
     """
 
-    def __init__(self, model: PreTrainedModel, prefixed: bool = False, packed: object | None = None):
+    def __init__(self, model: PreTrainedModel, prefix: str | None = None, packed: object | None = None):
         self.transforms = _sorted(get_model_conversion_mapping(model))
         self.packed = None if packed is None else _sorted(get_model_conversion_mapping(model, None, packed))
         self.known = model.state_dict(keep_vars=True)
-        self.prefix = (model.base_model_prefix, self.known) if prefixed else (None, None)
+        self.prefix = prefix, prefix and self.known
 
     def __call__(self, key: str) -> tuple[str, bool]:
         """(key in the model, whether the tensor itself is converted too: fused, split or transposed)."""

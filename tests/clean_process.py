@@ -39,8 +39,8 @@ class Server:
 
     def __init__(self, modules, python=sys.executable, environment=None, parent=None):
         self.environment = dict(os.environ if environment is None else environment)
-        # Arrow's allocator would start a thread
-        environment = {**self.environment, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+        # Arrow's allocator would start a thread, and OpenBLAS as many as OpenMP is allowed: a fork would lack them
+        environment = {**self.environment, "JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_NUM_THREADS": "1"}
         self.folder = tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True)
         self.path = str(Path(self.folder.name) / "socket")
         self.log = Path(self.folder.name) / "log"

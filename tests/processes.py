@@ -58,6 +58,7 @@ def launch(arguments, processes=2, launcher=(), timeout=300, environment=None):
                 assert time.monotonic() < deadline, f"not finished after {timeout} s"
                 time.sleep(0.02)
         finally:
+            codes = [process.poll() for process in running]  # before the others are killed
             for process in running:
                 process.kill()
             status = [process.wait(60) for process in running]
@@ -65,7 +66,7 @@ def launch(arguments, processes=2, launcher=(), timeout=300, environment=None):
             printed = out.read()
             if any(status):
                 print(printed[-8000:])
-    assert not any(status), printed[-8000:]
+    assert not any(status), f"exit codes {codes}:\n{printed[-8000:]}"
     return printed
 
 

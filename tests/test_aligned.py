@@ -15,6 +15,8 @@ from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.modeling.aligned_mapping import ByteTokenizer, Mapping
 from manticore_hf.modeling.aligned_reading import Row, grow
 from manticore_hf.modeling.bounds_manticore import ManticoreError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from two_tokenizers import FIRST
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
@@ -67,6 +69,47 @@ def test_a_perfect_component_is_mapped_to_perfect_predictions(home, other):
         lost = bits(language, cuts[0], ends[0], mapped(mapping, theirs, known)) - entropy
         assert abs(bits(language, cuts[0], ends[0], best) - entropy) < 1e-6
         assert -1e-3 < lost < limit, (home, other, name, lost)
+
+
+def merging(*merges):
+    """A tokenizer of bytes with these merges, in their order."""
+    known = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate([*known, *("".join(pair) for pair in merges), "<|end|>"])}
+    core = Tokenizer(models.BPE(words, list(merges)))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return ByteTokenizer(PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|end|>", eos_token="<|end|>"))
+
+
+def test_a_likely_token_is_cut_as_the_rest_of_the_word_asks():
+    """Where B goes on with "Deb", "De" of A is the next token if "bian" follows; and "g|amm|a" may be "ga|mma"."""
+    first = merging(("D", "e"), ("b", "i"), ("bi", "a"), ("bia", "n"), ("De", "b"), ("m", "m"), ("a", "mm"))
+    second = merging(
+        ("D", "e"), ("De", "b"), ("i", "a"), ("ia", "n"), ("g", "a"), ("m", "m"), ("mm", "a"), ("ga", "mm")
+    )
+    for text, cuts in {
+        "Debian": ("De|bian", "Deb|ian"),
+        "gamma": ("g|amm|a", "ga|mma"),
+        "gamm": ("g|amm", "gamm"),
+    }.items():
+        for one, cut in zip((first, second), cuts):
+            assert [one.table[i].decode() for i in one.cut(text.encode())] == cut.split("|")
+    mapping, end = Mapping(first, second), first.surfaces.roles["eos"]
+    language = Language([["Debian", "Debs", "Den", "gamma", "gammy", "gap"], [".", ", "]])
+    best, theirs = (
+        Ideal(language, lambda text, one=one: one.cut(text.encode()), one.surfaces.roles["eos"])
+        for one in (first, second)
+    )
+
+    def known(ids):
+        out = torch.full((first.size,), -20.0)
+        for number, probability in best(ids).items():
+            out[number] = math.log(probability)
+        return out
+
+    entropy = -sum(weight * math.log2(weight) for weight in language.texts.values())
+    lost = bits(language, lambda text: first.cut(text.encode()), end, mapped(mapping, theirs, known)) - entropy
+    assert -1e-3 < lost < 1.0, lost  # where each token was cut as it is alone: 5.3
 
 
 def test_bytes_that_end_inside_of_a_letter_are_cut_as_with_the_letter():

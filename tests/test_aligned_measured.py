@@ -86,10 +86,10 @@ def comparison(recipe, output, **settings):
 def test_compare_tunes_components_on_their_own_tokens(recipe, tmp_path):
     one = comparison(recipe, tmp_path)
     known = {contender.name: contender for contender in one._contenders()}
-    assert {"a, untuned", "b as it came", "a, tuned", "b, tuned", "b, tuned 2 times as long"} < set(known)
-    assert not {"b, untuned", "b with its own tokenizer, tuned", "a as it came"} & set(known)
+    assert {"a, untuned", "original b", "a, tuned", "b, tuned", "b, tuned 2 times as long"} < set(known)
+    assert not {"b, untuned", "b with its own tokenizer, tuned", "original a"} & set(known)
     one.by_name = known
-    names = ["b as it came", "b, tuned", "a, tuned", "ensemble, untuned", "ensemble of the tuned components"]
+    names = ["original b", "b, tuned", "a, tuned", "ensemble, untuned", "ensemble of the tuned components"]
     with tqdm(disable=True) as one.bar:
         for name in names:
             one.chosen[name] = one._choose(known[name])
@@ -106,11 +106,11 @@ def test_compare_tunes_components_on_their_own_tokens(recipe, tmp_path):
 
     # The test text by hand, every piece behind the start of its own tokenizer
     by_hand = sum(naive_nats(model("gpt_neox", "gemma"), gemma_ids(text), 1) for text in one.documents.texts)
-    assert rows["b as it came"]["nll"].sum() == pytest.approx(by_hand, rel=1e-4)
+    assert rows["original b"]["nll"].sum() == pytest.approx(by_hand, rel=1e-4)
     after = one.shop.load_plain(tuned).eval()
     by_hand = sum(naive_nats(after, gemma_ids(text), 1) for text in one.documents.texts)
     assert rows["b, tuned"]["nll"].sum() == pytest.approx(by_hand, rel=1e-4) and rows["b, tuned"]["correct"] is None
-    assert rows["b, tuned"]["nll"].sum() < rows["b as it came"]["nll"].sum()
+    assert rows["b, tuned"]["nll"].sum() < rows["original b"]["nll"].sum()
 
     # Mixtures are aligned hybrids of the components, untuned or tuned
     _, ids = one.documents.rows[0]
@@ -234,7 +234,7 @@ def test_pruning_keeps_the_tokenizer(made, tmp_path):
         assert again.config.aligned == () and torch.equal(again(ids, use_cache=False).logits, wanted)
     assert not list(Path(tmp_path).glob("aligned_*"))
     for route in (OTHER, "alpha", "loss"):
-        with pytest.raises(ManticoreError, match="as it came; prune to 'llama_gpt'"):
+        with pytest.raises(ManticoreError, match="original model; prune to 'llama_gpt'"):
             prune(made, route, Dataset.from_dict({"input_ids": ids.tolist()}))
 
 
@@ -281,18 +281,18 @@ def test_the_tokenizer_is_chosen_by_a_text(recipe, tmp_path, capsys):
     kept = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
     assert kept == tokenizer(kinds[best]).get_vocab()
     said = capsys.readouterr().out
-    assert all(f"with {name}'s tokenizer {bits:.4f} bits per byte" in said for name, bits in found.items())
-    # The README's next command: the table, with the components mapped, and as they came
+    assert all(f"with {name}'s tokenizer: {bits:.4f} bits per byte" in said for name, bits in found.items())
+    # The README's next command: the table, with the components mapped, and the originals
     data = {"data": str(tmp_path / "text.txt"), "block_size": 4, "validation_fraction": 0.0}
     rows, _ = load_rows(DataArguments(**data), AutoTokenizer.from_pretrained(tmp_path / "out"), keep_text=True)
     pieces = make_passages(rows, AutoTokenizer.from_pretrained(tmp_path / "out")).texts
     table = ["evaluate", "--model", str(tmp_path / "out"), "--data", data["data"], "--block-size", "4"]
     assert main([*table, "--components", *parts, "--output-dir", str(tmp_path / "table")]) == 0
     bits = json.loads((tmp_path / "table" / "evaluation.json").read_text())["bits_per_byte"]
-    assert list(bits) == ["a", "b", "ensemble", ONLINE, "hybrid", "a as it came", "b as it came"]
+    assert list(bits) == ["a", "b", "ensemble", ONLINE, "hybrid", "original a", "original b"]
     by_hand = sum(naive_nats(model("gpt_neox", "gemma"), gemma_ids(piece), 1) for piece in pieces)
-    assert bits["b as it came"] == pytest.approx(by_hand / math.log(2) / len("".join(pieces)), rel=1e-4)
-    assert bits[best] == pytest.approx(bits[f"{best} as it came"], rel=1e-4)
+    assert bits["original b"] == pytest.approx(by_hand / math.log(2) / len("".join(pieces)), rel=1e-4)
+    assert bits[best] == pytest.approx(bits[f"original {best}"], rel=1e-4)
     capsys.readouterr()
     for wrong, message in (
         ([*command, "--tokenizer-component", "a"], "no tokenizer to choose"),

@@ -179,7 +179,7 @@ def test_the_command_serves_a_hybrid_with_several_tokenizers_until_it_is_interru
     aligned_pairs.tokenizer("gpt").save_pretrained(tmp_path / "several")
     with started(["-m", "manticore_hf.cli", "app", str(tmp_path / "several")]) as (process, url):
         with opened(browser, url) as tab:
-            assert tab.inner_text("h1") == "several" and "tokenizer of its own" in tab.inner_text("#seen")
+            assert tab.inner_text("h1") == "several" and "its own tokenizer" in tab.inner_text("#seen")
             tab.click("#write")
             tab.wait_for_selector("#hp-costs tr:nth-child(4)")
         process.send_signal(signal.SIGINT)

@@ -112,6 +112,8 @@ def test_attention_weights_of_padded_rows():
         with pytest.raises(ManticoreError, match="padding between tokens"):
             model(ids, attention_mask=mask, use_cache=use_cache, output_attentions=True)
         mask[0, 3] = 1
+    with pytest.raises(ManticoreError, match="rows with several documents"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), use_cache=False, output_attentions=True)
 
 
 def test_no_attention_weights_without_a_word(monkeypatch):
@@ -276,6 +278,28 @@ def test_a_cache_quantised_in_groups(backend, package):
     kinds = [type(layer).__name__ for layer in mixed.make_cache(quantized=settings).layers]
     assert len(set(kinds)) == 2 and "LinearAttentionLayer" in kinds
     assert mixed.generate(ids, **how, **new).shape == (2, 18)
+    with pytest.raises(ManticoreError, match="component 'mistral' .*sliding_attention"):
+        join("mistral")[0].generate(ids, **how, **new)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("backend, package", [("fp8", "torch"), ("quanto", "optimum.quanto"), ("hqq", "hqq")])
+def test_a_mixture_over_quantised_caches(backend, package):
+    """By hand: each component with a quantised cache of its own, and the mean of what they find probable."""
+    pytest.importorskip(package)
+    ids = tokens(2, 9)
+    settings = {"backend": backend, **({} if backend == "fp8" else {"q_group_size": 8, "residual_length": 3})}
+    pair, parts = join("llama", "gpt_neox", mixture="static", mixture_space="prob")
+    pair.set_mixture_weights([[0.3, 0.7]])
+    caches = [QuantizedCache(config=part.config, **settings) for part in parts.values()]
+    own = pair.make_cache(quantized=settings)
+    for at in range(0, 9, 2):
+        now = ids[:, at : at + 2]
+        found = [part(now, cache=cache).logits.softmax(-1) for part, cache in zip(parts.values(), caches)]
+        wanted = 0.3 * found[0] + 0.7 * found[1]
+        torch.testing.assert_close(pair(now, cache=own).logits.softmax(-1), wanted)
+    assert not torch.allclose(pair(ids).logits.softmax(-1)[:, -1:], wanted, atol=1e-4)  # it is quantised
 
 
 @torch.no_grad()

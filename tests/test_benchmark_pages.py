@@ -152,16 +152,16 @@ BASELINES = {
     "calibration-fixed": "baseline, untrained: plain ensemble|baseline, untrained: Llama alone",
     "demo-rates": "neox-prose alone|mamba-code alone",
     "alpha-grid": "weight of the Llama",  # at 0 and 1 the components are alone
-    "alpha-found": "the plain mean",
-    "pruning": "baseline: tuned plainly",
+    "alpha-found": "equal weights",
+    "pruning": "baseline: tuned normally",
     "paths": "baseline: neox prose alone",
     "align": "baseline: NeoX alone|baseline: Mamba alone",
     "gpu-run": "their plain ensemble",
     "aligned": "its own tokenizer|home model",
-    "real-pair": "Gemma, as it came|SmolLM2, as it came",
+    "real-pair": "original Gemma|original SmolLM2",
     "past-losses": "neox prose alone|uniform, log-probabilities|best static, probabilities",
     "past-losses-gate": "gate without past losses",
-    "gate-variants": "gate as it is",
+    "gate-variants": "gate unchanged",
     "bridges-text": "one block|self-bridges|LoRA",
     "mixture-sampling-lag": "token (the loss)",  # the same gate, asked as ever
 }

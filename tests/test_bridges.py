@@ -13,7 +13,6 @@ import yaml
 from cases import case
 from decoding_contract import check_decoding
 from families import FAMILIES, tiny, tokens
-from manticore_hf.modeling.bridges import bridge_weights
 from peft import PeftModel, get_peft_model
 from tiny_hybrid import QUIET, QUIET_RECIPE, rows_of, save_pair, word_tokenizer
 from transformers.cache_utils import StaticLayer
@@ -41,6 +40,7 @@ from manticore_hf.training.prune import prune
 from manticore_hf.training.recipe import run_recipe
 from manticore_hf.training.search import STRATEGIES, SearchArguments, SearchTrainer
 from manticore_hf.training.trained_stages import take_mixture
+from manticore_hf.utils.bridge_settings import bridge_weights
 
 EVERY = {"topology": "bridge", "bridge_blocks": 3}
 
@@ -538,8 +538,8 @@ def test_tools_know_of_bridges(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     card, *_ = make_card(tmp_path / "saved", CardFacts("me/hybrid", {"gpt_neox": "mit", "mamba": "mit"}))
     shown = "".join(card.sections.values())
-    assert "add to each other's states on the way, through 1 bridge." in shown
-    assert "mamba after block 2 to gpt" in shown and "keeps one for each block" not in shown
+    assert "add to each other's hidden states, through 1 bridge." in shown
+    assert "mamba after block 2 to gpt" in shown and "keeps one per block" not in shown
     with pytest.raises(ManticoreError, match="this hybrid has .*bridges between components"):
         model.generate(ids, do_sample=True, mixture_sampling=True, max_new_tokens=2)
     with pytest.raises(ManticoreError, match="has bridges .* this hybrid None"):

@@ -22,6 +22,7 @@ from manticore_hf.modeling.segments_manticore import Whole
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.hub.provenance import repository
+from manticore_hf.utils.positions import position_tables
 
 CODE = Path(carried_manticore.__file__).parent
 IDS = torch.randint(3, 48, (2, 8), generator=torch.Generator().manual_seed(1))
@@ -106,7 +107,7 @@ def test_what_is_told_from_a_configuration_is_so(family):
     whole = Whole(model, told, 0, len(getattr(model.get_submodule(told.path), told.layers)))
     modules = whole.stack._modules
     found = [modules[name] for name, cls in looked.before.items() if cls is layer_stack_manticore.NoPosition]
-    assert whole.positions(modules) == [one for one in found if isinstance(one, torch.nn.Embedding)]
+    assert position_tables(whole) == [one for one in found if isinstance(one, torch.nn.Embedding)]
 
 
 # ---- without the package ---------------------------------------------------------------------------------------------
@@ -263,7 +264,9 @@ def test_an_entry_file_is_compared_like_the_rest(saved, tmp_path, capsys):
     folder = shutil.copytree(saved["two blocks, a Mamba"][0], tmp_path / "edited")
     (folder / ENTRY).write_text((folder / ENTRY).read_text() + "import os\n")
     assert main(["inspect", str(folder)]) == 0
-    assert f"CODE other content than in the installed manticore-hf, read it: {ENTRY}" in capsys.readouterr().out
+    assert (
+        f"CODE different from the installed manticore-hf, read it before running it: {ENTRY}" in capsys.readouterr().out
+    )
 
 
 def test_code_is_that_of_the_saved_class(saved, tmp_path):
@@ -288,7 +291,7 @@ def test_a_save_without_the_package_that_is_cut_off_is_said_and_finished_with_it
     with pytest.raises(ManticoreError, match="complete now|saved when it was loaded"):
         ManticoreForCausalLM.from_pretrained(folder)
     again = ManticoreForCausalLM.from_pretrained(folder)
-    assert torch.equal(facts(again, IDS)["logits"], told["logits"])
+    torch.testing.assert_close(facts(again, IDS)["logits"], told["logits"])  # the package's mixture rounds otherwise
     again.save_pretrained(folder)  # clears up after the process that was cut off
     assert not list(tmp_path.glob(".hybrid.saving-*")) and not (folder / ".saving").exists()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import clean_process
 import pytest
-from manticore_hf.modeling.settings_manticore import FILLED, PRESETS, HybridSettings
+from manticore_hf.modeling.settings_manticore import SETTINGS
 from safetensors import SafetensorError
 from tiny_hybrid import pair, save, write_text
 from transformers import TrainingArguments
@@ -23,6 +23,7 @@ from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.training.recipe import find_recipe, load_recipe
 from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
 from manticore_hf.utils.options import Parser, Renamed, from_namespace
+from manticore_hf.utils.settings import FILLED, PRESETS, HybridSettings
 
 ROOT = Path(__file__).parent.parent
 TRAINED = [name for name, stage in STAGES.items() if stage.trains is not None]
@@ -248,7 +249,9 @@ def test_the_demo_finds_what_is_shipped():
 
 def test_one_list_of_a_hybrids_settings():
     """Configuration, command line and recipes take the same; each has its help."""
-    names = {field.name for field in dataclasses.fields(HybridSettings)}
+    defaults = {field.name: field.default for field in dataclasses.fields(HybridSettings)}
+    assert SETTINGS == defaults  # what repositories carry
+    names = set(defaults)
     said, preset = ManticoreConfig().to_dict(), PRESETS["default"]
     assert names - set(said) == {"preset"}
     for field in dataclasses.fields(HybridSettings):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, PAIRS, components, hybrid, tiny, tokens, uneven
-from manticore_hf.modeling.layer_stack_manticore import Entry, Exit, find_layout, pick_config
-from manticore_hf.modeling.segments_manticore import cut
+from manticore_hf.modeling.layer_stack_manticore import Entry, Exit, Segment, find_layout, pick_config
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
 from manticore_hf.families import contract
@@ -30,7 +29,7 @@ def test_a_segment_holds_no_weights_of_its_own(component):
     known = {id(p) for p in component.parameters()} | {id(b) for b in component.buffers()}
     before = set(component.state_dict())
     for start, stop in [(0, 2), (2, 5)]:
-        segment = cut(component, find_layout(component), start, stop)
+        segment = Segment(component, find_layout(component), start, stop)
         assert all(id(p) in known for p in segment.shell.module.parameters())
         layers = [bare(layer) for layer in getattr(segment.shell.module, segment.layout.layers)]
         assert layers == list(getattr(segment.stack, segment.layout.layers))[start:stop]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -42,9 +43,14 @@ def test_the_demo(tmp_path, hub, owner):
         assert f"\n{row} " in done.stdout, row
     found, next_steps = done.stdout.split("\nWhat was found\n")[1].split("\nNext\n")
     lines = found.splitlines()
-    assert [any(said in line for said in SAID) for line in lines] == [True] * 3 + [False] * 3
-    assert [line.endswith("logits equal to the last bit: yes.") for line in lines[4:]] == [True, True]
-    assert "2,400 bytes of weights (the components by reference" in lines[4]
+    assert [any(said in line for said in SAID) for line in lines] == [True, True, True, False, False]
+    tuned, untuned, blocks, gate, published = (line.removeprefix("  ") for line in lines)
+    assert tuned.startswith("The best hybrid (") and "the best baseline (" in tuned
+    assert untuned.startswith("Before tuning the components, the best hybrid (")
+    assert blocks.startswith("The tuned two-block hybrid") and "the tuned one-block hybrid" in blocks
+    means = [float(one) for one in re.findall(r"(0\.\d\d) to (?:neox_prose|mamba_code)", gate)]
+    assert len(means) == 4 and sum(means[:2]) == pytest.approx(1, abs=0.02) == sum(means[2:])
+    assert "gives the same logits to the last bit; it takes 2,400 bytes with the untuned components" in published
 
     kept = tmp_path / "manticore-demo"
     assert (kept / "losses.png").stat().st_size > 10_000

@@ -142,7 +142,7 @@ def test_the_objective_is_chosen_by_shards(alone, tmp_path):
     command = [HERE / "fsdp_cli.py", "run", tmp_path / "batch2.yaml", "--allow-outside"]
     command += ["--output-dir", tmp_path / "two"]
     printed = launch(command, launcher=accelerated("fsdp2.yaml"))
-    assert printed.count("Objective: strengths are") == 1
+    assert printed.count("Objective: the components' errors are") == 1
     two = json.loads((tmp_path / "two" / "1-finetune" / "stage.json").read_text())
     assert (tmp_path / "two" / "1-finetune" / "objective.json").is_file()
     for key in ("objective", "losses"):

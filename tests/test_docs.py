@@ -20,11 +20,11 @@ import hub_models
 import published
 import pytest
 import torch
-from manticore_hf.modeling.settings_manticore import CHOICES
 from safetensors.torch import load
 
 from manticore_hf.cli import main
 from manticore_hf.training.stages import STAGES
+from manticore_hf.utils.settings import CHOICES
 
 ROOT = Path(__file__).parent.parent
 README, FILES = ROOT / "README.md", ROOT / "docs" / "files.md"

@@ -106,7 +106,7 @@ def test_scores_are_those_of_one_request_after_the_other(start, questions, tmp_p
     assert all(f"{row['tiny_choice']['acc'][0]:.4f} ± " in out for row in scores.values())
 
 
-def test_components_as_they_came_answer_with_their_own_tokenizers(start, questions, tmp_path):
+def test_original_components_answer_with_their_own_tokenizers(start, questions, tmp_path):
     """Of another vocabulary and weights than what is inside the hybrid."""
     parts = pair()
     other = word_tokenizer(WORDS[::-1])
@@ -114,10 +114,10 @@ def test_components_as_they_came_answer_with_their_own_tokenizers(start, questio
         part.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     scores = evaluate(start, tmp_path, "--components", str(tmp_path / "one"), str(tmp_path / "two"))
-    assert list(scores)[5:] == ["gpt_neox as it came", "mamba as it came"]
+    assert list(scores)[5:] == ["original gpt_neox", "original mamba"]
     for label, part, tokenizer in (("gpt_neox", parts[0], word_tokenizer()), ("mamba", parts[1], other)):
         by_hand = accuracy(lambda ids, part=part: part.eval()(input_ids=ids).logits, questions, tokenizer)
-        assert scores[f"{label} as it came"]["tiny_choice"]["acc"][0] == pytest.approx(by_hand)
+        assert scores[f"original {label}"]["tiny_choice"]["acc"][0] == pytest.approx(by_hand)
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_the_repository_is_described(published, hub, owner, capsys):
     assert f"{published}@{hub.head(published)}: {len(hub.files(published))} files" in shown
     assert "tensors: 1 of a, " in shown and "of hybrid_mixer" in shown
     count = len([name for name in hub.files(published) if name.endswith("_manticore.py")])
-    assert f"code: {count} files as in the installed" in shown and "CODE" not in shown and "PICKLES" not in shown
+    assert f"code: {count} files identical to the installed" in shown and "CODE" not in shown and "PICKLES" not in shown
     assert shown.count("; public, ") == 2
     fetched = {path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and "/resolve/" in path}
     assert fetched <= {"config.json", "model.safetensors"} and f"/{owner}/a/resolve" not in str(hub.requests)
@@ -137,15 +137,15 @@ def test_the_repository_is_described(published, hub, owner, capsys):
 def test_what_is_not_as_it_should_be_stands_out(published, hub, owner, capsys):
     change(hub, published, scan_manticore__py=b"import os", evil__py=b"x", pytorch_model__bin=b"x")
     shown = inspected(published, capsys)
-    assert "CODE other content than in the installed manticore-hf, read it: scan_manticore.py" in shown
-    assert "CODE not in the installed manticore-hf, read it: evil.py" in shown
+    assert "CODE different from the installed manticore-hf, read it before running it: scan_manticore.py" in shown
+    assert "CODE not in the installed manticore-hf, read it before running it: evil.py" in shown
     assert "PICKLES (never read): pytorch_model.bin" in shown
 
 
 def test_a_directory_is_described_alike(published, hub, tmp_path, capsys):
     (tmp_path / "out" / "evil.py").write_text("x")
     shown = inspected(str(tmp_path / "out"), capsys)
-    assert "tensors: 1 of a, " in shown and "read it: evil.py" in shown and "repository:" in shown
+    assert "tensors: 1 of a, " in shown and "running it: evil.py" in shown and "repository:" in shown
     found = json.loads(inspected(str(tmp_path / "out"), capsys, "--json"))
     assert found["repository"]["code"]["evil.py"] == "unknown"
     assert [entry["state"]["access"] for entry in found["components"]] == ["public", "public"]

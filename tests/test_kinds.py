@@ -56,8 +56,8 @@ def test_a_published_classifiers_card(kind, repos, hub, owner, tmp_path, capsys)
     text = hub.files(f"{owner}/{kind}")["README.md"].decode()
     data = ModelCard(text).data
     assert (data.pipeline_tag, data.library_name) == (TASKS[kind], "transformers") and data.base_model == repos
-    assert "in one classifier of " in text and "it gives labels and generates no text" in text
-    for wrong in ("causal", ".generate(", "text-generation", "a gate chooses for every", "manticore-hf prune", "nats"):
+    assert "in one classifier of " in text and "it predicts labels and generates no text" in text
+    for wrong in ("causal", ".generate(", "text-generation", "a gate decides for each", "manticore-hf prune", "nats"):
         assert wrong not in text, wrong
     assert "| 2 | per\\|haps \\* |" in text
     assert f"one label for each {'text' if kind == 'sequence' else 'token'}." in text
@@ -102,7 +102,7 @@ def test_many_labels_are_not_all_shown(tmp_path, capsys):
     model = ManticoreForSequenceClassification.from_causal_lm(hybrid("gpt_neox+mamba"), 150)
     model.save_pretrained(tmp_path)
     text = card_of(tmp_path)[1]
-    assert "| 99 | LABEL_99 |" in text and "LABEL_100" not in text and "There are 150 in all" in text
+    assert "| 99 | LABEL_99 |" in text and "LABEL_100" not in text and "There are 150 labels in all" in text
     assert main(["inspect", str(tmp_path)]) == 0
     assert "150 labels: LABEL_0, " in (out := capsys.readouterr().out) and "LABEL_19, ...; one label for each" in out
 
@@ -153,7 +153,9 @@ def test_losses_of_the_language_model_are_not_the_classifiers(tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps({"losses": {"a": 2.0, "hybrid": 1.8}, "data": "org/text"}))
     card, text, _, notices = card_of(tmp_path)
     assert "results" not in card.sections and "model-index" not in card.metadata and "No results are stated" in text
-    assert notices == ["The loss on 'org/text' is not shown: it is a language model's, this one classifies."]
+    assert notices == [
+        "The loss on 'org/text' is not shown: it is that of a language model, and this hybrid is a classifier."
+    ]
 
 
 def test_a_pruned_classifier(tmp_path):
@@ -172,10 +174,10 @@ def test_a_quantised_hybrid(tmp_path, capsys):
     settings = BitsAndBytesConfig(load_in_8bit=True)
     model = ManticoreForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings)
     model.save_pretrained(tmp_path / "8")
-    assert "maps of its layers are packed in 8 bits (bitsandbytes) and take less" in card_of(tmp_path / "8")[1]
+    assert "layers are quantised to 8 bits (bitsandbytes) and take less" in card_of(tmp_path / "8")[1]
     assert main(["inspect", str(tmp_path / "8")]) == 0
-    assert "packed in 8 bits (bitsandbytes): bytes below are those of floating point" in capsys.readouterr().out
-    assert "packed" not in card_of(tmp_path / "plain")[1]
+    assert "quantised to 8 bits (bitsandbytes): the sizes below are those of floating point" in capsys.readouterr().out
+    assert "quantised" not in card_of(tmp_path / "plain")[1]
 
 
 def test_what_needs_a_language_model_says_so(tmp_path):

@@ -21,10 +21,10 @@ class Unlearned(nn.Embedding):
 @pytest.fixture
 def looks(monkeypatch):
     """The components that are run on nothing, with what was found before forgotten."""
-    seen, real = [], layer_stack_manticore._find_layout
+    seen, real = [], layer_stack_manticore.find_stack
     monkeypatch.setattr(layer_stack_manticore, "_FOUND", {})
     monkeypatch.setattr(
-        layer_stack_manticore, "_find_layout", lambda component: seen.append(component) or real(component)
+        layer_stack_manticore, "find_stack", lambda component: seen.append(component) or real(component)
     )
     return seen
 
@@ -37,7 +37,8 @@ def test_once_for_all_that_are_equal(family, looks):
         three = type(one)(one.config).to(torch.bfloat16)
     found = find_layout(one)
     assert find_layout(two) == find_layout(three) == found and looks == [one]
-    assert layer_stack_manticore._find_layout(three) == found
+    layer_stack_manticore._FOUND.clear()
+    assert find_layout(three) == found and looks == [one, three]
 
 
 def test_other_settings_are_looked_at(looks):
@@ -73,7 +74,7 @@ def test_angles_that_depend_on_how_far_positions_go():
         rope |= {"rope_theta": 1e4, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 12}
         part = neox(rope_parameters=rope, max_position_embeddings=12, initializer_range=0.2).eval()
         with torch.device("meta"):
-            layer_stack_manticore._find_layout(type(part)(part.config))
+            find_layout(type(part)(part.config))
         spec = ComponentSpec(part, name="one")
         model = ManticoreForCausalLM.from_components([spec], num_blocks=2, projector="none", mixture="static").eval()
         for time in (8, 20, 8):

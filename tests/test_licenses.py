@@ -79,7 +79,7 @@ def test_what_is_unknown_is_said(missing):
 @pytest.mark.parametrize(
     "ids, words",
     [
-        (["mit", "apache-2.0"], ["apache-2.0. ", "say what was changed"]),
+        (["mit", "apache-2.0"], ["apache-2.0. ", "state what was changed"]),
         (["mit", None], ["unknown for c1"]),
         (["llama3", "gemma"], ["no single licence", "naming"]),
         (["gpl-3.0", "gemma"], ["CONFLICT: c0 (gpl-3.0) and c1 (gemma)"]),

@@ -10,6 +10,14 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.fixture(autouse=True, params=["with the package", "without"])
+def ways(request, monkeypatch):
+    """Of mixing: those that `import manticore_hf` has registered, and those that a repository has."""
+    if request.param == "without":
+        monkeypatch.delattr(mixture_manticore._shared, "log_mean")
+        monkeypatch.delattr(mixture_manticore._shared, "weighted_sum")
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_geometric_mean_and_its_gradients(count):
     logits = [draw(2, 3, 7, seed=k).requires_grad_() for k in range(count)]

@@ -8,6 +8,7 @@ import torch
 from families import tiny
 from peft import get_peft_model
 from tiny_hybrid import pair
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, prompt_config
@@ -130,6 +131,25 @@ def test_rows_are_written_as_if_alone():
     torch.manual_seed(3)
     many = sample(model, num_return_sequences=3, return_dict_in_generate=True).sequences
     assert len(many) == 3 and many[0].tolist() == alone[0].tolist()
+
+
+def test_a_cache_is_gone_on_with_and_given():
+    """Read on by who samples, by who does not, and by both in turn; a DynamicCache of the caller's stays as it is."""
+    held = {"mixture": "token", "gate_past_losses": True, "gate_lag": 4}
+    attending = [tiny("llama"), tiny("gpt_neox")]
+    for parts, settings in ((None, held), (attending, {"mixture": "static"})):
+        model, given = one_block(parts, **settings), {"return_dict_in_generate": True, "max_new_tokens": 6}
+        torch.manual_seed(4)
+        first = sample(model, **given)
+        text = torch.cat([first.sequences, PROMPT], 1)
+        greedy = {"do_sample": False, "max_new_tokens": 5, "return_dict_in_generate": True}
+        second = model.generate(text, cache=first.cache, **greedy)
+        assert second.sequences.tolist() == model.generate(text, use_cache=False, **greedy).sequences.tolist()
+        found = []
+        for cache in (second.cache, None, *((DynamicCache(),) if parts else ())):
+            torch.manual_seed(5)
+            found.append(sample(model, second.sequences, cache=cache, **given).sequences.tolist())
+        assert all(one == found[0] for one in found)
 
 
 def test_it_stops_pads_and_streams():

@@ -1,4 +1,4 @@
-"""Components as they came, through their own tokenizers, beside the hybrid: by hand, in `evaluate` and in `compare`."""
+"""Original components, through their own tokenizers, beside the hybrid: by hand, in `evaluate` and in `compare`."""
 
 import json
 import math
@@ -99,25 +99,25 @@ def test_answers_are_scored_after_their_prompts(place, tmp_path):
     assert [row["input_ids"][0] for row in other] == [second().bos_token_id] * 2
 
 
-def test_evaluate_prints_the_components_as_they_came(place, tmp_path, capsys):
+def test_evaluate_prints_the_originals(place, tmp_path, capsys):
     folder, parts = place
     words = ["evaluate", "--model", folder / "hybrid", "--data", folder / "text.txt", "--block-size", "64"]
     words = [str(word) for word in (*words, "--output-dir", tmp_path)]
     assert main([*words, "--components", str(folder / "a"), str(folder / "b")]) == 0
     said, result = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())
     bits = result["bits_per_byte"]
-    assert list(bits) == ["a", "b", "ensemble", "online mixture", "hybrid", "a as it came", "b as it came"]
-    assert bits["a as it came"] == pytest.approx(bits["a"], rel=1e-5)  # the tokenizer is its own
-    assert bits["b as it came"] != pytest.approx(bits["b"], rel=1e-2)  # transplanted
+    assert list(bits) == ["a", "b", "ensemble", "online mixture", "hybrid", "original a", "original b"]
+    assert bits["original a"] == pytest.approx(bits["a"], rel=1e-5)  # the tokenizer is its own
+    assert bits["original b"] != pytest.approx(bits["b"], rel=1e-2)  # transplanted
     passages = make_passages(rows_of(folder, 64), first())
     own = own_nats(parts["b"], starting(second()), passages, progress=False)
-    assert bits["b as it came"] == pytest.approx(own.sum() / math.log(2) / passages.bytes.sum())
-    assert f"{bits['b as it came']:.4f}" in said and "bits per byte" in said and result["missing"] == {}
+    assert bits["original b"] == pytest.approx(own.sum() / math.log(2) / passages.bytes.sum())
+    assert f"{bits['original b']:.4f}" in said and "bits per byte" in said and result["missing"] == {}
     # The hybrid knows no address of components from directories, and says so
     assert main(words) == 0
     said, result = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())
-    assert "b as it came: not measured. Component 'b' came from a directory" in said and "--components" in said
-    assert list(result["missing"]) == ["a as it came", "b as it came"]
+    assert "original b: not measured. Component 'b' came from a directory" in said and "--components" in said
+    assert list(result["missing"]) == ["original a", "original b"]
     assert main([*words, "--components", str(folder / "a")]) == 2
 
 
@@ -133,13 +133,13 @@ def test_with_new_embeddings_the_baselines_are_untouched(place, tmp_path):
     words = ["--model", tmp_path / "fresh", "--data", folder / "text.txt", "--block-size", 64, "--output-dir", tmp_path]
     assert main(["evaluate", *map(str, words), "--components", str(folder / "a"), str(same)]) == 0
     bits = json.loads((tmp_path / "evaluation.json").read_text())["bits_per_byte"]
-    together = ["ensemble as they came", "online mixture as they came"]
-    assert list(bits) == ["hybrid", "a as it came", "c as it came", *together]
+    together = ["ensemble of the originals", "online mixture of the originals"]
+    assert list(bits) == ["hybrid", "original a", "original c", *together]
     plain = ManticoreForCausalLM.from_components([folder / "a", same], num_blocks=1, mixture="static")
     found = measure(plain, make_passages(rows_of(folder, 64), first()))
-    assert bits["ensemble as they came"] == pytest.approx(found.bits_per_byte["ensemble"], rel=1e-5)
+    assert bits["ensemble of the originals"] == pytest.approx(found.bits_per_byte["ensemble"], rel=1e-5)
     assert bits[together[1]] == pytest.approx(found.bits_per_byte["online mixture"], rel=1e-5)
-    assert bits["a as it came"] == pytest.approx(found.bits_per_byte["a"], rel=1e-5)
+    assert bits["original a"] == pytest.approx(found.bits_per_byte["a"], rel=1e-5)
 
 
 def test_compare_takes_models_of_any_tokenizer(place, tmp_path):
@@ -160,8 +160,8 @@ def test_compare_takes_models_of_any_tokenizer(place, tmp_path):
     )
     one = Comparison(tmp_path / "recipe.yaml", arguments, tmp_path / "out")
     known = {contender.name: contender for contender in one._contenders()}
-    names = ["b as it came", "b with its own tokenizer, tuned"]
-    assert set(names) < set(known) and "b (single), tuned" not in known and "a as it came" not in known
+    names = ["original b", "b with its own tokenizer, tuned"]
+    assert set(names) < set(known) and "b (single), tuned" not in known and "original a" not in known
     one.by_name = known
     with tqdm(disable=True) as one.bar:
         for name in (*names, "b, tuned 2 times as long", "a, untuned"):
@@ -174,9 +174,9 @@ def test_compare_takes_models_of_any_tokenizer(place, tmp_path):
     for text in one.documents.texts:
         ids = tokenizer(text)["input_ids"]
         total += naive_nats(parts["b"], ids, 1)
-    assert rows["b as it came"]["nll"].sum() == pytest.approx(total, rel=1e-4)
-    assert rows["b as it came"]["correct"] is None and rows["a, untuned"]["correct"] is not None
-    assert rows[names[1]]["nll"].sum() < rows["b as it came"]["nll"].sum()
+    assert rows["original b"]["nll"].sum() == pytest.approx(total, rel=1e-4)
+    assert rows["original b"]["correct"] is None and rows["a, untuned"]["correct"] is not None
+    assert rows[names[1]]["nll"].sum() < rows["original b"]["nll"].sum()
     assert (one.chosen[names[1]][0]["folder"] / "model" / "tokenizer.json").read_bytes() == (
         folder / "b" / "tokenizer.json"
     ).read_bytes()

@@ -223,7 +223,7 @@ def test_runs_by_its_name(name, tmp_path, monkeypatch):
         assert torch.equal(*body) == (one is composed)
         assert not torch.equal(*(next(model.hybrid_mixer.into.parameters()) for model in (one, two)))
     made = make_card(tmp_path / "out" / "3-finetune", CardFacts("me/hybrid", dict.fromkeys(COMPONENTS, "mit")))
-    assert "Embeddings and heads are new (330 rows) and in this repository" in str(made[0])
+    assert "Embeddings and heads are new (330 rows) and are stored in this repository" in str(made[0])
     mamba = tuned.component("mamba_370m_hf")
     assert mamba.lm_head.weight is mamba.backbone.embeddings.weight
 

@@ -128,14 +128,14 @@ def test_configurations_without_tokenizers(tmp_path, no_adapters):  # noqa: F811
     recipe = write_recipe(tmp_path, [parts[0], parts[2]])
     plan = make_plan(recipe, tokens=1000, batch_size=2)
     notes = " ".join(plan["notes"])
-    assert "the tokenizers of gpt_neox and llama, which were not read, are taken for different ones" in notes
+    assert "the tokenizers of gpt_neox and llama were not read and are assumed to differ" in notes
     assert f"gpt_neox reads {ASSUMED.nodes:.2f} tokens for each of the hybrid's ({ASSUMED.how})" in notes
     # The component reads more tokens than the hybrid has, and has a larger vocabulary
     same = make_plan(write_recipe(tmp_path, [parts[0], *save_configs(tmp_path / "same", "gpt_neox")]), tokens=1000)
     assert plan["stages"][0]["flops_per_token"] > 1.1 * same["stages"][0]["flops_per_token"]
     assert plan["stages"][0]["choice"] and plan["verdict"].startswith("Fits: finetune")
     # Of two recurrent ones none reads a text at once
-    with pytest.raises(ManticoreError, match="'mamba' reads text by a tokenizer of its own in steps.*tokenizer_compo"):
+    with pytest.raises(ManticoreError, match="'mamba' reads text through its own tokenizer in steps.*tokenizer_compo"):
         make_plan(write_recipe(tmp_path, [parts[2], parts[1]]))
     plan = make_plan(write_recipe(tmp_path, [parts[2], parts[1]], tokenizer_component="mamba"), tokens=1000)
     assert plan["verdict"].startswith("Fits: ")

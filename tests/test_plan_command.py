@@ -232,7 +232,7 @@ def test_weights_that_are_read_in_another_dtype(tmp_path, no_adapters):
         file = Path(part) / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "bfloat16"}))
     recipe = write_recipe(tmp_path, parts)
-    said = "while weights are read, each of 2 processes has all of them in float32"
+    said = "while loading, each of the 2 processes holds all weights in float32"
     plan = make_plan(recipe, 2, "1GB", tokens=1000, batch_size=2)
     assert plan["dtype"] == "bfloat16" and any(said in one for one in plan["stages"][0]["advice"])
     recipe.write_text(recipe.read_text().replace("finetune: {", "finetune: {train_dtype: bfloat16, "))

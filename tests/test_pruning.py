@@ -295,11 +295,17 @@ def test_the_command_survives_a_kill(start, tmp_path):  # noqa: F811
         return _command("prune", start, output, "--route", "loss", "--max_steps", "4")
 
     done = _run(command(tmp_path / "whole"))
-    for row in ("soft hybrid", "ensemble", "pruned, before distillation", "pruned, distilled", "of the soft hybrid's"):
+    for row in (
+        "unpruned hybrid",
+        "ensemble",
+        "pruned, before distillation",
+        "pruned, distilled",
+        "of the unpruned hybrid's",
+    ):
         assert row in done.stdout
     output = tmp_path / "killed"
     assert _kill_when(command(output), lambda: last_whole_checkpoint(output) is not None)
-    assert "going on from" in _run(command(output)).stdout
+    assert "resuming from" in _run(command(output)).stdout
     _same(tmp_path / "whole", output)
     result = json.loads((output / "stage.json").read_text())
     model = ManticoreForCausalLM.from_pretrained(output)

@@ -168,6 +168,9 @@ assert not any(info.values()), info
 found = facts(model)
 with torch.no_grad():
     found["hidden"] = base.eval()(input_ids=ids).last_hidden_state
+    places, mask = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]] * 2), torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]] * 2)
+    found["documents"] = model(input_ids=ids, position_ids=places, use_cache=False).logits
+    found["gaps"] = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, mask[0].bool()]
 pipe = pipeline("text-generation", model=repo, tokenizer=repo, **trust)
 found["pipeline"] = pipe("w5 w6 w7", max_new_tokens=6, do_sample=False)[0]["generated_text"]
 
@@ -318,6 +321,10 @@ def test_life_without_the_package(published, run, hub, owner, tmp_path):
     with torch.no_grad():
         hidden = base.eval()(input_ids=ids()).last_hidden_state
         torch.testing.assert_close(found["hidden"], hidden, rtol=1e-5, atol=1e-5)
+        alone = torch.cat([model(input_ids=one).logits for one in ids().split((3, 2, 3), 1)], 1)
+        torch.testing.assert_close(found["documents"], alone, rtol=1e-4, atol=1e-4)
+        short = model(input_ids=ids()[:, [0, 1, 2, 5, 6, 7]]).logits
+        torch.testing.assert_close(found["gaps"], short, rtol=1e-4, atol=1e-4)
     words = tokenizer()
     text = model.generate(
         **words("w5 w6 w7", return_tensors="pt", return_token_type_ids=False), max_new_tokens=6, do_sample=False
@@ -545,14 +552,14 @@ for name, edit in edits.items():
     try:
         AutoModelForCausalLM.from_pretrained(folder, **trust)
         told[name] = "loaded"
-    except ValueError as err:
+    except Exception as err:
         told[name] = f"{type(err).__name__}: {err}"
 torch.save(told, output)
 """
 
 
 def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_still_checked(run, tmp_path):
-    """The defence is the package's; a hybrid's own settings, and addresses that belong to others, are checked here."""
+    """The defence is the package's; what would load as something else, and others' addresses, are checked here."""
     torch.save(ROWS, tmp_path / "ids.pt")
     folder = shutil.copytree(EARLIER / "two_blocks", tmp_path / "published")
     bring_up(folder)
@@ -560,9 +567,9 @@ def test_without_the_package_a_mistake_gets_its_sentence_and_components_are_stil
     tampered = {**elsewhere, "files": {"../model.safetensors": "0" * 64}}
     code = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
     wanted = {
-        "num_blocks=9": (None, {"num_blocks": 9}, "num_blocks=9 is more than the 2 layers of component 'gpt_neox'"),
+        "num_blocks=9": (None, {"num_blocks": 9}, "are neither in the hybrid's file nor in its components'"),
+        "mixture": (None, {"mixture": "sttic"}, "mixture='sttic' is unknown; choose one of"),
         "gate": (None, {"gate": "x"}, "gate='x' is unknown; choose one of"),
-        "dtype": (None, {"dtype": "load"}, "dtype='load' is not a torch dtype"),
         "version": (None, {"manticore_version": 2}, "This hybrid has format version 2"),
         "path": (1, {**elsewhere, "repo_id": "../x"}, "is not a Hub repository id"),
         "commit": (1, {**elsewhere, "revision": "abcdef1"}, "is not a 40-hex commit"),

@@ -120,7 +120,7 @@ def test_both_files_say_the_same(written, folder):
     assert verdict.word == "GO" and f"{verdict.word}. {verdict.headline}." in text
     for sentence in (*verdict.reasons, *verdict.steps):
         assert sentence in text and sentence in plain
-    said = text.split("To say in a meeting ")[1].split(" The rules of the verdict")[0]
+    said = text.split("To quote in a meeting ")[1].split(" The rules of the verdict")[0]
     assert said.count(".") > 4 and "Without" in said and page.index("hybrid better, ") < page.index("The rules")
     assert said.split(". ")[0] in plain
     measured = json.loads((folder / "hybrid" / "report.json").read_text())["parts"]
@@ -166,7 +166,7 @@ def test_without_a_comparison_nothing_is_decided(folder, tmp_path):
     verdict, page, _ = write_report(tmp_path / "hybrid", comparison=None, output=tmp_path / "out", measured=False)
     assert verdict.word == "TRY" and not verdict.decided
     text = Page(page.read_text()).text
-    assert "Measure it: manticore-hf compare" in text and "nothing of one run can carry a decision" in text
+    assert "Measure it: manticore-hf compare" in text and "a single run cannot support a decision" in text
     assert "Not measured" in text and "no baseline" in text
 
 
@@ -209,8 +209,8 @@ def test_kinds_of_text_and_several_texts_are_told_apart(folder, written, tmp_pat
     (hybrid / "evaluation.json").write_text(json.dumps(results))
     _, page, markdown = write_report(hybrid, measured=False)
     for shown in (Page(page.read_text()).text, markdown.read_text().replace("\\", "")):
-        assert "on some prose the hybrid has 0.7200, the best without it (ensemble) 0.8450" in shown
-        assert "on some code the hybrid has 0.7200, the best without it (ensemble) 0.6575" in shown
+        assert "on some prose the hybrid has 0.7200, the best baseline (ensemble) 0.8450" in shown
+        assert "on some code the hybrid has 0.7200, the best baseline (ensemble) 0.6575" in shown
     for text in (written[2], markdown.read_text()):
         for table in tables(text):
             assert len(table) > 1 and {len(line) for line in table} == {len(table[0])}, table[:3]
@@ -278,10 +278,10 @@ def test_a_run_is_reported_as_a_whole(tmp_path):
         assert f"| {state} | hybrid, held out | {values[0]:.3f} | {values[-1]:.3f} | 2 | 4 |" in plain
         assert f"{values[-1]:.3f}" in text
     assert "2 stages" in text and "1-search, block 1" in text and "2-finetune, block 1" not in text
-    # The recipe beside it says where the components are as they came: what was measured for the report has them
+    # The recipe beside it says where the original components are: what was measured for the report has them
     found = json.loads((tmp_path / "run" / "report.json").read_text())["parts"]["losses"]
     names = ["ensemble", "online mixture", *results[-1][1]["components"]]
-    names += [f"{name} as it came" for name in results[-1][1]["components"]]
+    names += [f"original {name}" for name in results[-1][1]["components"]]
     bits, losses = found["bits_per_byte"], found["losses"]
     assert sorted(bits) == sorted([*names, "hybrid"])
     for name in names:

@@ -148,7 +148,7 @@ def test_uniform_and_token_blind_mixtures():
     losses = measure.token_losses(model, rows)[0]
     assert found["equal weights in every block"] == pytest.approx(losses["ensemble"].mean().item(), rel=1e-5)
     model.set_mixture_weights(model.mixture_weights())
-    assert found["the gate without looking at the token"] == pytest.approx(measure.hybrid_loss(model, rows), rel=1e-6)
+    assert found["the gate, ignoring the token"] == pytest.approx(measure.hybrid_loss(model, rows), rel=1e-6)
 
 
 # ---- CKA -------------------------------------------------------------------------------------------------------------

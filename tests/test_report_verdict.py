@@ -1,6 +1,7 @@
 """The rules of the verdict, each by a comparison made for it; reading a comparison; the charts' arithmetic."""
 
 import json
+import re
 import types
 
 import pytest
@@ -63,7 +64,7 @@ def test_one_seed_carries_no_decision():
         rows[0] |= {"kind": "hybrid", "loss": LOSS, "difference": None, "difference_interval": None}
         found = decide({"hybrid": "ours", "rows": rows, "tokens": 60_000}, {}, "compare this")
         assert (found.word, found.decided) == ("TRY", False) and "One seed" in found.reasons[1]
-        assert "3 seeds or more (1 seed now)" in found.steps[0]
+        assert "at least 3 seeds (1 seed now)" in found.steps[0]
 
 
 @pytest.mark.parametrize("kind", ["component", "ensemble", "gate", "untuned", "designed"])
@@ -84,8 +85,8 @@ def test_the_border_is_one_per_cent_of_the_best_baselines_loss():
 def test_try_where_the_interval_allows_a_gain_and_no_gain():
     found = verdict(*PARTS, row("gate", "gate", 0.03, half=0.06))
     assert found.word == "TRY" and found.decided and found.baseline["name"] == "gate"
-    assert "between 0.030 worse and 0.090 better, so it may be none" in found.reasons[0]
-    assert "about 13 show it (3 now)" in found.steps[0]  # 3 seeds * (0.06 / 0.03)^2 + 1
+    assert "between 0.030 worse and 0.090 better, so it may be zero" in found.reasons[0]
+    assert "about 13 will show it (3 now)" in found.steps[0]  # 3 seeds * (0.06 / 0.03)^2 + 1
     assert any("60,000" in step for step in found.steps)
 
 
@@ -101,7 +102,7 @@ def test_try_advises_by_what_the_numbers_say():
     alike = [
         row(name, "component", gain, by_kind={"code": gain, "prose": gain}) for name, gain in (("a", 0.3), ("b", 0.4))
     ]
-    assert any("different strengths" in step for step in verdict(*alike, gate).steps)
+    assert any("complementary errors" in step for step in verdict(*alike, gate).steps)
 
 
 def test_retrain_depends_on_whose_text_it_needs():
@@ -139,19 +140,19 @@ def test_nothing_is_decided_without_seeds_baselines_or_comparison():
     assert found.word == "TRY" and not found.decided and "compare this" in found.steps[0]
     assert "No claim is made against the best baseline of one run (gate)" in found.reasons[0]
     assert "3.339 and the hybrid's 3.315 nats per token" in found.reasons[0]
-    assert "The components as they came, with their own tokenizers, are not among them." in found.reasons[0]
-    bits = {"hybrid": 1.1, "gate": 1.2, "a as it came": 1.15}
-    more = {"bits": bits, "size": 6000, "differences": {"a as it came": [0.05, 0.01, 0.09]}}
-    run = OneRun({"hybrid": 3.3, "gate": 3.4, "a as it came": 3.35}, "hybrid", "One run.", **more)
+    assert "The original components, with their own tokenizers, are not among them." in found.reasons[0]
+    bits = {"hybrid": 1.1, "gate": 1.2, "original a": 1.15}
+    more = {"bits": bits, "size": 6000, "differences": {"original a": [0.05, 0.01, 0.09]}}
+    run = OneRun({"hybrid": 3.3, "gate": 3.4, "original a": 3.35}, "hybrid", "One run.", **more)
     said = decide(None, one_run=run).reasons[0]
-    assert said.startswith("The hybrid is 0.0500 bits per byte better than the best baseline of one run (a as it came)")
+    assert said.startswith("The hybrid is 0.0500 bits per byte better than the best baseline of one run (original a)")
     assert "1.1500 and 1.1000 bits per byte" in said and "not among them" not in said
 
 
 def test_a_comparison_on_little_text_decides_nothing():
     rows = (*PARTS, row("gate", "gate", 0.3))
     assert verdict(*rows, test_bytes=4_999).word == "TRY" and verdict(*rows, test_bytes=5_000).word == "GO"
-    assert "4,999 bytes of text: too few" in verdict(*rows, test_bytes=4_999).reasons[0]
+    assert "4,999 bytes of text, too few" in verdict(*rows, test_bytes=4_999).reasons[0]
 
 
 def test_other_hybrids_are_no_baselines_but_are_named():
@@ -266,9 +267,7 @@ def test_an_untuned_mixture_is_no_single_model():
 def test_phrases_say_what_is_lost_too():
     parts = row("a", "component", 0.2), row("e", "ensemble", -0.1)
     said = phrases(facts_of(*parts), "It costs.", "It may be used. ")
-    assert said[0].startswith(
-        "The hybrid is 0.0500 bits per byte worse than the best of what there is without it (e) (95"
-    )
+    assert said[0].startswith("The hybrid is 0.0500 bits per byte worse than the best baseline (e) (95")
     assert said[1].startswith("The hybrid is 0.1000 bits per byte better than the best single model (a) (95")
     assert said[2:] == ["It costs.", "It may be used."]
     more = row("r", "single", -0.3, needs="all of the text"), row("f", "single", 0.1)
@@ -276,8 +275,8 @@ def test_phrases_say_what_is_lost_too():
     for sentence, start in zip(
         said,
         (
-            "The hybrid is 0.1500 bits per byte worse than the best of what there is without it (r, which needs all of",
-            "The hybrid is 0.0500 bits per byte worse than the best that needs nothing else (e)",
+            "The hybrid is 0.1500 bits per byte worse than the best baseline (r, which needs all of",
+            "The hybrid is 0.0500 bits per byte worse than the best baseline that needs nothing else (e)",
             "The hybrid is 0.0500 bits per byte better than the best single model (f)",
             "Mine.",
         ),
@@ -290,8 +289,9 @@ def test_phrases_say_what_is_lost_too():
         "without/1/a": {"loss": None},
     }  # fmt: skip
     assert phrases(facts, "", "Mine.") == [
-        "Without a in block 1 it is 0.500 nats per token worse, without b in block 1 0.100 better.", "Mine."
-    ]  # fmt: skip
+        "Without a in block 1, the hybrid is 0.500 nats per token worse; without b in block 1, it is 0.100 better.",
+        "Mine.",
+    ]
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------
@@ -306,6 +306,21 @@ def test_charts_escape_what_they_print():
     ]
     for chart in drawn:
         assert "<script" not in chart and "&lt;script&gt;&#34;&amp;" in chart
+
+
+def test_what_a_forest_says_of_its_sides_stands_inside():
+    """Also of a hybrid that loses everywhere, whose line at 0 is at the edge, and beside the longest names."""
+    for width in (640, 520):
+        chart = charts.forest([("n" * 60, -0.05, [-0.06, -0.04]), ("b", -0.03, None)], width=width)
+        found = re.findall(
+            r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)" class="tick">([^<]*better[^<]*)<', chart
+        )
+        (left, y, start, baseline), (right, at, end, hybrid) = found
+        assert (start, end) == ("start", "end") and y == at and float(right) < width
+        assert float(right) - float(left) > 5.6 * len(
+            baseline + hybrid
+        )  # of 11 pixels' letters, which they do not share
+        assert re.search(r"n{28,}…", chart)
 
 
 def test_ticks_are_round_and_inside():

@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-from families import FAMILIES, PAIRS, hybrid, tokens
+from families import FAMILIES, PAIRS, hybrid, tiny, tokens
 from hub_models import tiny as tiny_lm
 from manticore_hf.modeling import rows_manticore as rows
 from transformers import DataCollatorWithFlattening
 
-from manticore_hf import ComponentSpec, ManticoreError, ManticoreForSequenceClassification
+from manticore_hf import (
+    ComponentSpec,
+    ManticoreError,
+    ManticoreForSequenceClassification,
+    ManticoreForTokenClassification,
+)
 from manticore_hf.families import contract
 from manticore_hf.families.contract import close
 
@@ -147,6 +152,44 @@ def test_no_loss_leads_out_of_a_document():
         for way in ({"position_ids": positions}, {"cu_seq_lens_q": ends}):
             close(model(input_ids=ids, **given, **way).loss, wanted)
         close(model(input_ids=ids, **given, seq_idx=numbers, num_items_in_batch=2 * total).loss, wanted / 2)
+
+
+@torch.no_grad()
+def test_classifiers():
+    """A class per token of documents in one row and of padded rows; of padded rows one per row, too."""
+    ids, positions, _, _ = packed()
+    labels = ids % 3
+    (rows_of_two, mask, _), gaps = contract.left_padded(), torch.ones(2, 9, dtype=torch.long)
+    gaps[0, 4:6], gaps[1, 7:] = 0, 0
+    for families, settings in (
+        (("gpt_neox", "mamba"), {}),
+        (("bloom", "mamba2"), {"num_blocks": 2}),
+        (("gpt_neox", "mamba"), {"num_blocks": 2, "preset": "paper"}),
+    ):
+        given = {"num_labels": 3, "verify": False, **settings}
+        parts = [ComponentSpec(tiny(family, seed), name=family) for seed, family in enumerate(families)]
+        of_tokens, of_rows = (
+            strong(cls.from_components(parts, **given).eval())
+            for cls in (ManticoreForTokenClassification, ManticoreForSequenceClassification)
+        )
+        found = of_tokens(input_ids=ids, position_ids=positions, labels=labels)
+        each = [of_tokens(input_ids=a, labels=b) for a, b in zip(ids.split(LENGTHS, 1), labels.split(LENGTHS, 1))]
+        close(found.logits, torch.cat([out.logits for out in each], 1))
+        close(found.loss, sum(out.loss * n for out, n in zip(each, LENGTHS)) / sum(LENGTHS))
+        for kept in (mask, gaps):
+            lone = [row[own.bool()][None] for row, own in zip(rows_of_two, kept)]
+            wanted = torch.cat([of_tokens(input_ids=row).logits[0] for row in lone])
+            close(of_tokens(input_ids=rows_of_two, attention_mask=kept).logits[kept.bool()], wanted)
+            wanted = torch.cat([of_rows(input_ids=row).logits for row in lone])
+            close(of_rows(input_ids=rows_of_two, attention_mask=kept).logits, wanted)
+
+
+def strong(model):
+    """Gives a model's parameters, also those that start at zero, values that show."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    return model
 
 
 def test_groups_bound_the_padding():

@@ -23,7 +23,7 @@ def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
     named = re.findall(r": (\S+\.md)$", nav, re.MULTILINE)
     assert len(named) == len(set(named))
-    made = {"reference/package.md", "reference/rooms.md"}
+    made = {"reference/package.md", "reference/subpackages.md"}
     assert set(named) == {str(page.relative_to(ROOT)) for page in load_script().pages()} | made
 
 
@@ -37,11 +37,13 @@ def test_pages_keep_their_paths_and_bring_what_they_link_to(tmp_path):
 
 def test_the_reference_names_what_there_is(tmp_path):
     load_script().write_reference(tmp_path)
-    package, rooms = ((tmp_path / "reference" / f"{name}.md").read_text() for name in ("package", "rooms"))
+    package, others = ((tmp_path / "reference" / f"{name}.md").read_text() for name in ("package", "subpackages"))
     assert "::: manticore_hf.compose.hybrid.ManticoreForCausalLM" in package
     assert "::: modeling.configuration_manticore.ManticoreConfig" in package
-    assert "## `from manticore_hf.evaluation.data import ...`" in rooms
-    assert "::: manticore_hf.evaluation.data_arguments.DataArguments\n" in rooms
+    assert "## `from manticore_hf.evaluation.data import ...`" in others
+    assert "::: manticore_hf.evaluation.data_arguments.DataArguments\n" in others
+    (row,) = (line for line in others.splitlines() if line.startswith("| `special_tokens` |"))
+    assert "&lt;&#124;im_start&#124;&gt;" in row and row.count("|") == 4  # a bar of the text is no bar of the table
 
 
 def test_what_is_loaded_from_elsewhere_is_found(tmp_path):
@@ -69,7 +71,7 @@ def test_the_site_is_built_strictly(tmp_path):
         ("index.html", "pretrained hybrids"),
         ("docs/first_hour.html", "Two real models"),
         ("reference/package.html", "Composes a hybrid from pretrained causal LMs"),
-        ("reference/rooms.html", "Tokens per row."),
+        ("reference/subpackages.html", "Tokens per row."),
     ):
         assert said in (tmp_path / "site" / page).read_text(), page
     page = copy / "docs" / "app.md"

@@ -123,7 +123,7 @@ def test_real_components_are_measured_by_their_own_losses():
 
 @pytest.mark.parametrize(
     ("losses", "chosen", "word"),
-    [((high_and_low, low_and_high), SPECIALISTS, "differ"), ((high_and_low, high_and_low), ALIKE, "are alike")],
+    [((high_and_low, low_and_high), SPECIALISTS, "complementary"), ((high_and_low, high_and_low), ALIKE, "similar")],
 )
 def test_the_objective_follows_the_strengths(losses, chosen, word):
     model, texts = hybrid_of(*losses), rows(1, 9, 2, 10)
@@ -139,7 +139,7 @@ def test_the_objective_follows_the_strengths(losses, chosen, word):
         "tokens": found.tokens,
         "window": 8,
     }
-    assert f"strengths {word} on the text" in say_objective(config) and f"{found.gain:.3f}" in say_objective(config)
+    assert f"errors are {word} on this text" in say_objective(config) and f"{found.gain:.3f}" in say_objective(config)
 
 
 def test_what_is_given_is_kept():
@@ -187,7 +187,7 @@ def test_the_first_stage_chooses(tmp_path, capsys):
 
     result, gated = stage("pretrain", "hybrid", "gated")
     # Two models with random weights: alike, and equally bad.
-    assert "Objective: strengths are alike" in capsys.readouterr().out and not awaits_objective(gated)
+    assert "Objective: the components' errors are similar" in capsys.readouterr().out and not awaits_objective(gated)
     config = gated.config
     assert config.mixture_space == "logprob" and config.component_loss_weight == 1.0 and config.mix_loss_weight == 0.3
     assert result["objective"] == {
@@ -226,4 +226,4 @@ def test_a_sharded_run_that_goes_on_keeps_its_objective(tmp_path, capsys):
     ObjectiveWhenSharded(None, 2, tmp_path).on_train_begin(None, None, None, model=second)
     assert second.config.mixture_space == "prob" and second.config.objective["gain"] == 0.5
     assert second.config.component_loss_weight == first.config.component_loss_weight
-    assert capsys.readouterr().out.count("Objective: strengths") == 2
+    assert capsys.readouterr().out.count("Objective: the components' errors are") == 2

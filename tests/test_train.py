@@ -105,7 +105,7 @@ def test_killed_while_training_and_while_saving(start, tmp_path):
     assert _kill_when(command, lambda: (output / "checkpoint-4" / "trainer_state.json").exists())
     assert not (output / "stage.json").exists()
     done = _run(command)
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     _same(tmp_path / "whole", output)
     assert "this stage is finished" in _run(command).stdout
     for name in ("mixture weights", "ensemble", "hybrid", "gpt_neox", "mamba"):

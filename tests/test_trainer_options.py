@@ -332,6 +332,33 @@ def test_smoothed_labels_are_those_of_the_next_token(tmp_path):
         torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), (each * known).sum() / known.sum())
 
 
+def test_a_loss_of_the_users_own(tmp_path):
+    """It gets the mixture's logits, and is all that is minimised: three steps by hand."""
+
+    def focal(outputs, labels, num_items_in_batch=None):
+        logp = outputs.logits[:, :-1].log_softmax(-1)
+        known, labels = labels[:, 1:] != -100, labels[:, 1:].clamp(min=0)
+        each = logp.gather(-1, labels[..., None])[..., 0]
+        return -(each * (1 - each.exp()) * known).sum() / (known.sum() if num_items_in_batch is None else 12)
+
+    for way in WAYS:
+        model = mixed_hybrid(**way, component_loss_weight=1.0, mix_loss_weight=0.3)
+        twin = copy.deepcopy(model).train()
+        args = quiet(tmp_path, max_steps=3, per_device_train_batch_size=4, learning_rate=0.1, optim="sgd",
+                     max_grad_norm=0, lr_scheduler_type="constant", train_sampling_strategy="sequential")  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=rows(), data_collator=default_data_collator,
+                          compute_loss_func=focal)  # fmt: skip
+        trainer.train()
+        optimizer = torch.optim.SGD(twin.parameters(), 0.1)
+        for at in (0, 4, 8):
+            batch = default_data_collator(list(rows())[at : at + 4])
+            optimizer.zero_grad()
+            focal(twin(batch["input_ids"]), batch["labels"], 12).backward()
+            optimizer.step()
+        for key, value in twin.named_parameters():
+            torch.testing.assert_close(dict(model.named_parameters())[key], value, atol=1e-5, rtol=1e-4, msg=key)
+
+
 def test_neftunes_noise_is_in_what_the_components_read(tmp_path):
     batch = collated()
     for way in WAYS:

@@ -251,7 +251,10 @@ def test_the_whole_way(hub, owner, tmp_path, capsys):
     assert {key.split(".")[0] for key in saved_keys(tmp_path / "1")} >= {"a", "b", "hybrid_mixer"}  # all was trained
     publish_hybrid(tmp_path / "1", f"{owner}/hybrid", license="mit")
     card = hub_card(f"{owner}/hybrid")
-    assert "Embedding and head of b were made for it" in card and "The tokenizer is that of a (310 tokens)" in card
+    assert (
+        "Embedding and head of b were made for this tokenizer" in card
+        and "The tokenizer is that of a (310 tokens)" in card
+    )
     run_inspect(f"{owner}/hybrid")
     assert "its vocabulary was transplanted" in capsys.readouterr().out
     done = clean_process.run(
@@ -262,7 +265,7 @@ def test_the_whole_way(hub, owner, tmp_path, capsys):
     )
     assert done.returncode == 0, done.stderr
     found, given = torch.load(tmp_path / "out.pt"), tokenizer("The cat sat", return_tensors="pt")
-    assert torch.equal(found["logits"], model(**given).logits)
+    torch.testing.assert_close(found["logits"], model(**given).logits)  # the package's mixture rounds otherwise
     assert torch.equal(found["generated"], model.generate(**given, max_new_tokens=8, do_sample=False))
 
 

@@ -3,11 +3,13 @@
 A hybrid of several components has no plain twin: what TRL reads of it is compared with its logits, taken by hand.
 """
 
+import contextlib
 import copy
 from pathlib import Path
 
 import pytest
 import torch
+from cases import case
 from datasets import Dataset
 from manticore_hf.modeling import modeling_manticore
 from peft import LoraConfig
@@ -41,6 +43,8 @@ from trl import (
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
+from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
 from trl.trainer.utils import add_fused_lm_head
 from trl_steps import (
     MARKED,
@@ -287,6 +291,78 @@ def test_the_policy_is_the_mixture_at_the_temperature_that_was_asked_for(tmp_pat
         processing_class=tokenizer,
     )
     assert model.fused_settings[0] == copy.deepcopy(model).fused_settings[0] == 1.0
+
+
+class Accelerator(contextlib.nullcontext):
+    """The CPU in an accelerator's place, with one stream, itself; counts the tensors that are brought away from it."""
+
+    count = 0
+
+    def current_stream(self):
+        return self
+
+    def stream(self, one):
+        self.count += 1
+        return one
+
+    def empty_cache(self):
+        pass
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """From which SFT, DPO and KTO offload activations, as from a device without streams and pinned memory."""
+    stand_in = Accelerator()
+
+    def offloading(model):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+            made = get_act_offloading_ctx_manager(model, use_pin_memory=False, use_streams=False, min_offload_size=0)
+        made.device_module = stand_in
+        return made
+
+    for trainer in (sft_trainer, dpo_trainer, kto_trainer):
+        monkeypatch.setattr(trainer, "get_act_offloading_ctx_manager", offloading)
+    return stand_in
+
+
+OFFLOADED = {
+    "paper": ({"num_blocks": 2, "preset": "paper"}, {}),
+    "past losses": (PAST, {}),
+    "checkpointed": ({"num_blocks": 2}, {"gradient_checkpointing": True}),
+    "documents": ({}, {"padding_free": True, "max_length": None}),
+}
+
+
+def test_offloaded_activations(saved, tmp_path, tokenizer, accelerator):
+    """What the backward pass wants is brought back once: a second request is an error of TRL's."""
+    trainers = (SFTTrainer, SFTConfig, TEXTS), (DPOTrainer, DPOConfig, PAIRS), (KTOTrainer, KTOConfig, MARKED)
+    for what in trainers:
+        same_steps(saved, tmp_path / what[0].__name__, *what, tokenizer=tokenizer, activation_offloading=True)
+        assert accelerator.count > 0
+        accelerator.count = 0
+    for name, (of_model, settings) in OFFLOADED.items():
+        with case(name):
+            found, counts = [], []
+            for is_offloaded in (False, True):
+                accelerator.count, model = 0, with_past(**of_model)
+                given = {**settings, "activation_offloading": is_offloaded}
+                found.append(steps(SFTTrainer, SFTConfig, model, TEXTS, tmp_path, tokenizer, **given))
+                counts.append(accelerator.count)
+            assert counts[0] == 0 < counts[1]
+            close(*[logged for logged, _ in found])
+            kept, offloaded = (trained.state_dict() for _, trained in found)
+            for key, value in kept.items():
+                torch.testing.assert_close(offloaded[key], value, atol=1e-6, rtol=1e-5, msg=key)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_activations_are_not_offloaded_from_a_cpu(saved, tmp_path, tokenizer):
+    """TRL asks which accelerator there is, and has no answer for none: the same for every model."""
+    for folder in saved.values():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'type'"):
+            steps(SFTTrainer, SFTConfig, model, TEXTS, tmp_path, tokenizer, activation_offloading=True)
 
 
 def test_every_field_is_what_trl_gives_for_a_plain_model(saved):

@@ -14,7 +14,6 @@ import pytest
 from aligned_pairs import hybrid
 from cases import case
 from fuzzing import guarded
-from manticore_hf.modeling.aligned_bytes import Surfaces
 from manticore_hf.modeling.aligned_mapping import ByteTokenizer
 from manticore_hf.modeling.aligned_tokenizers import tokenizer_of
 from tiny_hybrid import pair, save, word_tokenizer, write_text
@@ -27,6 +26,7 @@ from manticore_hf.app.local import load
 from manticore_hf.cli import main
 from manticore_hf.compose.components import resolve
 from manticore_hf.compose.tokenizers import find_tokenizer
+from manticore_hf.compose.transplant.surface import Surfaces
 from manticore_hf.hub.upload import collect, refuse_tokens, source_card
 from manticore_hf.training.recipe import find_beside, load_kept_recipe, load_recipe, stage_data
 from manticore_hf.training.search import alpha_history

@@ -13,7 +13,7 @@ def in_our_words(what: str) -> str:
 
 @table("speed")
 def speed(load: Load) -> Rows:
-    rows = [["ratio", "measured", "aim", "reached"]]
+    rows = [["ratio", "measured", "target", "met"]]
     for one in load("speed")["results"]:
         cells = [bold(f"{one['ratio']:.3f}", not one["reached"]), one["aim"], "yes" if one["reached"] else bold("no")]
         rows.append([in_our_words(one["what"]), *cells])
@@ -50,7 +50,7 @@ def scan(load: Load) -> Rows:
 
 @table("packing")
 def packing(load: Load) -> Rows:
-    rows = [["documents", "tokens", "packed / padded batch", "packed / one by one", "packed / one text"]]
+    rows = [["documents", "tokens", "packed / padded batch", "packed / one at a time", "packed / one text"]]
     for one in load("packing")["rows"]:
         ratios = [f"{one['packed /'][way]:.2f}" for way in ("padded", "one by one", "one text")]
         rows.append([one["documents"], str(one["tokens"]), *ratios])

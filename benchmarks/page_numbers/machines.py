@@ -74,7 +74,7 @@ def gpu_kernels(load: Load) -> Rows:
     for one in load("gpu_kernels")["rows"]:
         if "milliseconds" in one:
             layer = f"{one['layer'].capitalize()}, {one['dtype'].removeprefix('torch.')}"
-            what = {"step": "one token with a cache"}.get(one["what"], one["what"])
+            what = {"read": "forward", "train": "forward and backward", "step": "one token with a cache"}[one["what"]]
             what += f", {one['batch']} rows" if one["tokens"] == 1 else f", {one['batch']} x {one['tokens']} tokens"
             cells = [
                 f"{one['milliseconds'][way]:.2f} ({one['over kernels'][way]:.2f})" if way in one["milliseconds"] else ""

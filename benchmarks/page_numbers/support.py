@@ -29,7 +29,7 @@ def families(load: Load) -> Rows:
 @table("transplant")
 def transplant(load: Load) -> Rows:
     labels = {"copied": "the mean of all rows", "random": "all rows random"}
-    rows = [["head", "rows that are not copied", "its own tokenizer (baseline)", "after", "tuned"]]
+    rows = [["head", "rows that are not copied", "its own tokenizer (baseline)", "transplanted", "tuned"]]
     for line in load("transplant"):
         cells = [f"{line[when]:.3f}" for when in ("before", "after", "tuned")]
         rows.append([line["head"], labels.get(line["rows"], f"`{line['rows']}`"), *cells])
@@ -39,16 +39,7 @@ def transplant(load: Load) -> Rows:
 @table("aligned")
 def aligned(load: Load) -> Rows:
     """Bits per byte of each text and direction that was measured."""
-    head = [
-        "text",
-        "bytes",
-        "the model that is mapped",
-        "its own tokenizer",
-        "mapped",
-        "loss",
-        "home model",
-        "both, mixed",
-    ]
+    head = ["text", "bytes", "mapped model", "its own tokenizer", "mapped", "loss", "home model", "both, mixed"]
     rows = [[*head, "nodes read / own tokens"]]
     for key, one in load("aligned").items():
         pair, _, text = key.partition(": ")
@@ -67,16 +58,16 @@ def aligned_tokenizers(load: Load) -> Rows:
     for name in next(iter(found.values()))["lost"]:
         pairs = [one["lost"][name] for one in found.values()]
         cells = [f"{round(lost, 3) + 0.0:.3f} of {entropy:.2f}" for lost, entropy in pairs]  # a rounded -0 is 0
-        rows.append([f"bits lost of a perfect model's, {name}", *cells])
+        rows.append([f"bits that a perfect model loses, {name}", *cells])
     labels = {
-        "sum": "probabilities' sum, off one by",
-        "cached": "with a cache, token by token, off by",
-        "chunks": "with a cache, in chunks, off by",
-        "future": "with another future, off by",
+        "sum": "error of the probabilities' sum",
+        "cached": "error with a cache, token by token",
+        "chunks": "error with a cache, in chunks",
+        "future": "error with a different future",
     }
     rows += [[label, *(f"{one[key]:.0e}" for one in found.values())] for key, label in labels.items()]
-    rows.append(["greedy tokens alike with and without a cache", *(one["generated"] for one in found.values())])
-    rows.append(["odd rows whose numbers are all finite", *(one["odd_rows"] for one in found.values())])
+    rows.append(["same greedy tokens with and without a cache", *(one["generated"] for one in found.values())])
+    rows.append(["edge-case rows with finite values only", *(one["odd_rows"] for one in found.values())])
     return rows
 
 
@@ -113,7 +104,7 @@ def family_values(load: Load) -> Values:
 @table("serving")
 def serving(load: Load) -> Rows:
     result = load("serving")
-    rows = [["clients", "answers", "wrong", "tokens/s", "median latency, s", "95 %, s"]]
+    rows = [["clients", "answers", "wrong", "tokens/s", "median latency, s", "95th percentile, s"]]
     for one in result["served"]:
         latencies = [f"{one['median_latency']:.1f}", f"{one['p95_latency']:.1f}"]
         answers = [str(one["requests"]), bold(str(one["wrong"]))]
@@ -144,41 +135,73 @@ def vllm(load: Load) -> Rows:
 
 @table("mixture-sampling-lag")
 def sampling_lag(load: Load) -> Rows:
-    rows = [["gate trained", "asked every", "seed 0", "seed 1", "seed 2"]]
-    for what, said in (("lag", "as usual"), ("trained", "with the lag")):
+    rows = [["gate trained", "gate evaluated every", "seed 0", "seed 1", "seed 2"]]
+    ways = {
+        "lag": "as usual",
+        "trained": "with the lag",
+        "past": "with the lag and past losses",
+        "online": "online mixture",
+    }
+    for what, said in ways.items():
         lines = [line for line in load("mixture_sampling") if line["what"] == what]
         one, *lags = lines[0]["losses"]
-        rows.append([said, "token (the loss)", *(f"{line['losses'][one]:.4f}" for line in lines)])
+        none = [""] * (3 - len(lines))
+        rows.append([said, "token (the loss)", *(f"{line['losses'][one]:.4f}" for line in lines), *none])
         for lag in lags:
             costs = [line["losses"][lag] - line["losses"][one] for line in lines]
             ends = [span(line["cost_95"][lag], "+.3f") for line in lines]
-            rows.append([said, f"{lag} tokens", *(f"{cost:+.4f} ({end})" for cost, end in zip(costs, ends))])
+            rows.append([said, f"{lag} tokens", *(f"{cost:+.4f} ({end})" for cost, end in zip(costs, ends)), *none])
     return rows
+
+
+SPEEDS = {"speed": "two", "speed, three": "three", "speed, aligned": "two tokenizers"}
+
+
+def sampling_took(load):
+    """{case: ({way: seconds per token of the hybrid's}, those of one component)}."""
+    out = {}
+    for line in load("mixture_sampling"):
+        if line["what"] in SPEEDS:
+            took = line["seconds_per_token"]
+            alone = list(took)[: list(took).index("hybrid")]
+            out[line["what"]] = took, sum(took[name] for name in alone) / len(alone)
+    return {what: out[what] for what in SPEEDS if what in out}
 
 
 @table("mixture-sampling-speed")
 def sampling_speed(load: Load) -> Rows:
-    line = next(line for line in load("mixture_sampling") if line["what"] == "speed")
-    took = line["seconds_per_token"]
-    one = (took["gpt_neox"] + took["mamba"]) / 2
-    rows = [["way to write", "ms per token", "of one component"]]
-    return rows + [[name, f"{1000 * value:.1f}", f"{value / one:.2f}"] for name, value in took.items()]
+    rows = [["components", "generation", "ms per token", "relative to one component"]]
+    for what, (took, one) in sampling_took(load).items():
+        rows += [
+            [SPEEDS[what], name.replace("asked", "evaluated"), f"{1000 * value:.1f}", f"{value / one:.2f}"]
+            for name, value in took.items()
+        ]
+    return rows
 
 
 @values
 def sampling_values(load: Load) -> Values:
     lines = load("mixture_sampling")
-    draws = next(line for line in lines if line["what"] == "draws")
-    yield "sampling.draws", f"{draws['drawn']:,}"
-    yield "sampling.chi", " and ".join(f"{value:.1f}" for value in draws["chi_square"])
-    yield "sampling.limit", f"{draws['limit_95']:.1f}"
-    for what, key in (("lag", "lost"), ("trained", "lost_trained")):
+    for draws in lines:
+        if draws["what"].startswith("draws"):
+            key = "sampling.aligned_" if "aligned" in draws["what"] else "sampling."
+            yield f"{key}draws", f"{draws['drawn']:,}"
+            yield f"{key}chi", ", ".join(f"{value:.1f}" for value in draws["chi_square"])
+            yield f"{key}limit", f"{draws['limit_95']:.1f}"
+    for what, key in (("lag", "lost"), ("trained", "lost_trained"), ("past", "lost_past"), ("online", "lost_online")):
         costs = [line["losses"]["16"] - line["losses"]["1"] for line in lines if line["what"] == what]
         yield f"sampling.{key}", f"{sum(costs) / len(costs):.3f}"
-    took = next(line for line in lines if line["what"] == "speed")["seconds_per_token"]
-    one = (took["gpt_neox"] + took["mamba"]) / 2
-    yield "sampling.ratio", f"{took['drawn, gate asked every 16'] / one:.2f}"
-    yield "sampling.saved", f"{took['hybrid'] / took['drawn, gate asked every 16']:.2f}"
+
+    def mean(what, lag):
+        found = [line["losses"][lag] for line in lines if line["what"] == what]
+        return sum(found) / len(found)
+
+    yield "sampling.past_behind", f"{mean('past', '16') - mean('lag', '1'):.3f}"
+    for what, (took, one) in sampling_took(load).items():
+        key = "_" + what.split(", ")[1] if ", " in what else ""
+        yield f"sampling.ratio{key}", f"{took['drawn, gate asked every 16'] / one:.2f}"
+        yield f"sampling.static{key}", f"{took['drawn, static'] / one:.2f}"
+        yield f"sampling.saved{key}", f"{took['hybrid'] / took['drawn, gate asked every 16']:.2f}"
 
 
 @values

@@ -40,7 +40,7 @@ def mad_small(load: Load) -> Rows:
 def lra_small(load: Load) -> Rows:
     lines = scored(load("lra_small"), "listops")
     order = ("llama", "mamba", "ensemble", "hybrid", "jamba")
-    head = ["task", "chance", "llama", "mamba", "ensemble of the two", "hybrid", "Jamba (designed by hand)"]
+    head = ["task", "chance", "llama", "mamba", "ensemble of the two", "hybrid", "Jamba (hand-designed)"]
     cells = best_bold([lines[one]["accuracy"] for one in order], ".3f", max)
     return [head, ["short ListOps", f"{lines['llama']['chance']:.3f}", *cells]]
 

@@ -121,7 +121,7 @@ def alpha_found(load: Load) -> Rows:
     lowest = min(line["losses"]["hybrid"] for line in grid)
     mean = next(line for line in grid if line["alpha"] == 0.5)
     rows = [["found by", "weight of the Llama", "test loss", "above the best of the grid"]]
-    for line in [*found, {**mean, "how": "nothing: the plain mean"}]:
+    for line in [*found, {**mean, "how": "no search: equal weights"}]:
         how = re.sub(r"^mad:(\w+)$", r"MAD, \1", line["how"])
         loss = line["losses"]["hybrid"]
         rows.append([how, f"{line['alpha']:.3f}", f"{loss:.3f}", f"{loss / lowest - 1:+.2%}"])
@@ -140,9 +140,9 @@ def pruning_loss(load: Load, label: str) -> list[float]:
 def pruning(load: Load) -> Rows:
     labels = {
         "as published": "{} as published",
-        "as it is inside the tuned hybrid, 1 pass": "{} inside the soft hybrid",
-        "baseline: tuned plainly, 2 passes": "{}, tuned plainly, 2 passes",
-        "distilled, starting inside the hybrid, 1 + 1 passes": "{}, distilled, from inside the hybrid, 1 pass",
+        "taken from the tuned hybrid, 1 pass": "{} inside the soft hybrid",
+        "baseline: tuned normally, 2 passes": "{}, tuned plainly, 2 passes",
+        "distilled, starting from the tuned hybrid, 1 + 1 passes": "{}, distilled, from inside the hybrid, 1 pass",
         "distilled, starting as published, 2 passes": "{}, distilled, as published, 2 passes",
     }
     parts = ("neox_prose", "mamba_code")
@@ -156,13 +156,13 @@ def pruning(load: Load) -> Rows:
         rows.append([label, *(cell + width for cell, width in zip(cells, ranges))])
     soft = pruning_loss(load, "soft hybrid, 1 block")
     cell = f"{statistics.mean(soft):.4f} ({max(soft) - min(soft):.4f})"
-    return [*rows, ["for comparison, the soft hybrid (cost of both)", cell, cell]]
+    return [*rows, ["for comparison, the unpruned hybrid (cost of both)", cell, cell]]
 
 
 @table("paths")
 def paths(load: Load) -> Rows:
     soft = statistics.mean(pruning_loss(load, "soft hybrid, 2 blocks"))
-    rows = [["path through a two-block hybrid", "soft", "pruned", "after recovery distillation, 1 pass"]]
+    rows = [["path through a two-block hybrid", "not pruned", "pruned", "after recovery distillation, 1 pass"]]
     for first, second in (("neox_prose", "mamba_code"), ("mamba_code", "neox_prose")):
         labels = [f"{first} > {second}, {when}" for when in ("before healing", "healed, 1 pass")]
         losses = [soft, *(statistics.mean(pruning_loss(load, label)) for label in labels)]
@@ -181,7 +181,7 @@ ALIGNED = {
     "paths, task": "the paths: the text",
     "paths, mixture": "the paths: the one-block mixture",
     "paths, state + mixture": "the paths: last states, and the one-block mixture",
-    "paths, state + mixture, then task": "the paths: the same for half of the tokens, then the text",
+    "paths, state + mixture, then task": "the paths: the same for half the tokens, then the text",
 }
 ALIGN_TOKENS, ALIGN_MORE, ALIGN_CUTS = 100_000, 250_000, ("3/4", "7/8")
 

@@ -10,11 +10,12 @@ from manticore_hf.utils.options import Parser
 def add_options(parser: Parser) -> None:
     """Adds the command's options."""
     parser.description = (
-        "Opens a page to try a hybrid in a browser: a text coloured by which component had the weight at each token, "
-        "what the hybrid and each component expected, what each writes next, and what that costs. It is served to this "
-        "machine only, unless --host says otherwise. With --space or --output-dir it writes the same page as a Space."
+        "Opens a page to try a hybrid in a browser: a text coloured by which component had the most weight at each "
+        "token, what the hybrid and each component expected, how each continues the text, and what that costs. It is "
+        "served to this machine only, unless --host says otherwise. With --space or --output-dir it writes the same "
+        "page as a Space."
     )
-    parser.add_argument("model", help="directory or repository of the hybrid; for a Space a repository")
+    parser.add_argument("model", help="directory or repository of the hybrid (a repository, for a Space)")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument("--tokenizer", help="directory or repository of the tokenizer (default: the hybrid's own)")
     parser.add_argument("--device", help="where it runs (default: cuda where there is a GPU, else cpu)")

@@ -141,7 +141,7 @@ def publish_space(
         raise ManticoreError(f"{space or repo_id}: {' '.join(str(err).split())}") from err
     except (HfHubHTTPError, HTTPError) as err:
         raise ManticoreError(
-            f"The Hub did not answer, or did not take the Space: {' '.join(str(err).split())}"
+            f"The Hub did not answer, or did not accept the Space: {' '.join(str(err).split())}"
         ) from err
 
 
@@ -160,7 +160,7 @@ def _commit(api, space, made, private):
         there, head = [one.rfilename for one in info.siblings], info.sha
         if "app.py" in there and _MARK not in _read(space, "app.py", head):
             raise ManticoreError(
-                f"The Space {space} has an app.py that is not of `manticore-hf app`: give another name."
+                f"The Space {space} has an app.py that `manticore-hf app` did not write: give another name."
             )
     else:
         api.create_repo(space, repo_type="space", space_sdk="gradio", private=private)
@@ -174,7 +174,7 @@ def _commit(api, space, made, private):
     out = api.create_commit(space, operations, commit_message="Write the page", repo_type="space", parent_commit=head)
     print(f"Published the Space {space}@{out.oid[:12]}: {api.endpoint}/spaces/{space}")
     if kept:
-        print(f"Its README.md was there already and stays; this page was tested with sdk_version: {GRADIO}.")
+        print(f"Its README.md already existed and was kept; this page was tested with sdk_version: {GRADIO}.")
     return out.oid
 
 

@@ -6,7 +6,8 @@ Imports neither torch nor Transformers: a command's help is printed before they 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from manticore_hf.modeling.settings_manticore import CHOICES, ManticoreError
+from manticore_hf.modeling.settings_manticore import ManticoreError
+from manticore_hf.utils.settings import CHOICES
 
 if TYPE_CHECKING:
     from manticore_hf.training.recipe import Recipe

@@ -34,7 +34,7 @@ from manticore_hf.compose.tokenizers import can_align
 from manticore_hf.evaluation.data import DataArguments, load_rows, rows_for, without_text
 from manticore_hf.evaluation.losses import compare_losses, own_nats
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.utils.claims import AS_IT_CAME
+from manticore_hf.utils.claims import ORIGINAL
 from manticore_hf.utils.files import read_json, write_json
 
 
@@ -97,7 +97,7 @@ class Comparison:
         if names and self.arguments.prune:
             raise ManticoreError(
                 f"Components {names} have tokenizers of their own: pruned to one of them the hybrid would be another "
-                "model with another tokenizer, which is compared as it came; leave --prune out."
+                "model with another tokenizer, which is compared untuned; leave --prune out."
             )
 
     def run(self) -> dict:
@@ -125,7 +125,7 @@ class Comparison:
         aligned = shop.own_tokenizers  # such a component by itself is the model that it came as
         out = [self._untuned(name) for name in shop.names if name not in aligned]
         others = [source for source in shop.sources if shop.other_tokenizer(source)]
-        out += [self._as_it_came(shop.names[shop.sources.index(source)], source) for source in others]
+        out += [self._original(shop.names[shop.sources.index(source)], source) for source in others]
         out.append(self._mixture("ensemble, untuned", "untuned", None, "static"))
         out.append(self._mixture("online mixture, untuned", "untuned", None, "online", self.arguments.online_grid()))
         out += [self._tuned(name, f"{name}, tuned", "component", grid) for name in shop.names]
@@ -187,12 +187,12 @@ class Comparison:
 
         return Contender(label, kind, train, self.shop.load_plain, grid, tokenizer=own and (lambda: own))
 
-    def _as_it_came(self, name, source):
+    def _original(self, name, source):
         def load(run):
             return self.shop.other(source)[0].eval()
 
         tokenizer = functools.partial(self.shop.other_tokenizer, source)
-        return Contender(AS_IT_CAME.format(name), "untuned", _nothing, load, seeded=False, tokenizer=tokenizer)
+        return Contender(ORIGINAL.format(name), "untuned", _nothing, load, seeded=False, tokenizer=tokenizer)
 
     def _other(self, source, label, grid):
         def train(options, seed, folder):

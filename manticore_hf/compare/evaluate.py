@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.compose.untouched import measure_as_they_came
+from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.evaluation.losses import how_measured, make_passages, measure, name_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -34,14 +34,14 @@ def run_evaluate(
 
     The baselines are its components by their own heads inside it, their plain ensemble, their online mixture (weights
     from their losses on the tokens before, by the hybrid's online_eta, online_decay and online_share), and each
-    component as it came, with its own tokenizer.
+    original component, with its own tokenizer.
 
     Args:
         source: Hybrid: directory or Hub repo.
         data: DataArguments with validation_fraction 0.
         batch_size: Rows per forward pass.
         output: Directory for `evaluation.json`, or None.
-        components: Where the components as they came are, in the hybrid's order. Default: the addresses that the hybrid
+        components: Where the original components are, in the hybrid's order. Default: the addresses that the hybrid
             knows, or those of the recipe beside it.
 
     Returns:
@@ -62,7 +62,7 @@ def run_evaluate(
     device, fresh = model.device, config.embeddings == "fresh"
     del model
     sources = components or recipe_sources(source, config)
-    measure_as_they_came(found, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
+    measure_originals(found, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
     result = {"data": name_of(data), "note": how_measured(data), **found.to_dict()}
     print_result(source, result)
     if output is not None:
@@ -76,7 +76,7 @@ def print_result(source: str | os.PathLike, result: Mapping[str, Any]) -> None:
     bits, own = result["bits_per_byte"], "hybrid"
     print(f"{source} on {result['data']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes of text")
     width = max(map(len, bits))
-    print(f"{'':>{width}}  bits per byte  nats per token  minus the hybrid's, bits per byte (95 %)")
+    print(f"{'':>{width}}  bits per byte  nats per token  baseline - hybrid, bits per byte (95 %)")
     for name in sorted(bits, key=bits.get):
         line = f"{name:>{width}}  {bits[name]:13.4f}  {result['losses'][name]:14.4f}"
         if name != own:
@@ -88,4 +88,4 @@ def print_result(source: str | os.PathLike, result: Mapping[str, Any]) -> None:
     others = [name for name in bits if name != own]
     if others:
         best = min(others, key=bits.get)
-        print(claim(f"the best baseline here, {best}", result["differences"][best], result["bytes"], "The hybrid"))
+        print(claim(f"the best baseline ({best})", result["differences"][best], result["bytes"], "The hybrid"))

@@ -9,7 +9,7 @@ from manticore_hf.utils.options import Parser
 def add_options(parser: Parser) -> None:
     """Adds the command's options."""
     parser.description = (
-        "Prints what a hybrid, each of its components (inside it, and as it came with its own tokenizer) and their "
+        "Prints what a hybrid, each of its components (inside it, and the original with its own tokenizer) and their "
         "plain ensemble lose on a text, in bits per byte and nats per token (--data), or their scores on tasks of the "
         "lm-evaluation-harness (--tasks)."
     )
@@ -25,7 +25,7 @@ def add_options(parser: Parser) -> None:
         "--components",
         nargs="+",
         metavar="DIR_OR_REPO",
-        help="the components as they came, in order (default: the addresses that the hybrid knows)",
+        help="the original components, in order (default: the addresses that the hybrid knows)",
     )
     parser.add_argument("--max-tokens", type=int, help="use at most this many tokens (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")

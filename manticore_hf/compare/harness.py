@@ -16,12 +16,12 @@ from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.compose.untouched import as_it_came
+from manticore_hf.compose.untouched import load_original
 from manticore_hf.evaluation.losses import ONLINE, inner_baselines
 from manticore_hf.modeling.aligned_tokenizers import tokenizer_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.recipe import recipe_sources
-from manticore_hf.utils.claims import AS_IT_CAME
+from manticore_hf.utils.claims import ORIGINAL
 from manticore_hf.utils.files import read_json, write_json
 from manticore_hf.utils.formatting import is_number
 from manticore_hf.utils.tokenizers import read_tokenizer
@@ -42,7 +42,7 @@ def run_tasks(
 ) -> dict[str, dict[str, dict[str, list[float | None]]]]:
     """Runs tasks of the harness on a hybrid and its baselines, and prints the scores.
 
-    The baselines are its components, their ensemble and online mixture, and each component as it came, with its own
+    The baselines are its components, their ensemble and online mixture, and each original component, with its own
     tokenizer, where its address is known.
 
     Args:
@@ -54,7 +54,7 @@ def run_tasks(
         limit: Use only so many documents of each task.
         output: Directory for `tasks.json`; what is in it already is not run again.
         seed: Of the few-shot examples.
-        components: Where the components as they came are, in order. Default: the addresses that the hybrid knows, or
+        components: Where the original components are, in order. Default: the addresses that the hybrid knows, or
             those of the recipe beside it.
 
     Returns:
@@ -112,7 +112,7 @@ def _models(model, tokenizer, sources):
     yield "hybrid", lambda: (model, tokenizer)
     names = inner_baselines(model)
     for name in names:
-        aligned = name in model.config.aligned  # by itself it reads the text as it came, not the hybrid's tokens
+        aligned = name in model.config.aligned  # by itself it reads the text, not the hybrid's tokens
         own = partial(tokenizer_of, model, name) if aligned else lambda: tokenizer
         yield name, lambda name=name, own=own: (model.component(name), own())
     if len(names) > 1:
@@ -120,12 +120,12 @@ def _models(model, tokenizer, sources):
         yield ONLINE, lambda: (_ensemble(model, names, "online", "prob"), tokenizer)
 
     def untouched(entry, source):
-        part, own = as_it_came(entry, source, model.dtype)
+        part, own = load_original(entry, source, model.dtype)
         return part.to(model.device), own
 
     for entry, source in zip(model.config.components, sources or [None] * len(model.config.components)):
         if source is not None or entry["repo_id"] is not None and entry.get("code") is None:
-            label = AS_IT_CAME.format(entry["name"])
+            label = ORIGINAL.format(entry["name"])
             yield label, lambda entry=entry, source=source: untouched(entry, source)
 
 

@@ -144,7 +144,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"Trained on {result['tokens']:,} tokens of {result['data']}, tested on {result['test_tokens']:,} tokens, "
         f"{result['test_bytes']:,} bytes ({units}) of {result['test']}, {seeds} seed{'s' if seeds > 1 else ''}. Loss "
-        "in nats per token of the hybrid's tokenizer, of models of other tokenizers, too; intervals by "
+        "in nats per token of the hybrid's tokenizer, also for models with other tokenizers; intervals by "
         f"the bootstrap over {result['units']}s and seeds, p by a paired randomisation test over {result['units']}s. "
         f"Hybrid: {result['hybrid']}, the best hybrid on the validation split.",
         "",
@@ -195,5 +195,5 @@ def verdict(result: Mapping[str, Any]) -> str:
         f"{own['name']} ({own['loss']:.4f}; {own['bits_per_byte']:.4f} bits per byte) is "
         f"{sure}{' than' if sure != 'no different' else ' from'} the best "
         f"baseline, {best['name']} ({best['loss']:.4f}): {best['difference']:+.4f} nats per token, 95 % interval "
-        f"{low:+.4f} to {high:+.4f}, in {best['seeds_won']} of {len(best['losses'])} seeds."
+        f"{low:+.4f} to {high:+.4f}, better in {best['seeds_won']} of {len(best['losses'])} seeds."
     )

@@ -31,7 +31,7 @@ def check_checkpoint(address: str, config: PreTrainedConfig, files: list) -> Non
         model = build_component(what, copy.deepcopy(config))
     with contextlib.ExitStack() as stack:
         tensors = open_files(files, stack, what)
-        missing, wrong = compare(model, tensors, Renamer(model, prefixed=True), tie_groups(model))
+        missing, wrong = compare(model, tensors, Renamer(model, model.base_model_prefix), tie_groups(model))
     bad = missing + [f"{key} ({got}, not {need})" for key, (got, need) in sorted(wrong.items())]
     if bad:
         raise ManticoreError(

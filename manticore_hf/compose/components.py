@@ -48,7 +48,7 @@ class ComponentSpec:
         model: An instance made from the weights at `source`, to take instead of them: what it shares with them stays a
             reference, only what differs is the hybrid's own.
         transplant: How the model got its vocabulary, if that is not the one at `source` (see
-            `manticore_hf.utils.defence.check_transplant`).
+            `manticore_hf.utils.hybrid_settings.check_transplant`).
     """
 
     source: object

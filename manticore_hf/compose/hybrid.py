@@ -23,6 +23,7 @@ from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.mixture_sampling import sample_components
 from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
+from manticore_hf.compose.training_checks import check_adapted
 from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import base_manticore, heads_manticore, modeling_manticore
 from manticore_hf.modeling.bounds_manticore import reason, show, trying
@@ -31,8 +32,8 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.layer_stack_manticore import find_layout
 from manticore_hf.modeling.references_manticore import component_files
-from manticore_hf.modeling.settings_manticore import HybridSettings
 from manticore_hf.utils.defence import check_generation, loading
+from manticore_hf.utils.settings import HybridSettings
 from manticore_hf.utils.task_types import CAUSAL
 from manticore_hf.utils.unwrap import is_hybrid
 
@@ -76,6 +77,22 @@ class _Defended:
         """As in Transformers, with references to components resolved and checked."""
         with loading(kwargs.get("pretrained_model_name_or_path", *args[:1]), kwargs):
             return super().from_pretrained(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config":  # PEFT has wrapped what a configuration, whoever made it, says
+            check_adapted(self)
+
+    def train(self, mode: bool = True) -> PreTrainedModel:
+        """As in torch; ManticoreError for what would train silently wrong."""
+        went_on = self.training  # as in every step of the Trainer
+        super().train(mode)
+        if mode and hasattr(self, "peft_config"):  # adapters that came after the first
+            adapters = [*self.peft_config.items(), self.is_resized]
+            if not went_on or adapters != self.__dict__.get("_checked_adapters"):
+                check_adapted(self)
+            self.__dict__["_checked_adapters"] = adapters
+        return self
 
 
 class ManticoreModel(_Defended, KeepsCard, base_manticore.ManticoreModel):

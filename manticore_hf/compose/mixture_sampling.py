@@ -6,22 +6,33 @@ drawn need run at a step. The others read the tokens later, many at a time: when
 asked again. Static weights are always known. A gate per token, or the online mixture, is asked every `gate_lag` tokens
 and kept in between: so is a hybrid's whose setting `gate_lag` says so, which is trained and scored like that; for any
 other this is another mixture than its own (`with_lag` gives its weights, to score it).
+
+A component with a tokenizer of its own predicts the hybrid's tokens by a mapping in which the component whose tokenizer
+is the hybrid's has a share: where several tokens of the hybrid may come of one of its tokens, and in a small part of
+all. What it gives each token without that share, `certain`, is at most its whole probability q. So a token is drawn
+from `certain`; with the probability that is left the other component reads on, too, and q - certain is drawn from.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from manticore_hf.modeling.aligned_hybrid import TRUST, Piece, Reading, aligner_of
+from manticore_hf.modeling.aligned_reading import fork
 from manticore_hf.modeling.cache_manticore import ManticoreCache
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.past_losses import MOST, decayed_sums, decays_of
-from manticore_hf.modeling.running_manticore import Inputs, active_in, mixture_rows, native_inputs
-from manticore_hf.modeling.segments_manticore import check_positions
+from manticore_hf.modeling.gate_lag import Lag
+from manticore_hf.modeling.mixture_manticore import widen, without_autocast
+from manticore_hf.modeling.past_losses import read_losses
+from manticore_hf.modeling.running_manticore import Inputs, native_inputs, read_inputs, run
+from manticore_hf.utils.positions import check_positions
 
 GATE_LAG = 16
+LAST = slice(-1, None)
 
 
 def with_lag(weights: torch.Tensor, lag: int) -> torch.Tensor:
@@ -37,51 +48,86 @@ def with_lag(weights: torch.Tensor, lag: int) -> torch.Tensor:
 
 @dataclass
 class _Reader:
-    """One component, which reads a row of tokens through its own part of a cache when it is asked to."""
+    """One component, which reads a row of tokens through its own part of a cache when it is asked to.
+
+    Attributes:
+        seen: Tokens of the row that it has read.
+        logits: [1, 1, vocabulary] after them, where they are known.
+        reading: What it read last, if it has a tokenizer of its own.
+    """
 
     model: PreTrainedModel
     name: str
     cache: ManticoreCache
-    seen: int = 0
-    state: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    sums: torch.Tensor | float = 0.0
-    known: torch.Tensor | None = None
+    seen: int
+    logits: torch.Tensor | None
+    reading: Reading | None = None
 
-    @torch.no_grad()
     def read(self, ids):
-        """Reads what it has not read of a row of ids [time]: its last state and logits are then of the last token."""
+        """Reads what it has not read of a row of ids [time]."""
         if self.seen == len(ids):
             return
         segments, new = self.model.segments, ids[None, self.seen :]
-        segment = segments.segment(self.name, 0)
         positions = torch.arange(self.seen, len(ids), device=ids.device)[None]
-        check_positions([(self.name, segment)], positions, len(ids), False)
-        self.cache.seen = self.seen  # the others may be ahead
         embedding = self.model.get_input_embeddings()
         embeds = embedding(new) if embedding.is_watched else None
-        inputs = Inputs(new, embeds, None, positions, False, self.cache, False)
-        row = [float(name == self.name) for name in self.model.config.component_names]
-        entering = native_inputs(self.model, inputs, row)[self.name]
-        states = segment(entering, None, positions, self.cache.view(self.name, 0), None)
-        self.state = states[:, -1:]
-        if self.model.config.reads_past_losses:
-            logits = segments.logits(self.name, states)
-            self._lose(logits[0].float().log_softmax(-1), new[0])
-            self.logits = logits[:, -1:]
+        inputs = Inputs(new, embeds, None, positions, False, self.cache, False, last=True)
+        if self.name in self.model.config.aligned:
+            aligner, self.logits = aligner_of(self.model), None
+            if embeds is not None:
+                aligner.check_embeds(self.model, inputs)
+            self.reading = aligner.read(self.model, self.name, inputs)
         else:
-            self.logits = segments.logits(self.name, self.state)
+            segment = segments.segment(self.name, 0)
+            check_positions([(self.name, segment)], positions, len(ids), False)
+            self.cache.seen = self.seen  # the others may be ahead
+            row = [float(name == self.name) for name in self.model.config.component_names]
+            entering = native_inputs(self.model, inputs, row)[self.name]
+            states = segment(entering, None, positions, self.cache.view(self.name, 0), None)
+            self.logits = segments.logits(self.name, states[:, LAST])
         self.seen = len(ids)
 
-    def _lose(self, log_probs, new):
-        """Adds the losses of new tokens [new] to the decayed `sums` [decays]; log_probs [new, size] are after them."""
-        # Of a text's first token nothing was expected
-        before = torch.zeros_like(log_probs[:1]) if self.known is None else self.known
-        losses = -torch.cat([before, log_probs[:-1]]).gather(1, new[:, None].to(log_probs.device))
-        decays, shares = (losses.new_tensor(x) for x in decays_of(self.model.config))
-        values = losses.clamp(0, MOST) * shares
-        values[0] += decays * self.sums
-        self.sums, self.known = decayed_sums(values[None], decays.expand_as(values)[None])[0, -1], log_probs[-1:]
+    def draw(self, ids, home):
+        """A token [1] that may follow a row of ids [time]; `home` reads the hybrid's own tokens."""
+        self.read(ids)
+        if self.logits is not None:
+            return torch.multinomial(widen(self.logits[0, -1]).softmax(-1), 1)
+        certain = self.certain()
+        token = torch.multinomial(torch.cat([certain, 1 - certain.sum(0, keepdim=True)]).clamp_(min=0), 1)
+        if token < len(certain):
+            return token
+        home.read(ids)
+        aligner = aligner_of(self.model)
+        self.logits = aligner.log_probs(self.model, self.name, self.reading, home.logits, LAST)
+        whole = self.logits[0, -1].exp()
+        # The small number is for rounding that leaves nothing
+        return torch.multinomial((whole - certain).clamp_(min=0) + 1e-12 * whole, 1)
+
+    def certain(self):
+        """[vocabulary]: at least so likely is each token after what was read, whatever the home component predicts."""
+        model, aligner = self.model, aligner_of(self.model)
+        mapping, size = aligner.mapping(model, self.name), model.config.vocab_size
+        piece = Piece(aligner, mapping, [self.reading.positions[-1]], size)
+        head, nodes = model.segments.head(self.name), piece.nodes.tolist()
+        logits = self.reading.logits(head, model.together(self.reading.states), nodes, True)
+        with without_autocast(logits.device.type):
+            probs, weight, ended = piece.ways(logits.to(torch.promote_types(model.dtype, torch.float32)))
+            boundary = aligner.boundary(mapping, logits.device)
+            b, a = boundary.single
+            total = (
+                ended[0, b].sum() + ended[0, boundary.shared].sum()
+            )  # what is shared at most, before some are left out
+            out = ended.new_zeros(size).index_add_(0, a, boundary.least(ended)[0, b])
+            if piece.sparse is not None:
+                number, node, _, b, a, group, groups, _, kept = (
+                    one.to(logits.device) if isinstance(one, torch.Tensor) else one for one in piece.sparse
+                )
+                values = probs[node, b] * weight[number] * kept
+                alone = group.bincount(minlength=groups)[group] == 1
+                out.index_add_(0, a[alone], values[alone])
+                total = total + values.new_zeros(groups).scatter_reduce_(0, group, values, "amax").sum()
+            out[piece.never.to(out.device)] = 0
+            return out * ((1 - TRUST) / total) if out.sum() > 1e-30 else torch.zeros_like(out)
 
 
 def sample_components(
@@ -106,10 +152,11 @@ def sample_components(
         synced_gpus: Not supported.
         streamer: Gets the tokens of a single row.
         gate_lag: Tokens between two questions to the gate; None: the hybrid's setting, or GATE_LAG where that is 1.
-        **model_kwargs: `attention_mask` [batch, time].
+        **model_kwargs: `attention_mask` [batch, time]; `cache`, with which a single row without padding goes on.
 
     Returns:
-        [batch, time + new tokens], shorter rows padded on the right; or a GenerateDecoderOnlyOutput that has it.
+        [batch, time + new tokens], shorter rows padded on the right; or a GenerateDecoderOnlyOutput that has it, and of
+        a single row without padding the cache.
 
     Raises:
         ManticoreError: The hybrid cannot be sampled so, or something was asked for that would change the mixture.
@@ -122,37 +169,53 @@ def sample_components(
             "mixture_sampling reads tokens, and neither inputs_embeds nor a soft prompt (PEFT's prompt tuning): "
             "generate without it."
         )
-    mask, out = model_kwargs.get("attention_mask"), []
-    model.segments.follow()
+    mask, out, begun = model_kwargs.get("attention_mask"), [], None
     for i, row in enumerate(input_ids):
-        real = slice(None) if mask is None else mask[i].bool()
-        out.append(_sample(model, row, row[real], stopping_criteria, streamer, gate_lag))
+        ids = row if mask is None else row[mask[i].bool()]
+        if begun is None or not torch.equal(ids, begun[0]):  # else several answers to one prompt
+            cache = _cache_for(model, row, ids, input_ids, model_kwargs)
+            begun = ids, cache, _ask(model, ids, cache)
+        cache = begun[1] if len(input_ids) == 1 else _fork(begun[1])
+        out.append(_sample(model, row, ids, cache, begun[2], stopping_criteria, streamer, gate_lag))
     if streamer is not None:
         streamer.end()
     pad = generation_config._pad_token_tensor
     pad = 0 if pad is None else int(pad)
     sequences = torch.nn.utils.rnn.pad_sequence(out, batch_first=True, padding_value=pad)
-    return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    # It lacks tokens since the gate was asked; whoever goes on with it reads them
+    alone = len(input_ids) == 1 and len(begun[0]) == input_ids.shape[1]
+    return GenerateDecoderOnlyOutput(sequences=sequences, cache=begun[1] if alone else None)
 
 
-def _sample(model, row, ids, stopping_criteria, streamer, lag):
-    cache = model.make_cache()
-    readers = {name: _Reader(model, name, cache) for name in model.config.component_names}
-    active = active_in(model, mixture_rows(model)[0])
-    gated = model.config.mixture != "static" and len(active) > 1
-    gated = gated and not all(isinstance(one, float) for one in active.values())
-    shares, names = torch.tensor([float(one) for one in active.values()]), list(active)
-    # The hybrid's own lag counts from the beginning of the text, any other from that of what is written
-    first, asked, done = 0 if model.config.holds_weights else len(ids) - 1, None, False
+def _cache_for(model, row, ids, rows, given):
+    """The cache that a row begins with: the caller's where it is of this row alone and holds no padding, else empty."""
+    cache = given.get("cache")
+    if len(rows) > 1 or len(ids) < len(row) or getattr(cache, "options", None) != (None, False, None):
+        return model.make_cache()
+    return cache if cache.mask is None or bool(cache.mask.all()) else model.make_cache()
+
+
+def _fork(cache):
+    """A copy of a hybrid's cache that can be read on by itself."""
+    out = fork(cache)
+    out.readers, out.kept = dict(cache.readers), dict(cache.kept)
+    return out
+
+
+def _sample(model, row, ids, cache, known, stopping_criteria, streamer, lag):
+    shares, own, gated = known
+    start, done, readers = len(ids), False, None
     while not done:
-        at = len(ids) - 1 - (len(ids) - 1 - first) % lag
-        if gated and at != asked:
-            for name in names:
-                readers[name].read(ids[: at + 1])
-            shares, asked = _ask_gate(model, [readers[name] for name in names], list(active.values())), at
-        one = readers[names[int(torch.multinomial(shares, 1))]]
-        one.read(ids)
-        token = torch.multinomial(one.logits[0, -1].float().softmax(-1), 1).to(row.device)
+        # The hybrid's own lag counts from the beginning of the text, any other from that of what is written
+        if gated and len(ids) > start and (len(ids) - (1 if model.config.holds_weights else start)) % lag == 0:
+            (shares, own, _), readers = _ask(model, ids, cache), None
+        if readers is None:
+            copy, names = _fork(cache), model.config.component_names
+            readers = {name: _Reader(model, name, copy, len(ids), own.get(name)) for name in names}
+        one = readers[list(own)[int(torch.multinomial(shares, 1))]]
+        token = one.draw(ids, readers.get(model.config.tokenizer_component)).to(row.device)
         ids, row = torch.cat([ids, token]), torch.cat([row, token])
         if streamer is not None:
             streamer.put(token.cpu())
@@ -160,24 +223,34 @@ def _sample(model, row, ids, stopping_criteria, streamer, lag):
     return row
 
 
-@torch.no_grad()
-def _ask_gate(model, readers, weights):
-    """The gate's weights [K] after the last token."""
+def _ask(model, ids, cache):
+    """All components read a row [time] to its end, into a cache.
 
-    def past(own, norms):
-        return torch.stack([one.sums.to(own[0].device) for one in readers])[None, None]
-
-    losses = past if model.config.reads_past_losses else None
-    _, found = model.mix(weights, [one.state for one in readers], [one.logits for one in readers], losses)
-    return found[0, -1].cpu()
+    Returns:
+        (the mixture's weights [K'] of those that run, {component: its logits [1, 1, vocabulary]}, whether the weights
+        depend on the token), after the last token.
+    """
+    config = model.config
+    inputs = read_inputs(model, ids[None, cache.seen :], None, None, cache, None, True, False)
+    lag = Lag(config.gate_lag, inputs, LAST) if config.holds_weights else None
+    kept = LAST if lag is None else lag.places
+    inputs.last = not config.reads_past_losses and (lag is None or len(kept) == 1)
+    found = run(model, inputs, shared=False)
+    weights, states, own = model._heads(found, kept)
+    past = None
+    if config.reads_past_losses:
+        past = partial(read_losses, model, inputs, kept, lambda places: model._heads(found, places)[2])
+    shares = model.mix(weights, list(states.values()), list(own.values()), past, lag)[1]
+    own = {name: one[:, LAST] for name, one in own.items()}
+    gated = shares is not None
+    return shares[0, -1].cpu() if gated else torch.tensor([float(one) for one in weights]), own, gated
 
 
 def _check(model, logits_processor, generation_config, synced_gpus, lag):
     config = model.config
-    if config.num_blocks != 1 or config.embeddings != "native" or config.aligned or config.bridges:
+    if config.num_blocks != 1 or config.embeddings != "native" or config.bridges:
         what = f"num_blocks={config.num_blocks}, embeddings={config.embeddings!r}"
         what += ", bridges between components" if config.bridges else ""
-        what += f", components with tokenizers of their own: {list(config.aligned)}" if config.aligned else ""
         raise ManticoreError(
             f"mixture_sampling runs one whole component at a time, and this hybrid has {what}: generate without it."
         )
@@ -198,6 +271,10 @@ def _check(model, logits_processor, generation_config, synced_gpus, lag):
               if getattr(generation_config, key)]  # fmt: skip
     if wanted or synced_gpus:
         raise ManticoreError(f"mixture_sampling does not support {wanted or ['synced_gpus']}: generate without it.")
+    if model.training and model.is_activation_checkpointing:
+        raise ManticoreError(
+            "mixture_sampling needs a cache, and gradient checkpointing uses none while training: call model.eval()."
+        )
     if type(lag) is not int or lag < 1:
         raise ManticoreError(f"gate_lag={lag!r} must be a whole number of tokens, at least 1.")
     if config.holds_weights and lag != config.gate_lag:

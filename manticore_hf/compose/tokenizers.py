@@ -11,8 +11,8 @@ from manticore_hf.compose.components import Resolved
 from manticore_hf.modeling.aligned_tokenizers import FILES
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import sha256
-from manticore_hf.modeling.settings_manticore import PRESETS
-from manticore_hf.utils.tokenizers import read_tokenizer
+from manticore_hf.utils.settings import PRESETS
+from manticore_hf.utils.tokenizers import check_tokens, read_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"
@@ -95,7 +95,11 @@ def align(components: list[Resolved], hub: dict, wanted: str | None, possible: b
             )
         return {}
     vocabularies = [one.get_vocab() for one in found.values()]
-    return found if any(one != vocabularies[0] for one in vocabularies) else {}
+    if all(one == vocabularies[0] for one in vocabularies):
+        return {}
+    for one in found.values():
+        check_tokens(one)
+    return found
 
 
 def record_tokenizer(found: Resolved, hub: dict) -> dict:

@@ -1,4 +1,4 @@
-"""The components of a hybrid as they came, with their own tokenizers: the baselines that a user has without it."""
+"""The original components of a hybrid, with their own tokenizers: the baselines that a user has without it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,12 +10,12 @@ from manticore_hf.compose.tokenizers import find_tokenizer
 from manticore_hf.evaluation.losses import Measured, Passages, ensemble_nats, own_nats
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixers_manticore import repair_mixers
-from manticore_hf.utils.claims import AS_IT_CAME
+from manticore_hf.utils.claims import ORIGINAL
 
-AS_THEY_CAME = "{} as they came"
+ORIGINALS = "{} of the originals"
 
 
-def as_it_came(
+def load_original(
     entry: Mapping, source: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A component before it was joined: the model at its address, at its commit, and the tokenizer there.
@@ -46,7 +46,7 @@ def as_it_came(
     return model, tokenizer
 
 
-def measure_as_they_came(
+def measure_originals(
     found: Measured,
     config: PreTrainedConfig,
     passages: Passages,
@@ -56,7 +56,7 @@ def measure_as_they_came(
     device: torch.device | str = "cpu",
     ensemble: bool = False,
 ) -> Measured:
-    """Adds the components as they came to what was measured: "NAME as it came", one after the other.
+    """Adds the original components to what was measured: "original NAME", one after the other.
 
     Args:
         found: Of the hybrid; it gets the new rows, and in `missing` why there is none.
@@ -66,14 +66,14 @@ def measure_as_they_came(
         sources: Where the components are, in order; default: the addresses that the hybrid knows.
         batch_size: Texts per forward pass.
         device: Where they are run.
-        ensemble: Also "ensemble as they came" and "online mixture as they came", if all have the hybrid's vocabulary;
-            then all of them are in memory at once.
+        ensemble: Also "ensemble of the originals" and "online mixture of the originals", if all have the hybrid's
+            vocabulary; then all of them are in memory at once.
     """
     models = []
     for entry, source in zip(config.components, sources or [None] * len(config.components)):
-        label = AS_IT_CAME.format(entry["name"])
+        label = ORIGINAL.format(entry["name"])
         try:
-            model, own = as_it_came(entry, source)
+            model, own = load_original(entry, source)
             model.to(device)
             found.nats[label] = own_nats(model, own, passages, batch_size)
         except (ManticoreError, OSError) as err:
@@ -84,5 +84,5 @@ def measure_as_they_came(
         del model
     if ensemble and len(models) == len(config.components) > 1:
         both = ensemble_nats(models, passages, config, batch_size)
-        found.nats |= {AS_THEY_CAME.format(name): nats for name, nats in both.items()}
+        found.nats |= {ORIGINALS.format(name): nats for name, nats in both.items()}
     return found

@@ -51,7 +51,7 @@ from manticore_hf.utils.plots import plot_losses
 COMPONENTS = Path(__file__).parent.parent / "demo_components"
 ORGANISATION = "manticore-demo"
 TESTED, REPORTED = 40, 8_000  # rows of each kind of text that all is tested on; tokens that the report measures on
-TUNED = "everything tuned"
+UNTUNED, TUNED = "untuned components", "everything tuned"
 KINDS = {"neox-prose": "prose", "mamba-code": "code"}
 NAMES = {1: "one_block", 2: "two_blocks"}
 SHIPPED = {1: "demo_one_block.yaml", 2: "demo.yaml"}
@@ -84,7 +84,7 @@ def run(output_dir: Path, tokens: int, seed: int, scratch: Path, verbose: bool =
     packed = {kind: pack(documents(kind, "test"), tokenizer, block, TESTED, keep_text=True) for kind in PROMPTS}
     test = {kind: make_passages(rows, tokenizer) for kind, rows in packed.items()}
     tested = sum(int(text.tokens.sum()) for text in test.values())
-    _say(f"About {tokens:,} training tokens, {tested:,} test tokens, half prose and half code.")
+    _say(f"Trains on about {tokens:,} tokens and tests on {tested:,}, half prose and half code.")
 
     stages = {}
     for blocks, path in recipes.items():
@@ -93,26 +93,32 @@ def run(output_dir: Path, tokens: int, seed: int, scratch: Path, verbose: bool =
         stages[blocks] = {result["stage"]: folder for folder, result in results}
     frozen = _rows_before_tuning(stages, test)
     tuned = _rows_after_tuning(recipe, stages, test, scratch, seed)
-    _print_table("components as they are", frozen, test)
-    _print_table("everything tuned on the same tokens", tuned, test)
-    _say("Passes over the text: 1 for a component, 2 with a gate (alone, then all), 3 with a search before that.")
+    _print_table("before tuning the components", frozen, test)
+    _print_table("after tuning everything on the same text", tuned, test)
+    _say("Components were trained on the text once, models with a gate twice, the searched hybrid three times.")
     plot_losses(_measured({**frozen, **tuned}, test).losses, output_dir / "losses.png")
 
     found = [*_verdicts(frozen, tuned, test), _gate(ManticoreForCausalLM.from_pretrained(stages[1]["finetune"]), test)]
+    published = []
     for repo in KINDS:
         HfApi().create_repo(f"{ORGANISATION}/{repo}")
         HfApi().upload_folder(repo_id=f"{ORGANISATION}/{repo}", folder_path=COMPONENTS / repo)
-    for label, stage, rows in (("components as they are", "pretrain", frozen), (TUNED, "finetune", tuned)):
-        loaded, said, same = _publish(stages[1][stage], label, test, rows, scratch)
-        found.append(said)
+    for label, stage, rows in ((UNTUNED, "pretrain", frozen), (TUNED, "finetune", tuned)):
+        loaded, size, same = _publish(stages[1][stage], label, test, rows, scratch)
+        published.append(size)
         if not same:
-            _say(said)
+            _say(f"The logits of the published hybrid, {label}, are not those of the local one.")
             return 1
+    found.append(
+        f"The one-block hybrid, published to a Hub on this machine and loaded back, gives the same logits to the last "
+        f"bit; it takes {published[0]:,} bytes with the untuned components referenced, {published[1]:,} once they are "
+        "tuned."
+    )
     for kind, prompt in PROMPTS.items():
         given = tokenizer(prompt, return_tensors="pt")
         set_seed(seed)
         out = loaded.generate(**given, max_new_tokens=48, do_sample=True, temperature=0.7, top_k=40)
-        print(f"--- {kind} ---\n{tokenizer.decode(out[0], skip_special_tokens=True)}")
+        print(f"--- written by the published hybrid: {kind} ---\n{tokenizer.decode(out[0], skip_special_tokens=True)}")
     _, html, _ = write_report(recipes[1].with_suffix(""), data=output_dir / TEST, max_tokens=REPORTED, block_size=block)
     print("\nWhat was found")
     for line in found:
@@ -130,12 +136,15 @@ def next_commands(output_dir: Path) -> list[tuple[str, str]]:
     recipe, run_of, test = place.values()
     return [
         (
-            "every baseline at equal budget, over seeds, and a verdict (one seed; without --seeds 0, three)",
+            "train every baseline on the same budget, for a verdict (this is one seed; without --seeds 0 it is three)",
             f"manticore-hf compare {recipe} --test {test} --output-dir {run_of}/compared --seeds 0",
         ),
-        ("the report again, with that verdict", f"manticore-hf report {run_of} --data {test}"),
-        ("what is in it, and what it costs", f"manticore-hf inspect {run_of}/2-finetune"),
-        ("publish it (log in first: hf auth login)", f"manticore-hf push {run_of}/2-finetune you/my-first-hybrid"),
+        ("write the report again, now with that verdict", f"manticore-hf report {run_of} --data {test}"),
+        ("see what the hybrid consists of and what it costs", f"manticore-hf inspect {run_of}/2-finetune"),
+        (
+            "publish the hybrid (log in first: hf auth login)",
+            f"manticore-hf push {run_of}/2-finetune you/my-first-hybrid",
+        ),
     ]
 
 
@@ -169,7 +178,7 @@ def prepare(output_dir: Path, tokenizer: PreTrainedTokenizerBase, tokens: int, s
         file, text = output_dir / name, "".join(json.dumps(record) + "\n" for record in records)
         if file.exists() and file.read_text() != text:
             raise ManticoreError(
-                f"{output_dir} holds a demo on other text (other --tokens, --seed or Python): remove it, or give "
+                f"{output_dir} holds a demo on other text (different --tokens, --seed or Python): remove it, or give "
                 "another --output-dir."
             )
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +202,7 @@ def _publish(folder, label, test, rows, scratch):
     has what differs from them. The card gets the losses of this hybrid and of its baselines on the test text.
 
     Returns:
-        (the hybrid that was loaded, a line about it, whether its logits are equal to the last bit).
+        (the hybrid that was loaded, bytes of its own weights, whether its logits are equal to the last bit).
     """
     own = next(row for row in rows if row.startswith("hybrid, 1 block"))
     shown = {row: losses for row, losses in rows.items() if row == own or not row.startswith("hybrid")}
@@ -201,9 +210,9 @@ def _publish(folder, label, test, rows, scratch):
         {
             "data": f"Python's standard library, {kind}",
             "own": own,
-            "note": "Files of their own for the test; every model tuned on the same tokens."
+            "note": "Separate test files; every model tuned on the same tokens."
             if label == TUNED
-            else "Files of their own for the test; the components as they were published.",
+            else "Separate test files; untuned components.",
             **_measured(shown, test, [kind]).to_dict(own),
         }
         for kind in test
@@ -222,18 +231,11 @@ def _publish(folder, label, test, rows, scratch):
     hybrid.save_pretrained(place)
     out = publish(place, f"{ORGANISATION}/hybrid-{label.replace(' ', '-')}")
     loaded = AutoModelForCausalLM.from_pretrained(out.repo_id, dtype="float32")
-    weights, total = (sum(file.stat().st_size for file in one.glob("*.safetensors")) for one in (place, folder))
+    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     ids = pad(test["code"].rows[:2]["input_ids"], 0)
     with torch.no_grad():
         equal = torch.equal(loaded(ids).logits, model(ids).logits)
-    what = "the components were tuned, so their weights go along"
-    if weights < total:
-        what = f"the components by reference, {total:,} with them"
-    said = (
-        f"Published to a Hub on this machine, {label}: {weights:,} bytes of weights ({what}); loaded back, logits "
-        f"equal to the last bit: {'yes' if equal else 'NO'}."
-    )
-    return loaded, said, equal
+    return loaded, size, equal
 
 
 def _rows_before_tuning(stages, test):
@@ -307,20 +309,21 @@ def _train(model, dataset, scratch, seed, settings, name):
 
 def _verdicts(frozen, tuned, test):
     """Sentences on the best hybrid and the best of what a user has without one: of all, and untuned; and on blocks."""
-    for rows, of in (({**frozen, **tuned}, ""), (frozen, " with nothing but untuned components")):
+    for rows, when in (({**frozen, **tuned}, ""), (frozen, "Before tuning the components, ")):
         bits = _measured(rows, test).bits_per_byte
         one, other = (
             min((row for row in rows if row.startswith("hybrid") == hybrid), key=bits.get) for hybrid in (True, False)
         )
-        yield _compared(rows, one, other, f"the best baseline{of}", "The best hybrid", test)
+        what = f"{when}{'the' if when else 'The'} best hybrid ({one.removeprefix('hybrid, ')})"
+        yield _compared(rows, one, other, f"the best baseline ({other})", what, test)
     one, two = (next(row for row in tuned if row.startswith(f"hybrid, {n} block")) for n in (1, 2))
-    yield _compared(tuned, two, one, "that of one", "The hybrid of two blocks", test)
+    yield _compared(tuned, two, one, "the tuned one-block hybrid", "The tuned two-block hybrid", test)
 
 
 def _compared(rows, one, other, name, what, test):
     found = _measured(rows, test)
     difference = found.differences(one)[other]
-    return claim(f"{name} ({other})", difference, int(found.bytes.sum()), f"{what} ({one})")
+    return claim(name, difference, int(found.bytes.sum()), what)
 
 
 def _print_table(title, rows, test):
@@ -342,8 +345,8 @@ def _gate(model, test):
     for kind in PROMPTS:
         ids = [one for one in test[kind].rows["input_ids"] if len(one) > 64][:16]
         weights = torch.cat([model(torch.tensor([one])).weights[0] for one in ids]).mean(0)
-        said.append(f"on {kind} " + ", ".join(f"{w:.2f} to {name}" for name, w in zip(names, weights.tolist())))
-    return f"The gate of the tuned one-block hybrid gives {'; '.join(said)}."
+        said.append(f"on {kind}, " + " and ".join(f"{w:.2f} to {name}" for name, w in zip(names, weights.tolist())))
+    return f"Mean weights from the gate of the tuned one-block hybrid: {'; '.join(said)}."
 
 
 def _say(text):

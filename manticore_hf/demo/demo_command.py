@@ -23,8 +23,9 @@ def add_options(parser: Parser) -> None:
     parser.description = (
         "Joins the two tiny components shipped with the package (a GPT-NeoX that knows prose, a Mamba that "
         "knows code), trains projectors and mixture, then everything, on text of Python's standard library, prints "
-        "the losses beside those of every baseline on the same tokens, publishes the hybrid to a Hub on this "
-        "machine, writes a report, and says what to do next. Needs no network; about three minutes on two cores."
+        "the losses next to those of every baseline trained on the same tokens, publishes the hybrid to a Hub on this "
+        "machine, writes a report, and suggests what to do next. Needs no network; takes about two and a half minutes "
+        "on two cores."
     )
     parser.add_argument("--output-dir", default="manticore-demo", help="keep everything here (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="training tokens of every model")

@@ -50,7 +50,7 @@ def compare_losses(
         ensemble is the normalised geometric mean of the components' distributions with equal weights, the online
         mixture as in `online_nats`. A pruned hybrid has lost parts of its
         components, and one with new embeddings gives its components embeddings that are not theirs, so only "hybrid"
-        is there: their baselines come from the soft one, or from the components as they came.
+        is there: their baselines come from the hybrid before pruning, or from the original components.
     """
     rows = separate(dataset)
     nats = _row_nats(model, rows, batch_size, desc, baselines)
@@ -344,7 +344,7 @@ def how_measured(data: DataArguments) -> str:
     """A sentence on how losses on a text were measured."""
     part = f"{data.validation_fraction:.0%} of it, held out" if data.validation_fraction else "All of it"
     return (
-        f"{part}; for every component its own head inside this hybrid, for the ensemble their plain mean, for the "
-        "online mixture weights that follow their losses on the tokens before; a component as it came reads the same "
-        "text through its own tokenizer, untrained. Nats per token count the hybrid's tokens."
+        f"{part}. Each component predicts with its own head inside this hybrid; the ensemble is their plain mean; the "
+        "online mixture's weights follow their losses on the preceding tokens; an original component reads the same "
+        "text through its own tokenizer, untrained. Nats per token are per token of the hybrid's tokenizer."
     )

@@ -1,4 +1,4 @@
-"""How sure a difference is: intervals by the bootstrap, and a paired test by flipping signs.
+"""How certain a difference is: intervals by the bootstrap, and a paired test by flipping signs.
 
 Both work on units (documents) and seeds. Losses are sums over a unit's tokens, so that means are per token.
 """

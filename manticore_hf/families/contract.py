@@ -17,8 +17,8 @@ from transformers.generation.utils import GenerateOutput
 from manticore_hf.compose.components import ComponentSpec
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.families.tiny import tokens
-from manticore_hf.modeling.layer_stack_manticore import find_layout
-from manticore_hf.modeling.segments_manticore import Head, cut
+from manticore_hf.modeling.layer_stack_manticore import Segment, find_layout
+from manticore_hf.modeling.segments_manticore import Head, Whole
 
 PADDING = 3
 """Tokens of left padding of the first of two rows."""
@@ -101,7 +101,8 @@ def check_segments(component: PreTrainedModel, bounds: Sequence[int]) -> None:
         wanted = stack(input_ids=ids, attention_mask=given, use_cache=False, **kwargs)[0]
         state = component.get_input_embeddings()(ids)
         for start, stop in zip(bounds, bounds[1:]):
-            state = cut(component, layout, start, stop)(state, given, where)
+            make = Whole if len(bounds) == 2 else Segment
+            state = make(component, layout, start, stop)(state, given, where)
         same(state, wanted, what)
     kwargs = {"position_ids": positions} if "position_ids" in inspect.signature(component.forward).parameters else {}
     wanted = component(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits

@@ -1,4 +1,4 @@
-"""The model card of a hybrid, made from its directory: what it is, what it is worth, what it costs, what it obliges to.
+"""The model card of a hybrid, made from its directory: its contents, worth, cost and obligations.
 
 Metadata follow the Hub's conventions. The body comes from a template whose blocks are the card's sections. Whatever was
 written by strangers (names, licences, recipes) is escaped: it is shown, and formats nothing.
@@ -20,7 +20,7 @@ from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.hub.licenses import DUTIES, LICENSES, Combined, combine
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.utils.bounded_yaml import load_yaml
-from manticore_hf.utils.claims import AS_IT_CAME, claim
+from manticore_hf.utils.claims import ORIGINAL, claim
 from manticore_hf.utils.formatting import (
     Safe,
     escape,
@@ -126,7 +126,7 @@ def make_card(
     if not kind.labels:
         del shown["labels"]
     if alpha is None:
-        shown["mixture"] = shown["mixture"].partition("\n\n")[0] + "\n\nIts weights could not be read here."
+        shown["mixture"] = shown["mixture"].partition("\n\n")[0] + "\n\nIts weights could not be read."
     own_license = facts.license or combined.license
     license_text = None
     if own_license == "other":
@@ -144,11 +144,14 @@ def shown_results(directory: str | os.PathLike) -> tuple[list[Result], list[str]
     kind, results, notices = kind_of(ManticoreConfig.from_pretrained(directory)), [], []
     for result in read_results(directory):
         if kind.labels:
-            notices.append(f"The loss on {result.data!r} is not shown: it is a language model's, this one classifies.")
+            notices.append(
+                f"The loss on {result.data!r} is not shown: it is that of a language model, and this hybrid is a "
+                "classifier."
+            )
         elif set(result.losses) - {result.own} and result.own in result.losses:
             results.append(result)
         else:
-            notices.append(f"The loss on {result.data!r} is not shown: no baseline's was measured beside it.")
+            notices.append(f"The loss on {result.data!r} is not shown: no baseline was measured with it.")
     return results, notices
 
 
@@ -253,7 +256,7 @@ def _metadata(config, kind, facts, results, recipe, license, license_name):
 def _numbers(config, found, facts, alpha):
     """What the inspection says, as the template prints it."""
     sizes, kind = {row["part"]: row["parameters"] for row in found["parts"]}, kind_of(config)
-    how = {(False, False): ", as they are", (False, True): ", changed ones here", (True, False): ", copied here"}
+    how = {(False, False): ", unchanged", (False, True): ", changed ones here", (True, False): ", copied here"}
     components = []
     for entry in found["components"]:
         name, reference = entry["name"], entry["weights"] == "reference"
@@ -337,17 +340,17 @@ def _licenses(facts, combined):
                 "spdx": (known.spdx or "none") if known else "-",
                 "duties": ("; ".join(DUTIES[key] for key in sorted(known.duties)) or "nothing")
                 if known
-                else "not known to this program: read it"
+                else "unknown: read the licence"
                 if stated
-                else "not known: ask its authors",
+                else "unknown: ask the authors",
             }
         )
     if combined.unknown:
-        sentence = f"The licence of the whole is unknown, because that of {listed(combined.unknown)} is."
+        sentence = f"The hybrid's licence is unknown, because that of {listed(combined.unknown)} is."
     elif combined.license == "other":
-        sentence = "No single licence of theirs satisfies all of them."
+        sentence = "None of these licences covers all components."
     else:
-        sentence = f"All of them are satisfied by {combined.license}."
+        sentence = f"The licence {combined.license} satisfies all of them."
     if facts.license and facts.license != combined.license:
         sentence += f" The publisher states {facts.license} for the hybrid."
     return {"licenses": rows, "license_sentence": sentence, "conflicts": combined.conflicts}
@@ -370,10 +373,10 @@ def _show(result):
     size = f", {result.tokens:,} tokens" if result.tokens else ""
     size += f", {result.size:,} bytes" if result.size else ""
     note = f" {result.note}" if result.note else ""
-    verdict = claim(f"the best baseline listed ({best})", result.differences.get(best), result.size)
-    if not any(label.endswith(AS_IT_CAME.format("")) for label in baselines):
+    verdict = claim(f"the best baseline listed ({best})", result.differences.get(best), result.size, "This hybrid")
+    if not any(label.startswith(ORIGINAL.format("")) for label in baselines):
         verdict += (
-            " The components as they came, with their own tokenizers, were not measured on this text; "
+            " The original components, with their own tokenizers, were not measured on this text; "
             "manticore-hf evaluate does that."
         )
     title = f"On {result.data}{size}.{note}"

@@ -154,11 +154,11 @@ def push_code(
     """
     update = code_update(repo_id, revision)
     if not update.diff:
-        print(f"The code of {repo_id} is that of manticore-hf {__version__} already.")
+        print(f"The code of {repo_id} is already that of manticore-hf {__version__}.")
         return update
     print(update.diff, end="")
     count = len(update.changed) + len(update.deleted)
-    print(f"{count} files of {repo_id} differ from manticore-hf {__version__}; weights stay as they are.")
+    print(f"{count} files of {repo_id} differ from manticore-hf {__version__}; weights are not touched.")
     if dry_run:
         print(f"Dry run: nothing was written to {repo_id}.")
         return update

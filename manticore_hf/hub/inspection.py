@@ -264,7 +264,9 @@ def print_inspection(source: str, found: dict[str, Any]) -> None:
     task = found["task"]
     print(f"{source}: {KINDS[task['architecture']].noun} ({task['architecture']}, {task['name']})")
     if found["quantization"] is not None:
-        print(f"its linear maps are packed in {found['quantization']}: bytes below are those of floating point")
+        print(
+            f"its linear layers are quantised to {found['quantization']}: the sizes below are those of floating point"
+        )
     if "labels" in task:
         shown = listed_some(task["labels"], _SHOWN_LABELS)
         print(f"{len(task['labels'])} labels: {shown}; {task['problem']}")
@@ -278,7 +280,7 @@ def print_inspection(source: str, found: dict[str, Any]) -> None:
             rows, method = entry["transplant"]["vocab_size"], entry["transplant"]["method"]
             print(f"    its vocabulary was transplanted ({method}), from one of {rows} rows")
     licenses = {entry["name"]: entry["license"] for entry in found["components"]}
-    print(f"licence of the whole: {describe(combine(licenses))}")
+    print(f"licence of the hybrid: {describe(combine(licenses))}")
     if "repository" in found:
         print_repository(source, found["repository"])
     heads = ("parameters", "FLOPs/token", "cache B/token", "state B")
@@ -287,7 +289,7 @@ def print_inspection(source: str, found: dict[str, Any]) -> None:
     for row in found["blocks"]:
         alpha = "?" if row["alpha"] is None else f"{row['alpha']:.3f}"
         print(f"{row['block']:>5}  {row['component']:{width}}  {row['layers']:>7}  {alpha:>6}" + _numbers(row))
-    print(f"\n{'whole':{width + 7}}  {'':>15}" + "".join(f"{h:>15}" for h in heads))
+    print(f"\n{'model':{width + 7}}  {'':>15}" + "".join(f"{h:>15}" for h in heads))
     for row in found["parts"]:
         print(f"{row['part']:{width + 7}}  {'':>15}" + _numbers(row))
     if found["note"]:

@@ -16,13 +16,13 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 # What a licence asks of those who pass a work, or one made from it, on to others.
 DUTIES = {
     "notice": "keep copyright and licence notices",
-    "changes": "say what was changed",
+    "changes": "state what was changed",
     "share-alike": "pass it on under the same licence",
     "non-commercial": "no commercial use",
-    "no-derivatives": "no changed versions passed on",
-    "use-restrictions": "pass on its rules of acceptable use",
+    "no-derivatives": "do not distribute modified versions",
+    "use-restrictions": "pass on its use restrictions",
     "naming": "follow its rules on naming and attribution of derived models",
-    "source": "offer the source",
+    "source": "make the source available",
 }
 MIXED = "mixed-component-licenses"
 
@@ -228,13 +228,13 @@ def describe(found: Combined) -> str:
     """A Combined in a sentence or a few, with its conflicts, and that it is no legal advice."""
     duties = "; ".join(DUTIES[key] for key in sorted(found.duties)) or "nothing"
     if found.license == "other":
-        said = "no single licence of the components satisfies all"
+        said = "no single licence of the components satisfies all of them"
         if found.unknown:
-            said = f"unknown for {', '.join(found.unknown)}, so unknown for the whole"
+            said = f"unknown for {', '.join(found.unknown)}, and therefore for the hybrid"
     else:
         said = found.license
     conflicts = "".join(f" CONFLICT: {sentence}" for sentence in found.conflicts)
-    return f"{said}. The known licences ask to: {duties}.{conflicts} (Not legal advice.)"
+    return f"{said}. Obligations of the known licences: {duties}.{conflicts} (Not legal advice.)"
 
 
 def read_license(card: str | os.PathLike | None) -> str | None:

@@ -200,10 +200,10 @@ def print_repository(source: str, found: dict) -> None:
         print(f"  {name}: {found['files'][name]:,} bytes, tensors: {held}")
     by_kind = {kind: [name for name, one in found["code"].items() if one == kind] for kind in ("different", "unknown")}
     same = len(found["code"]) - sum(map(len, by_kind.values()))
-    print(f"  code: {same} files as in the installed manticore-hf (run only with trust_remote_code=True)")
-    for kind, word in (("different", "other content than in"), ("unknown", "not in")):
+    print(f"  code: {same} files identical to the installed manticore-hf (run only with trust_remote_code=True)")
+    for kind, word in (("different", "different from"), ("unknown", "not in")):
         if by_kind[kind]:
-            print(f"  CODE {word} the installed manticore-hf, read it: {listed_some(by_kind[kind])}")
+            print(f"  CODE {word} the installed manticore-hf, read it before running it: {listed_some(by_kind[kind])}")
     if found["pickles"]:
         print(f"  PICKLES (never read): {listed_some(found['pickles'])}")
 

@@ -439,7 +439,7 @@ def print_published(out: "Published") -> None:
     total, whole = sum(out.files.values()), sum(out.files.values()) + out.referenced_bytes
     print(
         f"{len(out.files)} files, {total:,} bytes. Saved by referencing: {out.referenced_bytes:,} bytes of component "
-        f"weights are not uploaded ({out.referenced_bytes / whole:.1%} of the whole)."
+        f"weights are not uploaded ({out.referenced_bytes / whole:.1%} of the total)."
     )
     for notice in out.notices:
         print(f"Note: {notice}", file=sys.stderr)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from manticore_hf.modeling.aligned_tokenizers import FILES, folder_of
 from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
 from manticore_hf.modeling.carried_manticore import CODE, copy_code
+from manticore_hf.modeling.dtypes_manticore import check_savable
 from manticore_hf.modeling.references_manticore import where
 from manticore_hf.utils.files import refuse_link, stays_inside
 from manticore_hf.utils.formatting import listed_some
@@ -247,6 +248,11 @@ class KeepsCard:
     def _save_beside(self, directory, target):
         if not os.path.exists(os.path.join(target, "README.md")) and (card := source_card(self)) is not None:
             shutil.copyfile(card, os.path.join(directory, "README.md"))
+
+    def push_to_hub(self, *args: object, **kwargs: object) -> str:
+        """As in Transformers; what cannot be saved raises before a repository is made for it."""
+        check_savable(self)
+        return super().push_to_hub(*args, **kwargs)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, **kwargs):
         if (card := source_card(self)) is not None and not HfApi(token=token).file_exists(repo_id, "README.md"):

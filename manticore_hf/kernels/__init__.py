@@ -1,11 +1,14 @@
-"""Faster ways to run what a published repo carries: the selective scan (numba, Triton), and convolutions on a CPU.
+"""Faster ways to run what a published repo carries: the selective scan (numba, Triton), convolutions on a CPU, and
+mixtures of predictions.
 
 Results are the same without them. They are registered by `import manticore_hf`, also for hybrids that run the code of
 their repo, and imported when a scan first runs.
 """
 
 from manticore_hf.kernels.conv import causal_conv1d
+from manticore_hf.kernels.mixture import LogMean, WeightedSum
 from manticore_hf.modeling.mixers_manticore import register_conv
+from manticore_hf.modeling.mixture_manticore import register_mixtures
 from manticore_hf.modeling.scan_manticore import register_scan
 
 
@@ -26,3 +29,4 @@ def register() -> None:
     register_scan("cpu", _with_numba)
     register_scan("cuda", _with_triton)
     register_conv(causal_conv1d)
+    register_mixtures(WeightedSum.apply, LogMean.apply)

@@ -1,4 +1,4 @@
-"""Components that read text by tokenizers of their own, in a plan: as much as they would read of a text, without it.
+"""Components with their own tokenizers in a plan: how much they would read of a text, without having the text.
 
 Such a component reads a tree of its tokens (see `modeling.aligned_reading`), and what it predicts is mapped to the
 hybrid's vocabulary. How large the tree is, and between how many tokens the mapping chooses, depends on the text: it is
@@ -43,7 +43,7 @@ class Amount:
     how: str
 
 
-ASSUMED = Amount(1.4, 1.05, 1.0, 300.0, "assumed: SmolLM2 and Gemma 3 read 1.1 to 2.0, by the text")
+ASSUMED = Amount(1.4, 1.05, 1.0, 300.0, "assumed: SmolLM2 and Gemma 3 read 1.1 to 2.0, depending on the text")
 """For each of the hybrid's tokens: that of code, of the two models in benchmarks/results/aligned.json. Other languages
 than English take more. The numbers of covers and pairs are guesses."""
 
@@ -100,10 +100,10 @@ class PlannedAligner(Aligner):
         segment, amount, (batch, time) = model.segments.segment(name, 0), self.amounts[name], inputs.shape
         if not may_read_trees(segment, model.component(name).config):
             raise ManticoreError(
-                f"Component {name!r} reads text by a tokenizer of its own in steps, with copies of its states where a "
-                "word may be cut in several ways: what that takes cannot be planned. Measure a few steps "
+                f"Component {name!r} reads text through its own tokenizer in steps, with copies of its states where a "
+                "word can be split in several ways: the memory for that cannot be planned. Measure a few steps "
                 f"(max_steps: 3), or give the hybrid its tokenizer (hybrid: {{tokenizer_component: {name}}} in the "
-                "recipe) and let the others read by theirs."
+                "recipe) and let the others read through theirs."
             )
         size = max(2, round(amount.nodes * time))
         ids = torch.zeros(batch, size, dtype=torch.long, device=inputs.ids.device)
@@ -140,6 +140,9 @@ class _PlannedMapping:
     def at_boundary(self):
         same = np.arange(min(self.theirs, self.ours))
         return same, same
+
+    def prefixes(self):
+        return {side: np.zeros((size, 4), dtype=np.int64) for side, size in (("b", self.theirs), ("a", self.ours))}
 
     def pairs(self, rest, ahead, last):
         return self._inside

@@ -182,12 +182,12 @@ def _advise(task, choice, options, machine, parameters):
     if task.converts and machine.devices > 1:
         held = machine.devices * task.dtype.itemsize * parameters
         out.append(
-            f"while weights are read, each of {machine.devices} processes has all of them in {_name(task.dtype)}, "
-            f"{short_bytes(held)} of the machine's memory (in {_name(task.converts)}, as stored, all share one copy)"
+            f"while loading, each of the {machine.devices} processes holds all weights in {_name(task.dtype)}, "
+            f"{short_bytes(held)} of the machine's memory (in {_name(task.converts)}, as stored, they share one copy)"
         )
     if choice.host:
         out.append(f"the node needs {short_bytes(choice.host)} of memory for what is offloaded")
-    return out or ["as it is"]
+    return out or ["no changes needed"]
 
 
 def _too_big(task, options, machine):
@@ -199,7 +199,7 @@ def _too_big(task, options, machine):
         rest = one.peak - shared // machine.devices
         if rest < machine.usable:
             needed = math.ceil(shared / (machine.usable - rest))
-            return [f"{needed} devices of this memory would do with {one.engine}, at this batch"]
+            return [f"{needed} devices with this much memory would do, with {one.engine} and this batch size"]
     return ["use devices with more memory, shorter rows (block_size) or smaller components"]
 
 
@@ -216,8 +216,8 @@ def _overall(plan):
     ways = "; ".join(f"{one['stage']} with {one['choice']['engine']}" for one in plan["stages"])
     hours = [one["hours"] for one in plan["stages"]]
     if None in hours:
-        return f"Fits: {ways}. How long is not known without the number of tokens (--tokens)."
-    return f"Fits: {ways}; {short_duration(3600 * sum(hours))} in all, at the stated utilisation."
+        return f"Fits: {ways}. The duration is unknown without the number of tokens (--tokens)."
+    return f"Fits: {ways}; {short_duration(3600 * sum(hours))} in total, at the stated utilisation."
 
 
 @contextlib.contextmanager

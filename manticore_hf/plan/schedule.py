@@ -94,7 +94,7 @@ def make_task(
     rows = length or (data.block_size if data is not None else 512)
     longest = subject.config.max_position_embeddings
     if longest is not None and rows > longest:
-        rows, note = longest, f"{stage}: rows of {rows} tokens are cut to the {longest} that the hybrid states it reads"
+        rows, note = longest, f"{stage}: rows of {rows} tokens are cut to {longest}, the hybrid's context length"
         if note not in subject.notes:
             subject.notes.append(note)
     config, teacher = subject.config, None
@@ -157,7 +157,7 @@ def _pruned(config, settings, subject):
     """(configuration of the pruned hybrid, of its teacher or None)."""
     route = settings["route"]
     if config.bridges:
-        subject.notes.append("prune: which bridges stay is not known yet; planned is with all of them")
+        subject.notes.append("prune: which bridges are kept is not known yet; the plan keeps all of them")
         return config, config if settings["distil_weight"] > 0 else None
     if config.aligned:
         if route not in ("alpha", "loss", config.tokenizer_component):
@@ -172,7 +172,7 @@ def _pruned(config, settings, subject):
         model = meta_hybrid(config)
         sizes = {name: weigh(model.component(name), model).count for name in config.component_names}
         names = [max(sizes, key=sizes.get)] * config.num_blocks
-        subject.notes.append(f"prune: the route is not known yet; planned is the largest component ({names[0]})")
+        subject.notes.append(f"prune: the path is not known yet; the plan assumes the largest component ({names[0]})")
     else:
         names = [route] * config.num_blocks
     values = config.to_dict()
@@ -200,19 +200,19 @@ def count_tokens(data: DataArguments | None, subject: Subject) -> tuple[int | No
     path = Path(data.data)
     if not os.path.exists(path):
         if data.max_tokens is None:
-            return None, f"{data.data} was not downloaded to be counted; give --tokens"
+            return None, f"{data.data} was not downloaded for counting; give --tokens"
         return int(data.max_tokens * kept), "max_tokens of the recipe"
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     tokenizer = _tokenizer(subject.home)
     if tokenizer is not None and size <= _COUNTED:
         rows, _ = load_rows(data, tokenizer)
         return sum(len(ids) for ids in rows["input_ids"]), "the text was tokenised"
-    per_token, how = _GUESS, f"at {_GUESS:g} bytes a token"
+    per_token, how = _GUESS, f"at {_GUESS:g} bytes per token"
     if tokenizer is not None:
         texts = read_texts(data, _SAMPLE)
         read = sum(len(text.encode()) for text in texts)
         per_token = read / max(1, sum(len(ids) for ids in tokenise(tokenizer, texts)["input_ids"]))
-        how = f"{per_token:.2f} bytes a token in a sample of {read:,} bytes"
+        how = f"{per_token:.2f} bytes per token in a sample of {read:,} bytes"
     found = int(size / per_token)
     return int(min(found, data.max_tokens or found) * kept), f"{size:,} bytes, {how}"
 

@@ -86,7 +86,7 @@ def _from_recipe(recipe, configs):
         home = next((one for one in found if one.name == settings["tokenizer_component"]), home)
     own = {} if "transplant" in recipe.hybrid else _own_tokenizers(found, home, settings, notes)
     if own and "tokenizer_data" in recipe.hybrid:
-        notes.append(f"the hybrid has the tokenizer of {home.name}: what tokenizer_data will choose is not known yet")
+        notes.append(f"the plan uses the tokenizer of {home.name}: what tokenizer_data will choose is not known yet")
     for one in found:
         one.tokenizer = {"files": None} if one.name in own else None
     entries = [one.entry() for one in found]
@@ -109,7 +109,7 @@ def _from_recipe(recipe, configs):
         config.dtype = getattr(torch, stated)
     stages = recipe.stages or [("finetune", {})]
     if not recipe.stages:
-        notes.append("the recipe has no stages: planned is a finetune with Transformers' defaults")
+        notes.append("the recipe has no stages: the plan is for finetune with Transformers' defaults")
     return Subject(recipe.name, config, stages, recipe, home, _amounts(config, own, recipe, notes), notes)
 
 
@@ -122,7 +122,7 @@ def _own_tokenizers(found, home, settings, notes):
         # Vocabularies of very different sizes tell
         others = [one.name for one in found if not _padded(one, home)]
         for name in others:
-            notes.append(f"the tokenizers of {name} and {home.name}, which were not read, are taken for different ones")
+            notes.append(f"the tokenizers of {name} and {home.name} were not read and are assumed to differ")
     else:
         others = []
     return {name: own.get(name) for name in (home.name, *others)} if others else {}
@@ -143,7 +143,7 @@ def _amounts(config, own, recipe, notes):
             out[name] = measure_amount(*(ByteTokenizer(one, rows) for one, rows in zip(pair, sizes)), texts)
         notes.append(
             f"{name} reads {out[name].nodes:.2f} tokens for each of the hybrid's ({out[name].how}); its cache is "
-            "counted per token of its own"
+            "counted per token of its own tokenizer"
         )
     return out
 
@@ -179,7 +179,7 @@ def _transplant(found, entries, home, method, notes):
         rows, one.config.vocab_size = one.config.vocab_size, size
         method = method if method in ("mean", "omp") else "auto"
         entry["transplant"] = {"method": method, "vocabulary": "0" * 64, "tokenizer": None, "vocab_size": rows}
-        notes.append(f"the vocabulary of {one.name} ({rows:,} rows) is transplanted to {home.name}'s ({size:,} rows)")
+        notes.append(f"the vocabulary of {one.name} ({rows:,} rows) is replaced by {home.name}'s ({size:,} rows)")
 
 
 def _common_size(found, notes):
@@ -194,5 +194,5 @@ def _common_size(found, notes):
             "choose components with one tokenizer."
         )
     if any(find_tokenizer(one, {}) is None for one in found):
-        notes.append(f"vocabularies of {most:,} and {least:,} rows are taken for one, padded (tokenizers not read)")
+        notes.append(f"vocabularies of {most:,} and {least:,} rows are assumed to be one, padded (tokenizers not read)")
     return least

@@ -28,7 +28,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         _print_stage(stage, given)
     print(f"\n{plan['verdict']}")
     print(
-        f"\nAssumed: {short_bytes(given['usable'])} of every device usable ({given['reserve']:.0%} left free); "
+        f"\nAssumed: {short_bytes(given['usable'])} usable on every device ({given['reserve']:.0%} left free); "
         f"{given['flops']:.3g} FLOP/s at {given['utilization']:.0%}; {given['kernels']}."
     )
     for note in plan["notes"]:
@@ -59,7 +59,7 @@ def _print_stage(stage, given):
     time = (
         f"{_time(stage['hours'])} for {short_count(tokens)} tokens ({stage['counted']})"
         if tokens
-        else (f"{_time(stage['hours_per_billion_tokens'])} for every 1 G tokens ({stage['counted']})")
+        else (f"{_time(stage['hours_per_billion_tokens'])} per 1 G tokens ({stage['counted']})")
     )
     print(f"  {short_count(stage['flops_per_token'])}FLOP per token, {time}")
 

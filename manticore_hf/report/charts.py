@@ -73,6 +73,7 @@ def forest(
     needed: float | None = None,
     label: str = "Differences with confidence intervals",
     unit: str = "nats per token",
+    width: float = _WIDTH,
 ) -> Markup:
     """Differences with their intervals around a line at 0.
 
@@ -81,8 +82,11 @@ def forest(
         needed: Where to draw the line of what is worth having, or None.
         label: For screen readers.
         unit: Of the differences.
+        width: Of the chart; where it is narrow, longer names are cut.
     """
-    left, right, top, step = 275, 20, 8, 24
+    most = 38 if width >= _WIDTH else 30
+    names = [_clip(name, most) for name, *_ in rows]
+    left, right, top, step = 24 + 6.7 * max(map(len, names)), 20, 8, 24
     numbers = [0.0, needed or 0.0] + [x for _, difference, pair in rows for x in (difference, *(pair or ()))]
     low, high = min(numbers), max(numbers)
     pad = 0.06 * (high - low or 1.0)
@@ -90,7 +94,7 @@ def forest(
     height = top + step * len(rows) + 40
 
     def at(value):
-        return left + (value - low) / (high - low) * (_WIDTH - left - right)
+        return left + (value - low) / (high - low) * (width - left - right)
 
     marks, bottom = ticks(low, high), top + step * len(rows)
     parts = [_line(at(v), top, at(v), bottom, "grid") for v in marks]
@@ -101,16 +105,17 @@ def forest(
     for i, (name, difference, pair) in enumerate(rows):
         y = top + step * i + step / 2
         sure = "good" if pair and pair[0] > 0 else "bad" if pair and pair[1] < 0 else "open"
-        parts.append(_text(left - 10, y + 4, _clip(name, 38), "end", "", name))
+        parts.append(_text(left - 10, y + 4, names[i], "end", "", name))
         if pair:
             parts.append(_line(at(pair[0]), y, at(pair[1]), y, f"bar {sure}"))
             parts += [_line(at(end), y - 6, at(end), y + 6, f"bar {sure}") for end in pair]
         parts.append(
             Markup('<circle cx="{}" cy="{}" r="3" class="dot {}"/>').format(_short(at(difference)), _short(y), sure)
         )
-    parts.append(_text(at(0) - 6, bottom + 32, "← baseline better", "end", "tick"))
-    parts.append(_text(at(0) + 6, bottom + 32, f"hybrid better, {unit} →", "start", "tick"))
-    return _svg(_WIDTH, height, parts, label)
+    # At the ends, not around 0: a hybrid that loses everywhere has that at the edge.
+    parts.append(_text(left, bottom + 32, "← baseline better", "start", "tick"))
+    parts.append(_text(width - right, bottom + 32, f"hybrid better, {unit} →", "end", "tick"))
+    return _svg(width, height, parts, label)
 
 
 def heat(

@@ -1,4 +1,4 @@
-"""What the reports say to engineers, as texts and charts: the mixture, why it is so, where it pays, its training."""
+"""What the reports tell engineers, as texts and charts: the mixture, why it is so, where it pays off, its training."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from manticore_hf.utils.formatting import short_count
 
 _KINDS = {
     "component": "a component, tuned on the same text", "ensemble": "a mean of the tuned components",
-    "gate": "a gate trained over the tuned components", "single": "one model",
-    "designed": "a hybrid designed by hand", "oracle": "a router that knows the answer",
-    "hybrid": "a hybrid", "pruned": "a pruned hybrid", "untuned": "as it is, not tuned",
+    "gate": "a gate trained over the tuned components", "single": "a single model",
+    "designed": "a hand-designed hybrid", "oracle": "a router that knows the answer",
+    "hybrid": "a hybrid", "pruned": "a pruned hybrid", "untuned": "not tuned",
 }  # fmt: skip
 _MOST_CHARTS = 8
 _WEIGHTS = "Mixture weights, blocks by components"
@@ -48,7 +48,7 @@ def mixture(facts: Facts) -> dict[str, Any]:
         if gate and len(next(iter(gate.values()))[0]) > 1:
             out.append(
                 {
-                    "title": f"{stage.name}, token gate: mean weight over the tokens trained on",
+                    "title": f"{stage.name}, token gate: mean weight over the training tokens",
                     "chart": charts.lines(gate, "optimizer step", "weight", 0, 1, "Mean gate weight"),
                 }
             )
@@ -106,7 +106,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
     similarity = [
         {
             "where": "embeddings" if one["boundary"] == 0 else f"after block {one['boundary']}",
-            "what": "translated" if one["translated"] else "own states",
+            "what": "projected" if one["translated"] else "own states",
             "pair": " and ".join(one["components"]),
             "cka": f"{one['cka']:.3f}",
             "few": one["tokens"] < 5 * one["width"],

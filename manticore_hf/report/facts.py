@@ -14,7 +14,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.report.comparison import FILE, FOLDER, find_comparison, read_comparison
 from manticore_hf.training.recipe import load_kept_recipe, stage_data
 from manticore_hf.training.search import alpha_history
-from manticore_hf.utils.claims import AS_IT_CAME
+from manticore_hf.utils.claims import ORIGINAL
 from manticore_hf.utils.files import refuse_link
 from manticore_hf.utils.formatting import is_number, listed
 
@@ -225,23 +225,23 @@ class OneRun:
 
     @property
     def has_untouched(self) -> bool:
-        """Whether a component as it came is among the baselines."""
-        return any(name.endswith(AS_IT_CAME.format("")) for name in self.losses)
+        """Whether an original component is among the baselines."""
+        return any(name.startswith(ORIGINAL.format("")) for name in self.losses)
 
 
 def one_run(facts: Facts) -> OneRun | None:
     """What one run says, or None where no baseline was measured beside the hybrid.
 
     What `evaluation.json` or `stage.json` says; several texts with the same rows as one, weighted by their tokens, and
-    then without intervals. What was measured for this report comes first where only it has the components as they came.
+    then without intervals. What was measured for this report comes first where only it has the original components.
     """
     measured = facts.measured.get("losses")
     found = None
     if measured and len(measured["losses"]) > 1:
         note = (
-            f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens, {measured['bytes']:,} bytes. Every "
-            "component by its own head inside this hybrid, the ensemble their plain mean; as it came, by its own "
-            "tokenizer, untrained. Nats per token count the hybrid's tokens."
+            f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens, {measured['bytes']:,} bytes. Each "
+            "component predicts with its own head inside this hybrid; the ensemble is their plain mean; an original "
+            "component uses its own tokenizer, untrained. Nats per token are per token of the hybrid's tokenizer."
         )
         keys = ("bits_per_byte", "bytes", "differences", "missing")
         kinds = measured.get("by_kind", {})

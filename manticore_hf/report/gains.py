@@ -1,7 +1,7 @@
-"""What a hybrid gains over each baseline, as numbers for a chart and as sentences that may be said."""
+"""What a hybrid gains over each baseline, as numbers for a chart and as sentences to quote."""
 
 from manticore_hf.report.facts import Facts, one_run
-from manticore_hf.utils.claims import AS_IT_CAME, claim
+from manticore_hf.utils.claims import ORIGINAL, claim
 
 
 def gains(facts: Facts) -> tuple[dict[str, list[float | None]], str]:
@@ -53,8 +53,8 @@ def phrases(facts: Facts, costs: str, licence: str) -> list[str]:
         named = f"{best}, which needs {needs[best]}" if needs.get(best) else best
         told = {}
         for name, what in (
-            (best, f"the best of what there is without it ({named})"),
-            (free, f"the best that needs nothing else ({free})"),
+            (best, f"the best baseline ({named})"),
+            (free, f"the best baseline that needs nothing else ({free})"),
             (one, f"the best single model ({one})"),
         ):
             told.setdefault(name, what)
@@ -65,8 +65,8 @@ def phrases(facts: Facts, costs: str, licence: str) -> list[str]:
         added, name, block = max(worth)
         less, other, at = min(worth)
         told = f"{less:.3f} worse" if less > 0 else f"{-less:.3f} better"
-        said = f"Without {name} in block {block} it is {added:.3f} nats per token worse"
-        out.append(f"{said}, without {other} in block {at} {told}.")
+        said = f"Without {name} in block {block}, the hybrid is {added:.3f} nats per token worse"
+        out.append(f"{said}; without {other} in block {at}, it is {told}.")
     return [*out, licence.strip()]
 
 
@@ -81,10 +81,10 @@ def _worth(facts):
 
 
 def _is_one_model(name, facts):
-    """Whether a baseline is a single model that one could use instead: as it came, tuned, retrained."""
+    """Whether a baseline is a single model that one could use instead: original, tuned or retrained."""
     if facts.comparison is not None:
         row = next(row for row in facts.comparison["rows"] if row["name"] == name)
         if row["kind"] != "untuned":
             return row["kind"] in ("component", "single")
     parts = [entry["name"] for entry in facts.found["components"]]
-    return any(name in (part, f"{part}, untuned", AS_IT_CAME.format(part)) for part in parts)
+    return any(name in (part, f"{part}, untuned", ORIGINAL.format(part)) for part in parts)

@@ -139,10 +139,10 @@ def cannot_remove(model: PreTrainedModel, name: str, block: int) -> str | None:
         The reason, as a part of a sentence; None if it can be removed.
     """
     if model.config.route is not None:
-        return "pruned: each block has one component only"
+        return "pruned: each block has only one component"
     k, row = model.config.component_names.index(name), model.mixture_weights()[block].tolist()
     if not sum(row) - row[k] > 0:
-        return "no other component is in use in this block"
+        return "this block uses no other component"
     return None
 
 
@@ -229,7 +229,7 @@ def other_mixtures(model: PreTrainedModel) -> list[tuple[str, contextlib.Abstrac
     out = [("equal weights in every block", mixture(model, even))]
     if gated is not None:
         bias = model.mixture_weights()[gated].double()
-        out.append(("the gate without looking at the token", mixture(model, {gated: (bias / bias.sum()).tolist()})))
+        out.append(("the gate, ignoring the token", mixture(model, {gated: (bias / bias.sum()).tolist()})))
     return out
 
 

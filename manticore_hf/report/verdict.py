@@ -14,30 +14,30 @@ from manticore_hf.utils.claims import CLAIM_BYTES, claim
 WORTH = 0.01
 """Smallest gain that is worth a second model, as a share of the best baseline's loss."""
 PRUNE_WITHIN = 0.01
-"""A pruned hybrid is as good as the soft one if it loses at most this share of its loss."""
+"""A pruned hybrid is as good as the unpruned one if its loss is at most this share higher."""
 
 RULES = [
-    "A baseline counts if you could use it today: it needs no text but what the hybrid was trained on. It is the "
-    "components as they are and tuned, their ensemble, a gate over them, and one model trained on the same text.",
+    "A baseline counts if you could use it today, that is, if it needs no text beyond what the hybrid was trained on: "
+    "the components, untuned and tuned, their ensemble, a gate over them, and one model trained on the same text.",
     f"The gain must be worth having: at least {WORTH:.0%} of the best baseline's loss, in nats per token, against "
     "every baseline.",
-    "GO: against every baseline the gain is that large and its 95 % confidence interval excludes 0. As all baselines "
-    "have to be beaten, no correction for many comparisons is needed.",
-    "NO GO: against some baseline even the upper end of the interval is below that gain: it is a tie at best, and the "
+    "GO: the gain is that large against every baseline, and its 95 % confidence interval excludes 0. Because every "
+    "baseline has to be beaten, no correction for multiple comparisons is needed.",
+    "NO GO: against some baseline, even the upper end of the interval is below that gain. It is a tie at best, and the "
     "baseline costs no more. If that baseline is one model trained on the same text: RETRAIN.",
-    "TRY: anything else. The data allow a gain and do not show it.",
-    "RETRAIN: one model trained on everything, the components' training text included, is not beaten (the interval of "
-    "the difference includes 0 or lies below it). It costs less to run. Who does not have that text goes by the other "
-    "rules, and the report gives both answers.",
-    "PRUNE: the answer is GO, and a pruned hybrid (one component per block, the cost of about one model) loses at "
-    f"most {PRUNE_WITHIN:.0%} of the soft one's loss and still beats the best baseline.",
-    "Without a comparison over several seeds, baselines tuned by themselves included, there is no verdict, only TRY; "
-    f"nor on fewer than {CLAIM_BYTES:,} bytes of test text.",
+    "TRY: anything else. The data are compatible with such a gain but do not show it.",
+    "RETRAIN: one model trained on everything, including the components' training text, is not beaten (the interval of "
+    "the difference includes 0 or lies below it). It costs less to run. If you do not have that text, the other rules "
+    "apply; the report gives both answers.",
+    "PRUNE: the answer is GO, and a pruned hybrid (one component per block, about the cost of one model) has a loss at "
+    f"most {PRUNE_WITHIN:.0%} above that of the unpruned one and still beats the best baseline.",
+    "Without a comparison over several seeds that includes separately tuned baselines, there is no verdict, only TRY; "
+    f"the same holds for fewer than {CLAIM_BYTES:,} bytes of test text.",
 ]
 
 _EXPLAINED = {
     "GO": "Use the hybrid",
-    "PRUNE": "Use the hybrid, pruned to the cost of about one model",
+    "PRUNE": "Use the hybrid, pruned to about the cost of one model",
     "NO GO": "Do not use the hybrid",
     "RETRAIN": "Train one model on everything instead",
     "TRY": "Not decided yet",
@@ -93,23 +93,23 @@ def decide(
     """
     if comparison is None:
         reasons = [_in_one_run(one_run)] if one_run else []
-        reasons.append("No comparison over several seeds is there: nothing of one run can carry a decision.")
+        reasons.append("There is no comparison over several seeds: a single run cannot support a decision.")
         return Verdict("TRY", None, reasons, [f"Measure it: {command}"] if command else [], decided=False)
     rows = {row["name"]: row for row in comparison["rows"]}
     hybrid = rows[comparison["hybrid"]]
     size = comparison.get("test_bytes")
     if size is not None and size < CLAIM_BYTES:
-        reason = f"The comparison was tested on {size:,} bytes of text: too few for a claim ({CLAIM_BYTES:,} at least)."
+        reason = f"The comparison was tested on {size:,} bytes of text, too few for a claim (at least {CLAIM_BYTES:,})."
         return Verdict("TRY", None, [reason], [f"Compare on more text: {command}"] if command else [], decided=False)
     others = _baselines(comparison)
     free = [row for row in others if not row["needs"]]
     if not free:
-        reason = "The comparison has no baseline that could be used today: no component, ensemble or gate."
+        reason = "The comparison has no baseline that you could use today: no component, ensemble or gate."
         return Verdict("TRY", None, [reason], [f"Measure the baselines: {command}"] if command else [], decided=False)
     if len(hybrid["seeds"]) < 2:
-        reason = "One seed carries no decision, however narrow the interval over documents is."
+        reason = "One seed cannot support a decision, however narrow the interval over documents is."
         best = min(free, key=lambda row: row["loss"])
-        step = f"Compare with 3 seeds or more ({_seeds(hybrid)} now)."
+        step = f"Compare with at least 3 seeds ({_seeds(hybrid)} now)."
         return Verdict("TRY", best, [say(best, hybrid), reason], [step], decided=False)
     retrained = [row for row in others if row["needs"] and row["kind"] == "single" and _not_beaten(row)]
     verdict = _against(hybrid, free, comparison, settings or {})
@@ -130,8 +130,8 @@ def _against(hybrid, baselines, comparison, settings):
     needed = WORTH * best["loss"]
     unsure = [row for row in baselines if row["difference_interval"] is None or row["difference"] is None]
     if unsure:
-        reason = f"There is no interval for {unsure[0]['name']}: one seed cannot show how sure a difference is."
-        step = f"Compare again with 3 seeds or more ({_seeds(hybrid)} now)."
+        reason = f"There is no interval for {unsure[0]['name']}: one seed cannot show how certain a difference is."
+        step = f"Compare again with at least 3 seeds ({_seeds(hybrid)} now)."
         return Verdict("TRY", best, [say(best, hybrid), reason], [step])
     lost = [row for row in baselines if row["difference_interval"][1] < needed]
     if lost:
@@ -139,7 +139,7 @@ def _against(hybrid, baselines, comparison, settings):
         word = "RETRAIN" if baseline["kind"] == "single" else "NO GO"
         reasons = [
             say(baseline, hybrid),
-            f"Even at best that is less than the {needed:.3f} nats ({WORTH:.0%}) it takes to be worth it.",
+            f"Even at best, that is less than the {needed:.3f} nats ({WORTH:.0%}) that would make it worthwhile.",
         ]
         steps = [f"Use {baseline['name']}: the hybrid adds too little to it, if anything."]
         steps += _other_hybrid(hybrid, baseline, comparison) + _alike(comparison)
@@ -147,11 +147,11 @@ def _against(hybrid, baselines, comparison, settings):
     short = [row for row in baselines if row["difference_interval"][0] <= 0 or row["difference"] < needed]
     if short:
         baseline = min(short, key=lambda row: row["difference"])
-        why = f"It takes {needed:.3f} nats ({WORTH:.0%}) and an interval that excludes 0."
+        why = f"A GO takes at least {needed:.3f} nats ({WORTH:.0%}) and an interval that excludes 0."
         attempts = _attempts(hybrid, baseline, comparison, settings, needed)
         return Verdict("TRY", baseline, [say(baseline, hybrid), why], attempts)
     share = best["difference"] / best["loss"]
-    reasons = [f"{say(best, hybrid)} That is {share:.1%} of its loss; it is the best baseline."]
+    reasons = [f"{say(best, hybrid)} That is {share:.1%} of the loss of this baseline, the best one."]
     hard = [row for row in comparison["rows"] if row["kind"] == "pruned" and not row["needs"]]
     hard = [row for row in hard if row["loss"] <= (1 + PRUNE_WITHIN) * hybrid["loss"] and row["loss"] < best["loss"]]
     if hard:
@@ -160,9 +160,9 @@ def _against(hybrid, baselines, comparison, settings):
             f"{small['name']} keeps nearly all of it: {small['loss']:.3f} against {hybrid['loss']:.3f} nats per token."
         )
         return Verdict("PRUNE", best, reasons, [f"Use {small['name']}: it costs about as much as one model."])
-    steps = ["Use it where the text is like the text it was tested on; test again where it is not."]
+    steps = ["Use it on text like the test text; for other text, test again."]
     if not settings.get("aligned") and not any(row["kind"] == "pruned" for row in comparison["rows"]):
-        steps.append("Prune it (manticore-hf prune) and compare again: if the gain stays, it costs about one model.")
+        steps.append("Prune it (manticore-hf prune) and compare again: if the gain remains, it costs about one model.")
     return Verdict("GO", best, reasons, steps + _other_hybrid(hybrid, hybrid, comparison))
 
 
@@ -190,7 +190,7 @@ def _in_one_run(run):
     losses = f" Losses: {run.losses[best]:.3f} and the hybrid's {run.losses[run.own]:.3f} nats per token{bits}."
     if run.has_untouched:
         return said + losses
-    return f"{said}{losses} The components as they came, with their own tokenizers, are not among them."
+    return f"{said}{losses} The original components, with their own tokenizers, are not among them."
 
 
 def say(row: Mapping[str, Any], hybrid: Mapping[str, Any]) -> str:
@@ -202,12 +202,12 @@ def say(row: Mapping[str, Any], hybrid: Mapping[str, Any]) -> str:
     """
     difference, pair = row["difference"], row["difference_interval"]
     if difference is None:
-        return f"{row['name']}: {row['loss']:.3f} nats per token, the hybrid {hybrid['loss']:.3f}."
+        return f"{row['name']} has a loss of {row['loss']:.3f} nats per token, the hybrid {hybrid['loss']:.3f}."
     word = "better" if difference >= 0 else "worse"
     low_high = sorted(abs(x) for x in pair) if pair and pair[0] * pair[1] > 0 else pair
     sure = f" (95 % confidence: between {low_high[0]:.3f} and {low_high[1]:.3f}" if pair else " (one seed"
     if pair and pair[0] <= 0 <= pair[1]:
-        sure = f" (95 % confidence: between {abs(pair[0]):.3f} worse and {pair[1]:.3f} better, so it may be none"
+        sure = f" (95 % confidence: between {abs(pair[0]):.3f} worse and {pair[1]:.3f} better, so it may be zero"
     won = (
         f"; better in {row['seeds_won']} of {len(row['seeds'])} seeds"
         if row["seeds_won"] is not None and row["seeds"]
@@ -266,8 +266,8 @@ def _alike(comparison):
     best = _best_by_kind(comparison)
     if len(best) > 1 and len(set(best.values())) == 1:
         return [
-            f"{next(iter(best.values()))} is the best component on every kind of this text. A hybrid pays where "
-            "each component is best on some of it: try a pair with different strengths."
+            f"{next(iter(best.values()))} is the best component on every kind of text here. A hybrid pays off if each "
+            "component is best on some of the text: try a pair with complementary errors."
         ]
     return []
 
@@ -278,16 +278,18 @@ def _attempts(hybrid, baseline, comparison, settings, needed):
     half, seeds, goal = (high - low) / 2, max(len(baseline["seeds"]), len(hybrid["seeds"])), baseline["difference"]
     if goal >= needed and seeds >= 2:
         more = math.ceil(seeds * (half / goal) ** 2) + 1
-        out.append(f"Compare with more seeds: if the gain is real, about {max(more, seeds + 1)} show it ({seeds} now).")
+        out.append(
+            f"Compare with more seeds: if the gain is real, about {max(more, seeds + 1)} will show it ({seeds} now)."
+        )
     best = _best_by_kind(comparison)
     if len(set(best.values())) > 1 and settings.get("mixture_space") == "logprob":
         who = "; ".join(f"{name} on {kind}" for kind, name in best.items())
         out.append(
-            f"Set mixture_space: prob. The components differ in strength (best: {who}), and mixing "
+            f"Set mixture_space: prob. The components' errors are complementary (best: {who}), and mixing "
             "probabilities lets the gate silence the one that is wrong."
         )
     if (settings.get("num_blocks") or 1) > 1:
-        out.append("Try num_blocks: 1: merging in several blocks has measured worse than one so far.")
+        out.append("Try num_blocks: 1: so far, several blocks have measured worse than one.")
     if comparison["tokens"]:
-        out.append(f"Train on more text, the baselines too ({comparison['tokens']:,} tokens now).")
+        out.append(f"Train the hybrid and the baselines on more text ({comparison['tokens']:,} tokens now).")
     return out + _other_hybrid(hybrid, hybrid, comparison) + _alike(comparison)

@@ -1,4 +1,4 @@
-"""What both reports say to who decides, as texts: HTML and Markdown print the same strings."""
+"""What both reports tell decision makers, as texts: HTML and Markdown print the same strings."""
 
 from importlib import metadata
 from typing import Any
@@ -8,9 +8,10 @@ from manticore_hf.report import charts, details
 from manticore_hf.report.facts import Facts, one_run
 from manticore_hf.report.gains import gains, phrases
 from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_difference
-from manticore_hf.utils.formatting import listed, short_bytes, short_count, short_duration
+from manticore_hf.utils.formatting import listed, plural, short_bytes, short_count, short_duration
 
 _ON_TOP = 6
+_CARD = 520  # width of the chart in its card, about that of the card on a page of 1,100 pixels
 
 
 def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
     blocks, running, licences = settings["num_blocks"], _running(facts), _licences(facts)
     return {
         "name": facts.name,
-        "what": f"{listed([f'{name} ({kind})' for name, kind in kinds.items()])} joined in {_plural(blocks, 'block')}"
+        "what": f"{listed([f'{name} ({kind})' for name, kind in kinds.items()])} joined in {plural(blocks, 'block')}"
         + (", pruned to one component per block" if settings["route"] else "")
         + (", with bridges between their states" if settings.get("bridges") else ""),
         "verdict": verdict,
@@ -40,10 +41,6 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _plural(count, what):
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
 def _version(package):
     try:
         return metadata.version(package)
@@ -56,13 +53,13 @@ def _standing(facts):
     by_kind = {}  # the table of all models has them where there is a comparison
     if facts.comparison is not None:
         rows, own = facts.comparison["rows"], facts.comparison["hybrid"]
-        seeds, data = _plural(len(facts.comparison["seeds"]), "seed"), facts.comparison["data"]
+        seeds, data = plural(len(facts.comparison["seeds"]), "seed"), facts.comparison["data"]
         size = _tokens(facts.comparison["test_tokens"])
-        note = f"{facts.comparison['test']}, {size}; mean of {seeds}; trained or tuned on {data}."
+        note = f"Tested on {facts.comparison['test']}, {size}; mean of {seeds}; trained or tuned on {data}."
         found = [(row["name"], row["loss"], row["bits_per_byte"], row) for row in rows]
     else:
         if (run := one_run(facts)) is None:
-            note = "No loss of this hybrid is shown, because no baseline's was measured beside it."
+            note = "This hybrid's loss is not shown, because no baseline was measured with it."
             return {"note": note, "rows": [], "all": [], "chart": None, "kinds": [], "split": ""}
         own, note, by_kind = run.own, run.note, run.by_kind
         note += "".join(f" {name}: not measured. {why}" for name, why in run.missing.items())
@@ -86,7 +83,8 @@ def _standing(facts):
     shown = rows[:_ON_TOP] if place < _ON_TOP else rows[: _ON_TOP - 1] + [rows[place]]
     found, unit = gains(facts)
     bars = [(name, gain, None if None in ends else ends) for name, (gain, *ends) in found.items()]
-    chart = charts.forest(bars, label="What the hybrid gains over each baseline", unit=unit) if bars else None
+    label = "What the hybrid gains over each baseline"
+    chart = charts.forest(bars, label=label, unit=unit, width=_CARD) if bars else None
     return {
         "note": note,
         "rows": shown,
@@ -104,7 +102,7 @@ def _split(by_kind, own):
         others = {name: value for name, value in bits.items() if name != own}
         if own in bits and others:
             best = min(others, key=others.get)
-            said.append(f"on {kind} the hybrid has {bits[own]:.4f}, the best without it ({best}) {others[best]:.4f}")
+            said.append(f"on {kind} the hybrid has {bits[own]:.4f}, the best baseline ({best}) {others[best]:.4f}")
     return f"In bits per byte, {'; '.join(said)}." if said else ""
 
 
@@ -128,37 +126,38 @@ def _running(facts):
                 "write": f"{timed['decode']:,.1f}" if timed else "–",
             }
         )
-    out = {"rows": rows, "sentence": "", "note": "FLOPs are counted on shapes; speed was not measured."}
+    out = {"rows": rows, "sentence": "", "note": "FLOPs are counted from tensor shapes; speed was not measured."}
     hybrid, others = longest[-1], longest[:-1]
     if others:
         small = min(others, key=lambda part: part["bytes"])
         weights, work = (hybrid[key] / small[key] for key in ("bytes", "flops_per_token"))
         out["sentence"] = (
-            f"It holds {weights:.1f} times the weights of {small['part']} alone and takes {work:.1f} "
-            "times the arithmetic per token"
+            f"The hybrid's weights take {weights:.1f} times the memory of {small['part']} alone, and it needs "
+            f"{work:.1f} times the FLOPs per token"
         )
         if speed:
             models = speed["models"]
             fast = max((name for name in models if name != "hybrid"), key=lambda name: models[name]["decode"])
             ratio = models["hybrid"]["decode"] / models[fast]["decode"]
-            out["sentence"] += f"; it writes at {ratio:.0%} of the speed of {fast}"
+            out["sentence"] += f"; it generates at {ratio:.0%} of the speed of {fast}"
         out["sentence"] += "."
     elif facts.found["settings"]["route"]:
         out["sentence"] = (
-            "It is pruned: it costs its one route, about one model. Its components are no longer "
-            "whole inside it, so they are not timed beside it."
+            "The hybrid is pruned and costs about as much as one model. Its components are no longer complete inside "
+            "it, so they are not timed for comparison."
         )
     if speed:
         out["note"] = (
-            f"Measured on {speed['device']}, {speed['threads']} thread(s), {speed['dtype']}: one sequence, a prompt of "
-            f"{speed['prompt_tokens']} tokens, then {speed['new_tokens']}; median of {speed['repeats']} in turn."
+            f"Measured on {speed['device']}, {plural(speed['threads'], 'thread')}, {speed['dtype']}: one sequence, a "
+            f"prompt of {speed['prompt_tokens']} tokens, then {speed['new_tokens']} new ones; median of "
+            f"{speed['repeats']} alternating runs."
         )
         others = {
             name: one["tokens_for_one"] for name, one in speed["models"].items() if one.get("tokens_for_one", 1) != 1
         }
         if others:
             ratios = listed([f"{ratio:.2f} of {name}'s" for name, ratio in others.items()])
-            out["note"] += f" Speeds are in tokens of the hybrid's tokenizer: one is {ratios} here."
+            out["note"] += f" Speeds are in tokens of the hybrid's tokenizer; here, one corresponds to {ratios}."
     if facts.found["note"]:
         out["note"] += f" {facts.found['note']}"
     return out
@@ -184,7 +183,7 @@ def _making(facts):
     sentences = []
     if trained:
         sentences.append(
-            f"{short_duration(seconds)} of training in {_plural(len(trained), 'stage')}"
+            f"{short_duration(seconds)} of training in {plural(len(trained), 'stage')}"
             + (f", about {short_count(flops)}FLOPs by the Trainer's estimate." if flops else ".")
         )
     row = None
@@ -197,14 +196,14 @@ def _making(facts):
             f"{short_count(row['training_flops'])}FLOPs" if row["training_flops"] else None,
         ]
         sentences.append(f"Per seed in the comparison: {listed([one for one in said if one])}.")
-    return {"rows": rows, "sentences": sentences or ["No log of its training is in its directory."]}
+    return {"rows": rows, "sentences": sentences or ["The directory holds no training log."]}
 
 
 def _licences(facts):
     rows = []
     for entry in facts.found["components"]:
         known = LICENSES.get(entry["license"])
-        duties = "unknown: read it, or ask its authors"
+        duties = "unknown: read the licence, or ask the authors"
         if known:
             duties = "; ".join(DUTIES[key] for key in sorted(known.duties)) or "nothing"
         where = f"{entry['repo_id']}@{(entry['revision'] or '')[:12]}" if entry["repo_id"] else "this directory"
@@ -214,22 +213,22 @@ def _licences(facts):
     found = facts.combined
     if found.unknown:
         sentence = (
-            f"The licence of {listed(found.unknown)} is unknown, so that of the whole is, too: settle it "
-            "before passing it on."
+            f"The licence of {listed(found.unknown)} is unknown, and therefore so is the hybrid's: settle it before "
+            "passing it on."
         )
     elif found.conflicts:
-        sentence = "The components' licences conflict: the hybrid must not be passed on as things stand."
+        sentence = "The components' licences conflict: as things stand, the hybrid must not be passed on."
     elif found.license == "other":
-        sentence = "No single licence satisfies all components: each stays under its own, and all have to be met."
+        sentence = "No single licence covers all components: each stays under its own, and you have to comply with all."
     else:
         sentence = f"The hybrid can be passed on under {found.license}."
     commercial = [one for one in facts.commercial.conflicts if one not in found.conflicts]
     use = (
-        "Commercial use is excluded: " + " ".join(commercial)
+        "Commercial use is not permitted: " + " ".join(commercial)
         if commercial
         else ""
         if found.unknown
-        else "No licence excludes commercial use."
+        else "No licence rules out commercial use."
     )
     return {
         "rows": rows,

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.compose.untouched import measure_as_they_came
+from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import load_rows
 from manticore_hf.evaluation.losses import Measured, make_passages
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
@@ -130,7 +130,7 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size):
         nats = {name: np.bincount(where, one.numpy(), len(rows)) for name, one in found.items()}
         whole = Measured(nats, passages.tokens, passages.bytes, kinds=passages.kinds)
         sources, fresh = recipe_sources(facts.folder, config), config.embeddings == "fresh"
-        measure_as_they_came(whole, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
+        measure_originals(whole, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
         return {**whole.to_dict(), "rows": len(rows), "where": where_it_differs(found, rows, tokenizer, gate, names)}
 
     def without(block, name):

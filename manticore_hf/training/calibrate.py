@@ -19,6 +19,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixing_manticore import resize
 from manticore_hf.modeling.shared_manticore import LinearProjector, mix_embeddings
 from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, component_runner, world
+from manticore_hf.utils.hybrid_settings import check_name
 from manticore_hf.utils.task_types import refuse_classifier
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -142,7 +143,7 @@ def calibrate_projectors(
     if config.projector != "linear":
         raise ManticoreError(f"projector={config.projector!r} has no closed form; compose with projector='linear'.")
     if reference is not None:
-        config._check_name("reference_component", reference)
+        check_name(config.component_names, "reference_component", reference)
     batches = _batches(dataset, tokens, batch_size, model.device)
     was_training = model.training
     model.eval()

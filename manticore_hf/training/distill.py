@@ -105,7 +105,7 @@ def _prune(start: PruneArguments, run: StageRun) -> dict:
     found = None
     if run.passages is not None:
         found = measure(soft, run.passages, batch)
-        found.nats["soft hybrid"] = found.nats.pop("hybrid")
+        found.nats["unpruned hybrid"] = found.nats.pop("hybrid")
         found.nats["pruned, before distillation"] = measure(hard, run.passages, batch).nats["hybrid"]
     trained = None
     if arguments.max_steps != 0 and arguments.num_train_epochs > 0:
@@ -123,9 +123,9 @@ def _prune(start: PruneArguments, run: StageRun) -> dict:
 
 
 def _summary(result: dict) -> Iterator[str]:
-    kept = f"{result.get('bridges_kept')} of {result.get('bridges')} bridges stay"
+    kept = f"{result.get('bridges_kept')} of {result.get('bridges')} bridges kept"
     path = kept if result["route"] is None else " > ".join(result["route"])
-    yield f"\nprune: {path}, {result['share']:.1%} of the soft hybrid's parameters"
+    yield f"\nprune: {path}, {result['share']:.1%} of the unpruned hybrid's parameters"
     for name, loss in result["losses"].items():
         bits = result.get("bits_per_byte", {}).get(name)
         said = "" if bits is None else f"{bits:.4f} bits per byte, "

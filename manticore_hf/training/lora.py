@@ -14,12 +14,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
+from manticore_hf.compose.training_checks import check_adapted
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.dtypes_manticore import (
     MIXER,
     RAW,
     SCORE,
-    check_adapted,
     check_unquantized,
     is_state_space,
     kept_maps,

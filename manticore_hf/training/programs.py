@@ -1,6 +1,6 @@
-"""Mixtures that are programmed: a recipe's `hybrid: {mixture: "PREFIX:..."}`, whose weights another room finds.
+"""Mixtures that are programmed: a recipe's `hybrid: {mixture: "PREFIX:..."}`, whose weights another subpackage finds.
 
-Rooms above this one register what they have (`manticore_hf/__init__.py` does it for MAD), so that training imports none
+Subpackages above this one register theirs (`manticore_hf/__init__.py` does it for MAD), so that training imports none
 of them. The module that is registered has
 
 * `mixture_tasks(mixture)`: the tasks that a mixture names, or None; raises ManticoreError where they are unknown;

@@ -26,11 +26,11 @@ from tqdm.auto import tqdm
 from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.evaluation.data import NO_LOSS, pad, separate
-from manticore_hf.modeling.bridges import bridge_weights
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.mixing_manticore import resize
 from manticore_hf.modeling.path_manticore import Chain, stretches
 from manticore_hf.modeling.shared_manticore import LinearProjector, enter, leave
+from manticore_hf.utils.bridge_settings import bridge_weights
 from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.renamed import old_names
 from manticore_hf.utils.task_types import quantization_of, refuse_classifier
@@ -370,7 +370,7 @@ def _refuse_aligned(config, route):
     if config.aligned:
         raise ManticoreError(
             f"route={route!r}: components {list(config.aligned)} have tokenizers of their own, and pruned to one of "
-            f"them the hybrid would be that model as it came; prune to {config.tokenizer_component!r}, whose tokenizer "
+            f"them the hybrid would be that original model; prune to {config.tokenizer_component!r}, whose tokenizer "
             "is the hybrid's."
         )
 

@@ -1,4 +1,4 @@
-"""How every stage runs: what is finished is not done again, what was killed goes on, what is written says so last.
+"""How every stage runs: finished work is not repeated, killed runs resume, and the result is written last.
 
 A stage is a function of a StageRun. It loads, trains and saves through it, and so does each of these in the same way:
 start, load model and text, go on from the last whole checkpoint, save, record the result, print it.
@@ -142,7 +142,7 @@ class StageRun:
         """Trains, from the last whole checkpoint if there is one; what it returns is for `save`. On every rank."""
         resume = self.arguments.resume_from_checkpoint or broadcast_object(last_whole_checkpoint(self.output))
         if resume:
-            print_main(f"{self.output}: going on from {resume}.")
+            print_main(f"{self.output}: resuming from {resume}.")
         kept = Unrounded(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return kept

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from manticore_hf.modeling.settings_manticore import HybridSettings, ManticoreError
+from manticore_hf.modeling.settings_manticore import ManticoreError
+from manticore_hf.utils.settings import HybridSettings
 
 RECIPE_MAY_SAY = frozenset(
     """

@@ -149,7 +149,7 @@ def difference_of_strengths(
     was_training = model.training
     model.eval()
     try:
-        for batch in bar(_batches(rows, tokens, batch_size), desc="Measuring strengths", unit="batch", leave=False):
+        for batch in bar(_batches(rows, tokens, batch_size), desc="Comparing components", unit="batch", leave=False):
             ids, labels = (batch[key].to(model.device) for key in ("input_ids", "labels"))
             losses = torch.stack([_token_losses(part, ids, labels, model.config.vocab_size) for part in parts])
             kept = (labels[:, 1:] != -100).to(losses.dtype)
@@ -161,7 +161,7 @@ def difference_of_strengths(
     counts = torch.cat(counts, -1) if counts else torch.zeros(2, 0)
     whole = (counts > 0).all(0)  # a window of which one half predicts nothing chooses nothing
     if not whole.any():
-        raise ManticoreError("No row has two tokens to predict: the components' strengths cannot be compared.")
+        raise ManticoreError("No row has two tokens to predict: the components cannot be compared.")
     sums, counts = torch.cat(sums, -1)[..., whole].double(), counts[..., whole].double()
     chosen = sums.argmin(1)  # [half, windows]
     crossed = sums.gather(1, chosen.flip(0)[:, None])[:, 0]

@@ -101,6 +101,7 @@ def _train(start: StageArguments, run: StageRun) -> dict:
             print_main(f"Objective: {say_objective(model.config)}.")
     trained = trainer, run.fit(trainer)
     result = {"steps": trainer.state.global_step, "components": model.config.component_names}
+    result["mixture"] = model.config.mixture
     result["objective"] = {key: getattr(model.config, key) for key in OBJECTIVE}
     if run.passages is not None:
         found = measure(model, run.passages, arguments.per_device_eval_batch_size)
@@ -147,12 +148,20 @@ def take_mixture(model: ManticoreForCausalLM, source: str | Path) -> None:
         alpha.data.copy_(other.data)
 
 
+_LAST_ROW = {
+    "token": "the last row is the part of the gate that does not depend on the token",
+    "online": "the last row holds at the start of a text",
+}
+
+
 def _summary(result: dict) -> Iterator[str]:
     names = result["components"]
     yield f"\n{result['stage']}: {result['steps']} steps"
     yield f"{'block':>8}" + "".join(f"{name:>24}" for name in names) + "   (mixture weights)"
     for block, row in enumerate(result["mixture_weights"]):
         yield f"{block + 1:>8}" + "".join(f"{weight:24.3f}" for weight in row)
+    if result.get("mixture") in _LAST_ROW:
+        yield f"{'':>8}  ({_LAST_ROW[result['mixture']]})"
     for name, loss in result.get("losses", {}).items():
         bits = result.get("bits_per_byte", {}).get(name)
         said = "" if bits is None else f"{bits:.4f} bits per byte, "

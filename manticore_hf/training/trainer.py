@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from manticore_hf.modeling.bridges import bridge_weights
 from manticore_hf.training.freezing import new_rows
 from manticore_hf.training.stage_arguments import check_best
+from manticore_hf.utils.bridge_settings import bridge_weights
 from manticore_hf.utils.deepspeed import present
 from manticore_hf.utils.distributed import all_reduce_dict, ready_for_shards
 from manticore_hf.utils.unwrap import hybrid_of

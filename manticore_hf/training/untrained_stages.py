@@ -29,6 +29,7 @@ from manticore_hf.training.runtime import training_defaults as training_defaults
 from manticore_hf.training.stage_arguments import CalibrateArguments
 from manticore_hf.training.stage_arguments import HybridArguments as HybridArguments
 from manticore_hf.utils.distributed import on_main
+from manticore_hf.utils.formatting import plural
 from manticore_hf.utils.tokenizers import read_tokenizer, tokenizer_at
 
 _MEASURED_BYTES = 200_000  # of text on which transplants are measured
@@ -60,15 +61,14 @@ def run_compose(
 
 def _composed(result: dict) -> Iterator[str]:
     names = result["components"]
-    yield f"\ncompose: {' + '.join(names)} in {result['num_blocks']} block(s)"
+    yield f"\ncompose: {' + '.join(names)} in {plural(result['num_blocks'], 'block')}"
     for name, bits in result.get("tokenizers", {}).items():
-        yield f"with {name}'s tokenizer {bits:.4f} bits per byte, untrained"
+        yield f"with {name}'s tokenizer: {bits:.4f} bits per byte, untrained"
     for name, report in result.get("transplants", {}).items():
         yield f"vocabulary of {name} transplanted by {TransplantReport(**report)}"
-    yield (
-        f"{result['parameters']:,} parameters; {result['own_bytes']:,} bytes of weights written, "
-        f"{result['whole_bytes']:,} with all components"
-    )
+    own, whole = result["own_bytes"], result["whole_bytes"]
+    stored = "all stored here" if own >= whole else f"{own:,} stored here, the rest referenced"
+    yield f"{result['parameters']:,} parameters, {whole:,} bytes of weights: {stored}"
     if "program" in result:
         yield from program_lines(names, result["mixture_weights"], result["program"])
 
@@ -173,4 +173,7 @@ def _calibrated(result: dict) -> Iterator[str]:
     for name, loss in result["losses"].items():
         yield f"{name:>24}  {loss:.4f} nats per token"
     for key, score in result["r2"].items():
-        yield f"{key:>32}  R^2 {score:6.3f}  ridge {result['ridges'][key]:g}"
+        way, _, part = key.partition(":")
+        name, _, block = part.rpartition("-")
+        where = f"{way.replace('_', ' ')} {name}, block {int(block) + 1}"
+        yield f"{where:>40}  R^2 {score:6.3f}  ridge {result['ridges'][key]:g}"

@@ -1,1 +1,1 @@
-"""What every room uses: files, formatting, plots, processes."""
+"""What every subpackage uses: files, formatting, plots, processes."""

@@ -1,10 +1,10 @@
-"""What may be said of a difference: nothing on too little text, and nothing without an interval."""
+"""What may be claimed about a difference: nothing on too little text, and nothing without an interval."""
 
 from collections.abc import Sequence
 
 CLAIM_BYTES = 5_000
 """Fewest bytes of text on which a difference is called one."""
-AS_IT_CAME = "{} as it came"
+ORIGINAL = "original {}"
 """What the row of a component is called that was measured before it was joined, with its own tokenizer."""
 
 

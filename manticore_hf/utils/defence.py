@@ -32,19 +32,27 @@ from manticore_hf.modeling.bounds_manticore import (
     Guard,
     ManticoreError,
     check_dtype,
-    check_reference,
     guard,
     install_guard,
-    is_commit,
     reason,
     show,
 )
 from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
 from manticore_hf.modeling.references_manticore import shards
-from manticore_hf.modeling.settings_manticore import HybridSettings
 from manticore_hf.modeling.weights_manticore import Renamer, check_complete, part_of
 from manticore_hf.utils.files import refuse_link, refuse_pipes
 from manticore_hf.utils.headers import compare
+from manticore_hf.utils.hybrid_settings import (
+    MAX_SIZE,
+    check_files,
+    check_objective,
+    check_tokenizer,
+    check_transplant,
+    complete,
+    fill,
+)
+from manticore_hf.utils.positions import check_positions
+from manticore_hf.utils.settings import HybridSettings
 
 MAX_COMPONENTS = 32
 MAX_LAYERS = 1024
@@ -57,7 +65,6 @@ _MAX_STEPS = 2**16  # operations of a dry run
 _USABLE = 0.9  # of the memory; the rest is the system's and the interpreter's
 
 _MAX_COUNT = 2**16  # heads, experts, groups, labels: each may become a Python object
-_MAX_SIZE = 2**25  # widths, vocabularies, positions
 _MAX_NUMBER = 2**63  # what is only calculated with
 _MAX_BITS = 128  # some files say 10**30 for "no limit"
 _MAX_LIST, _MAX_VALUES, _MAX_DEPTH, _MAX_TEXT = 4096, 100_000, 24, 100_000
@@ -80,53 +87,6 @@ _OWN_IMPLEMENTATIONS = {
 }
 
 logger = logging.get_logger(__name__)
-
-
-def check_transplant(name: str, values: dict | None) -> None:
-    """Raises ManticoreError unless what a component's entry says of its transplanted vocabulary makes sense.
-
-    Args:
-        name: The component's name.
-        values: None, or {"method", "tokenizer": {"repo_id", "revision", "subfolder"} of the one it was made for, or
-            None if that has no address, "vocabulary": SHA-256 of its tokens and ids, "vocab_size": rows of the
-            embedding that the component's own checkpoint has}.
-    """
-    if values is None:
-        return
-    keys = {"method", "tokenizer", "vocabulary", "vocab_size"}
-    if not isinstance(values, dict) or set(values) != keys:
-        raise ManticoreError(f"Component {name!r}: transplant={show(values)} must have the keys {sorted(keys)}.")
-    method, tokenizer, rows = values["method"], values["tokenizer"], values["vocab_size"]
-    if not isinstance(method, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", method):
-        raise ManticoreError(f"Component {name!r}: transplant method={show(method)} is not a name of one.")
-    if not isinstance(values["vocabulary"], str) or not re.fullmatch(r"[0-9a-f]{64}", values["vocabulary"]):
-        raise ManticoreError(
-            f"Component {name!r}: transplant vocabulary={show(values['vocabulary'])} is not a SHA-256 of 64 hex digits."
-        )
-    if type(rows) is not int or not 0 < rows <= _MAX_SIZE:
-        raise ManticoreError(f"Component {name!r}: transplant vocab_size={show(rows)} must be a number of tokens.")
-    if tokenizer is None:
-        return
-    if not isinstance(tokenizer, dict) or set(tokenizer) != {"repo_id", "revision", "subfolder"}:
-        raise ManticoreError(
-            f"Component {name!r}: transplant tokenizer={show(tokenizer)} must have a repo_id, revision and subfolder."
-        )
-    check_reference(name, tokenizer["repo_id"], tokenizer["revision"], tokenizer["subfolder"])
-    if not is_commit(tokenizer["revision"]):
-        raise ManticoreError(
-            f"Component {name!r}: its transplant's tokenizer is at {show(tokenizer['revision'])}, which is not a "
-            "40-hex commit."
-        )
-
-
-def check_objective(value: dict | None) -> None:
-    """Raises ManticoreError unless it says what is left open, or what was measured."""
-    known = {"mixture_space", "loss_weights"}
-    if value is not None:
-        keys = value.get("open", value.get("chosen")) if isinstance(value, dict) else None
-        measured = isinstance(value, dict) and ("open" in value or isinstance(value.get("gain"), float))
-        if not measured or not isinstance(keys, list) or not all(isinstance(k, str) and k in known for k in keys):
-            raise ManticoreError(f"objective={show(value)} must be None, or what is left open or was measured.")
 
 
 def check_plain(what: str, values: object) -> None:
@@ -206,7 +166,7 @@ def _most(key, layer_keys):
         return _MAX_NUMBER
     if key.startswith("num_") or re.search(r"heads?($|_)|experts?$|groups?$|cycles|iters|kernel|conv", key):
         return _MAX_COUNT
-    return _MAX_SIZE
+    return MAX_SIZE
 
 
 def clean(what: str, values: dict, cls: type) -> dict:
@@ -249,7 +209,7 @@ def check_hybrid(what: str, values: dict) -> None:
     for key, value in values.items():
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if key.endswith("_token_id") and not all(
-            one is None or isinstance(one, int) and not isinstance(one, bool) and 0 <= one < _MAX_SIZE for one in ids
+            one is None or isinstance(one, int) and not isinstance(one, bool) and 0 <= one < MAX_SIZE for one in ids
         ):
             raise ManticoreError(f"{what}: {key}={show(value)} must be a token's number (eos_token_id: or a list).")
     kept = values.get("output_hidden_states")
@@ -476,14 +436,24 @@ class Defence(Guard):
         check_values(what, values)
 
     def settings(self, what: str, values: dict, cls: type) -> dict:
+        if not isinstance(values, dict):
+            raise ManticoreError(f"{what} is not a JSON object but {show(values)}; damaged, or not a hybrid's.")
         return clean(what, values, cls)
+
+    def given(self, settings: dict) -> dict:
+        return fill(settings)
 
     def entry(self, name: str, entry: dict) -> None:
         check_component_name(name)
+        if (weights := entry.get("weights", "reference")) not in ("reference", "embedded"):
+            raise ManticoreError(f"Component {name!r}: weights={show(weights)}; choose 'reference' or 'embedded'.")
         said = entry.get("license")
         if said is not None and not (isinstance(said, str) and len(said) < 200 and said.isprintable()):
             raise ManticoreError(f"Component {name!r}: license={show(said)} must be the short name of one, or null.")
+        if entry.get("weights") == "reference" or entry.get("repo_id") is not None:
+            check_files(name, entry.get("files"))
         check_transplant(name, entry.get("transplant"))
+        check_tokenizer(name, entry.get("tokenizer"), entry.get("repo_id"))
 
     def component(self, what: str, config: PreTrainedConfig) -> None:
         for values in _nested(config):
@@ -507,13 +477,23 @@ class Defence(Guard):
                 raise ManticoreError(f"{what}: {key}={show(value)} must be a positive integer.")
 
     def general(self, what: str, values: dict) -> None:
+        for key in ("dtype", "torch_dtype"):
+            check_dtype(what, values.get(key))
         check_hybrid(what, values)
 
-    def entries(self, entries: list) -> None:
-        if len(entries) > MAX_COMPONENTS:
-            raise ManticoreError(f"{len(entries)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
+    def entries(self, entries: object) -> None:
+        found = [] if entries is None else entries
+        if not isinstance(found, (list, tuple)) or not all(isinstance(entry, dict) for entry in found):
+            raise ManticoreError(f"components={show(entries)} must be a list of dicts with a name and a config.")
+        if len(found) > MAX_COMPONENTS:
+            raise ManticoreError(f"{len(found)} components are too many for a hybrid; join at most {MAX_COMPONENTS}.")
+        names = [entry.get("name") for entry in found]
+        for i, name in enumerate(names):
+            if isinstance(name, str) and name in names[:i]:
+                raise ManticoreError(f"Two components are named {name!r}; name each (ComponentSpec(name=...)).")
 
     def hybrid(self, config: PreTrainedConfig) -> None:
+        complete(config)
         check_objective(config.objective)
         depths = [getattr(config, name).get_text_config().num_hidden_layers for name in config.component_names]
         if sum(depths) > MAX_LAYERS:
@@ -546,6 +526,8 @@ class Defence(Guard):
         there = [tensor for one in beside for tensor in _tensors(one)]
         check_memory(what, tensors + there, " with what is built before it" if there else "", device)
         return make()  # only tensors with storage get initial values
+
+    positions = staticmethod(check_positions)
 
     def running(self, what: str) -> Meter:
         return Meter(what, _MAX_STEPS)

@@ -180,6 +180,11 @@ def short_duration(seconds: float | None, unknown: str = "not recorded") -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / (24 * 3600):.1f} days"
 
 
+def plural(count: int, what: str) -> str:
+    """A count with its noun: "1 block", "2 blocks"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def listed_some(names: Iterable[str], most: int = 20) -> str:
     """Names with commas between: the first of them, each cut where it is longer than any name."""
     names = list(names)

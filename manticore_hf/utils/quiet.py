@@ -1,4 +1,4 @@
-"""Keeps packages that Transformers imports where they are installed from talking at every start."""
+"""Silences packages that Transformers imports if they are installed, and that print something at every start."""
 
 import contextlib
 import logging

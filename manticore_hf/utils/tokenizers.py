@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
 from manticore_hf.utils.files import refuse_link
 
+_MOST_IDS = 2**25
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
@@ -29,6 +30,23 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **option
         raise ManticoreError(
             f"The tokenizer {tokenizer.name_or_path!r} cannot encode a text: {reason(err)}. Repair it, or give another."
         ) from err
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ManticoreError unless what the tokens of a tokenizer stand for can be told, and has a size."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ManticoreError(
+            f"{type(tokenizer).__name__} is not backed by the tokenizers library, which is needed to tell what "
+            "its tokens stand for; load it with AutoTokenizer, from a repository with tokenizer.json."
+        )
+    most = max(tokenizer.get_vocab().values(), default=None)
+    if most is None:
+        raise ManticoreError(f"The tokenizer {tokenizer.name_or_path!r} is empty: it has no tokens.")
+    if most >= _MOST_IDS:
+        raise ManticoreError(
+            f"The tokenizer {tokenizer.name_or_path!r} has a token with the id {most}, beyond the rows of any model "
+            f"({_MOST_IDS})."
+        )
 
 
 def tokenizer_at(address: str) -> PreTrainedTokenizerBase:

@@ -35,7 +35,7 @@ CSS = """
 .hp code{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre-wrap;font-size:.88em}
 .hp-cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(16rem,100%),1fr));gap:.8rem}
 .hp-card{border:1px solid var(--border-color-primary,#ccc);border-radius:.5rem;padding:.5rem .8rem}
-.hp-narrow{grid-template-columns:repeat(auto-fit,minmax(min(8.2rem,100%),1fr))}
+.hp-narrow{grid-template-columns:repeat(auto-fit,minmax(min(11rem,100%),1fr))}
 .hp-card h4{margin:.1rem 0 .4rem}
 .hp-bar{position:relative;z-index:0}
 .hp-bar::before{content:"";position:absolute;z-index:-1;inset:2px auto 2px 0;width:var(--w);border-radius:.2rem;
@@ -84,7 +84,7 @@ def coloured_text(found: Reading, place: int | None = None) -> str:
     """The text, each token coloured by which component had the weight, with a legend; `place` is marked."""
     tokens = "".join(_token(found, i, place) for i in range(len(found.pieces)))
     return (
-        f'<div class="hp"><h2>Which component had the weight</h2>{_notes(found)}{legend(found)}'
+        f'<div class="hp"><h2>Which component had the most weight</h2>{_notes(found)}{legend(found)}'
         '<div class="hp-text" id="hp-text" role="group" aria-label="The text, coloured by component">'
         f"{tokens}</div></div>"
     )
@@ -111,9 +111,9 @@ def legend(found: Reading) -> str:
         for k, (name, mean) in enumerate(zip(found.names, means))
     )
     if len(found.names) < 2:
-        said = "The only component has all of the weight."
+        said = "The only component has all the weight."
     elif found.per_token:
-        said = "The stronger the colour, the more of the weight; without one, all have the same."
+        said = "The stronger the colour, the more weight; uncoloured tokens have equal weights."
     else:
         said = "This hybrid's weights are the same for every token."
     blocks = ""
@@ -123,7 +123,7 @@ def legend(found: Reading) -> str:
             for s, row in enumerate(found.blocks)
         )
         heads = "".join(f'<th class="hp-r">{shown(name)}</th>' for name in found.names)
-        what = ", before the last one looks at the token" if found.per_token else ""
+        what = " (the last one without what depends on the token)" if found.per_token else ""
         blocks = (
             f"<details><summary>Weights of the {len(found.blocks)} blocks{what}</summary><div class='hp-wide'><table>"
             f"<tr><th></th>{heads}</tr>{rows}</table></div></details>"
@@ -140,8 +140,8 @@ def next_tokens(found: Reading, place: int) -> str:
     n = len(found.pieces)
     place = min(max(place, 0), n)
     before = "".join(found.pieces[:place])[-60:]
-    what = "after the text" if place == n else f"in the place of token {place + 1}"
-    here = "" if place == n else f"; it is <code>{token_name(found.pieces[place] or found.labels[place])}</code>"
+    what = "after the text" if place == n else f"at token {place + 1}"
+    here = "" if place == n else f", which is <code>{token_name(found.pieces[place] or found.labels[place])}</code>"
     weights = ", ".join(f"{shown(name)} {percent(w)}" for name, w in zip(found.names, found.weights[place]))
     columns = []
     for name, likely in found.likely.items():
@@ -153,11 +153,11 @@ def next_tokens(found: Reading, place: int) -> str:
             for token, chance in likely[place]
         )
         if real is not None:
-            rows += f'<tr class="hp-is"><td>what is there</td><td class="hp-r">{percent(real)}</td></tr>'
+            rows += f'<tr class="hp-is"><td>actual token</td><td class="hp-r">{percent(real)}</td></tr>'
         columns.append(f'<div class="hp-card"><h4>{shown(name)}</h4><table>{rows}</table></div>')
     return (
         '<div class="hp"><h2>What was expected</h2><p class="hp-note">Choose a token in the text above, or its number '
-        "below; the last is what follows the text.</p>"
+        "below; the last number stands for what follows the text.</p>"
         f"<p>Expected <b>{what}</b>{here}. Weights here: {weights}.</p>"
         f'<p class="hp-note">… <code>{token_name(before)}</code></p>'
         f'<div class="hp-cards hp-narrow" id="hp-next">{"".join(columns)}</div></div>'
@@ -192,14 +192,14 @@ def bits_table(found: Reading) -> str:
     order = sorted(found.bits, key=lambda name: (math.isnan(found.bits[name]), found.bits[name]))
     rows = "".join(
         f'<tr><td>{shown(name)}</td><td class="hp-r">'
-        + ("longer than it reads" if math.isnan(found.bits[name]) else f"{found.bits[name]:.3f}")
+        + ("text too long" if math.isnan(found.bits[name]) else f"{found.bits[name]:.3f}")
         + "</td></tr>"
         for name in order
     )
     return (
         '<div class="hp"><h2>How well each predicts the whole text</h2><table id="hp-bits"><tr><th>model</th>'
         '<th class="hp-r">bits per byte</th></tr>'
-        f'{rows}</table><p class="hp-note">Fewer is better. One text says little: the report of '
+        f'{rows}</table><p class="hp-note">Fewer is better. A single text says little: '
         "<code>manticore-hf report</code> measures many.</p></div>"
     )
 
@@ -219,12 +219,12 @@ def continuations(written: Sequence[Written], names: Sequence[str]) -> str:
     )
     heads = "".join(
         f'<th class="hp-r">{head}</th>'
-        for head in ("parameters run", "time per token", "time to the first token", "tokens written")
+        for head in ("parameters used", "time per token", "time to first token", "tokens generated")
     )
     return (
         f'<div class="hp"><div class="hp-cards" id="hp-written">{cards}</div><div class="hp-wide">'
         f'<table id="hp-costs"><tr><th>model</th>{heads}</tr>{rows}</table></div>'
-        '<p class="hp-note">Times are of this machine, once, one model after the other.</p></div>'
+        '<p class="hp-note">Measured once on this machine, one model after the other.</p></div>'
     )
 
 

@@ -84,7 +84,7 @@ class Hybrid:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         if getattr(model.config, "model_type", None) != "manticore" or not model.can_generate():
-            raise ValueError(f"A {type(model).__name__} is no hybrid that writes text; give a causal LM of one.")
+            raise ValueError(f"A {type(model).__name__} is not a hybrid that generates text; give a causal LM.")
         self.model, self.tokenizer, self.lock = model.eval(), tokenizer, threading.Lock()
 
     @property
@@ -176,7 +176,7 @@ class Hybrid:
     def _how_read(self):
         """A sentence for whom a component's tokens are not the hybrid's."""
         own = ", ".join(self.model.config.aligned)
-        return [f"Read through a tokenizer of its own, and shown in the hybrid's tokens: {own}."] if own else []
+        return [f"With its own tokenizer, shown here in the hybrid's tokens: {own}."] if own else []
 
     def _component(self, name, ids):
         """Logits [1, time, vocabulary of the hybrid] of a component; of one with its own tokenizer, mapped."""

@@ -39,7 +39,7 @@ def build(hybrid: Hybrid, title: str) -> gr.Blocks:
         text = gr.Textbox(EXAMPLE, label="Text", lines=6, max_lines=14, max_length=LONGEST, elem_id="text")
         with gr.Row():
             read = gr.Button("Read", variant="primary", elem_id="read")
-            write = gr.Button("Go on writing", elem_id="write")
+            write = gr.Button("Continue the text", elem_id="write")
         notice = gr.HTML("", elem_id="notice", visible=False)
         seen = gr.HTML(first[1], js_on_load=_CLICK, elem_id="seen")
         expected = gr.HTML(first[3], elem_id="expected")
@@ -47,12 +47,12 @@ def build(hybrid: Hybrid, title: str) -> gr.Blocks:
         bits = gr.HTML(first[4], elem_id="bits")
         with gr.Accordion("Every token in a table", open=False, elem_id="table"):
             table = gr.HTML(first[5])
-        gr.HTML('<div class="hp"><h2>What each writes next</h2></div>')
+        gr.HTML('<div class="hp"><h2>How each continues the text</h2></div>')
         with gr.Row():
             tokens = gr.Slider(1, MOST, value=40, step=1, label="Tokens", info="at most", elem_id="tokens")
             temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature", info="0: the most likely token")
-            seed = gr.Number(0, label="Seed", info="of what is drawn", precision=0, minimum=0, maximum=2**31 - 1)
-        written = gr.HTML(drawing.said("Nothing yet: press “Go on writing”."), elem_id="written")
+            seed = gr.Number(0, label="Seed", info="for sampling", precision=0, minimum=0, maximum=2**31 - 1)
+        written = gr.HTML(drawing.said("Nothing yet: press “Continue the text”."), elem_id="written")
 
         hidden = {"api_visibility": "private"}
 
@@ -72,7 +72,7 @@ def build(hybrid: Hybrid, title: str) -> gr.Blocks:
 
         def on_write(value, count, heat, number):
             done = []
-            yield drawing.said("Writing …")
+            yield drawing.said("Generating …")
             try:
                 for one in hybrid.write(
                     _clean(value), _within(count, 1, MOST), min(max(float(heat or 0), 0.0), 2.0),
@@ -150,7 +150,7 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None, wa
         css=drawing.CSS,
         prevent_thread_lock=True,
     )
-    print(f"Open {url} in a browser; Ctrl-C ends it.", flush=True)
+    print(f"Open {url} in a browser; press Ctrl-C to stop.", flush=True)
     if wait:
         page.block_thread()
     return url

@@ -36,10 +36,10 @@ from manticore_hf.experiments.mad.easy import EasySettings, task_names
 from manticore_hf.experiments.mad.train import for_task, forward_arguments, pick
 from manticore_hf.experiments.models import hybrid_from_scratch, scratch_config
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
-from manticore_hf.modeling.configuration_manticore import PRESETS
 from manticore_hf.training.search import STRATEGIES, SearchArguments, SearchTrainer
 from manticore_hf.utils.distributed import world
 from manticore_hf.utils.files import read_json, write_json
+from manticore_hf.utils.settings import PRESETS
 from manticore_hf.utils.unwrap import hybrid_of
 
 PREFIX = "mad:"
