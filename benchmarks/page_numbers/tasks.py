@@ -106,39 +106,6 @@ def composition(load: Load) -> Rows:
     return rows
 
 
-@table("glossary")
-def glossary(load: Load) -> Rows:
-    rows = [["joined by", "weights trained", "unseen names and words", "each seed", "unseen names", "trained names"]]
-    found = composed(load, "glossary")
-    best = max(mean(runs, "unseen") for runs in found.values())
-    for name, runs in found.items():
-        each = ", ".join(f"{run['unseen']:.3f}" for run in runs)
-        weights = f"{runs[0]['trained_parameters']:,}" if runs[0]["steps"] else "none"
-        shares = [f"{mean(runs, key):.3f}" for key in ("unseen", "known", "trained")]
-        rows.append([name, weights, bold(shares[0], mean(runs, "unseen") == best), each, *shares[1:]])
-    return rows
-
-
-@values
-def glossary_values(load: Load) -> Values:
-    found = composed(load, "glossary")
-    for name, runs in found.items():
-        for key in ("unseen", "known", "trained"):
-            yield f"glossary.{name.replace(' ', '-')}.{key}", f"{mean(runs, key):.3f}"
-    others = [
-        run["unseen"]
-        for name, runs in found.items()
-        if not name.startswith(("linear", "attention", "calibrated", "quiet"))
-        for run in runs
-    ]
-    yield "glossary.others", f"{max(others):.3f}"
-    alone = load("glossary")["components"]
-    names = ("glossary", "dictionary")
-    yield from ((f"glossary.{name}.alone", f"{min(one[name] for one in alone):.3f}") for name in names)
-    yield "glossary.names", str(load("glossary")["task"]["num_keys"])
-    yield "glossary.steps", str(next(run["steps"] for run in found["gate tuned"]))
-
-
 @values
 def composition_values(load: Load) -> Values:
     found = composed(load)
