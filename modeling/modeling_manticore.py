@@ -70,13 +70,12 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             labels = None if labels is None else inputs.documents.labels(labels)
             if kwargs.get("shift_labels") is not None:
                 kwargs["shift_labels"] = inputs.documents.labels(kwargs["shift_labels"], True)
-        follows = self.config.reads_past_losses or self.config.holds_weights
-        inputs.last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and not (keep or follows)
-        found = run(self, inputs, shared=False)
         # -0 is 0: all of them
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         lag = optional("gate_lag").Lag(self.config.gate_lag, inputs, kept) if self.config.holds_weights else None
         kept = kept if lag is None else lag.places
+        inputs.last = isinstance(kept, slice) and kept.start == -1 and not (keep or self.config.reads_past_losses)
+        found = run(self, inputs, shared=False)
         weights, states, own = self._heads(found, kept)
         past = optional("past_losses").read_losses if self.config.reads_past_losses else None
         past = past and partial(past, self, inputs, kept, lambda places: self._heads(found, places)[2])
