@@ -562,7 +562,7 @@ def test_what_cannot_be_is_said():
 
     for said, settings in {
         "topology='merge' must be 'merge', or 'bridge' where bridges are given": {"bridges": ["others"]},
-        "topology='ring' must be 'merge', or 'bridge'": {"topology": "ring"},
+        "topology='ring' is unknown; choose one of": {"topology": "ring"},
         "give bridge_blocks=3 instead of num_blocks=3": {"topology": "bridge", "num_blocks": 3},
         "give embeddings='native'": {"topology": "bridge", "preset": "paper"},
         "bridge_kind='mlp' is unknown; choose one of": {**EVERY, "bridge_kind": "mlp"},

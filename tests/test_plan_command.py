@@ -279,7 +279,7 @@ def test_vocabularies(tmp_path):
     subject = load_subject(write_recipe(tmp_path, parts, transplant="auto"))
     assert subject.config.mamba.vocab_size == subject.config.vocab_size == 64
     assert [entry["transplant"] is not None for entry in subject.config.components] == [False, True]
-    assert "transplanted" in subject.notes[0]
+    assert "is replaced by llama" in subject.notes[0]
 
 
 @pytest.mark.parametrize(

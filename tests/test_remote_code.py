@@ -168,9 +168,10 @@ assert not any(info.values()), info
 found = facts(model)
 with torch.no_grad():
     found["hidden"] = base.eval()(input_ids=ids).last_hidden_state
-    places, mask = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]] * 2), torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]] * 2)
-    found["documents"] = model(input_ids=ids, position_ids=places, use_cache=False).logits
-    found["gaps"] = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, mask[0].bool()]
+    if ids.shape == (2, 8):
+        places, mask = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]] * 2), torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]] * 2)
+        found["documents"] = model(input_ids=ids, position_ids=places, use_cache=False).logits
+        found["gaps"] = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, mask[0].bool()]
 pipe = pipeline("text-generation", model=repo, tokenizer=repo, **trust)
 found["pipeline"] = pipe("w5 w6 w7", max_new_tokens=6, do_sample=False)[0]["generated_text"]
 
