@@ -296,7 +296,6 @@ def real_pair_values(load: Load) -> Values:
     yield "real-pair.date", result["date"]
     yield "real-pair.versions", result["versions"]
     yield "real-pair.bytes", f"{sum(result['bytes'].values()):,}"
-    yield "real-pair.tokens", f"{result['train_tokens']:,}"
     for name, label in (
         ("uniform", "uniform mixture"),
         ("online", "online mixture"),
@@ -311,4 +310,5 @@ def real_pair_values(load: Load) -> Values:
     for label in gates:
         row, name = result["rows"][label], label.replace("token gate, ", "").replace(" tokens", "").replace(", ", "-")
         yield f"real-pair.gate.{name.replace(',', '').replace(' ', '-')}", f"{row['gain']['percent']:.1f} %"
+    yield "real-pair.geometric.60000", f"{result['rows']['geometric token gate, 60,000 tokens']['gain']['percent']:.1f} %"
     yield "real-pair.cost", f"{result['cost']['hybrid / components']:.1f}"
