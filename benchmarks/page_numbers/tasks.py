@@ -106,6 +106,37 @@ def composition(load: Load) -> Rows:
     return rows
 
 
+@table("glossary")
+def glossary(load: Load) -> Rows:
+    asked = {"known": "unseen names", "unseen": "unseen names and words", "trained": "trained names"}
+    rows, found = [["joined by", "weights trained", *asked.values()]], composed(load, "glossary")
+    best = {key: max(mean(runs, key) for runs in found.values()) for key in ("known", "unseen")}
+    for name, runs in found.items():
+        cells = []
+        for key in asked:
+            each = f" ({', '.join(format(run[key], '.3f') for run in runs)})" if key != "trained" and runs[1:] else ""
+            cells.append(bold(f"{mean(runs, key):.3f}", mean(runs, key) == best.get(key)) + each)
+        rows.append([name, f"{runs[0]['trained_parameters']:,}" if runs[0]["steps"] else "none", *cells])
+    return rows
+
+
+@values
+def glossary_values(load: Load) -> Values:
+    found = composed(load, "glossary")
+    for name, runs in found.items():
+        for key in ("unseen", "known", "trained"):
+            yield f"glossary.{name.replace(' ', '-').replace(',', '')}.{key}", f"{mean(runs, key):.3f}"
+    bridges = ("linear", "attention", "calibrated", "quiet")
+    others = [run for name, runs in found.items() if not name.startswith(bridges) for run in runs]
+    yield "glossary.others", f"{max(run[key] for run in others for key in ('unseen', 'known')):.3f}"
+    alone, names = load("glossary")["components"], ("glossary", "dictionary")
+    yield from ((f"glossary.{name}.alone", f"{min(one[name] for one in alone):.3f}") for name in names)
+    yield "glossary.names", str(load("glossary")["task"]["num_keys"])
+    yield "glossary.steps", str(found["gate tuned"][0]["steps"])
+    seeds = len({run["seed"] for runs in found.values() for run in runs})
+    yield "glossary.seeds", "one seed" if seeds == 1 else f"{seeds} seeds"
+
+
 @values
 def composition_values(load: Load) -> Values:
     found = composed(load)
