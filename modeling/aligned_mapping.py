@@ -415,9 +415,10 @@ class Mapping:
         pairs, longer = [], []  # (id of B, id of A, its part of the share, what is left of the probability)
         for i, data, cut, text, more in zip(numbers, left, cuts, texts, follow):
             fits = cut[: len(last)] == last and len(cut) > len(last)
-            kept = 1.0 if fits else UNSURE
+            known = not fits and b.table[i] in a.surfaces.ids
+            kept = 1.0 if fits else UNSURE**2 if known else UNSURE
             longer.append((len(data), i, data, kept))
-            if not fits and b.table[i] in a.surfaces.ids:
+            if known:
                 continue  # A would have written it as one token, unless more of the word follows
             if fits and self._is_sure(cut[: len(last) + 1], text, more):
                 pairs.append((i, cut[len(last)], 1.0, kept))
