@@ -369,8 +369,7 @@ class Mapping:
         self.at_boundary()
         out = {}
         for name, mine, other, read in (("b", self.b, self.a, self._firsts), ("a", self.a, self.b, self._seconds)):
-            found = np.full((mine.size, 4), -1, dtype=np.int64)
-            found[:, 1:3] = 0
+            found = np.tile(np.array([-1, 0, 0, -1], dtype=np.int64), (mine.size, 1))
             for place, (data, number) in enumerate(zip(mine.sorted_bytes, mine.sorted_ids.tolist())):
                 found[number, :3] = (place, *other.starting_with(data))
             found[:, 3] = read
