@@ -30,11 +30,9 @@ def fill(given: dict) -> dict:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ManticoreError(f"preset={show(preset)} is unknown; choose one of {sorted(PRESETS)}.")
     for key in FILLED:
-        out[key] = value = PRESETS[preset][key] if given[key] is None else given[key]
-        if key not in CHOICES:
-            out[key] = _nonnegative(key, value)
-        elif value not in CHOICES[key]:
-            raise ManticoreError(f"{key}={show(value)} is unknown; choose one of {list(CHOICES[key])}.")
+        out[key] = PRESETS[preset][key] if given[key] is None else given[key]
+        if key not in CHOICES:  # what may be chosen is checked by the configuration itself
+            out[key] = _nonnegative(key, out[key])
     for key in ("online_eta", "online_decay", "online_share"):
         out[key] = _nonnegative(key, given[key], None if key == "online_eta" else 1)
     if not isinstance(given["gate_past_losses"], bool):
@@ -69,7 +67,7 @@ def complete(config: PreTrainedConfig) -> None:
         ManticoreError: A setting that does not fit them, or components that do not fit together.
     """
     names, route = config.component_names, config.route
-    if config.topology not in ("merge", "bridge") or config.topology == "merge" and config.bridges is not None:
+    if config.topology == "merge" and config.bridges is not None:
         raise ManticoreError(f"topology={show(config.topology)} must be 'merge', or 'bridge' where bridges are given.")
     for key in ("num_blocks", "bridge_blocks"):
         if type(getattr(config, key)) is not int or getattr(config, key) < 1:
