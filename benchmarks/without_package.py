@@ -1,13 +1,14 @@
-"""What it costs that a repository carries no faster convolution, and what it would cost without its chunked scans.
+"""What it costs that a repository carries no faster convolution and scan, and what it would cost without Mamba-2's.
 
     python benchmarks/without_package.py --output benchmarks/results/without_package.json     # a few minutes
 
 A Mamba and a Mamba-2 of random weights, each beside itself with Transformers' own torch version in the place of one of
-our functions; seconds of the processor, in turn, and the median of their ratios. The selective scan is numba's on both
-sides, as with the package: `benchmarks/scan.py` measures it.
+our functions, or with the scan that repositories carry in the place of the package's ("selective_scan"); seconds of the
+processor, in turn, and the median of their ratios. Elsewhere the selective scan is the package's on both sides.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import statistics
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from manticore_hf.modeling import mixers_manticore
+from manticore_hf.modeling import mixers_manticore, scan_manticore
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 import manticore_hf  # noqa: F401 - which registers what is faster
@@ -37,13 +38,24 @@ def mamba2(width):
 def repaired(model, plain=None):
     """The model with mixers of ours, but for one function that is left as Transformers has it."""
     kept = dict(mixers_manticore._FAST)
-    if plain is not None:
-        mixers_manticore._FAST.pop(plain)
+    mixers_manticore._FAST.pop(plain, None)
     mixers_manticore._ways.cache_clear()
     mixers_manticore.repair_mixers(model)
     mixers_manticore._FAST.update(kept)
     mixers_manticore._ways.cache_clear()
     return model
+
+
+@contextlib.contextmanager
+def carried(function):
+    """Context in which scans are those that a repository carries, if that is what is measured."""
+    scan = scan_manticore._shared.scan
+    if function == "selective_scan":
+        del scan_manticore._shared.scan
+    try:
+        yield
+    finally:
+        scan_manticore._shared.scan = scan
 
 
 def read(model, ids):
@@ -68,7 +80,13 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = []
-    for make, function in ((mamba, "causal_conv1d_fn"), (mamba2, "causal_conv1d_fn"), (mamba2, "mamba2_chunk_scan")):
+    for make, function in (
+        (mamba, "causal_conv1d_fn"),
+        (mamba, "mamba_selective_scan"),
+        (mamba, "selective_scan"),
+        (mamba2, "causal_conv1d_fn"),
+        (mamba2, "mamba2_chunk_scan"),
+    ):
         torch.manual_seed(0)
         model = make(args.width)
         plain, ours = repaired(copy.deepcopy(model), function), repaired(model)
@@ -79,8 +97,9 @@ def main():
                 ratios = []
                 for _ in range(args.repeats):
                     times = [time.process_time()]
-                    for one in (plain, ours):
-                        run(one, ids)
+                    for one, left_out in ((plain, function), (ours, None)):
+                        with carried(left_out):
+                            run(one, ids)
                         times.append(time.process_time())
                     ratios.append((times[1] - times[0]) / (times[2] - times[1]))
                 what = {"model": make.__name__, "plain": function, "run": run.__name__, "tokens": tokens}

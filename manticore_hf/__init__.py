@@ -109,10 +109,11 @@ def _register():
     from manticore_hf import kernels
     from manticore_hf.compose import hybrid
     from manticore_hf.modeling.configuration_manticore import ManticoreConfig
-    from manticore_hf.utils import defence, saving
+    from manticore_hf.utils import carried, defence, saving
 
     defence.install()
     saving.install()
+    carried.install()
     kernels.register()
     transformers.AutoConfig.register(ManticoreConfig.model_type, ManticoreConfig, exist_ok=True)
     for auto, cls in (

@@ -263,11 +263,6 @@ class Boundary:
         values, numbers = probs.topk(min(LIKELY, probs.shape[-1]))
         return values - values[:, -1:], numbers
 
-    def least(self, probs):
-        """What is left of probabilities at least, whatever the hybrid's own tokenizer expects."""
-        values, numbers = self.likely(probs)
-        return probs.scatter_add(1, numbers, -MOVED * values)
-
     def otherwise(self, probs, share, total):
         """Lets the likeliest tokens be cut otherwise than they are alone: the rest of a word may ask for that.
 

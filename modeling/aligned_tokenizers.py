@@ -16,17 +16,8 @@ from transformers import AutoTokenizer
 from .bounds_manticore import ManticoreError, guard, reason
 from .references_manticore import asking, fetch
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-)
+FILES = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+FILES += "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"
 
 
 def folder_of(name):

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .bounds_manticore import TESTED, VERSION, build_component, construct, trying
 from .cache_manticore import ManticoreCache, cache_for_generation
-from .carried_manticore import carried, is_needed, optional
+from .carried_manticore import check_carried, is_needed, optional
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import check_whole_rows, device_of, onloaded, place, whole_weights
@@ -163,8 +163,7 @@ class ManticoreModel(ManticorePreTrainedModel):
             super().__init__(config)
         if not config.component_names:
             raise ManticoreError("A hybrid needs at least one component; ManticoreConfig(components=[...]) is empty.")
-        for name in carried(config, ()):  # what is missing is said before anything is made
-            optional(name)
+        check_carried(config)  # what is missing is said before anything is made
         settle_attention(config)
         for name in config.component_names:
             sub, there = getattr(config, name), list(self.children())

@@ -42,7 +42,7 @@ def prepare(component: PreTrainedModel, config: PreTrainedConfig) -> None:
         component.set_experts_implementation("eager")
     if is_needed("mixers_manticore", config):
         optional("mixers_manticore").repair_mixers(component)
-    if is_needed("recurrent_manticore", config):
+    if component.config.model_type == "recurrent_gemma":
         optional("recurrent_manticore").keep_state_in_cache(component)
 
 

@@ -152,23 +152,9 @@ class Quantizable:
     """Mixin of the hybrid classes, before PreTrainedModel."""
 
     def post_init(self) -> None:
-        """Notes which maps stay in floating point, and which GPT-2 keeps transposed."""
+        """Notes which maps stay in floating point."""
         super().post_init()
         self._keep_in_fp32_modules = set(kept_maps(self))
-        self.__dict__["_transposed"] = [key for key, one in self.named_modules() if type(one) is Conv1D]
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """As in Transformers, which gives GPT-2's transposed maps back as others; no checkpoint has those."""
-        super().dequantize(dtype)
-        for key in self._transposed:
-            path, _, leaf = key.rpartition(".")
-            plain = self.get_submodule(key)
-            if isinstance(plain, nn.Linear):
-                with torch.device("meta"):
-                    module = Conv1D(*plain.weight.shape)
-                module.weight, module.bias = nn.Parameter(plain.weight.data.T.contiguous()), plain.bias
-                setattr(self.get_submodule(path), leaf, module)
-        return self
 
 
 def note_kept(quantizer: object, model: PreTrainedModel) -> None:

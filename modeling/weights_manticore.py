@@ -247,33 +247,17 @@ class ReferencedWeights:
         if not (directory / "README.md").exists() or HfApi(token=token).file_exists(name, "README.md"):
             create_and_tag_model_card(name, self.model_tags, token=token).save(directory / "README.md")
             written.add("README.md")
-        others = dict.fromkeys(set(os.listdir(directory)) - written)
+        others = {file: os.path.getmtime(directory / file) for file in set(os.listdir(directory)) - written}
         self._upload_modified_files(
             directory, name, others, commit_message=commit_message, token=token, create_pr=bool(create_pr)
         )
 
-    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, revision=None, **commit):
-        """As in Transformers, in one commit that also removes the weight files of an earlier push.
-
-        `files_timestamps` names the files that are not uploaded; no dates are compared, which may lie in the future. A
-        single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
-        """
-        directory, api = Path(working_dir), HfApi(token=token)
-        files = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
-        if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
-        commit["commit_message"] = commit.get("commit_message") or "Upload hybrid"
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=directory,
-            allow_patterns=[file.as_posix() for file in files if file.parts[0] not in files_timestamps],
-            delete_patterns=["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"],
-            revision=revision,
-            **commit,
-        )
-
     def _save_beside(self, directory, target):
         """Writes into `directory` what else belongs to a hybrid saved in `target`; the package's classes do."""
+
+    def aside(self) -> dict:
+        """{name: buffer} of what is kept out of the state dict for the time being; the package's classes do."""
+        return {}
 
     def starts_anew(self, key: str) -> bool:
         """Whether a checkpoint need not have a tensor of the model, which then gets an initial value."""
@@ -333,13 +317,10 @@ class ReferencedWeights:
             out.pop(key, None)
         return out
 
-    def state_dict(self, *args, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
-        """As in torch, but of a model that was sharded on the meta device only what is sharded."""
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict:
+        """As in torch."""
         self.__dict__.pop("_earlier_shards", None)  # Transformers asks before it loads the shards of a checkpoint
-        out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        for key in self._aside():
-            out.pop(prefix + key, None)
-        return out
+        return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> Any:
         """As in torch, for checkpoints of a hybrid: tensors that were not saved come from the references.
@@ -349,7 +330,7 @@ class ReferencedWeights:
         """
         given = dict(state_dict)
         earlier = self.__dict__.setdefault("_earlier_shards", set())
-        own = set(super().state_dict()) - set(self._aside())
+        own = set(super().state_dict()) - set(self.aside())
         ties = tie_groups(self)
         twins = {twin: key for key in given for twin in ties.get(key, ()) if twin not in given}
         given |= {twin: given[key] for twin, key in twins.items()}
@@ -368,41 +349,6 @@ class ReferencedWeights:
             if not strict:  # as torch says it of what was not given; safetensors' `load_model` counts on it
                 result.missing_keys.extend(twins)
             return result
-
-    # accelerate (1.15), when it shards with FSDP2 and `cpu_ram_efficient_loading`, sends the model to the meta device,
-    # cuts it there, and hands the weights out again by its state dict. Buffers that belong to the state dict are not
-    # cut, which it does not expect: a pruned hybrid's record of alpha, Gemma 4's scales, the correction biases of
-    # DeepSeek's and NemotronH's experts. Every process has read them, so they need no handing out: they are kept aside
-    # on the way to the meta device and put back when the weights arrive, inside wrappers (PEFT's) as well.
-
-    def _apply(self, fn, recurse=True):
-        """Keeps saved buffers that are about to go to the meta device; torch's way for whatever moves a module."""
-        before = {key: buffer for key, buffer in self._saved_buffers() if buffer.device.type != "meta"}
-        super()._apply(fn, recurse)
-        gone = {key for key, buffer in self._saved_buffers() if buffer.device.type == "meta"}
-        self.__dict__["_kept_buffers"] = {key: buffer for key, buffer in before.items() if key in gone}
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        for key, buffer in self._aside().items():
-            mesh = next(self.parameters()).device_mesh  # where shards compute, also if they wait elsewhere
-            state_dict.setdefault(prefix + key, buffer.to(mesh.device_type))
-        self.__dict__.pop("_kept_buffers", None)
-        return super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _aside(self):
-        """{name: buffer} of what was kept and is needed: all weights are shards on the meta device."""
-        kept = self.__dict__.get("_kept_buffers")
-        if not kept or any(type(one).__name__ != "DTensor" or one.device.type != "meta" for one in self.parameters()):
-            return {}
-        return kept
-
-    def _saved_buffers(self):
-        """(name, buffer) of all that belong to the state dict."""
-        for path, module in self.named_modules(remove_duplicate=False):
-            for name, buffer in module._buffers.items():
-                if isinstance(buffer, torch.Tensor) and name not in module._non_persistent_buffers_set:
-                    yield f"{path}.{name}" if path else name, buffer
 
 
 def keep_loaded_embeddings(component: PreTrainedModel) -> None:

@@ -10,18 +10,19 @@ import clean_process
 import families
 import pytest
 import torch
-from carried_kinds import KINDS, joined
+from carried_kinds import KINDS
 from cases import case
 from hub_models import read_json
 from manticore_hf.modeling import carried_manticore, layer_stack_manticore
 from manticore_hf.modeling import mixers_manticore as mixers
-from manticore_hf.modeling.carried_manticore import ENTRY, PARTS, carried, copy_code
+from manticore_hf.modeling.carried_manticore import ENTRY, PARTS
 from manticore_hf.modeling.components_manticore import find_stack
 from manticore_hf.modeling.segments_manticore import Whole
 
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.hub.provenance import repository
+from manticore_hf.utils.carried import BY_ARCHITECTURE, carried, copy_code
 from manticore_hf.utils.positions import position_tables
 
 CODE = Path(carried_manticore.__file__).parent
@@ -96,11 +97,11 @@ def test_what_is_told_from_a_configuration_is_so(family):
     config = SimpleNamespace(component_names=["a"], a=model.config, architectures=None)
     called = [mixers._called(type(module).forward) for module in model.modules()]
     names = {name for one in called for name, _, _ in one}
-    assert PARTS["mixers_manticore"].needed(config, ()) == bool(names)
+    assert BY_ARCHITECTURE["mixers_manticore"](config) == bool(names)
     if "mamba_selective_scan" in names:
-        assert PARTS["scan_manticore"].needed(config, ())
+        assert BY_ARCHITECTURE["scan_manticore"](config)
     if {"mamba2_chunk_scan", "mamba2_selective_state_update"} & names:
-        assert PARTS["ssd_manticore"].needed(config, ())
+        assert BY_ARCHITECTURE["ssd_manticore"](config)
     looked, told = layer_stack_manticore.find_layout(model), find_stack(model)
     for key in ("path", "layers", "cache_argument", "positions", "attends"):
         assert getattr(looked, key) == getattr(told, key)
@@ -215,7 +216,6 @@ def test_what_a_repository_carries_no_code_for_is_said(saved, tmp_path):
     """A configuration that was edited, or a class of another kind: one sentence that names the code and the remedy."""
     folder = shutil.copytree(saved["one block, attention only"][0], tmp_path / "plain")
     values, text = read_json(folder), "AutoModelForCausalLM"
-    mamba = {**values["components"][1], "config": joined("mamba").config.to_dict()["components"][0]["config"]}
     coded = {**values["components"][0], "weights": "reference", "repo_id": "a/b", "revision": "0" * 40}
     coded["code"] = {"AutoConfig": "a.A"}
     wanted = {
@@ -223,7 +223,6 @@ def test_what_a_repository_carries_no_code_for_is_said(saved, tmp_path):
         "mixed": (text, {"embeddings": "mixed"}, "several blocks or mixed embeddings"),
         "online": (text, {"mixture": "online"}, "mixtures that go by past losses"),
         "gate": (text, {"gate_past_losses": True}, "mixtures that go by past losses"),
-        "recurrent": (text, {"components": [values["components"][0], mamba]}, "recurrent components"),
         "code": (text, {"components": [coded, values["components"][1]]}, "components with code of their own"),
         "texts": ("AutoModelForSequenceClassification", {}, "classification"),
         "tokens": ("AutoModelForTokenClassification", {}, "classification"),

@@ -10,11 +10,11 @@ from hub_models import assert_same_model
 from huggingface_hub import HfApi
 from manticore_hf.modeling import base_manticore
 from manticore_hf.modeling.bounds_manticore import TESTED
-from manticore_hf.modeling.carried_manticore import copy_code
 
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM, publish
 from manticore_hf.cli import main
 from manticore_hf.hub.code_only import code_update, commit_update, push_code
+from manticore_hf.utils.carried import copy_code
 
 parts, saved = published.parts, published.saved
 ROOT = Path(__file__).parent.parent

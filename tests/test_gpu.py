@@ -11,7 +11,6 @@ import pytest
 import torch
 from datasets import Dataset
 from manticore_hf.modeling import mixers_manticore as mixers
-from manticore_hf.modeling import scan_manticore as scan
 from manticore_hf.modeling.components_manticore import cache_argument
 from scans import make_inputs
 from test_qlora import four_bits, twin
@@ -22,7 +21,7 @@ from manticore_hf.families.contract import PADDING, left_padded
 from manticore_hf.families.examine import Examined, examine
 from manticore_hf.families.precision import doubled
 from manticore_hf.families.tiny import tokens
-from manticore_hf.kernels import triton_scan
+from manticore_hf.kernels import scan, triton_scan
 from manticore_hf.training.trained_stages import HybridTrainer
 
 pytestmark = pytest.mark.gpu

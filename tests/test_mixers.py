@@ -78,7 +78,7 @@ def test_a_plain_model_beside_a_hybrid_is_untouched(family, monkeypatch):
     after = identities(plain)
     assert after.keys() == before.keys() and all(after[key] is value for key, value in before.items())
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in plain.modules())
-    monkeypatch.setattr(scan_manticore, "_FORWARD", lambda *args: pytest.fail("the plain model runs our scan"))
+    monkeypatch.setattr(scan_manticore._shared, "scan", lambda *args: pytest.fail("the plain model runs our scan"))
     monkeypatch.setattr(ssd_manticore, "chunk_scan", lambda *args: pytest.fail("the plain model runs our scan"))
     monkeypatch.setattr(mm._shared, "causal_conv1d", lambda *args: pytest.fail("the plain model runs our convolution"))
     for sizes, logits in zip(([9], [5, 1, 1, 1, 1]), wanted):

@@ -13,7 +13,7 @@ import clean_process
 import pytest
 import torch
 from hub_models import MODEL, component_keys, nudge, publish, publish_hybrid, read_json, tiny, tokenizer
-from manticore_hf.modeling.carried_manticore import ENTRY, PARTS, carried, copy_code, entry_code
+from manticore_hf.modeling.carried_manticore import ENTRY, PARTS
 from manticore_hf.modeling.configuration_manticore import AUTO_MAP
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
@@ -29,6 +29,7 @@ from transformers import (
 import manticore_hf
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreForCausalLM, lora_config, modeling
 from manticore_hf.families.contract import randomise
+from manticore_hf.utils.carried import carried, copy_code, entry_code
 
 CODE = Path(modeling.__file__).parent
 FILES = sorted(CODE.glob("*_manticore.py"))

@@ -8,11 +8,12 @@ import clean_process
 import pytest
 import scans
 import torch
-from manticore_hf.modeling import scan_manticore as sm
+from manticore_hf.modeling import scan_manticore
 from scans import BATCH, D, make_inputs, naive_scan
 from torch.utils.checkpoint import checkpoint
 
 from manticore_hf.kernels import numba_scan as sk
+from manticore_hf.kernels import scan as sm
 
 NAMES = ("y", "last_state", "u", "dt", "A", "B", "C", "initial_state")
 NEEDS_NUMBA = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is optional")
@@ -230,7 +231,7 @@ def test_importing_needs_no_numba(monkeypatch):
 
 @NEEDS_NUMBA
 @pytest.mark.parametrize("batch, d, n, time", [(2, 5, 3, 37), (1, 70, 16, 33)])
-def test_results_are_the_same_without_the_package(monkeypatch, batch, d, n, time):
+def test_results_are_the_same_without_numba(monkeypatch, batch, d, n, time):
     calls, find = [], sm._shared.scans["cpu"]
     monkeypatch.setattr(sk, "MIN_STATES", 0)
     monkeypatch.setitem(sm._shared.scans, "cpu", lambda *args: calls.append(1) or find(*args))
@@ -239,6 +240,29 @@ def test_results_are_the_same_without_the_package(monkeypatch, batch, d, n, time
     monkeypatch.setattr(sm._shared, "scans", {})
     alone = outputs_and_gradients(sm.selective_scan, make_inputs(batch, d, n, time, torch.float32))
     assert_close(found, alone, 3e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("batch, time", [(2, 37), (1, 1)])
+def test_results_are_the_same_without_the_package(monkeypatch, dtype, tolerance, batch, time):
+    """A repository's own code runs token by token."""
+    calls, scan = [], scan_manticore._shared.scan
+    monkeypatch.setattr(scan_manticore._shared, "scan", lambda *args: calls.append(1) or scan(*args))
+
+    def given():
+        return [x.detach().to(dtype).requires_grad_() for x in make_inputs(batch, time=time)]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = outputs_and_gradients(scan_manticore.selective_scan, given())
+        assert calls == [1]
+        monkeypatch.delattr(scan_manticore._shared, "scan")
+        alone = outputs_and_gradients(scan_manticore.selective_scan, given())
+        no_state = scan_manticore.selective_scan(*given()[:5])
+    assert calls == [1] and [x.dtype for x in alone] == [x.dtype for x in found]
+    assert_close(alone, found, tolerance)
+    assert_close(no_state, naive_scan(*(x.double() for x in given()[:5])), max(tolerance, 1e-5))
+    y, last = scan_manticore.selective_scan(*(make_inputs(batch, time=0)))
+    assert y.shape == (batch, D, 0) and torch.equal(last, make_inputs(batch, time=0)[-1])
 
 
 REMOTE_FIRST = """
@@ -268,5 +292,6 @@ print(numba_scan._found != [])
 
 def test_remote_code_finds_what_the_package_registers():
     """A hybrid that runs its repo's code, before the package is imported: nothing is missing, and nothing is stale."""
-    done = clean_process.run(["-c", REMOTE_FIRST, Path(sm.__file__).parent], modules=clean_process.TRANSFORMERS)
+    folder = Path(scan_manticore.__file__).parent
+    done = clean_process.run(["-c", REMOTE_FIRST, folder], modules=clean_process.TRANSFORMERS)
     assert done.stdout.strip() == "True", done.stderr

@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
-from manticore_hf.modeling import scan_manticore as scan
 
+from manticore_hf.kernels import scan
 from manticore_hf.kernels import triton_scan as kernels
 
 SHAPES = [(2, 5, 3, 37), (1, 40, 16, 16), (3, 70, 8, 5)]

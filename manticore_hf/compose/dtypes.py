@@ -5,8 +5,11 @@ import functools
 
 import torch
 from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import local_torch_dtype
+from transformers.pytorch_utils import Conv1D
 
 from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.dtypes_manticore import dtype_plan
@@ -97,3 +100,25 @@ def _compute_anew(component, module, leaf, dtype):
             del one._is_hf_initialized
     if fresh.isnan().any():  # code of its own, which makes it elsewhere
         module._buffers[leaf] = rounded.to(dtype)
+
+
+class KeepsTransposed:
+    """Mixin of the package's hybrid classes, before those of `modeling/`: GPT-2's transposed maps stay transposed."""
+
+    def post_init(self) -> None:
+        """Notes which maps are transposed."""
+        super().post_init()
+        self.__dict__["_transposed"] = [key for key, one in self.named_modules() if type(one) is Conv1D]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """As in Transformers, which gives GPT-2's transposed maps back as others; no checkpoint has those."""
+        super().dequantize(dtype)
+        for key in self._transposed:
+            path, _, leaf = key.rpartition(".")
+            plain = self.get_submodule(key)
+            if isinstance(plain, nn.Linear):
+                with torch.device("meta"):
+                    module = Conv1D(*plain.weight.shape)
+                module.weight, module.bias = nn.Parameter(plain.weight.data.T.contiguous()), plain.bias
+                setattr(self.get_submodule(path), leaf, module)
+        return self

@@ -20,8 +20,9 @@ from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
 from manticore_hf.compose.components import ComponentSpec, load, resolve
-from manticore_hf.compose.dtypes import cast, stored_dtype
+from manticore_hf.compose.dtypes import KeepsTransposed, cast, stored_dtype
 from manticore_hf.compose.mixture_sampling import sample_components
+from manticore_hf.compose.sharding import KeepsBuffers
 from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
 from manticore_hf.compose.training_checks import check_adapted
 from manticore_hf.hub.upload import KeepsCard
@@ -71,7 +72,7 @@ class _ChecksGeneration:
             check_generation(what, self.generation_config.to_dict())
 
 
-class _Defended:
+class _Defended(KeepsBuffers, KeepsTransposed):
     @classmethod
     def from_pretrained(cls, *args: object, **kwargs: object) -> PreTrainedModel:
         """As in Transformers, with references to components resolved and checked."""

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from manticore_hf.modeling.aligned_hybrid import TRUST, Piece, Reading, aligner_of
+from manticore_hf.modeling.aligned_hybrid import MOVED, TRUST, Piece, Reading, aligner_of
 from manticore_hf.modeling.aligned_reading import fork
 from manticore_hf.modeling.cache_manticore import ManticoreCache
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -114,10 +114,11 @@ class _Reader:
             probs, weight, ended = piece.ways(logits.to(torch.promote_types(model.dtype, torch.float32)))
             boundary = aligner.boundary(mapping, logits.device)
             b, a = boundary.single
-            total = (
-                ended[0, b].sum() + ended[0, boundary.shared].sum()
-            )  # what is shared at most, before some are left out
-            out = ended.new_zeros(size).index_add_(0, a, boundary.least(ended)[0, b])
+            # What is shared at most, before some are left out
+            total = ended[0, b].sum() + ended[0, boundary.shared].sum()
+            values, numbers = boundary.likely(ended)
+            least = ended.scatter_add(1, numbers, -MOVED * values)  # whatever the home component expects
+            out = ended.new_zeros(size).index_add_(0, a, least[0, b])
             if piece.sparse is not None:
                 number, node, _, b, a, group, groups, _, kept = (
                     one.to(logits.device) if isinstance(one, torch.Tensor) else one for one in piece.sparse

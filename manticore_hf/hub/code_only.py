@@ -16,8 +16,9 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from manticore_hf._version import __version__
 from manticore_hf.hub.publish import explained, unchanged
-from manticore_hf.modeling.carried_manticore import CODE, copy_code
+from manticore_hf.modeling.carried_manticore import CODE
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
+from manticore_hf.utils.carried import copy_code
 
 
 @dataclass

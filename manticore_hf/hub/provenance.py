@@ -16,8 +16,9 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 
 from manticore_hf import modeling
 from manticore_hf.modeling.bounds_manticore import ManticoreError
-from manticore_hf.modeling.carried_manticore import CODE, ENTRY, PARTS, entry_code
+from manticore_hf.modeling.carried_manticore import CODE, ENTRY, PARTS
 from manticore_hf.modeling.references_manticore import lfs_id, refusal, verify, where
+from manticore_hf.utils.carried import entry_code
 from manticore_hf.utils.formatting import listed_some
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

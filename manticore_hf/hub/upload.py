@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from manticore_hf.modeling.aligned_tokenizers import FILES, folder_of
 from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
-from manticore_hf.modeling.carried_manticore import CODE, copy_code
+from manticore_hf.modeling.carried_manticore import CODE
 from manticore_hf.modeling.dtypes_manticore import check_savable
 from manticore_hf.modeling.references_manticore import where
+from manticore_hf.utils.carried import copy_code
 from manticore_hf.utils.files import refuse_link, stays_inside
 from manticore_hf.utils.formatting import listed_some
 
@@ -254,8 +255,25 @@ class KeepsCard:
         check_savable(self)
         return super().push_to_hub(*args, **kwargs)
 
-    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, **kwargs):
-        if (card := source_card(self)) is not None and not HfApi(token=token).file_exists(repo_id, "README.md"):
-            shutil.copyfile(card, os.path.join(working_dir, "README.md"))  # Transformers has put an empty one there
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, revision=None, **commit):
+        """As in Transformers, in one commit that also removes the weight files of an earlier push.
+
+        `files_timestamps` names the files that are not uploaded; no dates are compared, which may lie in the future. A
+        single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
+        """
+        directory, api = Path(working_dir), HfApi(token=token)
+        if (card := source_card(self)) is not None and not api.file_exists(repo_id, "README.md"):
+            shutil.copyfile(card, directory / "README.md")  # Transformers has put an empty one there
             files_timestamps.pop("README.md", None)
-        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, token=token, **kwargs)
+        files = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
+        commit["commit_message"] = commit.get("commit_message") or "Upload hybrid"
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            allow_patterns=[file.as_posix() for file in files if file.parts[0] not in files_timestamps],
+            delete_patterns=["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"],
+            revision=revision,
+            **commit,
+        )

@@ -1,4 +1,4 @@
-"""The selective scan of `scan_manticore` compiled by numba, for those who have it installed; never required.
+"""The selective scan of `scan` compiled by numba, for those who have it installed; never required.
 
 About three times faster in training than the torch version, since the states stay in the processor's cache. Sequences
 come first here, u [batch, time, d] and so on. Loops are short and split on purpose: with more arrays per loop LLVM
@@ -123,7 +123,7 @@ def find_kernel(u: torch.Tensor, n: int, dtype: torch.dtype) -> Callable | None:
 
 
 def find_scan(u: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[Callable, int] | None:
-    """What `register_scan` asks for."""
+    """What `register_run` asks for."""
     kernel = find_kernel(u, n, dtype)
     return None if kernel is None else (functools.partial(run_kernel, kernel), thread_count(u))
 

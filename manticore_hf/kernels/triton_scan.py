@@ -1,4 +1,4 @@
-"""The selective scan of `scan_manticore` on a GPU, in Triton, which CUDA builds of torch bring along; never required.
+"""The selective scan of `scan` on a GPU, in Triton, which CUDA builds of torch bring along; never required.
 
 mamba-ssm's kernel is faster still but has to be compiled for every torch and cannot continue from a state. Without
 either, every token would be several launches.
@@ -153,7 +153,7 @@ def find_triton(u: torch.Tensor, dtype: torch.dtype) -> tuple | None:
 
 
 def find_scan(u: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[Callable, int] | None:
-    """What `register_scan` asks for."""
+    """What `register_run` asks for."""
     found = find_triton(u, dtype)
     return None if found is None else (functools.partial(run_triton, found), block_count(u.shape[1]))
 
@@ -183,7 +183,7 @@ def block_count(d: int) -> int:
 def run_triton(
     kernels: tuple, tensors: tuple, dB: torch.Tensor | None, dC: torch.Tensor | None, chunk: int, backward: bool
 ) -> None:
-    """Runs a kernel on tensors as `register_scan` says; dB and dC have a slice per block of channels."""
+    """Runs a kernel on tensors as `register_run` says; dB and dC have a slice per block of channels."""
     u, A = tensors[0], tensors[2]
     (batch, time, d), n = u.shape, len(A)
     grid, states = (batch, block_count(d)), triton.next_power_of_2(n)

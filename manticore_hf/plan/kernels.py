@@ -16,9 +16,9 @@ from transformers import masking_utils
 from transformers.integrations import moe
 
 from manticore_hf.kernels.numba_scan import find_kernel
+from manticore_hf.kernels.scan import CHUNK, _shared
 from manticore_hf.kernels.triton_scan import CHANNELS, block_count
 from manticore_hf.modeling import mixers_manticore, ssd_manticore
-from manticore_hf.modeling.scan_manticore import CHUNK, _shared
 
 NOTES = {
     "cuda": "attention by scaled_dot_product_attention's flash kernels; Mamba's layers by the scan in Triton "
