@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_pair import BLOCK, add_line, compose_pair, read_lines, rows_of
-from manticore_hf.modeling.mixing_manticore import TokenGate
+from manticore_hf.modeling.gate_manticore import TokenGate
 from manticore_hf.modeling.mixture_manticore import sureness
 from manticore_hf.modeling.past_losses import GATE_DECAYS, MOST, LossGate, decayed_sums, online_weights
 from torch import nn

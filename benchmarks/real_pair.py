@@ -21,7 +21,7 @@ import torch
 import transformers
 from aligned import own_bits, windows
 from manticore_hf.modeling.aligned_hybrid import aligner_of
-from manticore_hf.modeling.mixing_manticore import TokenGate
+from manticore_hf.modeling.gate_manticore import TokenGate
 from manticore_hf.modeling.mixture_manticore import sureness
 from manticore_hf.modeling.past_losses import GATE_DECAYS, LossGate, online_weights
 from past_losses import fit, known

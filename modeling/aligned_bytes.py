@@ -44,10 +44,8 @@ class Surfaces:
         vocabulary = {token: number for token, number in vocabulary.items() if not rows or number < rows}
         self._model, self._kind = core.model, _kind(json.loads(core.to_str()))
         self.size = max(vocabulary.values()) + 1
-        self.roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
-        self.roles = {
-            role: number for role, number in self.roles.items() if number is not None and not (rows and number >= rows)
-        }
+        roles = [(role, getattr(tokenizer, f"{role}_token_id")) for role in ROLES]
+        self.roles = {role: i for role, i in roles if i is not None and not (rows and i >= rows)}
         added = tokenizer.added_tokens_decoder
         special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
         self.special = {token: number for token, number in vocabulary.items() if number in special}
@@ -119,10 +117,3 @@ def _byte_token(token):
     """The byte that SentencePiece's `<0x0A>` stands for, or None."""
     found = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
     return int(found[1], 16) if found else None
-
-
-def decoded(data):
-    try:
-        return data.decode()
-    except UnicodeDecodeError:  # part of a letter
-        return None

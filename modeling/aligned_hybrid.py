@@ -139,7 +139,7 @@ class Aligner:
                     "transplant its vocabulary (tokenizers='transplant')."
                 )
             kept = [row if inputs.cache is not None else None for row in after]
-            states = [self._walk(segment, config, *one) for one in zip(trees, rows, kept)]
+            states = [walk(segment, config, *one) for one in zip(trees, rows, kept)]
         if inputs.cache is not None:
             inputs.cache.readers[name] = after
         width = max((one.shape[-1] for one in states if one is not None), default=config.hidden_size)
@@ -154,14 +154,6 @@ class Aligner:
             ends += [(offset, tree, row)] if inputs.cache is not None else []
             offset += len(found)
         return Reading(positions, torch.cat(states), (batch, time), told, ends)
-
-    @staticmethod
-    def _walk(segment, config, tree, row, after):
-        if len(tree.parents) > 1:
-            return walk(segment, config, tree, row, after)
-        if after is not None:
-            after.cache, after.state, after.ahead = row.cache, row.state, row.ahead
-        return None if row.state is None else row.state[None]  # None: nothing but padding so far
 
     def reads_trees(self, name, segment, config):
         """Whether a component reads a tree in one call."""

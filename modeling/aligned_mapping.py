@@ -15,7 +15,7 @@ from itertools import takewhile
 import numpy as np
 from tokenizers import Tokenizer
 
-from .aligned_bytes import Surfaces, decoded
+from .aligned_bytes import Surfaces
 from .bounds_manticore import ManticoreError, reason, show
 
 LONGEST_WORD = 64
@@ -138,7 +138,7 @@ def _completed(start):
     """A letter whose first bytes are given, else another sign (of four bytes an emoji); empty where there is none."""
     size = 2 if start[0] < 0xE0 else 3 if start[0] < 0xF0 else 4
     rests = (b"\x9f\x98\x80"[len(start) - 1 :],) if size == 4 else (b"\x81" * 2, b"\x95" * 2, b"\xa1" * 2)
-    texts = [text for rest in rests if (text := decoded((start + rest)[:size])) and text.isprintable()]
+    texts = [text for rest in rests if (text := (start + rest)[:size].decode(errors="ignore")).isprintable()]
     return max(texts, key=str.isalpha, default="").encode()
 
 

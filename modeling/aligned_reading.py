@@ -290,8 +290,12 @@ def walk(segment, config, tree, row, after):
         after: The Row after it, which gets cache, state and what was read ahead; None: they are not wanted.
 
     Returns:
-        [nodes, width]; node 0 has the state of the row before, or zeros.
+        [nodes, width]; node 0 has the state of the row before, or zeros. None: nothing but padding so far.
     """
+    if len(tree.parents) == 1:
+        if after is not None:
+            after.cache, after.state, after.ahead = row.cache, row.state, row.ahead
+        return None if row.state is None else row.state[None]
     device = _device_of(segment)
     cache = fork(row.cache) if row.cache is not None else DynamicCache(config=config)
     states, children = [None] * len(tree.parents), {}

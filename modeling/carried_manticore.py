@@ -43,6 +43,10 @@ def _is_cut(config):
     return config.num_blocks > 1 or config.route is not None
 
 
+def _mixes(config):
+    return config.embeddings != "native"
+
+
 def _some_has(key):
     return lambda config: any(entry.get(key) is not None for entry in config.components)
 
@@ -53,10 +57,10 @@ PARTS = {
     "heads_manticore": Part(
         "classification", classes=("ManticoreForSequenceClassification", "ManticoreForTokenClassification")
     ),
-    "layer_stack_manticore": Part("several blocks or bridges", lambda config: _is_cut(config) or bool(config.bridges)),
-    "shared_manticore": Part(
-        "several blocks or mixed embeddings", lambda config: _is_cut(config) or config.embeddings != "native"
-    ),
+    "layer_stack_manticore": Part("several blocks or bridges", lambda config: _is_cut(config) or config.bridges),
+    "projectors_manticore": Part("mixed embeddings", lambda config: _is_cut(config) or _mixes(config)),
+    "shared_manticore": Part("mixed embeddings", lambda config: _mixes(config) or _is_cut(config) and not config.route),
+    "gate_manticore": Part("mixtures by the token", lambda config: config.mixture != "static" and not config.route),
     "path_manticore": Part("pruned hybrids", lambda config: config.route is not None),
     "code_manticore": Part("components with code of their own", _some_has("code")),
     "transplant_manticore": Part("transplanted vocabularies", _some_has("transplant")),

@@ -1,4 +1,4 @@
-"""Projectors (shared_manticore), mixture weights and token gate: the only parameters a hybrid adds to its components.
+"""Mixture weights, projectors and token gate: the only parameters a hybrid adds to its components, in one module.
 
 Notation of Roberts et al. (arXiv 2406.00894), section 3: component k has width d_k, the shared space width
 d = max d_k, block s has mixture weights alpha_s on the simplex.
@@ -11,7 +11,7 @@ from transformers import initialization as init
 
 from .carried_manticore import optional
 from .devices_manticore import device_of, place
-from .mixture_manticore import widen, without_autocast
+from .mixture_manticore import widen
 
 
 def resize(states, width):
@@ -27,50 +27,8 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-class Float32Linear(nn.Linear):
-    """An affine map that is kept and computed in float32, whatever it is given.
-
-    As a module of its own, called as such, so that whatever hooks into modules (sharding) finds its weight.
-    """
-
-    def __init__(self, width_in, width_out):
-        super().__init__(width_in, width_out, dtype=torch.float32)
-
-    def forward(self, states):
-        weight = widen(self.weight)
-        return F.linear(states.to(weight.dtype), weight, self.bias.to(weight.dtype))
-
-
-class TokenGate(nn.Module):
-    """Output mixture that depends on the token: w_t = softmax(W f_t + b), zero at the start (the plain ensemble).
-
-    f_t holds, of each component, the last state divided by its root mean square, and, detached, the entropy (nats) and
-    the largest log-probability of its own prediction.
-    """
-
-    def __init__(self, widths):
-        super().__init__()
-        self.linear = Float32Linear(sum(widths) + 2 * len(widths), len(widths))
-
-    def reset(self):
-        init.zeros_(self.linear.weight)
-        init.zeros_(self.linear.bias)
-
-    def forward(self, *given):
-        """states: K x [batch, time, d_k]; sureness: K x [batch, time, 2] -> [batch, time, K], summing to 1."""
-        with without_autocast(given[0][0].device.type):
-            return self.scores(*given).softmax(-1)
-
-    def scores(self, states, sureness):
-        features = []
-        for state, one in zip(states, sureness):
-            state = widen(state)
-            features += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), one]
-        return self.linear(torch.cat(features, -1))
-
-
 class HybridMixer(nn.Module):
-    """All projectors (shared_manticore), the mixture weights and the gate, in one module with a forward.
+    """All projectors (projectors_manticore), the mixture weights and the gate (gate_manticore), with a forward.
 
     One module, so that PEFT's `modules_to_save=["hybrid_mixer"]` and FSDP see them. Its steps are run through `forward`
     for the same reason: shards are gathered, and offloaded weights brought, by hooks on a module's call.
@@ -100,8 +58,10 @@ class HybridMixer(nn.Module):
             return
         if config.num_blocks > 1 or not native:
             optional("shared_manticore").add_projectors(self, config, widths_in, widths, widths_out)
-        gate = optional("past_losses").LossGate if config.gate_past_losses and config.mixture == "token" else TokenGate
-        self.token_gate = gate([widths_out[n] for n in self.names]) if config.mixture == "token" else None
+        if config.mixture == "token":
+            past = config.gate_past_losses
+            gate = optional("past_losses").LossGate if past else optional("gate_manticore").TokenGate
+            self.token_gate = gate([widths_out[n] for n in self.names])
 
     def forward(self, step, *args):
         """Runs one step: a function of the mixer, as `mixer(HybridMixer.weights)` or `mixer(leave, block, ...)`."""

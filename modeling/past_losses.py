@@ -18,7 +18,7 @@ from transformers import initialization as init
 
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import place
-from .mixing_manticore import Float32Linear, TokenGate
+from .gate_manticore import Float32Linear, TokenGate
 from .mixture_manticore import widen, without_autocast
 from .running_manticore import takes_turns
 

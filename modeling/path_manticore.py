@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .carried_manticore import optional
 from .configuration_manticore import ManticoreError
 from .layer_stack_manticore import CutLayout
 from .mixing_manticore import resize
+from .projectors_manticore import PROJECTORS, LinearProjector, MLPProjector, Resize, gated
 from .running_manticore import Pass, mix_native, native_inputs
 from .segments_manticore import Segments
-from .shared_manticore import PROJECTORS, LinearProjector, MLPProjector, Resize, enter, gated, leave, mixed_inputs
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,9 @@ def run_path(model, inputs, weights, shared):
         own = native_inputs(model, inputs, weights[0])
         state, boundaries = own[name], [mix_native(model, weights[0], own)] if inputs.keep else []
     else:
-        mixed = mixed_inputs(model, inputs)
-        state, boundaries = mixer(enter, 0, name, mixed, 1.0), [mixed]
+        space = optional("shared_manticore")
+        mixed = space.mixed_inputs(model, inputs)
+        state, boundaries = mixer(space.enter, 0, name, mixed, 1.0), [mixed]
     for name, block in segments.ranges:
         if block > 0:
             state = mixer(cross, block, state)
@@ -161,5 +163,5 @@ def run_path(model, inputs, weights, shared):
         if inputs.keep:
             boundaries.append(resize(state, width))
     last = config.num_blocks - 1
-    mixed = resize(state, width) if native else mixer(leave, last, name, state, 1.0)
+    mixed = resize(state, width) if native else mixer(space.leave, last, name, state, 1.0)
     return Pass({name: state}, weights, mixed, tuple(boundaries) if inputs.keep else None)

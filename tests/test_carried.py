@@ -81,11 +81,13 @@ def test_kinds_carry_what_they_need(saved):
         "one block, a Mamba-2": {"mixers_manticore", "ssd_manticore"},
         "online, a Mamba": {"mixers_manticore", "scan_manticore", "past_losses"},
         "aligned, attention only": {name for name in PARTS if name.startswith("aligned_")},
-        "two blocks, attention only": {"layer_stack_manticore", "shared_manticore"},
+        "two blocks, attention only": {"layer_stack_manticore", "projectors_manticore", "shared_manticore"},
+        "pruned, a Mamba": {f"{name}_manticore" for name in ("layer_stack", "path", "projectors", "mixers", "scan")},
     }
     for kind, names in wanted.items():
         with case(kind):
-            assert set(carried(saved[kind][1].config)) - {"modeling_manticore", "outputs_manticore"} == names
+            usual = {"modeling_manticore", "outputs_manticore", "gate_manticore"}
+            assert set(carried(saved[kind][1].config)) - usual == names
     classifier = {file.stem for file in saved["classifier, a Mamba"][0].glob("*.py")}
     assert "heads_manticore" in classifier and not {"modeling_manticore", "outputs_manticore"} & classifier
 
@@ -220,7 +222,7 @@ def test_what_a_repository_carries_no_code_for_is_said(saved, tmp_path):
     coded["code"] = {"AutoConfig": "a.A"}
     wanted = {
         "blocks": (text, {"num_blocks": 2, "block_layers": None}, "several blocks or bridges"),
-        "mixed": (text, {"embeddings": "mixed"}, "several blocks or mixed embeddings"),
+        "mixed": (text, {"embeddings": "mixed"}, "mixed embeddings"),
         "online": (text, {"mixture": "online"}, "mixtures that go by past losses"),
         "gate": (text, {"gate_past_losses": True}, "mixtures that go by past losses"),
         "code": (text, {"components": [coded, values["components"][1]]}, "components with code of their own"),

@@ -3,21 +3,21 @@
 from carried_kinds import KINDS
 from cases import case
 
-# The aim is 5,500 lines and 28 files
+# The aim is 5,500 lines and 28 files; 6,000 lines with bridges or aligned tokenizers
 MOST_FILES = 28
 MOST_LINES = {
-    "one block, attention only": 4320,
-    "one block, a Mamba": 4846,
-    "one block, a Mamba-2": 4945,
-    "K = 3, one block": 4846,
-    "classifier, a Mamba": 4751,
-    "online, a Mamba": 5068,
-    "bridges, a Mamba": 5534,
-    "aligned, attention only": 5999,
-    "two blocks, attention only": 4915,
-    "two blocks, a Mamba": 5441,
-    "pruned, a Mamba": 5607,
-    "K = 3, two blocks": 5441,
+    "one block, attention only": 4335,
+    "one block, a Mamba": 4861,
+    "one block, a Mamba-2": 4960,
+    "K = 3, one block": 4861,
+    "classifier, a Mamba": 4766,
+    "online, a Mamba": 5083,
+    "bridges, a Mamba": 5549,
+    "aligned, attention only": 5998,
+    "two blocks, attention only": 4932,
+    "two blocks, a Mamba": 5458,
+    "pruned, a Mamba": 5499,
+    "K = 3, two blocks": 5458,
 }
 
 

@@ -17,7 +17,8 @@ from transformers.modeling_utils import local_torch_dtype
 from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixing_manticore import resize
-from manticore_hf.modeling.shared_manticore import LinearProjector, mix_embeddings
+from manticore_hf.modeling.projectors_manticore import LinearProjector
+from manticore_hf.modeling.shared_manticore import mix_embeddings
 from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, component_runner, world
 from manticore_hf.utils.hybrid_settings import check_name
 from manticore_hf.utils.task_types import refuse_classifier

@@ -29,7 +29,8 @@ from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.mixing_manticore import resize
 from manticore_hf.modeling.path_manticore import Chain, stretches
-from manticore_hf.modeling.shared_manticore import LinearProjector, enter, leave
+from manticore_hf.modeling.projectors_manticore import LinearProjector
+from manticore_hf.modeling.shared_manticore import enter, leave
 from manticore_hf.utils.bridge_settings import bridge_weights
 from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.renamed import old_names

@@ -33,10 +33,17 @@ class Surfaces(aligned_bytes.Surfaces):
         if self._kind == "byte-level":
             text = "".join(aligned_bytes.LETTER_OF[byte] for byte in data)
         elif self._kind == "sentencepiece":
-            text = aligned_bytes.decoded(data)
+            text = _decoded(data)
             text = None if text is None else text.replace(" ", aligned_bytes.SPACE_MARK)
         if text is not None:
             ids = [piece.id for piece in self._model.tokenize(text)]
             if b"".join(self.bytes[number] or b"" for number in ids) == data:
                 return ids
         return self.longest_first(data)
+
+
+def _decoded(data):
+    try:
+        return data.decode()
+    except UnicodeDecodeError:  # part of a letter
+        return None
