@@ -19,7 +19,9 @@ from manticore_hf.utils import saving
 
 TENSOR = "a.gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
 FILES = {file.stem for file in Path(weights_manticore.__file__).parent.glob("*_manticore.py")}
-CODE = {f"{name}.py" for name in {*(FILES - set(PARTS)), "modeling_manticore", "outputs_manticore"}} | {ENTRY}
+CODE = {
+    f"{name}.py" for name in {*(FILES - set(PARTS)), "modeling_manticore", "outputs_manticore", "gate_manticore"}
+} | {ENTRY}
 
 
 @pytest.fixture

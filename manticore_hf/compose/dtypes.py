@@ -102,23 +102,18 @@ def _compute_anew(component, module, leaf, dtype):
         module._buffers[leaf] = rounded.to(dtype)
 
 
-class KeepsTransposed:
-    """Mixin of the package's hybrid classes, before those of `modeling/`: GPT-2's transposed maps stay transposed."""
+def transposed_maps(model: PreTrainedModel) -> list[str]:
+    """Names of the linear maps that GPT-2 keeps transposed (`Conv1D`)."""
+    return [key for key, one in model.named_modules() if type(one) is Conv1D]
 
-    def post_init(self) -> None:
-        """Notes which maps are transposed."""
-        super().post_init()
-        self.__dict__["_transposed"] = [key for key, one in self.named_modules() if type(one) is Conv1D]
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """As in Transformers, which gives GPT-2's transposed maps back as others; no checkpoint has those."""
-        super().dequantize(dtype)
-        for key in self._transposed:
-            path, _, leaf = key.rpartition(".")
-            plain = self.get_submodule(key)
-            if isinstance(plain, nn.Linear):
-                with torch.device("meta"):
-                    module = Conv1D(*plain.weight.shape)
-                module.weight, module.bias = nn.Parameter(plain.weight.data.T.contiguous()), plain.bias
-                setattr(self.get_submodule(path), leaf, module)
-        return self
+def transpose_again(model: PreTrainedModel, names: list[str]) -> None:
+    """Makes of plain linear maps, where they have these names, transposed ones again: checkpoints have no others."""
+    for key in names:
+        path, _, leaf = key.rpartition(".")
+        plain = model.get_submodule(key)
+        if isinstance(plain, nn.Linear):
+            with torch.device("meta"):
+                module = Conv1D(*plain.weight.shape)
+            module.weight, module.bias = nn.Parameter(plain.weight.data.T.contiguous()), plain.bias
+            setattr(model.get_submodule(path), leaf, module)

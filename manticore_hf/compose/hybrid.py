@@ -20,20 +20,17 @@ from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
 from manticore_hf.compose.components import ComponentSpec, load, resolve
-from manticore_hf.compose.dtypes import KeepsTransposed, cast, stored_dtype
+from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.mixture_sampling import sample_components
-from manticore_hf.compose.sharding import KeepsBuffers
+from manticore_hf.compose.packaged import Packaged
 from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
-from manticore_hf.compose.training_checks import check_adapted
-from manticore_hf.hub.upload import KeepsCard
 from manticore_hf.modeling import base_manticore, heads_manticore, modeling_manticore
-from manticore_hf.modeling.bounds_manticore import reason, show, trying
+from manticore_hf.modeling.bounds_manticore import show, trying
 from manticore_hf.modeling.components_manticore import settle_attention
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.devices_manticore import whole_weights
 from manticore_hf.modeling.layer_stack_manticore import find_layout
 from manticore_hf.modeling.references_manticore import component_files
-from manticore_hf.utils.defence import check_generation, loading
 from manticore_hf.utils.settings import HybridSettings
 from manticore_hf.utils.task_types import CAUSAL
 from manticore_hf.utils.unwrap import is_hybrid
@@ -59,48 +56,11 @@ class _NoAddress(str):
         )
 
 
-class _ChecksGeneration:
-    """Mixin: what a repository's generation_config.json says is a stranger's word, too."""
-
-    def adjust_generation_fn(self, *args, **kwargs):
-        what = "The hybrid's generation_config.json"
-        try:
-            super().adjust_generation_fn(*args, **kwargs)
-        except (TypeError, AttributeError, LookupError, ArithmeticError, ValueError, RecursionError) as err:
-            raise ManticoreError(f"{what} is invalid: {reason(err)}") from err
-        if self.generation_config is not None:
-            check_generation(what, self.generation_config.to_dict())
-
-
-class _Defended(KeepsBuffers, KeepsTransposed):
-    @classmethod
-    def from_pretrained(cls, *args: object, **kwargs: object) -> PreTrainedModel:
-        """As in Transformers, with references to components resolved and checked."""
-        with loading(kwargs.get("pretrained_model_name_or_path", *args[:1]), kwargs):
-            return super().from_pretrained(*args, **kwargs)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if name == "peft_config":  # PEFT has wrapped what a configuration, whoever made it, says
-            check_adapted(self)
-
-    def train(self, mode: bool = True) -> PreTrainedModel:
-        """As in torch; ManticoreError for what would train silently wrong."""
-        went_on = self.training  # as in every step of the Trainer
-        super().train(mode)
-        if mode and hasattr(self, "peft_config"):  # adapters that came after the first
-            adapters = [*self.peft_config.items(), self.is_resized]
-            if not went_on or adapters != self.__dict__.get("_checked_adapters"):
-                check_adapted(self)
-            self.__dict__["_checked_adapters"] = adapters
-        return self
-
-
-class ManticoreModel(_Defended, KeepsCard, base_manticore.ManticoreModel):
+class ManticoreModel(Packaged, base_manticore.ManticoreModel):
     """A hybrid without output head; see `manticore_hf.modeling.base_manticore`."""
 
 
-class ManticoreForCausalLM(_Defended, _ChecksGeneration, KeepsCard, modeling_manticore.ManticoreForCausalLM):
+class ManticoreForCausalLM(Packaged, modeling_manticore.ManticoreForCausalLM):
     """A hybrid as a causal LM, which `from_components` composes; see `manticore_hf.modeling.modeling_manticore`."""
 
     def generate(
@@ -342,7 +302,7 @@ def _differ(got, wanted, dtype):
     return not bool(by.mean() <= 5e-2 * size.mean().clamp(min=1e-6))
 
 
-class _Classifies(_Defended):
+class _Classifies(Packaged):
     """What both classifiers add to those of `modeling/`."""
 
     @classmethod
@@ -414,11 +374,11 @@ class _Classifies(_Defended):
         return out.eval()
 
 
-class ManticoreForSequenceClassification(_Classifies, KeepsCard, heads_manticore.ManticoreForSequenceClassification):
+class ManticoreForSequenceClassification(_Classifies, heads_manticore.ManticoreForSequenceClassification):
     """A hybrid that scores whole sequences; see `manticore_hf.modeling.heads_manticore`."""
 
 
-class ManticoreForTokenClassification(_Classifies, KeepsCard, heads_manticore.ManticoreForTokenClassification):
+class ManticoreForTokenClassification(_Classifies, heads_manticore.ManticoreForTokenClassification):
     """A hybrid that scores every token; see `manticore_hf.modeling.heads_manticore`."""
 
 

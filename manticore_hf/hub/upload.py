@@ -8,14 +8,13 @@ import re
 import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import CommitInfo, HfApi, get_token, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from manticore_hf.modeling.aligned_tokenizers import FILES, folder_of
 from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
 from manticore_hf.modeling.carried_manticore import CODE
-from manticore_hf.modeling.dtypes_manticore import check_savable
 from manticore_hf.modeling.references_manticore import where
 from manticore_hf.utils.carried import copy_code
 from manticore_hf.utils.files import refuse_link, stays_inside
@@ -243,37 +242,45 @@ def source_card(model: PreTrainedModel) -> str | None:
         return None
 
 
-class KeepsCard:
-    """Mixin of the package's hybrid classes: a hybrid that is saved or pushed keeps the card that it came with."""
+def keep_card(model: PreTrainedModel, directory: str, target: str | os.PathLike) -> None:
+    """Writes into `directory` the card that a hybrid came with, if `target`, where it is saved, has none."""
+    if not os.path.exists(os.path.join(target, "README.md")) and (card := source_card(model)) is not None:
+        shutil.copyfile(card, os.path.join(directory, "README.md"))
 
-    def _save_beside(self, directory, target):
-        if not os.path.exists(os.path.join(target, "README.md")) and (card := source_card(self)) is not None:
-            shutil.copyfile(card, os.path.join(directory, "README.md"))
 
-    def push_to_hub(self, *args: object, **kwargs: object) -> str:
-        """As in Transformers; what cannot be saved raises before a repository is made for it."""
-        check_savable(self)
-        return super().push_to_hub(*args, **kwargs)
+def upload_files(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    repo_id: str,
+    others: dict,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    **commit: object,
+) -> CommitInfo:
+    """Uploads a saved hybrid in one commit that also removes the weight files of an earlier push.
 
-    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, token=None, revision=None, **commit):
-        """As in Transformers, in one commit that also removes the weight files of an earlier push.
+    A single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
 
-        `files_timestamps` names the files that are not uploaded; no dates are compared, which may lie in the future. A
-        single `model.safetensors` left beside new shards (or the reverse) would win when the repository is loaded.
-        """
-        directory, api = Path(working_dir), HfApi(token=token)
-        if (card := source_card(self)) is not None and not api.file_exists(repo_id, "README.md"):
-            shutil.copyfile(card, directory / "README.md")  # Transformers has put an empty one there
-            files_timestamps.pop("README.md", None)
-        files = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
-        if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
-        commit["commit_message"] = commit.get("commit_message") or "Upload hybrid"
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=directory,
-            allow_patterns=[file.as_posix() for file in files if file.parts[0] not in files_timestamps],
-            delete_patterns=["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"],
-            revision=revision,
-            **commit,
-        )
+    Args:
+        model: The hybrid, whose card is uploaded where the repository has none.
+        folder: What to upload,
+        repo_id: and where to.
+        others: Names of files in it that are not uploaded. No dates are compared, which may lie in the future.
+        token, revision, **commit: As in Transformers' `_upload_modified_files`.
+    """
+    directory, api = Path(folder), HfApi(token=token)
+    if (card := source_card(model)) is not None and not api.file_exists(repo_id, "README.md"):
+        shutil.copyfile(card, directory / "README.md")  # Transformers has put an empty one there
+        others = {file: date for file, date in others.items() if file != "README.md"}
+    files = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
+    commit["commit_message"] = commit.get("commit_message") or "Upload hybrid"
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=directory,
+        allow_patterns=[file.as_posix() for file in files if file.parts[0] not in others],
+        delete_patterns=["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"],
+        revision=revision,
+        **commit,
+    )
