@@ -170,9 +170,10 @@ def run(model, inputs, shared=True):
         largest = -1 if inputs.ids is None else int(inputs.ids.max())
         if largest < model.config.vocab_size:
             raise
+        resize = "" if model.config.aligned else f", or call resize_token_embeddings({largest + 1})"
         raise ManticoreError(
             f"input_ids holds token {largest}; the components have embeddings for {model.config.vocab_size} tokens. "
-            f"Use their tokenizer without added tokens, or call resize_token_embeddings({largest + 1})."
+            f"Use their tokenizer without added tokens{resize}."
         ) from err
     if inputs.attentions is not None:
         found.attentions = tuple(inputs.attentions)

@@ -102,6 +102,10 @@ def test_what_reaches_one_tokenizers_tokens_alone_is_refused(made):
         prompt_config(model)
     with pytest.raises(ValueError, match="stateful"):
         model.generate(ids[:1], prompt_lookup_num_tokens=3, max_new_tokens=3)
+    with pytest.raises(ManticoreError, match="holds token 99999; .* tokenizer without added tokens\\.$"):
+        model(torch.tensor([[99999]]))  # nothing of resizing, which these hybrids do not do
+    with pytest.raises(ManticoreError, match="The prompt has no token to begin with"):
+        model.generate(ids[:1, :0], max_new_tokens=3)
     right = model(ids, attention_mask=mask).logits
     model.enable_input_require_grads()  # changes nothing
     assert torch.equal(model(ids, attention_mask=mask).logits, right)

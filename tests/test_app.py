@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from manticore_hf import ManticoreError, prune, publish
 from manticore_hf.app.hybrid_page import drawing
-from manticore_hf.app.hybrid_page.reading import Hybrid, cut
+from manticore_hf.app.hybrid_page.reading import Hybrid, cut, token_text
 from manticore_hf.app.local import load
 from manticore_hf.app.space import GRADIO, publish_space, requirements
 from manticore_hf.cli import main
@@ -158,6 +158,18 @@ def test_pieces_join_to_the_text(kind):
     for text in (*aligned_pairs.TEXTS.values(), " the", "\n\n", "a\u0301 e\u0301"):
         start, ids, pieces, _ = cut(aligned_pairs.tokenizer(kind), text, 999)
         assert "".join(pieces) == text and len(ids) == len(pieces) and len(start) == 1
+
+
+@pytest.mark.parametrize("kind", aligned_pairs.TOKENIZERS)
+def test_part_of_a_letter_is_shown_as_bytes(kind):
+    tokenizer = aligned_pairs.tokenizer(kind)
+    shown = [
+        token_text(tokenizer, number) for number in tokenizer("\u732b\U0001f600", add_special_tokens=False).input_ids
+    ]
+    assert all(one.isascii() or one.strip() in "\u732b\U0001f600" for one in shown), shown
+    if any(one.startswith("<0x") for one in shown) and all(one.startswith("<0x") for one in shown):
+        codes = bytes(int(code, 16) for one in shown for code in re.findall("<0x(..)>", one))
+        assert codes.decode() == "\u732b\U0001f600"
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------

@@ -194,6 +194,24 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
         (["report", str(tmp_path / "none")], "none"),
         (["push", str(tmp_path / "none"), "me/x"], "none"),
         (["convert", str(tmp_path / "none"), "--output-dir", str(tmp_path / "y")], "none"),
+        # A name of a file is no name on the Hub, which is not asked
+        (["evaluate", "--model", str(place / "hybrid"), "--data", "missing.txt"], "'missing.txt' is no file or folder"),
+        (
+            ["convert", str(tmp_path / "bad.yaml"), "--output-dir", str(tmp_path / "y")],
+            "no existing directory or .gguf",
+        ),
+        (
+            ["compose", str(tmp_path / "bad.yaml"), "b", "--output-dir", str(tmp_path / "x")],
+            "neither a local directory",
+        ),
+        (
+            ["evaluate", "--model", "nowhere", "--data", "missing.txt"],
+            "there is no directory 'nowhere'; give a hybrid's",
+        ),
+        # Before any work
+        (["compose", "a", "b", "--output-dir", str(tmp_path / "bad.yaml")], "bad.yaml' is a file; give a directory"),
+        (["app", str(tmp_path / "bad.yaml")], "has no config.json; give the directory of a saved hybrid"),
+        (["app", str(tmp_path)], "has no config.json; give the directory of a saved hybrid"),
     ):
         try:
             status = main(words)
@@ -216,7 +234,7 @@ def test_a_bug_shows_its_traceback(monkeypatch):
 
         monkeypatch.setattr(module, "main", broken)
         with pytest.raises(type(error)):
-            main(["inspect", "x"])
+            main(["inspect", "me/x"])
 
 
 def test_a_full_disk_is_a_sentence(monkeypatch, capsys):
@@ -226,7 +244,7 @@ def test_a_full_disk_is_a_sentence(monkeypatch, capsys):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("manticore_hf.hub.inspect_command.main", full)
-    assert main(["inspect", "x"]) == 2
+    assert main(["inspect", "me/x"]) == 2
     assert "inspect: Error while serializing: I/O error: No space left on device" in capsys.readouterr().err
 
 

@@ -187,7 +187,14 @@ def test_no_weights_at_all(hub, owner, tmp_path, refuse):
 
 
 def test_nonexistent_repository(owner, a, refuse):
-    refuse([a, f"{owner}/nowhere"], f"({owner}/nowhere)", "no such repository", "private or gated", "hf auth login")
+    refuse(
+        [a, f"{owner}/nowhere"],
+        f"({owner}/nowhere)",
+        "no directory of this name",
+        "no such repository",
+        "private or gated",
+        "hf auth login",
+    )
 
 
 def test_nonexistent_revision(a, refuse):

@@ -26,6 +26,10 @@ def load(
         ManticoreError: It is no hybrid that writes text, or has no tokenizer.
     """
     at = {} if revision is None else {"revision": revision}
+    if os.path.exists(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        raise ManticoreError(
+            f"{str(source)!r} has no config.json; give the directory of a saved hybrid, or a repository."
+        )
     if (kind := model_type_of(source, **at)) != "manticore":
         raise ManticoreError(f"{str(source)!r} holds a model of type {kind!r}, no hybrid.")
     kind = kind_of(ManticoreConfig.from_pretrained(source, **at))

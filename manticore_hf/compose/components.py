@@ -192,7 +192,7 @@ def _resolve_repo(spec, source, hub, weights):
     if revision and spec.revision and revision != spec.revision:
         raise ManticoreError(f"Component {source!r}: revision={spec.revision!r} contradicts '@{revision}'.")
     revision = revision or spec.revision or "main"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or ".." in repo_id:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or ".." in repo_id or os.path.exists(source):
         raise ManticoreError(
             f"Component {source!r} is neither a local directory that exists nor a Hub repository id ('org/name')."
         )
@@ -206,16 +206,16 @@ def _resolve_repo(spec, source, hub, weights):
             raise ManticoreError(f"Component {found.address}: {refusal(err, repo_id)}") from err
         except RepositoryNotFoundError as err:
             raise ManticoreError(
-                f"Component {found.address}: no such repository, or it is private or gated and the token given does "
-                "not open it (log in with `hf auth login`)."
+                f"Component {found.address}: there is no directory of this name here and no such repository, or it is "
+                "private or gated and the token given does not open it (log in with `hf auth login`)."
             ) from err
         except RevisionNotFoundError as err:
             raise ManticoreError(f"Component {found.address}: the repository has no revision {revision!r}.") from err
         except LocalEntryNotFoundError as err:
             if required:
-                said = refusal(err, repo_id)
+                said = f"{file} at revision {revision!r} cannot be fetched: {refusal(err, repo_id)}"
                 raise ManticoreError(
-                    f"Component {found.address}: {file} at revision {revision!r} cannot be fetched: {said}"
+                    f"Component {found.address}: there is no directory of this name here, and {said}"
                 ) from err
         except HfHubHTTPError as err:
             if required and err.response is not None and err.response.status_code != 404:

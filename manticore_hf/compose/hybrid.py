@@ -77,8 +77,15 @@ class ManticoreForCausalLM(Packaged, modeling_manticore.ManticoreForCausalLM):
             **kwargs: As in Transformers.
 
         Raises:
-            ManticoreError: The hybrid cannot be sampled so.
+            ManticoreError: The prompt is empty, or the hybrid cannot be sampled so.
         """
+        given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        is_empty = any(isinstance(one, torch.Tensor) and one.shape[-1] == 0 for one in given)
+        if is_empty and kwargs.get("inputs_embeds") is None:
+            raise ManticoreError(
+                "The prompt has no token to begin with: put the tokenizer's start token (bos_token_id, or eos_token_id "
+                "where there is none) before it."
+            )
         if mixture_sampling:
             # Transformers (5.24) does not hand a streamer on to a callable
             given = {"gate_lag": gate_lag, "streamer": kwargs.get("streamer")}

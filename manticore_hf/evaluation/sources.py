@@ -127,7 +127,8 @@ def _hub_records(arguments):
     # `datasets` also takes names of its readers, which read whatever lies in the working directory (one of them
     # pickles), addresses and patterns; what names the data may be a stranger's recipe.
     plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", arguments.data)
-    if not plain or ".." in arguments.data or arguments.data in _PACKAGED_DATASETS_MODULES:
+    named_as_file = Path(arguments.data).suffix in _FORMATS
+    if not plain or named_as_file or ".." in arguments.data or arguments.data in _PACKAGED_DATASETS_MODULES:
         raise ManticoreError(
             f"data={show(arguments.data)} is no file or folder here, and no data set of the Hub ('owner/name')."
         )

@@ -169,8 +169,8 @@ def _note(config):
         return ""
     return (
         f"{listed(config.aligned)} read{'s' if len(config.aligned) == 1 else ''} text by another tokenizer: FLOPs and "
-        "cache are per token of each model's own, and the hybrid's are their sums, one token of each, without what is "
-        "read again inside words."
+        "cache are per token of each model's own, and the hybrid's are their sums, for one token of each. What is read "
+        "again where a word can be split in several ways is not counted."
     )
 
 

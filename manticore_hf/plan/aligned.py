@@ -9,11 +9,13 @@ from collections.abc import Mapping as MappingOf
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from manticore_hf.modeling import aligned_hybrid
 from manticore_hf.modeling.aligned_hybrid import Aligner, Reading
 from manticore_hf.modeling.aligned_mapping import ByteTokenizer, Cover, Mapping
 from manticore_hf.modeling.aligned_reading import Position, Row, grow, masks, may_read_trees
@@ -22,6 +24,8 @@ from manticore_hf.modeling.running_manticore import Inputs
 
 SAMPLE = 4_000
 """Bytes of text that are enough to measure on."""
+MOST_PIECES = 50
+"""Pieces in which the mapping is rehearsed at most."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,14 @@ class PlannedAligner(Aligner):
         positions = [self._position(amount, at, size) for at in range(time)]
         places = [(row * (size + 1), one) for row in range(batch) for one in positions]
         return Reading(places, states, (batch, time), {}, [])
+
+    def log_probs(self, model: PreTrainedModel, name: str, reading: Reading, logits: torch.Tensor, kept: Any) -> Any:
+        """As the aligner's, in at most MOST_PIECES pieces: each takes time though nothing is computed."""
+        width = logits.shape[-1] + getattr(model.config, name).vocab_size
+        larger = width * logits.shape[:-1].numel() // MOST_PIECES
+        sizes = {key: max(getattr(aligned_hybrid, key), larger) for key in ("HEADS", "PIECE")}
+        with mock.patch.multiple(aligned_hybrid, **sizes):
+            return super().log_probs(model, name, reading, logits, kept)
 
     @staticmethod
     def _position(amount, at, size):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 LONGEST = 512
 """Tokens of a text that are read."""
@@ -20,6 +21,7 @@ SHOWN = 8
 """Most likely next tokens that are kept of each model."""
 PATIENCE = 120.0
 """Seconds after which a model stops writing."""
+_BYTES = {letter: code for code, letter in bytes_to_unicode().items()}
 
 
 @dataclass
@@ -174,9 +176,11 @@ class Hybrid:
             return found
 
     def _how_read(self):
-        """A sentence for whom a component's tokens are not the hybrid's."""
-        own = ", ".join(self.model.config.aligned)
-        return [f"With its own tokenizer, shown here in the hybrid's tokens: {own}."] if own else []
+        """A sentence for each component whose tokens are not the hybrid's."""
+        return [
+            f"{name} reads the text with its own tokenizer; what it expects is shown in the hybrid's tokens."
+            for name in self.model.config.aligned
+        ]
 
     def _component(self, name, ids):
         """Logits [1, time, vocabulary of the hybrid] of a component; of one with its own tokenizer, mapped."""
@@ -351,12 +355,15 @@ def cut(
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    """What a token stands for, with a space before it where it has one; its name where it is no text by itself."""
+    """What a token stands for, with a space before it where it has one; bytes or its name where it is no text."""
     name = str(tokenizer.convert_ids_to_tokens(number))
     text = tokenizer.decode([number])
     if name.startswith("\u2581") and not text.startswith(" "):
         text = " " + text
-    return name if "\ufffd" in text or not text else text
+    if text and "\ufffd" not in text:
+        return text
+    codes = [_BYTES.get(letter) for letter in name]  # part of a letter, as byte-level tokenizers write it
+    return name if None in codes or name.isascii() else "".join(f"<0x{code:02X}>" for code in codes)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -100,7 +100,7 @@ def convert(
             f"with ids up to {largest}; give the tokenizer that the model was trained with."
         )
     result = {
-        "source": found.repo_id or found.folder.resolve().name, "revision": found.revision, "how": how,
+        "source": found.repo_id or gguf_file or found.folder.resolve().name, "revision": found.revision, "how": how,
         "model_type": config.model_type, "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."), "license": license or read_license(found.file("README.md")),
         "tokenizer": tokens_from, "note": note,

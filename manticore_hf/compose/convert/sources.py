@@ -104,7 +104,8 @@ def find_source(
     repo_id, _, at = text.partition("@")
     if at and revision and at != revision:
         raise ManticoreError(f"The checkpoint {text!r}: revision {revision!r} contradicts '@{at}'.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or ".." in repo_id or text.endswith(".gguf"):
+    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) and ".." not in repo_id
+    if not named or text.endswith(".gguf") or os.path.exists(text):
         raise ManticoreError(
             f"The checkpoint {text!r} is no existing directory or .gguf file, nor a Hub repository id ('org/name')."
         )
