@@ -247,7 +247,7 @@ def test_colours_say_what_the_table_says(found):
 
 def test_without_gradio_one_sentence_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["app", "anything"]) == 2
+    assert main(["app", "me/anything"]) == 2
     assert capsys.readouterr().err.rstrip().endswith("pip install 'manticore-hf[app]'.")
 
 
