@@ -89,6 +89,9 @@ def test_hostile_record(files):
     entry = {"name": "one", "config": tiny("gpt2").config, "repo_id": "a/b", "revision": "0" * 40}
     with pytest.raises(ManticoreError, match="Component 'one'.*(files|SHA-256)"):
         ManticoreConfig(components=[{**entry, "files": files}])
+    if files:  # also where nothing is referenced
+        with pytest.raises(ManticoreError, match="Component 'one'.*(files|SHA-256)"):
+            ManticoreConfig(components=[{"name": "one", "config": tiny("gpt2").config, "files": files}])
 
 
 # ---- damage on the way -----------------------------------------------------------------------------------------------

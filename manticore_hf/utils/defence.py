@@ -450,7 +450,7 @@ class Defence(Guard):
         said = entry.get("license")
         if said is not None and not (isinstance(said, str) and len(said) < 200 and said.isprintable()):
             raise ManticoreError(f"Component {name!r}: license={show(said)} must be the short name of one, or null.")
-        if entry.get("weights") == "reference" or entry.get("repo_id") is not None:
+        if entry.get("weights") == "reference" or entry.get("repo_id") is not None or entry.get("files"):
             check_files(name, entry.get("files"))
         check_transplant(name, entry.get("transplant"))
         check_tokenizer(name, entry.get("tokenizer"), entry.get("repo_id"))
