@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.data import NO_LOSS, DataArguments, length_batches, pad, separate, text_rows
-from manticore_hf.evaluation.metrics.scoring import token_logprobs
+from manticore_hf.evaluation.metrics.scoring import LOGITS, token_logprobs
 from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.evaluation.statistics import bootstrap
 from manticore_hf.modeling.past_losses import MOST, decayed_sums, online_weights
@@ -72,18 +72,19 @@ def _row_nats(model, rows, batch_size, desc, baselines):
     order = [*names, *(["ensemble", ONLINE] if names else []), "hybrid"]
     sums = torch.zeros(len(order), len(rows), dtype=torch.float64)
     runners = {name: component_runner(model, name) for name in names}
-    batches = length_batches([len(ids) for ids in rows["input_ids"]], batch_size)
+    batches = _batches(rows, batch_size, model.config)
     for numbers, share in bar(list(shares(batches)), desc=desc, unit="batch", leave=False):
         ids, nats = _batch(rows, numbers, model.device)
-        found, mean, own = {}, 0.0, []
+        found, mean, own, logprobs = {}, None, [], None
         for name in names:
-            logits = runners[name](input_ids=ids, use_cache=False).logits
-            logprobs = logits[..., : model.config.vocab_size].float().log_softmax(-1)  # without rows that only pad
+            logprobs = runners[name](input_ids=ids, use_cache=False).logits
+            logprobs = logprobs[..., : model.config.vocab_size].float().log_softmax(-1)  # without rows that only pad
             found[name] = nats(logprobs)
-            mean = mean + logprobs / len(names)
             own.append(_token_nats(logprobs, ids))
+            mean = logprobs / len(names) if mean is None else mean.add_(logprobs, alpha=1 / len(names))
         if names:
             found["ensemble"] = nats(mean)
+            del logprobs, mean  # gigabytes
             found[ONLINE] = nats(online=online_nats(torch.stack(own, -1), model.config))
         found["hybrid"] = nats(model(input_ids=ids, use_cache=False).logits)
         if share:
@@ -91,6 +92,13 @@ def _row_nats(model, rows, batch_size, desc, baselines):
     model.train(was_training)
     sums = all_reduce(sums.to(model.device)).cpu() if torch.distributed.is_initialized() else sums
     return dict(zip(order, sums.numpy()))
+
+
+def _batches(rows, batch_size, config):
+    """`length_batches` of rows, as large as one model's predictions have room for."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    fits = LOGITS // (max(lengths, default=1) * config.vocab_size)
+    return length_batches(lengths, max(1, min(batch_size, fits)))
 
 
 def _batch(rows, numbers, device):
@@ -101,9 +109,9 @@ def _batch(rows, numbers, device):
     def nats(logits=None, online=None):
         if online is not None:
             return online.masked_fill(labels == NO_LOSS, 0.0).double().sum(1).cpu()
-        logits = logits[:, :-1].transpose(1, 2).float()
-        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LOSS)
-        return losses.double().sum(1).cpu()
+        logits = logits[:, :-1].float()
+        losses = logits.logsumexp(-1) - logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return losses.masked_fill(labels == NO_LOSS, 0.0).double().sum(1).cpu()
 
     return ids, nats
 
@@ -324,7 +332,7 @@ def ensemble_nats(
     """
     out, device = {name: np.zeros(len(passages)) for name in ("ensemble", ONLINE)}, models[0].device
     with torch.no_grad():
-        for numbers in length_batches([len(ids) for ids in passages.rows["input_ids"]], batch_size):
+        for numbers in _batches(passages.rows, batch_size, config):
             ids, nats = _batch(passages.rows, numbers, device)
             logits = [one(input_ids=ids, use_cache=False).logits[..., : config.vocab_size] for one in models]
             logprobs = [one.float().log_softmax(-1) for one in logits]

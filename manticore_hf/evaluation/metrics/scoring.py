@@ -21,7 +21,8 @@ from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.tokenizers import tokenise
 
-_LOGITS = 2**28  # numbers of a batch's logits, at most, where more than one row is read: 1 GiB in float32
+LOGITS = 2**27
+"""Numbers of the logits of a batch, at most, where more than one row is read: half a GiB in float32."""
 METRICS = ("mad_accuracy", "token_loss")
 
 
@@ -127,7 +128,7 @@ def token_logprobs(
     try:
         batches, rows = [], getattr(model.config, "vocab_size", None) or 1
         for window in windows:  # the first of a batch is its longest
-            fits = batches and (len(batches[-1]) + 1) * len(batches[-1][0].ids) * rows <= _LOGITS
+            fits = batches and (len(batches[-1]) + 1) * len(batches[-1][0].ids) * rows <= LOGITS
             if not fits or len(batches[-1]) == batch_size:
                 batches.append([])
             batches[-1].append(window)
