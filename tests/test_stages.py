@@ -1,13 +1,16 @@
 """Stages with the standard Trainer, and clipping per component."""
 
+import aligned_pairs
 import pytest
 import torch
 from tiny_hybrid import QUIET, WORDS, pair, word_tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
+from manticore_hf.evaluation import losses
 from manticore_hf.evaluation.data import pack
 from manticore_hf.evaluation.losses import compare_losses
+from manticore_hf.families.contract import randomise
 from manticore_hf.training.freezing import ComponentClipping
 from manticore_hf.training.stage_arguments import with_direction
 from manticore_hf.training.trained_stages import HybridTrainer
@@ -222,3 +225,29 @@ def test_packing(tokenizer):
     assert len(pack(["the cat"] * 9, tokenizer, 3, limit=2)) == 2
     with pytest.raises(ManticoreError, match="3 tokens, fewer than one block of 8"):
         pack(["the cat"], tokenizer, 8)
+
+
+@pytest.mark.parametrize("kind", ["gate", "online", "static", "lag", "one-hot", "two blocks", "aligned"])
+def test_a_pass_of_the_hybrid_tells_what_its_components_lose(kind, model, text, tmp_path, monkeypatch):
+    """Each is run by itself only where the hybrid's own pass does not have its predictions."""
+    settings = {"online": {"mixture": "online"}, "static": {"mixture": "static"}, "lag": {"gate_lag": 4}}.get(kind, {})
+    if kind == "aligned":
+        one = aligned_pairs.hybrid(tmp_path)
+    elif kind == "two blocks":
+        one = model
+    else:
+        one = ManticoreForCausalLM.from_components(pair(), **settings)
+        randomise(one)
+    if kind == "one-hot":
+        one.set_mixture_weights("mamba")
+    alone = []
+    runner = losses.component_runner
+    monkeypatch.setattr(
+        losses, "component_runner", lambda *args: lambda **inputs: alone.append(1) or runner(*args)(**inputs)
+    )
+    found = compare_losses(one, text)
+    assert bool(alone) == (kind in ("lag", "one-hot", "two blocks")) and "mix" not in vars(one)
+    monkeypatch.setattr(
+        losses, "_mixture_and_parts", lambda model, ids, names: (model(ids, use_cache=False).logits, {})
+    )
+    assert found == pytest.approx(compare_losses(one, text), rel=1e-5) and len(alone) > 1

@@ -21,7 +21,7 @@ from manticore_hf.evaluation.metrics.scoring import LOGITS, token_logprobs
 from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.evaluation.statistics import bootstrap
 from manticore_hf.modeling.past_losses import MOST, decayed_sums, online_weights
-from manticore_hf.utils.distributed import all_reduce, bar, component_runner, shares
+from manticore_hf.utils.distributed import all_reduce, bar, component_runner, is_sharded, shares
 from manticore_hf.utils.renamed import takes_old_name
 
 ONLINE = "online mixture"
@@ -75,23 +75,45 @@ def _row_nats(model, rows, batch_size, desc, baselines):
     batches = _batches(rows, batch_size, model.config)
     for numbers, share in bar(list(shares(batches)), desc=desc, unit="batch", leave=False):
         ids, nats = _batch(rows, numbers, model.device)
-        found, mean, own, logprobs = {}, None, [], None
+        found, mean, own = {}, None, []
+        logits, parts = _mixture_and_parts(model, ids, names)
+        found["hybrid"] = nats(logits)
+        del logits  # gigabytes, as are those below
         for name in names:
-            logprobs = runners[name](input_ids=ids, use_cache=False).logits
+            logprobs = parts.pop(name) if parts else runners[name](input_ids=ids, use_cache=False).logits
             logprobs = logprobs[..., : model.config.vocab_size].float().log_softmax(-1)  # without rows that only pad
             found[name] = nats(logprobs)
             own.append(_token_nats(logprobs, ids))
             mean = logprobs / len(names) if mean is None else mean.add_(logprobs, alpha=1 / len(names))
         if names:
             found["ensemble"] = nats(mean)
-            del logprobs, mean  # gigabytes
+            del logprobs, mean
             found[ONLINE] = nats(online=online_nats(torch.stack(own, -1), model.config))
-        found["hybrid"] = nats(model(input_ids=ids, use_cache=False).logits)
         if share:
             sums[:, numbers] = torch.stack([found[name] for name in order])
     model.train(was_training)
     sums = all_reduce(sums.to(model.device)).cpu() if torch.distributed.is_initialized() else sums
     return dict(zip(order, sums.numpy()))
+
+
+def _mixture_and_parts(model, ids, names):
+    """(A hybrid's logits, {component: its own, as if it ran alone}); the latter is {} where its pass has no such."""
+    config = model.config
+    alone = config.num_blocks == 1 and config.embeddings == "native" and not (config.bridges or config.holds_weights)
+    if not names or not alone or is_sharded(model):
+        return model(input_ids=ids, use_cache=False).logits, {}
+    seen, mix = [], model.mix
+
+    def watched(weights, states, own, *rest):
+        seen.extend(own)
+        return mix(weights, states, own, *rest)
+
+    model.mix = watched
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        del model.mix
+    return logits, dict(zip(names, seen)) if len(seen) == len(names) else {}  # components of weight 0 have not run
 
 
 def _batches(rows, batch_size, config):
