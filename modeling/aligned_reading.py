@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from .running_manticore import NoGradient
+
 _WINDOWED = ("sliding_attention", "full_attention")
 
 
@@ -350,8 +352,7 @@ def walk(segment, config, tree, row, after):
             # Nodes inside what was read ahead have no cache of their own: paths from there are read anew.
             if any(node in children for node in (0, *pending[: at - 1])):
                 cache, at = fork(row.cache) if row.cache is not None else DynamicCache(config=config), 0
-    start = at
-    ahead = None
+    start, ahead = at, None
 
     def branch(node, before=()):
         nonlocal ahead
@@ -375,9 +376,9 @@ def walk(segment, config, tree, row, after):
         at += 1
     if after is not None:
         after.cache, after.ahead, after.state = cache, ahead, states[tree.end]
-    width = next(state.shape[-1] for state in states if state is not None)
-    empty = next(state for state in states if state is not None).new_zeros(width)
-    return torch.stack([empty if state is None else state for state in states])
+    empty = torch.zeros_like(next(state for state in states if state is not None))
+    out = torch.stack([empty if state is None else state for state in states])
+    return NoGradient.apply(out) if after is not None and not segment.layout.attends and out.requires_grad else out
 
 
 def fork(cache):
@@ -433,8 +434,7 @@ def can_read_trees(segment, config):
     """Whether a component reads a tree as it reads each of its paths: tried on a few tokens."""
     if not may_read_trees(segment, config):
         return False
-    paths = [(4, 5), (6,)]
-    device = _device_of(segment)
+    paths, device = [(4, 5), (6,)], _device_of(segment)
     training = [one for one in segment.stack.modules() if one.training]
     try:
         for one in training:  # without dropout

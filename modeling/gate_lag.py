@@ -83,7 +83,7 @@ class Lag:
     def hold(self, weights):
         """The weights [batch, wanted, K] that count, of those [batch, places, K] that are asked at each place."""
         if self.cache is not None:
-            end = self._from(weights.detach(), self.asked[:, -1:], weights.detach()[:, -1:])
+            end = self._from(weights, self.asked[:, -1:], weights[:, -1:])
             self.cache.kept["gate_lag"] = Held(end[:, 0], self.count)
         return self._from(weights, self.asked[:, self.wanted], self.cut(weights))
 

@@ -170,10 +170,9 @@ def run(model, inputs, shared=True):
         largest = -1 if inputs.ids is None else int(inputs.ids.max())
         if largest < model.config.vocab_size:
             raise
-        resize = "" if model.config.aligned else f", or call resize_token_embeddings({largest + 1})"
         raise ManticoreError(
             f"input_ids holds token {largest}; the components have embeddings for {model.config.vocab_size} tokens. "
-            f"Use their tokenizer without added tokens{resize}."
+            f"Use their tokenizer without added tokens, or, where all have one, resize_token_embeddings({largest + 1})."
         ) from err
     if inputs.attentions is not None:
         found.attentions = tuple(inputs.attentions)
@@ -240,13 +239,13 @@ def run_rows(model, inputs, shared, weights=None):
         found = optional("shared_manticore").run_all(model, inputs, weights, shared)
     if cache is not None:
         if time == 1 and cache.seen and cache.is_recurrent and torch.is_grad_enabled() and has_values():
-            found.states = {name: _NoGradient.apply(state) for name, state in found.states.items()}
-            found.shared = None if found.shared is None else _NoGradient.apply(found.shared)
+            found.states = {name: NoGradient.apply(state) for name, state in found.states.items()}
+            found.shared = None if found.shared is None else NoGradient.apply(found.shared)
         cache.advance(time)
     return found
 
 
-class _NoGradient(torch.autograd.Function):
+class NoGradient(torch.autograd.Function):
     """Stands behind recurrent layers that wrote their new state over the one that gradients would need."""
 
     @staticmethod
@@ -256,8 +255,8 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         raise ManticoreError(
-            "A backward pass reached a call with one new token and a cache, in which recurrent components keep no "
-            "gradients: call the model with use_cache=False, or with several tokens at a time."
+            "A backward pass reached a call with a cache in which recurrent components read single tokens and keep no "
+            "gradients: call the model with use_cache=False, or, where all have one tokenizer, with several tokens."
         )
 
 

@@ -123,3 +123,21 @@ def test_what_cannot_be_right_is_said():
         with case(str(wrong)[:9]), pytest.raises(ManticoreError, match="must be a whole number of tokens, 1 to"):
             ManticoreConfig(gate_lag=wrong)
     assert not ManticoreConfig(gate_lag=8, mixture="static").holds_weights  # which are the same for all tokens
+
+
+@pytest.mark.parametrize("cut", [5, 6])
+def test_gradients_go_through_what_a_cache_holds(model, cut):
+    """Weights that one call asked for count in the next, and so do their gradients."""
+    ids, grads = tokens(2, 12, 3), []
+    for pieces in ((12,), (cut, 12 - cut)):
+        model.zero_grad()
+        out, logits = None, []
+        for piece in ids.split(pieces, 1):
+            cache = None if out is None else out.past_key_values
+            out = model(input_ids=piece, past_key_values=cache, use_cache=len(pieces) > 1)
+            logits.append(out.logits)
+        torch.nn.functional.cross_entropy(torch.cat(logits, 1)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        grads.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, wanted in grads[0].items():
+        close(grads[1][name], wanted, name)
