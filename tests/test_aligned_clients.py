@@ -2,7 +2,6 @@
 
 import copy
 
-import aligned_pairs
 import pytest
 import torch
 from aligned_pairs import hybrid, tokenizer
@@ -118,8 +117,8 @@ def test_what_reaches_one_tokenizers_tokens_alone_is_refused(made):
 
 def test_a_backward_pass_through_a_cache_of_single_tokens_is_said(tmp_path):
     """A recurrent component with its own tokenizer is read piece by piece, some of which are single tokens."""
-    model = aligned_pairs.hybrid(tmp_path, (("llama", "gpt"), ("mamba", "gemma")))
-    ids = aligned_pairs.tokenizer("gpt")("The cats waited under the trees.", return_tensors="pt")["input_ids"]
+    model = hybrid(tmp_path, (("llama", "gpt"), ("mamba", "gemma")))
+    ids = tokenizer("gpt")("The cats waited under the trees.", return_tensors="pt")["input_ids"]
     loss = model(ids, labels=ids).loss  # in evaluation mode there is a cache
     with pytest.raises(ManticoreError, match="call the model with use_cache=False"):
         loss.backward()
