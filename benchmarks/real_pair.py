@@ -40,12 +40,12 @@ NODES = (1 - np.cos(np.linspace(0, math.pi, 9))) / 2  # weights of the second mo
 ONLINE = {"eta": 0.1, "decay": 0.95, "share": 0.05}  # the hybrid's defaults
 
 
-def splits(text, size):
-    """{"test", "validation", "train": windows of a text}, in the order in which they are worth measuring."""
+def splits(text, size, test=TEST):
+    """{"test" (bytes), "validation", "train": windows of a text}, in the order in which they are worth measuring."""
     pieces, out, counted = windows(text, size), {"test": [], "validation": []}, 0
-    while counted < TEST + VALIDATION:
+    while counted < test + VALIDATION:
         piece = pieces.pop()
-        out["test" if counted < TEST else "validation"].append(piece)
+        out["test" if counted < test else "validation"].append(piece)
         counted += len(piece.encode())
     return {**out, "train": pieces}
 

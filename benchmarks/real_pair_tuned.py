@@ -23,11 +23,11 @@ import transformers
 from aligned import own_bits
 from manticore_hf.modeling.aligned_hybrid import aligner_of
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from real_pair import mixed, online, rate_of, splits
+from real_pair import TEST, mixed, online, rate_of, splits
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from manticore_hf import ComponentSpec, ManticoreForCausalLM
+from manticore_hf import ComponentSpec, ManticoreForCausalLM, compose_transplanted
 from manticore_hf.evaluation.statistics import paired_p
 from manticore_hf.utils.files import write_json
 
@@ -108,6 +108,7 @@ def main():
     parser.add_argument("--work", type=Path, required=True, help="the folder of real_pair.py")
     parser.add_argument("--tokens", type=int, default=5_000, help="training tokens of all kinds together")
     parser.add_argument("--window", type=int, default=1500, help="bytes that are read at once")
+    parser.add_argument("--test-bytes", type=int, default=TEST, help="of each kind; the first of real_pair.py's")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--epochs", type=int, default=1)
@@ -115,7 +116,10 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     texts = dict(pair.split("=", 1) for pair in options.texts)
-    plan = {kind: splits(Path(path).read_text(encoding="utf-8"), options.window) for kind, path in texts.items()}
+    plan = {
+        kind: splits(Path(path).read_text(encoding="utf-8"), options.window, options.test_bytes)
+        for kind, path in texts.items()
+    }
     plan = dict(sorted(plan.items()))
     home, other = options.names
     sizes = {kind: [len(text.encode()) for text in plan[kind]["test"]] for kind in plan}
@@ -172,7 +176,11 @@ def main():
 
 def transplanted(options, plan, tokens):
     """{kind: {"nats" [tokens, 2]} of each test window}: both models on the first one's tokens."""
-    hybrid, seen = compose(options, tokenizers="transplant", mixture="static"), {}
+    specs = [ComponentSpec(path, name=name) for path, name in zip(options.models, options.names)]
+    hybrid, _, _ = compose_transplanted(
+        specs, tokenizer_component=options.names[0], dtype=torch.float32, mixture_space="prob", mixture="static"
+    )
+    hybrid, seen = hybrid.eval(), {}
     whole, first = hybrid.mix, len(tokens.start)
 
     def mix(weights, states, logits, *past):
