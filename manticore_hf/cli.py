@@ -119,7 +119,7 @@ def _main(argv: list[str]) -> int:
     parser = parser_of(command, whole="--help-all" in given or not {"-h", "--help"} & set(given))
     try:
         args = parser.parse_args(given)
-        _check_names(parser, args, COMMANDS[command].module)
+        _check_names(args, COMMANDS[command].module)
         manticore_hf.register()
         return importlib.import_module(COMMANDS[command].module).main(args) or 0
     except Exception as err:
@@ -134,14 +134,16 @@ def _main(argv: list[str]) -> int:
         return 2
 
 
-def _check_names(parser, args, module):
+def _check_names(args, module):
     """What can be told of directories before anything is imported or the Hub is asked."""
     output, model = getattr(args, "output_dir", None), getattr(args, "model", None)
     if output is not None and os.path.lexists(output) and not os.path.isdir(output):
-        parser.error(f"--output-dir {output!r} is a file; give a directory, new or existing")
+        raise ManticoreError(f"--output-dir {output!r} is a file; give a directory, new or existing.")
     # Elsewhere it is a model type
     if model and not module.startswith("manticore_hf.experiments") and "/" not in model and not os.path.exists(model):
-        parser.error(f"there is no directory {model!r}; give a hybrid's directory, or its repository ('owner/name')")
+        raise ManticoreError(
+            f"There is no directory {model!r}; give a hybrid's directory, or its repository ('owner/name')."
+        )
 
 
 def parser_of(command: str, whole: bool = True) -> Parser:

@@ -206,7 +206,7 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
         ),
         (
             ["evaluate", "--model", "nowhere", "--data", "missing.txt"],
-            "there is no directory 'nowhere'; give a hybrid's",
+            "There is no directory 'nowhere'; give a hybrid's",
         ),
         # Before any work
         (["compose", "a", "b", "--output-dir", str(tmp_path / "bad.yaml")], "bad.yaml' is a file; give a directory"),

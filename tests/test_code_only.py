@@ -92,10 +92,9 @@ def test_what_it_is_not_for(hub, owner, parts, capsys):
     for repo_id, said in ((parts[0], "not a hybrid"), (f"{owner}/x", "not on the Hub"), ("a b", "not a repository id")):
         with pytest.raises(ManticoreError, match=said):
             code_update(repo_id)
-    assert (
-        main(["push", "dir", "you/h", "--code-only"]) == 2 and "takes the repository alone" in capsys.readouterr().err
-    )
-    assert main(["push", "dir"]) == 2 and "Say where to publish" in capsys.readouterr().err
+    assert main(["push", "me/dir", "you/h", "--code-only"]) == 2
+    assert "takes the repository alone" in capsys.readouterr().err
+    assert main(["push", "me/dir"]) == 2 and "Say where to publish" in capsys.readouterr().err
 
 
 def test_the_last_hybrids_of_0_1_are_brought_up_to_date(hub, owner, tmp_path):

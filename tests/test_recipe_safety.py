@@ -237,7 +237,7 @@ def test_every_number_has_a_range(tmp_path, capsys):
     ):
         assert cli.main(["run", str(stage_text(stage, settings)), "--output-dir", str(tmp_path / "out")]) == 2
         assert f"stages.0.{stage}.{settings.partition(':')[0]}: is " in capsys.readouterr().err
-    words = "--model nowhere --data nothing --output-dir".split() + [str(tmp_path / "out")]
+    words = "--model me/nowhere --data nothing --output-dir".split() + [str(tmp_path / "out")]
     for option, value in (("--learning-rate", "nan"), ("--max-steps", "-5"), ("--per-device-train-batch-size", "0")):
         assert cli.main(["finetune", *words, option, value]) == 2
         assert f"{option} is {value}, must be " in capsys.readouterr().err

@@ -50,5 +50,5 @@ def test_what_hardened_and_healed_prunes_and_distils(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr("manticore_hf.training.stage_command.main", lambda args: started.append(args.stage.name))
     with pytest.warns(FutureWarning, match="manticore-hf harden is now prune"):
-        assert main("harden --model m --data d --output-dir".split() + [str(tmp_path / "hard")]) == 0
+        assert main("harden --model me/m --data d --output-dir".split() + [str(tmp_path / "hard")]) == 0
     assert started == ["prune"]

@@ -99,8 +99,8 @@ def _row_nats(model, rows, batch_size, desc, baselines):
 def _mixture_and_parts(model, ids, names):
     """(A hybrid's logits, {component: its own, as if it ran alone}); the latter is {} where its pass has no such."""
     config = model.config
-    alone = config.num_blocks == 1 and config.embeddings == "native" and not (config.bridges or config.holds_weights)
-    if not names or not alone or is_sharded(model):
+    alone = bool(names) and config.num_blocks == 1 and config.embeddings == "native"
+    if not alone or config.bridges or config.holds_weights or is_sharded(model):
         return model(input_ids=ids, use_cache=False).logits, {}
     seen, mix = [], model.mix
 
