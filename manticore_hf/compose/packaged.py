@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from manticore_hf.compose.dtypes import transpose_again, transposed_maps
-from manticore_hf.compose.training_checks import check_adapted
+from manticore_hf.compose.training_checks import check_adapted, check_magnitudes
 from manticore_hf.hub.upload import keep_card, upload_files
 from manticore_hf.modeling.bounds_manticore import reason
 from manticore_hf.modeling.configuration_manticore import ManticoreError
@@ -43,7 +43,7 @@ class Packaged:
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
         if name == "peft_config":  # PEFT has wrapped what a configuration, whoever made it, says
-            check_adapted(self)
+            check_magnitudes(self)  # the rest was looked at above
 
     def train(self, mode: bool = True) -> PreTrainedModel:
         """As in torch; ManticoreError for what would train silently wrong."""

@@ -5,8 +5,8 @@ The recurrence, in the notation of `scan_manticore`:
     h[t] = exp(dt[t] * A) * h[t - 1] + dt[t] * B[t] * u[t]        y[t] = <C[t], h[t]>
 
 Autograd's nodes for every token are what makes a plain loop slow. Here forward and backward are one operator each; only
-the states between chunks of tokens are kept. Repositories that were published before 0.3 have copies of this file: what
-they must agree on with it (operators, registered ways to run them, the lock) is kept process-wide.
+the states between chunks of tokens are kept. Earlier repositories carry copies of this file: what they must agree on
+with it (operators, registered ways to run them, the lock) is kept process-wide.
 """
 
 import sys
@@ -239,23 +239,17 @@ def selective_scan(
     initial_state: torch.Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the selective state-space recurrence of Gu & Dao 2023 (Mamba, eq. 2, algorithm 2).
+    """Runs the recurrence; as `scan_manticore.selective_scan`, in whose place it is registered.
 
     Differentiable once in every tensor argument. Only the states at the chunk starts are kept for the backward, which
     recomputes the rest; decays are multiplied, never divided or summed as logarithms, so no step size can overflow.
 
     Args:
-        u: input, [batch, d, time].
-        dt: positive step sizes (after softplus), [batch, d, time].
-        A: continuous-time decay rates, negative, [d, n].
-        B: input projection, [batch, n, time].
-        C: output projection, [batch, n, time].
-        initial_state: state before the first token, [batch, d, n]; zeros when None.
+        u, dt, A, B, C, initial_state: As there.
         chunk: tokens between two saved states.
 
     Returns:
-        y, [batch, d, time], without skip connection or gate, and the state after the last token, [batch, d, n]. Both
-        are float32, or float64 if any argument is; lower precisions are computed in float32.
+        As there.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")

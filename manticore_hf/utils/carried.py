@@ -68,7 +68,7 @@ def carried(config: PreTrainedConfig, made_for: tuple[str, ...] | None = None) -
 def _made_for(config):
     """Of what is saved, which of MADE_FOR: both, where the class alone does not say it."""
     saved = {str(name) for name in config.architectures or ("ManticoreForCausalLM",)}
-    return tuple({kind: 1 for file, kind in BY_CLASS.items() if saved & set(PARTS[file].classes)}) or MADE_FOR
+    return tuple(kind for file, kind in BY_CLASS.items() if saved & set(PARTS[file].classes)) or MADE_FOR
 
 
 def entry_code(names: list[str]) -> str:
