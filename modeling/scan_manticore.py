@@ -51,7 +51,7 @@ def selective_scan(
         return _shared.scan(u, dt, A, B, C, initial_state)
     if initial_state is None:
         initial_state = A.new_zeros(u.shape[0], *A.shape)
-    if u.shape[2] > 1:
+    if u.shape[2] > 1 and not torch.compiler.is_compiling():
         logger.warning_once(
             "Mamba's scan runs token by token; manticore-hf (pip install, and import it) makes it faster."
         )

@@ -261,6 +261,8 @@ def test_results_are_the_same_without_the_package(monkeypatch, dtype, tolerance,
     assert calls == [1] and [x.dtype for x in alone] == [x.dtype for x in found]
     assert_close(alone, found, tolerance)
     assert_close(no_state, naive_scan(*(x.double() for x in given()[:5])), max(tolerance, 1e-5))
+    compiled = torch.compile(scan_manticore.selective_scan, fullgraph=True, backend="eager")
+    assert_close(compiled(*given()), scan_manticore.selective_scan(*given()), 1e-5)
     y, last = scan_manticore.selective_scan(*(make_inputs(batch, time=0)))
     assert y.shape == (batch, D, 0) and torch.equal(last, make_inputs(batch, time=0)[-1])
 
