@@ -91,6 +91,20 @@ def measure(hybrid, text, alone=True):
             "bytes": len(text.encode()), "seconds": seconds}  # fmt: skip
 
 
+def joined(options):
+    """The two models under the first one's tokenizer."""
+    specs = [ComponentSpec(path, name=name) for path, name in zip(options.models, options.names)]
+    return ManticoreForCausalLM.from_components(
+        specs, dtype=torch.float32, mixture="static", mixture_space="prob", verify=False,
+        tokenizer_component=options.names[0]).eval()  # fmt: skip
+
+
+def keep(file, measured):
+    """Writes what was measured of a window, whole or not at all."""
+    torch.save(measured, file.with_suffix(".new"))
+    file.with_suffix(".new").rename(file)
+
+
 def collect(options):
     """{(kind, split): measured windows}, those that are missing measured now, up to the wanted number of tokens."""
     texts, found, hybrid = dict(pair.split("=", 1) for pair in options.texts), {}, None
@@ -108,14 +122,8 @@ def collect(options):
         if not file.exists():
             if options.analyse:
                 continue
-            if hybrid is None:
-                specs = [ComponentSpec(path, name=name) for path, name in zip(options.models, options.names)]
-                hybrid = ManticoreForCausalLM.from_components(
-                    specs, dtype=torch.float32, mixture="static", mixture_space="prob", verify=False,
-                    tokenizer_component=options.names[0])  # fmt: skip
-            hybrid.eval()
-            torch.save(measure(hybrid, plan[kind][split][i], split == "test"), file.with_suffix(".new"))
-            file.with_suffix(".new").rename(file)
+            hybrid = hybrid or joined(options)
+            keep(file, measure(hybrid, plan[kind][split][i], split == "test"))
         found.setdefault((kind, split), []).append(torch.load(file, weights_only=True))
         trained += len(found[kind, split][-1]["nats"]) if split == "train" else 0
     for one in itertools.chain(*found.values()):

@@ -23,7 +23,7 @@ import transformers
 from aligned import own_bits
 from manticore_hf.modeling.aligned_hybrid import aligner_of
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from real_pair import TEST, mixed, online, rate_of, splits
+from real_pair import TEST, joined, keep, measure, mixed, online, rate_of, splits
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -95,8 +95,7 @@ def read(plan, file, number_of):
     for key, text in tqdm(wanted.items(), desc=file.stem):
         if key not in found:
             found[key] = number_of(text)
-            torch.save(found, file.with_suffix(".new"))
-            file.with_suffix(".new").rename(file)
+            keep(file, found)
     return {kind: [found[f"{kind}-{i}"] for i in range(len(plan[kind]["test"]))] for kind in plan}
 
 
@@ -105,7 +104,7 @@ def main():
     parser.add_argument("--models", nargs=2, required=True, help="directories; the first has the tokenizer")
     parser.add_argument("--names", nargs=2, default=["Gemma", "SmolLM2"], help="what the results call them")
     parser.add_argument("--texts", nargs="+", required=True, help="KIND=FILE, UTF-8, as for real_pair.py")
-    parser.add_argument("--work", type=Path, required=True, help="the folder of real_pair.py")
+    parser.add_argument("--work", type=Path, required=True, help="the folder of real_pair.py, or a new one")
     parser.add_argument("--tokens", type=int, default=5_000, help="training tokens of all kinds together")
     parser.add_argument("--window", type=int, default=1500, help="bytes that are read at once")
     parser.add_argument("--test-bytes", type=int, default=TEST, help="of each kind; the first of real_pair.py's")
@@ -123,15 +122,14 @@ def main():
     plan = dict(sorted(plan.items()))
     home, other = options.names
     sizes = {kind: [len(text.encode()) for text in plan[kind]["test"]] for kind in plan}
-    base = {kind: [torch.load(options.work / f"{kind}-test-{i}.pt", weights_only=True) for i in range(len(sizes[kind]))]
-            for kind in plan}  # fmt: skip
+    base = untrained(options, plan)
     found = {
         f"{name}, as it came": {kind: [one["own"][k] for one in base[kind]] for kind in plan}
         for k, name in enumerate(options.names)
     }
-    found["uniform mixture"] = {
-        kind: [float(mixed(torch.tensor([[0.5, 0.5]]), one)) / math.log(2) for one in base[kind]] for kind in plan
-    }
+    untouched = {"uniform mixture": lambda one: mixed(torch.tensor([[0.5, 0.5]]), one), "online mixture": online}
+    for label, of in untouched.items():
+        found[label] = {kind: [float(of(one)) / math.log(2) for one in base[kind]] for kind in plan}
     out = {"training": {}, "rank": options.rank, "rate": options.rate, "epochs": options.epochs, "seed": options.seed}
 
     hybrid = compose(options, mixture="token")
@@ -164,14 +162,24 @@ def main():
     out["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
     write(options, out, found, sizes)
     test = transplanted(options, plan, tokens[home])
-    bits = {
-        f"{other}, transplanted": lambda one: one["nats"][:, 1].sum(),
-        "uniform mixture, transplanted": lambda one: mixed(torch.tensor([[0.5, 0.5]]), one),
-        "online mixture, transplanted": online,
-    }
-    for label, of in bits.items():
-        found[label] = {kind: [float(of(one)) / math.log(2) for one in rows] for kind, rows in test.items()}
+    for label, of in {other: lambda one: one["nats"][:, 1].sum(), **untouched}.items():
+        found[f"{label}, transplanted"] = {
+            kind: [float(of(one)) / math.log(2) for one in rows] for kind, rows in test.items()
+        }
     write(options, out, found, sizes)
+
+
+def untrained(options, plan):
+    """{kind: what real_pair.py measures of each test window}, from WORK where that has it."""
+    hybrid, found = None, {kind: [] for kind in plan}
+    options.work.mkdir(parents=True, exist_ok=True)
+    jobs = [(kind, i, text) for kind in plan for i, text in enumerate(plan[kind]["test"])]
+    for kind, i, text in tqdm(jobs, desc="untrained"):
+        if not (file := options.work / f"{kind}-test-{i}.pt").exists():
+            hybrid = hybrid or joined(options)
+            keep(file, measure(hybrid, text))
+        found[kind].append(torch.load(file, weights_only=True))
+    return found
 
 
 def transplanted(options, plan, tokens):

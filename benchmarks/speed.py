@@ -255,26 +255,31 @@ print(seconds, (peak() - base) / size)
 
 
 def loading(args, results):
-    """Wall time and peak memory of loading, in processes of their own."""
+    """Wall time and peak memory of loading, in processes of their own: of one block, and of two, which are cut."""
     with tempfile.TemporaryDirectory() as folder:
         small, large = components(64, 2), components(args.large_width, args.layers)
         compose(small, num_blocks=2).save_pretrained(f"{folder}/small")
         for name, part in zip("ab", large):
             part.save_pretrained(f"{folder}/{name}")
-        compose(large, num_blocks=2).save_pretrained(f"{folder}/hybrid")
+        for blocks in (1, 2):
+            compose(large, num_blocks=blocks).save_pretrained(f"{folder}/{blocks}")
 
         def load(*names):
             command = [sys.executable, "-c", _LOAD, f"{folder}/small", *(f"{folder}/{name}" for name in names)]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
             return float(out[-2]), float(out[-1])
 
-        pairs = [(load("hybrid"), load("a", "b")) for _ in tqdm(range(max(3, args.repeats // 2)), desc="loading")]
-    seconds = [[side[0] for side in both] for both in zip(*pairs)]
-    times = statistics.median(a / b for a, b in zip(*seconds))
-    note(results, "loading / sum of the components", times, "<= 1.2", seconds=[statistics.median(s) for s in seconds])
-    peak = statistics.median(one[1] for one, _ in pairs)
-    alone = statistics.median(two[1] for _, two in pairs)
-    note(results, "peak memory of loading over base / bytes of the weights", peak, "<= 1.15", components=alone)
+        rounds = max(3, args.repeats)
+        runs = [(load("a", "b"), load("1"), load("2")) for _ in tqdm(range(rounds), desc="loading")]
+    parts, *hybrids = zip(*runs)
+    alone = statistics.median(peak for _, peak in parts)
+    for blocks, hybrid in zip(("one block", "two blocks"), hybrids):
+        times = statistics.median(mine / theirs for (mine, _), (theirs, _) in zip(hybrid, parts))
+        seconds = [statistics.median(seconds for seconds, _ in side) for side in (hybrid, parts)]
+        note(results, f"loading / sum of the components, {blocks}", times, "<= 1.2", seconds=seconds)
+        peak = statistics.median(peak for _, peak in hybrid)
+        label = f"peak memory of loading over base / bytes of the weights, {blocks}"
+        note(results, label, peak, "<= 1.15", components=alone)
 
 
 def write(args, results, start):

@@ -164,8 +164,12 @@ class ManticoreCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
-        if self.readers and tokens_to_remove:
+        if tokens_to_remove > 0:
+            raise ManticoreError(f"crop({tokens_to_remove}): say what to remove as a negative number, as in crop(-1).")
+        if tokens_to_remove and self.readers:
             raise ManticoreError("A component with a tokenizer of its own cannot undo tokens that it has read.")
+        if tokens_to_remove and self.is_recurrent and not self.records:
+            raise ManticoreError("Recurrent states are undone only after `activate_past_recording()`: call it first.")
         kept = self.kept.items() if abs(tokens_to_remove) < self.seen else ()
         self.kept = {key: one.crop(abs(tokens_to_remove)) for key, one in kept}
         super().crop(tokens_to_remove)
@@ -254,10 +258,8 @@ def cache_for(model: PreTrainedModel, cache: Cache | None, use_cache: bool | Non
         ManticoreError: It is no cache that a hybrid can use.
     """
     cache = None if cache is None else _behind(model, cache)
-    use_cache = (getattr(model.config, "use_cache", True) and not model.training) if use_cache is None else use_cache
-    if model.training and model.is_activation_checkpointing:
-        use_cache = False
-    if not use_cache:
+    use_cache = (model.config.use_cache and not model.training) if use_cache is None else use_cache
+    if not use_cache or model.training and model.is_activation_checkpointing:
         return None
     return model.make_cache() if cache is None else cache
 
@@ -292,9 +294,7 @@ def cache_for_generation(
         return None
     offloading = "offloaded" in (kind or "")
     if offloading and model.device.type == "cpu":
-        raise ManticoreError(
-            f"cache_implementation={kind!r}: the hybrid is on the CPU, and its cache too; leave it out."
-        )
+        raise ManticoreError(f"cache_implementation={kind!r}: the hybrid is on the CPU, as is its cache; leave it out.")
     length = max(max_cache_length, settings.max_cache_len or 0) if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None
     quantized = {"backend": "quanto", **(settings.cache_config or {})} if kind == "quantized" else None
     cache = model.make_cache(length, offloading, quantized)

@@ -56,7 +56,7 @@ class ManticoreConfig(PreTrainedConfig):
         ManticoreError: A key has an impossible value; the message names the key, the value and the choices.
     """
 
-    model_type = "manticore"
+    model_type, use_cache = "manticore", True
     keys_to_ignore_at_inference = [
         "cache", "past_key_values", "hidden_states", "attentions", "mixture_loss", "component_losses", "ensemble_loss",
         "weights", "head_state",

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -282,12 +283,14 @@ def test_the_tokenizer_is_chosen_by_a_text(recipe, tmp_path, capsys):
     assert kept == tokenizer(kinds[best]).get_vocab()
     said = capsys.readouterr().out
     assert all(f"with {name}'s tokenizer: {bits:.4f} bits per byte" in said for name, bits in found.items())
-    # The README's next command: the table, with the components mapped, and the originals
+    # The next command, printed and in the README: the table, with the components mapped, and the originals
     data = {"data": str(tmp_path / "text.txt"), "block_size": 4, "validation_fraction": 0.0}
     rows, _ = load_rows(DataArguments(**data), AutoTokenizer.from_pretrained(tmp_path / "out"), keep_text=True)
     pieces = make_passages(rows, AutoTokenizer.from_pretrained(tmp_path / "out")).texts
-    table = ["evaluate", "--model", str(tmp_path / "out"), "--data", data["data"], "--block-size", "4"]
-    assert main([*table, "--components", *parts, "--output-dir", str(tmp_path / "table")]) == 0
+    program, *table = shlex.split(re.search(r"measure it with: (.*)", said).group(1))
+    wanted = ["evaluate", "--model", str(tmp_path / "out"), "--data", data["data"], "--components", *parts]
+    assert (program, table) == ("manticore-hf", wanted)
+    assert main([*table, "--block-size", "4", "--output-dir", str(tmp_path / "table")]) == 0
     bits = json.loads((tmp_path / "table" / "evaluation.json").read_text())["bits_per_byte"]
     assert list(bits) == ["a", "b", "ensemble", ONLINE, "hybrid", "original a", "original b"]
     by_hand = sum(naive_nats(model("gpt_neox", "gemma"), gemma_ids(piece), 1) for piece in pieces)

@@ -197,6 +197,7 @@ def test_the_parallel_plan_names_what_is_there():
 def test_the_configuration_says_whether_to_cache():
     model, part = alone("llama")
     for one in (model, part):
+        assert one.config.use_cache is True and one(tokens()).cache is not None
         one.config.use_cache = False
         assert one(tokens()).cache is None
         assert one(tokens(), use_cache=True).cache is not None

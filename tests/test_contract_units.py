@@ -60,9 +60,17 @@ def test_crop_of_a_cache_of_attention_only():
 
 def test_crop_of_recurrent_states_is_refused(model):
     cache = filled(model, tokens())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ManticoreError, match=r"call it first"):
         cache.crop(-2)
-    assert not cache.is_croppable
+    assert not cache.is_croppable and cache.get_seq_length() == tokens().shape[1]
+
+
+def test_crop_takes_no_length():
+    """In earlier versions of Transformers a positive number was the length that stays."""
+    for name in ("llama", PAIR):
+        cache = filled(hybrid(name), tokens())
+        with pytest.raises(ManticoreError, match=r"crop\(7\): .* crop\(-1\)"):
+            cache.crop(7)
 
 
 @pytest.mark.parametrize("name", [PAIR, "recurrent_gemma", "gemma2+jamba"])

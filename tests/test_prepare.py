@@ -56,7 +56,8 @@ def test_compose_takes_every_setting(parts, tmp_path, capsys):
     config = ManticoreForCausalLM.from_pretrained(tmp_path).config
     assert (config.num_blocks, config.projector, config.mixture) == (2, "mlp", "static")
     assert config.component_loss_weight == 0.5 and config.projector_init == "identity"
-    assert "2 blocks" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 blocks" in said and f"measure it with: manticore-hf evaluate --model {tmp_path} --data TEXT.txt\n" in said
     assert main(command) == 0 and "this stage is finished" in capsys.readouterr().out
     assert main(["compose", *parts, "--output_dir", str(tmp_path / "x"), "--block_layers", "{"]) == 2
     assert "block_layers='{' is not JSON" in capsys.readouterr().err

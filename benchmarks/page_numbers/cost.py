@@ -99,7 +99,8 @@ def cost_values(load: Load) -> Values:
         "decoding.1": "cached decoding, 64 tokens / sum of the components', 1 block(s)",
         "decoding.2": "cached decoding, 64 tokens / sum of the components', 2 block(s)",
         "pruned": "hardened to one component: cached decoding / the component's",
-        "loading": "loading / sum of the components",
+        "loading.1": "loading / sum of the components, one block",
+        "loading.2": "loading / sum of the components, two blocks",
     }
     for name, what in names.items():
         one = next((one for key, one in ratios.items() if key.startswith(what)), None)

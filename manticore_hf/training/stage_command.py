@@ -5,6 +5,7 @@ calibrate take what they make use of.
 """
 
 import argparse
+import shlex
 
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.settings_manticore import ManticoreError
@@ -81,6 +82,7 @@ def _add_training(parser, cls):
 def main(args: argparse.Namespace) -> None:
     """Runs the stage."""
     from manticore_hf.training.runtime import training_defaults
+    from manticore_hf.utils.distributed import print_main
 
     stage, defaults = args.stage, training_defaults()
     for key, value in vars(args).items():
@@ -94,5 +96,13 @@ def main(args: argparse.Namespace) -> None:
     start, training = from_namespace(stage.arguments, args), from_namespace(stage.training_class, args)
     if stage.name == "compose":
         stage.run(args.components, training, **start.settings())
+        print_main(f"measure it with: {_measuring(args.components, training.output_dir, start.tokenizer_data)}")
     else:
         stage.run(start, from_namespace(DataArguments, args), training)
+
+
+def _measuring(components: list[str], output_dir: str, text: str | None) -> str:
+    """The command that compares a new hybrid with its components, on the text that chose its tokenizer if one did."""
+    command = ["manticore-hf", "evaluate", "--model", output_dir, "--data", text or "TEXT.txt"]
+    # Whose tokenizers differ is to be compared with each model as it came
+    return shlex.join(command if text is None else [*command, "--components", *components])
