@@ -2,9 +2,10 @@
 
     python benchmarks/composition.py DIR --output benchmarks/results/composition.json    # minutes of a core
     python benchmarks/composition.py DIR --task glossary --output benchmarks/results/glossary.json
+    python benchmarks/composition.py DIR --task recall --output benchmarks/results/recall.json
 
-Sums at the defaults of `manticore-hf composition`, the glossary with fewer names, rows and steps (SIZES). Finished runs
-in DIR are not repeated; --collect writes what is there.
+Sums and recall at the defaults of `manticore-hf composition`, the glossary with fewer names, rows and steps (SIZES).
+Finished runs in DIR are not repeated; --collect writes what is there.
 """
 
 import argparse
@@ -20,11 +21,16 @@ from transformers.utils import logging
 from manticore_hf.experiments import CompositionTask, run_composition
 from manticore_hf.experiments.composition.glossary import GlossaryTask
 from manticore_hf.experiments.composition.models import conditions
+from manticore_hf.experiments.composition.recall import RecallTask
 from manticore_hf.experiments.composition.train import Composition, CompositionTraining
 from manticore_hf.utils.files import read_json
 
-TASKS = {"sums": CompositionTask, "glossary": GlossaryTask}
-SIZES = {"sums": {}, "glossary": {"num_keys": 288, "num_table": 7200, "num_sums": 6400, "num_train": 2400}}
+TASKS = {"sums": CompositionTask, "glossary": GlossaryTask, "recall": RecallTask}
+SIZES = {
+    "sums": {},
+    "glossary": {"num_keys": 288, "num_table": 7200, "num_sums": 6400, "num_train": 2400},
+    "recall": {},
+}
 KEPT = ("model", "unseen", "known", "trained", "parameters", "trained_parameters", "steps", "train_loss")
 
 
