@@ -166,14 +166,13 @@ class ManticoreCache(Cache):
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
         if tokens_to_remove > 0:
             raise ManticoreError(f"crop({tokens_to_remove}): say what to remove as a negative number, as in crop(-1).")
-        if tokens_to_remove and self.readers:
-            raise ManticoreError("A component with a tokenizer of its own cannot undo tokens that it has read.")
-        if tokens_to_remove and self.is_recurrent and not self.records:
-            raise ManticoreError("Recurrent states are undone only after `activate_past_recording()`: call it first.")
+        if tokens_to_remove and (self.readers or not self.is_croppable):
+            one = "A component with its own tokenizer" if self.readers else "A cache of recurrent or quantised layers"
+            raise ManticoreError(f"{one} cannot undo tokens that it has read: go on from a copy.deepcopy of the cache.")
         kept = self.kept.items() if abs(tokens_to_remove) < self.seen else ()
         self.kept = {key: one.crop(abs(tokens_to_remove)) for key, one in kept}
         super().crop(tokens_to_remove)
-        self.seen -= abs(tokens_to_remove)
+        self.seen = max(0, self.seen - abs(tokens_to_remove))
         self.mask = None if self.mask is None else self.mask[:, : self.seen]
 
     def activate_past_recording(self) -> None:

@@ -58,11 +58,28 @@ def test_crop_of_a_cache_of_attention_only():
     close(next_logits(model, cache, ids[:, 5:]), last_logits(model, ids))
 
 
+@torch.no_grad()
 def test_crop_of_recurrent_states_is_refused(model):
-    cache = filled(model, tokens())
-    with pytest.raises(ManticoreError, match=r"call it first"):
-        cache.crop(-2)
-    assert not cache.is_croppable and cache.get_seq_length() == tokens().shape[1]
+    """Recorded or not: Transformers records convolutions, and leaves what was scanned as it is."""
+    ids, other = tokens(), tokens()[:, :1]
+    for record in (False, True):
+        cache = model.make_cache()
+        if record:
+            cache.activate_past_recording()
+        model(ids, cache=cache)
+        with pytest.raises(ManticoreError, match=r"recurrent or quantised layers cannot undo .* copy.deepcopy"):
+            cache.crop(-2)
+        assert not cache.is_croppable and cache.get_seq_length() == ids.shape[1]
+        copied = copy.deepcopy(cache)
+        close(next_logits(model, copied, other), last_logits(model, torch.cat([ids, other], -1)))
+
+
+def test_no_more_is_cropped_than_was_read():
+    model, ids = hybrid("llama"), tokens(1, 5)
+    cache = filled(model, ids)
+    cache.crop(-9)
+    assert cache.get_seq_length() == 0
+    close(next_logits(model, cache, ids), last_logits(model, ids))
 
 
 def test_crop_takes_no_length():

@@ -23,6 +23,11 @@ def add_options(parser: Parser) -> None:
         action="store_true",
         help="let the directory's recipe name text outside of it; not needed if you ran it that way on this machine",
     )
+    parser.add_argument(
+        "--components",
+        nargs="+",
+        help="where the components are, to measure each as it came (default: where the hybrid has them from)",
+    )
     parser.add_argument("--output-dir", help="write the report to this directory (default: the given one)")
     parser.add_argument("--output", dest="output_dir", action=Renamed, new="--output-dir")
     parser.add_argument("--max-tokens", type=int, default=20_000, help="measure on at most this many tokens")
@@ -50,6 +55,7 @@ def main(args: argparse.Namespace) -> None:
         args.batch_size,
         args.measure,
         args.allow_outside,
+        args.components,
     )
     print(f"\n{verdict.word}: {verdict.headline}.")
     for sentence in (*verdict.reasons, *(f"Next: {step}" for step in verdict.steps)):

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def write_report(
     batch_size: int = 8,
     measured: bool = True,
     allow_outside: bool = False,
+    components: Sequence[str] | None = None,
 ) -> tuple[Verdict, Path, Path]:
     """Writes the report of a hybrid: one HTML file that needs nothing else, and its Markdown twin.
 
@@ -63,6 +65,8 @@ def write_report(
         measured: False to load no model and measure nothing.
         allow_outside: Whether a recipe that was not run by this user, on this machine, may name text outside of the
             directory.
+        components: Where the components are, in order, to measure them as they came; default: the addresses that the
+            hybrid knows.
 
     Returns:
         (Verdict, path of the HTML file, path of the Markdown file).
@@ -76,7 +80,7 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     if measured:
         arguments, split = held_out(facts, data, block_size, allow_outside)
-        facts.measured = _measure(facts, arguments, split, output / NAMES[2], max_tokens, batch_size)
+        facts.measured = _measure(facts, arguments, split, output / NAMES[2], max_tokens, batch_size, components)
     run = one_run(facts)
     verdict = decide(facts.comparison, facts.found["settings"], compare_command(facts, data), run)
     html, markdown = render(facts, verdict)
@@ -93,7 +97,7 @@ def compare_command(facts: Facts, test: str | os.PathLike | None = None) -> str:
     return f"manticore-hf compare {shlex.quote(str(recipe))} --test {test} --output-dir {output}"
 
 
-def _measure(facts, arguments, split, path, max_tokens, batch_size):
+def _measure(facts, arguments, split, path, max_tokens, batch_size, components):
     """{name: measurement} on held-out text; what `path` holds already is not measured again."""
     tokenizer = read_tokenizer(facts.folder)
     try:
@@ -104,6 +108,9 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size):
     rows = passages.rows
     config = ManticoreConfig.from_pretrained(facts.folder)
     names, blocks = config.component_names, facts.found["settings"]["num_blocks"]
+    if components is not None and len(components) != len(names):
+        raise ManticoreError(f"components={components} are {len(components)}; the hybrid has {len(names)}: {names}.")
+    sources = components or recipe_sources(facts.folder, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     store = Store(
         path,
@@ -112,6 +119,7 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size):
             "text": _digest(rows),
             "batch_size": batch_size,
             "names": names,
+            "components": sources,
             "machine": [
                 torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
                 torch.get_num_threads(),
@@ -129,7 +137,7 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size):
         where, _ = measure.scored_positions(rows)
         nats = {name: np.bincount(where, one.numpy(), len(rows)) for name, one in found.items()}
         whole = Measured(nats, passages.tokens, passages.bytes, kinds=passages.kinds)
-        sources, fresh = recipe_sources(facts.folder, config), config.embeddings == "fresh"
+        fresh = config.embeddings == "fresh"
         measure_originals(whole, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
         return {**whole.to_dict(), "rows": len(rows), "where": where_it_differs(found, rows, tokenizer, gate, names)}
 
