@@ -181,6 +181,20 @@ def tables(markdown):
     return [table for table in out if table]
 
 
+def test_an_online_mixture_is_not_drawn_as_one_row_nor_compared_with_itself(folder, tmp_path):
+    model = mixed_hybrid(num_blocks=1, mixture="online")
+    torch.nn.init.zeros_(model.hybrid_mixer.alpha_logits)
+    save(model, tmp_path / "hybrid", words="cat sat on a mat and saw two dogs run".split())
+    _, page, markdown = write_report(tmp_path / "hybrid", folder / "text.txt", max_tokens=200, batch_size=2)
+    found, names = Page(page.read_text()).text, model.config.component_names
+    begun = ", ".join(f"{name} 0.500" for name in names)
+    said = f"weights follow the components’ losses on the text so far. A text begins with {begun}."
+    assert said in " ".join(found.split())
+    assert "Against ensemble" in found and "Against online mixture" not in found
+    assert "hybrid (this hybrid)" in markdown.read_text()
+    assert f"nats per token; {names[0]}" in markdown.read_text()
+
+
 def test_kinds_of_text_and_several_texts_are_told_apart(folder, written, tmp_path):
     """In one run, where the records say what they are, and where losses on several texts are known."""
     hybrid = shutil.copytree(folder / "hybrid", tmp_path / "hybrid", ignore=shutil.ignore_patterns("report.*"))

@@ -53,6 +53,8 @@ def mixture(facts: Facts) -> dict[str, Any]:
                 }
             )
     token, online = (facts.found["settings"]["mixture"] == kind and not route for kind in ("token", "online"))
+    # One row of equal weights shows nothing where they change with the token
+    chart = None if (token or online) and blocks == 1 else charts.heat(weights, labels, names, "{:.3f}", label=_WEIGHTS)
     return {
         "names": names,
         "token": token,
@@ -62,7 +64,7 @@ def mixture(facts: Facts) -> dict[str, Any]:
             {"name": label, "weights": ["–" if w is None else f"{w:.3f}" for w in row]}
             for label, row in zip(labels, weights)
         ],
-        "chart": None if token and blocks == 1 else charts.heat(weights, labels, names, "{:.3f}", label=_WEIGHTS),
+        "chart": chart,
     }
 
 
