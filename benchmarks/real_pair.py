@@ -91,11 +91,11 @@ def measure(hybrid, text, alone=True):
             "bytes": len(text.encode()), "seconds": seconds}  # fmt: skip
 
 
-def joined(options):
-    """The two models under the first one's tokenizer."""
+def joined(options, mixture="static"):
+    """A hybrid of the two models under the first one's tokenizer, whose probabilities are mixed."""
     specs = [ComponentSpec(path, name=name) for path, name in zip(options.models, options.names)]
     return ManticoreForCausalLM.from_components(
-        specs, dtype=torch.float32, mixture="static", mixture_space="prob", verify=False,
+        specs, dtype=torch.float32, mixture=mixture, mixture_space="prob", verify=False,
         tokenizer_component=options.names[0]).eval()  # fmt: skip
 
 

@@ -27,20 +27,12 @@ from real_pair import TEST, joined, keep, measure, mixed, online, rate_of, split
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from manticore_hf import ComponentSpec, ManticoreForCausalLM, compose_transplanted
+from manticore_hf import ComponentSpec, compose_transplanted
 from manticore_hf.evaluation.statistics import paired_p
 from manticore_hf.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "real_pair_tuned.json"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-def compose(options, **settings):
-    """A hybrid of both models whose probabilities are mixed."""
-    specs = [ComponentSpec(path, name=name) for path, name in zip(options.models, options.names)]
-    return ManticoreForCausalLM.from_components(
-        specs, dtype=torch.float32, mixture_space="prob", verify=False, tokenizer_component=options.names[0], **settings
-    ).eval()
 
 
 def row_of(tokens, text):
@@ -132,7 +124,7 @@ def main():
         found[label] = {kind: [float(of(one)) / math.log(2) for one in base[kind]] for kind in plan}
     out = {"training": {}, "rank": options.rank, "rate": options.rate, "epochs": options.epochs, "seed": options.seed}
 
-    hybrid = compose(options, mixture="token")
+    hybrid = joined(options, mixture="token")
     aligner = aligner_of(hybrid)
     tokens = {name: aligner.bytes_of(hybrid, name) for name in options.names}
     rows, counted = [], 0
