@@ -28,6 +28,7 @@ from .bounds_manticore import guard
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import resize
 from .mixture_manticore import without_autocast
+from .rows_manticore import refuse_adapter_names
 from .running_manticore import active_in, mix_native, mixture_rows, run_any, takes_turns
 
 TRUST = 1e-6
@@ -117,6 +118,8 @@ class Aligner:
             if inputs.mask is not None:
                 real = inputs.mask[:, -time:].flatten().tolist()
                 places = [[place for place in row if real[place]] for row in places]
+        if len(places) > 1:
+            refuse_adapter_names(model, f"component {name!r}, with its own tokenizer, reads each row in pieces")
         rows = [Row() for _ in places]
         if inputs.cache is not None:
             rows = inputs.cache.readers.setdefault(name, rows)
@@ -424,10 +427,7 @@ def run_aligned(model, inputs, shared):
     """One block whose components read the same bytes; see `running_manticore.run`."""
     config = model.config
     if inputs.ids is None:
-        raise ManticoreError(
-            "A hybrid whose components have several tokenizers reads input_ids: inputs_embeds belong to one "
-            "tokenizer's tokens."
-        )
+        raise ManticoreError("Give input_ids: components have several tokenizers, inputs_embeds are of one's tokens.")
     if torch.compiler.is_exporting():
         raise ManticoreError(
             f"Components {list(config.aligned)} read the text of input_ids by tokenizers of their own, which no graph "

@@ -20,7 +20,7 @@ from .carried_manticore import check_carried, is_needed, optional
 from .components_manticore import ENGINES, EngineError, choose_attention, prepare, settle_attention
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import check_whole_rows, device_of, onloaded, place, whole_weights
-from .dtypes_manticore import MixedDtypes, Quantizable, check_adapted
+from .dtypes_manticore import MixedDtypes, check_adapted
 from .mixing_manticore import HybridMixer, whole
 from .mixture_manticore import widen
 from .running_manticore import read_inputs, run
@@ -51,7 +51,7 @@ class ManticoreModelOutput(BaseModelOutputWithPast):
     states: ModelOutput | None = None
 
 
-class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, Quantizable, PreTrainedModel):
+class ManticorePreTrainedModel(ReferencedWeights, MixedDtypes, PreTrainedModel):
     """What Transformers asks of all hybrid classes; loading, saving and initialisation."""
 
     config_class = ManticoreConfig
@@ -373,7 +373,7 @@ class ManticoreModel(ManticorePreTrainedModel):
                 "that grows; leave cache_implementation at its default."
             )
         for name, part in parts.items() if max_cache_len is not None else ():
-            if cache.attends(name) and not part._can_compile_fullgraph:
+            if self.segments.layout(name).attends and not part._can_compile_fullgraph:
                 raise ManticoreError(
                     f"Component {name!r} ({part.config.model_type}) does not support a static cache; leave "
                     "cache_implementation at its default."

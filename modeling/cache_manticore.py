@@ -13,6 +13,7 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
@@ -114,11 +115,6 @@ class ManticoreCache(Cache):
             view.offloading, view.only_non_sliding, view.prefetch_stream = True, False, self.prefetch_stream
         return view
 
-    def attends(self, name: str) -> bool:
-        """Whether a component has layers with keys and values."""
-        views = [self.view(*key.rsplit("-", 1)) for key in self._views if key.rpartition("-")[0] == name]
-        return any(isinstance(layer, CacheLayerMixin) for view in views for layer in view.layers)
-
     def stretch(self, mask, name: str, block: int, batch: int, time: int, device) -> torch.Tensor | None:
         """The mask [batch, past + time] of a segment, to the end of a static cache (Bloom's biases are as long)."""
         if self.max_cache_len is None:
@@ -127,10 +123,6 @@ class ManticoreCache(Cache):
             return mask
         mask = torch.ones(batch, self.seen + time, dtype=torch.long, device=device) if mask is None else mask
         return F.pad(mask, (0, self.max_cache_len - mask.shape[1]))
-
-    def advance(self, tokens: int) -> None:
-        """Counts `tokens` new positions; called once at the end of each pass."""
-        self.seen += tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens already seen."""
@@ -144,10 +136,6 @@ class ManticoreCache(Cache):
         """Forgets everything and keeps the memory."""
         super().reset()
         self.seen, self.mask, self.has_padding, self.readers, self.kept = 0, None, False, {}, {}
-
-    def restart(self, empty: Cache) -> None:
-        """Becomes a new cache of the same hybrid, `empty`, for the sake of whoever holds this one."""
-        self.__dict__.update(empty.__dict__)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Puts rows in another order."""
@@ -166,9 +154,14 @@ class ManticoreCache(Cache):
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
         if tokens_to_remove > 0:
             raise ManticoreError(f"crop({tokens_to_remove}): say what to remove as a negative number, as in crop(-1).")
-        if tokens_to_remove and (self.readers or not self.is_croppable):
-            one = "A component with its own tokenizer" if self.readers else "A cache of recurrent or quantised layers"
-            raise ManticoreError(f"{one} cannot undo tokens that it has read: go on from a copy.deepcopy of the cache.")
+        whose = "recurrent or quantised layers, or of a component with its own tokenizer,"
+        if self.is_croppable and not self.readers:  # may lack keys that the next token would read
+            windows = [one for one in self.layers if isinstance(one, DynamicSlidingWindowLayer) and one.is_initialized]
+            left = [(one, one.get_seq_length() + tokens_to_remove) for one in windows]
+            lacks = any(x.keys.shape[-2] + tokens_to_remove < min(x.sliding_window - 1, n) for x, n in left)
+            whose = "sliding windows (without activate_past_recording() before they were read)" if lacks else None
+        if tokens_to_remove and whose:
+            raise ManticoreError(f"A cache of {whose} cannot undo tokens: go on from a copy.deepcopy of the cache.")
         kept = self.kept.items() if abs(tokens_to_remove) < self.seen else ()
         self.kept = {key: one.crop(abs(tokens_to_remove)) for key, one in kept}
         super().crop(tokens_to_remove)
@@ -193,14 +186,11 @@ class ManticoreCache(Cache):
         for layer in self.layers:
             if isinstance(layer, CacheLayerMixin):
                 getattr(layer, method)(argument)
-        for states, key in self._recurrent_states():  # whose layers cannot do it themselves in Transformers 5.24
-            states[key] = states[key].index_select(0, chosen(len(states[key])).to(states[key].device))
-
-    def _recurrent_states(self):
-        """[(dict, key)] of all states of recurrent layers."""
+        # Layers that cannot do it themselves in Transformers 5.24
         layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-        found = [states for layer in layers for states in (layer.conv_states, layer.recurrent_states)]
-        return [(states, key) for states in found for key, state in states.items() if state is not None]
+        for states in [states for layer in layers for states in (layer.conv_states, layer.recurrent_states)]:
+            for key in [key for key, state in states.items() if state is not None]:
+                states[key] = states[key].index_select(0, chosen(len(states[key])).to(states[key].device))
 
 
 def is_hybrids(cache: Cache) -> bool:
@@ -238,15 +228,16 @@ def _behind(model, cache):
     found = model.make_cache(offloading=cache.offloading) if type(cache) is DynamicCache else None
     if found is not None and not found.is_recurrent and not found.keeps_more:
         if cache.get_seq_length() == 0:
-            cache.layers, cache.layer_class_to_replicate = found.layers, None
-        if [*map(type, cache.layers)] == [*map(type, found.layers)]:
+            cache.layers, cache.layer_class_to_replicate, cache._read = found.layers, None, (None, False)
+        if hasattr(cache, "_read") and [*map(type, cache.layers)] == [*map(type, found.layers)]:
             found.layers = cache.layers
             found.seen = max(layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin))
-            found.mask, found.has_padding = getattr(cache, "_read", (None, False)) if found.seen else (None, False)
+            found.mask, found.has_padding = cache._read
             return found
     raise ManticoreError(
         f"cache is a {type(cache).__name__}; a hybrid takes a ManticoreCache (model.make_cache()) or, if all its "
-        "components are attention-only, an empty DynamicCache."
+        "components are attention-only, an empty DynamicCache. PEFT's prefix tuning gives one with keys and values of "
+        "no token: use lora_config or prompt_config instead."
     )
 
 
@@ -286,7 +277,7 @@ def cache_for_generation(
         if is_hybrids(given) and mask is not None and not given.is_plain:
             read = mask[:, : given.seen] != 0
             if not torch.equal(read, torch.ones_like(read) if given.mask is None else given.mask.to(read.device) != 0):
-                given.restart(model.make_cache(*given.options))
+                given.__dict__.update(vars(model.make_cache(*given.options)))  # for whoever holds it, too
         given._is_user_defined = True
         return given
     if settings.use_cache is False:

@@ -35,6 +35,11 @@ _TORCHAO = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Pe
 class MixedDtypes:
     """Mixin of the hybrid classes, before PreTrainedModel."""
 
+    def post_init(self) -> None:
+        """Notes which maps stay in floating point."""
+        super().post_init()
+        self._keep_in_fp32_modules = set(kept_maps(self))
+
     @property
     def dtype(self) -> torch.dtype:
         """The widest dtype of the parts; what `save_pretrained` states, and a later load takes."""
@@ -146,15 +151,6 @@ def kept_maps(model: PreTrainedModel) -> list[str]:
     kept = {key for key in _kept(model) if not key.startswith((f"{MIXER}.", f"{SCORE}."))}
     kept = {re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in kept}
     return sorted(kept | ({MIXER, SCORE} & set(model._modules)))
-
-
-class Quantizable:
-    """Mixin of the hybrid classes, before PreTrainedModel."""
-
-    def post_init(self) -> None:
-        """Notes which maps stay in floating point."""
-        super().post_init()
-        self._keep_in_fp32_modules = set(kept_maps(self))
 
 
 def note_kept(quantizer: object, model: PreTrainedModel) -> None:

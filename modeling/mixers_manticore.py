@@ -297,11 +297,6 @@ def _rebuild(forward, code, own):
     return out
 
 
-_NO_SOURCE = (
-    "calls with several tokens cannot continue from a cache, and limits of step sizes are not kept in decoding."
-)
-
-
 @functools.lru_cache(None)
 def _ways(forward, called):
     """What a class's forward becomes: (forward, the same step by step or None, whether it scans, whether that goes on).
@@ -319,7 +314,11 @@ def _ways(forward, called):
         try:
             code, given = _complete(inner, missing)
         except (OSError, SyntaxError, IndexError, StopIteration) as error:
-            warnings.warn(f"The source of {inner.__qualname__} cannot be read ({error}): {_NO_SOURCE}", stacklevel=3)
+            warnings.warn(
+                f"The source of {inner.__qualname__} cannot be read ({error}): calls with several tokens cannot go on "
+                "from a cache, and limits of step sizes are not kept in decoding.",
+                stacklevel=3,
+            )
     # Without its name, by which torch.compile would look the functions up in Transformers' module
     home = {key: value for key, value in inner.__globals__.items() if key not in ("__name__", "__spec__", "__loader__")}
     whole, stepwise = _rebuild(forward, code, home | ours), None

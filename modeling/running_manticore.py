@@ -19,7 +19,7 @@ from .carried_manticore import optional
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
-from .rows_manticore import IN_PARTS, Documents, check_mask, find_documents, has_values, run_cut
+from .rows_manticore import IN_PARTS, Documents, check_mask, find_documents, has_values, refuse_adapter_names, run_cut
 
 logger = logging.get_logger(__name__)
 
@@ -159,9 +159,11 @@ def run(model, inputs, shared=True):
     """
     model.segments.follow()
     if any("adapter_names" in getattr(hook, "keywords", ()) for hook in model.hybrid_mixer._forward_pre_hooks.values()):
+        why = "each of these has a full mixer (lora_config(model, train_mixer=False) has none), a batch one mixture"
+        refuse_adapter_names(model, why)
+    if any(getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()):
         raise ManticoreError(
-            "adapter_names: each of these adapters has a full mixer, but a batch has one mixture. Call the model once "
-            "for each adapter, or train adapters without a mixer (lora_config(model, train_mixer=False))."
+            "alora_invocation_tokens: aLoRA counts tokens of rows that hybrids run in parts; use LoRA."
         )
     try:
         runner = optional("aligned_hybrid").run_aligned if model.config.aligned else run_any
@@ -200,6 +202,7 @@ def run_any(model, inputs, shared, weights=None):
     if inputs.documents is not None:
         if inputs.attentions is not None:
             raise ManticoreError(IN_PARTS)
+        refuse_adapter_names(model, "rows with several documents, or padding inside, are run in another order")
         return inputs.documents.run(lambda part: run_rows(model, part, shared, weights), inputs, takes_turns(model))
     cache, mask = inputs.cache, inputs.mask
     if cache is not None and cache.mask is not None and mask is None:
@@ -241,7 +244,7 @@ def run_rows(model, inputs, shared, weights=None):
         if time == 1 and cache.seen and cache.is_recurrent and torch.is_grad_enabled() and has_values():
             found.states = {name: NoGradient.apply(state) for name, state in found.states.items()}
             found.shared = None if found.shared is None else NoGradient.apply(found.shared)
-        cache.advance(time)
+        cache.seen += time
     return found
 
 

@@ -353,8 +353,49 @@ def test_rows_of_a_batch_with_adapters_of_their_own(saved):
     with tuned.disable_adapter():
         torch.testing.assert_close(found[1:], tuned(IDS[1:]).logits, atol=1e-5, rtol=1e-5)
     model = ManticoreForCausalLM.from_pretrained(saved)
-    with pytest.raises(ManticoreError, match="adapter_names: each of these adapters has a full mixer"):
+    with pytest.raises(ManticoreError, match="adapter_names: each of these has a full mixer"):
         get_peft_model(model, lora_config(model, r=2)).eval()(input_ids=IDS, adapter_names=["default", "__base__"])
+
+
+def test_adapters_of_rows_that_are_run_in_another_order_are_refused(saved):
+    """Documents, and rows with padding inside, are sorted by length. The refusal leaves nothing for the next call."""
+    model = ManticoreForCausalLM.from_pretrained(saved)
+    tuned = _train(get_peft_model(model, lora_config(model, r=2, train_mixer=False))).eval()
+    mask, right = torch.ones_like(IDS), tuned(input_ids=IDS).logits
+    mask[0, 3:6] = 0
+    for told in ({"attention_mask": mask}, {"position_ids": torch.tensor([[*range(5), *range(7)]] * 2)}):
+        with pytest.raises(ManticoreError, match="adapter_names: rows with several documents, or padding inside, are"):
+            tuned(input_ids=IDS, adapter_names=["default", "__base__"], use_cache=False, **told)
+        assert torch.equal(tuned(input_ids=IDS).logits, right)
+
+
+def test_a_second_adapter_has_the_targets_of_the_first(saved):
+    model = ManticoreForCausalLM.from_pretrained(saved)
+    first = lora_config(model, r=2)
+    tuned = get_peft_model(model, first)
+    second = lora_config(model, r=3)
+    assert second.target_modules == first.target_modules
+    tuned.add_adapter("second", second)
+    tuned.set_adapter("second")
+    _train(tuned)
+    assert {one.r for one in tuned.peft_config.values()} == {2, 3}
+
+
+def test_activated_lora_is_refused(saved):
+    """It counts tokens from the end of a row: padding on the right, documents and tokenizers make it other tokens."""
+    model = ManticoreForCausalLM.from_pretrained(saved)
+    config = lora_config(model, r=2, train_mixer=False)
+    tuned = get_peft_model(model, config).eval()
+    right = tuned(input_ids=IDS).logits
+    config = lora_config(model, r=2, train_mixer=False)
+    config.alora_invocation_tokens = [5, 6]
+    tuned.add_adapter("activated", config)
+    tuned.set_adapter("activated")
+    for call in (tuned, tuned.generate):
+        with pytest.raises(ManticoreError, match="alora_invocation_tokens: .* use LoRA"):
+            call(input_ids=IDS)
+    tuned.delete_adapter("activated")
+    assert torch.equal(tuned(input_ids=IDS).logits, right)
 
 
 @pytest.mark.parametrize("settings", [{"num_blocks": 1}, {"num_blocks": 2, "embeddings": "mixed"}])
@@ -387,5 +428,20 @@ def test_soft_prompts_are_read_where_the_tokens_are(tmp_path, settings):
         prompt_config(model, PrefixTuningConfig)
     sizes = {"num_attention_heads": 1, "num_layers": 1}
     prefixed = get_peft_model(mixed_hybrid(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **sizes))
-    with pytest.raises(ManticoreError, match="cache is a DynamicCache"):
+    with pytest.raises(
+        ManticoreError, match="cache is a DynamicCache.* prefix tuning .* use lora_config or prompt_config"
+    ):
         prefixed(input_ids=ids)
+
+
+def test_prefix_tuning_is_refused_where_all_components_attend():
+    """`forward` could read such a prefix; `generate(use_cache=False)` would leave it out after the first token."""
+    torch.manual_seed(0)
+    model = ManticoreForCausalLM.from_components([_llama(), _gpt2()]).eval()
+    sizes = {"token_dim": 32, "num_attention_heads": 4, "num_layers": 4}
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **sizes)).eval()
+    with pytest.raises(ManticoreError, match="prefix tuning"):
+        tuned(input_ids=IDS)
+    for cached in (True, False):
+        with pytest.raises(ManticoreError, match="prefix tuning"):
+            tuned.generate(input_ids=IDS, max_new_tokens=2, use_cache=cached)

@@ -338,5 +338,5 @@ def test_what_cannot_be_aligned_says_so(hybrids, tmp_path):
     for wrong in (lambda: model.make_cache(32), lambda: model.resize_token_embeddings(500)):
         with pytest.raises(ManticoreError, match="tokenizers of their own"):
             wrong()
-    with pytest.raises(ManticoreError, match="reads input_ids"):
+    with pytest.raises(ManticoreError, match="Give input_ids"):
         model(inputs_embeds=torch.zeros(1, 2, 24))

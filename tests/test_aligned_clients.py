@@ -109,6 +109,14 @@ def test_what_reaches_one_tokenizers_tokens_alone_is_refused(made):
     right = model(ids, attention_mask=mask).logits
     model.enable_input_require_grads()  # changes nothing
     assert torch.equal(model(ids, attention_mask=mask).logits, right)
+    adapted = get_peft_model(copy.deepcopy(model), lora_config(model, r=2, train_mixer=False)).eval()
+    with pytest.raises(
+        ManticoreError, match="adapter_names: component 'gpt_neox_gemma', with its own tokenizer, reads"
+    ):
+        adapted(input_ids=ids, attention_mask=mask, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(adapted(input_ids=ids, attention_mask=mask).logits, right)  # and does so no longer
+    alone = adapted(input_ids=ids[:1], attention_mask=mask[:1], adapter_names=["default"]).logits
+    torch.testing.assert_close(alone, right[:1], atol=1e-5, rtol=1e-5)
     activate_neftune(model, 5.0)
     with pytest.raises(ManticoreError, match="such as NEFTune's. changes only what component 'llama_gpt' reads"):
         model.train()(ids, attention_mask=mask)

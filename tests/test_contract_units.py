@@ -67,7 +67,9 @@ def test_crop_of_recurrent_states_is_refused(model):
         if record:
             cache.activate_past_recording()
         model(ids, cache=cache)
-        with pytest.raises(ManticoreError, match=r"recurrent or quantised layers cannot undo .* copy.deepcopy"):
+        with pytest.raises(
+            ManticoreError, match=r"recurrent or quantised layers, or of .* cannot undo .* copy.deepcopy"
+        ):
             cache.crop(-2)
         assert not cache.is_croppable and cache.get_seq_length() == ids.shape[1]
         copied = copy.deepcopy(cache)
@@ -80,6 +82,41 @@ def test_no_more_is_cropped_than_was_read():
     cache.crop(-9)
     assert cache.get_seq_length() == 0
     close(next_logits(model, cache, ids), last_logits(model, ids))
+
+
+@torch.no_grad()
+def test_crop_of_a_sliding_window_keeps_what_the_next_token_reads():
+    """Right where the window's keys are there still, refused before anything is cut where they are not."""
+    model, ids = hybrid("gemma3_text"), tokens(1, 12)  # windows of 4 tokens
+    for record, read, removed, fits in (
+        (False, [3], 2, True),
+        (False, [12], 3, False),
+        (True, [12], 3, True),
+        (True, [12], 11, True),
+        (True, [8, 2, 2], 3, True),
+    ):
+        cache = model.make_cache()
+        if record:
+            cache.activate_past_recording()
+        for part in ids[:, : sum(read)].split(read, -1):
+            model(part, cache=cache)
+        left = sum(read) - removed
+        if fits:
+            cache.crop(-removed)
+            close(next_logits(model, cache, ids[:, left:]), last_logits(model, ids))
+        else:
+            with pytest.raises(ManticoreError, match=r"sliding windows .*activate_past_recording.* cannot undo"):
+                cache.crop(-removed)
+            assert {layer.get_seq_length() for layer in cache.layers} == {12} == {cache.get_seq_length()}
+    cache = model.make_cache()  # recorded, cropped, and cropped again by more than what came in between
+    cache.activate_past_recording()
+    model(ids, cache=cache)
+    cache.crop(-1)
+    with pytest.raises(ManticoreError, match="sliding window"):
+        cache.crop(-2)
+    model(ids[:, 11:], cache=cache)
+    cache.crop(-1)
+    close(next_logits(model, cache, ids[:, 11:]), last_logits(model, ids))
 
 
 def test_crop_takes_no_length():

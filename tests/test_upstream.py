@@ -192,6 +192,15 @@ def test_upstream_still_reads_soft_prompts_again_with_every_token():
     assert (said[0] - said[1]).abs().max() > 1e-3
 
 
+def test_upstream_still_keeps_the_hooks_of_a_call_that_failed():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny("gpt_neox"), LoraConfig(target_modules=["query_key_value"])).eval()
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(input_ids=IDS, adapter_names=["default"] * (len(IDS) + 1))
+    assert any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_upstream_still_shifts_smoothed_labels_by_the_name_of_a_class(tmp_path):
     model = tiny("gpt2").eval()
     args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)

@@ -265,7 +265,7 @@ class ManticoreForCausalLM(Packaged, modeling_manticore.ManticoreForCausalLM):
                 state = self.segments.segment(name, block)(state, given, positions[:, start:stop], view)
             logits.append(self.segments.head(name)(state))
             if cache is not None:
-                cache.advance(size)
+                cache.seen += size
             start = stop
         return torch.cat(logits, 1)[:, padding:]
 

@@ -48,7 +48,10 @@ def lora_targets(model: nn.Module, components: list[str] | None = None) -> list[
         Sorted module names: attention, MLP and input projections; no heads, no embeddings, no expert routers, none of
         Mamba's raw or fused projections.
     """
-    return plain_linear_maps(model, components)
+    # Of maps that earlier adapters wrap, the wrapper, which PEFT adds the next one to
+    wrapped = [f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    maps = plain_linear_maps(model, components)
+    return sorted({next((name[:-1] for name in wrapped if key.startswith(name)), key) for key in maps})
 
 
 def lora_config(
