@@ -97,8 +97,10 @@ SLOW_SFT = {
     "wrapped": (TEXTS, {"packing": True, "packing_strategy": "wrapped", "max_length": 12}),
     "no padding": (PROMPTED, {"padding_free": True, "max_length": None}),
     "answers": (TALKS, {"assistant_only_loss": True}),
+    "wrapped answers": (TALKS, {"assistant_only_loss": True, "packing": True, "packing_strategy": "wrapped",
+                                "max_length": 12}),
     "prompts, too": (PROMPTED, {"completion_only_loss": False}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("cases", [SFT, pytest.param(SLOW_SFT, marks=pytest.mark.slow)], ids=["usual", "other"])
