@@ -18,14 +18,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from manticore_hf.experiments import CompositionTask, run_composition
-from manticore_hf.experiments.composition.glossary import GlossaryTask
 from manticore_hf.experiments.composition.models import conditions
-from manticore_hf.experiments.composition.recall import RecallTask
-from manticore_hf.experiments.composition.train import Composition, CompositionTraining
+from manticore_hf.experiments.composition.train import TASKS, Composition, CompositionTraining, run_composition
 from manticore_hf.utils.files import read_json
 
-TASKS = {"sums": CompositionTask, "glossary": GlossaryTask, "recall": RecallTask}
 SIZES = {
     "sums": {},
     "glossary": {"num_keys": 288, "num_table": 7200, "num_sums": 6400, "num_train": 2400},

@@ -213,7 +213,7 @@ def _made(name, config, max_cache_len, offloading, quantized):
     part = DynamicCache(config=config, offloading=offloading)
     if quantized is None or not any(isinstance(layer, CacheLayerMixin) for layer in part.layers):
         return part
-    with trying(f"A quantised cache for component {name!r} ({config.model_type})"):
+    with trying(f"A quantised cache (cache_config={quantized}) for component {name!r} ({config.model_type})"):
         return QuantizedCache(config=config, **quantized)
 
 

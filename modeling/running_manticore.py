@@ -103,6 +103,8 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
     """
     if (ids is None) == (embeds is None):
         raise ManticoreError("Give exactly one of input_ids and inputs_embeds.")
+    if ids is not None and (ids.is_floating_point() or ids.ndim != 2):
+        raise ManticoreError(f"input_ids is {ids.dtype} of shape {tuple(ids.shape)}; give integers [batch, time].")
     if embeds is None and model.get_input_embeddings().is_watched:
         embeds = model.get_input_embeddings()(ids)
     given = embeds if ids is None else ids

@@ -212,3 +212,9 @@ def test_a_configuration_survives_its_dict():
     again = ManticoreConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
     assert type(again.one) is type(config.one) and again.mixture_weights == [[1.0, 0.0], [0.5, 0.5]]
+
+
+def test_input_that_is_no_row_of_tokens_is_refused(model):
+    for wrong in (tokens().float(), tokens()[0], tokens()[None]):
+        with pytest.raises(ManticoreError, match=r"input_ids is torch\..* of shape .*give integers \[batch, time\]"):
+            model(wrong)

@@ -6,18 +6,18 @@ from cases import case
 # The aim is 5,500 lines and 28 files; 6,000 lines with bridges or aligned tokenizers
 MOST_FILES = 28
 MOST_LINES = {
-    "one block, attention only": 4335,
-    "one block, a Mamba": 4860,
-    "one block, a Mamba-2": 4959,
-    "K = 3, one block": 4860,
-    "classifier, a Mamba": 4765,
-    "online, a Mamba": 5082,
-    "bridges, a Mamba": 5548,
-    "aligned, attention only": 5998,
-    "two blocks, attention only": 4932,
-    "two blocks, a Mamba": 5457,
-    "pruned, a Mamba": 5498,
-    "K = 3, two blocks": 5457,
+    "one block, attention only": 4337,
+    "one block, a Mamba": 4862,
+    "one block, a Mamba-2": 4961,
+    "K = 3, one block": 4862,
+    "classifier, a Mamba": 4767,
+    "online, a Mamba": 5084,
+    "bridges, a Mamba": 5550,
+    "aligned, attention only": 6000,
+    "two blocks, attention only": 4934,
+    "two blocks, a Mamba": 5459,
+    "pruned, a Mamba": 5500,
+    "K = 3, two blocks": 5459,
 }
 
 

@@ -46,16 +46,12 @@ def main(args: argparse.Namespace) -> None:
     """Trains and scores the models."""
     from transformers.utils import logging
 
-    from manticore_hf.experiments.composition.glossary import GlossaryTask
-    from manticore_hf.experiments.composition.recall import RecallTask
-    from manticore_hf.experiments.composition.texts import CompositionTask
-    from manticore_hf.experiments.composition.train import CompositionTraining, run_composition
+    from manticore_hf.experiments.composition.train import TASKS, CompositionTraining, run_composition
 
     logging.set_verbosity_error()
     sizes = {name: getattr(args, name) for name in ("layers", "hidden_size", "batch_size", "smoothing", "noise")}
     texts = {name: getattr(args, name) for name in ("num_keys", "num_table", "num_sums", "num_train", "num_test")}
     texts = {name: value for name, value in texts.items() if value is not None}
-    kind = {"sums": CompositionTask, "glossary": GlossaryTask, "recall": RecallTask}[args.task]
     for seed in args.seeds:
-        task, training = kind(**texts, seed=seed), CompositionTraining(**sizes, seed=seed)
+        task, training = TASKS[args.task](**texts, seed=seed), CompositionTraining(**sizes, seed=seed)
         run_composition(task, args.output_dir, training, args.only)
