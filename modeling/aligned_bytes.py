@@ -30,6 +30,7 @@ class Surfaces:
     Args:
         tokenizer: A tokenizer of Transformers, backed by the tokenizers library.
         rows: Rows of a model's embedding; tokens beyond them are passed over. None: all have one.
+        parts: The tokenizer serialised, where the caller has it so.
 
     Attributes:
         size: Rows that an embedding of it has at least: the largest id and one.
@@ -39,10 +40,10 @@ class Surfaces:
         ids: {bytes: id}; of several tokens with the same bytes the one that the tokenizer writes.
     """
 
-    def __init__(self, tokenizer, rows=None):
+    def __init__(self, tokenizer, rows=None, parts=None):
         core, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
         vocabulary = {token: number for token, number in vocabulary.items() if not rows or number < rows}
-        self._model, self._kind = core.model, _kind(json.loads(core.to_str()))
+        self._model, self._kind = core.model, _kind(json.loads(core.to_str()) if parts is None else parts)
         self.size = max(vocabulary.values()) + 1
         roles = [(role, getattr(tokenizer, f"{role}_token_id")) for role in ROLES]
         self.roles = {role: i for role, i in roles if i is not None and not (rows and i >= rows)}
@@ -115,5 +116,5 @@ def _stages(stage):
 
 def _byte_token(token):
     """The byte that SentencePiece's `<0x0A>` stands for, or None."""
-    found = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    found = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token) if token[:1] == "<" else None
     return int(found[1], 16) if found else None

@@ -46,9 +46,9 @@ class ByteTokenizer:
     """
 
     def __init__(self, tokenizer, rows=None):
-        self.surfaces = Surfaces(tokenizer, rows)
-        self.size, self.table = self.surfaces.size, self.surfaces.bytes
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        self.surfaces = Surfaces(tokenizer, rows, parts)
+        self.size, self.table = self.surfaces.size, self.surfaces.bytes
         self.core = Tokenizer.from_str(json.dumps(_inside(parts)))
         self.core.encode_special_tokens = True
         roles = self.surfaces.roles
@@ -58,14 +58,13 @@ class ByteTokenizer:
         ids = [i for i in tokenizer("x", add_special_tokens=False).input_ids if i < self.size]
         text = b"".join(self.table[i] or b"" for i in ids)
         self.prefix = text[:-1] if text.endswith(b"x") else b""
-        order = sorted((data, number) for data, number in self.surfaces.ids.items())
-        self.sorted_bytes = [data for data, _ in order]
-        self.sorted_ids = np.array([number for _, number in order], dtype=np.int64)
+        self.sorted_bytes = sorted(self.surfaces.ids)
+        self.sorted_ids = np.array([self.surfaces.ids[data] for data in self.sorted_bytes], dtype=np.int64)
+        codes = np.frombuffer(b"".join(self.sorted_bytes), dtype=np.uint8)
+        within = np.ones(len(codes), dtype=bool)
+        within[np.cumsum([len(data) for data in self.sorted_bytes], dtype=np.int64) - 1] = False
         self.inside = np.zeros((256, 256), dtype=bool)
-        for data in self.sorted_bytes:
-            if len(data) > 1:
-                codes = np.frombuffer(data, dtype=np.uint8)
-                self.inside[codes[:-1], codes[1:]] = True
+        self.inside[codes[:-1][within[:-1]], codes[1:][within[:-1]]] = True
         self._cuts = Memo(_KEPT)
 
     def bytes_of(self, numbers):
