@@ -84,7 +84,7 @@ def run_prune(start: PruneArguments, data: DataArguments, arguments: TrainingArg
     Raises:
         ManticoreError: Something in the arguments cannot be used.
     """
-    return StageRun("prune", arguments, data, verbose=start.verbose).perform(partial(_prune, start), _summary)
+    return StageRun("prune", arguments, data, verbose=start.verbose).perform(partial(_prune, start), _summary, start)
 
 
 def _prune(start: PruneArguments, run: StageRun) -> dict:

@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from manticore_hf.evaluation.data import DataArguments
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
+from manticore_hf.training.asked import compared_before, differences, listing
 from manticore_hf.training.programs import program_of
 from manticore_hf.training.runtime import check_training, training_defaults
 from manticore_hf.training.search import STRATEGIES
@@ -353,8 +354,12 @@ def run_recipe(
     defaults = {"seed": recipe.seed, **training_defaults()}
     folder = output / "0-compose"
     arguments = TrainingArguments(output_dir=str(folder), **defaults)  # also joins the processes
-    if kept.exists() and dataclasses.replace(load_recipe(kept), path=recipe.path, name=recipe.name) != recipe:
-        raise ManticoreError(f"{output} holds the stages of another recipe ({kept}); give another --output-dir.")
+    again = kept.exists()
+    if again and (found := _changed(load_recipe(kept), recipe)):
+        raise ManticoreError(
+            f"{output} holds the stages of another recipe ({kept}; {listing(found)}): give another --output-dir, or "
+            "delete that directory."
+        )
     components = [find_beside(one, recipe) for one in recipe.components]
     stages = []
     for number, (stage, settings) in enumerate(recipe.stages, 1):  # whatever is wrong is said before anything is run
@@ -382,23 +387,39 @@ def run_recipe(
         settings = programs.ProgramSettings(**{"seed": recipe.seed, **recipe.program})
         tasks, hybrid["mixture"] = programs.mixture_tasks(hybrid["mixture"]), "static"
         program = partial(programs.program_alpha, tasks=tasks, output_dir=output / "0-program", settings=settings)
-    results = [(folder, STAGES["compose"].run(components, arguments, program=program, **hybrid))]
-    before_search, searched = folder, None
-    for known, own, data, training in stages:
-        stage, folder, start = known.name, Path(training["output_dir"]), results[-1][0]
-        print_main(f"[{recipe.name}] {stage} -> {folder}", flush=True)
-        if stage == "finetune" and searched is not None:
-            # The paper's order: components and projectors start again, the mixture is the one found.
-            start, own["mixture_from"] = before_search, str(searched)
-        arguments = known.training_class(**training)  # only now: some of it is of the whole process
-        result = known.run(known.arguments(model=str(start), **own), data, arguments)
-        if stage == "search":
-            searched = folder
-        elif searched is None:
-            before_search = folder
-        on_main(shutil.copyfile, kept, folder / "recipe.yaml")
-        results.append((folder, result))
+    with compared_before(again):
+        results = [(folder, STAGES["compose"].run(components, arguments, program=program, **hybrid))]
+        before_search, searched = folder, None
+        for known, own, data, training in stages:
+            stage, folder, start = known.name, Path(training["output_dir"]), results[-1][0]
+            print_main(f"[{recipe.name}] {stage} -> {folder}", flush=True)
+            if stage == "finetune" and searched is not None:
+                # The paper's order: components and projectors start again, the mixture is the one found.
+                start, own["mixture_from"] = before_search, str(searched)
+            arguments = known.training_class(**training)  # only now: some of it is of the whole process
+            result = known.run(known.arguments(model=str(start), **own), data, arguments)
+            if stage == "search":
+                searched = folder
+            elif searched is None:
+                before_search = folder
+            on_main(shutil.copyfile, kept, folder / "recipe.yaml")
+            results.append((folder, result))
     return results
+
+
+def _changed(then, now):
+    """What differs between two recipes, in the words of `differences`."""
+    return differences(_flat(then), _flat(now))
+
+
+def _flat(recipe):
+    out = {"seed": recipe.seed, "components": recipe.components}
+    for part in ("hybrid", "program", "data"):
+        out |= {f"{part}.{key}": value for key, value in getattr(recipe, part).items()}
+    out["stages"] = [stage for stage, _ in recipe.stages]
+    for number, (stage, settings) in enumerate(recipe.stages):
+        out |= {f"stages.{number}.{stage}.{key}": value for key, value in settings.items()}
+    return out
 
 
 def remember_recipe(text: str, folder: Path, allow_outside: bool = False) -> None:

@@ -26,6 +26,7 @@ from manticore_hf.evaluation.data import load_rows, without_text
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.evaluation.losses import Passages, make_passages
 from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
+from manticore_hf.training.asked import asked_for, check_asked, remember_asked
 from manticore_hf.training.progress import show_progress
 from manticore_hf.utils.deepspeed import Unrounded, take_precision
 from manticore_hf.utils.distributed import broadcast_object, gathered, is_main, main_first, on_main, print_main
@@ -63,18 +64,27 @@ class StageRun:
         """The directory that it writes."""
         return Path(self.arguments.output_dir)
 
-    def perform(self, work: Callable[["StageRun"], dict], summary: Callable[[dict], Iterable[str]]) -> dict:
+    def perform(
+        self, work: Callable[["StageRun"], dict], summary: Callable[[dict], Iterable[str]], start: Any = None
+    ) -> dict:
         """Does a stage's work unless it is finished, and prints its result; on every rank.
 
         Args:
             work: Loads, trains and saves through the run; gives the result as `save` or `write` returns it.
             summary: The lines that are printed of a result.
+            start: What the stage starts from and was told beside `arguments` and `data`: a mapping or a dataclass.
 
         Returns:
             The result, as `stage.json` has it.
+
+        Raises:
+            ManticoreError: The directory holds the stage as it was asked for with other settings, or another stage.
         """
+        asked = asked_for(self.stage, self.output, self.arguments, start, self.data)
+        on_main(self._check, asked)
         result = finished(self.output)
         if result is None:
+            on_main(remember_asked, self.output, asked)
             set_seed(self.arguments.seed)
             result = work(self)
             lines = list(summary(result))
@@ -89,6 +99,11 @@ class StageRun:
         for line in lines:
             print_main(line)
         return result
+
+    def _check(self, asked):
+        file = self.output / RESULT
+        result = read_json(file) if file.is_file() else None
+        check_asked(self.output, asked, result, last_whole_checkpoint(self.output) is not None)
 
     def load(self, source: str | Path, dtype: str) -> ManticoreForCausalLM:
         """The hybrid that the stage starts from; its tokenizer and the text are kept here. On every rank.

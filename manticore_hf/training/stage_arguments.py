@@ -12,6 +12,9 @@ from typing import Any
 from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.utils.settings import HybridSettings
 
+OLD_NAMES = {"harden": "prune"}
+"""Stages under their names in version 0.1, in recipes, as commands and in what they have written."""
+
 RECIPE_MAY_SAY = frozenset(
     """
     num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size seed

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from manticore_hf.training.stage_arguments import OLD_NAMES as OLD_NAMES
 from manticore_hf.training.stage_arguments import (
     AlphaArguments,
     CalibrateArguments,
@@ -114,9 +115,6 @@ STAGES: dict[str, Stage] = {
         ),
     )
 }
-
-OLD_NAMES = {"harden": "prune"}
-"""Stages under their names in version 0.1, in recipes and as commands."""
 
 AFTER_COMPOSE: dict[str, Stage] = {name: stage for name, stage in STAGES.items() if name != "compose"}
 """Those that a recipe lists: composing comes first by itself."""

@@ -54,7 +54,7 @@ def run_stage(stage: str, start: StageArguments, data: DataArguments, arguments:
     """
     if stage not in _NAMES:
         raise ManticoreError(f"stage={stage!r} is unknown; choose one of {list(_NAMES)}.")
-    return StageRun(stage, arguments, data, verbose=start.verbose).perform(partial(_train, start), _summary)
+    return StageRun(stage, arguments, data, verbose=start.verbose).perform(partial(_train, start), _summary, start)
 
 
 run_pretrain = partial(run_stage, "pretrain")

@@ -56,7 +56,7 @@ def run_compose(
         ManticoreError: Components or settings that cannot be joined.
     """
     work = partial(on_main, _compose, components, settings, program)
-    return StageRun("compose", arguments).perform(work, _composed)
+    return StageRun("compose", arguments).perform(work, _composed, {"components": components, **settings})
 
 
 def _composed(result: dict) -> Iterator[str]:
@@ -156,7 +156,7 @@ def run_calibrate(start: CalibrateArguments, data: DataArguments, arguments: Tra
     Raises:
         ManticoreError: Something in the arguments or the text cannot be used.
     """
-    return StageRun("calibrate", arguments, data).perform(partial(_calibrate, start), _calibrated)
+    return StageRun("calibrate", arguments, data).perform(partial(_calibrate, start), _calibrated, start)
 
 
 def _calibrate(start: CalibrateArguments, run: StageRun) -> dict:
