@@ -15,6 +15,7 @@ import manticore_hf
 from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.training.stages import OLD_NAMES, STAGES
 from manticore_hf.utils.formatting import printable_output
+from manticore_hf.utils.interrupted import ends_if_interrupted
 from manticore_hf.utils.options import Parser, RawHelp
 from manticore_hf.utils.quiet import quiet_optional_packages
 from manticore_hf.utils.renamed import warn_renamed
@@ -94,6 +95,11 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
+_GO_ON = {"demo", "run", "compare", "mad-profile", "composition"} | {
+    name for name, stage in STAGES.items() if stage.trains is not None
+}
+"""Commands that keep what they have done when they are interrupted; others begin again."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
@@ -105,10 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 2 where something that was given cannot be used, which is then said in a sentence on stderr.
 
     Raises:
-        SystemExit: The help was asked for, or there is no such command or option (status 2).
+        SystemExit: The help was asked for, there is no such command or option (status 2), or the command was
+            interrupted (130).
     """
-    with printable_output(), quiet_optional_packages():
-        return _main(sys.argv[1:] if argv is None else list(argv))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    goes_on = bool(argv) and OLD_NAMES.get(argv[0], argv[0]) in _GO_ON
+    said = "Interrupted; run the same command again to go on." if goes_on else "Interrupted."
+    with printable_output(), ends_if_interrupted(said), quiet_optional_packages():
+        return _main(argv)
 
 
 def _main(argv: list[str]) -> int:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -235,6 +237,59 @@ def test_a_bug_shows_its_traceback(monkeypatch):
         monkeypatch.setattr(module, "main", broken)
         with pytest.raises(type(error)):
             main(["inspect", "me/x"])
+
+
+def test_an_interrupt_is_a_line_and_status_130(monkeypatch, capsys):
+    def stopped(args):
+        raise KeyboardInterrupt
+
+    for words, said in (
+        (["inspect", "me/x"], "Interrupted."),
+        (["compose", "a/b", "c/d", "--output-dir", "o"], "Interrupted."),
+        (["run", "x.yaml", "--output-dir", "o"], "Interrupted; run the same command again to go on."),
+        (["finetune", "--model", "a/b", "--data", "d", "--output-dir", "o"], "Interrupted; run the same command"),
+    ):
+        monkeypatch.setattr(importlib.import_module(COMMANDS[words[0]].module), "main", stopped)
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        shown = capsys.readouterr().err
+        assert end.value.code == 130 and shown.startswith(f"\n{said}") and len(shown.strip().splitlines()) == 1
+
+
+def test_an_interrupted_process_ends_without_a_traceback(tmp_path):
+    """Itself, and one that it has started, which a terminal interrupts with it."""
+    (tmp_path / "wait.py").write_text(
+        "import time\n"
+        "from manticore_hf.utils.interrupted import ends_if_interrupted\n"
+        "with ends_if_interrupted():\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    code = f"""if True:
+        import subprocess, sys
+        import manticore_hf_cli
+        manticore_hf_cli.reading = True
+        from manticore_hf import cli
+        from manticore_hf.hub import inspect_command
+        inspect_command.main = lambda args: subprocess.run([sys.executable, {str(tmp_path / "wait.py")!r}]).returncode
+        sys.exit(cli.main(["inspect", "me/x"]))
+        """
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (130, "\nInterrupted.\n")
 
 
 def test_a_full_disk_is_a_sentence(monkeypatch, capsys):

@@ -167,6 +167,15 @@ def program_alpha(
     return ProgrammedAlpha(torch.stack(list(found.values())).mean(0).float(), found, runs)
 
 
+_APART = """
+from manticore_hf.utils.interrupted import ends_if_interrupted
+with ends_if_interrupted():
+    import json, sys
+    from manticore_hf.experiments.mad import program
+    program.search(*json.load(sys.stdin))
+"""
+
+
 def _search_apart(families, tasks, num_blocks, output, settings, quiet):
     """`program_alpha` in a process of its own, on one device, that knows nothing of the others of a distributed run."""
     alone = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHED)}
@@ -175,8 +184,7 @@ def _search_apart(families, tasks, num_blocks, output, settings, quiet):
         visible = [one for one in alone.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
         alone["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
     request = [families, tasks, num_blocks, str(output), dataclasses.asdict(settings), quiet]
-    code = "import json, sys; from manticore_hf.experiments.mad import program; program.search(*json.load(sys.stdin))"
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(request), text=True, env=alone)
+    done = subprocess.run([sys.executable, "-c", _APART], input=json.dumps(request), text=True, env=alone)
     if done.returncode:
         raise ManticoreError(
             f"Programming {'+'.join(tasks)} failed in its own process (exit status {done.returncode}), which printed "
