@@ -125,11 +125,11 @@ def test_compose_and_calibrate_take_what_they_use(capsys):
     for name in ("compose", "calibrate"):
         assert {action.dest for action in parser_of(name)._actions} & known == own, name
     with pytest.warns(FutureWarning, match="is now --batch-size"):
-        words = "--model m --data d --per_device_train_batch_size 4 --use_cpu true".split()
+        words = "--model m --data d --output-dir o --per_device_train_batch_size 4 --use_cpu true".split()
         args = parser_of("calibrate").parse_args(words)
     assert (args.per_device_train_batch_size, args.use_cpu, args.seed) == (4, True, 42)
     with pytest.raises(SystemExit) as end:
-        main(["calibrate", "--model", "m", "--data", "d", "--learning-rate", "1"])
+        main(["calibrate", "--model", "m", "--data", "d", "--output-dir", "o", "--learning-rate", "1"])
     assert end.value.code == 2 and "there is no option --learning-rate" in capsys.readouterr().err
 
 
@@ -150,7 +150,9 @@ def test_stages_show_their_own_options_and_take_all_of_training_arguments(capsys
         dests = {action.dest for action in parser_of(name)._actions}
         assert {field.name for field in dataclasses.fields(TrainingArguments) if field.init} <= dests
     assert "--strategy" in texts["--help"] or "--strategy" in parser_of("search", whole=False).format_help()
-    args = parser_of("search").parse_args("--model m --data d --strategy gaea --lr-scheduler-type cosine".split())
+    args = parser_of("search").parse_args(
+        "--model m --data d --output-dir o --strategy gaea --lr-scheduler-type cosine".split()
+    )
     arguments = from_namespace(SearchArguments, args)
     assert (arguments.strategy, arguments.logging_steps, arguments.lr_scheduler_type) == ("gaea", 1, "cosine")
 
@@ -180,7 +182,13 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
         (["run", str(tmp_path / "bad.yaml"), "--output-dir", "o"], "stage 'boil' is unknown"),
         (["compose", str(tmp_path / "none"), "b", "--output-dir", str(tmp_path / "x")], "none"),
         (["compose", "a", "b", "--block-layers", "{"], "block_layers='{' is not JSON"),
-        (["calibrate", *stage[:2], "--data", str(tmp_path / "no.txt")], "no.txt"),
+        (["calibrate", *stage, "--data", str(tmp_path / "no.txt")], "no.txt"),
+        *(
+            ([name, *stage[:4]], "the following arguments are required: --output-dir")
+            for name in STAGES
+            if name != "compose"
+        ),
+        (["compose", "a", "b"], "the following arguments are required: --output-dir"),
         (["finetune", *stage, "--learning-rate", "fast"], "invalid float value: 'fast'"),
         (["finetune", *stage, "--lr-scheduler-type", "wavy"], "'wavy'"),
         (["finetune", *stage, "--logging-steps", "0.5", "--eval-strategy", "sometimes"], "'sometimes'"),
@@ -356,7 +364,7 @@ def test_the_dataclasses_become_options():
     assert (arguments.loss_weights, arguments.epochs, arguments.singles) == (((1.0, 0.0),), (0.5,), ())
     assert parser_of("compare").parse_args("--prune r.yaml --output-dir o --test t".split()).recipe == "r.yaml"
     for words, value in (([], False), (["--streaming"], True), (["--streaming", "false"], False)):
-        args = parser_of("calibrate").parse_args(["--model", "m", "--data", "d", *words])
+        args = parser_of("calibrate").parse_args(["--model", "m", "--data", "d", "--output-dir", "o", *words])
         assert from_namespace(DataArguments, args).streaming is value
     parser = Parser(prog="x")
     parser.add_argument("--new-name", type=int)

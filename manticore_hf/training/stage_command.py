@@ -45,7 +45,10 @@ def add_options(parser: Parser, stage: Stage, whole: bool = True) -> None:
         add_fields(parser.add_argument_group("the stage"), stage.arguments)
         add_fields(parser.add_argument_group("the text"), DataArguments)
     run = parser.add_argument_group("the run")
-    run.add_argument("--output-dir", help="directory to write; the same command resumes there after a kill")
+    # Transformers' default, ./trainer_output, is nothing that anyone has asked for
+    run.add_argument(
+        "--output-dir", required=True, help="directory to write; the same command resumes there after a kill"
+    )
     run.add_argument("--seed", type=int, default=42, help="random seed")
     if stage.trains is None:
         run.add_argument("--use-cpu", type=truth, nargs="?", const=True, metavar="BOOL", help="use no accelerator")
