@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 from hub_models import FAMILIES, MODEL, folder_of, logits, mended_logits, publish, tiny, tokenizer, weight_requests
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from transformers import (
     AutoConfig,
     BartConfig,
@@ -18,6 +20,9 @@ from transformers import (
 )
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
+from manticore_hf.compose import components
+from manticore_hf.compose.convert import sources
+from manticore_hf.compose.convert.sources import find_source
 
 SMALL_BERT = dict(
     vocab_size=64,
@@ -70,6 +75,32 @@ def test_the_probe_of_these_tests_sees_downloads(hub, a):
     hub.clear_requests()
     ManticoreForCausalLM.from_components([a])
     assert any(path.endswith(MODEL) and not is_probe(hub, path) for path in weight_requests(hub))
+
+
+def test_a_name_without_owner_is_asked_for_once(hub, monkeypatch, tmp_path):
+    """It is most often a mistyped directory; the Hub's client would try five times to reach the Hub."""
+    publish(hub, "old", tiny("gpt_neox"), tmp_path / "src", tokenizer())
+    assert ManticoreForCausalLM.from_components(["old"]).config.components[0]["repo_id"] == "old"
+    hub.clear_requests()
+    for ask in (lambda: ManticoreForCausalLM.from_components(["gema"]), lambda: find_source("gema")[0].file("x")):
+        with pytest.raises(ManticoreError, match="no such repository"):
+            ask()
+    assert 0 < len(hub.requests) <= 4
+
+    def unreachable(self, repo_id, timeout, **options):
+        assert 0 < timeout <= 10
+        raise HTTPError("[Errno -2] Name or service not known")
+
+    def tried(*args, **kwargs):
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    assert ManticoreForCausalLM.from_components(["old"]).config.num_blocks == 1  # which is in the cache
+    for module in (components, sources):
+        monkeypatch.setattr(module, "hf_hub_download", tried)
+    for ask in (lambda: ManticoreForCausalLM.from_components(["gema"]), lambda: find_source("gema")):
+        with pytest.raises(ManticoreError, match=r"there is no directory 'gema' here, .* service not known\)\.$"):
+            ask()
 
 
 # ---- architectures ---------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from manticore_hf.compose.unsupported import refuse_kind, refuse_type
+from manticore_hf.hub.bare_names import check_bare_name
 from manticore_hf.hub.licenses import read_license
 from manticore_hf.modeling.bounds_manticore import ManticoreError, build_config, guard, is_causal_lm, show
 from manticore_hf.modeling.code_manticore import code_of, registered, trust
@@ -198,6 +199,7 @@ def _resolve_repo(spec, source, hub, weights):
         )
     found = Resolved(_name(spec, repo_id.split("/")[-1]), None, repo_id=repo_id, subfolder=spec.subfolder)
     found.embed = spec.embed
+    check_bare_name(f"Component {found.name!r}", repo_id, **hub)
 
     def get(file, required=True, commit=None, folder=spec.subfolder):
         try:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file
 
 from manticore_hf.compose.components import PICKLE_FILES
+from manticore_hf.hub.bare_names import check_bare_name
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES, refusal
 
@@ -109,6 +110,7 @@ def find_source(
         raise ManticoreError(
             f"The checkpoint {text!r} is no existing directory or .gguf file, nor a Hub repository id ('org/name')."
         )
+    check_bare_name(f"The checkpoint {text!r}", repo_id)
     return Source(repo_id=repo_id, revision=at or revision or "main"), gguf_file
 
 
