@@ -111,7 +111,11 @@ def test_from_the_hub_with_its_licence_and_commit(hub, owner, tmp_path, words, c
     hub.add_repo(f"{owner}/mamba", folder)  # a later commit
     command = ["convert", f"{owner}/mamba@{commit}", "--output-dir", str(tmp_path / "out"), "--tokenizer", str(words)]
     assert main(command) == 0
-    assert f"{owner}/mamba at commit {commit}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{owner}/mamba at commit {commit}" in said.out
+    for step in ("1/6 looking", "2/6 reading and checking the tokenizer", "3/6 reading", "6/6 reading back what was"):
+        assert f"convert: {step}" in said.err  # one bar for all of it
+    assert "Loading weights" not in said.err
     assert_same_as_naive(tmp_path / "out", config, tensors)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"base_model: {owner}/mamba" in card and f"Revision: {commit}" in card and str(tmp_path) not in card

@@ -148,7 +148,9 @@ def test_words_end_where_the_file_says(tmp_path, capsys):
         path = write(tmp_path / "x.gguf", model, fields=[("tokenizer.ggml.pre", name)] if name else [])
         out = tmp_path / f"out-{name}"
         assert main(["convert", str(path), "--output-dir", str(out)]) == 0
-        assert said in capsys.readouterr().out and said in (out / "README.md").read_text()
+        shown = capsys.readouterr().out
+        assert "convert: the GGUF file x.gguf\n" in shown  # once
+        assert said in shown and said in (out / "README.md").read_text()
 
 
 def test_the_files_own_merges_are_applied(tmp_path, refuse, monkeypatch):

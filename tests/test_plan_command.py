@@ -188,7 +188,7 @@ def test_components_on_the_hub_are_not_downloaded(hub, owner, tmp_path, no_adapt
     assert (stage["tokens"], stage["counted"]) == (3 * 75 * 32, "the text was tokenised")
 
 
-def test_every_stage(tmp_path):
+def test_every_stage(tmp_path, capsys):
     parts = save_configs(tmp_path, "llama", "mamba2")
     stages = (
         "[calibrate, pretrain: {max_steps: 10}, search: {strategy: gaea}, finetune: {bf16: true}, "
@@ -197,6 +197,9 @@ def test_every_stage(tmp_path):
     recipe = write_recipe(tmp_path, parts, stages, mixture="static", num_blocks=2)
     (tmp_path / "text.txt").write_text("x" * 4000)
     plan = make_plan(recipe, 2, "1GB")
+    shown = capsys.readouterr().err
+    for what in ("calibrate", "pretrain, plain weights, 8 rows", "finetune, adapted weights, 8 rows, checkpointing"):
+        assert what in shown  # each takes seconds with large components
     assert [one["stage"] for one in plan["stages"]] == ["calibrate", "pretrain", "search", "finetune", "prune"]
     assert all(one["choice"] is not None and one["hours"] > 0 for one in plan["stages"])
     calibrate, pretrain, search, tune, hard = plan["stages"]

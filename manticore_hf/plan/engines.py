@@ -5,6 +5,7 @@ device, DDP, FSDP2 (each layer a unit, everything else one that stays gathered f
 checkpointing, with parameters offloaded to the CPU, and LoRA or QLoRA instead of training everything.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from manticore_hf.plan.memory import optimizer_bytes
 from manticore_hf.plan.schedule import Task
 from manticore_hf.plan.step import Rehearsal
 from manticore_hf.training.lora import lora_config, lora_targets
+from manticore_hf.utils.formatting import plural
 
 LORA_RANK = 16
 _NF4 = 0.5 + 4 / 64  # bytes per parameter in 4 bits: with a float32 maximum for every 64
@@ -80,10 +82,12 @@ class StagePlanner:
     Args:
         task: The stage's Task (see schedule).
         machine: A Machine.
+        say: Called with what is rehearsed, before each: a rehearsal takes seconds.
     """
 
-    def __init__(self, task: Task, machine: Machine):
+    def __init__(self, task: Task, machine: Machine, say: Callable[[str], object] = lambda text: None):
         self.task, self.machine, self._costs, self._optimizers = task, machine, {}, {}
+        self.say = say
 
     # ---- rehearsals, made when they are needed -----------------------------------------------------------------------
 
@@ -119,6 +123,8 @@ class StagePlanner:
     def _cost(self, name, batch, checkpointing):
         key = (name, batch, checkpointing)
         if key not in self._costs:
+            more = ", checkpointing" if checkpointing else ""
+            self.say(f"{self.task.stage}, {name} weights, {plural(batch, 'row')}{more}")
             autocast = self.task.autocast if name != "adapted" else torch.bfloat16
             self._costs[key] = getattr(self, name).micro_batch(batch, self.task.length, autocast, checkpointing)
         return self._costs[key]
@@ -294,6 +300,7 @@ class StagePlanner:
     def _evaluation(self, name, rows):
         key = (name, rows, "evaluation")
         if key not in self._costs:
+            self.say(f"{self.task.stage}, {name} weights, evaluation with {plural(rows, 'row')}")
             autocast = self.task.autocast if name != "adapted" else torch.bfloat16
             self._costs[key] = getattr(self, name).evaluation(rows, self.task.length, autocast)
         return self._costs[key].activations

@@ -90,7 +90,7 @@ def make_plan(
     }  # fmt: skip
     rate = flops * utilization
     bar = tqdm(tasks, desc="Planning", unit="stage", leave=False)
-    plan["stages"] = [_plan_stage(task, machine, rate, plan["parameters"]) for task in bar]
+    plan["stages"] = [_plan_stage(task, machine, rate, plan["parameters"], bar.set_postfix_str) for task in bar]
     plan["assumptions"] = {
         "devices": machine.devices, "memory": machine.memory, "usable": machine.usable, "reserve": reserve,
         "device": device, "flops": flops, "utilization": utilization, "kernels": kernels.NOTES[device],
@@ -121,18 +121,19 @@ def _size(name, model, component):
     }
 
 
-def _plan_stage(task, machine, rate, parameters):
+def _plan_stage(task, machine, rate, parameters, say):
     out = {
         "stage": task.stage, "batch": task.batch, "accumulation": task.accumulation, "length": task.length,
         "dtype": _name(task.dtype), "autocast": task.autocast and _name(task.autocast),
         "checkpointing": task.checkpointing, "tokens": task.tokens, "counted": task.counted,
     }  # fmt: skip
+    say(task.stage)
     if task.trains is None:
         options, devices = [_calibration(task, machine)], 1
         choice = options[0] if options[0].fits else None
         out["trainable"] = 0
     else:
-        planner, devices = StagePlanner(task, machine), machine.devices
+        planner, devices = StagePlanner(task, machine, say), machine.devices
         options = planner.options()
         choice = planner.choose(options)
         out["trainable"] = planner.plain.weights.trainable

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -30,6 +31,7 @@ from manticore_hf.modeling.bounds_manticore import build_config, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES
 from manticore_hf.utils.formatting import escape
+from manticore_hf.utils.quiet import quiet_loading
 from manticore_hf.utils.saving import whole_directory
 from manticore_hf.utils.tokenizers import read_tokenizer
 
@@ -79,17 +81,29 @@ def convert(
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ManticoreError(f"The output directory {str(output)!r} is there and not empty; choose another.")
+    with _steps() as step:
+        return _convert(step, source, output, tokenizer, dtype, gguf_file, revision)
+
+
+def _convert(step, source, output, tokenizer, dtype, gguf_file, revision):
+    step("looking at the source")
     found, gguf_file = find_source(source, revision, gguf_file)
     stored = None if gguf_file is None else found.file(gguf_file, needed=True)
     values = _read_config(found) if stored is None else None
     with contextlib.nullcontext() if stored is None else _alone(stored) as stored:
-        read = None if stored is None else _read(found, values, stored)  # whether a GGUF file can be read shows here
+        if stored is not None:
+            step("reading the tensors")  # whether a GGUF file can be read shows here
+        read = None if stored is None else _read(found, values, stored)
+        step("reading and checking the tokenizer")
         tokens, tokens_from, note = _tokenizer(found, values, stored, tokenizer)
+    if read is None:
+        step("reading the tensors")
     how, config, tensors, generation, license = read or _read(found, values, stored)
     if values is not None and is_mamba_ssm(values):
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the classes' defaults are of other tokenizers
             setattr(config, key, getattr(tokens, key))
     stored_in = _widest(found.what, tensors)
+    step("filling the model")
     model = _fill(found.what, config, tensors, DTYPES.get(dtype) or stored_in)
     if generation is not None:
         model.generation_config = generation
@@ -105,14 +119,28 @@ def convert(
         "dtype": str(model.dtype).removeprefix("torch."), "license": license or read_license(found.file("README.md")),
         "tokenizer": tokens_from, "note": note,
     }  # fmt: skip
-    with whole_directory(output, True) as scratch:
+    step("writing")
+    with whole_directory(output, True) as scratch, quiet_loading():
         model.save_pretrained(scratch)
         tokens.save_pretrained(scratch)
         rounded = "" if torch.promote_types(model.dtype, stored_in) == model.dtype else f", rounded to {dtype}"
         Path(scratch, "README.md").write_text(_card(result, output.resolve().name, rounded))
+        step("reading back what was written")
         _check_saved(found.what, model, scratch)
         _check_saved_tokenizer(found.what, tokens, scratch)
     return result
+
+
+@contextlib.contextmanager
+def _steps():
+    """One bar for the whole conversion, which says what it is at; gives the function that begins a step."""
+    with tqdm(total=6, unit="step", leave=False, bar_format="convert: {n_fmt}/{total_fmt} {desc} [{elapsed}]") as bar:
+
+        def step(what):
+            bar.n = min(bar.n + 1, bar.total)
+            bar.set_description_str(what)
+
+        yield step
 
 
 @contextlib.contextmanager
@@ -144,7 +172,8 @@ def _read_config(source):
 def _read(source, values, stored):
     """(what it is, config, {name of Transformers: tensor}, generation config or None, licence or None)."""
     if stored is not None:
-        return f"the GGUF file {stored.name}", *load_gguf(source.what, stored)
+        with quiet_loading():
+            return f"the GGUF file {stored.name}", *load_gguf(source.what, stored)
     if is_mamba_ssm(values):
         config = mamba_config(source.what, values)
         tensors = mamba_weights(source.what, read_tensors(source), config.tie_word_embeddings)
@@ -194,14 +223,15 @@ def _widest(what, tensors):
 def _fill(what, config, tensors, dtype):
     """The model of a configuration, made of these tensors and nothing else."""
     try:
-        model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(tensors),
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with quiet_loading():
+            model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(tensors),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as err:  # whatever an architecture asks of its tensors
         raise ManticoreError(
             f"{what}: its tensors do not fit its configuration ({' '.join(str(err).split())[:500]})."

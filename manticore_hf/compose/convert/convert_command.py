@@ -34,7 +34,10 @@ def main(args: argparse.Namespace) -> None:
 
     result = convert(args.source, args.output_dir, args.tokenizer, args.dtype, args.gguf_file, args.revision)
     at = f" at commit {result['revision']}" if result["revision"] else ""
-    print(f"\nconvert: {result['source']}{at} ({result['how']})")
+    said = f"{result['source']}{at} ({result['how']})"
+    if result["how"].endswith(f" {result['source']}"):  # the source is the file that the way names
+        said = result["how"]
+    print(f"\nconvert: {said}")
     print(
         f"{result['model_type']}, {result['parameters']:,} parameters in {result['dtype']}, licence "
         f"{result['license'] or 'not stated'}, tokenizer {result['tokenizer']}"
