@@ -125,6 +125,9 @@ def _main(argv: list[str]) -> int:
     if argv and argv[0] in OLD_NAMES:
         warn_renamed(f"manticore-hf {argv[0]}", OLD_NAMES[argv[0]])
         argv[0] = OLD_NAMES[argv[0]]
+    if not argv:
+        print(_overview().format_help(), file=sys.stderr)
+        return 2
     command, *given = _overview().parse_args(argv[:1]).command, *argv[1:]
     parser = parser_of(command, whole="--help-all" in given or not {"-h", "--help"} & set(given))
     try:

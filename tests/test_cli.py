@@ -170,7 +170,6 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
     stage += ["--block-size", "16", "--use-cpu"]
     (tmp_path / "bad.yaml").write_text("components: [a, b]\nstages: [boil]\n")
     for words, message in (
-        ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
         (["plan", "x", "--devics", "2"], "there is no option --devics (did you mean --devices?)"),
         (["plan", "x", "--dev", "2"], "there is no option --dev"),  # no abbreviations
@@ -233,6 +232,12 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
         assert message in last and last.startswith("manticore-hf"), (words, said)
         assert "Traceback" not in said, words
     assert not (tmp_path / "x" / "stage.json").exists()
+
+
+def test_without_a_command_the_commands_are_listed(capsys):
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert not shown.out and all(f"  {name} " in shown.err for name in COMMANDS)
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):
