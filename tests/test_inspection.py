@@ -35,6 +35,25 @@ def test_every_family(family, tmp_path):
     assert alone["cache_bytes_per_token"] + alone["state_bytes"] > 0
 
 
+def test_only_settings_that_apply_are_shown(tmp_path, capsys):
+    idle = {"projector", "projector_init", "gate", "reference_component"}
+    for name, settings, hidden in (
+        ("online", {"mixture": "online"}, idle | {"objective"}),
+        ("token", {}, idle),
+        ("mixed", {"embeddings": "mixed"}, set()),
+        ("blocks", {"num_blocks": 2}, set()),
+        ("none", {"num_blocks": 2, "projector": "none"}, set()),
+    ):
+        parts = [tiny("gpt_neox"), tiny("llama")]
+        ManticoreForCausalLM.from_components(parts, **settings).save_pretrained(tmp_path / name)
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        shown = capsys.readouterr().out
+        for key in idle:
+            assert (f"{key}=" not in shown) == (key in hidden), (name, key)
+        assert ("objective" in hidden) <= ("chosen when the hybrid is first trained" not in shown), name
+    assert "mixture=token" in shown
+
+
 def test_sizes_are_the_measured_ones(tmp_path):
     model = hybrid("gpt_neox+mamba")
     model.save_pretrained(tmp_path)

@@ -82,14 +82,15 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
     keys = ("num_blocks", "embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space",
             "mix_loss_weight", "component_loss_weight", "route", "reference_component", "tokenizer_component",
             "vocab_size", "max_position_embeddings")  # fmt: skip
-    settings = {key: getattr(config, key) for key in keys}
+    idle = _idle_settings(model)
+    settings = {key: None if key in idle else getattr(config, key) for key in keys}
     settings |= {"aligned": list(config.aligned)} if config.aligned else {}
     if config.bridges:
         settings |= {key: getattr(config, key) for key in ("topology", "bridge_blocks", "bridge_rank", "bridge_alpha")}
         settings["bridges"] = ", ".join(map(say_bridge, config.bridges))
     kinds = {name: getattr(config, name).model_type for name in config.component_names}
     components = [{**entry, "model_type": kinds[entry["name"]]} for entry in config.components]
-    trained_on = say_objective(config)
+    trained_on = None if "objective" in idle else say_objective(config)
     return {
         "task": {"name": kind.task, "architecture": kind.architecture, **(labels_of(config) if kind.labels else {})},
         "quantization": quantization_of(config),
@@ -99,6 +100,17 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
         "parts": parts,
         "settings": {**settings, **({} if kind.labels else {"objective": trained_on})},
     }
+
+
+def _idle_settings(model):
+    """Settings that this hybrid has, as every one, but makes no use of."""
+    config, mixer, idle = model.config, model.hybrid_mixer, set()
+    shares = mixer.into or mixer.out_of or mixer.across or (config.num_blocks > 1 and config.route is None)
+    if not shares:  # no state enters or leaves a shared space
+        idle |= {"projector", "projector_init", "gate", "reference_component"}
+    if config.mixture == "online" and "open" in (config.objective or {}):  # its weights are not trained
+        idle.add("objective")
+    return idle
 
 
 def say_bridge(edge: dict) -> str:
