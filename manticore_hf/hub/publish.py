@@ -375,7 +375,7 @@ def _commit(api, out, files, head, private, revision, create_pr, message):
             )  # fmt: skip
     except RuntimeError as err:  # so the client says that a large file did not arrive
         reason = " ".join(f"{err} {err.__cause__ or ''}".split())
-        raise ManticoreError(f"{out.repo_id}: {reason} Nothing was committed; publish again.") from err
+        raise ManticoreError(f"{out.repo_id}: {_sentence(reason)} Nothing was committed; publish again.") from err
     out.commit, out.url = done.oid, done.pr_url if create_pr else f"{api.endpoint}/{out.repo_id}"
 
 
@@ -404,7 +404,13 @@ def explained(repo_id: str) -> Iterator[None]:
         remedy = "Nothing was committed unless the Hub's page of it says otherwise: look there, then publish again."
         if status in (401, 403):
             remedy = "Nothing was committed. Log in with a token that may write to it (`hf auth login`)."
-        raise ManticoreError(f"{repo_id} was not published: {' '.join(str(err).split())} {remedy}") from err
+        raise ManticoreError(f"{repo_id} was not published: {_sentence(err)} {remedy}") from err
+
+
+def _sentence(said):
+    """What others say, in one line that ends like a sentence, because another follows."""
+    text = " ".join(str(said).split()) or type(said).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 @contextlib.contextmanager
