@@ -105,6 +105,12 @@ def test_a_failed_stage_may_be_asked_for_otherwise(parts, tmp_path):
     assert main(_compose(parts, tmp_path / "x")) == 0
 
 
+def test_one_component_is_said_to_have_nothing_to_mix_with(parts, composed, tmp_path, capsys):
+    assert main(_compose(parts, tmp_path / "x", names=("neox",))) == 0
+    assert "one component, so there is nothing to mix" in capsys.readouterr().out
+    assert main(_compose(parts, composed)) == 0 and "nothing to mix" not in capsys.readouterr().out
+
+
 def test_a_stage_goes_on_only_with_its_own_settings(parts, composed, tmp_path, capsys):
     output = tmp_path / "tuned"
     command = ["finetune", *_finetune(parts, composed, output, "--learning-rate", "1e-3")]

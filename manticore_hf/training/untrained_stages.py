@@ -62,6 +62,8 @@ def run_compose(
 def _composed(result: dict) -> Iterator[str]:
     names = result["components"]
     yield f"\ncompose: {' + '.join(names)} in {plural(result['num_blocks'], 'block')}"
+    if len(names) == 1:
+        yield "this hybrid has one component, so there is nothing to mix; name two or more to join them"
     for name, bits in result.get("tokenizers", {}).items():
         yield f"with {name}'s tokenizer: {bits:.4f} bits per byte, untrained"
     for name, report in result.get("transplants", {}).items():
