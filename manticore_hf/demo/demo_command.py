@@ -11,8 +11,9 @@ from manticore_hf.utils.options import Parser
 
 TOKENS = 40_000
 _INSIDE = """
+from manticore_hf.utils.interrupted import ends_if_interrupted
 from manticore_hf.utils.quiet import quiet_optional_packages
-with quiet_optional_packages():
+with ends_if_interrupted(), quiet_optional_packages():
     from manticore_hf.demo.demo import main
     main()
 """
