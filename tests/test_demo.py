@@ -68,6 +68,12 @@ def test_the_demo(tmp_path, hub, owner):
     assert tuned.config.mixture_weights[0] == pytest.approx(searched.mixture_weights()[0].tolist(), abs=1e-6)
     assert (kept / "two_blocks" / "3-search" / "plots" / "alpha.png").is_file()
     report = (kept / "one_block" / "report.html").read_text()
+    measured = json.loads((kept / "one_block" / "2-finetune" / "evaluation.json").read_text())
+    own = measured["bits_per_byte"][measured["own"]]  # the report tells what was printed, not what a sample says
+    assert re.search(rf"hybrid, 1 block, tuned jointly .*{own:.4f}\n", done.stdout) and f"{own:.4f} bits per" in report
+    assert {"original neox_prose", "original mamba_code"} < set(measured["losses"]) and set(measured["by_kind"]) > {
+        "code"
+    }
     assert report.count("<svg") > 1 and (kept / "one_block" / "report.html").as_uri() in done.stdout
 
     commands = [shlex.split(line) for line in next_steps.splitlines() if line.startswith("  manticore-hf ")]

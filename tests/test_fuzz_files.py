@@ -39,7 +39,8 @@ from manticore_hf.hub.licenses import combine, describe, read_license
 from manticore_hf.hub.publish import _validate
 from manticore_hf.report import facts as facts_module
 from manticore_hf.report.comparison import read_comparison
-from manticore_hf.report.facts import gather, one_run
+from manticore_hf.report.facts import gather
+from manticore_hf.report.one_run import one_run
 from manticore_hf.report.render import render
 from manticore_hf.report.verdict import decide
 from manticore_hf.utils.saving import check_whole

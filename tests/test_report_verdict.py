@@ -7,10 +7,11 @@ import types
 import pytest
 
 from manticore_hf import ManticoreError
+from manticore_hf.hub.card import Result
 from manticore_hf.report import charts
 from manticore_hf.report.comparison import find_comparison, read_comparison
-from manticore_hf.report.facts import OneRun
 from manticore_hf.report.gains import gains, phrases
+from manticore_hf.report.one_run import OneRun, one_run
 from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say
 
 LOSS = 2.0  # the hybrid's; baselines are said by how much worse they are
@@ -292,6 +293,39 @@ def test_phrases_say_what_is_lost_too():
         "Without a in block 1, the hybrid is 0.500 nats per token worse; without b in block 1, it is 0.100 better.",
         "Mine.",
     ]
+
+
+def of_one_run(tokens, sampled, low=0.01, data="text.txt", named=False):
+    """Facts of a run that measured so many tokens without the originals, and a report that sampled some with them."""
+    difference = {"gate": [0.1, low, low and 0.2]}
+    run = Result(data, {"hybrid": 2.0, "gate": 2.2}, tokens=tokens, bits={"hybrid": 1.0, "gate": 1.1}, size=9 * tokens,
+                 differences=difference)  # fmt: skip
+    losses = {
+        "losses": {"hybrid": 1.9, "gate": 1.8, "original a": 2.9}, "tokens": sampled, "bytes": 3 * sampled,
+        "bits_per_byte": {"hybrid": 0.95, "gate": 0.9, "original a": 1.45}, "missing": {},
+        "differences": {"gate": [-0.05, -0.06, -0.04], "original a": [0.5, 0.4, 0.6]},
+    }  # fmt: skip
+    measured = {"losses": losses, "text": "text.txt", "named": named, "without/0/a": {"loss": 2.4}}
+    return types.SimpleNamespace(results=[run], measured=measured, comparison=None, found={"components": []})
+
+
+def test_a_sample_does_not_contradict_what_the_run_measured_on_more_text():
+    facts = of_one_run(20_448, 7_924, named=True, data="text.txt (all that there is)")
+    said = decide(None, one_run=one_run(facts)).reasons[0]
+    assert said.startswith("The hybrid is 0.1000 bits per byte better than the best baseline of one run (gate)")
+    # The originals are only in the sample, whose size is said
+    assert "On a sample of 7,924 tokens, the hybrid is 0.5000 bits per byte better than the best original" in said
+    quoted = phrases(facts, "", "Mine.")
+    assert quoted[0].startswith("The hybrid is 0.1000 bits per byte better than the best baseline (gate)")
+    assert quoted[1].endswith("(on a sample of 7,924 tokens).")
+    for other in (
+        of_one_run(7_924, 7_924),  # all of it, and with the originals
+        of_one_run(20_448, 7_924, low=None),  # without intervals nothing can be said
+        of_one_run(20_448, 7_924, named=True, data="other.txt"),  # not the text that was asked for
+    ):
+        run = one_run(other)
+        assert run.losses["hybrid"] == 1.9 and run.sample is None
+        assert not any("sample" in one for one in phrases(other, "", "Mine."))
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------

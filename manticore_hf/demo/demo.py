@@ -44,7 +44,7 @@ from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.progress import show_progress
 from manticore_hf.training.recipe import load_recipe, run_recipe, stage_data
 from manticore_hf.training.runtime import training_defaults
-from manticore_hf.utils.claims import claim
+from manticore_hf.utils.claims import ORIGINAL, claim
 from manticore_hf.utils.objective import OBJECTIVE
 from manticore_hf.utils.plots import plot_losses
 
@@ -104,7 +104,8 @@ def run(output_dir: Path, tokens: int, seed: int, scratch: Path, verbose: bool =
         HfApi().create_repo(f"{ORGANISATION}/{repo}")
         HfApi().upload_folder(repo_id=f"{ORGANISATION}/{repo}", folder_path=COMPONENTS / repo)
     for label, stage, rows in ((UNTUNED, "pretrain", frozen), (TUNED, "finetune", tuned)):
-        loaded, size, same = _publish(stages[1][stage], label, test, rows, scratch)
+        shown = _beside_one_block(rows, frozen)
+        loaded, size, same = _publish(stages[1][stage], label, test, shown, scratch)
         published.append(size)
         if not same:
             _say(f"The logits of the published hybrid, {label}, are not those of the local one.")
@@ -195,29 +196,37 @@ def prepare(output_dir: Path, tokenizer: PreTrainedTokenizerBase, tokens: int, s
     return recipes
 
 
+def _beside_one_block(rows, frozen):
+    """Of the rows of hybrids and baselines, the one-block hybrid's and the baselines', and the original components'.
+
+    Inside a hybrid whose components are frozen, each is what it was.
+    """
+    own = next(row for row in rows if row.startswith("hybrid, 1 block"))
+    names = [repo.replace("-", "_") for repo in KINDS]
+    shown = {row: nats for row, nats in rows.items() if row == own or not row.startswith("hybrid")}
+    originals = {ORIGINAL.format(name): frozen[name] for name in names}
+    return {**{row: nats for row, nats in shown.items() if row not in names}, **originals}
+
+
 def _publish(folder, label, test, rows, scratch):
     """Publishes the hybrid of a stage's directory by reference, and loads it back.
 
     The directory holds the weights of its components; on the Hub they are repositories of their own, and the hybrid's
-    has what differs from them. The card gets the losses of this hybrid and of its baselines on the test text.
+    has what differs from them. The card and the report get the losses of this hybrid and of its baselines that the demo
+    prints, over the same text: they may not tell another story.
 
     Returns:
         (the hybrid that was loaded, bytes of its own weights, whether its logits are equal to the last bit).
     """
     own = next(row for row in rows if row.startswith("hybrid, 1 block"))
-    shown = {row: losses for row, losses in rows.items() if row == own or not row.startswith("hybrid")}
-    results = [
-        {
-            "data": f"Python's standard library, {kind}",
-            "own": own,
-            "note": "Separate test files; every model tuned on the same tokens."
-            if label == TUNED
-            else "Separate test files; untuned components.",
-            **_measured(shown, test, [kind]).to_dict(own),
-        }
-        for kind in test
-    ]
-    (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
+    told = "every model tuned on the same tokens" if label == TUNED else "untuned components"
+    result = {
+        "data": f"{Path(TEST).name} (Python's standard library, {' and '.join(test)})",
+        "own": own,
+        "note": f"The first {TESTED} rows of each kind; {told}; the original components as they were published.",
+        **_measured(rows, test).to_dict(own),
+    }
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     parts = [
         ComponentSpec(f"{ORGANISATION}/{repo}", name=name, model=model.component(name))
@@ -294,7 +303,8 @@ def _measured(rows, test, kinds=None):
     """Rows as measured on some kinds of text, or on all."""
     kinds = kinds or list(test)
     nats = {row: np.concatenate([found[kind] for kind in kinds]) for row, found in rows.items()}
-    return Measured(nats, *(np.concatenate([getattr(test[k], key) for k in kinds]) for key in ("tokens", "bytes")))
+    sizes = (np.concatenate([getattr(test[k], key) for k in kinds]) for key in ("tokens", "bytes"))
+    return Measured(nats, *sizes, kinds=[kind for kind in kinds for _ in range(len(test[kind]))])
 
 
 def _train(model, dataset, scratch, seed, settings, name):

@@ -167,7 +167,8 @@ def where(facts: Facts) -> list[dict[str, Any]]:
         word = "better" if found["gain"] >= 0 else "worse"
         size = f"{abs(found['gain']):.3f} nats per token {word}"
         share = f"{found['better']:.0%}"
-        sentence = f"On this text the hybrid is {size} than {baseline}, and predicts {share} of the tokens better."
+        tokens = f"{facts.measured['losses']['tokens']:,}"
+        sentence = f"On {tokens} tokens the hybrid is {size} than {baseline}, and predicts {share} of them better."
         out.append({"baseline": baseline, "sentence": sentence, **ways})
     return out
 

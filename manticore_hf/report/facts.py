@@ -14,9 +14,8 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.report.comparison import FILE, FOLDER, find_comparison, read_comparison
 from manticore_hf.training.recipe import load_kept_recipe, stage_data
 from manticore_hf.training.search import alpha_history
-from manticore_hf.utils.claims import ORIGINAL
 from manticore_hf.utils.files import refuse_link
-from manticore_hf.utils.formatting import is_number, listed
+from manticore_hf.utils.formatting import is_number
 
 _STAGE = re.compile(r"(\d+)-([a-z]+)")
 _SHOWN = ("*.json", "*.yaml", "*.md", "checkpoint-*/*.json", f"{FOLDER}/{FILE}")
@@ -80,7 +79,8 @@ class Facts:
         comparison: What `read_comparison` gives, or None.
         comparison_path: Where it is.
         recipe: Path of the recipe that made it, or None.
-        measured: {name: measurement}, filled by `run`.
+        measured: {name: measurement}, and what `Store.about` says of them, filled by `write_report`.
+        notices: Sentences on what was found and is not used.
     """
 
     name: str
@@ -94,6 +94,7 @@ class Facts:
     comparison_path: Path | None = None
     recipe: Path | None = None
     measured: dict = field(default_factory=dict)
+    notices: list = field(default_factory=list)
 
 
 def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = None) -> Facts:
@@ -197,75 +198,6 @@ def _json(path):
 def _name(directory, folder):
     path = folder.absolute()
     return f"{path.parent.name}/{path.name}" if _STAGE.fullmatch(path.name) else path.name
-
-
-@dataclass
-class OneRun:
-    """What one run measured of a hybrid and its baselines.
-
-    Args:
-        losses: {name: nats per token of the hybrid's tokenizer}.
-        own: The hybrid's name.
-        note: What it was measured on, and how.
-        bits: {name: bits per byte}, as far as known.
-        size: Bytes of text, None if unknown.
-        differences: {baseline: [bits per byte minus the hybrid's, low, high]}, as far as known.
-        missing: {name: why it was not measured}.
-        by_kind: {kind of text, or text: {name: bits per byte on it}}, where there are several.
-    """
-
-    losses: dict[str, float]
-    own: str
-    note: str
-    bits: dict[str, float] = field(default_factory=dict)
-    size: int | None = None
-    differences: dict[str, list] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @property
-    def has_untouched(self) -> bool:
-        """Whether an original component is among the baselines."""
-        return any(name.startswith(ORIGINAL.format("")) for name in self.losses)
-
-
-def one_run(facts: Facts) -> OneRun | None:
-    """What one run says, or None where no baseline was measured beside the hybrid.
-
-    What `evaluation.json` or `stage.json` says; several texts with the same rows as one, weighted by their tokens, and
-    then without intervals. What was measured for this report comes first where only it has the original components.
-    """
-    measured = facts.measured.get("losses")
-    found = None
-    if measured and len(measured["losses"]) > 1:
-        note = (
-            f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens, {measured['bytes']:,} bytes. Each "
-            "component predicts with its own head inside this hybrid; the ensemble is their plain mean; an original "
-            "component uses its own tokenizer, untrained. Nats per token are per token of the hybrid's tokenizer."
-        )
-        keys = ("bits_per_byte", "bytes", "differences", "missing")
-        kinds = measured.get("by_kind", {})
-        found = OneRun(measured["losses"], "hybrid", note, *(measured[key] for key in keys), kinds)
-    results = [one for one in facts.results if len(one.losses) > 1 and one.own in one.losses]
-    if not results:
-        return found
-    first = results[0]
-    alike = all(one.tokens and one.own == first.own and set(one.losses) == set(first.losses) for one in results)
-    some = results if alike else [first]
-    told = f"One run, {listed([one.data for one in some])}. {first.note or ''}".strip()
-    if len(some) == 1:
-        said = OneRun(first.losses, first.own, told, first.bits, first.size, first.differences, by_kind=first.by_kind)
-    else:
-        losses = _mean([one.losses for one in some], [one.tokens for one in some])
-        known = all(one.size and set(one.bits) == set(first.losses) for one in some)
-        bits = _mean([one.bits for one in some], [one.size for one in some]) if known else {}
-        said = OneRun(losses, first.own, told, bits, sum(one.size for one in some) if known else None)
-        said.by_kind = {one.data: one.bits for one in some} if known else {}
-    return found if found is not None and found.has_untouched and not said.has_untouched else said
-
-
-def _mean(values, weights):
-    return {name: sum(one[name] * w for one, w in zip(values, weights)) / sum(weights) for name in values[0]}
 
 
 def held_out(

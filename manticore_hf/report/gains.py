@@ -1,6 +1,7 @@
 """What a hybrid gains over each baseline, as numbers for a chart and as sentences to quote."""
 
-from manticore_hf.report.facts import Facts, one_run
+from manticore_hf.report.facts import Facts
+from manticore_hf.report.one_run import one_run
 from manticore_hf.utils.claims import ORIGINAL, claim
 
 
@@ -66,8 +67,16 @@ def phrases(facts: Facts, costs: str, licence: str) -> list[str]:
         less, other, at = min(worth)
         told = f"{less:.3f} worse" if less > 0 else f"{-less:.3f} better"
         said = f"Without {name} in block {block}, the hybrid is {added:.3f} nats per token worse"
-        out.append(f"{said}; without {other} in block {at}, it is {told}.")
+        out.append(f"{said}; without {other} in block {at}, it is {told}{_on_sample(facts)}.")
     return [*out, licence.strip()]
+
+
+def _on_sample(facts):
+    """On how much text, where that is not what the page's claims are about."""
+    run = None if facts.comparison is not None else one_run(facts)
+    tokens = facts.measured["losses"].get("tokens")
+    told = run is not None and run.sample is None and run.tokens == tokens
+    return "" if told or not tokens else f" (on a sample of {tokens:,} tokens)"
 
 
 def _worth(facts):
@@ -87,4 +96,4 @@ def _is_one_model(name, facts):
         if row["kind"] != "untuned":
             return row["kind"] in ("component", "single")
     parts = [entry["name"] for entry in facts.found["components"]]
-    return any(name in (part, f"{part}, untuned", ORIGINAL.format(part)) for part in parts)
+    return any(name in (part, f"{part}, untuned", f"{part}, tuned alone", ORIGINAL.format(part)) for part in parts)

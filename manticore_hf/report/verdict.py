@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from manticore_hf.report.facts import OneRun
-from manticore_hf.utils.claims import CLAIM_BYTES, claim
+from manticore_hf.report.one_run import OneRun
+from manticore_hf.utils.claims import CLAIM_BYTES, ORIGINAL, claim
 
 WORTH = 0.01
 """Smallest gain that is worth a second model, as a share of the best baseline's loss."""
@@ -190,7 +190,17 @@ def _in_one_run(run):
     losses = f" Losses: {run.losses[best]:.3f} and the hybrid's {run.losses[run.own]:.3f} nats per token{bits}."
     if run.has_untouched:
         return said + losses
+    if run.sample is not None and run.sample.has_untouched:
+        return f"{said}{losses} {_original_in(run.sample)}"
     return f"{said}{losses} The original components, with their own tokenizers, are not among them."
+
+
+def _original_in(sample):
+    """What a sample may claim of the best original component, in a sentence."""
+    names = [name for name in sample.losses if name.startswith(ORIGINAL.format(""))]
+    best = min(names, key=sample.losses.get)
+    what = f"On a sample of {sample.tokens:,} tokens, the hybrid"
+    return claim(f"the best original component ({best})", sample.differences.get(best), sample.size, what)
 
 
 def say(row: Mapping[str, Any], hybrid: Mapping[str, Any]) -> str:

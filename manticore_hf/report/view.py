@@ -5,8 +5,9 @@ from typing import Any
 
 from manticore_hf.hub.licenses import DUTIES, LICENSES
 from manticore_hf.report import charts, details
-from manticore_hf.report.facts import Facts, one_run
+from manticore_hf.report.facts import Facts
 from manticore_hf.report.gains import gains, phrases
+from manticore_hf.report.one_run import one_run
 from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_difference
 from manticore_hf.utils.formatting import listed, plural, short_bytes, short_count, short_duration
 

@@ -24,7 +24,8 @@ from manticore_hf.evaluation.losses import ONLINE, Measured, make_passages
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.report import measure
 from manticore_hf.report.comparison import FOLDER
-from manticore_hf.report.facts import Facts, gather, held_out, one_run
+from manticore_hf.report.facts import Facts, gather, held_out
+from manticore_hf.report.one_run import one_run
 from manticore_hf.report.passages import where_it_differs
 from manticore_hf.report.render import render
 from manticore_hf.report.speed import measure_speed
@@ -179,7 +180,7 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size, components):
     for name in tqdm(steps, desc="Measuring", unit="step"):
         store.get(name, steps[name])
     text = Path(arguments.data).name if os.path.exists(arguments.data) else arguments.data
-    return {**store.parts, "text": f"{text}{', validation split' if split else ''}"}
+    return {**store.parts, "text": f"{text}{', validation split' if split else ''}", "named": not split}
 
 
 def _spread(rows, max_tokens):
