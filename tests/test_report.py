@@ -161,8 +161,27 @@ def test_a_killed_report_goes_on_and_another_hybrid_starts_again(folder, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
 
 
+def test_nothing_is_measured_and_what_was_measured_stays(folder, written, tmp_path):
+    hybrid = tmp_path / "hybrid"
+    shutil.copytree(folder / "hybrid", hybrid)  # with the times of its files
+    write_report(hybrid, comparison=folder, measured=False)
+    for name, before in zip(("report.html", "report.md"), written[1:]):
+        assert (hybrid / name).read_text() == before
+    kept, values = hybrid / "report.json", json.loads((hybrid / "report.json").read_text())
+    shorter = {key: value for key, value in values["parts"].items() if key not in ("mixtures", "similarity", "speed")}
+    kept.write_text(json.dumps({**values, "parts": shorter}))  # as one that was killed leaves it
+    assert "speed was not measured" in write_report(hybrid, comparison=folder, measured=False)[1].read_text()
+    kept.write_text(json.dumps({**values, "parts": {**shorter, "losses": {"losses": []}}}))
+    with pytest.raises(ManticoreError, match="report.json' cannot be shown: remove it"):
+        write_report(hybrid, comparison=folder, measured=False)
+    kept.write_text(json.dumps(values))
+    (hybrid / "model.safetensors").touch()  # other weights, for all that is known
+    text = Page(write_report(hybrid, measured=False)[1].read_text()).text
+    assert "report.json is not used: the hybrid's files were changed" in text and "Not measured" in text
+
+
 def test_without_a_comparison_nothing_is_decided(folder, tmp_path):
-    (tmp_path / "hybrid").symlink_to(folder / "hybrid")
+    shutil.copytree(folder / "hybrid", tmp_path / "hybrid", ignore=shutil.ignore_patterns("report.*"))
     verdict, page, _ = write_report(tmp_path / "hybrid", comparison=None, output=tmp_path / "out", measured=False)
     assert verdict.word == "TRY" and not verdict.decided
     text = Page(page.read_text()).text
@@ -221,6 +240,7 @@ def test_kinds_of_text_and_several_texts_are_told_apart(folder, written, tmp_pat
         for name, more in (("some prose", 0.125), ("some code", -0.0625))
     ]  # fmt: skip
     (hybrid / "evaluation.json").write_text(json.dumps(results))
+    (hybrid / "report.json").unlink()  # of the text that was named
     _, page, markdown = write_report(hybrid, measured=False)
     for shown in (Page(page.read_text()).text, markdown.read_text().replace("\\", "")):
         assert "on some prose the hybrid has 0.7200, the best baseline (ensemble) 0.8450" in shown

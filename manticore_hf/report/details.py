@@ -103,7 +103,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
         )
     mixtures = [
         {"name": one["name"], "loss": f"{one['loss']:.3f}", "change": f"{one['loss'] - full:+.3f}"}
-        for one in measured["mixtures"]
+        for one in measured.get("mixtures", [])
     ]
     similarity = [
         {
@@ -113,7 +113,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
             "cka": f"{one['cka']:.3f}",
             "few": one["tokens"] < 5 * one["width"],
         }
-        for one in measured["similarity"]
+        for one in measured.get("similarity", [])
     ]
     return {
         "loss": f"{full:.3f}",

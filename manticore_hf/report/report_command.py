@@ -37,7 +37,7 @@ def add_options(parser: Parser) -> None:
         "--measure",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="load the hybrid and measure it; --no-measure reports what is on disk",
+        help="load the hybrid and measure it; --no-measure reports what is on disk, report.json included",
     )
 
 

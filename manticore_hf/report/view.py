@@ -61,9 +61,11 @@ def _standing(facts):
     else:
         if (run := one_run(facts)) is None:
             note = "This hybrid's loss is not shown, because no baseline was measured with it."
+            note = " ".join([note, *facts.notices])
             return {"note": note, "rows": [], "all": [], "chart": None, "kinds": [], "split": ""}
         own, note, by_kind = run.own, run.note, run.by_kind
         note += "".join(f" {name}: not measured. {why}" for name, why in run.missing.items())
+        note += "".join(f" {notice}" for notice in facts.notices)
         found = [(name, loss, run.bits.get(name), {}) for name, loss in run.losses.items()]
     found.sort(key=lambda one: one[1])
     mine = next(loss for name, loss, *_ in found if name == own)

@@ -29,7 +29,7 @@ from manticore_hf.report.one_run import one_run
 from manticore_hf.report.passages import where_it_differs
 from manticore_hf.report.render import render
 from manticore_hf.report.speed import measure_speed
-from manticore_hf.report.store import Store, stamp
+from manticore_hf.report.store import Store, kept, stamp
 from manticore_hf.report.verdict import Verdict, decide
 from manticore_hf.training.recipe import recipe_sources
 from manticore_hf.utils.files import replace_text
@@ -63,7 +63,7 @@ def write_report(
         max_tokens: Measure on at most so many tokens, rows evenly spaced over the text.
         block_size: Tokens per row of `data`; default: the recipe's, else 512.
         batch_size: Rows per forward pass.
-        measured: False to load no model and measure nothing.
+        measured: False to load no model and measure nothing: what an earlier report has measured is told.
         allow_outside: Whether a recipe that was not run by this user, on this machine, may name text outside of the
             directory.
         components: Where the components are, in order, to measure them as they came; default: the addresses that the
@@ -73,7 +73,8 @@ def write_report(
         (Verdict, path of the HTML file, path of the Markdown file).
 
     Raises:
-        ManticoreError: There is no hybrid, or one that classifies; no held-out text; a comparison that cannot be used.
+        ManticoreError: There is no hybrid, or one that classifies; no held-out text; a comparison, or what an earlier
+            report has measured, cannot be used.
     """
     facts = gather(directory, comparison)
     refuse_classifier(ManticoreConfig.from_pretrained(facts.folder), "A report")
@@ -82,12 +83,28 @@ def write_report(
     if measured:
         arguments, split = held_out(facts, data, block_size, allow_outside)
         facts.measured = _measure(facts, arguments, split, output / NAMES[2], max_tokens, batch_size, components)
-    run = one_run(facts)
-    verdict = decide(facts.comparison, facts.found["settings"], compare_command(facts, data), run)
-    html, markdown = render(facts, verdict)
+        verdict, html, markdown = _told(facts, data)
+    else:
+        path = next(
+            (one for one in (output / NAMES[2], Path(directory) / NAMES[2]) if one.is_file()), output / NAMES[2]
+        )
+        facts.measured, why_not = kept(path, facts.folder)
+        facts.notices += [why_not] if why_not else []
+        try:
+            verdict, html, markdown = _told(facts, data)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as err:  # it may be anyone's
+            if not facts.measured:
+                raise
+            raise ManticoreError(f"{str(path)!r} cannot be shown: remove it, or measure again.") from err
     for name, text in zip(NAMES, (html, markdown)):
         replace_text(output / name, text)
     return verdict, output / NAMES[0], output / NAMES[1]
+
+
+def _told(facts, data):
+    """(Verdict, HTML, Markdown)."""
+    verdict = decide(facts.comparison, facts.found["settings"], compare_command(facts, data), one_run(facts))
+    return verdict, *render(facts, verdict)
 
 
 def compare_command(facts: Facts, test: str | os.PathLike | None = None) -> str:
@@ -113,6 +130,8 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size, components):
         raise ManticoreError(f"components={components} are {len(components)}; the hybrid has {len(names)}: {names}.")
     sources = components or recipe_sources(facts.folder, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    text = Path(arguments.data).name if os.path.exists(arguments.data) else arguments.data
+    about = {"text": f"{text}{', validation split' if split else ''}", "named": not split}
     store = Store(
         path,
         {
@@ -127,6 +146,7 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size, components):
             ],
             "versions": [metadata.version(package) for package in ("torch", "transformers")],
         },
+        about,
     )
 
     @functools.cache
@@ -179,8 +199,7 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size, components):
     }  # fmt: skip
     for name in tqdm(steps, desc="Measuring", unit="step"):
         store.get(name, steps[name])
-    text = Path(arguments.data).name if os.path.exists(arguments.data) else arguments.data
-    return {**store.parts, "text": f"{text}{', validation split' if split else ''}", "named": not split}
+    return {**store.parts, **about}
 
 
 def _spread(rows, max_tokens):
