@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_hybrid import mamba, mixed_hybrid, pair, save, write_text
 from manticore_hf import ManticoreError, prune
 from manticore_hf.report import measure, write_report
 from manticore_hf.report import run as run_module
-from manticore_hf.training.recipe import run_recipe
+from manticore_hf.training.recipe import load_recipe, run_recipe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +71,8 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.addresses, self.styles, self.text = set(), [], [], ""
+        self.tags, self.addresses, self.styles, self.text, self.code = set(), [], [], "", []
+        self.last = None
         self.feed(text)
         self.close()
 
@@ -83,8 +85,13 @@ class Page(html.parser.HTMLParser):
                 self.styles.append(value)
             assert not key.startswith("on"), f"{tag} runs {key}"
 
+        self.last = tag
+        self.code += [""] * (tag == "code")
+
     def handle_data(self, data):
         self.text += data
+        if self.last in ("code", "span") and self.code:
+            self.code[-1] += data
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +192,12 @@ def test_without_a_comparison_nothing_is_decided(folder, tmp_path):
     verdict, page, _ = write_report(tmp_path / "hybrid", comparison=None, output=tmp_path / "out", measured=False)
     assert verdict.word == "TRY" and not verdict.decided
     text = Page(page.read_text()).text
-    assert "Measure it: manticore-hf compare" in text and "a single run cannot support a decision" in text
+    assert "a single run cannot support a decision" in text
+    # No recipe made it, so the commands begin with one that is there
+    commands = [shlex.split(command) for command in Page(page.read_text()).code if command.startswith(("cp", "man"))]
+    assert [one[:2] for one in commands[1:]] == [["manticore-hf", "run"], ["manticore-hf", "compare"]]
+    copied = load_recipe(commands[0][1])
+    assert commands[0][2] == commands[1][2] == commands[2][2] and [stage for stage, _ in copied.stages]
     assert "Not measured" in text and "no baseline" in text
 
 
@@ -204,14 +216,52 @@ def test_an_online_mixture_is_not_drawn_as_one_row_nor_compared_with_itself(fold
     model = mixed_hybrid(num_blocks=1, mixture="online")
     torch.nn.init.zeros_(model.hybrid_mixer.alpha_logits)
     save(model, tmp_path / "hybrid", words="cat sat on a mat and saw two dogs run".split())
-    _, page, markdown = write_report(tmp_path / "hybrid", folder / "text.txt", max_tokens=200, batch_size=2)
-    found, names = Page(page.read_text()).text, model.config.component_names
+    (tmp_path / "hybrid" / "stage.json").write_text(json.dumps({"stage": "compose"}))  # as `compose` leaves it
+    verdict, page, markdown = write_report(tmp_path / "hybrid", folder / "text.txt", max_tokens=200, batch_size=2)
+    found, plain = " ".join(Page(page.read_text()).text.split()), markdown.read_text()
+    names = model.config.component_names
     begun = ", ".join(f"{name} 0.500" for name in names)
     said = f"weights follow the components’ losses on the text so far. A text begins with {begun}."
-    assert said in " ".join(found.split())
+    assert said in found
     assert "Against ensemble" in found and "Against online mixture" not in found
-    assert "hybrid (this hybrid)" in markdown.read_text()
-    assert f"nats per token; {names[0]}" in markdown.read_text()
+    assert "hybrid (this hybrid)" in plain and "| online mixture |" not in plain
+    assert "The hybrid is the online mixture of its components, which is therefore no baseline." in found
+    assert f"nats per token; {names[0]}" in plain
+    # Nothing was trained: seeds say nothing, and no weights are worth anything by training
+    assert "seed" not in found.split("The rules of the verdict")[0] and "Nothing of this hybrid was trained" in found
+    assert "untrained mixture weights" not in found and "with fixed weights: the change shows" in found
+    assert f"weight: {names[0]}" in found and "gate: " not in found
+    # 200 tokens in rows of 512 were one row: they are cut so that there is an interval
+    kept = json.loads((tmp_path / "hybrid" / "report.json").read_text())
+    rows = kept["parts"]["losses"]["rows"]
+    assert rows < 8 and kept["about"]["chosen"] and kept["about"]["block_size"] == 32  # too little for that, too
+    assert f"takes at least 8 rows of text ({rows} here)" in verdict.reasons[0] or "too few" in verdict.reasons[0]
+    assert verdict.steps[0] == "Measure on more of the text: " + shlex.join(
+        ["manticore-hf", "report", str(tmp_path / "hybrid"), "--data", str(folder / "text.txt")]
+    )
+
+
+def test_rows_are_made_short_enough_for_an_interval(folder, tmp_path, capsys):
+    hybrid = shutil.copytree(folder / "hybrid", tmp_path / "hybrid", ignore=shutil.ignore_patterns("report.*"))
+    options = {"max_tokens": 300, "output": tmp_path, "batch_size": 2}
+    _, page, _ = write_report(hybrid, folder / "text.txt", **options)
+    kept = json.loads((tmp_path / "report.json").read_text())
+    losses = kept["parts"]["losses"]
+    assert losses["rows"] >= 8 and None not in losses["differences"]["ensemble"]
+    assert f"in {losses['rows']} rows of 32 tokens: an interval takes at least 8 rows" in Page(page.read_text()).text
+    assert "too few for confidence" not in capsys.readouterr().err
+    write_report(hybrid, folder / "text.txt", **options, block_size=60)  # as the user wants it
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert kept["parts"]["losses"]["rows"] < 8 and not kept["about"]["chosen"]
+    assert "rows of text are too few for confidence intervals (at least 8)" in capsys.readouterr().err
+
+
+def test_equal_static_weights_have_no_ablation(folder, tmp_path):
+    model = mixed_hybrid(num_blocks=1, mixture="static")
+    torch.nn.init.zeros_(model.hybrid_mixer.alpha_logits)
+    save(model, tmp_path / "hybrid", words="cat sat on a mat and saw two dogs run".split())
+    _, page, _ = write_report(tmp_path / "hybrid", folder / "text.txt", max_tokens=100, batch_size=2)
+    assert "Ablations of the mixture" not in page.read_text()
 
 
 def test_kinds_of_text_and_several_texts_are_told_apart(folder, written, tmp_path):

@@ -1,5 +1,7 @@
 """The rules of the verdict, each by a comparison made for it; reading a comparison; the charts' arithmetic."""
 
+import contextlib
+import io
 import json
 import re
 import types
@@ -7,12 +9,14 @@ import types
 import pytest
 
 from manticore_hf import ManticoreError
+from manticore_hf.compare.evaluate import print_result
 from manticore_hf.hub.card import Result
 from manticore_hf.report import charts
 from manticore_hf.report.comparison import find_comparison, read_comparison
 from manticore_hf.report.gains import gains, phrases
 from manticore_hf.report.one_run import OneRun, one_run
 from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say
+from manticore_hf.utils.claims import claim, more_rows
 
 LOSS = 2.0  # the hybrid's; baselines are said by how much worse they are
 
@@ -148,6 +152,30 @@ def test_nothing_is_decided_without_seeds_baselines_or_comparison():
     said = decide(None, one_run=run).reasons[0]
     assert said.startswith("The hybrid is 0.0500 bits per byte better than the best baseline of one run (original a)")
     assert "1.1500 and 1.1000 bits per byte" in said and "not among them" not in said
+
+
+def test_why_there_is_no_interval_is_said():
+    assert claim("it", [0.1, None, None], 6_000, rows=3) == (
+        "No claim is made against it: there is no confidence interval, which takes at least 8 rows of text (3 here)."
+    )
+    assert "too few (at least 5,000)" in claim("it", [0.1, None, None], 4_999, rows=3)
+    assert more_rows(3) == "Use more text, or a smaller --block-size." and more_rows(8) == more_rows(None) == ""
+    result = {"data": "text.txt", "tokens": 9, "bytes": 6_000, "rows": 3, "missing": {}, "losses": {}}
+    result["losses"] = {"hybrid": 2.0, "online mixture": 2.000001, "ensemble": 2.1}
+    result["bits_per_byte"] = {name: loss / 3 for name, loss in result["losses"].items()}
+    result["differences"] = {"online mixture": [1e-6, None, None], "ensemble": [0.03, None, None]}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print_result("hybrid", result)
+    said = out.getvalue()
+    assert "8 rows of text (3 here). Use more text, or a smaller --block-size." in said
+    assert "The hybrid is the online mixture of its components" in said and said.count("online mixture") == 1
+
+
+def test_an_untrained_hybrid_lacks_no_seeds():
+    run = OneRun({"hybrid": 3.3, "ensemble": 3.4}, "hybrid", "One run.", rows=3, size=6_000)
+    found = decide(None, None, "compare this", run, untrained=True, steps=["Do that."])
+    assert "seed" not in " ".join(found.reasons) and "Nothing of this hybrid was trained" in found.reasons[1]
+    assert (found.word, found.decided, found.steps) == ("TRY", False, ["Do that."])
 
 
 def test_a_comparison_on_little_text_decides_nothing():

@@ -13,10 +13,10 @@ import torch
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import DataArguments, load_rows
-from manticore_hf.evaluation.losses import how_measured, make_passages, measure, name_of
+from manticore_hf.evaluation.losses import how_measured, itself, make_passages, measure, name_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.recipe import recipe_sources
-from manticore_hf.utils.claims import claim
+from manticore_hf.utils.claims import claim, more_rows
 from manticore_hf.utils.files import write_json
 from manticore_hf.utils.tokenizers import read_tokenizer
 
@@ -75,6 +75,8 @@ def print_result(source: str | os.PathLike, result: Mapping[str, Any]) -> None:
     """Prints a result of `run_evaluate`, best first, with what can be said of the best baseline."""
     bits, own = result["bits_per_byte"], "hybrid"
     print(f"{source} on {result['data']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes of text")
+    same = itself(result["losses"], result["differences"], own)
+    bits = {name: value for name, value in bits.items() if name not in same}
     width = max(map(len, bits))
     print(f"{'':>{width}}  bits per byte  nats per token  baseline - hybrid, bits per byte (95 %)")
     for name in sorted(bits, key=bits.get):
@@ -83,9 +85,13 @@ def print_result(source: str | os.PathLike, result: Mapping[str, Any]) -> None:
             gain, low, high = result["differences"][name]
             line += f"  {gain:+.4f}" + (f" ({low:+.4f} to {high:+.4f})" if low is not None else "")
         print(line)
+    for name in same:
+        print(f"The hybrid is the {name} of its components, which is therefore no baseline.")
     for name, why in result["missing"].items():
         print(f"{name}: not measured. {why}")
     others = [name for name in bits if name != own]
     if others:
         best = min(others, key=bits.get)
-        print(claim(f"the best baseline ({best})", result["differences"][best], result["bytes"], "The hybrid"))
+        named, rows = f"the best baseline ({best})", result.get("rows")
+        said = claim(named, result["differences"][best], result["bytes"], "The hybrid", rows)
+        print(f"{said} {more_rows(rows)}".strip())

@@ -333,7 +333,7 @@ def _verdicts(frozen, tuned, test):
 def _compared(rows, one, other, name, what, test):
     found = _measured(rows, test)
     difference = found.differences(one)[other]
-    return claim(name, difference, int(found.bytes.sum()), what)
+    return claim(name, difference, int(found.bytes.sum()), what, len(found.bytes))
 
 
 def _print_table(title, rows, test):

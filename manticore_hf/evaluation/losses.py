@@ -5,7 +5,7 @@ treats rows of several texts. `measure` predicts every byte, so that models of o
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from manticore_hf.evaluation.metrics.scoring import LOGITS, token_logprobs
 from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.evaluation.statistics import bootstrap
 from manticore_hf.modeling.past_losses import MOST, decayed_sums, online_weights
+from manticore_hf.utils.claims import CLAIM_ROWS
 from manticore_hf.utils.distributed import all_reduce, bar, component_runner, is_sharded, shares
 from manticore_hf.utils.renamed import takes_old_name
 
 ONLINE = "online mixture"
-_UNITS = 8, 500  # fewest that are resampled for an interval, and about how many are enough
+_UNITS = CLAIM_ROWS, 500  # fewest that are resampled for an interval, and about how many are enough
+_ROUNDING = 2e-5  # nats per token: what the same mixture differs by, calculated in another order
 _MOST_KINDS = 12  # of text: more are no split that a table can show
 
 
@@ -161,6 +163,25 @@ def online_nats(nats: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     return -(weights.log() - nats).logsumexp(-1)
 
 
+def itself(
+    losses: Mapping[str, float], differences: Mapping[str, Sequence[float | None]] | None = None, own: str = "hybrid"
+) -> list[str]:
+    """Names of the untrained mixtures of the components that a hybrid is itself: those are no baselines.
+
+    Args:
+        losses: {name: nats per token}.
+        differences: {name: [bits per byte minus the hybrid's, low, high]}, as far as known.
+        own: The hybrid's name.
+    """
+
+    def same(name):
+        ends = (differences or {}).get(name, ())
+        close = abs(losses[name] - losses[own]) < _ROUNDING
+        return close and all(abs(end) < 10 * _ROUNDING for end in ends if end is not None)
+
+    return [name for name in ("ensemble", ONLINE) if name in losses and own in losses and same(name)]
+
+
 # ---- in bits per byte ------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +293,7 @@ class Measured:
         return {
             "tokens": int(self.tokens.sum()),
             "bytes": int(self.bytes.sum()),
+            "rows": len(self.bytes),
             "losses": self.losses,
             "bits_per_byte": self.bits_per_byte,
             "differences": self.differences(own),

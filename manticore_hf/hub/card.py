@@ -53,6 +53,7 @@ class Result:
         size: Bytes of text, if known.
         differences: {baseline: [bits per byte minus the hybrid's, low, high]}, as far as known.
         by_kind: {kind of text: {label: bits per byte on it}}, as far as known.
+        rows: Rows of text, if known.
     """
 
     data: str
@@ -64,6 +65,7 @@ class Result:
     size: int | None = None
     differences: dict = field(default_factory=dict)
     by_kind: dict = field(default_factory=dict)
+    rows: int | None = None
 
 
 @dataclass
@@ -195,6 +197,7 @@ def read_results(directory: str | os.PathLike) -> list[Result]:
                     value["bytes"] if _is_count(value.get("bytes")) else None,
                     _known(value.get("differences"), _is_difference),
                     {kind: _known(bits, is_number) for kind, bits in _known(value.get("by_kind"), _is_dict).items()},
+                    value["rows"] if _is_count(value.get("rows")) else None,
                 )
             )
     return out
@@ -373,7 +376,8 @@ def _show(result):
     size = f", {result.tokens:,} tokens" if result.tokens else ""
     size += f", {result.size:,} bytes" if result.size else ""
     note = f" {result.note}" if result.note else ""
-    verdict = claim(f"the best baseline listed ({best})", result.differences.get(best), result.size, "This hybrid")
+    named, difference = f"the best baseline listed ({best})", result.differences.get(best)
+    verdict = claim(named, difference, result.size, "This hybrid", result.rows)
     if not any(label.startswith(ORIGINAL.format("")) for label in baselines):
         verdict += (
             " The original components, with their own tokenizers, were not measured on this text; "

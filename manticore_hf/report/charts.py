@@ -9,13 +9,30 @@ cut has no title that shows it whole; and a chart takes five times the bytes (18
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup, escape
 
 from manticore_hf.modeling.settings_manticore import printable
 
 _WIDTH = 640
+NARROW = 340
+"""Width of a chart for a phone, whose letters are then as large as the page's."""
+
+
+def for_any_page(draw: Callable[..., Markup], *args: Any, width: float = _WIDTH, **settings: Any) -> Markup:
+    """A chart twice, for pages and for phones, of which the page's style sheet shows one.
+
+    One that only shrinks has letters of half their size on a phone, and one that keeps its size is cut at the right.
+
+    Args:
+        draw: A chart's function.
+        args, settings: What it takes.
+        width: Of the chart on a page.
+    """
+    broad, narrow = (draw(*args, width=one, **settings) for one in (width, NARROW))
+    return Markup('<div class="broad">{}</div><div class="narrow">{}</div>').format(broad, narrow)
 
 
 def _svg(width, height, parts, label):
@@ -82,11 +99,14 @@ def forest(
         needed: Where to draw the line of what is worth having, or None.
         label: For screen readers.
         unit: Of the differences.
-        width: Of the chart; where it is narrow, longer names are cut.
+        width: Of the chart; where it is narrow, longer names are cut, and on a phone each is above its bar.
     """
-    most = 38 if width >= _WIDTH else 30
+    above = width <= NARROW
+    most = 44 if above else 38 if width >= _WIDTH else 30
     names = [_clip(name, most) for name, *_ in rows]
     left, right, top, step = 24 + 6.7 * max(map(len, names)), 20, 8, 24
+    if above:
+        left, right, step = 10, 10, 40
     numbers = [0.0, needed or 0.0] + [x for _, difference, pair in rows for x in (difference, *(pair or ()))]
     low, high = min(numbers), max(numbers)
     pad = 0.06 * (high - low or 1.0)
@@ -96,16 +116,20 @@ def forest(
     def at(value):
         return left + (value - low) / (high - low) * (width - left - right)
 
-    marks, bottom = ticks(low, high), top + step * len(rows)
+    marks, bottom = ticks(low, high, 4 if above else 5), top + step * len(rows)
     parts = [_line(at(v), top, at(v), bottom, "grid") for v in marks]
     parts += [_text(at(v), bottom + 14, _tick_text(v, marks), "middle", "tick") for v in marks]
     parts.append(_line(at(0), top, at(0), bottom, "zero"))
     if needed:
         parts.append(_line(at(needed), top, at(needed), bottom, "needed"))
     for i, (name, difference, pair) in enumerate(rows):
-        y = top + step * i + step / 2
+        y = top + step * i + (30 if above else step / 2)
         sure = "good" if pair and pair[0] > 0 else "bad" if pair and pair[1] < 0 else "open"
-        parts.append(_text(left - 10, y + 4, names[i], "end", "", name))
+        parts.append(
+            _text(0, y - 13, names[i], "start", "", name)
+            if above
+            else _text(left - 10, y + 4, names[i], "end", "", name)
+        )
         if pair:
             parts.append(_line(at(pair[0]), y, at(pair[1]), y, f"bar {sure}"))
             parts += [_line(at(end), y - 6, at(end), y + 6, f"bar {sure}") for end in pair]
@@ -125,6 +149,7 @@ def heat(
     form: str = "{:.2f}",
     largest: float = 1.0,
     label: str = "Heat map",
+    width: float = _WIDTH,
 ) -> Markup:
     """A heat map: the darker, the larger; negative values in the other colour.
 
@@ -134,8 +159,10 @@ def heat(
         form: How a value is printed.
         largest: The value of full colour.
         label: For screen readers.
+        width: At most, of the chart.
     """
-    left, top, wide, high = 110, 30, min(150, (_WIDTH - 120) / max(1, len(columns))), 28
+    left = 110 if width >= _WIDTH else 70
+    top, wide, high = 30, min(150, (width - left - 10) / max(1, len(columns))), 28
     parts = [
         _text(left + wide * (i + 0.5), 20, _clip(name, max(6, int(wide / 7))), "middle", "", name)
         for i, name in enumerate(columns)
@@ -165,23 +192,25 @@ def lines(
     low: float | None = None,
     high: float | None = None,
     label: str = "Curves",
+    width: float = _WIDTH,
 ) -> Markup:
     """Curves with a legend, by colour and dash pattern: of two that are equal, one shows through the other's gaps.
 
     Args:
         series: {name: (x values, y values)}.
-        x_label, y_label: What the axes show.
+        x_label, y_label: What the axes show, as parts of a sentence.
         low, high: Bounds of y; default: those of the values.
         label: For screen readers.
+        width: Of the chart.
     """
-    left, right, top, plot = 58, 12, 12, 190
+    left, right, top, plot = 58 if width >= _WIDTH else 40, 12, 12, 190
     legend, x, row = [], left, 0
     for i, name in enumerate(series):
-        width = 36 + 7.2 * len(_clip(name, 40))
-        if x + width > _WIDTH - right and x > left:
+        entry = 36 + 7.2 * len(_clip(name, 40))
+        if x + entry > width - right and x > left:
             x, row = left, row + 1
         legend.append((i, name, x, row))
-        x += width
+        x += entry
     top += 18 * (row + 1)
     xs = [v for one, _ in series.values() for v in one]
     ys = [v for _, one in series.values() for v in one if math.isfinite(v)] or [0.0]
@@ -192,16 +221,16 @@ def lines(
 
     def at(a, b):
         return (
-            left + (a - x_low) / ((x_high - x_low) or 1) * (_WIDTH - left - right),
+            left + (a - x_low) / ((x_high - x_low) or 1) * (width - left - right),
             top + (1 - (b - y_low) / (y_high - y_low)) * plot,
         )
 
     parts = []
-    y_marks, x_marks = ticks(y_low, y_high), ticks(x_low, x_high, 6)
+    y_marks, x_marks = ticks(y_low, y_high), ticks(x_low, x_high, 6 if width >= _WIDTH else 4)
     for value in y_marks:
         y = at(x_low, value)[1]
         parts += [
-            _line(left, y, _WIDTH - right, y, "grid"),
+            _line(left, y, width - right, y, "grid"),
             _text(left - 7, y + 4, _tick_text(value, y_marks), "end", "tick"),
         ]
     parts += [_text(at(v, y_low)[0], top + plot + 16, _tick_text(v, x_marks), "middle", "tick") for v in x_marks]
@@ -221,5 +250,5 @@ def lines(
                 for px, py in points
             ]
     from_zero = "" if y_low <= 0 else " (does not start at 0)"
-    parts.append(_text(left, top + plot + 34, f"{x_label} →; upwards: {y_label}{from_zero}", "start", "tick"))
-    return _svg(_WIDTH, top + plot + 40, parts, label)
+    parts.append(_text(left, top + plot + 34, f"{y_label}, by {x_label}{from_zero}", "start", "tick"))
+    return _svg(width, top + plot + 40, parts, label)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from manticore_hf.evaluation.losses import itself
 from manticore_hf.modeling.settings_manticore import printable
 from manticore_hf.report import charts
 from manticore_hf.report.facts import Facts
@@ -15,6 +16,7 @@ _KINDS = {
     "hybrid": "a hybrid", "pruned": "a pruned hybrid", "untuned": "not tuned",
 }  # fmt: skip
 _MOST_CHARTS = 8
+_EQUAL = 0.02  # within which weights that are drawn from 0 to 1 are one line
 _WEIGHTS = "Mixture weights, blocks by components"
 
 
@@ -36,29 +38,22 @@ def mixture(facts: Facts) -> dict[str, Any]:
                 name: (steps, history[f"alpha/{block}/{name}"]) for name in names if f"alpha/{block}/{name}" in history
             }
             if series:
-                label = f"Weight in block {block + 1}"
-                out.append(
-                    {
-                        "title": f"{stage.name}, block {block + 1}",
-                        "chart": charts.lines(series, "optimizer step", label, 0, 1, label),
-                    }
-                )
+                out.append(_trajectory(f"{stage.name}, block {block + 1}", series, f"weight in block {block + 1}"))
         logged = stage.series("gate/")
         gate = {name: logged[f"gate/{name}"] for name in names if f"gate/{name}" in logged}
         if gate and len(next(iter(gate.values()))[0]) > 1:
-            out.append(
-                {
-                    "title": f"{stage.name}, token gate: mean weight over the training tokens",
-                    "chart": charts.lines(gate, "optimizer step", "weight", 0, 1, "Mean gate weight"),
-                }
-            )
+            title = f"{stage.name}, token gate: mean weight over the training tokens"
+            out.append(_trajectory(title, gate, "mean gate weight"))
     token, online = (facts.found["settings"]["mixture"] == kind and not route for kind in ("token", "online"))
     # One row of equal weights shows nothing where they change with the token
-    chart = None if (token or online) and blocks == 1 else charts.heat(weights, labels, names, "{:.3f}", label=_WEIGHTS)
+    chart = None
+    if not ((token or online) and blocks == 1):
+        chart = charts.for_any_page(charts.heat, weights, labels, names, "{:.3f}", label=_WEIGHTS)
     return {
         "names": names,
         "token": token,
         "online": online,
+        "weight": "gate" if token else "weight",
         "trajectories": out,
         "rows": [
             {"name": label, "weights": ["–" if w is None else f"{w:.3f}" for w in row]}
@@ -68,12 +63,26 @@ def mixture(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _trajectory(title, series, what):
+    """Weights over the steps of training: a chart, or a sentence where lines that coincide would show nothing."""
+    values = [value for _, one in series.values() for value in one]
+    if all(abs(value - 1 / len(series)) < _EQUAL for value in values):
+        last = ", ".join(f"{name} {one[-1]:.3f}" for name, (_, one) in series.items())
+        return {"title": title, "chart": None, "said": f"The weights stayed equal within {_EQUAL}; at the end: {last}."}
+    return {
+        "title": title,
+        "chart": charts.for_any_page(charts.lines, series, "optimizer step", what, 0, 1, what.capitalize()),
+        "said": None,
+    }
+
+
 def why(facts: Facts) -> dict[str, Any] | None:
     """Losses without each part, with untrained mixtures, and how alike features are."""
     measured = facts.measured
     if not measured:
         return None
     full = measured["losses"]["losses"]["hybrid"]
+    same = itself(measured["losses"]["losses"], measured["losses"].get("differences"))
     names = list(dict.fromkeys(row["component"] for row in facts.found["blocks"]))
     removed, table = [], []
     for block in range(facts.found["settings"]["num_blocks"]):
@@ -93,7 +102,8 @@ def why(facts: Facts) -> dict[str, Any] | None:
     values = [value for row in table for value in row if value is not None]
     chart = None
     if values and len(table) > 1:  # of one block the table below says as much
-        chart = charts.heat(
+        chart = charts.for_any_page(
+            charts.heat,
             table,
             [f"block {b + 1}" for b in range(len(table))],
             names,
@@ -101,9 +111,10 @@ def why(facts: Facts) -> dict[str, Any] | None:
             max(map(abs, values)),
             "Loss added when a component is removed",
         )
+    equal = facts.found["settings"]["mixture"] == "static" and _even(facts)  # another mixture would be this one
     mixtures = [
         {"name": one["name"], "loss": f"{one['loss']:.3f}", "change": f"{one['loss'] - full:+.3f}"}
-        for one in measured.get("mixtures", [])
+        for one in ([] if equal else measured.get("mixtures", []))
     ]
     similarity = [
         {
@@ -122,21 +133,44 @@ def why(facts: Facts) -> dict[str, Any] | None:
         "removed": removed,
         "chart": chart,
         "mixtures": mixtures,
+        "mixtures_note": _mixtures_note(facts),
         "similarity": similarity,
         "baselines": [
             {"name": name, "loss": f"{loss:.3f}"}
             for name, loss in measured["losses"]["losses"].items()
-            if name != "hybrid"
+            if name not in ("hybrid", *same)
         ],
     }
+
+
+def _even(facts):
+    """Whether all components weigh the same in every block, as before any training."""
+    weights = [row["alpha"] for row in facts.found["blocks"]]
+    return None not in weights and max(weights) - min(weights) < 1e-6
+
+
+def _mixtures_note(facts):
+    """What the losses with other mixtures tell."""
+    kind = facts.found["settings"]["mixture"]
+    if kind == "online" and _even(facts):
+        return (
+            "The same model with fixed weights: the change shows what it is worth that they follow the components' "
+            "losses. Nothing of the mixture was trained."
+        )
+    if facts.untrained:
+        return "The same model with other mixture weights. Nothing of the mixture was trained."
+    return "The same model with untrained mixture weights: the change shows what the trained ones are worth."
 
 
 def where(facts: Facts) -> list[dict[str, Any]]:
     """Tokens and documents where the hybrid gains or loses most against each baseline, texts made visible."""
     if not facts.measured:
         return []
-    out = []
-    for baseline, found in facts.measured["losses"]["where"].items():
+    out, losses = [], facts.measured["losses"]
+    same = itself(losses["losses"], losses.get("differences"))
+    for baseline, found in losses["where"].items():
+        if baseline in same:
+            continue
 
         def token(one):
             return {
@@ -167,7 +201,7 @@ def where(facts: Facts) -> list[dict[str, Any]]:
         word = "better" if found["gain"] >= 0 else "worse"
         size = f"{abs(found['gain']):.3f} nats per token {word}"
         share = f"{found['better']:.0%}"
-        tokens = f"{facts.measured['losses']['tokens']:,}"
+        tokens = f"{losses['tokens']:,}"
         sentence = f"On {tokens} tokens the hybrid is {size} than {baseline}, and predicts {share} of them better."
         out.append({"baseline": baseline, "sentence": sentence, **ways})
     return out
@@ -198,7 +232,10 @@ def curves(facts: Facts) -> list[dict[str, Any]]:
             ]
             drawn = any(len(xs) > 1 for xs, _ in series.values())
             label = f"Losses of {stage.name}"
-            chart = charts.lines(series, "optimizer step", "loss, nats per token", label=label) if drawn else None
+            chart = None
+            if drawn:
+                what = "loss in nats per token"
+                chart = charts.for_any_page(charts.lines, series, "optimizer step", what, label=label)
             out.append({"title": stage.name, "rows": rows, "chart": chart})
     return out
 
@@ -225,7 +262,7 @@ def comparison(facts: Facts) -> dict[str, Any] | None:
         "file": facts.comparison_path.name,
         "machine": facts.comparison["machine"],
         "kinds": kinds,
-        "chart": charts.forest(baselines, gain_needed(facts.comparison)) if baselines else None,
+        "chart": charts.for_any_page(charts.forest, baselines, gain_needed(facts.comparison)) if baselines else None,
         "rows": [
             {
                 "name": row["name"],

@@ -18,6 +18,7 @@ from manticore_hf.utils.files import refuse_link
 from manticore_hf.utils.formatting import is_number
 
 _STAGE = re.compile(r"(\d+)-([a-z]+)")
+_UNTRAINED = ("compose", "calibrate")
 _SHOWN = ("*.json", "*.yaml", "*.md", "checkpoint-*/*.json", f"{FOLDER}/{FILE}")
 
 
@@ -95,6 +96,11 @@ class Facts:
     recipe: Path | None = None
     measured: dict = field(default_factory=dict)
     notices: list = field(default_factory=list)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is known that nothing was trained; of a hybrid that says nothing of its making, it is not."""
+        return bool(self.stages) and all(stage.result.get("stage") in _UNTRAINED for stage in self.stages)
 
 
 def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = None) -> Facts:

@@ -47,7 +47,8 @@ def phrases(facts: Facts, costs: str, licence: str) -> list[str]:
     found, unit = gains(facts)
     out = []
     if found and unit == "bits per byte":
-        size = facts.comparison["test_bytes"] if facts.comparison is not None else one_run(facts).size
+        run = None if facts.comparison is not None else one_run(facts)
+        size = facts.comparison["test_bytes"] if run is None else run.size
         needs = {row["name"]: row.get("needs") for row in facts.comparison["rows"]} if facts.comparison else {}
         best, usable = next(iter(found)), [name for name in found if not needs.get(name)]
         free, one = next(iter(usable), None), next((name for name in usable if _is_one_model(name, facts)), None)
@@ -59,7 +60,8 @@ def phrases(facts: Facts, costs: str, licence: str) -> list[str]:
             (one, f"the best single model ({one})"),
         ):
             told.setdefault(name, what)
-        out += [claim(what, found[name], size, "The hybrid") for name, what in told.items() if name is not None]
+        rows = None if run is None else run.rows
+        out += [claim(what, found[name], size, "The hybrid", rows) for name, what in told.items() if name is not None]
     out += [costs] if costs else []
     worth = _worth(facts)
     if worth:

@@ -3,9 +3,10 @@
 import dataclasses
 from dataclasses import dataclass, field
 
+from manticore_hf.evaluation.losses import itself
 from manticore_hf.report.facts import Facts
-from manticore_hf.utils.claims import ORIGINAL
-from manticore_hf.utils.formatting import listed
+from manticore_hf.utils.claims import CLAIM_ROWS, ORIGINAL
+from manticore_hf.utils.formatting import listed, plural
 
 
 @dataclass
@@ -21,7 +22,7 @@ class OneRun:
         differences: {baseline: [bits per byte minus the hybrid's, low, high]}, as far as known.
         missing: {name: why it was not measured}.
         by_kind: {kind of text, or text: {name: bits per byte on it}}, where there are several.
-        tokens: Of that text, None if unknown.
+        tokens, rows: Of that text, None if unknown.
         sample: What was measured for the report, on less text, where that is not what this is.
     """
 
@@ -34,6 +35,7 @@ class OneRun:
     missing: dict[str, str] = field(default_factory=dict)
     by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens: int | None = None
+    rows: int | None = None
     sample: "OneRun | None" = None
 
     @property
@@ -56,7 +58,7 @@ def one_run(facts: Facts) -> OneRun | None:
     seem to contradict it; the sample then only serves details. Otherwise the sample is told where only it has the
     original components, and always where the user named another text for it.
     """
-    sample, run = _sample(facts), _of_run(facts)
+    sample, run = (_without_itself(one) for one in (_sample(facts), _of_run(facts)))
     if sample is None or run is None:
         return run or sample
     named = facts.measured.get("named")
@@ -67,19 +69,48 @@ def one_run(facts: Facts) -> OneRun | None:
     return sample if sample.has_untouched and not run.has_untouched else run
 
 
+def _without_itself(run):
+    """A run whose hybrid, where it is an untrained mixture of its components, is not compared with itself."""
+    if run is None:
+        return None
+    same = itself(run.losses, run.differences, run.own)
+    if not same or len(run.losses) < 3:
+        return run
+
+    def left(values):
+        return {name: value for name, value in values.items() if name not in same}
+
+    kinds = {kind: left(bits) for kind, bits in run.by_kind.items()}
+    note = f"{run.note} The hybrid is the {same[0]} of its components, which is therefore no baseline."
+    kept = {key: left(getattr(run, key)) for key in ("losses", "bits", "differences")}
+    return dataclasses.replace(run, **kept, by_kind=kinds, note=note)
+
+
 def _sample(facts):
     """What was measured for the report, or None."""
     measured = facts.measured.get("losses")
     if not measured or len(measured["losses"]) < 2:
         return None
     note = (
-        f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens, {measured['bytes']:,} bytes. Each "
-        "component predicts with its own head inside this hybrid; the ensemble is their plain mean; an original "
+        f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens, {measured['bytes']:,} bytes"
+        f"{_rows(measured.get('rows'), facts.measured)}. Each component "
+        " predicts with its own head inside this hybrid; the ensemble is their plain mean; an original "
         "component uses its own tokenizer, untrained. Nats per token are per token of the hybrid's tokenizer."
     )
     keys = ("bits_per_byte", "bytes", "differences", "missing")
     values = [measured[key] for key in keys]
-    return OneRun(measured["losses"], "hybrid", note, *values, measured.get("by_kind", {}), measured["tokens"])
+    size = measured["tokens"], measured.get("rows")
+    return OneRun(measured["losses"], "hybrid", note, *values, measured.get("by_kind", {}), *size)
+
+
+def _rows(count, about):
+    """On the rows of a sample, as a part of a sentence."""
+    if not count:
+        return ""
+    said = f", in {plural(count, 'row')}"
+    if about.get("chosen"):
+        said += f" of {about['block_size']} tokens: an interval takes at least {CLAIM_ROWS} rows"
+    return said
 
 
 def _results(facts):
@@ -106,7 +137,9 @@ def _of_run(facts):
     told = f"One run, {listed([one.data for one in some])}. {first.note or ''}".strip()
     if len(some) == 1:
         known = (first.bits, first.size, first.differences)
-        return OneRun(first.losses, first.own, told, *known, by_kind=first.by_kind, tokens=first.tokens)
+        return OneRun(
+            first.losses, first.own, told, *known, by_kind=first.by_kind, tokens=first.tokens, rows=first.rows
+        )
     losses = _mean([one.losses for one in some], [one.tokens for one in some])
     known = all(one.size and set(one.bits) == set(first.losses) for one in some)
     bits = _mean([one.bits for one in some], [one.size for one in some]) if known else {}

@@ -31,7 +31,11 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--output-dir", help="write the report to this directory (default: the given one)")
     parser.add_argument("--output", dest="output_dir", action=Renamed, new="--output-dir")
     parser.add_argument("--max-tokens", type=int, default=20_000, help="measure on at most this many tokens")
-    parser.add_argument("--block-size", type=int, help="tokens per row of --data (default: the recipe's, else 512)")
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        help="tokens per row of --data (default: the recipe's, else 512, fewer where that makes too few rows)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="rows per forward pass")
     parser.add_argument(
         "--measure",

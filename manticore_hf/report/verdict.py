@@ -4,7 +4,7 @@ Differences are a baseline's loss minus the hybrid's, in nats per token: positiv
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,12 @@ RULES = [
     "Without a comparison over several seeds that includes separately tuned baselines, there is no verdict, only TRY; "
     f"the same holds for fewer than {CLAIM_BYTES:,} bytes of test text.",
 ]
+
+_ONE_RUN = "There is no comparison over several seeds: a single run cannot support a decision."
+_UNTRAINED = (
+    "Nothing of this hybrid was trained. Whether that is better than training is not measured: a verdict takes a "
+    "comparison with its components tuned on your text."
+)
 
 _EXPLAINED = {
     "GO": "Use the hybrid",
@@ -79,6 +85,8 @@ def decide(
     settings: Mapping[str, Any] | None = None,
     command: str | None = None,
     one_run: OneRun | None = None,
+    untrained: bool = False,
+    steps: Sequence[str] | None = None,
 ) -> Verdict:
     """Applies the rules.
 
@@ -87,14 +95,17 @@ def decide(
         settings: The hybrid's settings (`inspect_hybrid`): the advice of TRY looks at them.
         command: The command that makes a comparison, for the advice where there is none.
         one_run: What one run measured, said with its caveat where there is no comparison.
+        untrained: Whether nothing of the hybrid was trained, so that seeds do not matter.
+        steps: The advice where there is no comparison; default: to make one.
 
     Returns:
         A Verdict.
     """
     if comparison is None:
         reasons = [_in_one_run(one_run)] if one_run else []
-        reasons.append("There is no comparison over several seeds: a single run cannot support a decision.")
-        return Verdict("TRY", None, reasons, [f"Measure it: {command}"] if command else [], decided=False)
+        reasons.append(_UNTRAINED if untrained else _ONE_RUN)
+        default = [f"Measure it: {command}"] if command else []
+        return Verdict("TRY", None, reasons, default if steps is None else list(steps), decided=False)
     rows = {row["name"]: row for row in comparison["rows"]}
     hybrid = rows[comparison["hybrid"]]
     size = comparison.get("test_bytes")
@@ -185,7 +196,7 @@ def _in_one_run(run):
     """What one run may claim of the best baseline, in a sentence."""
     order = run.bits if set(run.losses) <= set(run.bits) else run.losses
     best = min((name for name in run.losses if name != run.own), key=order.get)
-    said = claim(f"the best baseline of one run ({best})", run.differences.get(best), run.size, "The hybrid")
+    said = claim(f"the best baseline of one run ({best})", run.differences.get(best), run.size, "The hybrid", run.rows)
     bits = f", {run.bits[best]:.4f} and {run.bits[run.own]:.4f} bits per byte" if order is run.bits else ""
     losses = f" Losses: {run.losses[best]:.3f} and the hybrid's {run.losses[run.own]:.3f} nats per token{bits}."
     if run.has_untouched:
@@ -200,7 +211,7 @@ def _original_in(sample):
     names = [name for name in sample.losses if name.startswith(ORIGINAL.format(""))]
     best = min(names, key=sample.losses.get)
     what = f"On a sample of {sample.tokens:,} tokens, the hybrid"
-    return claim(f"the best original component ({best})", sample.differences.get(best), sample.size, what)
+    return claim(f"the best original component ({best})", sample.differences.get(best), sample.size, what, sample.rows)
 
 
 def say(row: Mapping[str, Any], hybrid: Mapping[str, Any]) -> str:
@@ -229,12 +240,19 @@ def say(row: Mapping[str, Any], hybrid: Mapping[str, Any]) -> str:
     )
 
 
-def say_difference(row: Mapping[str, Any]) -> str:
-    """How much better the hybrid is than a row's model, in nats per token with the interval, as text."""
+def say_difference(row: Mapping[str, Any], seeds: bool = True) -> str:
+    """How much better the hybrid is than a row's model, in nats per token with the interval, as text.
+
+    Args:
+        row: Of a comparison, or one with what is known of a run.
+        seeds: Whether seeds matter: without an interval it then says that there is one.
+    """
     value, pair = row["difference"], row.get("difference_interval")
     if value is None:
         return "not known"
-    return f"{value:+.3f} ({pair[0]:+.3f} to {pair[1]:+.3f})" if pair else f"{value:+.3f} (one seed)"
+    return (
+        f"{value:+.3f} ({pair[0]:+.3f} to {pair[1]:+.3f})" if pair else f"{value:+.3f}{' (one seed)' if seeds else ''}"
+    )
 
 
 def perplexity(loss: float) -> str:

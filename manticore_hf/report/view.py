@@ -1,5 +1,6 @@
 """What both reports tell decision makers, as texts: HTML and Markdown print the same strings."""
 
+import re
 from importlib import metadata
 from typing import Any
 
@@ -26,6 +27,7 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
         + (", pruned to one component per block" if settings["route"] else "")
         + (", with bridges between their states" if settings.get("bridges") else ""),
         "verdict": verdict,
+        "steps": [_step(step) for step in verdict.steps],
         "rules": RULES,
         "standing": _standing(facts),
         "phrases": phrases(facts, running["sentence"], " ".join((licences["sentence"], licences["commercial"]))),
@@ -40,6 +42,14 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
         "settings": [{"key": key, "value": str(value)} for key, value in settings.items() if value is not None],
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("manticore-hf", "transformers", "torch")),
     }
+
+
+def _step(step):
+    """A step of the advice as text and the command at its end, None where it has none; a page breaks it at spaces."""
+    found = re.fullmatch(r"(.*?:) ((?:manticore-hf|cp) .+)", step)
+    if not found:
+        return {"text": step, "command": None, "words": []}
+    return {"text": found[1], "command": found[2], "words": found[2].split(" ")}
 
 
 def _version(package):
@@ -62,13 +72,12 @@ def _standing(facts):
         if (run := one_run(facts)) is None:
             note = "This hybrid's loss is not shown, because no baseline was measured with it."
             note = " ".join([note, *facts.notices])
-            return {"note": note, "rows": [], "all": [], "chart": None, "kinds": [], "split": ""}
+            return {"note": note, "rows": [], "all": [], "chart": None, "kinds": [], "split": "", "sure": False}
         own, note, by_kind = run.own, run.note, run.by_kind
         note += "".join(f" {name}: not measured. {why}" for name, why in run.missing.items())
         note += "".join(f" {notice}" for notice in facts.notices)
-        found = [(name, loss, run.bits.get(name), {}) for name, loss in run.losses.items()]
-    found.sort(key=lambda one: one[1])
-    mine = next(loss for name, loss, *_ in found if name == own)
+        found = [(name, loss, run.bits.get(name), _difference(run, name)) for name, loss in run.losses.items()]
+    all_found = found = sorted(found, key=lambda one: one[1])
     rows = [
         {
             "name": name,
@@ -76,7 +85,7 @@ def _standing(facts):
             "loss": f"{loss:.3f}",
             "bits": "–" if bits is None else f"{bits:.4f}",
             "perplexity": perplexity(loss),
-            "difference": "" if name == own else say_difference(row or {"difference": loss - mine}),
+            "difference": "" if name == own else say_difference(row, not facts.untrained),
             "needs": row.get("needs", ""),
             "by_kind": [f"{bits[name]:.4f}" if name in bits else "–" for bits in by_kind.values()],
         }
@@ -87,15 +96,26 @@ def _standing(facts):
     found, unit = gains(facts)
     bars = [(name, gain, None if None in ends else ends) for name, (gain, *ends) in found.items()]
     label = "What the hybrid gains over each baseline"
-    chart = charts.forest(bars, label=label, unit=unit, width=_CARD) if bars else None
+    chart = charts.for_any_page(charts.forest, bars, label=label, unit=unit, width=_CARD) if bars else None
     return {
         "note": note,
         "rows": shown,
         "all": rows,
         "chart": chart,
+        "sure": any(row.get("difference_interval") for *_, row in all_found),
         "kinds": list(by_kind),
         "split": _split(by_kind, own),
     }
+
+
+def _difference(run, name):
+    """How a baseline of one run differs from the hybrid, in nats per token, as a row of a comparison has it."""
+    out = {"difference": run.losses[name] - run.losses[run.own], "difference_interval": None}
+    known = run.differences.get(name)
+    if known and None not in known and run.bits.get(run.own):
+        unit = run.losses[run.own] / run.bits[run.own]  # nats per token of a bit per byte: all is of one text
+        out["difference_interval"] = [unit * end for end in known[1:]]
+    return out
 
 
 def _split(by_kind, own):

@@ -3,12 +3,14 @@
 manticore-hf run recipes/poc.yaml --output-dir poc && manticore-hf report poc
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -20,24 +22,28 @@ from tqdm.auto import tqdm
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import load_rows
-from manticore_hf.evaluation.losses import ONLINE, Measured, make_passages
+from manticore_hf.evaluation.losses import Measured, itself, make_passages
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.report import measure
 from manticore_hf.report.comparison import FOLDER
 from manticore_hf.report.facts import Facts, gather, held_out
-from manticore_hf.report.one_run import one_run
+from manticore_hf.report.one_run import OneRun, one_run
 from manticore_hf.report.passages import where_it_differs
 from manticore_hf.report.render import render
 from manticore_hf.report.speed import measure_speed
 from manticore_hf.report.store import Store, kept, stamp
 from manticore_hf.report.verdict import Verdict, decide
-from manticore_hf.training.recipe import recipe_sources
+from manticore_hf.training.recipe import find_recipe, recipe_sources
+from manticore_hf.utils.claims import CLAIM_BYTES, CLAIM_ROWS, more_rows
 from manticore_hf.utils.files import replace_text
+from manticore_hf.utils.formatting import listed
 from manticore_hf.utils.task_types import refuse_classifier
 from manticore_hf.utils.tokenizers import read_tokenizer
 
 NAMES = ("report.html", "report.md", "report.json")
 _PROMPT, _NEW_TOKENS, _REPEATS = 256, 32, 5
+_SHIPPED, _OWN_RECIPE, _TRAINED = "poc.yaml", "my.yaml", "trained"  # of a hybrid that came without a recipe
+_SHORTEST = 32  # tokens per row, where the rows are made short to be enough
 
 
 def write_report(
@@ -61,7 +67,8 @@ def write_report(
             `compared` there.
         output: Directory to write to; default: `directory`.
         max_tokens: Measure on at most so many tokens, rows evenly spaced over the text.
-        block_size: Tokens per row of `data`; default: the recipe's, else 512.
+        block_size: Tokens per row of `data`; default: the recipe's, else 512, halved until there are as many rows as an
+            interval takes.
         batch_size: Rows per forward pass.
         measured: False to load no model and measure nothing: what an earlier report has measured is told.
         allow_outside: Whether a recipe that was not run by this user, on this machine, may name text outside of the
@@ -82,8 +89,10 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     if measured:
         arguments, split = held_out(facts, data, block_size, allow_outside)
-        facts.measured = _measure(facts, arguments, split, output / NAMES[2], max_tokens, batch_size, components)
-        verdict, html, markdown = _told(facts, data)
+        settings = {"max_tokens": max_tokens, "batch_size": batch_size, "components": components}
+        chosen = data is not None and block_size is None
+        facts.measured = _measure(facts, arguments, split, output / NAMES[2], chosen, **settings)
+        verdict, html, markdown = _told(facts, data, components)
     else:
         path = next(
             (one for one in (output / NAMES[2], Path(directory) / NAMES[2]) if one.is_file()), output / NAMES[2]
@@ -91,7 +100,7 @@ def write_report(
         facts.measured, why_not = kept(path, facts.folder)
         facts.notices += [why_not] if why_not else []
         try:
-            verdict, html, markdown = _told(facts, data)
+            verdict, html, markdown = _told(facts, data, components)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as err:  # it may be anyone's
             if not facts.measured:
                 raise
@@ -101,28 +110,83 @@ def write_report(
     return verdict, output / NAMES[0], output / NAMES[1]
 
 
-def _told(facts, data):
+def _told(facts, data, components):
     """(Verdict, HTML, Markdown)."""
-    verdict = decide(facts.comparison, facts.found["settings"], compare_command(facts, data), one_run(facts))
+    data = data or facts.measured.get("data")  # what an earlier report was given
+    command, run = compare_command(facts, data), one_run(facts)
+    steps = next_steps(facts, run, data, components)
+    verdict = decide(facts.comparison, facts.found["settings"], command, run, facts.untrained, steps)
     return verdict, *render(facts, verdict)
 
 
 def compare_command(facts: Facts, test: str | os.PathLike | None = None) -> str:
     """The command that makes the comparison this report lacks, where the report will find it; `test`: held-out text."""
     run = facts.folder.parent if (facts.folder.parent / "recipe.yaml").is_file() else facts.folder
-    recipe = facts.recipe or "RECIPE.yaml"
-    output, test = (shlex.quote(str(one)) for one in (run / FOLDER, test or "HELD_OUT.jsonl"))
+    recipe, output = facts.recipe or _OWN_RECIPE, run / FOLDER if facts.recipe else Path(_TRAINED) / FOLDER
+    output, test = (shlex.quote(str(one)) for one in (output, test or "HELD_OUT.jsonl"))
     return f"manticore-hf compare {shlex.quote(str(recipe))} --test {test} --output-dir {output}"
 
 
-def _measure(facts, arguments, split, path, max_tokens, batch_size, components):
+def next_steps(
+    facts: Facts, run: OneRun | None, data: str | os.PathLike | None = None, components: Sequence[str] | None = None
+) -> list[str]:
+    """What to do where there is no comparison, most useful first; commands that work as they are printed.
+
+    Args:
+        facts: Facts.
+        run: What `one_run` says.
+        data: The text that was measured on, if it was named.
+        components: Where the components are, if that was said.
+    """
+    more = _more_text(facts, run, data, components)
+    if facts.recipe is not None:
+        return [*more, f"Measure it: {compare_command(facts, data)}"]
+    names = listed(map(str, components or [entry["name"] for entry in facts.found["components"]]))
+    what = "To train it" if facts.untrained else "To make one like it"
+    shipped = shlex.quote(str(find_recipe(_SHIPPED)))
+    return [
+        *more,
+        f"{what} on text of yours, copy a recipe, then enter the components ({names}) and the text there: "
+        f"cp {shipped} {_OWN_RECIPE}",
+        f"Run the recipe: manticore-hf run {_OWN_RECIPE} --output-dir {_TRAINED}",
+        f"Train every baseline on the same text, for a verdict: {compare_command(facts, data)}",
+    ]
+
+
+def _more_text(facts, run, data, components):
+    """[what to do where a sample was too small for a claim]."""
+    if run is None or ((run.size or 0) >= CLAIM_BYTES and (run.rows or CLAIM_ROWS) >= CLAIM_ROWS):
+        return []
+    if data is None or facts.measured.get("whole", 0) < 1.5 * (run.tokens or 0):
+        return ["Measure on more text: give a longer file with --data."]
+    command = ["manticore-hf", "report", str(facts.folder), "--data", str(data)]
+    command += ["--components", *map(str, components)] if components else []
+    return [f"Measure on more of the text: {shlex.join(command)}"]
+
+
+def _measure(facts, arguments, split, path, chosen, max_tokens, batch_size, components):
     """{name: measurement} on held-out text; what `path` holds already is not measured again."""
     tokenizer = read_tokenizer(facts.folder)
-    try:
+
+    def load():
         train, validation = load_rows(arguments, tokenizer, keep_text=True)
+        return validation if split else train
+
+    try:
+        all_rows = load()
+        smaller = _enough(all_rows, arguments.block_size, max_tokens) if chosen else arguments.block_size
+        if chosen := smaller < arguments.block_size:
+            arguments = dataclasses.replace(arguments, block_size=smaller)
+            all_rows = load()
     except ManticoreError as err:
         raise ManticoreError(f"The held-out text cannot be used: {err} Give another with --data FILE.") from err
-    passages = make_passages(_spread(validation if split else train, max_tokens), tokenizer)
+    passages = make_passages(_spread(all_rows, max_tokens), tokenizer)
+    if len(passages) < CLAIM_ROWS:
+        print(
+            f"Note: {len(passages)} rows of text are too few for confidence intervals (at least {CLAIM_ROWS}); without "
+            f"them no claim is made. {more_rows(len(passages))}",
+            file=sys.stderr,
+        )
     rows = passages.rows
     config = ManticoreConfig.from_pretrained(facts.folder)
     names, blocks = config.component_names, facts.found["settings"]["num_blocks"]
@@ -132,6 +196,8 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size, components):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = Path(arguments.data).name if os.path.exists(arguments.data) else arguments.data
     about = {"text": f"{text}{', validation split' if split else ''}", "named": not split}
+    about |= {"block_size": arguments.block_size, "chosen": chosen, "whole": sum(map(len, all_rows["input_ids"]))}
+    about |= {} if split else {"data": str(arguments.data)}
     store = Store(
         path,
         {
@@ -160,8 +226,8 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size, components):
         whole = Measured(nats, passages.tokens, passages.bytes, kinds=passages.kinds)
         fresh = config.embeddings == "fresh"
         measure_originals(whole, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
-        if ONLINE in found and torch.allclose(found[ONLINE], found["hybrid"], atol=1e-4):
-            del found[ONLINE]  # an untrained hybrid's own mixture
+        for name in itself(whole.losses, whole.differences()):
+            del found[name]
         return {**whole.to_dict(), "rows": len(rows), "where": where_it_differs(found, rows, tokenizer, gate, names)}
 
     def without(block, name):
@@ -200,6 +266,14 @@ def _measure(facts, arguments, split, path, max_tokens, batch_size, components):
     for name in tqdm(steps, desc="Measuring", unit="step"):
         store.get(name, steps[name])
     return {**store.parts, **about}
+
+
+def _enough(rows, block_size, max_tokens):
+    """Tokens per row with which a sample has as many rows as an interval takes; shorter ones would hardly be read."""
+    tokens = min(sum(map(len, rows["input_ids"])), max_tokens)
+    while block_size > _SHORTEST and tokens < CLAIM_ROWS * block_size:
+        block_size = max(_SHORTEST, block_size // 2)
+    return block_size
 
 
 def _spread(rows, max_tokens):

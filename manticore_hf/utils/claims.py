@@ -4,11 +4,15 @@ from collections.abc import Sequence
 
 CLAIM_BYTES = 5_000
 """Fewest bytes of text on which a difference is called one."""
+CLAIM_ROWS = 8
+"""Fewest rows of text from which a confidence interval is drawn."""
 ORIGINAL = "original {}"
 """What the row of a component is called that was measured before it was joined, with its own tokenizer."""
 
 
-def claim(name: str, difference: Sequence[float | None] | None, size: int | None, what: str = "It") -> str:
+def claim(
+    name: str, difference: Sequence[float | None] | None, size: int | None, what: str = "It", rows: int | None = None
+) -> str:
     """A sentence on a hybrid and a baseline that claims no more than was measured.
 
     Args:
@@ -17,14 +21,27 @@ def claim(name: str, difference: Sequence[float | None] | None, size: int | None
             interval; None if nothing is known.
         size: Bytes of text, None if unknown.
         what: Who is compared.
+        rows: Rows of text, None if unknown: says why there is no interval.
     """
     if size is not None and size < CLAIM_BYTES:
         return f"No claim is made against {name}: {size:,} bytes of text are too few (at least {CLAIM_BYTES:,})."
     if size is None or difference is None or None in difference:
-        return f"No claim is made against {name}: there is no confidence interval."
+        return f"No claim is made against {name}: {_why_none(size, rows)}."
     gain, low, high = difference
     interval = f"95 % confidence: {low:+.4f} to {high:+.4f}"
     if low <= 0 <= high:
         return f"{what} shows no difference from {name}: {gain:+.4f} bits per byte ({interval})."
     word = "better" if gain > 0 else "worse"
     return f"{what} is {abs(gain):.4f} bits per byte {word} than {name} ({interval})."
+
+
+def _why_none(size, rows):
+    """Why there is no confidence interval, as a part of a sentence."""
+    if rows is not None and rows < CLAIM_ROWS:
+        return f"there is no confidence interval, which takes at least {CLAIM_ROWS} rows of text ({rows} here)"
+    return "there is no confidence interval" + (", and how much text it was is not known" if size is None else "")
+
+
+def more_rows(rows: int | None) -> str:
+    """What to do about too few rows for an interval, as a sentence; "" where they are enough, or unknown."""
+    return "" if rows is None or rows >= CLAIM_ROWS else "Use more text, or a smaller --block-size."
