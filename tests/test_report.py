@@ -230,6 +230,7 @@ def test_an_online_mixture_is_not_drawn_as_one_row_nor_compared_with_itself(fold
     # Nothing was trained: seeds say nothing, and no weights are worth anything by training
     assert "seed" not in found.split("The rules of the verdict")[0] and "Nothing of this hybrid was trained" in found
     assert "untrained mixture weights" not in found and "with fixed weights: the change shows" in found
+    assert "needs every component's prediction at every token, because its weights follow" in found
     assert f"weight: {names[0]}" in found and "gate: " not in found
     # 200 tokens in rows of 512 were one row: they are cut so that there is an interval
     kept = json.loads((tmp_path / "hybrid" / "report.json").read_text())
@@ -239,6 +240,17 @@ def test_an_online_mixture_is_not_drawn_as_one_row_nor_compared_with_itself(fold
     assert verdict.steps[0] == "Measure on more of the text: " + shlex.join(
         ["manticore-hf", "report", str(tmp_path / "hybrid"), "--data", str(folder / "text.txt")]
     )
+
+
+def test_the_first_card_says_what_it_leaves_out(folder, written, tmp_path):
+    assert "more are in the table of all models" not in written[1]
+    hybrid = shutil.copytree(folder / "hybrid", tmp_path / "hybrid", ignore=shutil.ignore_patterns("report.*"))
+    losses = {"hybrid": 2.0, **{f"baseline {i}": 2.1 + i for i in range(9)}}
+    (hybrid / "evaluation.json").write_text(json.dumps({"data": "text", "losses": losses}))
+    _, page, _ = write_report(hybrid, measured=False)
+    text = Page(page.read_text()).text
+    assert "The best 7 and the hybrid; 2 more are in the table of all models below." in text
+    assert "baseline 8" in text.split("All models of this run")[1]
 
 
 def test_rows_are_made_short_enough_for_an_interval(folder, tmp_path, capsys):

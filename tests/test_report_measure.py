@@ -228,6 +228,20 @@ def test_gains_are_sorted_and_sum_to_the_difference():
         assert shown["gate"] == pytest.approx(dict(zip(names, gate[best].tolist())))
 
 
+def test_what_stands_before_every_row_is_not_shown():
+    tokenizer, ids = word_tokenizer(), [1, *range(2, 12)]
+    rows = Dataset.from_dict({"input_ids": [ids], "labels": [[-100, *ids[1:]]]})
+    assert documents_of(rows, tokenizer.eos_token_id)[1] == {0: ids}
+    assert documents_of(rows, tokenizer.eos_token_id, 1)[1] == {0: ids[1:]}
+    losses = {"hybrid": torch.zeros(10), "a": torch.ones(10)}
+    found = where_it_differs(losses, rows, tokenizer, start=1, top_tokens=99)["a"]
+    shown = [
+        *(one["text"] for one in found["documents"]["gains"]),
+        *(one["before"] for one in found["tokens"]["gains"]),
+    ]
+    assert shown[0] == tokenizer.decode(ids[1:]) and not any("<unknown>" in text for text in shown)
+
+
 def test_documents_end_at_the_end_of_text():
     rows = Dataset.from_dict({"input_ids": [[5, 6, 0, 7, 8, 0], [9, 9, 4, 3, 2, 1]]})
     documents, texts = documents_of(rows, 0)

@@ -13,10 +13,13 @@ from manticore_hf.compare.evaluate import print_result
 from manticore_hf.hub.card import Result
 from manticore_hf.report import charts
 from manticore_hf.report.comparison import find_comparison, read_comparison
+from manticore_hf.report.details import _trajectory, where
 from manticore_hf.report.gains import gains, phrases
 from manticore_hf.report.one_run import OneRun, one_run
-from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say
+from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say, say_difference
+from manticore_hf.report.view import _running
 from manticore_hf.utils.claims import claim, more_rows
+from manticore_hf.utils.formatting import signed
 
 LOSS = 2.0  # the hybrid's; baselines are said by how much worse they are
 
@@ -169,6 +172,45 @@ def test_why_there_is_no_interval_is_said():
     said = out.getvalue()
     assert "8 rows of text (3 here). Use more text, or a smaller --block-size." in said
     assert "The hybrid is the online mixture of its components" in said and said.count("online mixture") == 1
+
+
+def test_what_rounds_to_zero_has_no_minus():
+    assert [signed(one) for one in (-0.0004, 0.0004, -0.0006)] == ["+0.000", "+0.000", "-0.001"]
+    assert "(95 % confidence: +0.0000 to +0.0050)" in claim("it", [0.002, -0.00001, 0.005], 6_000)
+    assert (
+        say_difference({"difference": -0.0001, "difference_interval": [-0.0002, 0.01]}) == "+0.000 (+0.000 to +0.010)"
+    )
+    lost = {
+        "gain": -0.004,
+        "before": "",
+        "token": "x",
+        "after": "",
+        "tokens": 1,
+        "text": "x",
+        "cut": False,
+        "per_token": 0,
+    }
+    where_it = {way: [] if way == "gains" else [lost] for way in ("gains", "loses")}
+    one = {"gain": -0.001, "better": 0.5, **{what: where_it for what in ("tokens", "kinds", "documents")}}
+    losses = {"losses": {"hybrid": 2.0, "a": 2.1}, "tokens": 5, "where": {"a": one}}
+    (found,) = where(types.SimpleNamespace(measured={"losses": losses}))
+    assert [found[what]["loses"] for what in ("tokens", "kinds", "documents")] == [[], [], []]
+
+
+def test_costs_are_told_against_the_model_that_gains_are_told_against():
+    facts = facts_of(row("small, tuned", "component", 0.4), row("large, tuned", "component", 0.2))
+    keys = ("parameters", "flops_per_token", "cache_bytes_per_token", "state_bytes", "bytes")
+    parts = [{"part": name, **dict.fromkeys(keys, size)} for name, size in (("small", 1), ("large", 2), ("hybrid", 3))]
+    facts.found = {"parts": parts, "components": [{"name": "small"}, {"name": "large"}], "note": "",
+                   "settings": {"route": None, "mixture": "token"}}  # fmt: skip
+    assert _running(facts)["sentence"].startswith("The hybrid's weights take 1.5 times the memory of large alone")
+    speeds = {name: {"decode": decode, "prefill": 1, "working": 1} for name, decode in
+              (("small", 100), ("large", 50), ("hybrid", 20))}  # fmt: skip
+    facts.measured = {"speed": {"models": speeds, "device": "cpu", "threads": 1, "dtype": "float32", "prompt_tokens": 1,
+                                "new_tokens": 1, "repeats": 1, "reads_past_losses": True}}  # fmt: skip
+    found = _running(facts)
+    assert found["sentence"].endswith("; it generates at 40% of its speed.")
+    assert "needs every component's prediction at every token" in found["note"]
 
 
 def test_an_untrained_hybrid_lacks_no_seeds():
@@ -389,6 +431,29 @@ def test_ticks_are_round_and_inside():
     assert charts.ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert charts.ticks(-0.013, 0.021, 4) == [-0.01, 0.0, 0.01, 0.02]
     assert charts.ticks(3.0, 3.0) == [3.0]
+
+
+def test_a_chart_is_drawn_for_a_page_and_for_a_phone():
+    rows = [("online mixture of the tuned components", 0.1, [0.05, 0.2]), ("b", -0.1, None)]
+    for draw, given in (
+        (charts.forest, (rows,)),
+        (charts.heat, ([[0.5, 0.2]], ["block 1"], ["a", "b"])),
+        (charts.lines, ({"a": ([0, 5], [1.0, 3.0])}, "optimizer step", "loss in nats per token")),
+    ):
+        drawn = charts.for_any_page(draw, *given)
+        broad, narrow = drawn.split('<div class="narrow">')
+        wide, small = (float(re.search(r'viewBox="0 0 ([\d.]+)', one)[1]) for one in (broad, narrow))
+        assert small <= charts.NARROW < wide or draw is charts.heat and small <= charts.NARROW
+    assert "online mixture of the tuned components</text>" in charts.forest(rows, width=charts.NARROW)
+    assert "loss in nats per token, by optimizer step" in drawn
+
+
+def test_weights_that_stay_equal_are_a_sentence():
+    flat = {"a": ([1, 2], [0.5, 0.505]), "b": ([1, 2], [0.5, 0.495])}
+    found = _trajectory("1-pretrain", flat, "mean gate weight")
+    assert found["chart"] is None and found["said"].endswith("equal within 0.02; at the end: a 0.505, b 0.495.")
+    moved = {"a": ([1, 2], [0.5, 0.6]), "b": ([1, 2], [0.5, 0.4])}
+    assert "mean gate weight, by optimizer step" in _trajectory("1-pretrain", moved, "mean gate weight")["chart"]
 
 
 def test_a_curve_goes_through_its_points():

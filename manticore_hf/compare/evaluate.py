@@ -18,6 +18,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.recipe import recipe_sources
 from manticore_hf.utils.claims import claim, more_rows
 from manticore_hf.utils.files import write_json
+from manticore_hf.utils.formatting import signed
 from manticore_hf.utils.tokenizers import read_tokenizer
 
 RESULT = "evaluation.json"
@@ -83,7 +84,7 @@ def print_result(source: str | os.PathLike, result: Mapping[str, Any]) -> None:
         line = f"{name:>{width}}  {bits[name]:13.4f}  {result['losses'][name]:14.4f}"
         if name != own:
             gain, low, high = result["differences"][name]
-            line += f"  {gain:+.4f}" + (f" ({low:+.4f} to {high:+.4f})" if low is not None else "")
+            line += f"  {signed(gain, 4)}" + (f" ({signed(low, 4)} to {signed(high, 4)})" if low is not None else "")
         print(line)
     for name in same:
         print(f"The hybrid is the {name} of its components, which is therefore no baseline.")

@@ -82,7 +82,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def _tick_text(value, all_ticks):
     gaps = [b - a for a, b in zip(all_ticks, all_ticks[1:])]
     digits = max(0, -math.floor(math.log10(min(gaps)) + 1e-9)) if gaps else 2
-    return f"{value:,.{digits}f}"
+    return f"{value or 0.0:,.{digits}f}"  # -0.0, too
 
 
 def forest(
@@ -126,7 +126,7 @@ def forest(
         y = top + step * i + (30 if above else step / 2)
         sure = "good" if pair and pair[0] > 0 else "bad" if pair and pair[1] < 0 else "open"
         parts.append(
-            _text(0, y - 13, names[i], "start", "", name)
+            _text(0, y - 13, names[i], "start", "name", name)
             if above
             else _text(left - 10, y + 4, names[i], "end", "", name)
         )

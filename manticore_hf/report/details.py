@@ -7,7 +7,7 @@ from manticore_hf.modeling.settings_manticore import printable
 from manticore_hf.report import charts
 from manticore_hf.report.facts import Facts
 from manticore_hf.report.verdict import gain_needed, say_difference
-from manticore_hf.utils.formatting import short_count
+from manticore_hf.utils.formatting import short_count, signed
 
 _KINDS = {
     "component": "a component, tuned on the same text", "ensemble": "a mean of the tuned components",
@@ -95,7 +95,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
                     "block": block + 1,
                     "name": name,
                     "loss": "–" if one["loss"] is None else f"{one['loss']:.3f}",
-                    "change": one["reason"] or f"{one['loss'] - full:+.3f}",
+                    "change": one["reason"] or signed(one["loss"] - full),
                 }
             )
         table.append(row)
@@ -113,7 +113,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
         )
     equal = facts.found["settings"]["mixture"] == "static" and _even(facts)  # another mixture would be this one
     mixtures = [
-        {"name": one["name"], "loss": f"{one['loss']:.3f}", "change": f"{one['loss'] - full:+.3f}"}
+        {"name": one["name"], "loss": f"{one['loss']:.3f}", "change": signed(one["loss"] - full)}
         for one in ([] if equal else measured.get("mixtures", []))
     ]
     similarity = [
@@ -163,7 +163,7 @@ def _mixtures_note(facts):
 
 
 def where(facts: Facts) -> list[dict[str, Any]]:
-    """Tokens and documents where the hybrid gains or loses most against each baseline, texts made visible."""
+    """Tokens and passages where the hybrid gains or loses most against each baseline, texts made visible."""
     if not facts.measured:
         return []
     out, losses = [], facts.measured["losses"]
@@ -177,26 +177,29 @@ def where(facts: Facts) -> list[dict[str, Any]]:
                 "before": visible(one["before"]),
                 "token": visible(one["token"], True),
                 "after": visible(one["after"]),
-                "gain": f"{one['gain']:+.2f}",
+                "gain": signed(one["gain"], 2),
                 "gate": _gate(one),
             }
 
         def kind(one):
-            return {"token": visible(one["token"], True), "gain": f"{one['gain']:+.1f}", "tokens": one["tokens"]}
+            return {"token": visible(one["token"], True), "gain": signed(one["gain"], 1), "tokens": one["tokens"]}
 
         def document(one):
             text = visible(one["text"]) + (" …" if one["cut"] else "")
             return {
                 "text": text,
-                "gain": f"{one['gain']:+.1f}",
-                "per_token": f"{one['per_token']:+.3f}",
+                "gain": signed(one["gain"], 1),
+                "per_token": signed(one["per_token"]),
                 "tokens": one["tokens"],
                 "gate": _gate(one),
             }
 
-        ways = {
-            what: {way: [make(one) for one in found[what][way]] for way in ("gains", "loses")}
-            for what, make in (("tokens", token), ("kinds", kind), ("documents", document))
+        ways = {  # what is 0 at the precision shown is neither gain nor loss
+            what: {
+                way: [make(one) for one in found[what][way] if float(f"{one['gain']:.{digits}f}")]
+                for way in ("gains", "loses")
+            }
+            for what, make, digits in (("tokens", token, 2), ("kinds", kind, 1), ("documents", document, 1))
         }
         word = "better" if found["gain"] >= 0 else "worse"
         size = f"{abs(found['gain']):.3f} nats per token {word}"

@@ -51,7 +51,7 @@ def phrases(facts: Facts, costs: str, licence: str) -> list[str]:
         size = facts.comparison["test_bytes"] if run is None else run.size
         needs = {row["name"]: row.get("needs") for row in facts.comparison["rows"]} if facts.comparison else {}
         best, usable = next(iter(found)), [name for name in found if not needs.get(name)]
-        free, one = next(iter(usable), None), next((name for name in usable if _is_one_model(name, facts)), None)
+        free, one = next(iter(usable), None), next((name for name in usable if is_one_model(name, facts)), None)
         named = f"{best}, which needs {needs[best]}" if needs.get(best) else best
         told = {}
         for name, what in (
@@ -91,7 +91,7 @@ def _worth(facts):
     return out
 
 
-def _is_one_model(name, facts):
+def is_one_model(name, facts):
     """Whether a baseline is a single model that one could use instead: original, tuned or retrained."""
     if facts.comparison is not None:
         row = next(row for row in facts.comparison["rows"] if row["name"] == name)

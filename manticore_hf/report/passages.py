@@ -13,7 +13,7 @@ from manticore_hf.report.measure import scored_positions
 _BEFORE, _AFTER, _SHOWN = 24, 8, 320
 
 
-def documents_of(rows: Dataset, end: int) -> tuple[torch.Tensor, dict[int, list[int]]]:
+def documents_of(rows: Dataset, end: int, start: int = 0) -> tuple[torch.Tensor, dict[int, list[int]]]:
     """Document of each scored token: [n] numbers from 0, in order, and {number: its token ids}.
 
     Packed rows are cut at the end-of-text token; a document that is longer than a row counts once for each row it
@@ -22,6 +22,7 @@ def documents_of(rows: Dataset, end: int) -> tuple[torch.Tensor, dict[int, list[
     Args:
         rows: Held-out rows.
         end: Id of the end-of-text token.
+        start: How many tokens stand before every row's text, and are left out.
     """
     row, position = scored_positions(rows)
     numbers, texts, found, ids = [], {}, {}, list(rows["input_ids"])
@@ -31,7 +32,7 @@ def documents_of(rows: Dataset, end: int) -> tuple[torch.Tensor, dict[int, list[
         number = found.setdefault((r, piece), len(found))
         if number not in texts:
             bounds = [*starts[r], len(ids[r])]
-            texts[number] = ids[r][bounds[piece] : bounds[piece + 1]]
+            texts[number] = ids[r][max(start, bounds[piece]) : bounds[piece + 1]]
         numbers.append(number)
     return torch.tensor(numbers), texts
 
@@ -79,6 +80,7 @@ def where_it_differs(
     tokenizer: PreTrainedTokenizerBase,
     gate: torch.Tensor | None = None,
     names: Sequence[str] = (),
+    start: int = 0,
     top_tokens: int = 6,
     top_documents: int = 3,
 ) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def where_it_differs(
         tokenizer: The hybrid's.
         gate: The token gate's weights [n, K], or None.
         names: The components, in the gate's order.
+        start: How many tokens stand before every row's text: they are not shown.
         top_tokens, top_documents: How many to show each way.
 
     Returns:
@@ -97,14 +100,14 @@ def where_it_differs(
         "kinds": ..., "documents": {"gains": [...], "loses": [...]}}}; the sums of all documents' gains make the mean.
     """
     row, position = scored_positions(rows)
-    documents, texts = documents_of(rows, tokenizer.eos_token_id)
+    documents, texts = documents_of(rows, tokenizer.eos_token_id, start)
     row_ids = list(rows["input_ids"])
     targets = torch.tensor([row_ids[r][p] for r, p in zip(row.tolist(), position.tolist())])
 
     def token(i, gain):
         ids, p = row_ids[int(row[i])], int(position[i])
         return {
-            "before": tokenizer.decode(ids[max(0, p - _BEFORE) : p]),
+            "before": tokenizer.decode(ids[max(start, p - _BEFORE) : p]),
             "token": tokenizer.decode([ids[p]]),
             "after": tokenizer.decode(ids[p + 1 : p + 1 + _AFTER]),
             "gain": gain[i].item(),

@@ -32,7 +32,8 @@ def measure_speed(
             longer than ENOUGH.
 
     Returns:
-        {"device", "dtype", "threads", "prompt_tokens", "new_tokens", "repeats", "models": {name:
+        {"device", "dtype", "threads", "prompt_tokens", "new_tokens", "reads_past_losses": whether
+        the hybrid's mixture needs all predictions of a prompt, "repeats", "models": {name:
         {"prefill": tokens per second read, "decode": tokens per second written, "first": seconds to the first token,
         "weights": bytes, "working": largest bytes in use beside the weights while running, or None where this machine
         does not tell, "tokens_for_one"}}}; the hybrid is "hybrid". A pruned one has no whole components: it stands
@@ -77,6 +78,7 @@ def measure_speed(
         "threads": torch.get_num_threads(),
         "prompt_tokens": len(prompt),
         "new_tokens": new_tokens,
+        "reads_past_losses": model.config.reads_past_losses,
         "repeats": min(len(kept) for kept, _ in times.values()),
         "models": rows,
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from manticore_hf.report.one_run import OneRun
 from manticore_hf.utils.claims import CLAIM_BYTES, ORIGINAL, claim
+from manticore_hf.utils.formatting import signed
 
 WORTH = 0.01
 """Smallest gain that is worth a second model, as a share of the best baseline's loss."""
@@ -250,9 +251,9 @@ def say_difference(row: Mapping[str, Any], seeds: bool = True) -> str:
     value, pair = row["difference"], row.get("difference_interval")
     if value is None:
         return "not known"
-    return (
-        f"{value:+.3f} ({pair[0]:+.3f} to {pair[1]:+.3f})" if pair else f"{value:+.3f}{' (one seed)' if seeds else ''}"
-    )
+    if pair:
+        return f"{signed(value)} ({signed(pair[0])} to {signed(pair[1])})"
+    return signed(value) + (" (one seed)" if seeds else "")
 
 
 def perplexity(loss: float) -> str:

@@ -7,12 +7,13 @@ from typing import Any
 from manticore_hf.hub.licenses import DUTIES, LICENSES
 from manticore_hf.report import charts, details
 from manticore_hf.report.facts import Facts
-from manticore_hf.report.gains import gains, phrases
+from manticore_hf.report.gains import gains, is_one_model, phrases
 from manticore_hf.report.one_run import one_run
 from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_difference
+from manticore_hf.utils.claims import ORIGINAL
 from manticore_hf.utils.formatting import listed, plural, short_bytes, short_count, short_duration
 
-_ON_TOP = 6
+_ON_TOP = 8
 _CARD = 520  # width of the chart in its card, about that of the card on a page of 1,100 pixels
 
 
@@ -72,7 +73,16 @@ def _standing(facts):
         if (run := one_run(facts)) is None:
             note = "This hybrid's loss is not shown, because no baseline was measured with it."
             note = " ".join([note, *facts.notices])
-            return {"note": note, "rows": [], "all": [], "chart": None, "kinds": [], "split": "", "sure": False}
+            return {
+                "note": note,
+                "rows": [],
+                "all": [],
+                "chart": None,
+                "kinds": [],
+                "split": "",
+                "sure": False,
+                "left_out": 0,
+            }
         own, note, by_kind = run.own, run.note, run.by_kind
         note += "".join(f" {name}: not measured. {why}" for name, why in run.missing.items())
         note += "".join(f" {notice}" for notice in facts.notices)
@@ -99,6 +109,7 @@ def _standing(facts):
     chart = charts.for_any_page(charts.forest, bars, label=label, unit=unit, width=_CARD) if bars else None
     return {
         "note": note,
+        "left_out": len(rows) - len(shown),
         "rows": shown,
         "all": rows,
         "chart": chart,
@@ -152,17 +163,16 @@ def _running(facts):
     out = {"rows": rows, "sentence": "", "note": "FLOPs are counted from tensor shapes; speed was not measured."}
     hybrid, others = longest[-1], longest[:-1]
     if others:
-        small = min(others, key=lambda part: part["bytes"])
-        weights, work = (hybrid[key] / small[key] for key in ("bytes", "flops_per_token"))
+        one = _best_component(facts) or min(others, key=lambda part: part["bytes"])["part"]
+        best = next(part for part in others if part["part"] == one)
+        weights, work = (hybrid[key] / best[key] for key in ("bytes", "flops_per_token"))
         out["sentence"] = (
-            f"The hybrid's weights take {weights:.1f} times the memory of {small['part']} alone, and it needs "
-            f"{work:.1f} times the FLOPs per token"
+            f"The hybrid's weights take {weights:.1f} times the memory of {one} alone, and it needs {work:.1f} times "
+            "the FLOPs per token"
         )
-        if speed:
-            models = speed["models"]
-            fast = max((name for name in models if name != "hybrid"), key=lambda name: models[name]["decode"])
-            ratio = models["hybrid"]["decode"] / models[fast]["decode"]
-            out["sentence"] += f"; it generates at {ratio:.0%} of the speed of {fast}"
+        if speed and one in speed["models"]:
+            ratio = speed["models"]["hybrid"]["decode"] / speed["models"][one]["decode"]
+            out["sentence"] += f"; it generates at {ratio:.0%} of its speed"
         out["sentence"] += "."
     elif facts.found["settings"]["route"]:
         out["sentence"] = (
@@ -181,9 +191,24 @@ def _running(facts):
         if others:
             ratios = listed([f"{ratio:.2f} of {name}'s" for name, ratio in others.items()])
             out["note"] += f" Speeds are in tokens of the hybrid's tokenizer; here, one corresponds to {ratios}."
+    if speed and speed.get("reads_past_losses", facts.found["settings"]["mixture"] == "online"):
+        out["note"] += (
+            " Reading a prompt, the hybrid needs every component's prediction at every token, because its weights "
+            "follow their losses; a component alone predicts only after the last one."
+        )
     if facts.found["note"]:
         out["note"] += f" {facts.found['note']}"
     return out
+
+
+def _best_component(facts):
+    """The component that costs are told against: that of the best single model, as gains are; None if none is known."""
+    names = [part["part"] for part in facts.found["parts"][:-1]]
+    for row in gains(facts)[0]:  # the best baseline first
+        for name in names:
+            if is_one_model(row, facts) and row.removeprefix(ORIGINAL.format("")).partition(",")[0] == name:
+                return name
+    return None
 
 
 def _making(facts):

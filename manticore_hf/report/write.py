@@ -23,6 +23,7 @@ from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import load_rows
 from manticore_hf.evaluation.losses import Measured, itself, make_passages
+from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.report import measure
 from manticore_hf.report.comparison import FOLDER
@@ -226,9 +227,14 @@ def _measure(facts, arguments, split, path, chosen, max_tokens, batch_size, comp
         whole = Measured(nats, passages.tokens, passages.bytes, kinds=passages.kinds)
         fresh = config.embeddings == "fresh"
         measure_originals(whole, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
+        start = scored_after(tokenizer)  # before every row, and no part of its text
         for name in itself(whole.losses, whole.differences()):
             del found[name]
-        return {**whole.to_dict(), "rows": len(rows), "where": where_it_differs(found, rows, tokenizer, gate, names)}
+        return {
+            **whole.to_dict(),
+            "rows": len(rows),
+            "where": where_it_differs(found, rows, tokenizer, gate, names, len(start)),
+        }
 
     def without(block, name):
         if (reason := measure.cannot_remove(model(), name, block)) is not None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from manticore_hf.utils.formatting import signed
+
 CLAIM_BYTES = 5_000
 """Fewest bytes of text on which a difference is called one."""
 CLAIM_ROWS = 8
@@ -28,9 +30,9 @@ def claim(
     if size is None or difference is None or None in difference:
         return f"No claim is made against {name}: {_why_none(size, rows)}."
     gain, low, high = difference
-    interval = f"95 % confidence: {low:+.4f} to {high:+.4f}"
+    interval = f"95 % confidence: {signed(low, 4)} to {signed(high, 4)}"
     if low <= 0 <= high:
-        return f"{what} shows no difference from {name}: {gain:+.4f} bits per byte ({interval})."
+        return f"{what} shows no difference from {name}: {signed(gain, 4)} bits per byte ({interval})."
     word = "better" if gain > 0 else "worse"
     return f"{what} is {abs(gain):.4f} bits per byte {word} than {name} ({interval})."
 

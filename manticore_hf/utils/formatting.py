@@ -180,6 +180,12 @@ def short_duration(seconds: float | None, unknown: str = "not recorded") -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / (24 * 3600):.1f} days"
 
 
+def signed(number: float, digits: int = 3) -> str:
+    """A difference with its sign; one that is 0 at this precision has none of its own, and is not below 0."""
+    text = f"{number:+.{digits}f}"
+    return f"+{text[1:]}" if not float(text) else text
+
+
 def plural(count: int, what: str) -> str:
     """A count with its noun: "1 block", "2 blocks"."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
