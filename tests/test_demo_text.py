@@ -15,12 +15,15 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM, MambaForCausalLM
 
+from manticore_hf.demo import demo
 from manticore_hf.demo import text as demo_text
 from manticore_hf.demo.text import KINDS, SPLITS, documents, split_of
+from manticore_hf.evaluation.losses import Passages
 
 COMPONENTS = Path(str(files("manticore_hf"))) / "demo_components"
 NAMES = {"prose": "neox-prose", "code": "mamba-code"}
@@ -199,3 +202,27 @@ def test_report_holds_the_losses_of_both_components_on_both_kinds():
         for kind, other in (("prose", "code"), ("code", "prose")):
             own = report[NAMES[kind]]["losses"][f"{kind}/{split}"]["bits_per_byte"]
             assert own < report[NAMES[other]]["losses"][f"{kind}/{split}"]["bits_per_byte"]
+
+
+def test_what_is_kept_for_the_report_is_what_is_printed():
+    """One table over both kinds of text, with the original components: the report tells it, not its own sample."""
+    sizes = {"prose": np.array([3, 4]), "code": np.array([5])}
+    test = {kind: Passages(["x"] * len(one), [], None, one, 4 * one, [None] * len(one)) for kind, one in sizes.items()}
+    names = (
+        "neox_prose",
+        "mamba_code",
+        "ensemble",
+        "hybrid, 1 block, gate trained",
+        "hybrid, 2 blocks, calibrated only",
+    )
+    frozen = {row: {kind: (i + 1.0) * one for kind, one in sizes.items()} for i, row in enumerate(names)}
+    tuned = {"neox_prose, tuned alone": frozen["ensemble"], "hybrid, 1 block, tuned jointly": frozen["neox_prose"],
+             "hybrid, 2 blocks, searched and tuned": frozen["ensemble"]}  # fmt: skip
+    originals = ["original neox_prose", "original mamba_code"]
+    untuned = demo._beside_one_block(frozen, frozen)
+    assert sorted(untuned) == sorted(["ensemble", "hybrid, 1 block, gate trained", *originals])
+    shown = demo._beside_one_block(tuned, frozen)
+    assert sorted(shown) == sorted(["neox_prose, tuned alone", "hybrid, 1 block, tuned jointly", *originals])
+    found = demo._measured(shown, test).to_dict("hybrid, 1 block, tuned jointly")
+    assert found["losses"] == {name: pytest.approx(nats["code"][0] / 5) for name, nats in shown.items()}
+    assert set(found["by_kind"]) == {"prose", "code"} and (found["tokens"], found["rows"]) == (12, 3)
