@@ -295,6 +295,8 @@ def test_an_interrupted_process_ends_without_a_traceback(tmp_path):
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
+        # A shell starts what runs in its background with interrupts ignored, which is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout.readline() == "ready\n"

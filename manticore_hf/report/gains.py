@@ -91,7 +91,7 @@ def _worth(facts):
     return out
 
 
-def is_one_model(name, facts):
+def is_one_model(name: str, facts: Facts) -> bool:
     """Whether a baseline is a single model that one could use instead: original, tuned or retrained."""
     if facts.comparison is not None:
         row = next(row for row in facts.comparison["rows"] if row["name"] == name)
