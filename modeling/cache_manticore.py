@@ -154,18 +154,21 @@ class ManticoreCache(Cache):
         """Removes the last `tokens_to_remove` tokens (given as a negative number, as Transformers does)."""
         if tokens_to_remove > 0:
             raise ManticoreError(f"crop({tokens_to_remove}): say what to remove as a negative number, as in crop(-1).")
+        removed = min(-tokens_to_remove, self.seen)
+        if not removed and not self.records:
+            return
         whose = "recurrent or quantised layers, or of a component with its own tokenizer,"
         if self.is_croppable and not self.readers:  # may lack keys that the next token would read
             windows = [one for one in self.layers if isinstance(one, DynamicSlidingWindowLayer) and one.is_initialized]
-            left = [(one, one.get_seq_length() + tokens_to_remove) for one in windows]
-            lacks = any(x.keys.shape[-2] + tokens_to_remove < min(x.sliding_window - 1, n) for x, n in left)
+            lacks = any(x.keys.shape[-2] - removed < min(x.sliding_window - 1, self.seen - removed) for x in windows)
             whose = "sliding windows (without activate_past_recording() before they were read)" if lacks else None
-        if tokens_to_remove and whose:
+            if self.has_padding and removed and not self.mask[:, -removed:].all():  # rows keep others at these places
+                whose = "rows with padding inside"
+        if removed and whose:
             raise ManticoreError(f"A cache of {whose} cannot undo tokens: go on from a copy.deepcopy of the cache.")
-        kept = self.kept.items() if abs(tokens_to_remove) < self.seen else ()
-        self.kept = {key: one.crop(abs(tokens_to_remove)) for key, one in kept}
-        super().crop(tokens_to_remove)
-        self.seen = max(0, self.seen - abs(tokens_to_remove))
+        self.kept = {key: one.crop(removed) for key, one in self.kept.items() if removed < self.seen}
+        super().crop(-removed)
+        self.seen -= removed
         self.mask = None if self.mask is None else self.mask[:, : self.seen]
 
     def activate_past_recording(self) -> None:

@@ -33,15 +33,15 @@ def has_values(*tensors) -> bool:
     return not any(x is not None and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
 
 
-def refuse_adapter_names(model, why):
-    """Raises ManticoreError where PEFT gives each row of a batch an adapter of its own; `why` that cannot be."""
+def refuse_told(model, word, why):
+    """Raises ManticoreError where PEFT tells its layers `word` of each row of a batch; `why` it must not."""
     modules = [module for module in model.modules() if module._forward_pre_hooks]
     hooks = [(module, key, hook) for module in modules for key, hook in module._forward_pre_hooks.items()]
-    told = [(module, key) for module, key, hook in hooks if "adapter_names" in getattr(hook, "keywords", ())]
+    told = [(module, key) for module, key, hook in hooks if word in getattr(hook, "keywords", ())]
     for module, key in told:  # PEFT (0.21) would leave them there, for later calls, too
         del module._forward_pre_hooks[key]
     if told:
-        raise ManticoreError(f"adapter_names: {why}. Call the model once for each adapter.")
+        raise ManticoreError(f"{word}: {why}. Call the model once for each adapter, of plain LoRA.")
 
 
 def check_mask(mask, time):

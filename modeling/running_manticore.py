@@ -19,7 +19,7 @@ from .carried_manticore import optional
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
-from .rows_manticore import IN_PARTS, Documents, check_mask, find_documents, has_values, refuse_adapter_names, run_cut
+from .rows_manticore import IN_PARTS, Documents, check_mask, find_documents, has_values, refuse_told, run_cut
 
 logger = logging.get_logger(__name__)
 
@@ -103,7 +103,7 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
     """
     if (ids is None) == (embeds is None):
         raise ManticoreError("Give exactly one of input_ids and inputs_embeds.")
-    if ids is not None and (ids.is_floating_point() or ids.ndim != 2):
+    if ids is not None and (ids.dtype not in (torch.long, torch.int) or ids.ndim != 2):
         raise ManticoreError(f"input_ids is {ids.dtype} of shape {tuple(ids.shape)}; give integers [batch, time].")
     if embeds is None and model.get_input_embeddings().is_watched:
         embeds = model.get_input_embeddings()(ids)
@@ -161,12 +161,9 @@ def run(model, inputs, shared=True):
     """
     model.segments.follow()
     if any("adapter_names" in getattr(hook, "keywords", ()) for hook in model.hybrid_mixer._forward_pre_hooks.values()):
-        why = "each of these has a full mixer (lora_config(model, train_mixer=False) has none), a batch one mixture"
-        refuse_adapter_names(model, why)
+        refuse_told(model, "adapter_names", "each has a full mixer (train_mixer=False: none), a batch one mixture")
     if any(getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()):
-        raise ManticoreError(
-            "alora_invocation_tokens: aLoRA counts tokens of rows that hybrids run in parts; use LoRA."
-        )
+        refuse_told(model, "alora_offsets", "aLoRA counts tokens of rows that hybrids run in parts")
     try:
         runner = optional("aligned_hybrid").run_aligned if model.config.aligned else run_any
         found = runner(model, inputs, shared)
@@ -204,7 +201,7 @@ def run_any(model, inputs, shared, weights=None):
     if inputs.documents is not None:
         if inputs.attentions is not None:
             raise ManticoreError(IN_PARTS)
-        refuse_adapter_names(model, "rows with several documents, or padding inside, are run in another order")
+        refuse_told(model, "adapter_names", "rows with several documents, or padding inside, are run in another order")
         return inputs.documents.run(lambda part: run_rows(model, part, shared, weights), inputs, takes_turns(model))
     cache, mask = inputs.cache, inputs.mask
     if cache is not None and cache.mask is not None and mask is None:

@@ -119,6 +119,41 @@ def test_crop_of_a_sliding_window_keeps_what_the_next_token_reads():
     close(next_logits(model, cache, ids[:, 11:]), last_logits(model, ids))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_neo"])
+def test_crop_of_rows_with_padding_inside(name):
+    """A row that was padded keeps its tokens at other places than the rest: only what all rows read can be removed."""
+    model, ids = hybrid(name), tokens(2, 14)
+    mask = torch.ones_like(ids)
+    mask[0, 6:9] = 0
+    for read, removed, fits in ((9, 1, False), (12, 2, True), (12, 4, False)):
+        cache = model.make_cache()
+        cache.activate_past_recording()
+        model(ids[:, :read], attention_mask=mask[:, :read], cache=cache)
+        if not fits:
+            with pytest.raises(ManticoreError, match="rows with padding inside cannot undo"):
+                cache.crop(-removed)
+            continue
+        cache.crop(-removed)
+        found = model(ids[:, read - removed :], attention_mask=mask, cache=cache).logits[:, -1]
+        close(found, model(ids, attention_mask=mask, use_cache=False).logits[:, -1])
+
+
+def test_no_more_is_cropped_beyond_a_window_than_was_read():
+    model, ids = hybrid("gemma3_text"), tokens(1, 9)
+    cache = model.make_cache()
+    cache.crop(0)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids[:, :5], cache=cache)
+    cache.crop(-7)
+    assert cache.get_seq_length() == 0
+    close(next_logits(model, cache, ids), last_logits(model, ids))
+    cache = filled(model, ids)
+    cache.crop(0)  # nothing, though Transformers' own layers would ask for records of the past
+    assert cache.get_seq_length() == 9
+
+
 def test_crop_takes_no_length():
     """In earlier versions of Transformers a positive number was the length that stays."""
     for name in ("llama", PAIR):
@@ -215,6 +250,6 @@ def test_a_configuration_survives_its_dict():
 
 
 def test_input_that_is_no_row_of_tokens_is_refused(model):
-    for wrong in (tokens().float(), tokens()[0], tokens()[None]):
+    for wrong in (tokens().float(), tokens().bool(), tokens()[0], tokens()[None]):
         with pytest.raises(ManticoreError, match=r"input_ids is torch\..* of shape .*give integers \[batch, time\]"):
             model(wrong)

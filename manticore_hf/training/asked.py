@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from manticore_hf.evaluation.data_arguments import DataArguments
@@ -98,10 +99,12 @@ def check_asked(output: Path, now: dict[str, Any], result: dict | None, interrup
     else:
         found = differences(_whole(then), _whole(now)) if then else []
     if found:
-        how = "a finished stage" if result is not None else "checkpoints of a stage"
+        done = result is not None
+        how = "a finished stage" if done else "checkpoints of a stage"
+        remedy = "delete that directory" if done else "ask for the same again to go on from them"
         raise ManticoreError(
             f"{output} holds {how} that was asked for something else ({listing(found)}): give another --output-dir, or "
-            "delete that directory."
+            f"{remedy}."
         )
 
 
@@ -146,7 +149,7 @@ def _whole(asked):
     usual, own = _defaults(asked["stage"]), {key: value for key, value in asked.items() if key != "stage"}
     if asked["stage"] == "compose":
         usual |= PRESETS.get(own.get("preset") or usual["preset"], {})
-    own = {key: value for key, value in own.items() if value is not None}
+    own = {key: value for key, value in own.items() if value not in (None, {}, [])}
     return {key: _plain(key, value, None) for key, value in {**usual, **own}.items()}
 
 
@@ -166,6 +169,8 @@ def _plain(key, value, output):
         return {"name": value, "path": path, "beside": os.path.relpath(path, os.path.realpath(output))}
     if value is None or isinstance(value, (bool, int, float)):
         return value
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if isinstance(value, str):
         return json.loads(json.dumps(value))  # an enum's text
     # Of a model that was given as such no more can be said
