@@ -230,7 +230,7 @@ def _behind(model, cache):
         return cache
     found = model.make_cache(offloading=cache.offloading) if type(cache) is DynamicCache else None
     if found is not None and not found.is_recurrent and not found.keeps_more:
-        if cache.get_seq_length() == 0:
+        if cache.get_seq_length() == 0 and not hasattr(cache, "_read"):
             cache.layers, cache.layer_class_to_replicate, cache._read = found.layers, None, (None, False)
         if hasattr(cache, "_read") and [*map(type, cache.layers)] == [*map(type, found.layers)]:
             found.layers = cache.layers
@@ -281,6 +281,7 @@ def cache_for_generation(
             read = mask[:, : given.seen] != 0
             if not torch.equal(read, torch.ones_like(read) if given.mask is None else given.mask.to(read.device) != 0):
                 given.__dict__.update(vars(model.make_cache(*given.options)))  # for whoever holds it, too
+        _behind(model, given)  # an empty DynamicCache gets its layers before any is asked to record the past
         given._is_user_defined = True
         return given
     if settings.use_cache is False:

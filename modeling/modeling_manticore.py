@@ -70,8 +70,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             labels = None if labels is None else inputs.documents.labels(labels)
             if kwargs.get("shift_labels") is not None:
                 kwargs["shift_labels"] = inputs.documents.labels(kwargs["shift_labels"], True)
-        # -0 is 0: all of them
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0 is 0: all
         lag = optional("gate_lag").Lag(self.config.gate_lag, inputs, kept) if self.config.holds_weights else None
         kept = kept if lag is None else lag.places
         inputs.last = isinstance(kept, slice) and kept.start == -1 and not (keep or self.config.reads_past_losses)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import hybrid, tiny_config, tokens
+from transformers import DynamicCache
 
 from manticore_hf import ManticoreConfig, ManticoreError
 
@@ -253,3 +254,11 @@ def test_input_that_is_no_row_of_tokens_is_refused(model):
     for wrong in (tokens().float(), tokens().bool(), tokens()[0], tokens()[None]):
         with pytest.raises(ManticoreError, match=r"input_ids is torch\..* of shape .*give integers \[batch, time\]"):
             model(wrong)
+
+
+def test_drafts_with_a_cache_of_the_users_own():
+    """Layers with a sliding window have to keep what a refused draft pushed out, from the first call on."""
+    model, ids = hybrid("gemma3_text"), tokens(1, 9)
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    found = model.generate(ids, prompt_lookup_num_tokens=3, past_key_values=DynamicCache(), **given)
+    assert torch.equal(found, model.generate(ids, **given))
