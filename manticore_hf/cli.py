@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import manticore_hf
 from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.training.stages import OLD_NAMES, STAGES
+from manticore_hf.training.stage_arguments import OLD_NAMES
+from manticore_hf.training.stages import STAGES
 from manticore_hf.utils.formatting import printable_output
 from manticore_hf.utils.interrupted import ends_if_interrupted
 from manticore_hf.utils.options import Parser, RawHelp

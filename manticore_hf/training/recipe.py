@@ -32,13 +32,14 @@ from manticore_hf.training.programs import program_of
 from manticore_hf.training.runtime import check_training, training_defaults
 from manticore_hf.training.search import STRATEGIES
 from manticore_hf.training.stage_arguments import (
+    OLD_NAMES,
     RECIPE_MAY_SAY,
     HybridArguments,
     OutsideArguments,
     with_direction,
     wrong_setting,
 )
-from manticore_hf.training.stages import AFTER_COMPOSE, OLD_NAMES, STAGES
+from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
 from manticore_hf.utils.bounded_yaml import BoundedLoader
 from manticore_hf.utils.distributed import on_main, print_main
 from manticore_hf.utils.files import read_json, replace_text, stays_inside, write_json

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from manticore_hf.training.stage_arguments import OLD_NAMES as OLD_NAMES
 from manticore_hf.training.stage_arguments import (
     AlphaArguments,
     CalibrateArguments,
