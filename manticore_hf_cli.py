@@ -16,7 +16,10 @@ def main() -> int:
     """Entry point of `manticore-hf`; returns the exit status."""
     global reading
     reading = True
-    from manticore_hf import cli
+    try:
+        from manticore_hf import cli
+    except KeyboardInterrupt:  # before the context that ends a command is there
+        return 130
 
     return cli.main()
 

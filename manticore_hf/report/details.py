@@ -119,7 +119,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
     similarity = [
         {
             "where": "embeddings" if one["boundary"] == 0 else f"after block {one['boundary']}",
-            "what": "projected" if one["translated"] else "own states",
+            "what": "after the projector" if one["translated"] else "hidden states",
             "pair": " and ".join(one["components"]),
             "cka": f"{one['cka']:.3f}",
             "few": one["tokens"] < 5 * one["width"],

@@ -266,7 +266,7 @@ def feature_similarity(model: PreTrainedModel, rows: Dataset, batch_size: int = 
     """Linear CKA between what two components contribute at each block boundary, in the hybrid's own run.
 
     After an inner block that is their translated features (out-projector applied, as they enter the mixture); where the
-    hybrid has no projector, because embeddings and heads are native, it is the components' own states.
+    hybrid has no projector, because embeddings and heads are native, it is the components' hidden states.
 
     Args:
         model: A hybrid in evaluation mode.
