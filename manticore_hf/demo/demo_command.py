@@ -9,7 +9,7 @@ from pathlib import Path
 
 from manticore_hf.utils.options import Parser
 
-TOKENS = 40_000
+TOKENS = 32_000
 _INSIDE = """
 from manticore_hf.utils.interrupted import ends_if_interrupted
 from manticore_hf.utils.quiet import quiet_optional_packages
