@@ -34,7 +34,7 @@ BATCH = 32
 def write_texts(source, prompts, seed, file):
     """What a component writes after each prompt, kept in a file."""
     if file.exists():
-        return read_json(file)
+        return read_json(file)["texts"]
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(source).eval()
@@ -48,7 +48,7 @@ def write_texts(source, prompts, seed, file):
         out = model.generate(**given, **options, pad_token_id=tokenizer.pad_token_id)
         texts += tokenizer.batch_decode(out, skip_special_tokens=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, texts)
+    write_json(file, {"texts": texts})
     return texts
 
 
