@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from tiny_hybrid import pair, save, write_text
 from transformers import TrainingArguments
 
+import manticore_hf
+import manticore_hf_cli
 from manticore_hf import ManticoreConfig, ManticoreForCausalLM, SearchArguments
 from manticore_hf.cli import COMMANDS, main, parser_of
 from manticore_hf.compare import CompareArguments
@@ -269,10 +271,26 @@ def test_an_interrupt_is_a_line_and_status_130(monkeypatch, capsys):
         assert end.value.code == 130 and shown.startswith(f"\n{said}") and len(shown.strip().splitlines()) == 1
 
 
+def test_an_interrupt_while_the_command_line_is_imported(monkeypatch):
+    class Interrupted:
+        def find_spec(self, name, *args):
+            if name == "manticore_hf.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(manticore_hf_cli, "reading", False)
+    monkeypatch.delitem(sys.modules, "manticore_hf.cli")
+    monkeypatch.delattr(manticore_hf, "cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert manticore_hf_cli.main() == 130
+
+
+@pytest.mark.slow
 def test_an_interrupted_process_ends_without_a_traceback(tmp_path):
     """Itself, and one that it has started, which a terminal interrupts with it."""
     (tmp_path / "wait.py").write_text(
         "import time\n"
+        "import manticore_hf_cli\n"
+        "manticore_hf_cli.reading = True\n"
         "from manticore_hf.utils.interrupted import ends_if_interrupted\n"
         "with ends_if_interrupted():\n"
         "    print('ready', flush=True)\n"
