@@ -244,8 +244,13 @@ def gain(nats, better):
     nats = np.atleast_2d(np.asarray(nats, dtype=float)) - np.atleast_2d(np.asarray(better, dtype=float))
     tokens = np.full(nats.shape[1], BLOCK - 1)
     won = (nats.mean(1) > 0).sum()
-    return {"gain": float(nats.mean() / (BLOCK - 1)), "interval": bootstrap(nats, tokens), "p": paired_p(nats),
-            "seeds_won": int(won), "seeds": len(nats)}  # fmt: skip
+    return {
+        "gain": float(nats.mean() / (BLOCK - 1)),
+        "interval": bootstrap(nats, tokens),
+        "p": paired_p(nats),
+        "seeds_won": int(won),
+        "seeds": len(nats),
+    }
 
 
 def untrained(data, text):
@@ -295,9 +300,18 @@ def measure_variants(data, text, tokens, past, output, lines):
         if name not in done:
             runs = [best_gate(data, text, past, tokens, seed, variants, VARIED_RATES) for seed in SEEDS]
             nats = torch.stack([run[2] for run in runs])
-            add_line(output, lines, **key, variant=name, loss=losses(nats)["loss"], plain=losses(plain)["loss"],
-                     **gain(plain, nats), each=((plain - nats).mean(1) / (BLOCK - 1)).tolist(),
-                     validation=[run[0] for run in runs], settings=[run[1] for run in runs])  # fmt: skip
+            add_line(
+                output,
+                lines,
+                **key,
+                variant=name,
+                loss=losses(nats)["loss"],
+                plain=losses(plain)["loss"],
+                **gain(plain, nats),
+                each=((plain - nats).mean(1) / (BLOCK - 1)).tolist(),
+                validation=[run[0] for run in runs],
+                settings=[run[1] for run in runs],
+            )
             print(lines[-1], flush=True)
 
 
@@ -337,12 +351,26 @@ def main():
         nats, settings = untrained(data, text)
         if not any(one["text"] == text and one["what"] == "untrained" for one in lines):
             for name, values in nats.items():
-                add_line(args.output, lines, what="untrained", text=text, name=name, **losses(values),
-                         settings=settings.get(name))  # fmt: skip
+                add_line(
+                    args.output,
+                    lines,
+                    what="untrained",
+                    text=text,
+                    name=name,
+                    **losses(values),
+                    settings=settings.get(name),
+                )
             static = min(("best static, probabilities", "best static, log-probabilities"), key=lambda k: nats[k].sum())
             for name in ("online, defaults", "online, chosen on validation text"):
-                add_line(args.output, lines, what="over static", text=text, name=name, than=static,
-                         **gain(nats[static], nats[name]))  # fmt: skip
+                add_line(
+                    args.output,
+                    lines,
+                    what="over static",
+                    text=text,
+                    name=name,
+                    than=static,
+                    **gain(nats[static], nats[name]),
+                )
         for tokens in EPOCHS:
             if any(
                 (one["what"], one["text"], one["tokens"]) == ("past", text, tokens) for one in lines if "tokens" in one
@@ -350,9 +378,17 @@ def main():
                 continue
             runs = {past: [best_gate(data, text, past, tokens, seed) for seed in SEEDS] for past in (False, True)}
             for past, found in runs.items():
-                add_line(args.output, lines, what="gate", text=text, past_losses=past, tokens=tokens,
-                         **losses(torch.stack([run[2] for run in found])),
-                         validation=[run[0] for run in found], settings=[run[1] for run in found])  # fmt: skip
+                add_line(
+                    args.output,
+                    lines,
+                    what="gate",
+                    text=text,
+                    past_losses=past,
+                    tokens=tokens,
+                    **losses(torch.stack([run[2] for run in found])),
+                    validation=[run[0] for run in found],
+                    settings=[run[1] for run in found],
+                )
             both = [torch.stack([run[2] for run in runs[past]]) for past in (False, True)]
             add_line(args.output, lines, what="past", text=text, tokens=tokens, **gain(*both))
             print(lines[-1], flush=True)

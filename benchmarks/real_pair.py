@@ -87,16 +87,27 @@ def measure(hybrid, text, alone=True):
         state = state[0, first:-1].float()
         nats.append(-logits.gather(-1, ids[:, None]))
         read += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), sureness(logits[None])[0][0]]
-    return {"nats": torch.cat(nats, -1), "norms": torch.cat(norms), "read": torch.cat(read, -1), "own": own,
-            "bytes": len(text.encode()), "seconds": seconds}  # fmt: skip
+    return {
+        "nats": torch.cat(nats, -1),
+        "norms": torch.cat(norms),
+        "read": torch.cat(read, -1),
+        "own": own,
+        "bytes": len(text.encode()),
+        "seconds": seconds,
+    }
 
 
 def joined(options, mixture="static"):
     """A hybrid of the two models under the first one's tokenizer, whose probabilities are mixed."""
     specs = [ComponentSpec(path, name=name) for path, name in zip(options.models, options.names)]
     return ManticoreForCausalLM.from_components(
-        specs, dtype=torch.float32, mixture=mixture, mixture_space="prob", verify=False,
-        tokenizer_component=options.names[0]).eval()  # fmt: skip
+        specs,
+        dtype=torch.float32,
+        mixture=mixture,
+        mixture_space="prob",
+        verify=False,
+        tokenizer_component=options.names[0],
+    ).eval()
 
 
 def keep(file, measured):
@@ -184,8 +195,13 @@ class Gate:
 def best_gate(found, kinds, widths, past, space, tokens, seed):
     """(settings, gate) that the validation text chooses of those trained on `tokens` tokens of all kinds."""
     rows, counted = [], 0
-    pools = [[found[kind, "train"][i] for i in torch.randperm(
-        len(found[kind, "train"]), generator=torch.Generator().manual_seed(100 + seed))] for kind in kinds]  # fmt: skip
+    pools = [
+        [
+            found[kind, "train"][i]
+            for i in torch.randperm(len(found[kind, "train"]), generator=torch.Generator().manual_seed(100 + seed))
+        ]
+        for kind in kinds
+    ]
     for one in itertools.chain(*itertools.zip_longest(*pools)):
         if one is not None and counted < tokens:
             rows.append(one)
@@ -202,8 +218,10 @@ def best_gate(found, kinds, widths, past, space, tokens, seed):
 def rate_of(bits, sizes):
     """Bits per byte of [windows] or [seeds, windows] bits, with the middle 95 % of the bootstrap."""
     bits = np.atleast_2d(np.asarray(bits, dtype=float))
-    return {"bits": round(float(bits.mean(0).sum() / sum(sizes)), 4),
-            "interval": [round(one, 4) for one in bootstrap(bits, sizes)]}  # fmt: skip
+    return {
+        "bits": round(float(bits.mean(0).sum() / sum(sizes)), 4),
+        "interval": [round(one, 4) for one in bootstrap(bits, sizes)],
+    }
 
 
 def analyse(found, names, widths):

@@ -93,10 +93,16 @@ def single(text="", size=257):
 
 # A Gemma 3 whose window is shorter than a word's bytes
 WINDOWS = dict(
-    hidden_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, head_dim=8,
-    layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=4,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=32,
+    head_dim=8,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    sliding_window=4,
     max_position_embeddings=512,
-)  # fmt: skip
+)
 TOKENIZERS = {"gpt": gpt, "roles": roles, "gemma": gemma, "neox": neox, "llama": llama, "single": single}
 
 

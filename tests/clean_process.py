@@ -50,8 +50,12 @@ class Server:
         with self.log.open("w") as log:
             self.process = start(
                 command if parent is not None else [str(python), *command],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, cwd=self.folder.name,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                cwd=self.folder.name,
+            )
         atexit.register(self.stop)
 
     def stop(self):

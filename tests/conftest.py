@@ -3,6 +3,7 @@
 The Hub is started and the environment set before huggingface_hub is imported, because that reads it at import.
 """
 
+import collections
 import functools
 import gc
 import itertools
@@ -18,6 +19,7 @@ from manticore_hf_testing import start_hub
 
 _HOME = tempfile.TemporaryDirectory(prefix="manticore-tests-", ignore_cleanup_errors=True)
 _COUNT = itertools.count()
+_CASES = collections.defaultdict(itertools.count)  # of each parametrised test, as they are collected
 
 
 def pytest_configure(config):
@@ -39,6 +41,17 @@ def pytest_configure(config):
     # The client waits for seconds between its attempts; the Hub on loopback is as busy as a test wants it to be
     for module in (_http, file_download):
         module.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(seconds / 100)})
+
+
+def pytest_itemcollected(item):
+    """`@pytest.mark.quick(every=n)`: of a test's cases that are not slow, each n-th stays quick, from the first on."""
+    mark = item.get_closest_marker("quick")
+    if (
+        mark
+        and not item.get_closest_marker("slow")
+        and next(_CASES[item.path, item.originalname]) % mark.kwargs["every"]
+    ):
+        item.add_marker("slow")
 
 
 def pytest_collection_finish():

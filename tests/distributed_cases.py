@@ -266,8 +266,12 @@ def sentences(kind):
         texts = [words[i : i + 4 + i % 5] for i in torch.randint(0, len(words) - 9, (count,), generator=drawn).tolist()]
         ids = [tokenizer(kind)(" ".join(one), add_special_tokens=False).input_ids[:24] for one in texts]
         padded = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-        return Dataset.from_dict({key: [([1] * len(one) if key == "attention_mask" else one) + [fill] * (24 - len(one))
-                                        for one in ids] for key, fill in padded.items()})  # fmt: skip
+        return Dataset.from_dict(
+            {
+                key: [([1] * len(one) if key == "attention_mask" else one) + [fill] * (24 - len(one)) for one in ids]
+                for key, fill in padded.items()
+            }
+        )
 
     return rows
 

@@ -183,8 +183,15 @@ def main():
     output = args.output.resolve()
     work = output / "work"
     work.mkdir(parents=True, exist_ok=True)
-    os.environ.update(HF_HOME=str(work / "hf"), HF_HUB_OFFLINE="1", TMPDIR=str(work), TOKENIZERS_PARALLELISM="false",
-                      MPLCONFIGDIR=str(work), NUMBA_CACHE_DIR=str(work), XDG_CACHE_HOME=str(work))  # fmt: skip
+    os.environ.update(
+        HF_HOME=str(work / "hf"),
+        HF_HUB_OFFLINE="1",
+        TMPDIR=str(work),
+        TOKENIZERS_PARALLELISM="false",
+        MPLCONFIGDIR=str(work),
+        NUMBA_CACHE_DIR=str(work),
+        XDG_CACHE_HOME=str(work),
+    )
     sys.dont_write_bytecode = True
     faulthandler.enable()
     sys.path.insert(0, str(Path(__file__).parent))

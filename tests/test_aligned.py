@@ -140,6 +140,7 @@ def test_bytes_that_end_inside_of_a_letter_are_cut_as_with_the_letter():
     assert any(one[:1] == b" " and len(one) > 1 for one in crossed), "no word with a space and half a letter was there"
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("kind", PAIRS)
 def test_cached_equals_uncached_and_rows_sum_to_one(hybrids, kind):
     model = hybrids(kind)

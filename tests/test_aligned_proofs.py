@@ -60,6 +60,7 @@ def futures(made, kind, past, length, shaped):
     return found
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("kind", PAIRS)
 def test_logits_do_not_look_ahead(hybrids, kind):
     """Bit-equal where the future has another text of the same shape; whatever it is, up to the rounding of float64."""
@@ -96,6 +97,7 @@ def test_logits_do_not_look_ahead(hybrids, kind):
 # ---- caches ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("kind", PAIRS)
 def test_what_every_hybrid_must_do_with_a_cache(hybrids, kind):
     """The checks that every family of hybrids must pass; tokens at random, so letters and words begin in the middle."""
@@ -123,6 +125,7 @@ def test_documents_in_a_row(hybrids, kind):
     made.to(torch.float32)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("kind", PAIRS)
 def test_a_second_turn_goes_on_from_the_first(hybrids, kind):
     made = hybrids(kind)
@@ -156,6 +159,7 @@ def slope(loss, parameters, direction, step=1e-5):
     return (values[0] - values[1]) / (2 * step)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("kind", ("attention", "recurrent"))
 def test_gradients_of_the_other_component_are_measured_slopes(tmp_path, kind):
     """Of every parameter along a random direction, by fine-tuning, by LoRA, and of the hybrid's own mixer."""
@@ -207,6 +211,7 @@ HARD = {
 }
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("home", KINDS)
 def test_rows_sum_to_one_whatever_the_text(tmp_path, home):
     """Also rows that begin in the middle of a letter, and special tokens in a row."""
@@ -236,6 +241,7 @@ LANGUAGES = {
 }
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("other", KINDS)
 def test_byte_by_byte_a_perfect_component_stays_perfect(other):
     """The hybrid's tokens are single bytes, and the exact probability of the next byte is known: by counting texts."""

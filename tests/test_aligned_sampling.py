@@ -73,6 +73,7 @@ class Script:
         return torch.tensor([next(self.tokens)])
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("kind", PAIRS)
 def test_every_draw_has_the_mixtures_probabilities(made, monkeypatch, kind, mixture):

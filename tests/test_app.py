@@ -207,10 +207,17 @@ OURS = {"div", "span", "ul", "li", "p", "b", "h2", "h4", "code", "table", "tr", 
 def test_strangers_text_is_shown_and_does_nothing(text, found):
     n = 3
     made = type(found)(
-        pieces=[text] * n, labels=[text] * n, names=[text, "b"], weights=[[0.9, 0.1]] * (n + 1), per_token=True,
-        blocks=[[0.9, 0.1]] * 2, likely={text: [[(text, 0.5)]] * (n + 1)},
-        chances={"hybrid": [0.5] * n, text: [0.5] * n}, bits={text: 1.0}, notes=[text],
-    )  # fmt: skip
+        pieces=[text] * n,
+        labels=[text] * n,
+        names=[text, "b"],
+        weights=[[0.9, 0.1]] * (n + 1),
+        per_token=True,
+        blocks=[[0.9, 0.1]] * 2,
+        likely={text: [[(text, 0.5)]] * (n + 1)},
+        chances={"hybrid": [0.5] * n, text: [0.5] * n},
+        bits={text: 1.0},
+        notes=[text],
+    )
     made.likely["hybrid"] = made.likely[text]
     written = drawing.Written(text, text, text, 3, 0.1, 0.1, 10)
     pages = [

@@ -167,6 +167,7 @@ def facts(model, ids):
     return out
 
 
+@pytest.mark.slow
 def test_every_kind_lives_without_the_package(saved, tmp_path):
     """It loads as remote code, computes the same, generates, trains; what is saved there carries and gives the same."""
     folders = {}

@@ -28,14 +28,17 @@ def padded():
     return contract.left_padded(8)[:2]
 
 
+@pytest.mark.quick(every=2)
 def test_greedy_with_left_padding(model):
     contract.check_greedy(model)
 
 
+@pytest.mark.quick(every=2)
 def test_a_padded_row_is_the_row_alone(model):
     contract.check_padding(model)
 
 
+@pytest.mark.quick(every=2)
 def test_sampling_with_several_returned_sequences(model, padded):
     kwargs = {"do_sample": True, "num_return_sequences": 3, "top_k": 20, "temperature": 0.7}
     torch.manual_seed(3)
@@ -46,10 +49,12 @@ def test_sampling_with_several_returned_sequences(model, padded):
     close(logits, wanted_logits)
 
 
+@pytest.mark.quick(every=2)
 def test_beams(model):
     contract.check_beams(model)
 
 
+@pytest.mark.quick(every=2)
 def test_prefill_in_chunks(model):
     """Of one token, of less than a window and a convolution's kernel hold, of more, and of all sizes in turn."""
     for sizes in ((1,), (3,), (5,), (4, 1, 1, 3, 2)):

@@ -61,6 +61,7 @@ def check(model, alpha=None):
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("embeddings", ["native", "mixed", "fresh"])
 @pytest.mark.parametrize("mixture, space", itertools.product(["static", "token"], ["logprob", "prob"]))
 def test_mixtures_and_embeddings(parts, mixture, space, embeddings):

@@ -15,6 +15,7 @@ def component(request):
     return tiny(request.param)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("bounds", [(0, 5), (0, 2, 5), (0, 2, 4, 5), (0, 1, 2, 5), (0, 1, 2, 3, 4, 5)], ids=str)
 def test_segments_in_sequence_are_the_uncut_stack(component, bounds):
     contract.check_segments(component, bounds)
@@ -45,6 +46,7 @@ def test_slice_config_cuts_every_list_of_layers(component):
             assert list(getattr(sliced, key)) == list(getattr(config, key))[1:3], key
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("settings", [PAPER, NATIVE], ids=["paper", "native"])
 @pytest.mark.parametrize("hybrid_name", [*FAMILIES, *PAIRS])
 def test_one_hot_is_the_component(hybrid_name, settings):
@@ -75,6 +77,7 @@ def test_an_uneven_cut_is_still_the_component(blocks):
         )
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("space", ["logprob", "prob"])
 @pytest.mark.parametrize("mixture", ["static", "token"])
 @pytest.mark.parametrize("pair", PAIRS)

@@ -139,6 +139,7 @@ def test_copies_are_independent_and_equal(model):
     assert torch.equal(model(input_ids=ids).logits, wanted)
 
 
+@pytest.mark.quick(every=2)
 @torch.no_grad()
 def test_what_was_saved_is_loaded(model, tmp_path):
     model.save_pretrained(tmp_path)
@@ -160,6 +161,7 @@ def test_bfloat16(model):
     assert half.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 12)
 
 
+@pytest.mark.quick(every=2)
 @torch.no_grad()
 def test_resizing_the_vocabulary(model):
     resized, ids = copy.deepcopy(model), tokens()

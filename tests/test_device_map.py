@@ -99,6 +99,7 @@ QUICK = [("gpt_neo+mamba2+opt", "all"), ("llama+falcon_mamba", "all"), ("gpt_neo
 QUICK += [("gpt_neox+mamba", "last"), ("gemma2+jamba", "layers"), ("recurrent_gemma", "buffers")]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("saved, kind", cases(["all", "first", "last", "layers", "buffers"], QUICK), indirect=["saved"])
 def test_offloaded_to_disk(saved, tmp_path, kind):
     folder, config, wanted = saved
@@ -186,6 +187,7 @@ QUICK = [("gpt_neox+mamba", "offload"), ("gpt_neo+mamba2+opt", "three")]
 QUICK += [("gemma2+jamba", "two"), ("recurrent_gemma", "layers")]
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("saved, kind", cases(["two", "three", "offload", "layers"], QUICK), indirect=["saved"])
 def test_on_several_devices(saved, monkeypatch, kind):
     """offload: a component and the mixer wait in the CPU's memory, and run on the first device."""

@@ -97,6 +97,7 @@ def accelerated(config):
     return ["-m", "accelerate.commands.launch", *map(str, options_of(config))]
 
 
+@pytest.mark.slow
 def test_sharded(alone, tmp_path):
     """With `cpu_ram_efficient_loading`, which is off in ours and on in the configurations that accelerate writes."""
     output = tmp_path / "out"

@@ -77,6 +77,7 @@ QUICK = ["gemma3_text", "gpt2", "gpt_neox", "jamba", "mamba", "mamba2", "recurre
 OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in families.FAMILIES if family not in QUICK]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("family", [*QUICK, *OTHERS])
 def test_one_hot_in_half_precision_is_the_component(family, dtype, tmp_path):
@@ -107,6 +108,7 @@ def test_one_hot_in_half_precision_is_the_component(family, dtype, tmp_path):
     assert dtypes(loaded) == dtypes(hybrid) and torch.equal(logits(loaded), seen[0])
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", KEEPING)
 def test_what_a_class_keeps_in_float32_is_kept_of_it_alone(kind, dtype, tmp_path):

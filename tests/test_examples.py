@@ -65,6 +65,7 @@ def run(name, monkeypatch, folder):
     ]
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_example(name, less_text, monkeypatch, tmp_path):
     printed, losses = run(name, monkeypatch, tmp_path)

@@ -55,6 +55,7 @@ def watch(heads, name, token, value):
 HALVES = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16)]
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("space", ["prob", "logprob"])
 def test_losses_and_gradients_are_numbers(space, dtype):

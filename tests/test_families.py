@@ -46,6 +46,7 @@ def test_every_type_of_the_installed_transformers_is_in_it():
 
 
 # FalconH1's two ways side by side take the longest; NemotronH has the same two one after the other
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "falcon_h1")) for name in SAMPLE]
 )
@@ -92,6 +93,7 @@ def test_a_row_of_padding_that_is_no_zeros_is_loaded(tmp_path):
     contract.check_saved(model, tmp_path)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("layers", ["mhmhm", "mmmhh"])
 def test_zamba2_is_a_component_of_one_block(layers):
     """Its layers read the embeddings again, and ask by their place which weights they share."""

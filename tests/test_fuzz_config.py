@@ -113,6 +113,7 @@ def loaded(folder):
     torch.testing.assert_close(again(input_ids=torch.tensor([[3, 1, 4, 1, 5]])).logits, logits, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_the_hybrids_themselves_work(saved, folder):
     for name, (_, text) in saved.items():
         assert all(outcome(run, folder(name, text)) for run in (on_meta, loaded, inspect_hybrid))

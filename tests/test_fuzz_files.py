@@ -76,11 +76,26 @@ EVALUATION = [
 
 def _row(name, kind, loss):
     return {
-        "name": name, "kind": kind, "seeds": [0, 1, 2], "loss": loss, "interval": [loss - 0.01, loss + 0.01],
-        "losses": [loss] * 3, "difference": 0.1, "difference_interval": [0.08, 0.12], "p": 0.01, "seeds_won": 3,
-        "by_kind": {"prose": loss, "code": loss}, "needs": "", "parameters": 1e6, "flops_per_token": 1e6,
-        "training_flops": 1e12, "training_tokens": 60_000, "seconds": 33.0, "accuracy": 0.5, "bits_per_byte": 1.1,
-    }  # fmt: skip
+        "name": name,
+        "kind": kind,
+        "seeds": [0, 1, 2],
+        "loss": loss,
+        "interval": [loss - 0.01, loss + 0.01],
+        "losses": [loss] * 3,
+        "difference": 0.1,
+        "difference_interval": [0.08, 0.12],
+        "p": 0.01,
+        "seeds_won": 3,
+        "by_kind": {"prose": loss, "code": loss},
+        "needs": "",
+        "parameters": 1e6,
+        "flops_per_token": 1e6,
+        "training_flops": 1e12,
+        "training_tokens": 60_000,
+        "seconds": 33.0,
+        "accuracy": 0.5,
+        "bits_per_byte": 1.1,
+    }
 
 
 COMPARISON = {

@@ -140,6 +140,7 @@ def test_every_hostile_value_under_every_key(tmp_path, key, value):
     outcome(read, file, seconds=10)
 
 
+@pytest.mark.quick(every=4)
 @pytest.mark.parametrize("key", ["mixture", *(field.name for field in dataclasses.fields(ProgramSettings))])
 def test_every_hostile_value_in_a_programmed_recipe(tmp_path, key):
     for value in HOSTILE_VALUES:

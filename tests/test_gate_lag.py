@@ -80,6 +80,7 @@ def test_the_loss_and_its_gradients_are_those_of_weights_held_by_hand(model):
         close(grads[0][name], grad, name)
 
 
+@pytest.mark.quick(every=3)
 def test_the_contract_of_decoding(model):
     check_decoding(model)
 

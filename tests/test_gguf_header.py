@@ -59,9 +59,12 @@ def test_what_a_header_says(written):
     more = [array("tokenizer.tokens", 8, 2, text("a") + text("bc")), array("y", 5, 3, b"\0" * 12)]
     header = read_header(written(gguf(*GOOD, *more, tensors=TENSORS, data=DATA)), SIZES)
     assert header.fields == {
-        "general.architecture": "llama", "llama.block_count": 1, "llama.embedding_length": 4, "tokenizer.tokens": (2,),
+        "general.architecture": "llama",
+        "llama.block_count": 1,
+        "llama.embedding_length": 4,
+        "tokenizer.tokens": (2,),
         "y": (3,),
-    }  # fmt: skip
+    }
     assert header.tensors == {"a": ((4, 2), 0, 0), "b": ((4,), 0, 32)} and header.begin % 32 == 0
     assert check_header("x", written(gguf(*GOOD, tensors=TENSORS, data=DATA)), SIZES).tensors == header.tensors
 
@@ -99,7 +102,7 @@ def bombs():
         ),
         "no architecture": (gguf(*good[1:], tensors=tensors, data=DATA), "does not say its architecture"),
         "an architecture that is none": (gguf(number("general.architecture", 3)), "does not say its architecture"),
-    }  # fmt: skip
+    }
 
 
 def test_bombs_are_answered_at_once(written):

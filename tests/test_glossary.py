@@ -86,8 +86,11 @@ def test_questions_are_of_their_names_and_answered_truly(text):
         assert forms == {(0, False), (1, False), (2, False), (1, True), (2, True)}
     else:
         half = names[80:] if text in ("known-words", "test") else names[:80]
-        assert seen == {name for name in half if text not in ("known-words", "test") or
-                        (known()[name] in first) == (text == "known-words")}  # fmt: skip
+        assert seen == {
+            name
+            for name in half
+            if text not in ("known-words", "test") or (known()[name] in first) == (text == "known-words")
+        }
 
 
 def test_no_text_of_the_task_says_a_new_word_or_what_it_is_in_another_language():

@@ -75,6 +75,7 @@ def test_scores_read_what_the_blocks_end_with(kind, settings):
     torch.testing.assert_close(scored(model, kind, input_ids=tokens(), attention_mask=MASK), expected)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mistral", "qwen3", "gemma2"])
 def test_a_one_hot_hybrid_is_the_components_own_classifier(kind, family, tmp_path):

@@ -197,6 +197,7 @@ def test_the_first_stage_trains_the_heads(repos):
     assert trained == {"a.model.embed_tokens.weight", "b.backbone.embeddings.weight"}
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("kind", BOTH)
 def test_adapters(kind, repos, hub, owner, tmp_path):
     model = BOTH[kind].from_components(repos, num_labels=2)

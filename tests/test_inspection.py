@@ -22,6 +22,7 @@ QUICK = ["gemma2", "jamba", "mamba2", "opt_projected", "recurrent_gemma"]
 OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in sorted(FAMILIES) if family not in QUICK]
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("family", [*QUICK, *OTHERS])
 def test_every_family(family, tmp_path):
     model = hybrid(family)
@@ -35,7 +36,7 @@ def test_every_family(family, tmp_path):
     assert alone["cache_bytes_per_token"] + alone["state_bytes"] > 0
 
 
-def test_only_settings_that_apply_are_shown(tmp_path, capsys):
+def test_only_settings_that_apply_are_shown(tmp_path, capsys, uncounted):
     idle = {"projector", "projector_init", "gate", "reference_component"}
     for name, settings, hidden in (
         ("online", {"mixture": "online"}, idle | {"objective"}),

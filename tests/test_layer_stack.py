@@ -29,6 +29,7 @@ def looks(monkeypatch):
     return seen
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_once_for_all_that_are_equal(family, looks):
     one, two = tiny(family, seed=0), tiny(family, seed=1)

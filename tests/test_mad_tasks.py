@@ -57,6 +57,7 @@ def pairs_of(ids):
 # ---- meaning ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("task", EDGES + HARD, ids=label)
 def test_an_oracle_scores_100_percent(task):
     """Every label follows from what was read before it, by a program that is told nothing else."""
@@ -238,6 +239,7 @@ TWINS = [
 ]
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("task", TWINS, ids=label)
 def test_sequences_are_distributed_as_those_of_a_plain_loop(task, split):

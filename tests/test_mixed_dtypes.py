@@ -32,6 +32,7 @@ def is_same(loaded, model):
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key].to(one[key].dtype)) for key in one)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize(
     "asked, given",
     [
@@ -125,6 +126,7 @@ def test_states_pass_between_dtypes(repos, settings):
     torch.testing.assert_close(cached, out.logits.detach(), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize(  # the quick test above has gradients of the mean of probabilities
     "settings", [*SETTINGS[:2], pytest.param(SETTINGS[2], marks=pytest.mark.slow)], ids=["paper", "token", "prob"]
 )

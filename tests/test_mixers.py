@@ -64,6 +64,7 @@ def identities(model):
 # ---- nothing else changes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_model_beside_a_hybrid_is_untouched(family, monkeypatch):
     plain = tiny_model(tiny_config(family))
@@ -443,6 +444,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("family", COMPILED)
 def test_the_graph_is_as_whole_as_it_was(family):
     model = tiny_model(tiny_config(family))

@@ -45,6 +45,7 @@ class AtLimits:
         return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("mixture", ["token", "static"])
 def test_gradients_are_finite_at_the_limits(mixture):
     cases = list(itertools.product(("logprob", "prob"), ((0.0, 0.0), (-1e4, 1e4), (1e4, -1e4))))

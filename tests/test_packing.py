@@ -80,6 +80,7 @@ def begins(tok, template):
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("template", [None, "<s> $A", "<s> <pad> $A </s>", "</s> $A </s>"])
 def test_blocks_are_those_of_a_plain_loop(tok, template):
     """Also for one token for beginning and end, and for two tokens before a text."""

@@ -136,6 +136,7 @@ def test_the_future_is_not_known(model):
     assert (one.weights[:, 11:] - two.weights[:, 11:]).abs().max() > 1e-3
 
 
+@pytest.mark.quick(every=3)
 def test_the_contract_of_decoding(model):
     check_decoding(model)
 

@@ -32,6 +32,7 @@ MORE = [
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("pair, blocks, stage, autocast, checkpointing, size", CASES)
 def test_a_micro_batch_takes_what_the_allocator_gives(pair, blocks, stage, autocast, checkpointing, size):
     config = config_of(pair, num_blocks=blocks, **({"mixture": "static"} if stage == "search" else {}))
@@ -46,6 +47,7 @@ def test_a_micro_batch_takes_what_the_allocator_gives(pair, blocks, stage, autoc
     assert cost.with_gradients == pytest.approx(allocated(run), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numba", [pytest.param(True, marks=pytest.mark.slow), False])  # the quick cases above have it
 def test_the_scan_s_own_memory_is_counted(numba, monkeypatch):
     if not numba:
@@ -85,7 +87,8 @@ def test_distillation_counts_its_teacher(tmp_path):
     "pair, stage, ways",
     [
         ("gpt_neox+mamba", "projectors", [(None, False), (BF16, False)]),
-        ("gemma2+mamba", "finetune", [(None, False), (BF16, True)]),  # layers of two kinds in turn
+        # Layers of two kinds in turn
+        pytest.param("gemma2+mamba", "finetune", [(None, False), (BF16, True)], marks=pytest.mark.slow),
         pytest.param(
             "gpt_neox+mamba",
             "finetune",
@@ -104,6 +107,7 @@ def test_three_periods_stand_for_all_layers(pair, stage, ways):
         assert short.micro_batch(2, 64, *way) == whole.micro_batch(2, 64, *way)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "checkpointing, size", [(True, (2, 64)), pytest.param(False, (1, 256), marks=pytest.mark.slow)]
 )

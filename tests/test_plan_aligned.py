@@ -69,6 +69,7 @@ def test_what_is_read_of_a_text_is_counted(made, monkeypatch):
     assert 1 <= found.plain < 1.3 and "bytes of the text" in found.how
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("stage, checkpointing", [("finetune", False), ("finetune", True), ("projectors", False)])
 def test_an_aligned_micro_batch_takes_what_the_allocator_gives(made, stage, checkpointing):
     model, ids, before = set_stage(made, stage), rows(), made.config.mixture_weights
@@ -99,6 +100,7 @@ def test_an_aligned_micro_batch_takes_what_the_allocator_gives(made, stage, chec
     assert cost.operations == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_recipe_whose_tokenizers_and_text_are_here(made, tmp_path, no_adapters, capsys):  # noqa: F811
     for entry in made.config.components:
         part = made.component(entry["name"])
@@ -122,6 +124,7 @@ def test_a_recipe_whose_tokenizers_and_text_are_here(made, tmp_path, no_adapters
         make_plan(recipe)
 
 
+@pytest.mark.slow
 def test_configurations_without_tokenizers(tmp_path, no_adapters):  # noqa: F811
     """Then vocabularies of other sizes are taken for other tokenizers, and what is read of a text is assumed."""
     parts = [*save_configs(tmp_path, "llama", "mamba"), *save_configs(tmp_path, "gpt_neox", vocabulary=90)]

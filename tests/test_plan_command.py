@@ -188,6 +188,7 @@ def test_components_on_the_hub_are_not_downloaded(hub, owner, tmp_path, no_adapt
     assert (stage["tokens"], stage["counted"]) == (3 * 75 * 32, "the text was tokenised")
 
 
+@pytest.mark.slow
 def test_every_stage(tmp_path, capsys):
     parts = save_configs(tmp_path, "llama", "mamba2")
     stages = (

@@ -64,6 +64,7 @@ def test_tables_of_angles_are_found_wherever_they_are(family):
         model(ids)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {*TABLES}))
 @torch.no_grad()
 def test_components_without_a_table_limit_nothing(family):
@@ -121,6 +122,7 @@ def test_positions_that_are_given():
     refused(lambda: model(ids, position_ids=torch.tensor([[0, 1, LIMIT]])), f"position {LIMIT}")
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("family", TABLES)
 @pytest.mark.parametrize("other", ["llama", "mamba"])
 @torch.no_grad()

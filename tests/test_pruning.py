@@ -54,6 +54,7 @@ def test_a_change_of_component_is_the_soft_hybrids(settings):
         soft.set_mixture_weights(None)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("settings", WIRINGS, ids=str)
 def test_every_route_gives_what_was_measured_for_it(settings, tmp_path):
     soft, ids = hybrid("gpt_neox+mamba", num_blocks=3, **settings), tokens()
@@ -72,6 +73,7 @@ def test_every_route_gives_what_was_measured_for_it(settings, tmp_path):
     assert all(torch.equal(before[key], value) for key, value in soft.state_dict().items())
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("family", representatives(sorted(FAMILIES)))
 def test_every_family(family, tmp_path):
     """Cached, padded, saved, trained: with every family at the beginning, in the middle and at the end of a route."""

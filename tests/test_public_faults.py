@@ -93,6 +93,7 @@ def test_a_components_own_configuration(hub, owner, tmp_path, watched, extra, ca
     watched()
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("extra", [LOADS, CODE], ids=["kernels", "code"])
 def test_a_hybrids_configuration(hub, owner, tmp_path, watched, extra):
     """At its top, in a component's configuration, and inside that; one at a time, so that no refusal hides another."""

@@ -79,6 +79,7 @@ def test_metadata_that_the_hub_refuses_stop_it(saved, owner):
 # ---- secrets ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("place", ["README.md", "recipe.yaml", "evaluation.json", "config.json"])
 def test_a_token_in_a_file_stops_it(saved, owner, place):
     secret = "hf_" + "S3cret" * 6
@@ -178,6 +179,7 @@ def test_the_token_is_in_no_file_and_no_log(parts, hub, owner, tmp_path, caplog,
 # ---- failures --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize(
     "pattern, fault, message",
     [

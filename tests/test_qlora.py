@@ -56,6 +56,7 @@ def quantised(model):
 # ---- the list --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_what_is_quantised_is_what_lora_targets(family):
     model = families.hybrid(family, num_blocks=1, mixture="token", verify=False)

@@ -130,6 +130,7 @@ def test_every_quantiser_is_told_what_to_leave_out(family):
     assert not any("hybrid_mixer" in pattern for pattern in model._get_dtype_plan(torch.float16))
 
 
+@pytest.mark.quick(every=2)
 def test_nothing_has_to_be_said(saved, settings):
     folder, plain = saved
     before = copy.deepcopy(settings.to_dict())
@@ -149,6 +150,7 @@ def test_nothing_has_to_be_said(saved, settings):
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(every=2)
 def test_what_is_saved_is_loaded_as_it_was(saved, settings, tmp_path, owner):
     model = ManticoreForCausalLM.from_pretrained(saved[0], quantization_config=settings)
     trained = "a.model.norm.weight"
@@ -171,6 +173,7 @@ def test_what_is_saved_is_loaded_as_it_was(saved, settings, tmp_path, owner):
         assert torch.equal(logits(ManticoreForCausalLM.from_pretrained(f"{owner}/{repo}")), found)
 
 
+@pytest.mark.quick(every=3)
 def test_half_precision_around_what_is_quantised(saved, settings, tmp_path):
     model = ManticoreForCausalLM.from_pretrained(saved[0], quantization_config=settings, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and model.hybrid_mixer.alpha_logits.dtype == torch.float32
@@ -180,6 +183,7 @@ def test_half_precision_around_what_is_quantised(saved, settings, tmp_path):
     assert loaded.dtype == torch.bfloat16 and torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.quick(every=3)
 def test_a_classifier(saved, settings, tmp_path):
     model = ManticoreForSequenceClassification.from_pretrained(saved[0], num_labels=3, quantization_config=settings)
     assert set(quantised(model)) == expected_maps(saved[1], settings)
@@ -244,6 +248,7 @@ def test_torchaos_names_in_a_file(saved, kind):
         ManticoreConfig.from_dict(values)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("name", METHODS)
 def test_packed_weights_where_floating_point_is_read(name, saved, tmp_path, monkeypatch):
     """A repository whose dt_proj is in eight bits: its integers have the shape of the numbers they stand for."""

@@ -130,8 +130,10 @@ def test_what_a_component_can_alone_is_asked_of_it_alone(tmp_path, monkeypatch):
 
     model = {"recall": sender, "copying": receiver}
     monkeypatch.setattr(one, "component", lambda name: type("Model", (), {"eval": lambda self: model[name]})())
-    found = [asked_keys(re.sub("_", "", row[row.index("|") + 1 : row.index(">")]), pairs(row.partition("|")[0]))
-             for row, _ in rows]  # fmt: skip
+    found = [
+        asked_keys(re.sub("_", "", row[row.index("|") + 1 : row.index(">")]), pairs(row.partition("|")[0]))
+        for row, _ in rows
+    ]
     short = [len(key) == 1 for row in found for key in row]
     assert one.alone() == pytest.approx({"recall": sum(short) / len(short), "copying": 1 / 3})
 

@@ -297,10 +297,15 @@ def test_kinds_of_text_and_several_texts_are_told_apart(folder, written, tmp_pat
         assert "by_kind" not in alone
         assert bits["hybrid"] == pytest.approx(alone["bits_per_byte"]["hybrid"], rel=0.02)
     results = [
-        {"data": name, "losses": {"hybrid": 2.0, "ensemble": 2.0 + more}, "tokens": 9000, "bytes": 36_000,
-         "bits_per_byte": {"hybrid": 0.72, "ensemble": 0.72 + more}}
+        {
+            "data": name,
+            "losses": {"hybrid": 2.0, "ensemble": 2.0 + more},
+            "tokens": 9000,
+            "bytes": 36_000,
+            "bits_per_byte": {"hybrid": 0.72, "ensemble": 0.72 + more},
+        }
         for name, more in (("some prose", 0.125), ("some code", -0.0625))
-    ]  # fmt: skip
+    ]
     (hybrid / "evaluation.json").write_text(json.dumps(results))
     (hybrid / "report.json").unlink()  # of the text that was named
     _, page, markdown = write_report(hybrid, measured=False)

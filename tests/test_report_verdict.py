@@ -204,8 +204,10 @@ def test_costs_are_told_against_the_model_that_gains_are_told_against():
     facts.found = {"parts": parts, "components": [{"name": "small"}, {"name": "large"}], "note": "",
                    "settings": {"route": None, "mixture": "token"}}  # fmt: skip
     assert _running(facts)["sentence"].startswith("The hybrid's weights take 1.5 times the memory of large alone")
-    speeds = {name: {"decode": decode, "prefill": 1, "working": 1} for name, decode in
-              (("small", 100), ("large", 50), ("hybrid", 20))}  # fmt: skip
+    speeds = {
+        name: {"decode": decode, "prefill": 1, "working": 1}
+        for name, decode in (("small", 100), ("large", 50), ("hybrid", 20))
+    }
     facts.measured = {"speed": {"models": speeds, "device": "cpu", "threads": 1, "dtype": "float32", "prompt_tokens": 1,
                                 "new_tokens": 1, "repeats": 1, "reads_past_losses": True}}  # fmt: skip
     found = _running(facts)
@@ -368,8 +370,14 @@ def test_phrases_say_what_is_lost_too():
 def of_one_run(tokens, sampled, low=0.01, data="text.txt", named=False):
     """Facts of a run that measured so many tokens without the originals, and a report that sampled some with them."""
     difference = {"gate": [0.1, low, low and 0.2]}
-    run = Result(data, {"hybrid": 2.0, "gate": 2.2}, tokens=tokens, bits={"hybrid": 1.0, "gate": 1.1}, size=9 * tokens,
-                 differences=difference)  # fmt: skip
+    run = Result(
+        data,
+        {"hybrid": 2.0, "gate": 2.2},
+        tokens=tokens,
+        bits={"hybrid": 1.0, "gate": 1.1},
+        size=9 * tokens,
+        differences=difference,
+    )
     losses = {
         "losses": {"hybrid": 1.9, "gate": 1.8, "original a": 2.9}, "tokens": sampled, "bytes": 3 * sampled,
         "bits_per_byte": {"hybrid": 0.95, "gate": 0.9, "original a": 1.45}, "missing": {},

@@ -92,6 +92,7 @@ def loaded(folder):
 AFTER = {**NEW, "optimizer.pt": "mine"}
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("old, new", [(OLD, NEW), (NEW, OLD)], ids=["to one file", "to shards"])
 def test_killed_at_every_change_of_a_file_it_is_the_old_one_or_the_new_one(tmp_path, old, new):
     seen, others = [], {name: text for name, text in old.items() if "safetensors" not in name}
@@ -109,6 +110,7 @@ def test_killed_at_every_change_of_a_file_it_is_the_old_one_or_the_new_one(tmp_p
     assert not killed and seen == sorted(seen, reverse=True) and {"old", "new"} == set(seen)  # one change of them all
 
 
+@pytest.mark.slow
 def test_killed_again_while_what_was_promised_is_moved(tmp_path):
     for step in range(1, 40):
         folder = fill(tmp_path / f"{step}" / "out", OLD)
@@ -180,6 +182,7 @@ def test_a_strangers_note_moves_nothing(tmp_path):
     assert (tmp_path / "secret" / "id_rsa").read_text() == "private"
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_every_change_of_a_file_leaves_the_old_one_or_the_new_one(tmp_path):
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")

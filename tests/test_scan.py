@@ -242,6 +242,7 @@ def test_results_are_the_same_without_numba(monkeypatch, batch, d, n, time):
     assert_close(found, alone, 3e-6)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("batch, time", [(2, 37), (1, 1)])
 def test_results_are_the_same_without_the_package(monkeypatch, dtype, tolerance, batch, time):

@@ -66,6 +66,7 @@ def _arguments(path, **kwargs):
 RATES = {"darts": 0.2, "darts_alternating": 0.4, "darts_bilevel": 0.2, "gaea": 0.5, "dash": 0.2}
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_finds_the_component_that_knows_the_text(trained, tmp_path, strategy):
     model = _hybrid(trained)
@@ -84,6 +85,7 @@ def test_finds_the_component_that_knows_the_text(trained, tmp_path, strategy):
 HALF = [pytest.param(name, True, marks=[] if name == "gaea" else [pytest.mark.slow]) for name in sorted(STRATEGIES)]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("strategy, bf16", [*((name, False) for name in sorted(STRATEGIES)), *HALF])
 def test_accumulation_does_not_change_the_result(trained, tmp_path, strategy, bf16):
     results = []

@@ -154,6 +154,7 @@ def test_continuous_batching_falls_back_to_generate(loaded):
     assert isinstance(state.get_manager("hybrid", use_cb=False), GenerateManager)
 
 
+@pytest.mark.slow
 @needs_server
 def test_the_server_answers_what_generate_answers(hub, owner, folder, loaded, tmp_path):
     """A directory and a repository, both by their own code, under requests of mixed lengths at the same time."""

@@ -212,8 +212,11 @@ def test_what_did_not_fit_is_in_no_log(model, text, tmp_path):
         trainer = HybridTrainer(model=model, args=args, train_dataset=text, callbacks=[OutOfMemory()])
         trainer.train()
         assert trainer.state.train_batch_size == 4
-        found += [{key: value for key, value in row.items() if key.startswith(("loss", "gate"))}
-                  for row in trainer.state.log_history if "loss" in row]  # fmt: skip
+        found += [
+            {key: value for key, value in row.items() if key.startswith(("loss", "gate"))}
+            for row in trainer.state.log_history
+            if "loss" in row
+        ]
     assert len(found) == 2 and found[0] == pytest.approx(found[1], abs=1e-6)
 
 

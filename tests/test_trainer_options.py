@@ -49,13 +49,22 @@ def trained(model, folder, metrics=None, **settings):
               "learning_rate": 0.1, "optim": "sgd", **QUIET}  # fmt: skip
     args = TrainingArguments(str(folder), **{**values, **settings})
     torch.manual_seed(0)
-    trainer = Trainer(model, args, train_dataset=rows(), eval_dataset=rows(), data_collator=default_data_collator,
-                      compute_metrics=metrics)  # fmt: skip
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        data_collator=default_data_collator,
+        compute_metrics=metrics,
+    )
     trainer.train()
     found = {**trainer.evaluate(), "rows": trainer.state.train_batch_size}
     times = ("runtime", "per_second")
-    found["train"] = [{k: v for k, v in one.items() if not k.endswith(times)} for one in trainer.state.log_history
-                      if "loss" in one or "eval_loss" in one]  # fmt: skip
+    found["train"] = [
+        {k: v for k, v in one.items() if not k.endswith(times)}
+        for one in trainer.state.log_history
+        if "loss" in one or "eval_loss" in one
+    ]
     found = {key: value for key, value in found.items() if not key.endswith(times)}
     return found, dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
 
@@ -67,8 +76,10 @@ class Metrics:
         self.batches = []
 
     def __call__(self, prediction, compute_result=True):
-        logits, labels = (np.concatenate(one) if isinstance(one, list) else one
-                          for one in (prediction.predictions, prediction.label_ids))  # fmt: skip
+        logits, labels = (
+            np.concatenate(one) if isinstance(one, list) else one
+            for one in (prediction.predictions, prediction.label_ids)
+        )
         known = labels[:, 1:] != -100
         right = logits[:, :-1].argmax(-1) == labels[:, 1:]
         self.batches.append(float((right & known).sum() / known.sum()))
@@ -344,10 +355,19 @@ def test_a_loss_of_the_users_own(tmp_path):
     for way in WAYS:
         model = mixed_hybrid(**way, component_loss_weight=1.0, mix_loss_weight=0.3)
         twin = copy.deepcopy(model).train()
-        args = quiet(tmp_path, max_steps=3, per_device_train_batch_size=4, learning_rate=0.1, optim="sgd",
-                     max_grad_norm=0, lr_scheduler_type="constant", train_sampling_strategy="sequential")  # fmt: skip
-        trainer = Trainer(model, args, train_dataset=rows(), data_collator=default_data_collator,
-                          compute_loss_func=focal)  # fmt: skip
+        args = quiet(
+            tmp_path,
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+        )
+        trainer = Trainer(
+            model, args, train_dataset=rows(), data_collator=default_data_collator, compute_loss_func=focal
+        )
         trainer.train()
         optimizer = torch.optim.SGD(twin.parameters(), 0.1)
         for at in (0, 4, 8):
@@ -403,8 +423,11 @@ def test_whoever_watches_or_replaces_the_embeddings_reaches_what_forward_reads()
         before = replaced.get_input_embeddings().forward
         replaced.get_input_embeddings().forward = lambda ids, before=before: 2 * before(ids)
         assert torch.equal(replaced(ids).logits, right)
-        said = [one.generate(ids[:1, :4], max_new_tokens=4, do_sample=False, use_cache=use, pad_token_id=0)
-                for one in (hooked, replaced) for use in (True, False)]  # fmt: skip
+        said = [
+            one.generate(ids[:1, :4], max_new_tokens=4, do_sample=False, use_cache=use, pad_token_id=0)
+            for one in (hooked, replaced)
+            for use in (True, False)
+        ]
         assert all(torch.equal(said[0], one) for one in said[1:])
         gradients = mixed_hybrid(**way)
         gradients.requires_grad_(False)
@@ -435,8 +458,13 @@ def test_predictions_are_logits_as_of_any_model(tmp_path):
         seen.append(prediction.predictions)
         return {}
 
-    trainer = Trainer(model, quiet(tmp_path, per_device_eval_batch_size=4), eval_dataset=rows(),
-                      data_collator=default_data_collator, compute_metrics=metrics)  # fmt: skip
+    trainer = Trainer(
+        model,
+        quiet(tmp_path, per_device_eval_batch_size=4),
+        eval_dataset=rows(),
+        data_collator=default_data_collator,
+        compute_metrics=metrics,
+    )
     trainer.evaluate()
     ids = torch.tensor(rows()["input_ids"])
     with torch.no_grad():
@@ -457,8 +485,10 @@ def test_losses_of_components_are_counted_in_micro_batches_as_in_one_batch(tmp_p
             torch.testing.assert_close(one[1][key], value, atol=1e-4, rtol=1e-4, msg=key)
     model, batch = mixed_hybrid(component_loss_weight=0.5, mix_loss_weight=0.7), collated()
     states = [model.component(name)(batch["input_ids"]).logits for name in model.config.component_names]
-    by_hand = [cross_entropy(one[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()) for one in
-               (model(batch["input_ids"]).logits, *states)]  # fmt: skip
+    by_hand = [
+        cross_entropy(one[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        for one in (model(batch["input_ids"]).logits, *states)
+    ]
     torch.testing.assert_close(model(**batch).loss, 0.7 * by_hand[0] + 0.5 * (by_hand[1] + by_hand[2]))
 
 

@@ -219,6 +219,7 @@ torch.save({"logits": model(**given).logits, "generated": out[0]}, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_the_whole_way(hub, owner, tmp_path, capsys):
     """A GPT-Neo style and a Mamba style model of different tokenizers, by the command line and by hand."""
     publish(hub, f"{owner}/a", component("neox", first(), extra=6), tmp_path / "src", first())

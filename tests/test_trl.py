@@ -187,8 +187,15 @@ def test_distillation_with_a_hybrid_as_student_and_as_teacher(saved, tmp_path, t
     for teacher in saved:
         more = {"teacher_model": another(saved[teacher])}
         settings = {"max_completion_length": 6, "temperature": 0.7, "beta": 0.5, "more": more.items()}
-        both = same_steps(saved, tmp_path / teacher, DistillationTrainer, DistillationConfig,
-                          [{"prompt": one["prompt"]} for one in PROMPTED], tokenizer=tokenizer, **settings)  # fmt: skip
+        both = same_steps(
+            saved,
+            tmp_path / teacher,
+            DistillationTrainer,
+            DistillationConfig,
+            [{"prompt": one["prompt"]} for one in PROMPTED],
+            tokenizer=tokenizer,
+            **settings,
+        )
         found.append(both["hybrid"][0])
     close(*found)
 
@@ -262,8 +269,15 @@ def with_past(**settings):
 def test_the_policy_is_the_mixture_at_the_temperature_that_was_asked_for(tmp_path, tokenizer, mixture):
     """GRPO's log-probabilities and entropies, and the gradients of both, with losses of components in the hybrid."""
     model = with_past(**mixture, mix_loss_weight=0.3, component_loss_weight=1.0)
-    args = GRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, temperature=0.5, bf16=False,
-                      gradient_checkpointing=False, **QUIET)  # fmt: skip
+    args = GRPOConfig(
+        str(tmp_path),
+        num_generations=4,
+        per_device_train_batch_size=4,
+        temperature=0.5,
+        bf16=False,
+        gradient_checkpointing=False,
+        **QUIET,
+    )
     trainer = GRPOTrainer(
         model, brevity, args=args, train_dataset=Dataset.from_list(PROMPTED), processing_class=tokenizer
     )
@@ -511,13 +525,29 @@ def check_packed(tmp_path, tokenizer, make, adapted=False, **given):
         "no padding": {"padding_free": True, "max_length": None, "per_device_train_batch_size": 4},
     }
     found = {
-        way: steps(SFTTrainer, SFTConfig, make(), rows, tmp_path / way, tokenizer, **own, **given,
-                   more={"peft_config": lora_config(make(), r=2)}.items() if adapted else ())
+        way: steps(
+            SFTTrainer,
+            SFTConfig,
+            make(),
+            rows,
+            tmp_path / way,
+            tokenizer,
+            **own,
+            **given,
+            more={"peft_config": lora_config(make(), r=2)}.items() if adapted else (),
+        )
         for way, own in ways.items()
-    }  # fmt: skip
+    }
     tokens = [{"input_ids": tokenizer(one["text"])["input_ids"]} for one in rows]
-    args = TrainingArguments(str(tmp_path / "flat"), per_device_train_batch_size=4, max_steps=3, learning_rate=0.1,
-                             logging_steps=1, optim="sgd", **QUIET)  # fmt: skip
+    args = TrainingArguments(
+        str(tmp_path / "flat"),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=0.1,
+        logging_steps=1,
+        optim="sgd",
+        **QUIET,
+    )
     flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     if not adapted:
         run = Trainer(make(), args, train_dataset=Dataset.from_list(tokens), data_collator=flat)

@@ -94,13 +94,22 @@ def test_online_dpo(saved, tmp_path, tokenizer):
     logged = (*LOGGED, "logps", "objective/scores")
     settings = {"max_new_tokens": 6, "temperature": 0.7, "logged": logged, "tokenizer": tokenizer}
     for loss in ("sigmoid", "ipo"):
-        same_steps(saved, tmp_path / loss, OnlineDPOTrainer, OnlineDPOConfig, PROMPTED, loss_type=loss, **settings,
-                   more={"reward_funcs": brevity}.items())  # fmt: skip
+        same_steps(
+            saved,
+            tmp_path / loss,
+            OnlineDPOTrainer,
+            OnlineDPOConfig,
+            PROMPTED,
+            loss_type=loss,
+            **settings,
+            more={"reward_funcs": brevity}.items(),
+        )
     found = []
     for kind in saved:
         judge = {"reward_funcs": scorer(saved[kind]), "reward_processing_classes": copy.deepcopy(tokenizer)}
-        both = same_steps(saved, tmp_path / kind, OnlineDPOTrainer, OnlineDPOConfig, PROMPTED, **settings,
-                          more=judge.items())  # fmt: skip
+        both = same_steps(
+            saved, tmp_path / kind, OnlineDPOTrainer, OnlineDPOConfig, PROMPTED, **settings, more=judge.items()
+        )
         found.append(both["hybrid"][0])
     close(*found)
 
@@ -108,8 +117,16 @@ def test_online_dpo(saved, tmp_path, tokenizer):
 def test_a2po_and_gmpo(saved, tmp_path, tokenizer):
     """A reference that is a copy of the policy, from which values are sampled; GRPO with geometric means."""
     settings = {"max_completion_length": 6, "temperature": 0.7, "num_value_samples": 3, "beta2": 0.5, "logged": ALL}
-    same_steps(saved, tmp_path / "a2po", A2POTrainer, A2POConfig, PROMPTED, tokenizer=tokenizer,
-               more={"reward_funcs": odd}.items(), **settings)  # fmt: skip
+    same_steps(
+        saved,
+        tmp_path / "a2po",
+        A2POTrainer,
+        A2POConfig,
+        PROMPTED,
+        tokenizer=tokenizer,
+        more={"reward_funcs": odd}.items(),
+        **settings,
+    )
     for name, settings in (("plain", {}), ("more", {"beta": 0.1, "temperature": 0.5, "num_iterations": 2})):
         same_steps(saved, tmp_path / name, GMPOTrainer, GMPOConfig, PROMPTED, tokenizer=tokenizer, **ONLINE, **settings)
 
@@ -117,8 +134,17 @@ def test_a2po_and_gmpo(saved, tmp_path, tokenizer):
 def test_tpo(saved, tmp_path, tokenizer):
     rows = [{**one, "reference": " sat <end>"} for one in PAIRS]
     for loss in ("sigmoid", "hinge", "ipo", "tpo-l"):
-        same_steps(saved, tmp_path / loss, TPOTrainer, TPOConfig, rows, tokenizer=tokenizer, loss_type=loss, beta=0.1,
-                   logged=ALL)  # fmt: skip
+        same_steps(
+            saved,
+            tmp_path / loss,
+            TPOTrainer,
+            TPOConfig,
+            rows,
+            tokenizer=tokenizer,
+            loss_type=loss,
+            beta=0.1,
+            logged=ALL,
+        )
 
 
 def test_dpo_whose_reference_follows_the_policy(saved, tmp_path, tokenizer):
@@ -128,10 +154,21 @@ def test_dpo_whose_reference_follows_the_policy(saved, tmp_path, tokenizer):
         follow = BEMACallback(update_freq=1, update_ref_model=True, ref_model_update_freq=1)
         run = BEMATrainer(
             AutoModelForCausalLM.from_pretrained(folder),
-            args=DPOConfig(str(tmp_path / kind), max_steps=3, learning_rate=0.1, optim="sgd", bf16=False,
-                           gradient_checkpointing=False, per_device_train_batch_size=4, logging_steps=1, **QUIET),
-            train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, callbacks=[follow],
-        )  # fmt: skip
+            args=DPOConfig(
+                str(tmp_path / kind),
+                max_steps=3,
+                learning_rate=0.1,
+                optim="sgd",
+                bf16=False,
+                gradient_checkpointing=False,
+                per_device_train_batch_size=4,
+                logging_steps=1,
+                **QUIET,
+            ),
+            train_dataset=Dataset.from_list(PAIRS),
+            processing_class=tokenizer,
+            callbacks=[follow],
+        )
         before = {key: value.clone() for key, value in run.ref_model.named_parameters()}
         run.train()
         follow.running_model.save_pretrained(tmp_path / kind / "mean")
@@ -158,8 +195,15 @@ def test_self_distillation(saved, tmp_path, tokenizer):
         settings |= {"distillation_alpha": 1.0} if mode == "sampled_token" else {}
         same_steps(saved, tmp_path / f"sdft {kind}", SDFTTrainer, SDFTConfig, ASKED, **settings)
         settings |= {"include_environment_feedback": True, "distillation_weight": 0.5, "distillation_alpha": 1.0}
-        same_steps(saved, tmp_path / f"sdpo {kind}", SDPOTrainer, SDPOConfig, ASKED,
-                   more={"reward_funcs": odd}.items(), **settings)  # fmt: skip
+        same_steps(
+            saved,
+            tmp_path / f"sdpo {kind}",
+            SDPOTrainer,
+            SDPOConfig,
+            ASKED,
+            more={"reward_funcs": odd}.items(),
+            **settings,
+        )
 
 
 def test_gold_with_a_hybrid_as_student_and_as_teacher(tmp_path):
@@ -174,8 +218,15 @@ def test_gold_with_a_hybrid_as_student_and_as_teacher(tmp_path):
         for kind, folder in folders[name].items():
             settings = {"lmbda": 0.5, "max_completion_length": 6, "more": {"teacher_model": another(folder)}.items()}
             settings |= {**more, "teacher_tokenizer_name_or_path": str(folder)} if more else {}
-            both = same_steps(folders["first"], tmp_path / name / f"from {kind}", GOLDTrainer, GOLDConfig, TALKS,
-                              tokenizer=tokenizers["first"], **settings)  # fmt: skip
+            both = same_steps(
+                folders["first"],
+                tmp_path / name / f"from {kind}",
+                GOLDTrainer,
+                GOLDConfig,
+                TALKS,
+                tokenizer=tokenizers["first"],
+                **settings,
+            )
             found.append(both["hybrid"][0])
         close(*found)
 

@@ -233,6 +233,7 @@ def test_device_map(compose, tmp_path, device_map):
     round_trip(model, tmp_path / "out", device_map=device_map)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("tuned", [(), ("gpt2_1.transformer.wte.weight",), ("gpt_neox_0.lm_head.weight",)])
 def test_component_offloaded_to_disk(compose, tmp_path, tuned):
     model = nudge(compose(*PAIR, blocks=2), *tuned)
@@ -344,6 +345,7 @@ def test_resized_vocabulary(compose, tmp_path, size):
     }
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "mamba", "mamba2", "jamba"])
 def test_component_alone_is_a_plain_model(compose, hub, owner, tmp_path, family):
     model = compose(family, "llama", preset="paper")

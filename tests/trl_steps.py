@@ -13,12 +13,15 @@ TEMPLATE = (
     "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ ' ' }}{% endfor %}"
 )
 PROMPTS = ["the cat", "a mat and two", "dogs", "the dogs saw a"]
-PROMPTED = [{"prompt": one, "completion": " sat on a mat <end>" if i % 2 else " run <end>"}
-            for i, one in enumerate(PROMPTS * 3)]  # fmt: skip
+PROMPTED = [
+    {"prompt": one, "completion": " sat on a mat <end>" if i % 2 else " run <end>"} for i, one in enumerate(PROMPTS * 3)
+]
 PAIRS = [{"prompt": one["prompt"], "chosen": one["completion"], "rejected": " a a saw"} for one in PROMPTED]
 MARKED = [{**one, "label": i % 3 == 0} for i, one in enumerate(PROMPTED)]
-TALKS = [{"messages": [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": one["completion"]}]}
-         for one in PROMPTED]  # fmt: skip
+TALKS = [
+    {"messages": [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": one["completion"]}]}
+    for one in PROMPTED
+]
 TEXTS = [{"text": one["prompt"] + one["completion"]} for one in PROMPTED]
 
 
@@ -68,8 +71,7 @@ def steps(trainer, config, model, rows, folder, tokenizer, more=(), logged=LOGGE
     args = config(str(folder), **values)
     run = trainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **dict(more))
     run.train()
-    kept = [{k: v for k, v in one.items() if k.startswith(logged)}
-            for one in run.state.log_history]  # fmt: skip
+    kept = [{k: v for k, v in one.items() if k.startswith(logged)} for one in run.state.log_history]
     return [one for one in kept if one], run.model
 
 

@@ -86,8 +86,9 @@ def space_files(repo_id: str, revision: str, config: ManticoreConfig) -> dict[st
         "tags": ["manticore", "hybrid"],
     }
     parts = listed([escape(f"{one} ({getattr(config, one).model_type})") for one in config.component_names])
-    text = _CARD.format(**facts, name=escape(name), link=f"[{repo_id}](https://huggingface.co/{repo_id})", parts=parts,
-                        access=_TOKEN)  # fmt: skip
+    text = _CARD.format(
+        **facts, name=escape(name), link=f"[{repo_id}](https://huggingface.co/{repo_id})", parts=parts, access=_TOKEN
+    )
     out["README.md"] = f"---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---\n{text}"
     return out
 

@@ -268,8 +268,11 @@ def _check(model, logits_processor, generation_config, synced_gpus, lag):
             f"mixture_sampling draws from the mixture as it is, and {names} would change it component by component: "
             "leave temperature, top_k, top_p and the like at 1, 0 and 1."
         )
-    wanted = [key for key in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-              if getattr(generation_config, key)]  # fmt: skip
+    wanted = [
+        key
+        for key in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        if getattr(generation_config, key)
+    ]
     if wanted or synced_gpus:
         raise ManticoreError(f"mixture_sampling does not support {wanted or ['synced_gpus']}: generate without it.")
     if model.training and model.is_activation_checkpointing:

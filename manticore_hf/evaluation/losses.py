@@ -357,9 +357,15 @@ def text_nats(
     longest = getattr(model.config, "max_position_embeddings", None)
     longest = longest if isinstance(longest, int) and longest > 1 else None
     scores = token_logprobs(
-        model, tokenizer, texts, batch_size=batch_size, max_length=longest, stride=longest and longest // 2,
-        prompts=prompts, progress=progress,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        texts,
+        batch_size=batch_size,
+        max_length=longest,
+        stride=longest and longest // 2,
+        prompts=prompts,
+        progress=progress,
+    )
     return np.array([-sum(values) for values in scores])
 
 

@@ -96,9 +96,12 @@ def code_update(repo_id: str, revision: str | None = None, token: str | bool | N
 
 def _diff(name, old, new):
     lines = difflib.unified_diff(
-        old.splitlines(), new.splitlines(), f"a/{name}" if old else "/dev/null", f"b/{name}" if new else "/dev/null",
+        old.splitlines(),
+        new.splitlines(),
+        f"a/{name}" if old else "/dev/null",
+        f"b/{name}" if new else "/dev/null",
         lineterm="",
-    )  # fmt: skip
+    )
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -127,9 +130,13 @@ def commit_update(
     message = message or f"Bring the code up to manticore-hf {__version__}"
     with explained(update.repo_id), unchanged(update.repo_id, "Run it again."):
         done = api.create_commit(
-            update.repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr,
+            update.repo_id,
+            operations,
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
             parent_commit=update.head,
-        )  # fmt: skip
+        )
     update.commit, update.url = done.oid, done.pr_url if create_pr else f"{api.endpoint}/{update.repo_id}"
 
 

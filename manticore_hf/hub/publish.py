@@ -370,9 +370,13 @@ def _commit(api, out, files, head, private, revision, create_pr, message):
     try:
         with unchanged(out.repo_id, "Publish again."):
             done = api.create_commit(
-                out.repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr,
+                out.repo_id,
+                operations,
+                commit_message=message,
+                revision=revision,
+                create_pr=create_pr,
                 parent_commit=head,
-            )  # fmt: skip
+            )
     except RuntimeError as err:  # so the client says that a large file did not arrive
         reason = " ".join(f"{err} {err.__cause__ or ''}".split())
         raise ManticoreError(f"{out.repo_id}: {_sentence(reason)} Nothing was committed; publish again.") from err
