@@ -9,13 +9,13 @@ import pytest
 import torch
 from hub_models import publish, tiny, tokenizer
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.plan.amounts import parse_bytes, parse_count
 from manticore_hf.plan.plan import make_plan
-from manticore_hf.plan.schedule import Task
+from manticore_hf.plan.schedule import Task, checkpoints
 from manticore_hf.plan.subject import load_subject
 
 ROOT = Path(__file__).parent.parent
@@ -188,12 +188,20 @@ def test_components_on_the_hub_are_not_downloaded(hub, owner, tmp_path, no_adapt
     assert (stage["tokens"], stage["counted"]) == (3 * 75 * 32, "the text was tokenised")
 
 
+@pytest.mark.parametrize("named", [None, True, False])
+@pytest.mark.parametrize("formerly", [False, True])
+def test_checkpointing_is_what_the_trainer_does(tmp_path, named, formerly):
+    """Under Transformers' name for it, and under the one that it had before."""
+    values = {"activation_checkpointing": named, "gradient_checkpointing": formerly}
+    assert checkpoints(values) == TrainingArguments(str(tmp_path), **values).activation_checkpointing
+
+
 @pytest.mark.slow
 def test_every_stage(tmp_path, capsys):
     parts = save_configs(tmp_path, "llama", "mamba2")
     stages = (
         "[calibrate, pretrain: {max_steps: 10}, search: {strategy: gaea}, finetune: {bf16: true}, "
-        "prune: {route: alpha, gradient_checkpointing: true}]"
+        "prune: {route: alpha, activation_checkpointing: true}]"
     )
     recipe = write_recipe(tmp_path, parts, stages, mixture="static", num_blocks=2)
     (tmp_path / "text.txt").write_text("x" * 4000)

@@ -174,7 +174,7 @@ def _advise(task, choice, options, machine, parameters):
     if "LoRA" in engine:
         out.append("train adapters (lora_config) on weights in " + ("4 bits" if "QLoRA" in engine else "bfloat16"))
     if "checkpointing" in engine or "LoRA" in engine:
-        out += [] if task.checkpointing else ["gradient_checkpointing: true"]
+        out += [] if task.checkpointing else ["activation_checkpointing: true"]
     if choice.batch != task.batch:
         steps = task.accumulation * task.batch // choice.batch
         out.append(f"per_device_train_batch_size: {choice.batch}, gradient_accumulation_steps: {steps}")

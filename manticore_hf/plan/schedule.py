@@ -71,6 +71,12 @@ class Task:
         return self.stage == "finetune" and importlib.util.find_spec("peft") is not None
 
 
+def checkpoints(given: dict) -> bool:
+    """Whether a stage recomputes activations: by Transformers' name for it, else by the one that it had before."""
+    named = given["activation_checkpointing"]
+    return bool(given["gradient_checkpointing"] if named is None else named)
+
+
 def make_task(
     subject: Subject, stage: str, settings: dict, length: int | None = None, tokens: int | None = None, devices: int = 1
 ) -> Task:
@@ -117,7 +123,7 @@ def make_task(
         given["per_device_train_batch_size"],
         given["gradient_accumulation_steps"],
         rows,
-        bool(given["gradient_checkpointing"]),
+        checkpoints(given),
         amounts=subject.amounts,
     )
     if (stored := subject.config.dtype) is not None and stored != task.dtype:
