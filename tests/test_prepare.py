@@ -11,9 +11,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_train import _run, start  # noqa: F401  (a fixture)
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from manticore_hf import ManticoreError, ManticoreForCausalLM, set_stage
+from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, set_stage
 from manticore_hf.cli import main
 from manticore_hf.evaluation.data import DataArguments
 from manticore_hf.training.calibrate import awaits_calibration, calibrate_projectors
@@ -103,6 +103,26 @@ def test_killed_compose_and_calibrate_end_where_uninterrupted_ones_do(parts, sta
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
         results = [json.loads((tmp_path / side / folder / "stage.json").read_text()) for side in ("whole", "killed")]
         assert results[0] == results[1]
+
+
+def test_components_may_be_models(parts, tmp_path, capsys):  # noqa: F811
+    """Then the tokenizer is that of the directory which the model came from, if it came from one."""
+    arguments = {"report_to": "none", "use_cpu": True}
+    wanted = AutoTokenizer.from_pretrained(parts[0]).get_vocab()
+    models = [AutoModelForCausalLM.from_pretrained(part) for part in parts]
+    for name, given in (
+        ("models", models),
+        ("specs", [ComponentSpec(model, name=n) for n, model in zip("ab", models)]),
+    ):
+        result = run_compose(given, TrainingArguments(str(tmp_path / name), **arguments), num_blocks=1)
+        assert AutoTokenizer.from_pretrained(tmp_path / name).get_vocab() == wanted
+        assert result["parameters"] == ManticoreForCausalLM.from_pretrained(tmp_path / name).num_parameters()
+    drawn = [type(model)(model.config) for model in models]
+    for model in drawn:
+        model.config._name_or_path = model.name_or_path = ""
+    run_compose(drawn, TrainingArguments(str(tmp_path / "drawn"), **arguments), num_blocks=1)
+    assert "No tokenizer was saved: " in capsys.readouterr().err
+    assert not (tmp_path / "drawn" / "tokenizer.json").exists()
 
 
 def test_a_stage_calibrates_what_was_composed_for_it(parts, start, tmp_path, capsys):  # noqa: F811

@@ -127,13 +127,16 @@ def _compose(components, settings, program, run: StageRun) -> dict:
         fix_alpha(model, found.alpha)
         result |= {"mixture_weights": model.mixture_weights().tolist(), "program": found.record()}
     entry = model.config.components[names.index(model.config.tokenizer_component)]
-    source = entry["repo_id"] or components[names.index(entry["name"])]
+    spec = ComponentSpec.of(components[names.index(entry["name"])])
+    source = entry["repo_id"] or getattr(spec.source, "name_or_path", spec.source)
 
     def tokenizer_and_sizes(result):
-        if run.tokenizer is None:
+        if run.tokenizer is None and not source:
+            print(f"No tokenizer was saved: {entry['name']} was given as a model of no address.", file=sys.stderr)
+        elif run.tokenizer is None:
             try:
-                tokenizer = read_tokenizer(source, revision=entry["revision"] or "main")
-                tokenizer.save_pretrained(run.output)
+                where = {"revision": entry["revision"] or "main", "subfolder": spec.subfolder or ""}
+                read_tokenizer(source, **where).save_pretrained(run.output)
             except (OSError, ValueError) as err:
                 print(f"No tokenizer was saved: {source} has none that can be read ({err}).", file=sys.stderr)
         return {
