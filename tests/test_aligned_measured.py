@@ -288,7 +288,8 @@ def test_the_tokenizer_is_chosen_by_a_text(recipe, tmp_path, capsys):
     rows, _ = load_rows(DataArguments(**data), AutoTokenizer.from_pretrained(tmp_path / "out"), keep_text=True)
     pieces = make_passages(rows, AutoTokenizer.from_pretrained(tmp_path / "out")).texts
     program, *table = shlex.split(re.search(r"measure it with: (.*)", said).group(1))
-    wanted = ["evaluate", "--model", str(tmp_path / "out"), "--data", data["data"], "--components", *parts]
+    wanted = ["evaluate", "--model", str(tmp_path / "out"), "--data", data["data"], "--block-size", "256"]
+    wanted += ["--components", *parts, "--output-dir", str(tmp_path / "out")]
     assert (program, table) == ("manticore-hf", wanted)
     assert main([*table, "--block-size", "4", "--output-dir", str(tmp_path / "table")]) == 0
     bits = json.loads((tmp_path / "table" / "evaluation.json").read_text())["bits_per_byte"]

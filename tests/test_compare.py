@@ -373,6 +373,14 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(place, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_the_text_that_is_trained_on_is_no_test(place, tmp_path):
+    (place / "linked.txt").symlink_to("train.txt")
+    for name in ("train.txt", "linked.txt"):
+        with pytest.raises(ManticoreError, match=f"{name} is the text that .*recipe.yaml trains on"):
+            run_compare(place / "recipe.yaml", CompareArguments(test=str(place / name)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_line(place, tmp_path, capsys, monkeypatch):
     real, few = Comparison._contenders, ("attention, tuned", "state, tuned", "hybrid, 1 block")
     monkeypatch.setattr(Comparison, "_contenders", lambda self: [one for one in real(self) if one.name in few])

@@ -68,6 +68,19 @@ def test_a_recipe_that_was_run_here_names_what_its_person_named(theirs, tmp_path
                 held_out(gather(theirs))
 
 
+def test_of_several_folders_that_a_recipe_was_run_from_the_one_above_counts(theirs, tmp_path):
+    """Two demos have one recipe, word for word, and each its own text."""
+    text = recipe(theirs, "private.txt")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "private.txt").write_text("another text")
+    for folder in (tmp_path, other, tmp_path, other):  # the last is not above
+        recipes.remember_recipe(text, folder)
+    assert os.path.samefile(held_out(gather(theirs))[0].data, tmp_path / "private.txt")
+    copy = shutil.copytree(theirs, other / "copied")
+    assert os.path.samefile(held_out(gather(copy))[0].data, other / "private.txt")
+
+
 def test_links_that_leave_the_directory_are_not_followed(theirs, tmp_path):
     (tmp_path / "secret.json").write_text('{"losses": {"hybrid": 1, "secret": 2}}')
     for name in ("evaluation.json", "stage.json", "recipe.yaml", "comparison.json", "README.md"):

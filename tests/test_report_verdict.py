@@ -10,6 +10,7 @@ import pytest
 
 from manticore_hf import ManticoreError
 from manticore_hf.compare.evaluate import print_result
+from manticore_hf.evaluation.losses import itself
 from manticore_hf.hub.card import Result
 from manticore_hf.report import charts
 from manticore_hf.report.comparison import find_comparison, read_comparison
@@ -172,6 +173,19 @@ def test_why_there_is_no_interval_is_said():
     said = out.getvalue()
     assert "8 rows of text (3 here). Use more text, or a smaller --block-size." in said
     assert "The hybrid is the online mixture of its components" in said and said.count("online mixture") == 1
+
+
+@pytest.mark.parametrize("apart, low, high, same", [
+    (1e-4, 1e-5, 5e-5, True),  # two real models of 262,144 tokens, in float32
+    (1e-4, -3e-3, 3e-3, False),  # nearly as good, by other predictions
+    (1e-3, 1e-5, 5e-5, False),
+    (1e-4, None, None, False),
+    (1e-5, None, None, True),
+])  # fmt: skip
+def test_the_mixture_that_a_hybrid_is_itself_is_known_by_every_row(apart, low, high, same):
+    losses = {"hybrid": 3.0, "online mixture": 3.0 - apart, "ensemble": 3.1}
+    differences = {"online mixture": [-apart / 3, low, high], "ensemble": [0.03, 0.01, 0.05]}
+    assert itself(losses, differences) == ["online mixture"] * same
 
 
 def test_what_rounds_to_zero_has_no_minus():

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -61,6 +62,7 @@ class Comparison:
     def __init__(self, recipe: str | Path, arguments: CompareArguments, output_dir: str | Path):
         self.arguments, self.output = arguments, Path(output_dir)
         self.recipe = read_recipe(recipe, arguments.allow_outside)
+        self._check_held_out(recipe)
         self.output.mkdir(parents=True, exist_ok=True)
         self.identity = self._identify()
         self.shop = Workshop(self.recipe, self.output / "untuned")
@@ -85,6 +87,15 @@ class Comparison:
             raise ManticoreError(f"{self.output} compares another recipe ({file}); give another --output-dir.")
         write_json(file, what)
         return what
+
+    def _check_held_out(self, recipe):
+        """Raises where the test text is what the recipe trains on."""
+        test = os.path.realpath(self.arguments.test)
+        for data in (self.recipe.data, *(settings.get("data") for _, settings in self.recipe.stages)):
+            if data and os.path.isfile(test) and os.path.realpath(data["data"]) == test:
+                raise ManticoreError(
+                    f"--test {self.arguments.test} is the text that {recipe} trains on: give text that was kept back."
+                )
 
     def _check_aligned(self):
         """Raises where a contender could not be made of components that read text by tokenizers of their own."""

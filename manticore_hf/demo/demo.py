@@ -205,7 +205,8 @@ def _beside_one_block(rows, frozen):
     names = [repo.replace("-", "_") for repo in KINDS]
     shown = {row: nats for row, nats in rows.items() if row == own or not row.startswith("hybrid")}
     originals = {ORIGINAL.format(name): frozen[name] for name in names}
-    return {**{row: nats for row, nats in shown.items() if row not in names}, **originals}
+    untuned = {f"{name} of the untuned components": frozen[name] for name in ("ensemble", ONLINE) if name not in rows}
+    return {**{row: nats for row, nats in shown.items() if row not in names}, **untuned, **originals}
 
 
 def _publish(folder, label, test, rows, scratch):
@@ -219,7 +220,9 @@ def _publish(folder, label, test, rows, scratch):
         (the hybrid that was loaded, bytes of its own weights, whether its logits are equal to the last bit).
     """
     own = next(row for row in rows if row.startswith("hybrid, 1 block"))
-    told = "every model tuned on the same tokens" if label == TUNED else "untuned components"
+    told = "untuned components"
+    if label == TUNED:
+        told = "every model tuned on the same tokens, components once and models with a gate twice"
     result = {
         "data": f"{Path(TEST).name} (Python's standard library, {' and '.join(test)})",
         "own": own,

@@ -28,6 +28,7 @@ from manticore_hf.utils.renamed import takes_old_name
 ONLINE = "online mixture"
 _UNITS = CLAIM_ROWS, 500  # fewest that are resampled for an interval, and about how many are enough
 _ROUNDING = 2e-5  # nats per token: what the same mixture differs by, calculated in another order
+_EQUAL = 2e-4  # where an interval shows that no row differs by more, either
 _MOST_KINDS = 12  # of text: more are no split that a table can show
 
 
@@ -175,9 +176,9 @@ def itself(
     """
 
     def same(name):
-        ends = (differences or {}).get(name, ())
-        close = abs(losses[name] - losses[own]) < _ROUNDING
-        return close and all(abs(end) < 10 * _ROUNDING for end in ends if end is not None)
+        ends = [end for end in (differences or {}).get(name, ()) if end is not None]
+        apart = abs(losses[name] - losses[own])
+        return apart < (_EQUAL if len(ends) == 3 else _ROUNDING) and all(abs(end) < _EQUAL for end in ends)
 
     return [name for name in ("ensemble", ONLINE) if name in losses and own in losses and same(name)]
 

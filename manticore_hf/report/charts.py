@@ -237,13 +237,13 @@ def lines(
     for i, name, lx, lrow in legend:
         y = 14 + 18 * lrow
         parts += [
-            _line(lx, y - 4, lx + 20, y - 4, f"curve c{i % 6} d{i % 3}"),
+            _line(lx, y - 4, lx + 20, y - 4, f"curve c{i % 6} d{i % 4}"),
             _text(lx + 25, y, _clip(name, 40), title=name),
         ]
     for i, (one, other) in enumerate(series.values()):
         points = [at(a, b) for a, b in zip(one, other) if math.isfinite(b)]
         path = " ".join(f"{_short(px)},{_short(py)}" for px, py in points)
-        parts.append(Markup('<polyline points="{}" class="curve c{} d{}"/>').format(path, i % 6, i % 3))
+        parts.append(Markup('<polyline points="{}" class="curve c{} d{}"/>').format(path, i % 6, i % 4))
         if len(points) < 16:
             parts += [
                 Markup('<circle cx="{}" cy="{}" r="3" class="point c{}"/>').format(_short(px), _short(py), i % 6)

@@ -11,7 +11,7 @@ from manticore_hf.report.gains import gains, is_one_model, phrases
 from manticore_hf.report.one_run import one_run
 from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_difference
 from manticore_hf.utils.claims import ORIGINAL
-from manticore_hf.utils.formatting import listed, plural, short_bytes, short_count, short_duration
+from manticore_hf.utils.formatting import listed, plural, short_bytes, short_count, short_duration, signed
 
 _ON_TOP = 8
 _CARD = 520  # width of the chart in its card, about that of the card on a page of 1,100 pixels
@@ -88,6 +88,7 @@ def _standing(facts):
         note += "".join(f" {notice}" for notice in facts.notices)
         found = [(name, loss, run.bits.get(name), _difference(run, name)) for name, loss in run.losses.items()]
     all_found = found = sorted(found, key=lambda one: one[1])
+    gained, unit = gains(facts)
     rows = [
         {
             "name": name,
@@ -95,7 +96,7 @@ def _standing(facts):
             "loss": f"{loss:.3f}",
             "bits": "–" if bits is None else f"{bits:.4f}",
             "perplexity": perplexity(loss),
-            "difference": "" if name == own else say_difference(row, not facts.untrained),
+            "difference": "" if name == own else _gained(gained.get(name), unit, row, facts),
             "needs": row.get("needs", ""),
             "by_kind": [f"{bits[name]:.4f}" if name in bits else "–" for bits in by_kind.values()],
         }
@@ -103,8 +104,7 @@ def _standing(facts):
     ]
     place = next(i for i, row in enumerate(rows) if row["own"])
     shown = rows[:_ON_TOP] if place < _ON_TOP else rows[: _ON_TOP - 1] + [rows[place]]
-    found, unit = gains(facts)
-    bars = [(name, gain, None if None in ends else ends) for name, (gain, *ends) in found.items()]
+    bars = [(name, gain, None if None in ends else ends) for name, (gain, *ends) in gained.items()]
     label = "What the hybrid gains over each baseline"
     chart = charts.for_any_page(charts.forest, bars, label=label, unit=unit, width=_CARD) if bars else None
     return {
@@ -115,8 +115,19 @@ def _standing(facts):
         "chart": chart,
         "sure": any(row.get("difference_interval") for *_, row in all_found),
         "kinds": list(by_kind),
+        "unit": unit,
         "split": _split(by_kind, own),
     }
+
+
+def _gained(found, unit, row, facts):
+    """How much better the hybrid is than a baseline, as the chart has it: in one unit, with the interval."""
+    if found is None:
+        return say_difference(row, not facts.untrained)
+    gain, low, high = (None if one is None else signed(one, 4 if unit.startswith("bits") else 3) for one in found)
+    if low is not None:
+        return f"{gain} ({low} to {high})"
+    return gain if facts.untrained else f"{gain} (one seed)"
 
 
 def _difference(run, name):

@@ -147,7 +147,8 @@ def next_steps(
     shipped = shlex.quote(str(find_recipe(_SHIPPED)))
     return [
         *more,
-        f"{what} on text of yours, copy a recipe, then enter the components ({names}) and the text there: "
+        f"{what} on text of yours, copy a recipe, then enter the components ({names}) and the text there, and "
+        f"keep some of it back for the last step: "
         f"cp {shipped} {_OWN_RECIPE}",
         f"Run the recipe: manticore-hf run {_OWN_RECIPE} --output-dir {_TRAINED}",
         f"Train every baseline on the same text, for a verdict: {compare_command(facts, data)}",

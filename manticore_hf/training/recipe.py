@@ -52,6 +52,7 @@ _MAX_PATH = 1_000
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
 _MOST = 2**63  # of a number
 _MAX_BYTES = 200_000
+_MOST_RUNS = 9  # that are remembered of one recipe, beside the last
 
 
 @dataclass
@@ -432,13 +433,20 @@ def remember_recipe(text: str, folder: Path, allow_outside: bool = False) -> Non
         allow_outside: Whether it was allowed to name what lies outside of that folder.
     """
     with contextlib.suppress(OSError):
-        note = _note_of(text)
+        note, here = _note_of(text), {"folder": str(folder.resolve()), "allow_outside": allow_outside}
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"folder": str(folder.resolve()), "allow_outside": allow_outside})
+        others = [run for run in (_runs(note) if note.is_file() else ()) if run["folder"] != here["folder"]]
+        write_json(note, {"runs": [here, *others[:_MOST_RUNS]]})
 
 
 def _note_of(text):
     return Path(constants.HF_HOME) / "manticore" / "recipes" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def _runs(note):
+    """[{"folder", "allow_outside"}]: from where this user ran a recipe, the last time first."""
+    found = read_json(note)
+    return found.get("runs", [found])  # version 0.1 kept the last run alone
 
 
 def as_run(recipe: Recipe) -> Recipe | None:
@@ -448,14 +456,17 @@ def as_run(recipe: Recipe) -> Recipe | None:
         recipe: The copy.
 
     Returns:
-        The Recipe; None if this user did not run it on this machine.
+        The Recipe; None if this user did not run it on this machine. Of several folders that it was run from, the one
+        that the copy is in, else the last.
     """
     try:
-        note = read_json(_note_of(_read(recipe.path)))
+        runs = _runs(_note_of(_read(recipe.path)))
     except (OSError, ManticoreError):
         return None
-    path = Path(note["folder"]) / recipe.path.name
-    return dataclasses.replace(recipe, path=path, allow_outside=note["allow_outside"])
+    above = {str(folder) for folder in recipe.path.resolve().parents}
+    run = next((run for run in runs if run["folder"] in above), runs[0])
+    path = Path(run["folder"]) / recipe.path.name
+    return dataclasses.replace(recipe, path=path, allow_outside=run["allow_outside"])
 
 
 def load_kept_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:

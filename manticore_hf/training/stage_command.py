@@ -107,5 +107,8 @@ def main(args: argparse.Namespace) -> None:
 def _measuring(components: list[str], output_dir: str, text: str | None) -> str:
     """The command that compares a new hybrid with its components, on the text that chose its tokenizer if one did."""
     command = ["manticore-hf", "evaluate", "--model", output_dir, "--data", text or "TEXT.txt"]
-    # Whose tokenizers differ is to be compared with each model as it came
-    return shlex.join(command if text is None else [*command, "--components", *components])
+    if text is None:
+        return shlex.join(command)
+    # Short rows: of a few pages, too, there are enough for an interval. Whose tokenizers differ is to be compared with
+    # each model as it came, and a report of the hybrid is to tell the same numbers
+    return shlex.join([*command, "--block-size", "256", "--components", *components, "--output-dir", output_dir])
