@@ -149,9 +149,15 @@ def test_a_data_set_names_no_files_of_its_readers(hub, owner, tmp_path):
     secret, api = write(tmp_path / "secret.txt", "private\n"), HfApi()
     up = "../" * 12 + str(secret)
     for number, (named, works) in enumerate(
-        ((str(secret), False), (f"file://{secret}", False), (up, False),
-         ([{"split": "train", "path": str(secret)}], False), ("https://example.com/x.txt", False), ("train.txt", True))
-    ):  # fmt: skip
+        (
+            (str(secret), False),
+            (f"file://{secret}", False),
+            (up, False),
+            ([{"split": "train", "path": str(secret)}], False),
+            ("https://example.com/x.txt", False),
+            ("train.txt", True),
+        )
+    ):
         repo = f"{owner}/texts{number}"
         card = f"---\nconfigs:\n- config_name: default\n  data_files: {json.dumps(named)}\n---\n"
         add_data(api, repo, {"README.md": card, "train.txt": "public\n"})

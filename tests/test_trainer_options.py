@@ -258,8 +258,12 @@ def test_auto_find_batch_size(saved, tmp_path):
             model = run_out_of_memory(AutoModelForCausalLM.from_pretrained(folder), 4, after)
             found[kind, after] = trained(model, tmp_path, **finds)
         found[kind, "fits"] = trained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
-    for mine, right in ((("hybrid", 0), ("hybrid", "fits")), (("plain", 0), ("plain", "fits")),
-                        (("hybrid", 0), ("plain", 0)), (("hybrid", 1), ("plain", 1))):  # fmt: skip
+    for mine, right in (
+        (("hybrid", 0), ("hybrid", "fits")),
+        (("plain", 0), ("plain", "fits")),
+        (("hybrid", 0), ("plain", 0)),
+        (("hybrid", 1), ("plain", 1)),
+    ):
         assert found[mine][0]["rows"] == 4
         agree(found[mine][0], found[right][0], mine)
         for key, value in found[right][1].items():
@@ -272,8 +276,12 @@ def test_auto_find_batch_size(saved, tmp_path):
 def test_parts_of_rows_are_refused(monkeypatch):
     """What accelerate knows where a `parallelism_config` asks for context or sequence parallelism."""
     model = mixed_hybrid()
-    for sizes, told in (({"cp_size": 2}, "cp_size=2"), ({"sp_size": 2, "sp_backend": "deepspeed"}, "sp_size=2"),
-                        ({"tp_size": 2}, None), ({"dp_replicate_size": 2}, None)):  # fmt: skip
+    for sizes, told in (
+        ({"cp_size": 2}, "cp_size=2"),
+        ({"sp_size": 2, "sp_backend": "deepspeed"}, "sp_size=2"),
+        ({"tp_size": 2}, None),
+        ({"dp_replicate_size": 2}, None),
+    ):
         monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(**sizes))
         if told is None:
             assert model.train().training and not model.eval().training

@@ -504,9 +504,14 @@ def test_a_head_that_would_be_cast_alone_is_not_there(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_blocks": 1}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"num_blocks": 2, "preset": "paper"},
-                                                                               ONLINE_MIXTURE, PAST))],
-)  # fmt: skip
+    [
+        {"num_blocks": 1},
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in ({"num_blocks": 2, "preset": "paper"}, ONLINE_MIXTURE, PAST)
+        ),
+    ],
+)
 def test_packed_documents_train_as_apart(tmp_path, tokenizer, settings):
     """Of a hybrid with recurrent layers and a gate: in one row, without padding, or each in a row of its own."""
     check_packed(tmp_path, tokenizer, lambda: with_past(**settings))

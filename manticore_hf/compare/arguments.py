@@ -84,8 +84,14 @@ class CompareArguments:
                     f"{name}={list(getattr(self, name))} must be numbers, at least one, decays up to 1."
                 )
         for name in (
-            "seeds", "blocks", "epochs", "learning_rates", "gate_learning_rates", "online_etas", "online_decays"
-        ):  # fmt: skip
+            "seeds",
+            "blocks",
+            "epochs",
+            "learning_rates",
+            "gate_learning_rates",
+            "online_etas",
+            "online_decays",
+        ):
             values = getattr(self, name) or ()
             low = 0 if name == "seeds" else 1 if name == "blocks" else 1e-12
             if len(set(values)) != len(values) or not all(low <= value < 2**32 for value in values):

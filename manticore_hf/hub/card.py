@@ -117,10 +117,15 @@ def make_card(
     combined = facts.combined or combine(facts.licenses)
     alpha = _alpha(config, found)
     context = {
-        **_numbers(config, found, facts, alpha), **_licenses(facts, combined),
-        "repo_id": facts.repo_id, "name": facts.repo_id.split("/")[-1], "access": facts.access, "recipe": recipe,
-        "results": [_show(result) for result in results], "one_gate": one_gate(config),
-    }  # fmt: skip
+        **_numbers(config, found, facts, alpha),
+        **_licenses(facts, combined),
+        "repo_id": facts.repo_id,
+        "name": facts.repo_id.split("/")[-1],
+        "access": facts.access,
+        "recipe": recipe,
+        "results": [_show(result) for result in results],
+        "one_gate": one_gate(config),
+    }
     template = markdown_environment().get_template("model_card.md.jinja")
     shown = {name: "".join(block(template.new_context(context))).strip() for name, block in template.blocks.items()}
     if not results:

@@ -79,9 +79,22 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
                 blocks.append({**row, "alpha": None if weights is None else weights[k]})
     parts = [] if config.route else [_component(model, name, blocks, tokens) for name in config.component_names]
     parts.append(_hybrid(model, blocks, tokens, parts))
-    keys = ("num_blocks", "embeddings", "projector", "projector_init", "gate", "mixture", "mixture_space",
-            "mix_loss_weight", "component_loss_weight", "route", "reference_component", "tokenizer_component",
-            "vocab_size", "max_position_embeddings")  # fmt: skip
+    keys = (
+        "num_blocks",
+        "embeddings",
+        "projector",
+        "projector_init",
+        "gate",
+        "mixture",
+        "mixture_space",
+        "mix_loss_weight",
+        "component_loss_weight",
+        "route",
+        "reference_component",
+        "tokenizer_component",
+        "vocab_size",
+        "max_position_embeddings",
+    )
     idle = _idle_settings(model)
     settings = {key: None if key in idle else getattr(config, key) for key in keys}
     settings |= {"aligned": list(config.aligned)} if config.aligned else {}

@@ -82,19 +82,29 @@ def make_plan(
         tasks.append(make_task(subject, stage, settings, sequence_length, tokens, machine.devices))
     length = max((task.length for task in tasks), default=512)
     plan = {
-        "source": str(source), "name": subject.name, "dtype": _name(subject.config.dtype or torch.float32),
+        "source": str(source),
+        "name": subject.name,
+        "dtype": _name(subject.config.dtype or torch.float32),
         "components": [_size(name, model, model.component(name)) for name in subject.config.component_names],
         "own_parameters": sum(p.numel() for p in model.hybrid_mixer.parameters()),
-        "parameters": model.num_parameters(), "bytes": sum(p.nbytes for p in model.parameters()),
-        "cache_tokens": length, "cache": cache_sizes(model, length),
-    }  # fmt: skip
+        "parameters": model.num_parameters(),
+        "bytes": sum(p.nbytes for p in model.parameters()),
+        "cache_tokens": length,
+        "cache": cache_sizes(model, length),
+    }
     rate = flops * utilization
     bar = tqdm(tasks, desc="Planning", unit="stage", leave=False)
     plan["stages"] = [_plan_stage(task, machine, rate, plan["parameters"], bar.set_postfix_str) for task in bar]
     plan["assumptions"] = {
-        "devices": machine.devices, "memory": machine.memory, "usable": machine.usable, "reserve": reserve,
-        "device": device, "flops": flops, "utilization": utilization, "kernels": kernels.NOTES[device],
-    }  # fmt: skip
+        "devices": machine.devices,
+        "memory": machine.memory,
+        "usable": machine.usable,
+        "reserve": reserve,
+        "device": device,
+        "flops": flops,
+        "utilization": utilization,
+        "kernels": kernels.NOTES[device],
+    }
     plan["notes"] = subject.notes
     plan["verdict"] = _overall(plan)
     return plan
@@ -123,10 +133,16 @@ def _size(name, model, component):
 
 def _plan_stage(task, machine, rate, parameters, say):
     out = {
-        "stage": task.stage, "batch": task.batch, "accumulation": task.accumulation, "length": task.length,
-        "dtype": _name(task.dtype), "autocast": task.autocast and _name(task.autocast),
-        "checkpointing": task.checkpointing, "tokens": task.tokens, "counted": task.counted,
-    }  # fmt: skip
+        "stage": task.stage,
+        "batch": task.batch,
+        "accumulation": task.accumulation,
+        "length": task.length,
+        "dtype": _name(task.dtype),
+        "autocast": task.autocast and _name(task.autocast),
+        "checkpointing": task.checkpointing,
+        "tokens": task.tokens,
+        "counted": task.counted,
+    }
     say(task.stage)
     if task.trains is None:
         options, devices = [_calibration(task, machine)], 1

@@ -137,11 +137,14 @@ def where_it_differs(
         gain = losses[baseline] - losses["hybrid"]
         order = gain.argsort(descending=True, stable=True).tolist()
         out[baseline] = {
-            "gain": gain.mean().item(), "better": (gain > 0).double().mean().item(),
+            "gain": gain.mean().item(),
+            "better": (gain > 0).double().mean().item(),
             "tokens": both_ends([(i, gain[i].item()) for i in order], top_tokens, lambda i, _, g=gain: token(i, g)),
-            "kinds": both_ends(kind_gains(gain, targets), top_tokens, lambda kind, total, count: {
-                "token": tokenizer.decode([kind]), "gain": total, "tokens": count,
-            }),
+            "kinds": both_ends(
+                kind_gains(gain, targets),
+                top_tokens,
+                lambda kind, total, count: {"token": tokenizer.decode([kind]), "gain": total, "tokens": count},
+            ),
             "documents": both_ends(document_gains(gain, documents), top_documents, document),
-        }  # fmt: skip
+        }
     return out

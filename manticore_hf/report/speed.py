@@ -68,10 +68,13 @@ def measure_speed(
     for name, one in models.items():
         first, whole = (statistics.median(kept) for kept in times[name])
         rows[name] = {
-            "prefill": len(prompt) / first, "decode": new_tokens / ratios[name] / max(whole - first, 1e-9),
-            "first": first, "tokens_for_one": ratios[name],
-            "weights": sum(p.numel() * p.element_size() for p in one.parameters()), "working": working[name],
-        }  # fmt: skip
+            "prefill": len(prompt) / first,
+            "decode": new_tokens / ratios[name] / max(whole - first, 1e-9),
+            "first": first,
+            "tokens_for_one": ratios[name],
+            "weights": sum(p.numel() * p.element_size() for p in one.parameters()),
+            "working": working[name],
+        }
     return {
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -269,7 +269,7 @@ def _measure(facts, arguments, split, path, chosen, max_tokens, batch_size, comp
         "mixtures": mixtures,
         "similarity": similarity,
         "speed": speed,
-    }  # fmt: skip
+    }
     for name in tqdm(steps, desc="Measuring", unit="step"):
         store.get(name, steps[name])
     return {**store.parts, **about}

@@ -75,9 +75,11 @@ def build(hybrid: Hybrid, title: str) -> gr.Blocks:
             yield drawing.said("Generating …")
             try:
                 for one in hybrid.write(
-                    _clean(value), _within(count, 1, MOST), min(max(float(heat or 0), 0.0), 2.0),
+                    _clean(value),
+                    _within(count, 1, MOST),
+                    min(max(float(heat or 0), 0.0), 2.0),
                     _within(number, 0, 2**31 - 1),
-                ):  # fmt: skip
+                ):
                     done.append(one)
                     yield drawing.continuations(done, hybrid.names)
             except ValueError as err:

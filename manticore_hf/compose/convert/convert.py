@@ -114,11 +114,16 @@ def _convert(step, source, output, tokenizer, dtype, gguf_file, revision):
             f"with ids up to {largest}; give the tokenizer that the model was trained with."
         )
     result = {
-        "source": found.repo_id or gguf_file or found.folder.resolve().name, "revision": found.revision, "how": how,
-        "model_type": config.model_type, "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."), "license": license or read_license(found.file("README.md")),
-        "tokenizer": tokens_from, "note": note,
-    }  # fmt: skip
+        "source": found.repo_id or gguf_file or found.folder.resolve().name,
+        "revision": found.revision,
+        "how": how,
+        "model_type": config.model_type,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "license": license or read_license(found.file("README.md")),
+        "tokenizer": tokens_from,
+        "note": note,
+    }
     step("writing")
     with whole_directory(output, True) as scratch, quiet_loading():
         model.save_pretrained(scratch)
