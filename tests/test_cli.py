@@ -1,8 +1,10 @@
 """The command line: help at once, one name for one thing, mistakes in a sentence, bugs with their traceback."""
 
+import argparse
 import dataclasses
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,6 +121,19 @@ def test_one_thing_has_one_name_everywhere():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert parser_of("report").parse_args(["x", "--output-dir", "there"]).output_dir == "there"
+
+
+def test_help_names_options_as_they_are_typed():
+    for name in STAGES:
+        parser = parser_of(name, whole=False)
+        fields = {action.dest for action in parser._actions if "_" in action.dest}
+        for action in parser._actions:
+            named = set(re.findall(r"\w+", action.help)) & fields
+            assert action.help == argparse.SUPPRESS or not named, (name, action.option_strings, named)
+    shown = " ".join(parser_of("compose").format_help().split())
+    assert "see --block-layers" in shown and '"kind": as --bridge-kind' in shown and '"from_block": block' in shown
+    assert "cut to --block-size," in " ".join(parser_of("calibrate").format_help().split())
+    assert "--batch-size N " in parser_of("calibrate").format_help()
 
 
 def test_compose_and_calibrate_take_what_they_use(capsys):

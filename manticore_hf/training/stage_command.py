@@ -54,7 +54,7 @@ def add_options(parser: Parser, stage: Stage, whole: bool = True) -> None:
         run.add_argument("--use-cpu", type=truth, nargs="?", const=True, metavar="BOOL", help="use no accelerator")
         old = {"dest": "per_device_train_batch_size", "type": int}
         if stage.name == "calibrate":
-            run.add_argument("--batch-size", default=8, help="rows per forward pass", **old)
+            run.add_argument("--batch-size", default=8, metavar="N", help="rows per forward pass", **old)
             run.add_argument("--per-device-train-batch-size", action=Renamed, new="--batch-size", **old)
         else:  # taken since a whole experiment may have one set of options; composing has no batches
             run.add_argument("--per-device-train-batch-size", help=argparse.SUPPRESS, default=8, **old)

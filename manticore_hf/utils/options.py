@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 import warnings
@@ -123,15 +124,17 @@ def add_fields(
         cls: Dataclass whose fields are bool, int, float or str, one of them or None, tuples of one of them, or other
             containers (given as JSON). Fields without a default are required. Those with `choices` in their metadata
             show them, but leave the check to the dataclass; `metavar` there says what else to show for the value.
+            Fields that a help names are shown as their options.
         leave_out: Names of fields that get none.
         switches: Whether the option of a bool takes no value; else it stands alone or with true or false.
     """
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if not field.init or field.name in leave_out:
-            continue
+    fields = [field for field in dataclasses.fields(cls) if field.init and field.name not in leave_out]
+    shown = {one.name: option(one.name) for one in fields if "_" in one.name}  # without one it may be a word: "data"
+    for field in fields:
         kind, many = _plain(hints[field.name])
         text = field.metadata["help"] + (" Default: the preset's." if field.metadata.get("preset") else "")
+        text = re.sub(r"\w+", lambda found: shown.get(found[0], found[0]), text)
         about = {"help": text.replace("%", "%%"), "dest": field.name}
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             about["required"] = True
