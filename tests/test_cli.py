@@ -109,6 +109,7 @@ def test_one_thing_has_one_name_everywhere():
         shown = parser_of(name).format_help()
         for old in ("--output ", "--output-path", "--out ", "--sequence-length", "--blocksize"):
             assert old not in shown, (name, old)
+        assert name not in ("mad", "lra") or ("--num-train-epochs N" in shown and "--epochs" not in shown), name
         if name != "inspect" and name != "push":
             assert "--output-dir" in shown, name
     for command, old, new, value in (
@@ -121,6 +122,15 @@ def test_one_thing_has_one_name_everywhere():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert parser_of("report").parse_args(["x", "--output-dir", "there"]).output_dir == "there"
+
+
+def test_old_names_of_options_are_taken_with_a_warning():
+    for command in ("mad", "lra"):
+        with pytest.warns(FutureWarning, match="--epochs is now --num-train-epochs;"):
+            args = parser_of(command).parse_args("recall --model llama --output-dir o --epochs 3".split())
+        assert args.epochs == 3
+        args = parser_of(command).parse_args("recall --model llama --output-dir o --num-train-epochs 4".split())
+        assert args.epochs == 4
 
 
 def test_help_names_options_as_they_are_typed():

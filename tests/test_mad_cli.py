@@ -11,8 +11,8 @@ from manticore_hf.cli import main
 from manticore_hf.experiments import CompressionModel, baselines, from_scratch, mad_task, run_mad
 from manticore_hf.experiments.baselines import Training
 
-TINY = "--vocab-size 8 --seq-len 8 --num-train 48 --num-test 32 --hidden-size 32 --layers 1 --epochs 1 --batch-size 16"
-TINY = TINY.split()
+TINY = "--vocab-size 8 --seq-len 8 --num-train 48 --num-test 32 --hidden-size 32 --layers 1 --num-train-epochs 1"
+TINY = [*TINY.split(), "--batch-size", "16"]
 DEPTHS = (("gpt_neo", 1), ("mamba", 2))
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.utils.options import Parser, RenamedSwitch
+from manticore_hf.utils.options import Parser, Renamed, RenamedSwitch
 
 
 def add_models(parser: Parser, layers: int) -> None:
@@ -69,7 +69,10 @@ def layers_of_options(args: argparse.Namespace) -> dict[str, int]:
 
 def add_training(parser: Parser, epochs: int, learning_rate: float, batch_size: int, weight_decay: float = 0.0) -> None:
     """Adds how every model is trained, with a task's own defaults."""
-    parser.add_argument("--epochs", type=int, default=epochs, help="passes over the training sequences")
+    passes = {"type": int, "dest": "epochs"}
+    text = "passes over the training sequences"
+    parser.add_argument("--num-train-epochs", default=epochs, metavar="N", help=text, **passes)
+    parser.add_argument("--epochs", action=Renamed, new="--num-train-epochs", **passes)
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="of AdamW, at the start")
     parser.add_argument("--weight-decay", type=float, default=weight_decay, help="of AdamW")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="sequences per step")

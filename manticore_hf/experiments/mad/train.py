@@ -1,6 +1,6 @@
 """Trains a model, or a hybrid beside its baselines, from scratch on a MAD task and scores it.
 
-    manticore-hf mad in-context-recall --hybrid llama,mamba --epochs 20 --output-dir mad
+    manticore-hf mad in-context-recall --hybrid llama,mamba --num-train-epochs 20 --output-dir mad
 
 As the benchmark does it (see `baselines`) but for its bfloat16 and its steps of the schedule (per epoch there, per
 batch here), and without its stop at 99.9 % on the test set. Families are Transformers' own, MLPs included, so the
