@@ -79,7 +79,7 @@ def run(pair, variant, texts, tokens, seed, rate, test, fixed):
         model = ManticoreForCausalLM.from_components(pair, reference_component=reference, **settings)
         model.set_mixture_weights([[0.5, 0.5], None])
     if variant == "calibrated":
-        calibrate_projectors(model, rows, tokens=CALIBRATION_TOKENS, reference=reference)
+        calibrate_projectors(model, rows, tokens=CALIBRATION_TOKENS, reference_component=reference)
     set_stage(model, "projectors")
     baselines = compare_losses(model, texts[test], batch_size=32)
     baselines.pop("hybrid")

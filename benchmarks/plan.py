@@ -166,6 +166,8 @@ def estimate(case, device, processes=1):
     from manticore_hf.plan.subject import Subject
 
     settings = {key: case[key] for key in _TRAINING if key in case}
+    if "train_dtype" in settings:  # as recorded cases have it
+        settings["dtype"] = settings.pop("train_dtype")
     settings["per_device_train_batch_size"] = case["batch"]
     if case["stage"] == "prune":
         settings["route"] = PAIRS[case["pair"]][0][0]

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.evaluation.data_arguments import DataArguments
-from manticore_hf.training.asked import FILE
+from manticore_hf.training.asked import FILE, check_asked, remember_asked
 from manticore_hf.training.recipe import run_recipe
 from manticore_hf.training.stage_arguments import StageArguments
 from manticore_hf.training.trained_stages import run_stage
@@ -139,6 +139,18 @@ def test_a_stage_from_python_is_compared_too(parts, composed, tmp_path):
     run_stage("pretrain", start, data, TrainingArguments(**settings, report_to="none"))
     with pytest.raises(ManticoreError, match="learning_rate: 5e-05 then, 0.1 now"):
         run_stage("pretrain", start, data, TrainingArguments(**settings, report_to="none", learning_rate=0.1))
+
+
+def test_what_was_asked_for_under_an_old_name_counts(tmp_path):
+    for stage, old, new in (
+        ("calibrate", "reference", "reference_component"),
+        ("finetune", "train_dtype", "dtype"),
+        ("prune", "train_dtype", "dtype"),
+    ):
+        remember_asked(tmp_path, {"stage": stage, old: "x"})
+        check_asked(tmp_path, {"stage": stage, new: "x"}, {"stage": stage}, False)
+        with pytest.raises(ManticoreError, match=rf"\({new}: x then, y now\)"):
+            check_asked(tmp_path, {"stage": stage, new: "y"}, {"stage": stage}, False)
 
 
 def test_a_recipe_goes_on_where_it_moved_and_says_what_changed(parts, tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_a_rank_deficient_input_is_no_problem():
 def test_projectors_map_between_the_components_states(reference):
     model = ManticoreForCausalLM.from_components([_llama(), _neox()], num_blocks=3, gate="none")
     text = _text()
-    found = calibrate_projectors(model, text, tokens=1024, batch_size=8, reference=reference)
+    found = calibrate_projectors(model, text, tokens=1024, batch_size=8, reference_component=reference)
     other = {"llama": "gpt_neox", "gpt_neox": "llama"}[reference]
     assert found.reference == model.config.reference_component == reference
     assert model.config.projector_init == "calibrated"
@@ -133,14 +133,14 @@ def test_three_components_mixed_embeddings_and_the_paper_gate():
 
     specs = [ComponentSpec(part, name=f"c{i}") for i, part in enumerate(parts)]
     model = ManticoreForCausalLM.from_components(specs, num_blocks=2, preset="paper")
-    found = calibrate_projectors(model, _text(), tokens=1024, batch_size=8, reference="c1")
+    found = calibrate_projectors(model, _text(), tokens=1024, batch_size=8, reference_component="c1")
     assert len(found.r2) == 12  # K = 3, S = 2, in and out: the paper's gate keeps the reference's projectors, too
     assert model(torch.tensor(_text()[:2]["input_ids"])).logits.isfinite().all()
 
 
 def test_survives_saving(tmp_path):
     model = ManticoreForCausalLM.from_components([_llama(), _neox()], num_blocks=2)
-    calibrate_projectors(model, _text(), tokens=1024, batch_size=8, reference="gpt_neox")
+    calibrate_projectors(model, _text(), tokens=1024, batch_size=8, reference_component="gpt_neox")
     model.save_pretrained(tmp_path / "hybrid")
     loaded = ManticoreForCausalLM.from_pretrained(tmp_path / "hybrid")
     ids = torch.randint(0, 60, (2, 9))
@@ -151,7 +151,10 @@ def test_survives_saving(tmp_path):
 def test_refusals():
     model = ManticoreForCausalLM.from_components([_llama(), _neox()], num_blocks=2)
     with pytest.raises(ManticoreError, match="reference_component='nobody'"):
-        calibrate_projectors(model, _text(), reference="nobody")
+        calibrate_projectors(model, _text(), reference_component="nobody")
+    with pytest.warns(FutureWarning, match="calibrate_projectors: reference is now reference_component"):
+        with pytest.raises(ManticoreError, match="reference_component='nobody'"):
+            calibrate_projectors(model, _text(), reference="nobody")
     with pytest.raises(ManticoreError, match="two batches"):
         calibrate_projectors(model, _text(rows=4), batch_size=8)
     mlp = ManticoreForCausalLM.from_components([_llama(), _neox()], num_blocks=2, projector="mlp")

@@ -109,6 +109,8 @@ def test_one_thing_has_one_name_everywhere():
         shown = parser_of(name).format_help()
         for old in ("--output ", "--output-path", "--out ", "--sequence-length", "--blocksize"):
             assert old not in shown, (name, old)
+        for old in ("--reference ", "--train-dtype", "--calibration-dtype"):
+            assert old not in shown, (name, old)
         assert name not in ("mad", "lra") or ("--num-train-epochs N" in shown and "--epochs" not in shown), name
         if name != "inspect" and name != "push":
             assert "--output-dir" in shown, name
@@ -125,6 +127,24 @@ def test_one_thing_has_one_name_everywhere():
 
 
 def test_old_names_of_options_are_taken_with_a_warning():
+    stage = "--model m --data d --output-dir o".split()
+    for command, old, new, value in (
+        ("calibrate", "--reference", "reference_component", "c1"),
+        ("calibrate", "--calibration-dtype", "dtype", "bfloat16"),
+        ("calibrate", "--calibration_dtype", "dtype", "bfloat16"),
+        ("pretrain", "--train-dtype", "dtype", "bfloat16"),
+        ("search", "--train-dtype", "dtype", "bfloat16"),
+        ("finetune", "--train_dtype", "dtype", "bfloat16"),
+        ("prune", "--train-dtype", "dtype", "bfloat16"),
+    ):
+        parser = parser_of(command)
+        with pytest.warns(FutureWarning, match=f"is now --{new.replace('_', '-')};"):
+            found = from_namespace(STAGES[command].arguments, parser.parse_args([*stage, old, value]))
+        assert getattr(found, new) == value, (command, old)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = parser.parse_args([*stage, f"--{new.replace('_', '-')}", value])
+        assert from_namespace(STAGES[command].arguments, again) == found, (command, old)
     for command in ("mad", "lra"):
         with pytest.warns(FutureWarning, match="--epochs is now --num-train-epochs;"):
             args = parser_of(command).parse_args("recall --model llama --output-dir o --epochs 3".split())
@@ -220,7 +240,7 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
         (["finetune", *stage, "--logging-steps", "0.5", "--eval-strategy", "sometimes"], "'sometimes'"),
         (["finetune", *stage, "--load-best-model-at-end", "--eval-strategy", "no"], "eval"),
         (["finetune", *stage, "--eval-strategy", "epoch", "--validation-fraction", "0"], "eval_dataset"),
-        (["finetune", *stage, "--train-dtype", "float33"], "'float33' is not a torch dtype"),
+        (["finetune", *stage, "--dtype", "float33"], "'float33' is not a torch dtype"),
         (["finetune", *stage, "--block-size", "1"], "--block-size is 1, must be at least 2 and at most 16,777,216"),
         (["finetune", *stage, "--model", str(tmp_path / "none")], "none"),
         (["finetune", *stage, "--model", "no such/thing at all"], "no such/thing"),

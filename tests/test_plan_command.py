@@ -225,7 +225,7 @@ def test_what_is_trained_in_half_precision(tmp_path, no_adapters):
     recipe = write_recipe(tmp_path, save_configs(tmp_path, "llama"))
     text = recipe.read_text()
     found = {}
-    for name, settings in (("mixed", "bf16: true, train_dtype: bfloat16"), ("pure", "train_dtype: bfloat16")):
+    for name, settings in (("mixed", "bf16: true, dtype: bfloat16"), ("pure", "dtype: bfloat16")):
         recipe.write_text(text.replace("finetune: {", f"finetune: {{{settings}, "))
         stage = make_plan(recipe, 4, "1GB", tokens=1000, batch_size=2)["stages"][0]
         found[name] = {one["engine"]: one["parts"] for one in stage["options"]}, stage
@@ -247,7 +247,7 @@ def test_weights_that_are_read_in_another_dtype(tmp_path, no_adapters):
     said = "while loading, each of the 2 processes holds all weights in float32"
     plan = make_plan(recipe, 2, "1GB", tokens=1000, batch_size=2)
     assert plan["dtype"] == "bfloat16" and any(said in one for one in plan["stages"][0]["advice"])
-    recipe.write_text(recipe.read_text().replace("finetune: {", "finetune: {train_dtype: bfloat16, "))
+    recipe.write_text(recipe.read_text().replace("finetune: {", "finetune: {dtype: bfloat16, "))
     assert not any("are read" in one for one in make_plan(recipe, 2, "1GB", tokens=1000)["stages"][0]["advice"])
 
 

@@ -4,11 +4,13 @@ import importlib
 import sys
 
 import pytest
+from manticore_hf.modeling.settings_manticore import ManticoreError
 
 import manticore_hf
 from manticore_hf.cli import main, parser_of
 from manticore_hf.training import distill, prune
 from manticore_hf.training.recipe import load_recipe
+from manticore_hf.training.stage_arguments import CalibrateArguments, PruneArguments, StageArguments
 from manticore_hf.utils import renamed
 
 
@@ -29,6 +31,40 @@ def test_other_names_are_still_not_there():
         importlib.import_module("manticore_hf.nothing")
     with pytest.raises(AttributeError):
         manticore_hf.nothing  # noqa: B018
+
+
+def test_settings_of_stages_are_taken_under_their_old_names(tmp_path):
+    for cls, old, new in (
+        (CalibrateArguments, "reference", "reference_component"),
+        (CalibrateArguments, "calibration_dtype", "dtype"),
+        (StageArguments, "train_dtype", "dtype"),
+        (PruneArguments, "train_dtype", "dtype"),
+    ):
+        with pytest.warns(FutureWarning, match=f"{cls.__name__}: {old} is now {new};") as seen:
+            assert cls(model="m", **{old: "x"}) == cls(model="m", **{new: "x"}) != cls(model="m")
+        assert seen[0].filename == __file__
+    with pytest.raises(TypeError, match="train_dtype"):
+        CalibrateArguments(model="m", train_dtype="float32")
+    recipe = tmp_path / "recipe.yaml"
+    text = (
+        "components: [a/b]\ndata: {data: t}\nstages:\n- calibrate: {reference: b, calibration_dtype: bfloat16}\n"
+        "- finetune: {bf16: true, train_dtype: bfloat16}\n- prune: {train_dtype: bfloat16}\n"
+    )
+    recipe.write_text(text)
+    with pytest.warns(FutureWarning) as seen:
+        stages = load_recipe(recipe).stages
+    assert stages == [
+        ("calibrate", {"reference_component": "b", "dtype": "bfloat16"}),
+        ("finetune", {"bf16": True, "dtype": "bfloat16"}),
+        ("prune", {"dtype": "bfloat16"}),
+    ]
+    assert "stages: calibrate: reference is now reference_component; the old name" in str(seen[0].message)
+    recipe.write_text(text.replace("{train_dtype: bfloat16}", "{train_dtype: bfloat16, dtype: float32}"))
+    with pytest.warns(FutureWarning), pytest.raises(ManticoreError, match="yaml:6: stages.2.prune.train_dtype: is"):
+        load_recipe(recipe)
+    recipe.write_text(text.replace("train_dtype", "calibration_dtype"))  # of another stage
+    with pytest.warns(FutureWarning), pytest.raises(ManticoreError, match="finetune.calibration_dtype: unknown key"):
+        load_recipe(recipe)
 
 
 def test_what_hardened_and_healed_prunes_and_distils(tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def make_task(
         config = _fixed(config)
     if stage == "prune" and config.route is None:
         config, teacher = _pruned(config, given, subject)
-    dtype = given["calibration_dtype" if stage == "calibrate" else "train_dtype"]
+    dtype = given["dtype"]
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ManticoreError(f"{stage}: {dtype!r} is not a torch dtype; give for example 'bfloat16'.")
     autocast = torch.bfloat16 if given["bf16"] else torch.float16 if given["fp16"] else None

@@ -27,6 +27,7 @@ from manticore_hf.training.stage_arguments import (
     StageArguments,
 )
 from manticore_hf.utils.files import read_json, write_json
+from manticore_hf.utils.renamed import old_fields
 from manticore_hf.utils.settings import PRESETS
 
 FILE = "_asked.json"  # it names this machine's paths: the Trainer does not upload what begins with an underscore
@@ -146,7 +147,8 @@ def _defaults(stage):
 
 def _whole(asked):
     """What was asked for, with the defaults; of a hybrid also those that its preset fills in."""
-    usual, own = _defaults(asked["stage"]), {key: value for key, value in asked.items() if key != "stage"}
+    usual, old = _defaults(asked["stage"]), old_fields(_STARTS.get(asked["stage"], StageArguments))
+    own = {old.get(key, key): value for key, value in asked.items() if key != "stage"}
     if asked["stage"] == "compose":
         usual |= PRESETS.get(own.get("preset") or usual["preset"], {})
     own = {key: value for key, value in own.items() if value not in (None, {}, [])}

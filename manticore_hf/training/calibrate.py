@@ -21,6 +21,7 @@ from manticore_hf.modeling.projectors_manticore import LinearProjector
 from manticore_hf.modeling.shared_manticore import mix_embeddings
 from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, component_runner, world
 from manticore_hf.utils.hybrid_settings import check_name
+from manticore_hf.utils.renamed import takes_old_name
 from manticore_hf.utils.task_types import refuse_classifier
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -114,13 +115,14 @@ class Calibration:
     tokens: int
 
 
+@takes_old_name("reference", "reference_component")
 @torch.no_grad()
 def calibrate_projectors(
     model: torch.nn.Module,
     dataset: Dataset,
     tokens: int = 40_000,
     batch_size: int = 8,
-    reference: str | None = None,
+    reference_component: str | None = None,
     held_out: float = 0.2,
 ) -> Calibration:
     """Sets a hybrid's linear projectors in closed form, in place; where there are several processes, all must call it.
@@ -130,7 +132,7 @@ def calibrate_projectors(
         dataset: Rows of `input_ids`, as `pack` or `mask_prompts` make them; every text in a row is read by itself.
         tokens: Tokens to use; a few ten thousand.
         batch_size: Blocks per forward pass.
-        reference: The reference component; default: the one with the lowest loss on this text.
+        reference_component: The reference component; default: the one with the lowest loss on this text.
         held_out: Share of the batches that choose the ridge.
 
     Returns:
@@ -143,14 +145,14 @@ def calibrate_projectors(
     config = model.config
     if config.projector != "linear":
         raise ManticoreError(f"projector={config.projector!r} has no closed form; compose with projector='linear'.")
-    if reference is not None:
-        check_name(config.component_names, "reference_component", reference)
+    if reference_component is not None:
+        check_name(config.component_names, "reference_component", reference_component)
     batches = _batches(dataset, tokens, batch_size, model.device)
     was_training = model.training
     model.eval()
     try:
         losses = _losses(model, batches)
-        reference = reference or min(losses, key=losses.get)
+        reference = reference_component or min(losses, key=losses.get)
         if reference != config.reference_component:
             _change_reference(model, reference)
         every = min(max(2, round(1 / held_out)), len(batches))  # of few batches, too, one is held out

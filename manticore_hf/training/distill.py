@@ -89,7 +89,7 @@ def run_prune(start: PruneArguments, data: DataArguments, arguments: TrainingArg
 
 def _prune(start: PruneArguments, run: StageRun) -> dict:
     arguments, measured = run.arguments, {}
-    soft = run.load_to_train(start.model, start.train_dtype).to(arguments.device)
+    soft = run.load_to_train(start.model, start.dtype).to(arguments.device)
     if start.route in ("alpha", "loss") and not soft.config.bridges:
         options = {"budget": start.budget, "cost": start.cost, "beam": start.beam}
         choice = on_main(pick_route, soft, start.route, run.validation, **options)

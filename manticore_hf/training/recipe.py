@@ -43,7 +43,7 @@ from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
 from manticore_hf.utils.bounded_yaml import BoundedLoader
 from manticore_hf.utils.distributed import on_main, print_main
 from manticore_hf.utils.files import read_json, replace_text, stays_inside, write_json
-from manticore_hf.utils.renamed import warn_renamed
+from manticore_hf.utils.renamed import old_fields, warn_renamed
 
 HYBRID_SOURCES = {"transplant_data", "tokenizer_data", "tokenizer"}
 """Keys under `hybrid:` that may name files of this machine: whoever reads a recipe keeps them below its folder."""
@@ -195,6 +195,12 @@ def _stage(entry, i, wrong):
         if not isinstance(data, dict):
             wrong(("stages", i, stage, "data"), f"is {show(data)}, must be a mapping of data settings.")
         data = _check_values(data, _types(DataArguments), ("stages", i, stage, "data"), wrong)
+    for old, new in old_fields(AFTER_COMPOSE[stage].arguments).items():
+        if old in settings:
+            if new in settings:
+                wrong(("stages", i, stage, old), f"is the old name of {new}, which is given, too; drop it.")
+            warn_renamed(f"stages: {stage}: {old}", new)
+            settings = {new if key == old else key: value for key, value in settings.items()}
     for key in settings:
         if key in _outside(stage):
             option, own = f"--{key.replace('_', '-')}", key in _types(OutsideArguments)

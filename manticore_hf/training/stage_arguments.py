@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from manticore_hf.modeling.settings_manticore import ManticoreError
+from manticore_hf.utils.renamed import takes_old_fields
 from manticore_hf.utils.settings import HybridSettings
 
 OLD_NAMES = {"harden": "prune"}
@@ -214,18 +215,28 @@ class HybridArguments(HybridSettings):
         return {key: value for key, value in given.items() if value is not None}
 
 
+@takes_old_fields
 @dataclass
 class CalibrateArguments:
     """What calibration starts from."""
 
     model: str = field(metadata={"help": "The hybrid to start from: directory or Hub repo."})
-    tokens: int = field(default=40_000, metadata={"help": "Tokens to use; a few tens of thousands."})
-    reference: str | None = field(
-        default=None, metadata={"help": "Reference component. Default: the one with the lowest loss on this text."}
+    tokens: int = field(
+        default=40_000, metadata={"help": "Tokens to use of the training text; a few tens of thousands."}
     )
-    calibration_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
+    reference_component: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reference component. Default: the one with the lowest loss on this text.",
+            "old": "reference",
+        },
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "dtype the weights are loaded in.", "old": "calibration_dtype"}
+    )
 
 
+@takes_old_fields
 @dataclass
 class StageArguments:
     """What a training stage starts from."""
@@ -241,8 +252,9 @@ class StageArguments:
     component_max_norm: float | None = field(
         default=None, metadata={"help": "Clip each component's gradient by its own norm (not one norm over all)."}
     )
-    train_dtype: str = field(
-        default="float32", metadata={"help": "dtype the weights are loaded in; bf16/fp16 options autocast over it."}
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "dtype the weights are loaded in; bf16/fp16 options autocast over it.", "old": "train_dtype"},
     )
     new_rows_learning_rate: float | None = field(
         default=None,
@@ -289,6 +301,7 @@ class AlphaArguments:
     temperature: float = field(default=2.0, metadata={"help": "dash: first Gumbel-softmax temperature (falls to 0.5)."})
 
 
+@takes_old_fields
 @dataclass
 class PruneArguments:
     """What is pruned, and how its route is chosen."""
@@ -310,7 +323,7 @@ class PruneArguments:
         default=0.5,
         metadata={"help": "Weight of the full hybrid's distribution in the distillation loss; the text gets the rest."},
     )
-    train_dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in."})
+    dtype: str = field(default="float32", metadata={"help": "dtype the weights are loaded in.", "old": "train_dtype"})
     verbose: bool = field(
         default=False,
         metadata={"help": "Print what the Trainer logs at every step, instead of one bar and a file (training.log)."},

@@ -64,7 +64,7 @@ run_finetune = partial(run_stage, "finetune")
 
 def _train(start: StageArguments, run: StageRun) -> dict:
     arguments, search = run.arguments, run.stage == "search"
-    model = run.load_to_train(start.model, start.train_dtype)
+    model = run.load_to_train(start.model, start.dtype)
     if awaits_calibration(model):
         found = calibrate_projectors(model.to(arguments.device), run.train)
         print_main(

@@ -165,9 +165,9 @@ def run_calibrate(start: CalibrateArguments, data: DataArguments, arguments: Tra
 
 
 def _calibrate(start: CalibrateArguments, run: StageRun) -> dict:
-    model = run.load(start.model, start.calibration_dtype)
+    model = run.load(start.model, start.dtype)
     model.to(run.arguments.device)
-    options = {"tokens": start.tokens, "reference": start.reference}
+    options = {"tokens": start.tokens, "reference_component": start.reference_component}
     batch = run.arguments.per_device_train_batch_size
     found = calibrate_projectors(model, run.train, batch_size=batch, **options)
     return run.save(model, dataclasses.asdict(found))

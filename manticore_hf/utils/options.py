@@ -123,8 +123,9 @@ def add_fields(
         parser: A parser, or a group of one.
         cls: Dataclass whose fields are bool, int, float or str, one of them or None, tuples of one of them, or other
             containers (given as JSON). Fields without a default are required. Those with `choices` in their metadata
-            show them, but leave the check to the dataclass; `metavar` there says what else to show for the value.
-            Fields that a help names are shown as their options.
+            show them, but leave the check to the dataclass; `metavar` there says what else to show for the value, and
+            `old` under which name the option is taken, too, with a warning. Fields that a help names are shown as
+            their options.
         leave_out: Names of fields that get none.
         switches: Whether the option of a bool takes no value; else it stands alone or with true or false.
     """
@@ -153,6 +154,9 @@ def add_fields(
         else:
             about |= {"type": str if kind is object else kind, "nargs": "+" if many else None}
         parser.add_argument(option(field.name), **about)
+        if "old" in field.metadata:
+            taken = {key: about[key] for key in ("dest", "type", "nargs", "const") if key in about}
+            parser.add_argument(option(field.metadata["old"]), action=Renamed, new=option(field.name), **taken)
 
 
 def from_namespace(cls: type, namespace: argparse.Namespace) -> Any:

@@ -1,5 +1,6 @@
 """What had another name in version 0.1 (modules, functions, arguments) works under it, with a warning, until 0.3."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.abc
@@ -126,15 +127,27 @@ def old_names(module: str, names: dict[str, str]) -> Callable[[str], Any]:
 def takes_old_name(old: str, new: str) -> Callable[[Callable], Callable]:
     """A decorator: a function also takes its argument `new` under the name of version 0.1, `old`, with a warning."""
 
-    def decorate(function):
-        @functools.wraps(function)
-        def run(*args, **kwargs):
-            if old in kwargs:
-                text = f"{function.__name__}: {old} is now {new}; the old name goes with version 0.3."
-                warnings.warn(text, FutureWarning, stacklevel=2)
-                kwargs[new] = kwargs.pop(old)
-            return function(*args, **kwargs)
+    return lambda function: _taking(function, function.__name__, {old: new})
 
-        return run
 
-    return decorate
+def old_fields(cls: type) -> dict[str, str]:
+    """{old name: new name} of a dataclass's fields that say `old` in their metadata."""
+    return {field.metadata["old"]: field.name for field in dataclasses.fields(cls) if "old" in field.metadata}
+
+
+def takes_old_fields(cls: type) -> type:
+    """A decorator: a dataclass also takes its fields under the names that `old_fields` has, with a warning."""
+    cls.__init__ = _taking(cls.__init__, cls.__name__, old_fields(cls))
+    return cls
+
+
+def _taking(function, called, names):
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        for old in names.keys() & kwargs.keys():
+            text = f"{called}: {old} is now {names[old]}; the old name goes with version 0.3."
+            warnings.warn(text, FutureWarning, stacklevel=2)
+            kwargs[names[old]] = kwargs.pop(old)
+        return function(*args, **kwargs)
+
+    return run
