@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from manticore_hf._version import __version__
+from manticore_hf.old_modules import OLD_MODULES
 from manticore_hf.training import programs
 from manticore_hf.utils import quiet, renamed
 
@@ -125,7 +126,7 @@ def _register():
         auto.register(ManticoreConfig, cls, exist_ok=True)
 
 
-renamed.install(__name__)
+renamed.install(__name__, OLD_MODULES)
 programs.register("mad", "manticore_hf.experiments.mad.program")
 if not getattr(sys.modules.get("manticore_hf_cli"), "reading", False):  # see there: only the command waits with it
     register()

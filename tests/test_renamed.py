@@ -8,22 +8,22 @@ from manticore_hf.modeling.settings_manticore import ManticoreError
 
 import manticore_hf
 from manticore_hf.cli import main, parser_of
+from manticore_hf.old_modules import OLD_MODULES
 from manticore_hf.training import distill, prune
 from manticore_hf.training.recipe import load_recipe
 from manticore_hf.training.stage_arguments import CalibrateArguments, PruneArguments, StageArguments
-from manticore_hf.utils import renamed
 
 
-@pytest.mark.parametrize("old", sorted(renamed._ROOMS))
+@pytest.mark.parametrize("old", sorted(OLD_MODULES))
 def test_old_names_give_the_very_module_and_warn(old):
     if old.startswith("metrics."):
         pytest.importorskip("evaluate")
-    new = importlib.import_module(f"manticore_hf.{renamed._ROOMS[old]}")
+    new = importlib.import_module(f"manticore_hf.{OLD_MODULES[old]}")
     for part in (old, old.split(".")[0]):
         sys.modules.pop(f"manticore_hf.{part}", None)
-    with pytest.warns(FutureWarning, match=rf"manticore_hf\.{renamed._ROOMS[old]}\b"):
+    with pytest.warns(FutureWarning, match=rf"manticore_hf\.{OLD_MODULES[old]}\b"):
         assert importlib.import_module(f"manticore_hf.{old}") is new
-    assert new.__name__ == f"manticore_hf.{renamed._ROOMS[old]}" == new.__spec__.name
+    assert new.__name__ == f"manticore_hf.{OLD_MODULES[old]}" == new.__spec__.name
 
 
 def test_other_names_are_still_not_there():

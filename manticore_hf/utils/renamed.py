@@ -11,100 +11,42 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-_ROOMS = {
-    "adapters": "training.lora",
-    "calibrate": "training.calibrate",
-    "card": "hub.card",
-    "card_merge": "hub.card_merge",
-    "compare.run": "compare.compare",
-    "compare.settings": "compare.arguments",
-    "conversion": "compose.convert.convert",
-    "conversion_gguf": "compose.convert.gguf",
-    "conversion_mamba": "compose.convert.mamba_ssm",
-    "conversion_sources": "compose.convert.sources",
-    "data": "evaluation.data",
-    "demo_text": "demo.text",
-    "distributed": "utils.distributed",
-    "files": "utils.files",
-    "hardening": "training.prune",
-    "harness": "compare.harness",
-    "heal": "training.distill",
-    "inspection": "hub.inspection",
-    "kinds": "utils.task_types",
-    "licenses": "hub.licenses",
-    "local_hub": "testing.local_hub",
-    "logs": "training.trainer",
-    "metrics": "evaluation.metrics",
-    "metrics.scoring": "evaluation.metrics.scoring",
-    "parcel": "hub.upload",
-    "plan.run": "plan.plan",
-    "plots": "utils.plots",
-    "prepare": "training.untrained_stages",
-    "printing": "utils.formatting",
-    "provenance": "hub.provenance",
-    "publishing": "hub.publish",
-    "recipe": "training.recipe",
-    "report.run": "report.write",
-    "search": "training.search",
-    "stages": "training.freezing",
-    "strengths": "training.strengths",
-    "tasks": "experiments",
-    "tasks.comparison": "experiments.baselines",
-    "tasks.compression": "experiments.mad.compression",
-    "tasks.easy": "experiments.mad.easy",
-    "tasks.lra_files": "experiments.lra.files",
-    "tasks.lra_listops": "experiments.lra.listops",
-    "tasks.lra_pathfinder": "experiments.lra.pathfinder",
-    "tasks.lra_run": "experiments.lra.train",
-    "tasks.lra_settings": "experiments.lra.settings",
-    "tasks.mad": "experiments.mad.tasks",
-    "tasks.models": "experiments.models",
-    "tasks.profile": "experiments.mad.profile",
-    "tasks.program": "experiments.mad.program",
-    "tasks.run": "experiments.mad.train",
-    "tasks.settings": "experiments.mad.settings",
-    "train": "training.trained_stages",
-    "transplant": "compose.transplant",
-    "transplant.build": "compose.transplant.build",
-    "transplant.compose": "compose.transplant.compose",
-    "transplant.measure": "compose.transplant.coverage",
-    "transplant.surface": "compose.transplant.surface",
-    "transplant.transplant": "compose.transplant.transplant",
-    "zero": "utils.deepspeed",
-}  # fmt: skip
-
 
 class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds a module by its old name; what is imported is the module under its new one, not a second copy."""
 
-    def __init__(self, package: str):
-        self.package = package
+    def __init__(self, package: str, modules: dict[str, str]):
+        self.package, self.modules = package, modules
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """A spec for a module by its old name, with a warning; None for any other."""
         old = fullname.removeprefix(f"{self.package}.")
-        if fullname == old or old not in _ROOMS:
+        if fullname == old or old not in self.modules:
             return None
-        new = f"{self.package}.{_ROOMS[old]}"
+        new = f"{self.package}.{self.modules[old]}"
         warnings.warn(f"{fullname} is now {new}; the old name goes with version 0.3.", FutureWarning, stacklevel=2)
         return importlib.machinery.ModuleSpec(fullname, self)
 
     def exec_module(self, module: ModuleType) -> None:
         """Imports the module under its new name, in the place of the old one."""
-        new = _ROOMS[module.__name__.removeprefix(f"{self.package}.")]
+        new = self.modules[module.__name__.removeprefix(f"{self.package}.")]
         sys.modules[module.__name__] = importlib.import_module(f"{self.package}.{new}")
 
 
-def install(package: str) -> None:
+def install(package: str, modules: dict[str, str]) -> None:
     """Lets the old names of a package's modules be imported.
 
     Args:
         package: Name of the package, "manticore_hf".
+        modules: {old name: new name}, without the package's. The package hands it in, because it names modules of every
+            room.
     """
     if not any(isinstance(finder, OldNames) and finder.package == package for finder in sys.meta_path):
-        sys.meta_path.insert(0, OldNames(package))  # before the folders: `tasks.mad` is now a folder's name too
+        sys.meta_path.insert(
+            0, OldNames(package, modules)
+        )  # before the folders: `tasks.mad` is now a folder's name too
 
 
 def warn_renamed(old: str, new: str) -> None:
