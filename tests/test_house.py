@@ -1,13 +1,15 @@
 """The house: which room may import which, and that nothing goes round in a circle."""
 
 import ast
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = {"manticore_hf": ROOT / "manticore_hf", "manticore_hf.modeling": ROOT / "modeling"}
+DRAW = runpy.run_path(str(ROOT / "docs" / "draw_imports.py"))
+MODULES, imported, named, room = (DRAW[name] for name in ("MODULES", "imported", "named", "room"))
 # From the ground up; a room imports rooms of floors below its own, and itself. `testing` stands apart: it runs before
 # huggingface_hub is imported, and imports nothing of ours.
 FLOORS = [
@@ -23,61 +25,6 @@ FLOORS = [
 ]
 MODELING_MAY_IMPORT = {"torch", "transformers", "safetensors", "huggingface_hub"}
 ALIGNED_MAY_IMPORT = {"numpy", "tokenizers"}  # which Transformers itself needs
-
-
-def modules():
-    """{dotted name: file} of all that is ours."""
-    found = {}
-    for prefix, folder in SOURCES.items():
-        for path in folder.rglob("*.py"):
-            parts = path.relative_to(folder).with_suffix("").parts
-            found[".".join([prefix, *parts]).removesuffix(".__init__")] = path
-    return found
-
-
-MODULES = modules()
-
-
-def imported(name):
-    """Modules of ours that a module imports, anywhere in it: at its top, in a function, or only for type checkers."""
-    path, found = MODULES[name], set()
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                up = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*up, base]).rstrip(".")
-            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names}
-        else:
-            found |= named(node)
-    return {one for one in found if one in MODULES and one != name}
-
-
-def named(node):
-    """Modules of ours that a node names by strings, to import them later.
-
-    A string is the whole name ("manticore_hf.hub.card") or what follows the package's ("hub.card"). A single word
-    ("report") is one only in a table whose other values are such names.
-    """
-    if isinstance(node, ast.Dict):
-        strings = {one.value for one in node.values if isinstance(one, ast.Constant) and isinstance(one.value, str)}
-        return {f"manticore_hf.{one}" for one in strings} if any(map(dotted, strings)) else set()
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return {node.value, f"manticore_hf.{node.value}"} if "." in node.value else set()
-    return set()
-
-
-def dotted(text):
-    """Whether a string with a dot in it names a module of ours, without the package's name."""
-    return "." in text and f"manticore_hf.{text}" in MODULES
-
-
-def room(name):
-    """The room of a module; None of the package's own `__init__`, which registers and exports what all have."""
-    return None if name == "manticore_hf" else name.split(".")[1]
 
 
 def test_every_room_has_a_floor():
@@ -109,6 +56,24 @@ def test_tables_of_modules_are_imports():
     assert [{one for one in named(node.value) if one in MODULES} for node in table] == [
         {"manticore_hf.report", "manticore_hf.hub.card"}, set(), {"manticore_hf.hub.card"}, set()
     ]  # fmt: skip
+
+
+def test_the_drawing_of_the_imports_is_up_to_date():
+    assert DRAW["main"](["--check"]) == 0, "run `python docs/draw_imports.py`"
+
+
+def test_the_drawing_implies_every_import_and_no_other():
+    arrows = {tuple(line.split(" --> ")) for line in map(str.strip, DRAW["drawing"]().splitlines()) if "-->" in line}
+
+    def reached(arrows):
+        """Pairs of rooms with a way from one to the other."""
+        more = {(a, d) for a, b in arrows for c, d in arrows if b == c} - arrows
+        return reached(arrows | more) if more else arrows
+
+    graph = {(one, other) for one, others in DRAW["rooms"]().items() for other in others}
+    assert {"modeling", "utils", "cli"} <= {one for pair in graph for one in pair}
+    assert reached(arrows) == reached(graph) and arrows <= graph
+    assert not [one for one in arrows if one in reached(arrows - {one})]  # none of them could be left out
 
 
 def test_no_circle():
