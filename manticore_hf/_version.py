@@ -1,4 +1,4 @@
-"""The version, in one place: pyproject.toml, the package and the citation all take it from here.
+"""The version, in one place: pyproject.toml and the package take it from here; CITATION.cff names none.
 
 The build reads the line below without running it, so it must stay a plain assignment, and this file imports nothing.
 """
