@@ -41,6 +41,7 @@ from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
 from manticore_hf.modeling.references_manticore import shards
 from manticore_hf.modeling.weights_manticore import Renamer, check_complete, part_of
 from manticore_hf.utils.files import refuse_link, refuse_pipes
+from manticore_hf.utils.formatting import short_bytes
 from manticore_hf.utils.headers import compare
 from manticore_hf.utils.hybrid_settings import (
     MAX_SIZE,
@@ -329,8 +330,8 @@ def check_memory(what: str, tensors: list, more: str = "", device: str | torch.d
     asked, count = sum(one.nbytes for one in tensors), sum(one.numel() for one in tensors)
     if there is not None and asked > _USABLE * there:
         raise ManticoreError(
-            f"{what}{more} asks for {count:.2e} parameters, {asked / 2**30:,.1f} GiB; this machine has "
-            f"{there / 2**30:,.1f} GiB of memory. Use a larger machine, or repair its configuration if it is wrong."
+            f"{what}{more} asks for {count:.2e} parameters, {short_bytes(asked)}; this machine has "
+            f"{short_bytes(there)} of memory. Use a larger machine, or repair its configuration if it is wrong."
         )
 
 
