@@ -64,7 +64,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "app": Command(
         "manticore_hf.app.app_command",
-        "a page to try a hybrid in a browser, here or as a Space: who had the weight, what each expected and writes",
+        "a page to try a hybrid in a browser, here or as a Space: each component's weight, guesses and text",
     ),
     "evaluate": Command(
         "manticore_hf.compare.evaluate_command",

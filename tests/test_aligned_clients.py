@@ -98,7 +98,7 @@ def test_what_reaches_one_tokenizers_tokens_alone_is_refused(made):
     with pytest.raises(ManticoreError, match=rows):
         lora_config(model, trainable_token_indices=[5, 6])
     lora_config(model, trainable_token_indices={"llama_gpt.model.embed_tokens": [5, 6]})
-    with pytest.raises(ManticoreError, match="PromptTuningConfig: soft prompts are no tokens, and this hybrid"):
+    with pytest.raises(ManticoreError, match="PromptTuningConfig: soft prompts have no token ids, which a hybrid"):
         prompt_config(model)
     with pytest.raises(ValueError, match="stateful"):
         model.generate(ids[:1], prompt_lookup_num_tokens=3, max_new_tokens=3)

@@ -224,7 +224,7 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
         (["plan", "x", "--devices", "many"], "invalid int value: 'many'"),
         (["inspect", str(tmp_path / "none")], "none"),
         (["run", str(tmp_path / "none.yaml"), "--output-dir", "o"], "none.yaml"),
-        (["run", "none.yaml", "--output-dir", "o"], "none of those shipped: demo.yaml, "),
+        (["run", "none.yaml", "--output-dir", "o"], "does not exist, and is not one of those shipped: demo.yaml, "),
         (["run", str(tmp_path / "bad.yaml"), "--output-dir", "o"], "stage 'boil' is unknown"),
         (["compose", str(tmp_path / "none"), "b", "--output-dir", str(tmp_path / "x")], "none"),
         (["compose", "a", "b", "--block-layers", "{"], "block_layers='{' is not JSON"),

@@ -1,4 +1,4 @@
-"""Whether a component's checkpoint has what its configuration asks for, told from headers alone."""
+"""Checks from its headers alone whether a component's checkpoint has what its configuration asks for."""
 
 import contextlib
 import copy

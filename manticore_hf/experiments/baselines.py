@@ -1,4 +1,4 @@
-"""Trains models of one task from scratch, a hybrid beside its baselines, and keeps what each run gave.
+"""Trains models of one task from scratch, a hybrid beside its baselines, and saves each run's result.
 
 Every model is trained by the standard Trainer on the same sequences in the same order: AdamW, cosine to 1e-6, no
 clipping, float32. What a task is, how it reads a model and how it is scored is said by subclasses of `Benchmark`.

@@ -46,7 +46,7 @@ def scratch_config(family: str, vocab_size: int, layers: int, width: int, positi
             "mamba or mamba2."
         )
     if min(layers, width) < 1:
-        raise ManticoreError(f"{family}: {layers} layers of width {width} are no model; give at least 1 of each.")
+        raise ManticoreError(f"{family}: {layers} layers of width {width} make no model; give at least 1 of each.")
     heads = max(1, width // HEAD_WIDTH)
     if width % heads or width // heads % 2:
         raise ManticoreError(

@@ -1,4 +1,4 @@
-"""Rounding told from wrong: models made to compute in float64 throughout.
+"""Tells rounding from mistakes: makes models compute in float64 throughout.
 
 Two right ways to one result differ by rounding. In float32 that can be as much as a mistake: where a recurrence is run
 in chunks and step by step, and where a model chooses (of two experts that are nearly alike it takes one or the other,

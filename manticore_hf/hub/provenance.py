@@ -158,7 +158,7 @@ def read_header(opened: BinaryIO) -> tuple[dict, int]:
         raise ValueError(f"a header of {length} bytes")
     header = json.loads(opened.read(length))
     if not isinstance(header, dict):
-        raise ValueError("a header that is no object")
+        raise ValueError("a header that is not a JSON object")
     return header, 8 + length
 
 

@@ -1,4 +1,4 @@
-"""The report on a hybrid: is it worth it, for whom, why, and what next."""
+"""The report on a hybrid: whether it is worth it, on which text, why, and what to do next."""
 
 import importlib
 from typing import Any

@@ -154,7 +154,7 @@ def prompt_config(
     if model.config.aligned or model.config.reads_past_losses:
         why = "components with tokenizers of their own" if model.config.aligned else "a mixture that knows past losses"
         raise ManticoreError(
-            f"{kind.__name__}: soft prompts are no tokens, and this hybrid has {why}: use lora_config."
+            f"{kind.__name__}: soft prompts have no token ids, which a hybrid with {why} needs; use lora_config."
         )
     sizes = {"token_dim": model.get_input_embeddings().embedding_dim, "num_layers": 1, "num_attention_heads": 1}
     task_type = TASK_TYPES.get(model._auto_class)

@@ -99,7 +99,7 @@ def find_recipe(path: str | Path) -> Path:
     shipped = {one.name: one for one in files("manticore_hf.recipes").iterdir() if one.name.endswith(".yaml")}
     if path.name not in shipped:
         raise ManticoreError(
-            f"Recipe {str(path)!r} is no file, and none of those shipped: {', '.join(sorted(shipped))}."
+            f"Recipe {str(path)!r} does not exist, and is not one of those shipped: {', '.join(sorted(shipped))}."
         )
     return Path(str(shipped[path.name]))
 

@@ -25,7 +25,7 @@ class Stage:
         name: Its command, and its key in a recipe's `stages:`.
         help: What it does, in a line.
         prints: What it prints at its end, beside the directory it wrote.
-        arguments: Dataclass of what it starts from and may be told.
+        arguments: Dataclass of what it starts from and its options.
         entry: (module, name) of the function that runs it: `(start, data, arguments) -> result`, of an instance of
             `arguments`, DataArguments, and TrainingArguments of the kind `training`. (`compose` takes no text, see
             `run_compose`.)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint has what a model needs, told from headers alone."""
+"""Checks from its headers alone whether a checkpoint has what a model needs."""
 
 import math
 import re

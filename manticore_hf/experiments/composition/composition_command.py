@@ -11,9 +11,9 @@ def add_options(parser: Parser) -> None:
         "Trains a small Llama to add digits and a small Mamba on a private table of keys, joins them in every way "
         "(gate, merged blocks, bridges, and each component alone), trains each to add the values of two keys with half "
         "of the keys, and prints how often the sum is right for the other half. With --task glossary the Llama learns "
-        "a dictionary and the Mamba what names mean, and asked is what a name means in another language. With --task "
-        "recall the Mamba learns to recall pairs and the Llama to copy values from among blanks, and asked are the "
-        "values of keys among blanks. A finished run is not repeated."
+        "a dictionary and the Mamba what names mean, and the hybrid is asked what a name means in another language. "
+        "With --task recall the Mamba learns to recall pairs and the Llama to copy values from among blanks, and the "
+        "hybrid is asked for the values of keys among blanks. A finished run is not repeated."
     )
     parser.add_argument(
         "--task",

@@ -1,4 +1,4 @@
-"""Texts and images of the user's, or of the Hub, as sequences: bytes, and grey pixels.
+"""The user's texts and images, or the Hub's, as sequences: bytes and grey pixels.
 
 As the Long Range Arena reads IMDb (bytes, cut to a length) and CIFAR-10 (grey pixels, row by row). The data are
 whatever `datasets` reads that has a column of texts or images, and one of labels (numbers or names).
