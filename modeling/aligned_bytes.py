@@ -8,6 +8,8 @@ can be read from its decoder, which must know it to turn tokens into text.
 import json
 import re
 
+from transformers import PreTrainedTokenizerBase
+
 ROLES = ("bos", "eos", "pad", "unk")
 SPACE_MARK = "\u2581"
 _CONTINUES = "##"
@@ -40,7 +42,7 @@ class Surfaces:
         ids: {bytes: id}; of several tokens with the same bytes the one that the tokenizer writes.
     """
 
-    def __init__(self, tokenizer, rows=None, parts=None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int | None = None, parts: dict | None = None) -> None:
         core, vocabulary = tokenizer.backend_tokenizer, tokenizer.get_vocab()
         vocabulary = {token: number for token, number in vocabulary.items() if not rows or number < rows}
         self._model, self._kind = core.model, _kind(json.loads(core.to_str()) if parts is None else parts)
@@ -75,7 +77,7 @@ class Surfaces:
             return (token.removeprefix(_CONTINUES) if token.startswith(_CONTINUES) else f" {token}").encode()
         return token.encode()
 
-    def longest_first(self, data):
+    def longest_first(self, data: bytes) -> list[int]:
         """The longest token first, from left to right; empty if the tokenizer has no tokens for the bytes."""
         out, at = [], 0
         while at < len(data):
@@ -105,12 +107,10 @@ def _kind(parts):
 
 def _stages(stage):
     """A stage of a serialised tokenizer, or those of a sequence."""
-    if stage is None:
-        return
-    if stage.get("type") == "Sequence":
+    if stage is not None and stage.get("type") == "Sequence":
         for one in stage.get("decoders") or stage.get("pretokenizers") or stage.get("normalizers") or ():
             yield from _stages(one)
-    else:
+    elif stage is not None:
         yield stage
 
 

@@ -19,7 +19,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .aligned_mapping import UNSURE, ByteTokenizer, Mapping
 from .aligned_reading import Row, can_read_trees, grow, read_trees, walk
@@ -29,7 +31,8 @@ from .configuration_manticore import ManticoreError
 from .mixing_manticore import resize
 from .mixture_manticore import without_autocast
 from .rows_manticore import refuse_told
-from .running_manticore import active_in, mix_native, mixture_rows, run_any, takes_turns
+from .running_manticore import Inputs, Pass, active_in, mix_native, mixture_rows, run_any, takes_turns
+from .segments_manticore import Head, Whole
 
 TRUST = 1e-6
 LIKELY, MOVED = 64, 0.5
@@ -58,7 +61,7 @@ class Reading:
     told: dict
     ends: list
 
-    def logits(self, head, states, nodes, keep):
+    def logits(self, head: Head, states: torch.Tensor, nodes: list[int], keep: bool) -> torch.Tensor:
         """[nodes, vocabulary] of a head; what the next call will ask for again is kept in the rows' caches."""
         new = [node for node in nodes if not keep or node not in self.told]
         found = head(states[None, torch.tensor(new, dtype=torch.long, device=states.device)])[0]
@@ -78,22 +81,23 @@ class Aligner:
         home: The component whose tokenizer is the hybrid's.
     """
 
-    def __init__(self, home):
+    def __init__(self, home: str) -> None:
         self.home, self.byte_tokenizers, self.mappings, self.trees, self.boundaries = home, {}, {}, {}, {}
 
-    def mapping(self, model, name):
+    def mapping(self, model: PreTrainedModel, name: str) -> Mapping:
         """The `Mapping` of a component to the hybrid's tokenizer."""
         if name not in self.mappings:
             self.mappings[name] = Mapping(self.bytes_of(model, self.home), self.bytes_of(model, name))
         return self.mappings[name]
 
-    def bytes_of(self, model, name):
+    def bytes_of(self, model: PreTrainedModel, name: str) -> ByteTokenizer:
+        """A component's tokenizer as a `ByteTokenizer`; kept."""
         if name not in self.byte_tokenizers:
             rows = getattr(model.config, name).vocab_size
             self.byte_tokenizers[name] = ByteTokenizer(tokenizer_of(model, name), rows)
         return self.byte_tokenizers[name]
 
-    def check_embeds(self, model, inputs):
+    def check_embeds(self, model: PreTrainedModel, inputs: Inputs) -> None:
         """Raises ManticoreError where what is read is not what the embeddings give for the tokens."""
         embedding = model.get_input_embeddings()
         with torch.no_grad():
@@ -105,12 +109,11 @@ class Aligner:
                 )
 
     @torch.compiler.disable
-    def read(self, model, name, inputs):
+    def read(self, model: PreTrainedModel, name: str, inputs: Inputs) -> Reading:
         """The Reading of a component of what a call gives it."""
         mapping, segment = self.mapping(model, name), model.segments.segment(name, 0)
         config = model.component(name).config
-        batch, time = inputs.shape
-        ids = inputs.ids.flatten().tolist()
+        (batch, time), ids = inputs.shape, inputs.ids.flatten().tolist()
         if inputs.documents is not None:  # each a text of its own, without padding
             places = [one.tolist() for one in inputs.documents.index.split(inputs.documents.lengths.tolist())]
         else:
@@ -128,8 +131,7 @@ class Aligner:
         grown = [grow(mapping, row, [ids[place] for place in one], inputs.last) for row, one in zip(rows, places)]
         trees, after = [tree for tree, _ in grown], [row for _, row in grown]
         for tree in trees:
-            depths = torch.tensor([tree.depths])
-            guard().positions([(name, segment)], depths, max(tree.depths) + 1, True)
+            guard().positions([(name, segment)], torch.tensor([tree.depths]), max(tree.depths) + 1, True)
         if any(len(tree.parents) > 1 for tree in trees) and self.reads_trees(name, segment, config):
             states, caches = read_trees(segment, config, trees, rows if inputs.cache is not None else None)
             for tree, before, row, found, cache in zip(trees, rows, after, states, caches or ()):
@@ -158,14 +160,14 @@ class Aligner:
             offset += len(found)
         return Reading(positions, torch.cat(states), (batch, time), told, ends)
 
-    def reads_trees(self, name, segment, config):
+    def reads_trees(self, name: str, segment: Whole, config: PreTrainedConfig) -> bool:
         """Whether a component reads a tree in one call."""
         key = config._attn_implementation
         if self.trees.get(name, (None,))[0] != key:
             self.trees[name] = (key, key in ("sdpa", "eager") and can_read_trees(segment, config))
         return self.trees[name][1]
 
-    def states_at(self, reading):
+    def states_at(self, reading: Reading) -> torch.Tensor:
         """[batch, time, width]: the component's state after the bytes of each of the hybrid's positions."""
         nodes = [0 if one is None else one[0] + one[1].node for one in reading.positions]
         return reading.states[torch.tensor(nodes, device=reading.states.device)].unflatten(0, reading.shape)
@@ -173,7 +175,7 @@ class Aligner:
     # ---- predictions -------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def log_probs(self, model, name, reading, logits, kept):
+    def log_probs(self, model: PreTrainedModel, name: str, reading: Reading, logits: Tensor, kept: object) -> Tensor:
         """A component's log-probabilities over the hybrid's vocabulary.
 
         Args:
@@ -207,7 +209,7 @@ class Aligner:
                 out.append(checkpoint(piece, theirs, one, use_reentrant=False) if again else piece(theirs, one))
         return torch.cat(out).view(shape)
 
-    def boundary(self, mapping, device):
+    def boundary(self, mapping: Mapping, device: torch.device) -> "Boundary":
         """`Mapping.at_boundary` as a Boundary; kept."""
         key = (mapping, device)
         if key not in self.boundaries:
@@ -223,7 +225,7 @@ class Boundary:
         device: Where they are wanted.
     """
 
-    def __init__(self, b, a, prefixes, device):
+    def __init__(self, b: np.ndarray, a: np.ndarray, prefixes: dict[str, np.ndarray], device: torch.device) -> None:
         self.prefixes = {name: torch.from_numpy(found).to(device) for name, found in prefixes.items()}
         names, number, counts = np.unique(b, return_inverse=True, return_counts=True)
         one, many = counts[number] == 1, counts > 1
@@ -253,22 +255,21 @@ class Boundary:
         return out
 
     @staticmethod
-    def likely(probs):
+    def likely(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(How far the likeliest tokens are above the next one, their ids): nothing jumps where another comes in."""
         values, numbers = probs.topk(min(LIKELY, probs.shape[-1]))
         return values - values[:, -1:], numbers
 
-    def otherwise(self, probs, share, total):
+    def otherwise(self, probs: torch.Tensor, share: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Lets the likeliest tokens be cut otherwise than they are alone: the rest of a word may ask for that.
 
         Where B's token is "Deb", A's next token is "De" if the word goes on as "De|bian": of any two tokens of which
         one begins with the other, A's takes a part of the probability of B's, as far as A itself expects it.
         """
-        b, a = self.prefixes["b"], self.prefixes["a"]
         with torch.no_grad():
             expected, names = self.likely(share)
         values, numbers = self.likely(probs)
-        b, a = b[numbers][:, :, None], a[names][:, None]
+        b, a = self.prefixes["b"][numbers][:, :, None], self.prefixes["a"][names][:, None]
         begins = (b[..., 1] <= a[..., 0]) & (a[..., 0] < b[..., 2]) | (a[..., 1] <= b[..., 0]) & (b[..., 0] < a[..., 2])
         begins &= (b[..., 3] != names[:, None]) & (a[..., 3] != numbers[:, :, None]) & (a[..., 0] >= 0)
         parts = UNSURE * expected[:, None] * begins
@@ -295,7 +296,7 @@ class Piece:
         nodes: Those whose predictions it needs, of all rows.
     """
 
-    def __init__(self, aligner, mapping, wanted, size):
+    def __init__(self, aligner: Aligner, mapping: Mapping, wanted: list, size: int) -> None:
         self.aligner, self.mapping, self.size = aligner, mapping, size
         self.there = [i for i, one in enumerate(wanted) if one is not None]
         nodes, dense, weights, covers = {}, [], [], []
@@ -343,7 +344,7 @@ class Piece:
             found = self._map(logits.to(own.dtype), own[there].softmax(-1))
             return own.log_softmax(-1).index_copy(0, there, found)
 
-    def ways(self, logits):
+    def ways(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(Probabilities [nodes, vocabulary], weight of each cover, [rows, vocabulary] of tokens that follow A's)."""
         device, rows, width = logits.device, len(self.there), logits.shape[-1]
         probs = logits.softmax(-1)
@@ -415,7 +416,7 @@ def _join(sparse, size):
 # ---- running -------------------------------------------------------------------------------------------------------
 
 
-def aligner_of(model):
+def aligner_of(model: PreTrainedModel) -> Aligner:
     """The Aligner of a hybrid."""
     found = model.__dict__.get("_aligner")
     if found is None or found.home != model.config.tokenizer_component:
@@ -423,15 +424,14 @@ def aligner_of(model):
     return found
 
 
-def run_aligned(model, inputs, shared):
+def run_aligned(model: PreTrainedModel, inputs: Inputs, shared: bool) -> Pass:
     """One block whose components read the same bytes; see `running_manticore.run`."""
-    config = model.config
     if inputs.ids is None:
         raise ManticoreError("Give input_ids: components have several tokenizers, inputs_embeds are of one's tokens.")
     if torch.compiler.is_exporting():
         raise ManticoreError(
-            f"Components {list(config.aligned)} read the text of input_ids by tokenizers of their own, which no graph "
-            "can hold: export model.component(name), each by itself."
+            f"Components {list(model.config.aligned)} read the text of input_ids by tokenizers of their own, which no "
+            "graph can hold: export model.component(name), each by itself."
         )
     return _run(model, inputs, shared)
 

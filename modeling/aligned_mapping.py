@@ -9,11 +9,14 @@ for an r which tokens of A may be next, given B's.
 
 import bisect
 import json
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from .aligned_bytes import Surfaces
 from .bounds_manticore import ManticoreError, reason, show
@@ -45,7 +48,7 @@ class ByteTokenizer:
         prefix: Bytes that it puts before a text (SentencePiece: a space).
     """
 
-    def __init__(self, tokenizer, rows=None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> None:
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
         self.surfaces = Surfaces(tokenizer, rows, parts)
         self.size, self.table = self.surfaces.size, self.surfaces.bytes
@@ -67,11 +70,11 @@ class ByteTokenizer:
         self.inside[codes[:-1][within[:-1]], codes[1:][within[:-1]]] = True
         self._cuts = Memo(_KEPT)
 
-    def bytes_of(self, numbers):
+    def bytes_of(self, numbers: Sequence[int]) -> bytes:
         """The bytes that some tokens stand for together; special and unknown ones stand for none."""
         return b"".join((self.table[i] or b"") if i < self.size else b"" for i in numbers)
 
-    def ending(self, numbers, size):
+    def ending(self, numbers: tuple[int, ...], size: int) -> tuple[int, ...]:
         """The last of some tokens, those that the last `size` bytes lie in."""
         first = len(numbers)
         while first and size > 0:
@@ -79,17 +82,17 @@ class ByteTokenizer:
             size -= len(self.bytes_of(numbers[first : first + 1]))
         return numbers[first:]
 
-    def starting_with(self, data):
+    def starting_with(self, data: bytes) -> tuple[int, int]:
         """(first, last) of the range of `sorted_bytes` that begin with some bytes."""
         low = bisect.bisect_left(self.sorted_bytes, data)
         return low, bisect.bisect_left(self.sorted_bytes, data + b"\xff" * 8, low)
 
-    def cut(self, data):
+    def cut(self, data: bytes) -> tuple[int, ...]:
         """Ids of the canonical tokens of some bytes, as a tuple."""
         found = self._cuts.get(data)
         return self._cuts.keep(data, self.cut_all([data])[0]) if found is None else found
 
-    def cut_all(self, pieces):
+    def cut_all(self, pieces: list[bytes]) -> list[tuple[int, ...]]:
         """`cut` of many pieces of bytes at once."""
         out, texts = [None] * len(pieces), []
         for i, data in enumerate(pieces):
@@ -172,11 +175,11 @@ class Memo(dict):
         budget: Numbers that the arrays in it may hold together.
     """
 
-    def __init__(self, budget):
+    def __init__(self, budget: int) -> None:
         super().__init__()
         self.budget, self.held = budget, 0
 
-    def keep(self, key, value):
+    def keep(self, key: Hashable, value: Any) -> Any:
         """Keeps a tuple of arrays, or anything else as one number; gives it back."""
         size = 1 + (sum(one.size for one in value if isinstance(one, np.ndarray)) if isinstance(value, tuple) else 0)
         if self.held + size > self.budget:
@@ -211,7 +214,7 @@ class Mapping:
         b: ByteTokenizer of the component.
     """
 
-    def __init__(self, a, b):
+    def __init__(self, a: ByteTokenizer, b: ByteTokenizer) -> None:
         self.a, self.b = a, b
         self._covers = Memo(_KEPT)
         self._pairs, self._never, self._blocked = Memo(_NUMBERS), Memo(_NUMBERS), Memo(_NUMBERS)
@@ -222,7 +225,7 @@ class Mapping:
 
     # ---- the component's paths -----------------------------------------------------------------------------------
 
-    def covers(self, word, opens, pieces=1):
+    def covers(self, word: bytes, opens: bool, pieces: int = 1) -> list[Cover]:
         """The Covers of a growing word.
 
         Args:
@@ -234,11 +237,9 @@ class Mapping:
         found = self._covers.get(key)
         return self._covers.keep(key, self._find_covers(*key)) if found is None else found
 
-    def first_covers(self):
+    def first_covers(self) -> list[Cover]:
         """The Covers before any text."""
-        if self.put_before:
-            return [Cover((), b"", self.put_before)]
-        return self.covers(self.begins_with, False)
+        return [Cover((), b"", self.put_before)] if self.put_before else self.covers(self.begins_with, False)
 
     def _find_covers(self, word, opens, rare):
         path, found, at = self.b.cut(word) if word else (), [], 0
@@ -282,12 +283,12 @@ class Mapping:
         known = set()
         found[:] = [one for one in found if (key := (one.path, one.rest)) not in known and not known.add(key)]
 
-    def continues(self, rest):
+    def continues(self, rest: bytes) -> bool:
         """Whether a token of B begins with some bytes and is longer."""
         low, high = self.b.starting_with(rest)
         return high - low > (low < high and self.b.sorted_bytes[low] == rest)
 
-    def grow(self, word, more):
+    def grow(self, word: bytes, more: bytes) -> tuple[bytes, bytes]:
         """(bytes of finished words, the growing word) after some bytes more.
 
         Args:
@@ -311,7 +312,7 @@ class Mapping:
 
     # ---- from B's tokens to A's ----------------------------------------------------------------------------------
 
-    def pairs(self, rest, ahead, last):
+    def pairs(self, rest: bytes, ahead: bytes, last: tuple[int, ...]) -> tuple[np.ndarray, ...]:
         """Which token of A may come first where B's next token is another, sorted by B's.
 
         Args:
@@ -331,7 +332,7 @@ class Mapping:
             found = self._pairs.keep(key, found)
         return found
 
-    def at_boundary(self):
+    def at_boundary(self) -> tuple[np.ndarray, ...]:
         """`pairs` where the tokens of both end; kept for good."""
         if not self._boundary:
             self._boundary[b""] = self._pairs_at_boundary(b"")
@@ -357,7 +358,7 @@ class Mapping:
         mine += [] if ahead else self._special_pairs()
         return _unique([*theirs.tolist(), *(i for i, _ in mine)], [*firsts[theirs].tolist(), *(i for _, i in mine)])
 
-    def prefixes(self):
+    def prefixes(self) -> dict[str, np.ndarray]:
         """Which tokens begin with which: by ranges in both sorted lists, where no other pair of tokens is needed.
 
         Returns:
@@ -437,12 +438,12 @@ class Mapping:
 
     # ---- what A itself would not write ---------------------------------------------------------------------------
 
-    def never(self, last):
+    def never(self, last: int) -> np.ndarray:
         """Tokens of A that cannot follow its token `last`, since A would have cut their bytes otherwise; int64."""
         found = self._never.get(last)
         return (self._never.keep(last, (self._find_never(last),)) if found is None else found)[0]
 
-    def blocked(self, last):
+    def blocked(self, last: int) -> np.ndarray:
         """Tokens of B that would be read as a token of A that cannot follow `last`; int64."""
         found = self._blocked.get(last)
         if found is None:
@@ -476,22 +477,21 @@ class Mapping:
         a = self.a
         letters = {}
         for position, one in enumerate(a.sorted_bytes):
-            letter = one.decode(errors="ignore")[:1]
-            if letter and not letter.isspace():
+            if (letter := one.decode(errors="ignore")[:1]) and not letter.isspace():
                 letters.setdefault(letter, []).append(position)
         names = sorted(letters)
         cuts = a.cut_all([data + letter.encode() for letter in names])
         gone = [position for letter, cut in zip(names, cuts) if cut[:1] != (last,) for position in letters[letter]]
         return a.sorted_ids[np.array(gone, dtype=np.int64)].tolist() if gone else []
 
-    def opens(self, last):
+    def opens(self, last: int) -> bool:
         """Whether a token of A ends with a space, and A would cut a word after it together with that space."""
         if last not in self._opens:
             data = self.a.table[last] if last < self.a.size else None
             self._opens[last] = bool(data) and data.endswith(b" ") and self.a.cut(data + b"a")[:1] != (last,)
         return self._opens[last]
 
-    def read_special(self, number):
+    def read_special(self, number: int) -> tuple[bytes | None, tuple[int, ...], bool]:
         """How B reads a special token of A.
 
         Returns:

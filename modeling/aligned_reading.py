@@ -7,14 +7,18 @@ that shows each node its ancestors; any other reads the trunk with a cache, and 
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from .aligned_mapping import Mapping
 from .running_manticore import NoGradient
+from .segments_manticore import Whole
 
 _WINDOWED = ("sliding_attention", "full_attention")
 
@@ -53,7 +57,7 @@ class Tree:
     positions: list = field(default_factory=list)
     known: dict = field(default_factory=dict)
 
-    def add(self, parent, token):
+    def add(self, parent: int, token: int) -> int:
         """The node of a token after another node, made if need be."""
         key = (parent, token)
         if key not in self.known:
@@ -63,13 +67,13 @@ class Tree:
             self.depths.append(self.depths[parent] + 1)
         return self.known[key]
 
-    def extend(self, tokens):
+    def extend(self, tokens: Iterable[int]) -> None:
         """Lets the trunk grow."""
         for token in tokens:
             self.end = self.add(self.end, token)
             self.trunk.append(self.end)
 
-    def paths(self, start, longest):
+    def paths(self, start: int, longest: int) -> dict[int, tuple[int, ...]]:
         """{node: tokens that lead to it} of a node and those after it, up to some number of tokens."""
         found = {start: ()}
         for node in range(start + 1, len(self.parents)):
@@ -105,14 +109,14 @@ class Row:
     ahead: tuple | None = None
     told: dict = field(default_factory=dict)
 
-    def copy(self):
+    def copy(self) -> "Row":
         """One that can be read on by itself."""
         out = copy.copy(self)
         out.cache = None if self.cache is None else fork(self.cache)
         return out
 
 
-def grow(mapping, row, ids, last=False):
+def grow(mapping: Mapping, row: Row, ids: list[int], last: bool = False) -> tuple[Tree, Row]:
     """Reads tokens of the hybrid into a row.
 
     Args:
@@ -173,7 +177,7 @@ def _device_of(segment):
 # ---- states of the nodes -------------------------------------------------------------------------------------------
 
 
-def read_trees(segment, config, trees, rows=None):
+def read_trees(segment: Whole, config: PreTrainedConfig, trees: list[Tree], rows: list[Row] | None = None) -> tuple:
     """Last states of all nodes of several trees, in one call of an attention-only component.
 
     Args:
@@ -253,7 +257,7 @@ class _Beside(DynamicLayer):
         return shown("keys", key_states), shown("values", value_states)
 
 
-def masks(segment, sees, depths, ends, beside):
+def masks(segment: Whole, sees: Tensor, depths: Tensor, ends: Tensor, beside: Cache | None) -> Tensor | dict:
     """What Transformers' attention is given for `sees` [batch, query, key]; one for each kind of layers.
 
     Args:
@@ -281,7 +285,7 @@ def masks(segment, sees, depths, ends, beside):
     return {kind: mask(kinds.index(kind), kind == "sliding_attention") for kind in dict.fromkeys(kinds)}
 
 
-def walk(segment, config, tree, row, after):
+def walk(segment: Whole, config: PreTrainedConfig, tree: Tree, row: Row, after: Row | None) -> torch.Tensor | None:
     """Last states of all nodes of a tree, by reading its trunk with a cache and its paths from copies of it.
 
     Args:
@@ -300,8 +304,7 @@ def walk(segment, config, tree, row, after):
         return None if row.state is None else row.state[None]
     device = _device_of(segment)
     cache = fork(row.cache) if row.cache is not None else DynamicCache(config=config)
-    states, children = [None] * len(tree.parents), {}
-    states[0] = row.state
+    states, children = [row.state, *[None] * (len(tree.parents) - 1)], {}
     # Steps of one token overwrite states that gradients need, in some classes: there no step is shorter than two
     careful = torch.is_grad_enabled() and after is None and not segment.layout.attends
     trunk = set(tree.trunk)
@@ -361,10 +364,7 @@ def walk(segment, config, tree, row, after):
             if node == tree.end:
                 ahead = ahead or (tuple(tree.tokens[one] for one in path), after_path, [states[one] for one in path])
 
-    if start == 0:
-        branch(0)
-    elif pending[start - 1] in children:
-        branch(pending[start - 1])
+    branch(pending[start - 1] if start else 0)
     while at < len(pending):
         is_end = at == len(pending) - 1
         if careful and at == start and pending[at] in children:
@@ -381,7 +381,7 @@ def walk(segment, config, tree, row, after):
     return NoGradient.apply(out) if after is not None and not segment.layout.attends and out.requires_grad else out
 
 
-def fork(cache):
+def fork(cache: Cache) -> Cache:
     """A copy of a component's cache that can be read on by itself; what is never changed in place is shared."""
     out = copy.copy(cache)
     out.layers = [_fork_layer(layer) for layer in cache.layers]
@@ -420,7 +420,7 @@ class _Kept:
 _kept = {}
 
 
-def may_read_trees(segment, config):
+def may_read_trees(segment: Whole, config: PreTrainedConfig) -> bool:
     """Whether nothing that a component says of itself forbids that it reads trees."""
     if not segment.layout.attends or not segment.layout.positions:
         return False
@@ -430,7 +430,7 @@ def may_read_trees(segment, config):
 
 
 @torch.no_grad()
-def can_read_trees(segment, config):
+def can_read_trees(segment: Whole, config: PreTrainedConfig) -> bool:
     """Whether a component reads a tree as it reads each of its paths: tried on a few tokens."""
     if not may_read_trees(segment, config):
         return False

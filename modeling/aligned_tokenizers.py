@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .bounds_manticore import ManticoreError, guard, reason
 from .references_manticore import asking, fetch
@@ -20,12 +20,12 @@ FILES = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "a
 FILES += "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"
 
 
-def folder_of(name):
+def folder_of(name: str) -> str:
     """Where in a hybrid's directory the tokenizer of a component without an address is."""
     return f"tokenizer_{name}"
 
 
-def tokenizer_of(model, name):
+def tokenizer_of(model: PreTrainedModel, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a component.
 
     Raises:
@@ -76,7 +76,7 @@ def _from_hybrid(model, name, folder):
         )
 
 
-def keep_tokenizers(model, directory):
+def keep_tokenizers(model: PreTrainedModel, directory: str | os.PathLike) -> None:
     """Writes the tokenizers that a saved hybrid needs and that have no address."""
     for entry in model.config.components if model.config.aligned else ():
         if entry.get("tokenizer") is not None and entry["repo_id"] is None:

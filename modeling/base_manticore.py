@@ -106,7 +106,7 @@ class HybridEmbedding(nn.Module):
     watches it: components that are run whole read the tokens themselves.
     """
 
-    def __init__(self, model: "ManticoreModel"):
+    def __init__(self, model: "ManticoreModel") -> None:
         super().__init__()
         self._owner = (model,)  # in a tuple: not a child, or the model would contain itself
 
@@ -158,7 +158,7 @@ class ManticoreModel(ManticorePreTrainedModel):
         components: Instantiated components by name; None builds them with initial weights.
     """
 
-    def __init__(self, config: ManticoreConfig, components: dict | None = None):
+    def __init__(self, config: ManticoreConfig, components: dict | None = None) -> None:
         with trying("The hybrid"):
             super().__init__(config)
         if not config.component_names:
@@ -171,9 +171,8 @@ class ManticoreModel(ManticorePreTrainedModel):
             component = build_component(what, sub, there) if components is None else components[name]
             setattr(config, name, component.config)
             prepare(component, config)
-            if components is not None:
-                for module in component.modules():
-                    module._is_hf_initialized = True
+            for module in component.modules() if components is not None else ():
+                module._is_hf_initialized = True
             self.add_module(name, component)
             with trying(what):
                 try:
@@ -387,7 +386,9 @@ class ManticoreModel(ManticorePreTrainedModel):
             model_kwargs["cache"] = cache
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs) -> torch.Tensor | None:
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | None:
         """Each component makes its own masks from the 2-D one."""
         return attention_mask
 

@@ -88,7 +88,9 @@ class Guard:
         """Context in which a model is made or run without storage."""
         return contextlib.nullcontext()
 
-    def checkpoint(self, model, tensors: dict, rename: Callable, ties: dict, quantizer, ignored: bool) -> None:
+    def checkpoint(
+        self, model: PreTrainedModel, tensors: dict, rename: Callable, ties: dict, quantizer: object, ignored: bool
+    ) -> None:
         """Before a hybrid's tensors {key: tensor or lazy slice} are read; `rename` and `ties` as in `overlay`."""
 
 

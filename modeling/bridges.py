@@ -21,12 +21,13 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_manticore import ManticoreConfig
 from .mixture_manticore import is_active, widen, without_autocast
-from .running_manticore import Pass, active_in, mix_native, native_inputs
+from .running_manticore import Inputs, Pass, active_in, mix_native, native_inputs
 
 # ---- where bridges lead ----------------------------------------------------------------------------------------------
 
@@ -98,12 +99,12 @@ def _normed(state):
 class LinearBridge(nn.Module):
     """M = U V, or U alone: the sender's normalised state [batch, time, d_j] -> [batch, time, d_k], 0 at the start."""
 
-    def __init__(self, width_from, width_to, rank):
+    def __init__(self, width_from: int, width_to: int, rank: int | None) -> None:
         super().__init__()
         self.down = None if rank is None else nn.Linear(width_from, rank, bias=False)
         self.up = nn.Linear(rank or width_from, width_to, bias=False)
 
-    def forward(self, own, other, mask, view):
+    def forward(self, own: Tensor, other: Tensor, mask: Tensor | None, view: Cache | None) -> Tensor:
         other = other.to(self.up.weight.dtype)
         return self.up(other if self.down is None else self.down(other))
 
@@ -111,14 +112,14 @@ class LinearBridge(nn.Module):
 class AttentionBridge(nn.Module):
     """M = O attention(Q own; K, V of other): causal over the sender's normalised states; 0 at the start."""
 
-    def __init__(self, width_from, width_to, width, heads):
+    def __init__(self, width_from: int, width_to: int, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(width_to, width, bias=False)
         self.store = nn.Linear(width_from, 2 * width, bias=False)
         self.up = nn.Linear(width, width_to, bias=False)
 
-    def forward(self, own, other, mask, view):
+    def forward(self, own: Tensor, other: Tensor, mask: Tensor | None, view: Cache | None) -> Tensor:
         """own: [batch, time, d_k]; other: [batch, time, d_j]; mask: [batch, past + time], or None; view: a cache."""
         (batch, time), dtype = own.shape[:2], self.up.weight.dtype
         split = [self.query(own.to(dtype)), *self.store(other.to(dtype)).chunk(2, -1)]
@@ -148,12 +149,11 @@ class Bridges(nn.Module):
         widths_out: Width of its last state.
     """
 
-    def __init__(self, config, widths_in, widths, widths_out):
+    def __init__(self, config: ManticoreConfig, widths_in: dict, widths: dict, widths_out: dict) -> None:
         super().__init__()
         self.edges = nn.ModuleList()
         for edge in config.bridges:
-            is_last = edge["from_block"] == config.bridge_blocks - 1
-            width_from = (widths_out if is_last else widths)[edge["from"]]
+            width_from = (widths_out if edge["from_block"] == config.bridge_blocks - 1 else widths)[edge["from"]]
             width_to = (widths if edge["to_block"] else widths_in)[edge["to"]]
             sizes = width_from, width_to, inner_width(config, edge, width_to)
             linear = edge["kind"] == "linear"
@@ -167,7 +167,7 @@ class Bridges(nn.Module):
             size = len(self.rows), 1 + max(map(len, self.rows))
             self.alpha_logits = nn.Parameter(torch.zeros(size, dtype=torch.float32))
 
-    def reset(self):
+    def reset(self) -> None:
         """(Re-)initialises everything; called by the mixer's own."""
         init.ones_(self.gates)
         if self.alpha_logits is not None:
@@ -176,27 +176,27 @@ class Bridges(nn.Module):
             for name, part in edge.named_children():
                 init.zeros_(part.weight) if name == "up" else init.normal_(part.weight, 0.0, part.in_features**-0.5)
 
-    def weights(self):
+    def weights(self) -> Tensor:
         """Of each place that bridges lead into, the weights of (none, each of its bridges, 0 for the rest), float32."""
         if self.noise is not None and self.training:
             return self.softmax((widen(self.alpha_logits) + self.noise) / self.temperature)
         return self.weights_without_noise()
 
-    def weights_without_noise(self):
+    def weights_without_noise(self) -> Tensor:
         """The same, whatever noise a search adds; without gradient where it holds alpha."""
         return self.softmax(self.alpha_logits.detach() if self.holds_alpha and self.training else self.alpha_logits)
 
-    def softmax(self, logits):
+    def softmax(self, logits: Tensor) -> Tensor:
         """Weights of such logits [places, choices]."""
         return widen(logits).masked_fill(self.beyond(), float("-inf")).softmax(-1)
 
-    def beyond(self):
+    def beyond(self) -> Tensor:
         """[places, choices]: where the alpha of a place with fewer bridges than another ends."""
         device = self.alpha_logits.device
         counts = torch.tensor([[1 + len(row)] for row in self.rows], device=device)
         return torch.arange(self.alpha_logits.shape[1], device=device) >= counts
 
-    def edge_weights(self, alpha):
+    def edge_weights(self, alpha: Tensor | None) -> list[float | Tensor]:
         """The weight of each bridge: numbers where they are given or 1, else scalar tensors of `alpha`, or None."""
         out = [1.0 if weight is None else weight for weight in self.weights_given]
         for row, found in zip(self.rows, () if alpha is None else alpha):
@@ -213,7 +213,7 @@ def places(config: ManticoreConfig) -> dict[tuple[str, int], list[int]]:
     return out
 
 
-def add(mixer, state, others, mask, views):
+def add(mixer: nn.Module, state: Tensor, others: dict[int, Tensor], mask: Tensor | None, views: dict) -> Tensor:
     """What bridges make of the state [batch, time, d_k] that enters a block; a step of the mixer.
 
     Args:
@@ -242,7 +242,7 @@ def running(config: ManticoreConfig, weights: list) -> list[tuple[str, int]]:
     return order(config, [name for name, weight in zip(config.component_names, weights) if is_active(weight)])
 
 
-def run_bridged(model, inputs, weights, shared):
+def run_bridged(model: PreTrainedModel, inputs: Inputs, weights: list, shared: bool) -> Pass:
     """Components side by side, as in one block, with what bridges add: a way to run, of `running_manticore`."""
     config, mixer, segments, cache = model.config, model.hybrid_mixer, model.segments, inputs.cache
     todo, borders, into = running(config, weights[0]), _borders(config), places(config)

@@ -6,11 +6,12 @@ owns (`SegmentCache`, layer_stack_manticore), and the hybrid counts tokens itsel
 own cache.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import (
-    Cache,
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -65,18 +66,15 @@ class ManticoreCache(Cache):
         offloading: bool = False,
         quantized: dict | None = None,
         beside: list = (),
-    ):
+    ) -> None:
         layers, self._views, self.options = [], {}, (max_cache_len, offloading, quantized)
         self.max_cache_len, self.seen = max_cache_len, 0
         self.readers = {}  # of components with tokenizers of their own: {name: how far each row has been read}
         self.kept, self.records = {}, False  # of mixtures that go by what was read: {file: its `Past`, `Held`}
         self.mask, self.has_padding = None, False  # of what was read (None: all real), and whether any was in between
         # Whether nothing in it depends on where padding stands: neither GPT-Neo's windows nor MPT's biases count places
-        self.is_plain = not any(
-            "local" in getattr(one, "attention_layers", ())
-            or getattr(getattr(one, "attn_config", None), "alibi", False)
-            for one in configs.values()
-        )
+        kinds = [(getattr(one, "attention_layers", ()), getattr(one, "attn_config", None)) for one in configs.values()]
+        self.is_plain = not any("local" in windows or getattr(biases, "alibi", False) for windows, biases in kinds)
         for name, config in configs.items():
             part = _part(name, config, max_cache_len, offloading, quantized)
             for block, (start, stop) in ((block, pair) for (other, block), pair in ranges.items() if other == name):
@@ -115,7 +113,9 @@ class ManticoreCache(Cache):
             view.offloading, view.only_non_sliding, view.prefetch_stream = True, False, self.prefetch_stream
         return view
 
-    def stretch(self, mask, name: str, block: int, batch: int, time: int, device) -> torch.Tensor | None:
+    def stretch(
+        self, mask: torch.Tensor | None, name: str, block: int, batch: int, time: int, device: torch.device
+    ) -> torch.Tensor | None:
         """The mask [batch, past + time] of a segment, to the end of a static cache (Bloom's biases are as long)."""
         if self.max_cache_len is None:
             return mask
@@ -258,7 +258,7 @@ def cache_for(model: PreTrainedModel, cache: Cache | None, use_cache: bool | Non
 
 
 def cache_for_generation(
-    model: PreTrainedModel, settings, given, max_cache_length: int, mask: torch.Tensor | None = None
+    model: PreTrainedModel, settings: Any, given: Cache | None, max_cache_length: int, mask: torch.Tensor | None = None
 ) -> ManticoreCache | None:
     """The cache that `generate` begins with, or None.
 

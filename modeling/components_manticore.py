@@ -25,7 +25,7 @@ ENGINES = ("paged", "vllm", "sglang")
 class EngineError(ManticoreError):
     """A hybrid cannot run in an engine; `what` belongs to it or is its name."""
 
-    def __init__(self, what: str):
+    def __init__(self, what: str) -> None:
         super().__init__(
             f"{what} keeps keys and values outside of the hybrid's cache, for one list of layers of one size, and has "
             "no recurrent states: a hybrid cannot run in that engine. Use generate() with a batch padded on the left, "
@@ -179,7 +179,7 @@ _NEVER_COPIED = ("forward", "_old_forward", "_hf_hook")
 class Shell:
     """A shallow copy of a module that follows the original: same parameters, hooks, mode; other children or config."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: nn.Module) -> None:
         self.source = source
         self.module = source.__class__.__new__(source.__class__)
         self.own = {}

@@ -65,8 +65,14 @@ class ManticoreConfig(PreTrainedConfig):
     __getattribute__ = object.__getattribute__
 
     def __init__(
-        self, components=None, calibration=None, objective=None, route=None, manticore_version=FORMAT_VERSION, **kwargs
-    ):
+        self,
+        components: list[dict] | None = None,
+        calibration: dict | None = None,
+        objective: dict | None = None,
+        route: list[str] | None = None,
+        manticore_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
         what = "The hybrid's configuration"
         guard().plain(what, locals())
         given = {key: kwargs.pop(key, default) for key, default in SETTINGS.items()}
@@ -99,12 +105,9 @@ class ManticoreConfig(PreTrainedConfig):
         self.max_position_embeddings = min(limits, default=None)
         kwargs.setdefault("tie_word_embeddings", False)
         # Transformers sets both on every sub-config, even to None: a component would lose the one it was loaded with.
-        kept = []
-        for key in ("attn_implementation", "experts_implementation"):
-            if kwargs.get(key) is None:
-                kept += [(sub, f"_{key}_internal", getattr(sub, f"_{key}")) for sub in subs]
-        taken = {"_component_names", *self._component_names} & set(kwargs)
-        if taken:
+        unset = [key for key in ("attn_implementation", "experts_implementation") if kwargs.get(key) is None]
+        kept = [(sub, f"_{key}_internal", getattr(sub, f"_{key}")) for key in unset for sub in subs]
+        if taken := {"_component_names", *self._component_names} & set(kwargs):
             raise ManticoreError(f"{min(taken)!r} is set beside 'components', which already says it; remove it.")
         try:
             super().__init__(**kwargs)
@@ -114,8 +117,7 @@ class ManticoreConfig(PreTrainedConfig):
             setattr(sub, key, value)
 
     def _add_component(self, entry):
-        entry = dict(entry)
-        name = entry.get("name")
+        entry, name = dict(entry), entry.get("name")
         guard().entry(name, entry)
         sub = entry.pop("config", None)
         sub = sub if sub is not None else getattr(self, name, None)
@@ -135,9 +137,8 @@ class ManticoreConfig(PreTrainedConfig):
                 raise ManticoreError(
                     f"Component {name!r}: {show(file)} in files is not a plain name of a safetensors file."
                 )
-        # As earlier versions write it
-        own = {} if entry.get("tokenizer") is None else {"tokenizer": entry["tokenizer"]}
-        entry = {key: entry.get(key) for key in _ENTRY_KEYS} | own
+        keys = _ENTRY_KEYS if entry.get("tokenizer") is None else (*_ENTRY_KEYS, "tokenizer")  # as earlier versions do
+        entry = {key: entry.get(key) for key in keys}
         setattr(self, name, sub)
         self.components.append(entry)
         self._component_names.append(name)
@@ -204,8 +205,7 @@ class ManticoreConfig(PreTrainedConfig):
         what = "The hybrid's config.json"
         guard().plain(what, config_dict)
         settings = guard().settings(what, config_dict, cls)
-        trusted = kwargs.pop("trust_component_code", None)
-        if trusted:
+        if trusted := kwargs.pop("trust_component_code", None):
             optional("code_manticore").run_trusted(trusted, config_dict)
         # For its classes the caller decides (trust_remote_code).
         classes = {"auto_map": config_dict["auto_map"]} if isinstance(config_dict.get("auto_map"), dict) else {}

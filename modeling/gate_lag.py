@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .running_manticore import Inputs
 from .settings_manticore import ManticoreError
 
 
@@ -51,7 +52,7 @@ class Lag:
         places: [positions] those, and where weights that count for them were asked, in order.
     """
 
-    def __init__(self, lag, inputs, kept):
+    def __init__(self, lag: int, inputs: Inputs, kept: slice | torch.Tensor) -> None:
         batch, time = inputs.shape
         self.cache = inputs.cache
         self.before = None if self.cache is None else self.cache.kept.get("gate_lag")
@@ -62,8 +63,7 @@ class Lag:
             known = torch.zeros(batch, dtype=torch.long) if self.before is None else self.before.count
             count = known[:, None] + real.cumsum(1)
             self.count = count[:, -1]
-            asked = real & ((count - 1) % lag == 0)
-            self.asked = torch.where(asked, steps, -1).cummax(1).values  # -1: before this call
+            self.asked = torch.where(real & ((count - 1) % lag == 0), steps, -1).cummax(1).values  # -1: before the call
         else:  # each a text of its own, and no cache
             index, lengths = inputs.documents.index, inputs.documents.lengths
             at = torch.arange(len(index)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
@@ -74,13 +74,13 @@ class Lag:
         used = self.asked[:, self.wanted if self.cache is None else torch.cat([self.wanted, steps[-1:]])]
         self.places = torch.cat([self.wanted, used[used >= 0]]).unique()
 
-    def cut(self, values):
+    def cut(self, values: torch.Tensor) -> torch.Tensor:
         """[batch, wanted, ...] of [batch, places, ...]."""
         if torch.equal(self.wanted, self.places):
             return values
         return values[:, torch.searchsorted(self.places, self.wanted).to(values.device)]
 
-    def hold(self, weights):
+    def hold(self, weights: torch.Tensor) -> torch.Tensor:
         """The weights [batch, wanted, K] that count, of those [batch, places, K] that are asked at each place."""
         if self.cache is not None:
             end = self._from(weights, self.asked[:, -1:], weights[:, -1:])

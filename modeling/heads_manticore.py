@@ -38,7 +38,7 @@ class ScoreHead(nn.Module):
         dropout: Share of each state that is dropped in training.
     """
 
-    def __init__(self, widths: dict[str, int], num_labels: int, bias: bool, dropout: float):
+    def __init__(self, widths: dict[str, int], num_labels: int, bias: bool, dropout: float) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({key: nn.Linear(width, num_labels, bias) for key, width in widths.items()})
         self.dropout = nn.Dropout(dropout)

@@ -34,14 +34,14 @@ from .segments_manticore import Whole
 class NoPosition(nn.Module):
     """Stands for a position embedding: the state that enters a later segment has it already."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
         return torch.zeros(())
 
 
 class PassThrough(nn.Module):
     """Stands for a norm, dropout or projection that another segment runs."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
         return first_tensor(args, kwargs)
 
 
@@ -68,7 +68,7 @@ class Entry(_Around):
 
     state = None
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple:
         if self.state is None:
             self.found = args[0] if args else kwargs.get("hidden_states")
             return self.layer(*args, **kwargs)
@@ -81,7 +81,7 @@ class Entry(_Around):
 class Exit(_Around):
     """A segment's last layer, which keeps the state that it returns, as `found`."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor | tuple:
         out = self.layer(*args, **kwargs)
         self.found = out if isinstance(out, torch.Tensor) else out[0]
         return out
@@ -341,7 +341,7 @@ class Segment(Whole):
 
     is_whole = False
 
-    def __init__(self, component: nn.Module, layout: CutLayout, start: int, stop: int):
+    def __init__(self, component: nn.Module, layout: CutLayout, start: int, stop: int) -> None:
         stack = component.get_submodule(layout.path)
         self.shell, self.entry, self.exit, self.children = Shell(stack), None, None, []
         self.is_last, self.stand_ins = stop == len(getattr(stack, layout.layers)), {}
@@ -401,7 +401,7 @@ class _Hole(DummyLayer):
 class SegmentCache(Cache):
     """What the segment [start, ...) of a component sees: its own layers at their own indices, and the true length."""
 
-    def __init__(self, seen: int, layers: list, start: int):
+    def __init__(self, seen: int, layers: list, start: int) -> None:
         super().__init__(layers=[_Hole()] * start + list(layers))
         self.seen = seen
         self._attention = next((layer for layer in layers if isinstance(layer, CacheLayerMixin)), None)

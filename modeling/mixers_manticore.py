@@ -70,12 +70,12 @@ def _implementation(function):
     return inspect.getclosurevars(function).nonlocals.get("implementation") if inspect.isfunction(function) else None
 
 
-def plain_of(function):
+def plain_of(function: Callable) -> Callable:
     """Transformers' torch version."""
     return inspect.unwrap(_wrapped(function))
 
 
-def has_kernel(function) -> bool:
+def has_kernel(function: Callable) -> bool:
     """Tells whether a kernel runs in a function's place: of an installed package, or one that `use_kernels` brought."""
     if isinstance(function, torch.nn.Module):
         own = vars(function).get("forward")
@@ -103,7 +103,7 @@ def _must_trace() -> bool:
     return torch.jit.is_tracing() or is_torchdynamo_exporting()
 
 
-def leave_to(upstream, plain, tensor, kwargs):
+def leave_to(upstream: Callable, plain: Callable, tensor: torch.Tensor, kwargs: dict) -> Callable | None:
     """The version of Transformers' that must run instead of ours, or None."""
     if is_for_kernel(tensor, kwargs):
         return upstream
@@ -336,7 +336,7 @@ class OwnForward:
         mixer: The mixer; `type(mixer).forward` is what this one is made of.
     """
 
-    def __init__(self, mixer):
+    def __init__(self, mixer: torch.nn.Module) -> None:
         self.__setstate__(mixer)
 
     def __setstate__(self, mixer):

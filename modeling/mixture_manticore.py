@@ -29,12 +29,12 @@ def register_mixtures(weighted_sum: Callable, log_mean: Callable) -> None:
     _shared.weighted_sum, _shared.log_mean = weighted_sum, log_mean
 
 
-def widen(tensor):
+def widen(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in float32, or in float64 if it is in that."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def sum_to_one(weights):
+def sum_to_one(weights: torch.Tensor) -> torch.Tensor:
     """Mixture weights over the last dimension; rounded ones, as FSDP2's mixed precision makes them, add up again."""
     if weights.dtype.itemsize >= 4:
         return weights
@@ -42,12 +42,12 @@ def sum_to_one(weights):
     return weights / weights.sum(-1, keepdim=True)
 
 
-def is_active(weight):
+def is_active(weight: float | torch.Tensor) -> bool:
     """Whether a mixture weight lets its component run: a number that is zero does not."""
     return not (isinstance(weight, float) and weight == 0.0)
 
 
-def weighted_sum(weights, terms):
+def weighted_sum(weights: list[float | torch.Tensor], terms: list[torch.Tensor]) -> torch.Tensor:
     """sum_k w_k x_k; a single term of weight 1 is returned as it is, to the last bit.
 
     Args:
@@ -72,12 +72,12 @@ def weighted_sum(weights, terms):
     return sum(weight * term.clamp(min=torch.finfo(term.dtype).min) for weight, term in zip(weights, terms))
 
 
-def rows_of_a_piece(rows, size):
+def rows_of_a_piece(rows: int, size: int) -> int:
     """How many rows of `size` numbers are worked on at once: temporaries are then no more than 1/PIECES of a tensor."""
     return max(-(-rows // PIECES), PIECE // size, 1)
 
 
-def mix_logprob(weights, logits, norms=None):
+def mix_logprob(weights: list, logits: list[torch.Tensor], norms: list[torch.Tensor] | None = None) -> torch.Tensor:
     """sum_k w_k log p_k up to a constant per token: the geometric mean. See `weighted_sum`; norms are not needed."""
     return weighted_sum([_above_zero(weight) for weight in weights], logits)
 
@@ -87,7 +87,7 @@ def _above_zero(weight):
     return weight if isinstance(weight, float) else widen(weight).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def mix_prob(weights, logits, norms=None):
+def mix_prob(weights: list, logits: list[torch.Tensor], norms: list[torch.Tensor] | None = None) -> torch.Tensor:
     """log sum_k w_k p_k: the arithmetic mean, which can silence a component that is badly wrong.
 
     Args:
@@ -120,14 +120,14 @@ def _log_mean(*tensors):
 SPACES = {"logprob": mix_logprob, "prob": mix_prob}
 
 
-def without_autocast(kind):
+def without_autocast(kind: str) -> contextlib.AbstractContextManager:
     """Context in which nothing is rounded by autocast on a kind of device ("cpu", "cuda")."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
 
 
 @torch.no_grad()
-def sureness(logits):
+def sureness(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What a gate may know of predictions [batch, time, vocabulary], and what normalises them.
 
     Returns:

@@ -110,7 +110,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose arguments `generate` looks at
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         out = super().prepare_inputs_for_generation(*args, **kwargs)
         # PEFT (0.21) puts its own in this place while it generates, and looks for the cache under its old name to see
         # whether its prompt has been read already.

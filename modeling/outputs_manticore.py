@@ -46,7 +46,7 @@ class ManticoreCausalLMOutput(CausalLMOutputWithPast):
     head_state: torch.Tensor | None = None
 
     @property
-    def last_hidden_state(self):
+    def last_hidden_state(self) -> torch.Tensor:
         """`head_state`, for those who multiply it by the output matrix themselves; AttributeError where it is None."""
         if self.head_state is not None:
             return self.head_state

@@ -10,17 +10,19 @@ where the prior is alpha of the block whose weights mix the heads (exponential w
 Warmuth 1998). With `gate_past_losses` the token gate reads exponential means of them, GATE_DECAYS of each component.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import place
 from .gate_manticore import Float32Linear, TokenGate
 from .mixture_manticore import widen, without_autocast
-from .running_manticore import takes_turns
+from .running_manticore import Inputs, takes_turns
 
 GATE_DECAYS = 0.0, 0.5, 0.9, 0.98
 """Of the means that a gate reads; of the first the last token's loss is left."""
@@ -49,8 +51,7 @@ class Past:
 
     def pick(self, rows: torch.Tensor) -> "Past":
         """The rows of these numbers."""
-        rows = rows.to(self.sums.device)
-        return Past(self.sums.index_select(0, rows), self.log_probs.index_select(0, rows))
+        return Past(*(one.index_select(0, rows.to(one.device)) for one in (self.sums, self.log_probs)))
 
     def crop(self, tokens: int) -> "Past":
         """What it was before the last `tokens` positions.
@@ -97,7 +98,7 @@ def online_weights(prior: torch.Tensor, sums: torch.Tensor, eta: float, share: f
     return (1 - share) * known + share * prior
 
 
-def mix_online(config, weights, sums):
+def mix_online(config: ManticoreConfig, weights: list[Tensor], sums: Tensor) -> Tensor:
     """Mixture weights [batch, time, K] of the components' heads, whose prior is a list of scalar tensors."""
     with without_autocast(sums.device.type):
         return online_weights(torch.stack(list(weights)), sums[..., 0], config.online_eta, config.online_share)
@@ -108,8 +109,7 @@ def _order(inputs, device):
     batch, time = inputs.shape
     steps = torch.arange(time, device=device)
     if inputs.documents is None:
-        mask = torch.ones(batch, time) if inputs.mask is None else inputs.mask[:, -time:]
-        real = mask.to(device) != 0
+        real = (torch.ones(batch, time) if inputs.mask is None else inputs.mask[:, -time:]).to(device) != 0
         last = torch.where(real, steps, -1).cummax(1).values
         return F.pad(last[:, :-1], (1, 0), value=-1), real, torch.zeros_like(real)
     index, lengths = inputs.documents.index, inputs.documents.lengths
@@ -123,7 +123,7 @@ def _order(inputs, device):
 
 
 @torch.no_grad()
-def read_losses(model, inputs, kept, heads, own, norms):
+def read_losses(model: nn.Module, inputs: Inputs, kept: object, heads: Callable, own: list, norms: list) -> Tensor:
     """The decayed losses before each prediction; a cache goes on from them.
 
     Args:
@@ -199,15 +199,15 @@ class LossGate(TokenGate):
     mean of those.
     """
 
-    def __init__(self, widths):
+    def __init__(self, widths: list[int]) -> None:
         super().__init__(widths)
         self.past = _WithoutBias(len(widths) * len(GATE_DECAYS), len(widths))
 
-    def reset(self):
+    def reset(self) -> None:
         super().reset()
         init.zeros_(self.past.weight)
 
-    def scores(self, states, sureness, losses):
+    def scores(self, states: list[Tensor], sureness: list[Tensor], losses: Tensor) -> Tensor:
         return super().scores(states, sureness) + self.past((losses - losses.mean(-2, keepdim=True)).flatten(-2))
 
 

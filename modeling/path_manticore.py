@@ -9,14 +9,14 @@ from itertools import groupby
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .carried_manticore import optional
 from .configuration_manticore import ManticoreError
 from .layer_stack_manticore import CutLayout
-from .mixing_manticore import resize
+from .mixing_manticore import HybridMixer, resize
 from .projectors_manticore import PROJECTORS, LinearProjector, MLPProjector, Resize, gated
-from .running_manticore import Pass, mix_native, native_inputs
+from .running_manticore import Inputs, Pass, mix_native, native_inputs
 from .segments_manticore import Segments
 
 
@@ -47,7 +47,7 @@ class Dropped(nn.Module):
     is_dropped = True
     weight = torch.empty(0, 0)  # of an embedding or head: its width is 0
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: object, **kwargs: object) -> None:
         raise ManticoreError("This part of a component was pruned: only the layers of the hybrid's path are left.")
 
 
@@ -104,12 +104,13 @@ def _replace(component, module):
 class Chain(nn.Sequential):
     """Two projectors in a row, where they cannot be one (MLPs)."""
 
-    def reset(self, kind):
+    def reset(self, kind: str) -> None:
+        """(Re-)initialises both; `kind` is the configuration's `projector_init`."""
         for projector in self:
             projector.reset(kind)
 
 
-def add_crossings(mixer, config, widths_in, widths, widths_out):
+def add_crossings(mixer: nn.Module, config: PreTrainedConfig, widths_in: dict, widths: dict, widths_out: dict) -> None:
     """Makes the projectors of a pruned hybrid's mixer; arguments as in `HybridMixer`."""
     route, last = config.route, config.num_blocks - 1
     del mixer.alpha_logits
@@ -127,7 +128,7 @@ def add_crossings(mixer, config, widths_in, widths, widths_out):
             kept[f"{name}-{block}"] = (Resize if reference else PROJECTORS[config.projector])(*sizes)
 
 
-def make_crossing(config, name, after, widths):
+def make_crossing(config: PreTrainedConfig, name: str, after: str, widths: dict[str, int]) -> nn.Module:
     """The map that takes a pruned hybrid's state from component `name` to component `after`."""
     if config.gate == "alpha" or config.projector == "none":  # at alpha = 1 the paper's projectors vanish
         return Resize(widths[name], widths[after])
@@ -137,7 +138,7 @@ def make_crossing(config, name, after, widths):
     return Chain(*[(Resize if one == config.reference_component else MLPProjector)(*size) for one, *size in sizes])
 
 
-def cross(mixer, block, state):
+def cross(mixer: HybridMixer, block: int, state: torch.Tensor) -> torch.Tensor:
     """A pruned hybrid's state [batch, time, d_j] -> what the component of `block` reads [batch, time, d_k]."""
     return gated(mixer, mixer.across[str(block)], state, 0.0)
 
@@ -145,7 +146,7 @@ def cross(mixer, block, state):
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def run_path(model, inputs, weights, shared):
+def run_path(model: PreTrainedModel, inputs: Inputs, weights: list, shared: bool) -> Pass:
     """A pruned hybrid: one component after the other, each state as it is until the next takes over."""
     config, mixer, segments = model.config, model.hybrid_mixer, model.segments
     native, width, name = config.embeddings == "native", config.hidden_size, config.route[0]
@@ -162,6 +163,5 @@ def run_path(model, inputs, weights, shared):
         state = segments.segment(name, block)(state, *inputs.around(name, block))
         if inputs.keep:
             boundaries.append(resize(state, width))
-    last = config.num_blocks - 1
-    mixed = resize(state, width) if native else mixer(space.leave, last, name, state, 1.0)
+    mixed = resize(state, width) if native else mixer(space.leave, config.num_blocks - 1, name, state, 1.0)
     return Pass({name: state}, weights, mixed, tuple(boundaries) if inputs.keep else None)

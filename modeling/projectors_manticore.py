@@ -10,21 +10,21 @@ with g = alpha_sk for gate="alpha" (the paper) and g = 0 for gate="none".
 import math
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
-from .mixing_manticore import resize
+from .mixing_manticore import HybridMixer, resize
 
 
 class LinearProjector(nn.Linear):
     """The paper's projector: an affine map [..., width_in] -> [..., width_out]."""
 
-    def reset(self, kind):
+    def reset(self, kind: str) -> None:
+        """(Re-)initialises it: as the framework does ("default"), or as the identity."""
         if kind == "default":
-            _framework_init(self)
-        else:
-            init.eye_(self.weight)
-            init.zeros_(self.bias)
+            return _framework_init(self)
+        init.eye_(self.weight)
+        init.zeros_(self.bias)
 
 
 class MLPProjector(nn.Module):
@@ -33,15 +33,16 @@ class MLPProjector(nn.Module):
     (Without the skip at unequal widths the identity initialisation would start from nothing.)
     """
 
-    def __init__(self, width_in, width_out):
+    def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.up = nn.Linear(width_in, max(width_in, width_out))
         self.down = nn.Linear(max(width_in, width_out), width_out)
 
-    def forward(self, states):
+    def forward(self, states: Tensor) -> Tensor:
         return resize(states, self.down.out_features) + self.down(F.gelu(self.up(states)))
 
-    def reset(self, kind):
+    def reset(self, kind: str) -> None:
+        """(Re-)initialises it: as the framework does ("default"), or as `resize`."""
         _framework_init(self.up)
         _framework_init(self.down)
         if kind != "default":
@@ -52,15 +53,15 @@ class MLPProjector(nn.Module):
 class Resize(nn.Module):
     """No parameters: pad or truncate (the ablation, and the reference component's own maps)."""
 
-    def __init__(self, width_in, width_out):
+    def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.width = width_out
 
-    def forward(self, states):
+    def forward(self, states: Tensor) -> Tensor:
         return resize(states, self.width)
 
-    def reset(self, kind):
-        pass
+    def reset(self, kind: str) -> None:
+        """Nothing to initialise."""
 
 
 PROJECTORS = {"linear": LinearProjector, "mlp": MLPProjector, "none": Resize}
@@ -72,7 +73,7 @@ def _framework_init(linear):
     init.uniform_(linear.bias, -bound, bound)
 
 
-def projector_width(projector):
+def projector_width(projector: nn.Module) -> int:
     """Output width of a projector."""
     if isinstance(projector, nn.Sequential):
         return projector_width(projector[-1])
@@ -81,12 +82,11 @@ def projector_width(projector):
     return projector.down.out_features if isinstance(projector, MLPProjector) else projector.out_features
 
 
-def gated(mixer, projector, states, alpha):
+def gated(mixer: HybridMixer, projector: nn.Module, states: Tensor, alpha: float | Tensor) -> Tensor:
     """(1 - g) * projector(states) + g * resize(states), with the gate g of a mixer and a block's alpha."""
     gate = alpha if mixer.gate == "alpha" else 0.0
-    width = projector_width(projector)
     if isinstance(gate, float) and gate == 1.0:
-        return resize(states, width)
+        return resize(states, projector_width(projector))
     raw = states
     parameter = next(projector.parameters(), None)
     if parameter is not None and parameter.is_floating_point():
@@ -94,4 +94,4 @@ def gated(mixer, projector, states, alpha):
         states = states.to(parameter.dtype)
     if isinstance(gate, float) and gate == 0.0:
         return projector(states)
-    return (1 - gate) * projector(states) + gate * resize(raw, width)
+    return (1 - gate) * projector(states) + gate * resize(raw, projector_width(projector))

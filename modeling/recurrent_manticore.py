@@ -6,6 +6,8 @@ by turns. Here the state lives in the `LinearAttentionLayer` that `DynamicCache`
 """
 
 import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 
@@ -17,7 +19,16 @@ class CachedRecurrentBlock(RecurrentGemmaRecurrentBlock):
 
     # With weights on the meta device torch 2.13's convolution does not fail: it returns memory as it finds it
     @force_accelerate_hooks("conv_1d")
-    def forward(self, input_states, position_ids, attention_mask, use_cache=True, cache=None, padding_mask=None, **_):
+    def forward(
+        self,
+        input_states: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        use_cache: bool = True,
+        cache: Cache | None = None,
+        padding_mask: Tensor | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
         """Runs the block.
 
         Args:
@@ -64,7 +75,7 @@ def _hand_mask_on(module, args, kwargs):
 _hand_mask_on._manticore_state = True
 
 
-def keep_state_in_cache(component):
+def keep_state_in_cache(component: PreTrainedModel) -> None:
     """Repairs a RecurrentGemma; any other component is left alone.
 
     Nothing is added to the parameters, and calling again changes nothing.

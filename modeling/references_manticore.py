@@ -137,7 +137,7 @@ def shards(index: str | os.PathLike, what: tuple) -> list[str]:
     return found
 
 
-def fetch(entry, file, hub):
+def fetch(entry: dict, file: str, hub: dict) -> str:
     """Path of one file of a component, checked against what was recorded and what the Hub says it is."""
     path = _download(entry, file, hub)
     recorded, stated = (entry.get("files") or {}).get(file), lfs_id(path)
@@ -146,8 +146,7 @@ def fetch(entry, file, hub):
             f"{where(entry)}: {file} is not the file this hybrid was made with (SHA-256 {stated[:16]}..., recorded "
             f"{recorded[:16]}...). Do not use it: ask whoever published the hybrid for the right commit."
         )
-    expected = recorded or stated
-    if expected:
+    if expected := recorded or stated:
         verify(path, expected, f"{where(entry)}: {file}")
     return path
 

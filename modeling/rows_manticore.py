@@ -8,7 +8,9 @@ Recurrent layers, learned positions and windows that count places know of neithe
   of it stays as it was, behind that much more padding on the left (`run_cut`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from .configuration_manticore import ManticoreError
 
 SPARE, FEW = 8, 128
 """Documents share a pass while their padding is at most 1/SPARE of its tokens, or FEW tokens (what a pass costs)."""
-
+Opt = torch.Tensor | None
 
 IN_PARTS = (
     "output_attentions=True: rows with several documents, or with padding between tokens, are run in parts, whose "
@@ -26,14 +28,13 @@ IN_PARTS = (
 )
 
 
-def has_values(*tensors) -> bool:
+def has_values(*tensors: torch.Tensor | None) -> bool:
     """Whether numbers of these tensors (or None) may be looked at: not while a graph is made of them."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return not any(x is not None and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and not any(x is not None and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
 
 
-def refuse_told(model, word, why):
+def refuse_told(model: torch.nn.Module, word: str, why: str) -> None:
     """Raises ManticoreError where PEFT tells its layers `word` of each row of a batch; `why` it must not."""
     modules = [module for module in model.modules() if module._forward_pre_hooks]
     hooks = [(module, key, hook) for module in modules for key, hook in module._forward_pre_hooks.items()]
@@ -44,7 +45,7 @@ def refuse_told(model, word, why):
         raise ManticoreError(f"{word}: {why}. Call the model once for each adapter, of plain LoRA.")
 
 
-def check_mask(mask, time):
+def check_mask(mask: torch.Tensor, time: int) -> torch.Tensor:
     """An attention mask [batch, past + time] as integers, 1 for real tokens.
 
     Args:
@@ -89,12 +90,12 @@ class Documents:
     shape: tuple
 
     @property
-    def are_several(self):
+    def are_several(self) -> bool:
         """Whether a row holds more than one document."""
         rows = self.index[self.lengths.cumsum(0) - 1] // self.shape[1]
         return len(rows.unique()) < len(rows)
 
-    def labels(self, labels, are_shifted=False):
+    def labels(self, labels: torch.Tensor, are_shifted: bool = False) -> torch.Tensor:
         """Labels [batch, time] of which each causal LM's shift by one makes those of each document alone.
 
         What comes after a document's last token is nobody's label, nor is padding.
@@ -109,7 +110,7 @@ class Documents:
         here, there = (before, before) if are_shifted else (before + 1, after)
         return torch.full_like(labels, -100).flatten().index_copy(0, here, labels.flatten()[there]).view_as(labels)
 
-    def groups(self, together):
+    def groups(self, together: bool) -> list[list[int]]:
         """Numbers of the documents that share a pass, the longest first.
 
         Args:
@@ -127,7 +128,7 @@ class Documents:
         return out
 
     @torch.compiler.disable(recursive=False)
-    def run(self, run, inputs, together):
+    def run(self, run: Callable, inputs: Any, together: bool) -> Any:
         """What `run` gives for each document in a row of its own, put back in place; zeros for padding.
 
         Args:
@@ -142,11 +143,10 @@ class Documents:
             # Padding behind a document changes nothing for it in a causal model, so that no mask is needed
             over = (steps - lengths + 1).clamp(min=0)
             places, positions = self.index[starts[group, None] + steps - over].to(device), steps[None].to(device)
-            mask = None
             if inputs.explicit:
                 positions = inputs.positions.expand(self.shape).flatten()[places] + over.to(device)
                 positions = positions.clamp(max=inputs.positions.max())  # no padding beyond a table
-                mask = None if inputs.mask is None else (over == 0).long().to(device)
+            mask = (over == 0).long().to(device) if inputs.explicit and inputs.mask is not None else None
             ids, embeds = (None if x is None else x.flatten(0, 1)[places] for x in (inputs.ids, inputs.embeds))
             passes.append(run(replace(inputs, ids=ids, embeds=embeds, mask=mask, positions=positions, documents=None)))
             found.append((over == 0).flatten().nonzero()[:, 0])
@@ -161,7 +161,7 @@ class Documents:
         return joined(passes, put_back)
 
 
-def joined(passes, join):
+def joined(passes: list, join: Callable[[list], torch.Tensor]) -> Any:
     """One Pass of several: `join` makes one tensor of a list of them; the rest is the last one's."""
 
     def all_of(values):
@@ -176,7 +176,9 @@ def joined(passes, join):
     return replace(passes[-1], **{key: all_of([getattr(one, key) for one in passes]) for key in keys})
 
 
-def find_documents(mask, positions, shape, seq_idx=None, cu_seq_lens_q=None, cu_seq_lens_k=None):
+def find_documents(
+    mask: Opt, positions: Opt, shape: tuple, seq_idx: Opt = None, cu_seq_lens_q: Opt = None, cu_seq_lens_k: Opt = None
+) -> Documents | None:
     """The Documents of a call, or None where each row is one text without padding inside.
 
     Args:
@@ -236,7 +238,7 @@ def _find_in_graph(mask, positions, shape, *told):
 # ---- with a cache ----------------------------------------------------------------------------------------------------
 
 
-def run_cut(run, inputs):
+def run_cut(run: Callable, inputs: Any) -> Any:
     """What `run` gives for a call with a mask and a cache, cut where padding begins or ends inside of a row.
 
     Args:
@@ -271,10 +273,8 @@ def run_cut(run, inputs):
         cuts[1:1] = (padded.diff().any(0).nonzero()[:, 0] + 1).tolist()
     for start, stop in zip(cuts, cuts[1:]):
         rows = padded[:, start].nonzero()[:, 0]
-        kept = [
-            {where: one[rows.to(one.device)] for where, one in _tensors(layer)}
-            for layer in cache.layers * len(rows[:1])
-        ]
+        layers = cache.layers * len(rows[:1])
+        kept = [{where: one[rows.to(one.device)] for where, one in _tensors(layer)} for layer in layers]
         part = {key: getattr(inputs, key) for key in ("ids", "embeds", "positions")}
         part = {key: None if x is None else x[:, start:stop] for key, x in part.items()}
         seen = mask[:, : past + stop]
@@ -287,8 +287,7 @@ def run_cut(run, inputs):
 
 def _aligned(mask, past):
     """A mask whose first `past` places are as the cache has them: all padding on the left."""
-    count = mask[:, :past].sum(1, keepdim=True)
-    there = torch.arange(past, device=mask.device) >= past - count
+    there = torch.arange(past, device=mask.device) >= past - mask[:, :past].sum(1, keepdim=True)
     return torch.cat([there.to(mask.dtype), mask[:, past:]], 1)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from transformers.cache_utils import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
@@ -19,7 +19,7 @@ from .carried_manticore import optional
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
-from .rows_manticore import IN_PARTS, Documents, check_mask, find_documents, has_values, refuse_told, run_cut
+from .rows_manticore import IN_PARTS, Documents, Opt, check_mask, find_documents, has_values, refuse_told, run_cut
 
 logger = logging.get_logger(__name__)
 
@@ -55,11 +55,11 @@ class Inputs:
     last: bool = False
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int]:
         """(batch, time)."""
         return tuple((self.embeds if self.ids is None else self.ids).shape[:2])
 
-    def around(self, name, block):
+    def around(self, name: str, block: int) -> tuple:
         """(mask, positions, view of the cache, list for attentions) of `name`'s segment that begins in `block`."""
         if self.cache is None:
             return self.mask, self.positions, None, self.attentions
@@ -90,7 +90,17 @@ class Pass:
     own_logits: Callable | None = None
 
 
-def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, told=None):
+def read_inputs(
+    model: PreTrainedModel,
+    ids: Opt,
+    mask: Opt,
+    positions: Opt,
+    cache: Cache | None,
+    embeds: Opt,
+    use_cache: bool | None,
+    keep: bool | int | list,
+    told: dict | None = None,
+) -> Inputs:
     """The Inputs of a call, checked.
 
     Args:
@@ -129,13 +139,12 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
             )
         use_cache = False
     own, cache = cache, cache_for(model, cache, use_cache)
-    past = 0 if cache is None else cache.get_seq_length()
+    past, explicit = 0 if cache is None else cache.get_seq_length(), positions is not None
     if mask is not None and mask.shape != (batch, past + time):
         raise ManticoreError(
             f"attention_mask has shape {tuple(mask.shape)}; {(batch, past + time)} is needed for {past} cached and "
             f"{time} new tokens."
         )
-    explicit = positions is not None
     if not explicit and mask is None:
         positions = torch.arange(past, past + time, device=given.device)[None]
     elif not explicit:
@@ -145,7 +154,7 @@ def read_inputs(model, ids, mask, positions, cache, embeds, use_cache, keep, tol
     return Inputs(ids, embeds, mask, positions, explicit, cache, keep, documents, own, [] if wants else None)
 
 
-def run(model, inputs, shared=True):
+def run(model: PreTrainedModel, inputs: Inputs, shared: bool = True) -> Pass:
     """Runs the blocks of a hybrid.
 
     Args:
@@ -165,8 +174,7 @@ def run(model, inputs, shared=True):
     if any(getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()):
         refuse_told(model, "alora_offsets", "aLoRA counts tokens of rows that hybrids run in parts")
     try:
-        runner = optional("aligned_hybrid").run_aligned if model.config.aligned else run_any
-        found = runner(model, inputs, shared)
+        found = (optional("aligned_hybrid").run_aligned if model.config.aligned else run_any)(model, inputs, shared)
     except IndexError as err:
         largest = -1 if inputs.ids is None else int(inputs.ids.max())
         if largest < model.config.vocab_size:
@@ -191,7 +199,7 @@ def run(model, inputs, shared=True):
     return found
 
 
-def run_any(model, inputs, shared, weights=None):
+def run_any(model: PreTrainedModel, inputs: Inputs, shared: bool, weights: list | None = None) -> Pass:
     """`run`, whatever the rows are, of components that read the same tokens.
 
     Args:
@@ -215,7 +223,7 @@ def run_any(model, inputs, shared, weights=None):
     return run_cut(lambda part: run_rows(model, part, shared, weights), inputs)
 
 
-def takes_turns(model):
+def takes_turns(model: PreTrainedModel) -> bool:
     """Whether each pass gathers weights that other processes keep, all of which must make it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
@@ -223,7 +231,7 @@ def takes_turns(model):
     return kept or any(type(one).__name__ == "FullyShardedDataParallel" for one in model.modules())
 
 
-def run_rows(model, inputs, shared, weights=None):
+def run_rows(model: PreTrainedModel, inputs: Inputs, shared: bool, weights: list | None = None) -> Pass:
     """`run`, of rows that are one text each, with padding on the left or right only."""
     config, segments, cache = model.config, model.segments, inputs.cache
     weights, (_, time) = weights or mixture_rows(model), inputs.shape
@@ -251,18 +259,18 @@ class NoGradient(torch.autograd.Function):
     """Stands behind recurrent layers that wrote their new state over the one that gradients would need."""
 
     @staticmethod
-    def forward(ctx, state):
+    def forward(ctx: object, state: torch.Tensor) -> torch.Tensor:
         return state.view_as(state)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: object, grad: torch.Tensor) -> None:
         raise ManticoreError(
             "A backward pass reached a call with a cache in which recurrent components read single tokens and keep no "
             "gradients: call the model with use_cache=False, or, where all have one tokenizer, with several tokens."
         )
 
 
-def run_straight(model, inputs, weights, shared):
+def run_straight(model: PreTrainedModel, inputs: Inputs, weights: list, shared: bool) -> Pass:
     """One block that reads native embeddings: whole components, each by its own forward and with its own cache."""
     own, segments = native_inputs(model, inputs, weights[0]), model.segments
     states = {name: segments.segment(name, 0)(entering, *inputs.around(name, 0)) for name, entering in own.items()}
@@ -274,7 +282,7 @@ def run_straight(model, inputs, weights, shared):
 # ---- mixture weights, and what the first block reads -----------------------------------------------------------------
 
 
-def mixture_rows(model):
+def mixture_rows(model: PreTrainedModel) -> list[list[float | torch.Tensor]]:
     """S rows of K mixture weights: numbers in blocks where they are fixed, else scalar tensors."""
     fixed = model.config.mixture_weights
     if fixed is not None and None not in fixed:
@@ -283,16 +291,15 @@ def mixture_rows(model):
     return [mine if mine is not None else row for mine, row in zip(fixed or [None] * len(learned), learned)]
 
 
-def active_in(model, row):
+def active_in(model: PreTrainedModel, row: list[float | torch.Tensor]) -> dict[str, float | torch.Tensor]:
     """{component: mixture weight} of those that a row of mixture weights lets run."""
     return {name: weight for name, weight in zip(model.config.component_names, row) if is_active(weight)}
 
 
-def native_inputs(model, inputs, row):
+def native_inputs(model: PreTrainedModel, inputs: Inputs, row: list[float | torch.Tensor]) -> dict[str, torch.Tensor]:
     """{component: what its first segment reads}: its own embeddings; the token ids, where it is run whole."""
-    segments = model.segments
     if inputs.embeds is None:
-        whole = {name: segments.segment(name, 0).is_whole for name in active_in(model, row)}
+        whole = {name: model.segments.segment(name, 0).is_whole for name in active_in(model, row)}
         return {name: inputs.ids if whole[name] else model.embed(name, inputs.ids) for name in whole}
     names = model.get_input_embeddings().readers
     widths = [model.component(name).get_input_embeddings().weight.shape[1] for name in names]
@@ -306,7 +313,7 @@ def native_inputs(model, inputs, row):
     return {name: split[name] for name in active_in(model, row)}
 
 
-def mix_native(model, row, states):
+def mix_native(model: PreTrainedModel, row: list, states: dict[str, torch.Tensor]) -> torch.Tensor:
     """Components' own states (or token ids) as one state of the shared width, for those who ask for hidden states."""
     active = active_in(model, row)
     states = {n: x if x.is_floating_point() else model.embed(n, x) for n, x in states.items() if n in active}

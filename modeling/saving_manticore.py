@@ -110,14 +110,12 @@ def move_files(inner: Path, target: Path, files: list[str] | None = None) -> Non
             os.replace(inner / name, target / name)
     variants = {match[1] for name in files if (match := WEIGHT_FILE.fullmatch(name))}
     for file in list(target.iterdir()):
-        match = WEIGHT_FILE.fullmatch(file.name)
-        if match and match[1] in variants and file.name not in files:
+        if (match := WEIGHT_FILE.fullmatch(file.name)) and match[1] in variants and file.name not in files:
             file.unlink()
     (target / NOTE).unlink(missing_ok=True)
 
 
 def is_below(root: Path, name: str) -> bool:
     """Whether a file of that name is in a directory, also where folders on the way are links."""
-    return (
-        Path(os.path.realpath((root / name).parent)).is_relative_to(os.path.realpath(root)) and Path(name).name != ".."
-    )
+    inside = Path(os.path.realpath((root / name).parent)).is_relative_to(os.path.realpath(root))
+    return inside and Path(name).name != ".."

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .carried_manticore import is_needed, optional
 from .components_manticore import Shell, StackLayout, backbone_name, find_stack
@@ -23,7 +23,7 @@ class Segments:
         model: The hybrid; None: of a copy that has not asked for its own yet.
     """
 
-    def __init__(self, model: nn.Module | None = None):
+    def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
         self._ranges, self._layouts, self._runs, self._heads = None, {}, {}, {}
 
@@ -39,9 +39,8 @@ class Segments:
         if self._ranges is None:
             config = self.model.config
             if config.route is not None:
-                self._ranges = {
-                    (one.name, one.first): (one.start, one.stop) for one in optional("path_manticore").stretches(config)
-                }
+                found = optional("path_manticore").stretches(config)
+                self._ranges = {(one.name, one.first): (one.start, one.stop) for one in found}
             elif config.bridges:
                 self._ranges = optional("bridges").ranges(config)
             else:
@@ -124,7 +123,7 @@ class Whole:
 
     is_whole = True
 
-    def __init__(self, component: nn.Module, layout: StackLayout, start: int, stop: int):
+    def __init__(self, component: nn.Module, layout: StackLayout, start: int, stop: int) -> None:
         self.component, self.layout, self.start, self.stop = component, layout, start, stop
         self.stack = component.get_submodule(layout.path)
         self.takes_float32 = bool(getattr(self.stack.config, "residual_in_fp32", False))
@@ -164,7 +163,7 @@ class Whole:
         attentions.extend(getattr(out, "attentions", None) or ())
         return out[0]
 
-    def arguments(self, hidden: torch.Tensor, attention_mask, position_ids, cache) -> dict[str, Any]:
+    def arguments(self, hidden: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Any) -> dict[str, Any]:
         """What the owner of the layers is called with."""
         hidden, attention_mask, position_ids = place((hidden, attention_mask, position_ids), self.device)
         arguments = {"use_cache": cache is not None}
@@ -243,7 +242,7 @@ class Head:
     classifiers read the last states, which many classes do not give beside the logits.
     """
 
-    def __init__(self, component: nn.Module, layout: StackLayout):
+    def __init__(self, component: nn.Module, layout: StackLayout) -> None:
         self.component, self.path = component, layout.path.split(".")[1:]
         self.backbone = None
         self.shell = Shell(component)

@@ -20,7 +20,7 @@ def printable(text: object, keep: str = "") -> str:
 class ManticoreError(ValueError):
     """A hybrid, component, file or setting that cannot be used; the message names it and says what to do."""
 
-    def __init__(self, message: object = ""):
+    def __init__(self, message: object = "") -> None:
         super().__init__(printable(message, "\n"))
 
 

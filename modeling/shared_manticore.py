@@ -1,13 +1,16 @@
 """The shared space of several blocks, or of mixed embeddings: all components run in every block and are mixed there."""
 
-from .configuration_manticore import ManticoreError
-from .mixing_manticore import resize
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .configuration_manticore import ManticoreConfig, ManticoreError
+from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import weighted_sum
 from .projectors_manticore import PROJECTORS, Resize, gated
-from .running_manticore import Pass, active_in, mix_native, mixture_rows, native_inputs
+from .running_manticore import Inputs, Pass, active_in, mix_native, mixture_rows, native_inputs
 
 
-def add_projectors(mixer, config, widths_in, widths, widths_out):
+def add_projectors(mixer: nn.Module, config: ManticoreConfig, widths_in: dict, widths: dict, widths_out: dict) -> None:
     """Makes the projectors of a soft hybrid's mixer; arguments as in `HybridMixer`."""
     native, blocks = config.embeddings == "native", config.num_blocks
     for name in mixer.names:
@@ -21,12 +24,12 @@ def add_projectors(mixer, config, widths_in, widths, widths_out):
                 mixer.out_of[f"{name}-{block}"] = make(widths_out[name] if last else widths[name], mixer.width)
 
 
-def enter(mixer, block, name, shared, alpha):
+def enter(mixer: HybridMixer, block: int, name: str, shared: Tensor, alpha: float | Tensor) -> Tensor:
     """Shared state [batch, time, d] -> what component `name` reads in `block` [batch, time, d_k]."""
     return gated(mixer, mixer.into[f"{name}-{block}"], shared, alpha)
 
 
-def leave(mixer, block, name, state, alpha):
+def leave(mixer: HybridMixer, block: int, name: str, state: Tensor, alpha: float | Tensor) -> Tensor:
     """Component state [batch, time, d_k] -> shared space [batch, time, d]."""
     return gated(mixer, mixer.out_of[f"{name}-{block}"], state, alpha)
 
@@ -34,7 +37,7 @@ def leave(mixer, block, name, state, alpha):
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def run_all(model, inputs, weights, shared):
+def run_all(model: PreTrainedModel, inputs: Inputs, weights: list, shared: bool) -> Pass:
     """All components in every block, as their mixture weights say; the states are mixed after each block."""
     config, mixer, segments = model.config, model.hybrid_mixer, model.segments
     native, last = config.embeddings == "native", config.num_blocks - 1
@@ -44,10 +47,7 @@ def run_all(model, inputs, weights, shared):
     for block in range(config.num_blocks):
         active, states = active_in(model, weights[block]), {}
         for name, weight in active.items():
-            if native and block == 0:
-                entering = own[name]
-            else:
-                entering = mixer(enter, block, name, state, weight)
+            entering = own[name] if native and block == 0 else mixer(enter, block, name, state, weight)
             states[name] = segments.segment(name, block)(entering, *inputs.around(name, block))
         if native and block == last:
             state = mix_native(model, weights[block], states) if shared or inputs.keep else None
@@ -59,14 +59,14 @@ def run_all(model, inputs, weights, shared):
     return Pass(states, weights, state, tuple(boundaries) if inputs.keep else None)
 
 
-def mix_embeddings(model, input_ids):
+def mix_embeddings(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """h_0 = sum_k alpha_1k * pad(E_k[x], d): [batch, time, d]."""
     active = active_in(model, mixture_rows(model)[0])
     own = model.together([model.embed(name, input_ids) for name in active])
     return weighted_sum(list(active.values()), [resize(one, model.config.hidden_size) for one in own])
 
 
-def mixed_inputs(model, inputs):
+def mixed_inputs(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     """h_0 [batch, time, d], which all first segments read where embeddings are mixed."""
     state = mix_embeddings(model, inputs.ids) if inputs.embeds is None else inputs.embeds
     if state.shape[-1] != model.config.hidden_size:

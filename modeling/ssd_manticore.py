@@ -10,6 +10,8 @@ and builds its decays by sums over three dimensions. Here chunks are short, prod
 decays come from cumulative sums in float64, so that they are exact where many steps cancel.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -102,7 +104,8 @@ def _chunk_scan(x, dt, A, B, C, initial_state, chunk):
 # ---- in the place of Transformers' functions, see mixers_manticore ---------------------------------------------------
 
 
-def make_chunk_scan(upstream):
+def make_chunk_scan(upstream: Callable) -> Callable:
+    """What runs in the place of Transformers' `mamba2_chunk_scan`: on the CPU `chunk_scan`."""
     plain = plain_of(upstream)
 
     def mamba2_chunk_scan(
@@ -125,10 +128,8 @@ def make_chunk_scan(upstream):
             kwargs |= {"D": D, "dt_bias": dt_bias, "initial_states": initial_states, "dt_softplus": dt_softplus}
             kwargs |= {"dt_limit": dt_limit, "return_final_states": return_final_states}
             return other(hidden_states, dt, A, B, C, chunk_size, **kwargs)
-        if dt_bias is not None:
-            dt = dt + dt_bias.to(dt.dtype)
-        if dt_softplus:
-            dt = F.softplus(dt)
+        dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+        dt = F.softplus(dt) if dt_softplus else dt
         dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
         y, last_state = chunk_scan(hidden_states, dt, A, B, C, initial_states)
         y = y.contiguous()  # some mixers (FalconH1) view it in another shape
@@ -139,7 +140,8 @@ def make_chunk_scan(upstream):
     return mamba2_chunk_scan
 
 
-def make_step(upstream):
+def make_step(upstream: Callable) -> Callable:
+    """What runs in the place of Transformers' `mamba2_selective_state_update`: it also observes `dt_limit`."""
     plain, kernel = plain_of(upstream), has_kernel(upstream)
 
     def mamba2_selective_state_update(
@@ -149,10 +151,8 @@ def make_step(upstream):
         if dt_limit is not None and (dt_limit[0] > 0.0 or dt_limit[1] != float("inf")):
             # All channels of a head have one step size, as a view that kernels recognise by its strides and we keep
             step = dt[..., 0].float() if use_kernel else dt[..., 0]  # as in the scan: kernels compute it in float32
-            if dt_bias is not None:
-                step = step + dt_bias[..., 0].to(step.dtype)
-            if dt_softplus:
-                step = F.softplus(step)
+            step = step if dt_bias is None else step + dt_bias[..., 0].to(step.dtype)
+            step = F.softplus(step) if dt_softplus else step
             dt = step.clamp(*dt_limit)[..., None].expand_as(dt)
             # Zeros and no None: the kernel asks a bias for its strides
             dt_bias = None if dt_bias is None else step.new_zeros(1, 1).expand_as(dt_bias)

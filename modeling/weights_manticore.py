@@ -49,7 +49,7 @@ class Renamer:
         packed: Transformers' quantiser of a checkpoint that is quantised: it has names of its own for what it packs.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: str | None = None, packed: object | None = None):
+    def __init__(self, model: PreTrainedModel, prefix: str | None = None, packed: object | None = None) -> None:
         self.transforms = _sorted(get_model_conversion_mapping(model))
         self.packed = None if packed is None else _sorted(get_model_conversion_mapping(model, None, packed))
         self.known = model.state_dict(keep_vars=True)
@@ -75,9 +75,8 @@ def tie_groups(model: PreTrainedModel) -> dict[str, set]:
     """Key -> the keys of its tie group (itself included)."""
     groups = {}
     for target, source in (model.all_tied_weights_keys or {}).items():
-        group = groups.setdefault(source, {source})
+        groups[target] = group = groups.setdefault(source, {source})
         group.add(target)
-        groups[target] = group
     return groups
 
 
@@ -129,10 +128,9 @@ class ReferencedWeights:
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # Private hook of Transformers (pinned >=5.24,<6; a test checks its signature): the one place where tensors
         # from several repositories can be merged before dtype, device map and quantisation are applied.
+        load = PreTrainedModel._load_pretrained_model
         if getattr(model, "_hf_peft_config_loaded", False):  # an adapter's own tensors, for a hybrid that is loaded
-            return PreTrainedModel._load_pretrained_model(
-                model, state_dict, checkpoint_files, load_config, expected_keys
-            )
+            return load(model, state_dict, checkpoint_files, load_config, expected_keys)
         hub = dict(load_config.download_kwargs or {})
         model._component_cache_dir = hub.get("cache_dir")
         with contextlib.ExitStack() as stack:
@@ -162,9 +160,7 @@ class ReferencedWeights:
                 expected_keys = None if expected_keys is None else list(rename.known)
             ignored = load_config.ignore_mismatched_sizes
             guard().checkpoint(model, state_dict, rename, ties, quantizer, ignored)
-            info, offloaded = PreTrainedModel._load_pretrained_model(
-                model, state_dict, checkpoint_files, load_config, expected_keys
-            )
+            info, offloaded = load(model, state_dict, checkpoint_files, load_config, expected_keys)
         patterns = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
         missing = {key for key in info.missing_keys if ties.get(key, {key}) <= set(info.missing_keys)}
         missing -= {key for key in missing if model.starts_anew(key) or any(p.search(key) for p in patterns)}
@@ -294,8 +290,7 @@ class ReferencedWeights:
 
         Without a transplanted vocabulary's embedding and head. ManticoreError if it cannot be read.
         """
-        hub = {"cache_dir": getattr(self, "_component_cache_dir", None)}
-        prefix = entry["name"] + "."
+        hub, prefix = {"cache_dir": getattr(self, "_component_cache_dir", None)}, entry["name"] + "."
         try:
             files = component_files(entry, {**hub, "local_files_only": True})
         except ManticoreError:

@@ -13,7 +13,8 @@ import manticore_hf
 from manticore_hf.training.recipe import Recipe
 
 # `main` of a command is described by the command line.
-ROOMS = "compare compose demo evaluation experiments families hub kernels plan report testing training utils".split()
+ROOMS = "app compare compose demo evaluation experiments families hub kernels modeling plan report testing".split()
+ROOMS += ["training", "utils"]
 ROOMS = [f"manticore_hf.{room}" for room in ROOMS]
 # Of modules that import neither torch nor datasets, so that a command's help is quick
 LATER = {
@@ -46,7 +47,8 @@ def functions_of(name, value):
             type(one), lambda f: f
         )(one)
         made = key == "__init__" and dataclasses.is_dataclass(value)
-        own = inspect.isfunction(one) and one.__module__ == value.__module__
+        # A property that is a lambda is another name for what is described elsewhere
+        own = inspect.isfunction(one) and one.__module__ == value.__module__ and one.__name__ != "<lambda>"
         if own and (not key.startswith("_") or key == "__init__" and not made):
             found.append((f"{name}.{key}", one))
     return found
