@@ -1,4 +1,4 @@
-"""What each stage starts from and may be told: dataclasses that command line, recipes and plans read.
+"""What each stage starts from and can be given: dataclasses that command line, recipes and plans read.
 
 Imports neither torch nor Transformers: a command's help is printed before they are.
 """
