@@ -147,6 +147,7 @@ BASELINES = {
     "lra-small": "llama|mamba|ensemble of the two",
     "mad-program": "llama alone|mamba alone",
     "composition": "adder tuned|table tuned|gate tuned|merge 2 tuned|self-bridge",
+    "recall": "recall tuned|copying tuned|gate tuned|merge 3 tuned|self-bridge|LoRA",
     "glossary": "dictionary tuned|glossary tuned|gate tuned|self-bridge|LoRA",
     "calibration": "baseline, untrained: plain ensemble|baseline, untrained: Llama alone",
     "calibration-fixed": "baseline, untrained: plain ensemble|baseline, untrained: Llama alone",

@@ -96,14 +96,25 @@ def mean(runs: list[dict], key: str) -> float:
     return sum(run[key] for run in runs) / len(runs)
 
 
+def by_keys(load: Load, name: str) -> Rows:
+    """Of every condition, what it answers on keys that it was not trained on and on the others; the best in bold."""
+    rows, found = [["joined by", "weights trained", "unseen keys", "each seed", "trained keys"]], composed(load, name)
+    best = max(mean(runs, "unseen") for runs in found.values())
+    for condition, runs in found.items():
+        each, unseen = ", ".join(f"{run['unseen']:.3f}" for run in runs), mean(runs, "unseen")
+        cells = [bold(f"{unseen:.3f}", unseen == best), each, f"{mean(runs, 'trained'):.3f}"]
+        rows.append([condition, f"{runs[0]['trained_parameters']:,}" if runs[0]["steps"] else "none", *cells])
+    return rows
+
+
 @table("composition")
 def composition(load: Load) -> Rows:
-    rows = [["joined by", "weights trained", "unseen keys", "each seed", "trained keys"]]
-    for name, runs in composed(load).items():
-        each = ", ".join(f"{run['unseen']:.3f}" for run in runs)
-        cells = [bold(f"{mean(runs, 'unseen'):.3f}", name == "linear bridge"), each, f"{mean(runs, 'trained'):.3f}"]
-        rows.append([name, f"{runs[0]['trained_parameters']:,}", *cells])
-    return rows
+    return by_keys(load, "composition")
+
+
+@table("recall")
+def recall(load: Load) -> Rows:
+    return by_keys(load, "recall")
 
 
 @table("glossary")
@@ -137,22 +148,33 @@ def glossary_values(load: Load) -> Values:
     yield "glossary.seeds", "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
+def keys_values(load: Load, name: str) -> Values:
+    """Of a task of keys: what each condition answers on unseen keys, and what no bridge does better than."""
+    found = composed(load, name)
+    for condition, runs in found.items():
+        yield f"{name}.{condition.replace(' ', '-')}", f"{mean(runs, 'unseen'):.3f}"
+    told = ("linear", "attention", "calibrated", "quiet")
+    others = [run["unseen"] for condition, runs in found.items() if not condition.startswith(told) for run in runs]
+    yield f"{name}.others", f"{max(others):.3f}"
+    seeds = len(found["linear bridge"])
+    yield f"{name}.runs", "one seed" if seeds == 1 else f"{seeds} seeds"
+    alone = load(name)["components"]
+    yield from ((f"{name}.{one}.alone", f"{min(run[one] for run in alone):.3f}") for one in alone[0] if one != "seed")
+    yield f"{name}.keys", str(load(name)["task"]["num_keys"])
+    yield f"{name}.steps", str(found["linear bridge"][0]["steps"])
+
+
 @values
 def composition_values(load: Load) -> Values:
-    found = composed(load)
-    for name, runs in found.items():
-        yield f"composition.{name.replace(' ', '-')}", f"{mean(runs, 'unseen'):.3f}"
-    told = ("linear", "attention", "calibrated")
-    others = [run["unseen"] for name, runs in found.items() if not name.startswith(told) for run in runs]
-    yield "composition.others", f"{max(others):.3f}"
-    yield "composition.gate-tuned.trained", f"{mean(found['gate tuned'], 'trained'):.3f}"
-    yield "composition.table-tuned.trained", f"{mean(found['table tuned'], 'trained'):.3f}"
-    yield "composition.seeds", str(len(found["linear bridge"]))
-    alone = load("composition")["components"]
-    yield from ((f"composition.{name}.alone", f"{min(one[name] for one in alone):.3f}") for name in ("table", "adder"))
-    task = load("composition")["task"]
-    yield "composition.keys", str(task["num_keys"])
-    yield "composition.steps", str(found["linear bridge"][0]["steps"])
+    yield from keys_values(load, "composition")
+    for condition in ("gate tuned", "table tuned"):
+        runs = composed(load)[condition]
+        yield f"composition.{condition.replace(' ', '-')}.trained", f"{mean(runs, 'trained'):.3f}"
+
+
+@values
+def recall_values(load: Load) -> Values:
+    yield from keys_values(load, "recall")
 
 
 @values
