@@ -222,7 +222,7 @@ def test_what_is_kept_for_the_report_is_what_is_printed():
     untuned = demo._beside_one_block(frozen, frozen)
     assert sorted(untuned) == sorted(["ensemble", "hybrid, 1 block, gate trained", *originals])
     shown = demo._beside_one_block(tuned, frozen)
-    untuned = "ensemble of the untuned components"  # a baseline of the tuned hybrid, too
+    untuned = "untuned ensemble"  # a baseline of the tuned hybrid, too
     assert sorted(shown) == sorted(["neox_prose, tuned alone", "hybrid, 1 block, tuned jointly", untuned, *originals])
     found = demo._measured(shown, test).to_dict("hybrid, 1 block, tuned jointly")
     assert found["losses"] == {name: pytest.approx(nats["code"][0] / 5) for name, nats in shown.items()}

@@ -205,11 +205,7 @@ def _beside_one_block(rows, frozen):
     names = [repo.replace("-", "_") for repo in KINDS]
     shown = {row: nats for row, nats in rows.items() if row == own or not row.startswith("hybrid")}
     originals = {ORIGINAL.format(name): frozen[name] for name in names}
-    untuned = {
-        f"{name} of the untuned components": frozen[name]
-        for name in ("ensemble", ONLINE)
-        if name in frozen.keys() - rows.keys()
-    }
+    untuned = {f"untuned {name}": frozen[name] for name in ("ensemble", ONLINE) if name in frozen.keys() - rows.keys()}
     return {**{row: nats for row, nats in shown.items() if row not in names}, **untuned, **originals}
 
 
