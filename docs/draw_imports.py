@@ -7,14 +7,14 @@ The drawing is between two comments, `<!-- imports: made by docs/draw_imports.py
 """
 
 import ast
-import re
 import sys
 from pathlib import Path
+
+from generated import with_part, write
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "CONTRIBUTING.md"
 SOURCES = {"manticore_hf": ROOT / "manticore_hf", "manticore_hf.modeling": ROOT / "modeling"}
-START, END = "<!-- imports: made by docs/draw_imports.py -->", "<!-- end -->"
 NOT_DRAWN = {None, "_version", "old_modules"}  # the package itself, a constant, a table: no rooms
 
 
@@ -100,18 +100,12 @@ def drawing() -> str:
 
 def page() -> str:
     """The page with its drawing as it should be."""
-    text = PAGE.read_text(encoding="utf-8")
-    found = re.search(f"(?s){re.escape(START)}\n.*?\n{re.escape(END)}", text)
-    return text[: found.start()] + f"{START}\n\n```mermaid\n{drawing()}\n```\n\n{END}" + text[found.end() :]
+    return with_part(PAGE, "imports", "draw_imports.py", f"```mermaid\n{drawing()}\n```")
 
 
 def main(argv=None) -> int:
     """Writes the page, or with `--check` compares it; returns the exit status."""
-    text = page()
-    if "--check" in (sys.argv[1:] if argv is None else argv):
-        return 0 if PAGE.read_text(encoding="utf-8") == text else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write({PAGE: page()}, argv)
 
 
 if __name__ == "__main__":

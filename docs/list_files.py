@@ -7,6 +7,8 @@ import ast
 import sys
 from pathlib import Path
 
+from generated import write
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "files.md"
 HEAD = """# Files
@@ -45,11 +47,7 @@ def page() -> str:
 
 def main(argv=None) -> int:
     """Writes the page, or with `--check` compares it; returns the exit status."""
-    text = page()
-    if "--check" in (sys.argv[1:] if argv is None else argv):
-        return 0 if PAGE.read_text(encoding="utf-8") == text else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write({PAGE: page()}, argv)
 
 
 if __name__ == "__main__":

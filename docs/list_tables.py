@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from generated import with_part, write
+
 from manticore_hf.training.stages import STAGES
 from manticore_hf.utils.settings import CHOICES, PRESETS, HybridSettings
 
@@ -56,21 +58,13 @@ def _table(heads, rows):
 
 def page(name: str) -> str:
     """A page's text with its table as it should be."""
-    start, end = f"<!-- {name}: made by docs/list_tables.py -->", "<!-- end -->"
-    text = PAGES[name].read_text(encoding="utf-8")
     table = {"settings": settings, "stages": stages}[name]()
-    found = re.search(f"(?s){re.escape(start)}\n.*?\n{re.escape(end)}", text)
-    return text[: found.start()] + f"{start}\n\n{table}\n\n{end}" + text[found.end() :]
+    return with_part(PAGES[name], name, "list_tables.py", table)
 
 
 def main(argv=None) -> int:
     """Writes the pages, or with `--check` compares them; returns the exit status."""
-    made = {name: page(name) for name in PAGES}
-    if "--check" in (sys.argv[1:] if argv is None else argv):
-        return int(any(PAGES[name].read_text(encoding="utf-8") != text for name, text in made.items()))
-    for name, text in made.items():
-        PAGES[name].write_text(text, encoding="utf-8")
-    return 0
+    return write({PAGES[name]: page(name) for name in PAGES}, argv)
 
 
 if __name__ == "__main__":
