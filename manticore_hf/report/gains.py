@@ -27,12 +27,12 @@ def gains(facts: Facts) -> tuple[dict[str, list[float | None]], str]:
     if run is None:
         return {}, "bits per byte"
     names = [name for name in sorted(run.losses, key=run.losses.get) if name != run.own]
-    if run.differences:
-        return {name: list(run.differences[name]) for name in names if name in run.differences}, "bits per byte"
     known = set(run.bits) == set(run.losses)
     losses = run.bits if known else run.losses
-    return {name: [losses[name] - losses[run.own], None, None] for name in names}, (
-        "bits per byte" if known else "nats per token"
+    found = {name: [losses[name] - losses[run.own], None, None] for name in names if known or not run.differences}
+    found |= {name: list(run.differences[name]) for name in names if name in run.differences}
+    return {name: found[name] for name in names if name in found}, (
+        "bits per byte" if known or run.differences else "nats per token"
     )
 
 

@@ -241,19 +241,20 @@ def say(row: Mapping[str, Any], hybrid: Mapping[str, Any]) -> str:
     )
 
 
-def say_difference(row: Mapping[str, Any], seeds: bool = True) -> str:
-    """How much better the hybrid is than a row's model, in nats per token with the interval, as text.
+def say_difference(row: Mapping[str, Any], seeds: bool = True, digits: int = 3) -> str:
+    """How much better the hybrid is than a row's model, with the interval, as text.
 
     Args:
-        row: Of a comparison, or one with what is known of a run.
+        row: Of a comparison, or one with what is known of a run; in any unit.
         seeds: Whether seeds matter: without an interval it then says that there is one.
+        digits: Decimals.
     """
     value, pair = row["difference"], row.get("difference_interval")
     if value is None:
         return "not known"
     if pair:
-        return f"{signed(value)} ({signed(pair[0])} to {signed(pair[1])})"
-    return signed(value) + (" (one seed)" if seeds else "")
+        return f"{signed(value, digits)} ({signed(pair[0], digits)} to {signed(pair[1], digits)})"
+    return signed(value, digits) + (" (one seed)" if seeds else "")
 
 
 def perplexity(loss: float) -> str:

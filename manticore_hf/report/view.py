@@ -11,7 +11,7 @@ from manticore_hf.report.gains import gains, is_one_model, phrases
 from manticore_hf.report.one_run import one_run
 from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_difference
 from manticore_hf.utils.claims import ORIGINAL
-from manticore_hf.utils.formatting import listed, plural, short_bytes, short_count, short_duration, signed
+from manticore_hf.utils.formatting import listed, plural, short_bytes, short_count, short_duration
 
 _ON_TOP = 8
 _CARD = 520  # width of the chart in its card, about that of the card on a page of 1,100 pixels
@@ -86,9 +86,16 @@ def _standing(facts):
         own, note, by_kind = run.own, run.note, run.by_kind
         note += "".join(f" {name}: not measured. {why}" for name, why in run.missing.items())
         note += "".join(f" {notice}" for notice in facts.notices)
-        found = [(name, loss, run.bits.get(name), _difference(run, name)) for name, loss in run.losses.items()]
-    all_found = found = sorted(found, key=lambda one: one[1])
+        found = [(name, loss, run.bits.get(name), {}) for name, loss in run.losses.items()]
+    found.sort(key=lambda one: one[1])
     gained, unit = gains(facts)
+    digits = 4 if unit.startswith("bits") else 3
+
+    def difference(name):
+        gain, *ends = gained.get(name, (None,) * 3)
+        row = {"difference": gain, "difference_interval": None if None in ends else ends}
+        return say_difference(row, not facts.untrained, digits)
+
     rows = [
         {
             "name": name,
@@ -96,7 +103,7 @@ def _standing(facts):
             "loss": f"{loss:.3f}",
             "bits": "–" if bits is None else f"{bits:.4f}",
             "perplexity": perplexity(loss),
-            "difference": "" if name == own else _gained(gained.get(name), unit, row, facts),
+            "difference": "" if name == own else difference(name),
             "needs": row.get("needs", ""),
             "by_kind": [f"{bits[name]:.4f}" if name in bits else "–" for bits in by_kind.values()],
         }
@@ -113,31 +120,11 @@ def _standing(facts):
         "rows": shown,
         "all": rows,
         "chart": chart,
-        "sure": any(row.get("difference_interval") for *_, row in all_found),
+        "sure": any(None not in ends for _, *ends in gained.values()),
         "kinds": list(by_kind),
         "unit": unit,
         "split": _split(by_kind, own),
     }
-
-
-def _gained(found, unit, row, facts):
-    """How much better the hybrid is than a baseline, as the chart has it: in one unit, with the interval."""
-    if found is None:
-        return say_difference(row, not facts.untrained)
-    gain, low, high = (None if one is None else signed(one, 4 if unit.startswith("bits") else 3) for one in found)
-    if low is not None:
-        return f"{gain} ({low} to {high})"
-    return gain if facts.untrained else f"{gain} (one seed)"
-
-
-def _difference(run, name):
-    """How a baseline of one run differs from the hybrid, in nats per token, as a row of a comparison has it."""
-    out = {"difference": run.losses[name] - run.losses[run.own], "difference_interval": None}
-    known = run.differences.get(name)
-    if known and None not in known and run.bits.get(run.own):
-        unit = run.losses[run.own] / run.bits[run.own]  # nats per token of a bit per byte: all is of one text
-        out["difference_interval"] = [unit * end for end in known[1:]]
-    return out
 
 
 def _split(by_kind, own):
