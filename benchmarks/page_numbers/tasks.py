@@ -96,6 +96,23 @@ def mean(runs: list[dict], key: str) -> float:
     return sum(run[key] for run in runs) / len(runs)
 
 
+def without_bridges(found: dict[str, list[dict]]) -> list[dict]:
+    """The runs of all baselines: of every condition in which no bridge leads from the other model."""
+    bridges = ("linear", "attention", "calibrated", "quiet")
+    return [run for condition, runs in found.items() if not condition.startswith(bridges) for run in runs]
+
+
+def seeds_of(found: dict[str, list[dict]]) -> str:
+    seeds = len({run["seed"] for runs in found.values() for run in runs})
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def alone_values(load: Load, name: str) -> Values:
+    """What each component does alone, in its worst seed."""
+    alone = load(name)["components"]
+    yield from ((f"{name}.{one}.alone", f"{min(run[one] for run in alone):.3f}") for one in alone[0] if one != "seed")
+
+
 def by_keys(load: Load, name: str) -> Rows:
     """Of every condition, what it answers on keys that it was not trained on and on the others; the best in bold."""
     rows, found = [["joined by", "weights trained", "unseen keys", "each seed", "trained keys"]], composed(load, name)
@@ -137,15 +154,12 @@ def glossary_values(load: Load) -> Values:
     for name, runs in found.items():
         for key in ("unseen", "known", "trained"):
             yield f"glossary.{name.replace(' ', '-').replace(',', '')}.{key}", f"{mean(runs, key):.3f}"
-    bridges = ("linear", "attention", "calibrated", "quiet")
-    others = [run for name, runs in found.items() if not name.startswith(bridges) for run in runs]
+    others = without_bridges(found)
     yield "glossary.others", f"{max(run[key] for run in others for key in ('unseen', 'known')):.3f}"
-    alone, names = load("glossary")["components"], ("glossary", "dictionary")
-    yield from ((f"glossary.{name}.alone", f"{min(one[name] for one in alone):.3f}") for name in names)
+    yield from alone_values(load, "glossary")
     yield "glossary.names", str(load("glossary")["task"]["num_keys"])
     yield "glossary.steps", str(found["gate tuned"][0]["steps"])
-    seeds = len({run["seed"] for runs in found.values() for run in runs})
-    yield "glossary.seeds", "one seed" if seeds == 1 else f"{seeds} seeds"
+    yield "glossary.seeds", seeds_of(found)
 
 
 def keys_values(load: Load, name: str) -> Values:
@@ -153,13 +167,9 @@ def keys_values(load: Load, name: str) -> Values:
     found = composed(load, name)
     for condition, runs in found.items():
         yield f"{name}.{condition.replace(' ', '-')}", f"{mean(runs, 'unseen'):.3f}"
-    told = ("linear", "attention", "calibrated", "quiet")
-    others = [run["unseen"] for condition, runs in found.items() if not condition.startswith(told) for run in runs]
-    yield f"{name}.others", f"{max(others):.3f}"
-    seeds = len(found["linear bridge"])
-    yield f"{name}.runs", "one seed" if seeds == 1 else f"{seeds} seeds"
-    alone = load(name)["components"]
-    yield from ((f"{name}.{one}.alone", f"{min(run[one] for run in alone):.3f}") for one in alone[0] if one != "seed")
+    yield f"{name}.others", f"{max(run['unseen'] for run in without_bridges(found)):.3f}"
+    yield f"{name}.seeds", seeds_of(found)
+    yield from alone_values(load, name)
     yield f"{name}.keys", str(load(name)["task"]["num_keys"])
     yield f"{name}.steps", str(found["linear bridge"][0]["steps"])
 
