@@ -46,11 +46,9 @@ def pytest_configure(config):
 def pytest_itemcollected(item):
     """`@pytest.mark.quick(every=n)`: of a test's cases that are not slow, each n-th stays quick, from the first on."""
     mark = item.get_closest_marker("quick")
-    if (
-        mark
-        and not item.get_closest_marker("slow")
-        and next(_CASES[item.path, item.originalname]) % mark.kwargs["every"]
-    ):
+    if mark is None or item.get_closest_marker("slow"):
+        return
+    if next(_CASES[item.path, item.originalname]) % mark.kwargs["every"]:
         item.add_marker("slow")
 
 

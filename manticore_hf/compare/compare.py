@@ -91,11 +91,11 @@ class Comparison:
     def _check_held_out(self, recipe):
         """Raises where the test text is what the recipe trains on."""
         test = os.path.realpath(self.arguments.test)
-        for data in (self.recipe.data, *(settings.get("data") for _, settings in self.recipe.stages)):
-            if data and os.path.isfile(test) and os.path.realpath(data["data"]) == test:
-                raise ManticoreError(
-                    f"--test {self.arguments.test} is the text that {recipe} trains on: give text that was kept back."
-                )
+        texts = (self.recipe.data, *(settings.get("data") for _, settings in self.recipe.stages))
+        if os.path.isfile(test) and test in {os.path.realpath(data["data"]) for data in texts if data}:
+            raise ManticoreError(
+                f"--test {self.arguments.test} is the text that {recipe} trains on: give text that was kept back."
+            )
 
     def _check_aligned(self):
         """Raises where a contender could not be made of components that read text by tokenizers of their own."""

@@ -44,9 +44,8 @@ def install(package: str, modules: dict[str, str]) -> None:
             room.
     """
     if not any(isinstance(finder, OldNames) and finder.package == package for finder in sys.meta_path):
-        sys.meta_path.insert(
-            0, OldNames(package, modules)
-        )  # before the folders: `tasks.mad` is now a folder's name too
+        # Before the folders: `tasks.mad` is now a folder's name too
+        sys.meta_path.insert(0, OldNames(package, modules))
 
 
 def warn_renamed(old: str, new: str) -> None:
