@@ -18,8 +18,13 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from manticore_hf.experiments.composition.models import conditions
-from manticore_hf.experiments.composition.train import TASKS, Composition, CompositionTraining, run_composition
+from manticore_hf.experiments.composition.conditions import conditions
+from manticore_hf.experiments.composition.train_composition import (
+    TASKS,
+    Composition,
+    CompositionTraining,
+    run_composition,
+)
 from manticore_hf.utils.files import read_json
 
 SIZES = {

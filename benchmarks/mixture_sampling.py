@@ -33,7 +33,7 @@ import torch
 from demo_pair import add_line, compose_pair, read_lines, rows_of, short_training
 from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.modeling.mixers_manticore import repair_mixers
-from manticore_hf.modeling.mixture_manticore import mix_prob, sureness
+from manticore_hf.modeling.mixture_manticore import confidence, mix_prob
 from manticore_hf.modeling.past_losses import GATE_DECAYS, LossGate, online_weights
 from manticore_hf.modeling.running_manticore import read_inputs, run
 from past_losses import known
@@ -180,7 +180,7 @@ def lags(model, rows):
 
 @torch.no_grad()
 def seen(model, rows):
-    """What a gate sees and earns: [(states, sureness, log-probabilities [time - 1, K] of the tokens that came)]."""
+    """What a gate sees and earns: [(states, confidence, log-probabilities [time - 1, K] of the tokens that came)]."""
     out, names = [], model.config.component_names
     for row in tqdm(rows, desc="Reading", unit="row"):
         ids = torch.tensor([row])
@@ -188,7 +188,7 @@ def seen(model, rows):
         states = run(model, inputs, shared=False).states
         logits = [model.segments.logits(name, states[name]) for name in names]
         came = [one.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]) for one in logits]
-        out.append(([states[name] for name in names], [sureness(one)[0] for one in logits], torch.cat(came, 1)))
+        out.append(([states[name] for name in names], [confidence(one)[0] for one in logits], torch.cat(came, 1)))
     return out
 
 

@@ -4,8 +4,8 @@
 
 For every setting (components and texts, most of them of `benchmarks/study.py`) a one-block hybrid is trained as a
 recipe would (gate, then everything) with each pair of loss weights and in each space, at two rates; and before any
-training the components are measured by `manticore_hf.training.strengths`, forward only. The question is whether the
-measurement says what is better. Every run is a line of the output; a killed benchmark goes on.
+training the components are measured by `manticore_hf.training.complementary_errors`, forward only. The question is
+whether the measurement says what is better. Every run is a line of the output; a killed benchmark goes on.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from manticore_hf import ManticoreForCausalLM, set_stage
 from manticore_hf.evaluation.data import pack
-from manticore_hf.training.strengths import WINDOW, difference_of_strengths
+from manticore_hf.training.complementary_errors import WINDOW, measure_complementary_errors
 from manticore_hf.utils.objective import ALIKE, DIFFERENT, SPECIALISTS
 
 BLOCK, BATCH = 256, 4
@@ -89,7 +89,9 @@ def run(name, seed, shared, work, done):
         )
 
     if (name, seed, "before") not in done and seed == 0:
-        measured = {w: difference_of_strengths(composed("prob"), train, tokens=16_384, window=w) for w in (32, 64, 256)}
+        measured = {
+            w: measure_complementary_errors(composed("prob"), train, tokens=16_384, window=w) for w in (32, 64, 256)
+        }
         untrained = {space: mixture_loss(composed(space), ids[:64]) for space in SPACES}
         strengths = {str(w): one.to_dict() for w, one in measured.items()}
         yield {"setting": name, "seed": seed, "run": "before", "strengths": strengths, "untrained": untrained}

@@ -18,7 +18,7 @@ import speed
 import torch
 import torch.nn.functional as F
 from manticore_hf.modeling import layer_stack_manticore, mixing_manticore, modeling_manticore, segments_manticore
-from manticore_hf.modeling.mixture_manticore import sureness, weighted_sum
+from manticore_hf.modeling.mixture_manticore import confidence, weighted_sum
 
 from manticore_hf.kernels.conv import causal_conv1d
 
@@ -43,7 +43,7 @@ def mixture(tokens, vocabulary, repeats):
 
     def ours():
         for one in logits:
-            sureness(one)
+            confidence(one)
         return weighted_sum(weights, logits)
 
     def spelled_out():

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from demo_pair import BLOCK, add_line, compose_pair, read_lines, rows_of
 from manticore_hf.modeling.gate_manticore import TokenGate
-from manticore_hf.modeling.mixture_manticore import sureness
+from manticore_hf.modeling.mixture_manticore import confidence
 from manticore_hf.modeling.past_losses import GATE_DECAYS, MOST, LossGate, decayed_sums, online_weights
 from torch import nn
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
@@ -84,7 +84,7 @@ def features(model, ids: torch.Tensor, static: bool) -> dict[str, torch.Tensor]:
             state = model.segments.segment(name, 0)(batch, None, torch.arange(BLOCK)[None])
             states.append(state[:, :-1])
             logits = model.segments.logits(name, states[-1])
-            sure.append(sureness(logits)[0])
+            sure.append(confidence(logits)[0])
             logprobs.append(logits.log_softmax(-1))
         names = batch[:, 1:, None]
         out["states"].append(torch.stack(states))

@@ -170,7 +170,7 @@ def estimate(case, device, processes=1):
         settings["dtype"] = settings.pop("train_dtype")
     settings["per_device_train_batch_size"] = case["batch"]
     if case["stage"] == "prune":
-        settings["route"] = PAIRS[case["pair"]][0][0]
+        settings["path"] = PAIRS[case["pair"]][0][0]
     subject = Subject("case", configuration(case), [(case["stage"], settings)])
     task = make_task(subject, case["stage"], settings, length=case["length"])
     planner = StagePlanner(task, Machine(processes, 10**15, 0.0, device))

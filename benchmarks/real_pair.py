@@ -22,7 +22,7 @@ import transformers
 from aligned import own_bits, windows
 from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.modeling.gate_manticore import TokenGate
-from manticore_hf.modeling.mixture_manticore import sureness
+from manticore_hf.modeling.mixture_manticore import confidence
 from manticore_hf.modeling.past_losses import GATE_DECAYS, LossGate, online_weights
 from past_losses import fit, known
 from tqdm import tqdm
@@ -86,7 +86,7 @@ def measure(hybrid, text, alone=True):
     for state, logits in zip(seen["states"], pair):
         state = state[0, first:-1].float()
         nats.append(-logits.gather(-1, ids[:, None]))
-        read += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), sureness(logits[None])[0][0]]
+        read += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), confidence(logits[None])[0][0]]
     return {
         "nats": torch.cat(nats, -1),
         "norms": torch.cat(norms),

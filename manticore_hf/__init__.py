@@ -28,11 +28,11 @@ if TYPE_CHECKING:  # the same as `_PUBLIC`, for editors
     from manticore_hf.modeling.configuration_manticore import ManticoreConfig
     from manticore_hf.modeling.settings_manticore import ManticoreError
     from manticore_hf.training.calibrate import calibrate_projectors
+    from manticore_hf.training.complementary_errors import choose_objective
     from manticore_hf.training.freezing import set_stage
     from manticore_hf.training.lora import lora_config, prompt_config, quantization_skips
-    from manticore_hf.training.prune import pick_route, prune
+    from manticore_hf.training.prune import pick_path, prune
     from manticore_hf.training.search import SearchArguments, SearchTrainer
-    from manticore_hf.training.strengths import choose_objective
 
 
 _PUBLIC = {
@@ -46,13 +46,13 @@ _PUBLIC = {
     "SearchArguments": "training.search",
     "SearchTrainer": "training.search",
     "calibrate_projectors": "training.calibrate",
-    "choose_objective": "training.strengths",
+    "choose_objective": "training.complementary_errors",
     "compose_transplanted": "compose.transplant",
     "convert": "compose.convert.convert",
     "prune": "training.prune",
     "lora_config": "training.lora",
     "measure_tokenizers": "compose.choose_tokenizer",
-    "pick_route": "training.prune",
+    "pick_path": "training.prune",
     "prompt_config": "training.lora",
     "publish": "hub.publish",
     "quantization_skips": "training.lora",
@@ -77,7 +77,7 @@ __all__ = [
     "prune",
     "lora_config",
     "measure_tokenizers",
-    "pick_route",
+    "pick_path",
     "prompt_config",
     "publish",
     "quantization_skips",
@@ -85,7 +85,7 @@ __all__ = [
 ]
 
 
-_old_name = renamed.old_names(__name__, {"harden": "prune"})
+_old_name = renamed.old_names(__name__, {"harden": "prune", "pick_route": "pick_path"})
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ from .bounds_manticore import guard
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import resize
 from .mixture_manticore import without_autocast
-from .rows_manticore import refuse_told
+from .rows_manticore import check_not_told
 from .running_manticore import Inputs, Pass, active_in, mix_native, mixture_rows, run_any, takes_turns
 from .segments_manticore import Head, Whole
 
@@ -122,7 +122,7 @@ class Aligner:
                 real = inputs.mask[:, -time:].flatten().tolist()
                 places = [[place for place in row if real[place]] for row in places]
         if len(places) > 1:
-            refuse_told(model, "adapter_names", f"component {name!r}, with its own tokenizer, reads in pieces")
+            check_not_told(model, "adapter_names", f"component {name!r}, with its own tokenizer, reads in pieces")
         rows = [Row() for _ in places]
         if inputs.cache is not None:
             rows = inputs.cache.readers.setdefault(name, rows)

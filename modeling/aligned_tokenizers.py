@@ -1,4 +1,4 @@
-"""The tokenizers of an aligned hybrid's components: from their pinned commits, checked like weights, code refused.
+"""The tokenizers of an aligned hybrid's components: from pinned commits, checked like weights, without remote code.
 
 A component's entry in the configuration records the SHA-256 of each of its tokenizer's files. The tokenizer of a
 component that has no address is kept in the hybrid's own directory.

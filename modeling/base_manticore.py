@@ -344,7 +344,7 @@ class ManticoreModel(ManticorePreTrainedModel):
 
     @property
     def _is_stateful(self):
-        """Whether drafts that are refused could not be taken back: of recurrent components, and of aligned ones."""
+        """Whether drafts that are rejected could not be taken back: of recurrent components, and of aligned ones."""
         return bool(self.config.aligned) or self.make_cache().is_recurrent
 
     def make_cache(

@@ -292,6 +292,6 @@ def cache_for_generation(
     length = max(max_cache_length, settings.max_cache_len or 0) if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None
     quantized = {"backend": "quanto", **(settings.cache_config or {})} if kind == "quantized" else None
     cache = model.make_cache(length, offloading, quantized)
-    if settings.is_assistant:  # what it drafts may be refused
+    if settings.is_assistant:  # what it drafts may be rejected
         cache.activate_past_recording()
     return cache

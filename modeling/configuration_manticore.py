@@ -45,7 +45,7 @@ class ManticoreConfig(PreTrainedConfig):
             (of a hybrid with several: `{"files": {file: its SHA-256}}`; else None).
         calibration: What the projectors were solved from (tokens and reference component), or None.
         objective: What of mixture_space and the loss weights is not given, but for the first training stage of a
-            one-block hybrid to choose, by whether the components' strengths differ: {"open": [...]}; then what it
+            one-block hybrid to choose, by how complementary the components' errors are: {"open": [...]}; then what it
             measured, {"chosen": [...], "gain": ...}. None: all is as given.
         route: One component name per block once pruned; None for a soft hybrid.
         manticore_version: Version of the repository layout.

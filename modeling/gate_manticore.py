@@ -39,12 +39,12 @@ class TokenGate(nn.Module):
         init.zeros_(self.linear.bias)
 
     def forward(self, *given: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
-        """states: K x [batch, time, d_k]; sureness: K x [batch, time, 2] -> [batch, time, K], summing to 1."""
+        """states: K x [batch, time, d_k]; confidence: K x [batch, time, 2] -> [batch, time, K], summing to 1."""
         with without_autocast(given[0][0].device.type):
             return self.scores(*given).softmax(-1)
 
-    def scores(self, states: list[torch.Tensor], sureness: list[torch.Tensor]) -> torch.Tensor:
+    def scores(self, states: list[torch.Tensor], confidence: list[torch.Tensor]) -> torch.Tensor:
         """W f_t + b [batch, time, K] of what `forward` is given."""
-        pairs = zip(map(widen, states), sureness)
+        pairs = zip(map(widen, states), confidence)
         features = [(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6), one) for x, one in pairs]
         return self.linear(torch.cat([part for pair in features for part in pair], -1))

@@ -167,7 +167,7 @@ def _make_conv(upstream):
         if other is not None:
             strides = hidden_states.stride()
             if strides[1] == 1 and (strides[0] % 8 or strides[2] % 8):
-                hidden_states = hidden_states.contiguous()  # causal-conv1d refuses such strides
+                hidden_states = hidden_states.contiguous()  # causal-conv1d raises on such strides
             # By name: what comes fourth in causal-conv1d is no activation
             return other(hidden_states, weight, bias=bias, activation=activation, **kwargs)
         y = _shared.causal_conv1d(hidden_states, weight, bias)

@@ -92,7 +92,7 @@ def mix_prob(weights: list, logits: list[torch.Tensor], norms: list[torch.Tensor
 
     Args:
         weights, logits: As in `weighted_sum`.
-        norms: What normalises each of the logits [batch, time, 1], where it is known (`sureness`).
+        norms: What normalises each of the logits [batch, time, 1], where it is known (`confidence`).
     """
     weights = [torch.as_tensor(_above_zero(w), device=x.device) for w, x in zip(weights, logits)]
     weights = [w.expand(*x.shape[:-1], 1) for w, x in zip(weights, logits)]
@@ -127,7 +127,7 @@ def without_autocast(kind: str) -> contextlib.AbstractContextManager:
 
 
 @torch.no_grad()
-def sureness(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def confidence(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What a gate may know of predictions [batch, time, vocabulary], and what normalises them.
 
     Returns:
@@ -142,15 +142,15 @@ def sureness(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with without_autocast(logits.device.type):
         for piece in rows.split(max(size, 1)):
             piece = widen(piece)
-            found = _sureness(piece) if at_hand else None
+            found = _confidence(piece) if at_hand else None
             if found is None or not found.isfinite().all():  # 0 times minus infinity is no number
-                found = _sureness(piece.clamp(min=torch.finfo(torch.float32).min))
+                found = _confidence(piece.clamp(min=torch.finfo(torch.float32).min))
             out.append(found)
     out = torch.cat(out).view(*logits.shape[:-1], 3)
     return out[..., :2], out[..., 2:]
 
 
-def _sureness(rows):
+def _confidence(rows):
     probs = rows.softmax(-1)  # the only exponential: with log p = x - c, the largest p gives c
     largest = probs.amax(-1).log()
     norm = rows.amax(-1) - largest

@@ -22,7 +22,7 @@ from .carried_manticore import optional
 from .configuration_manticore import ManticoreConfig
 from .devices_manticore import place
 from .mixing_manticore import HybridMixer, resize
-from .mixture_manticore import SPACES, sum_to_one, sureness, weighted_sum, widen
+from .mixture_manticore import SPACES, confidence, sum_to_one, weighted_sum, widen
 from .outputs_manticore import FIELDS, TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_by_trl, fused_output
 from .rows_manticore import check_mask
 from .running_manticore import active_in, read_inputs, run
@@ -150,7 +150,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             return own[0] if lag is None else lag.cut(own[0]), None
         token_weights = norms = None
         if self.config.mixture != "static" and not isinstance(weights[0], float):
-            sure, norms = zip(*[sureness(one) for one in own])
+            sure, norms = zip(*[confidence(one) for one in own])
             losses = [] if past is None else [past(own, norms)]
             if self.config.mixture == "online":
                 token_weights = optional("past_losses").mix_online(self.config, weights, *losses)

@@ -207,8 +207,8 @@ class LossGate(TokenGate):
         super().reset()
         init.zeros_(self.past.weight)
 
-    def scores(self, states: list[Tensor], sureness: list[Tensor], losses: Tensor) -> Tensor:
-        return super().scores(states, sureness) + self.past((losses - losses.mean(-2, keepdim=True)).flatten(-2))
+    def scores(self, states: list[Tensor], confidence: list[Tensor], losses: Tensor) -> Tensor:
+        return super().scores(states, confidence) + self.past((losses - losses.mean(-2, keepdim=True)).flatten(-2))
 
 
 class _WithoutBias(Float32Linear):

@@ -34,7 +34,7 @@ def has_values(*tensors: torch.Tensor | None) -> bool:
     return not traced and not any(x is not None and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
 
 
-def refuse_told(model: torch.nn.Module, word: str, why: str) -> None:
+def check_not_told(model: torch.nn.Module, word: str, why: str) -> None:
     """Raises ManticoreError where PEFT tells its layers `word` of each row of a batch; `why` it must not."""
     modules = [module for module in model.modules() if module._forward_pre_hooks]
     hooks = [(module, key, hook) for module in modules for key, hook in module._forward_pre_hooks.items()]

@@ -19,7 +19,7 @@ from .carried_manticore import optional
 from .configuration_manticore import ManticoreError
 from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import is_active, weighted_sum
-from .rows_manticore import IN_PARTS, Documents, Opt, check_mask, find_documents, has_values, refuse_told, run_cut
+from .rows_manticore import IN_PARTS, Documents, Opt, check_mask, check_not_told, find_documents, has_values, run_cut
 
 logger = logging.get_logger(__name__)
 
@@ -170,9 +170,9 @@ def run(model: PreTrainedModel, inputs: Inputs, shared: bool = True) -> Pass:
     """
     model.segments.follow()
     if any("adapter_names" in getattr(hook, "keywords", ()) for hook in model.hybrid_mixer._forward_pre_hooks.values()):
-        refuse_told(model, "adapter_names", "each has a full mixer (train_mixer=False: none), a batch one mixture")
+        check_not_told(model, "adapter_names", "each has a full mixer (train_mixer=False: none), a batch one mixture")
     if any(getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()):
-        refuse_told(model, "alora_offsets", "aLoRA counts tokens of rows that hybrids run in parts")
+        check_not_told(model, "alora_offsets", "aLoRA counts tokens of rows that hybrids run in parts")
     try:
         found = (optional("aligned_hybrid").run_aligned if model.config.aligned else run_any)(model, inputs, shared)
     except IndexError as err:
@@ -209,7 +209,7 @@ def run_any(model: PreTrainedModel, inputs: Inputs, shared: bool, weights: list 
     if inputs.documents is not None:
         if inputs.attentions is not None:
             raise ManticoreError(IN_PARTS)
-        refuse_told(model, "adapter_names", "rows with several documents, or padding inside, are run in another order")
+        check_not_told(model, "adapter_names", "rows with several documents, or padding inside, run in another order")
         return inputs.documents.run(lambda part: run_rows(model, part, shared, weights), inputs, takes_turns(model))
     cache, mask = inputs.cache, inputs.mask
     if cache is not None and cache.mask is not None and mask is None:

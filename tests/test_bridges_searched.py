@@ -107,7 +107,7 @@ def test_pruning_drops_bridges_that_weigh_less_than_none():
     none = prune(model)
     assert none.config.topology == "merge" and none.hybrid_mixer.bridges is None
     assert torch.equal(none(input_ids=ids).logits, model(input_ids=ids).logits)
-    for options in ({"route": "loss"}, {"route": "mamba"}, {"budget": 0.5}):
+    for options in ({"path": "loss"}, {"path": "mamba"}, {"budget": 0.5}):
         with pytest.raises(ManticoreError, match="only bridges are pruned, by their weights"):
             prune(model, **options)
 

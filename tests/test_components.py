@@ -21,8 +21,8 @@ from transformers import (
 
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM
 from manticore_hf.compose import components
-from manticore_hf.compose.convert import sources
-from manticore_hf.compose.convert.sources import find_source
+from manticore_hf.compose.convert import read_checkpoint
+from manticore_hf.compose.convert.read_checkpoint import find_source
 
 SMALL_BERT = dict(
     vocab_size=64,
@@ -96,7 +96,7 @@ def test_a_name_without_owner_is_asked_for_once(hub, monkeypatch, tmp_path):
 
     monkeypatch.setattr(HfApi, "model_info", unreachable)
     assert ManticoreForCausalLM.from_components(["old"]).config.num_blocks == 1  # which is in the cache
-    for module in (components, sources):
+    for module in (components, read_checkpoint):
         monkeypatch.setattr(module, "hf_hub_download", tried)
     for ask in (lambda: ManticoreForCausalLM.from_components(["gema"]), lambda: find_source("gema")):
         with pytest.raises(ManticoreError, match=r"there is no directory 'gema' here, .* service not known\)\.$"):

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from manticore_hf import ManticoreError
 from manticore_hf.cli import main
-from manticore_hf.experiments.composition import train
-from manticore_hf.experiments.composition.models import build, calibrate, conditions
+from manticore_hf.experiments.composition import train_composition
+from manticore_hf.experiments.composition.conditions import build, calibrate, conditions
 from manticore_hf.experiments.composition.texts import CHARACTERS, TEXTS, CompositionTask, generate, table
-from manticore_hf.experiments.composition.train import Composition, CompositionTraining
-from manticore_hf.experiments.models import from_scratch
+from manticore_hf.experiments.composition.train_composition import Composition, CompositionTraining
+from manticore_hf.experiments.scratch_models import from_scratch
 from manticore_hf.training.calibrate import RIDGES
 
 SMALL = CompositionTask(num_keys=40, num_table=300, num_sums=300, num_train=200, num_test=100, seed=5)
@@ -204,7 +204,7 @@ def test_all_conditions_run_are_printed_and_not_run_again(tmp_path, capsys, monk
         if name in names:
             assert f"{result['unseen']:13.3f}{result['trained']:14.3f}" in printed.split(f"\n{name} ")[1]
             assert result["steps"] == (0 if "untrained" in name else 2)
-    monkeypatch.setattr(train.Composition, "_arguments", lambda self: pytest.fail("something was trained"))
+    monkeypatch.setattr(train_composition.Composition, "_arguments", lambda self: pytest.fail("something was trained"))
     assert main([*command, *names]) == 0
     assert capsys.readouterr().out == printed
 
@@ -263,6 +263,6 @@ def test_what_a_component_can_alone_is_asked_of_it_alone(tmp_path, monkeypatch):
 
 def test_conditions_that_are_not_there_and_too_few_layers_raise(tmp_path):
     with pytest.raises(ManticoreError, match=r"\['bridges'\] are not conditions"):
-        train.run_composition(SMALL, tmp_path, only=["bridges"])
+        train_composition.run_composition(SMALL, tmp_path, only=["bridges"])
     with pytest.raises(ManticoreError, match="layers=2: 3 blocks"):
-        train.run_composition(SMALL, tmp_path, CompositionTraining(layers=2))
+        train_composition.run_composition(SMALL, tmp_path, CompositionTraining(layers=2))

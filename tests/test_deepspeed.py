@@ -215,7 +215,7 @@ def test_offloaded_or_otherwise_split(tmp_path, hybrids):
         write_json(tmp_path / f"{name}.json", {**own, "zero_optimization": {**ZERO3["zero_optimization"], **changes}})
         options = ["--deepspeed", tmp_path / f"{name}.json"]
         commands += [command("finetune", hybrids, "blocks1", tmp_path / name, 2, *options)]
-    healing = ["--deepspeed", tmp_path / "both.json", "--route", "neox,mamba"]
+    healing = ["--deepspeed", tmp_path / "both.json", "--path", "neox,mamba"]
     commands += [command("prune", hybrids, "blocks2", tmp_path / "distilled", 2, *healing)]
     in_two(tmp_path, commands)
     assert main(command("finetune", hybrids, "blocks1", tmp_path / "one", 1)) == 0
@@ -261,7 +261,7 @@ def test_a_recipe_by_accelerates_launcher(tmp_path, hybrids):
     steps = {"max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True}
     for batch in (1, 2):
         own = {**steps, "per_device_train_batch_size": batch}
-        stages = [{"pretrain": own}, {"finetune": own}, {"prune": {**own, "route": "loss"}}]
+        stages = [{"pretrain": own}, {"finetune": own}, {"prune": {**own, "path": "loss"}}]
         recipe = {
             "seed": 3, "components": [str(hybrids / name) for name in ("neox", "mamba")], "stages": stages,
             "hybrid": {"num_blocks": 2, "mixture": "static"}, "data": {"data": "text.txt", "block_size": 16},

@@ -30,7 +30,7 @@ STAGES = [
     {"pretrain": STEPS},
     {"search": {**STEPS, "strategy": "gaea", "alpha_learning_rate": 0.1}},
     {"finetune": {**STEPS, "component_max_norm": 0.1, "gradient_checkpointing": True}},
-    {"prune": {**STEPS, "route": "loss"}},
+    {"prune": {**STEPS, "path": "loss"}},
 ]
 FOLDERS = ["1-calibrate", "2-pretrain", "3-search", "4-finetune", "5-prune"]
 

@@ -6,7 +6,7 @@ import families
 import pytest
 import torch
 from manticore_hf.modeling.mixers_manticore import repair_mixers
-from manticore_hf.modeling.mixture_manticore import sureness
+from manticore_hf.modeling.mixture_manticore import confidence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
@@ -148,7 +148,7 @@ def test_a_hybrids_own_weights(tmp_path):
     scores = [torch.randn(2, 3, families.VOCABULARY, generator=drawn).bfloat16() for _ in states]
 
     def weigh(gate, states, scores):
-        return gate(states, [sureness(one)[0] for one in scores])
+        return gate(states, [confidence(one)[0] for one in scores])
 
     expected = weigh(copy.deepcopy(gate).double(), *[[one.double() for one in given] for given in (states, scores)])
     for autocast in (False, True):  # a gate in bfloat16 would round the weights to three digits

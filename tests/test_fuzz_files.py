@@ -30,7 +30,7 @@ from manticore_hf.compose.convert.gguf import load_gguf
 from manticore_hf.compose.convert.gguf_header import check_header, read_header
 from manticore_hf.compose.convert.gguf_tokenizer import read_gguf_tokenizer
 from manticore_hf.compose.convert.mamba_ssm import is_mamba_ssm, mamba_config
-from manticore_hf.compose.convert.sources import Source
+from manticore_hf.compose.convert.read_checkpoint import Source
 from manticore_hf.hub import provenance
 from manticore_hf.hub.card import read_results
 from manticore_hf.hub.card_merge import Card, choose, merge

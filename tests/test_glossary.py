@@ -18,7 +18,7 @@ from manticore_hf.experiments.composition.glossary import (
     glossary,
 )
 from manticore_hf.experiments.composition.texts import generate
-from manticore_hf.experiments.composition.train import Composition, CompositionTraining
+from manticore_hf.experiments.composition.train_composition import Composition, CompositionTraining
 
 SMALL = GlossaryTask(num_keys=160, num_table=300, num_sums=300, num_train=300, num_test=150, seed=5)
 SAYS = {"German": dict(zip(ENGLISH, GERMAN)), "French": dict(zip(ENGLISH, FRENCH))}

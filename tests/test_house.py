@@ -3,6 +3,7 @@
 import ast
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,11 @@ ALIGNED_MAY_IMPORT = {"numpy", "tokenizers"}  # which Transformers itself needs
 def test_every_room_has_a_floor():
     rooms = {room(name) for name in MODULES} - {None, "testing"}
     assert rooms == set().union(*FLOORS)
+
+
+def test_no_two_files_have_one_name():
+    names = Counter(path.name for path in (ROOT / "manticore_hf").rglob("*.py") if path.name[0] != "_")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - {"manticore_hf"}))

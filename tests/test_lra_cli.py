@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from manticore_hf import ManticoreError, ManticoreForSequenceClassification
 from manticore_hf.cli import main
 from manticore_hf.experiments import baselines, from_scratch, lra_task
-from manticore_hf.experiments.lra.train import pad
-from manticore_hf.experiments.models import scratch_config
+from manticore_hf.experiments.lra.train_lra import pad
+from manticore_hf.experiments.scratch_models import scratch_config
 
 TINY = "--hidden-size 32 --layers 2 --num-train-epochs 1 --batch-size 16 --num-train 48 --num-test 40".split()
 LISTOPS = "listops --min-len 5 --max-len 20 --max-depth 3".split()

@@ -111,7 +111,7 @@ def test_baselines_can_be_left_out(tmp_path):
 def test_the_old_names_of_baselines_are_taken_with_a_warning(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(baselines.Benchmark, "run", lambda self, families, wanted, *rest: seen.append(wanted) or [{}])
-    monkeypatch.setattr("manticore_hf.experiments.mad.train._print_table", lambda task, found: None)
+    monkeypatch.setattr("manticore_hf.experiments.mad.train_mad._print_table", lambda task, found: None)
     for option, new, wanted in (("--rivals", "--baselines", True), ("--no-rivals", "--no-baselines", False)):
         with pytest.warns(FutureWarning, match=f"manticore-hf mad: {option} is now {new}"):
             assert mad(tmp_path, "recall", "--hybrid", "llama,mamba", option) == 0

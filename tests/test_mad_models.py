@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from manticore_hf import ManticoreError
 from manticore_hf.experiments import CompressionModel, from_scratch, generate, hybrid_from_scratch, mad_task
-from manticore_hf.experiments.models import scratch_config
+from manticore_hf.experiments.scratch_models import scratch_config
 
 
 def encoder(kind):

@@ -209,7 +209,7 @@ stages:
 """
 FINETUNE = "  - finetune: {max_steps: 2, learning_rate: 0.01, save_strategy: 'no'}\n"
 ALL = f"  - calibrate: {{tokens: 1000}}\n{FINETUNE.replace('finetune', 'pretrain')}{FINETUNE}"
-ALL += "  - prune: {route: alpha, max_steps: 1, save_strategy: 'no'}\n"
+ALL += "  - prune: {path: alpha, max_steps: 1, save_strategy: 'no'}\n"
 
 
 @pytest.mark.parametrize("blocks,tasks,stages", [(2, ["recall", "compression"], ALL), (1, ["copying"], FINETUNE)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from manticore_hf.modeling import mixture_manticore
-from manticore_hf.modeling.mixture_manticore import mix_prob, sureness, weighted_sum
+from manticore_hf.modeling.mixture_manticore import confidence, mix_prob, weighted_sum
 
 
 def draw(*shape, seed=0):
@@ -92,7 +92,7 @@ def test_weights_that_do_not_depend_on_the_token(mix, weights):
 def test_the_arithmetic_mean_and_its_gradients(count):
     logits = [(5 * draw(2, 3, 7, seed=k)).requires_grad_() for k in range(count)]
     raw = draw(2, 3, count, seed=9).requires_grad_()
-    weights, norms = list(raw.softmax(-1).split(1, -1)), [sureness(one)[1] for one in logits]
+    weights, norms = list(raw.softmax(-1).split(1, -1)), [confidence(one)[1] for one in logits]
     ours = mix_prob(weights, logits)
     torch.testing.assert_close(mix_prob(weights, logits, norms), ours)
     plain = sum(raw.softmax(-1)[..., k, None] * one.softmax(-1) for k, one in enumerate(logits)).log()
@@ -133,10 +133,10 @@ def test_the_arithmetic_mean_leaves_what_is_frozen_alone(frozen):
 
 @pytest.mark.parametrize("shape", [(2, 3, 7), (1, 1, 5), (3, 50, 11), (2, 0, 7)])
 @pytest.mark.parametrize("piece", [1, 1 << 19])
-def test_sureness(shape, piece, monkeypatch):
+def test_confidence(shape, piece, monkeypatch):
     monkeypatch.setattr(mixture_manticore, "PIECE", piece)
     logits = draw(*shape).float().requires_grad_()
-    found, norm = sureness(logits)
+    found, norm = confidence(logits)
     assert found.shape == (*shape[:-1], 2) and found.dtype == torch.float32 and not found.requires_grad
     assert norm.shape == (*shape[:-1], 1) and not norm.requires_grad
     if not logits.numel():
@@ -147,9 +147,9 @@ def test_sureness(shape, piece, monkeypatch):
     torch.testing.assert_close(norm, logits.detach().logsumexp(-1, keepdim=True))
 
 
-def test_sureness_with_impossible_tokens():
+def test_confidence_with_impossible_tokens():
     logits = torch.tensor([[[0.0, -torch.inf, 0.0, 0.0]], [[5.0, -torch.inf, -torch.inf, -torch.inf]]])
-    found, norm = sureness(logits)
+    found, norm = confidence(logits)
     torch.testing.assert_close(found[:, 0, 0], torch.tensor([3.0, 1.0]).log())
     torch.testing.assert_close(norm, logits.logsumexp(-1, keepdim=True))
     assert (logits == -torch.inf).sum() == 4  # nothing was changed in place
@@ -161,5 +161,5 @@ def test_the_number_of_pieces_does_not_grow_with_the_text(monkeypatch):
     monkeypatch.setattr(torch.linalg, "vecdot", lambda *args: calls.append(1) or original(*args))
     for time in (100, 10_000):
         calls.clear()
-        sureness(torch.zeros(1, time, 3))
+        confidence(torch.zeros(1, time, 3))
         assert len(calls) <= mixture_manticore.PIECES

@@ -109,7 +109,7 @@ def test_a_recipe_whose_tokenizers_and_text_are_here(made, tmp_path, no_adapters
     for name, kind in (("llama", "gpt"), ("gpt_neox", "gemma")):
         tokenizer(kind).save_pretrained(tmp_path / name)
     (tmp_path / "text.txt").write_text(TEXT)
-    recipe = write_recipe(tmp_path, ["llama", "gpt_neox"], "[pretrain: {max_steps: 2}, prune: {route: alpha}]")
+    recipe = write_recipe(tmp_path, ["llama", "gpt_neox"], "[pretrain: {max_steps: 2}, prune: {path: alpha}]")
     assert main(["plan", str(recipe), "--memory", "2GB", "--output-dir", str(tmp_path / "out")]) == 0
     shown, plan = capsys.readouterr().out, json.loads((tmp_path / "out" / "plan.json").read_text())
     size = {name: getattr(made.config, name).vocab_size for name in made.config.component_names}
@@ -119,7 +119,7 @@ def test_a_recipe_whose_tokenizers_and_text_are_here(made, tmp_path, no_adapters
     pretrain, prune = plan["stages"]
     assert pretrain["choice"] and pretrain["trainable"] == plan["own_parameters"]
     assert prune["trainable"] == made.component("llama").num_parameters()
-    recipe.write_text(recipe.read_text().replace("route: alpha", "route: gpt_neox"))
+    recipe.write_text(recipe.read_text().replace("path: alpha", "path: gpt_neox"))
     with pytest.raises(ManticoreError, match="can be pruned to 'llama' alone"):
         make_plan(recipe)
 

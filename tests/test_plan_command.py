@@ -201,7 +201,7 @@ def test_every_stage(tmp_path, capsys):
     parts = save_configs(tmp_path, "llama", "mamba2")
     stages = (
         "[calibrate, pretrain: {max_steps: 10}, search: {strategy: gaea}, finetune: {bf16: true}, "
-        "prune: {route: alpha, activation_checkpointing: true}]"
+        "prune: {path: alpha, activation_checkpointing: true}]"
     )
     recipe = write_recipe(tmp_path, parts, stages, mixture="static", num_blocks=2)
     (tmp_path / "text.txt").write_text("x" * 4000)

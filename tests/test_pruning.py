@@ -1,4 +1,4 @@
-"""Pruned hybrids: what a route gives, what is left of the components, how routes are chosen and healed."""
+"""Pruned hybrids: what a path gives, what is left of the components, how paths are chosen and healed."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from manticore_hf import ComponentSpec, ManticoreError, ManticoreForCausalLM, lora_config
 from manticore_hf.cli import main
 from manticore_hf.training.distill import DistilTrainer
-from manticore_hf.training.prune import pick_route, prune, route_logits, segment_costs
+from manticore_hf.training.prune import path_logits, pick_path, prune, segment_costs
 from manticore_hf.training.trained_stages import last_whole_checkpoint  # noqa: I001
 
 WIRINGS = [
@@ -29,12 +29,12 @@ def close(got, wanted, atol=1e-5):
     torch.testing.assert_close(got, wanted, atol=atol, rtol=1e-5)
 
 
-def names_of(model, route):
-    return [model.config.component_names[k] for k in route]
+def names_of(model, path):
+    return [model.config.component_names[k] for k in path]
 
 
-def one_hot(model, route):
-    return [[float(i == k) for i in range(len(model.config.component_names))] for k in route]
+def one_hot(model, path):
+    return [[float(i == k) for i in range(len(model.config.component_names))] for k in path]
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +47,27 @@ def text():
 def test_a_change_of_component_is_the_soft_hybrids(settings):
     """Where every block changes component, the soft hybrid with one-hot weights is the twin."""
     soft, ids = hybrid("gpt_neox+mamba", num_blocks=3, **settings), tokens()
-    for route in ([0, 1, 0], [1, 0, 1]):
-        hard = prune(soft, names_of(soft, route))
-        soft.set_mixture_weights(one_hot(soft, route))
+    for path in ([0, 1, 0], [1, 0, 1]):
+        hard = prune(soft, names_of(soft, path))
+        soft.set_mixture_weights(one_hot(soft, path))
         close(hard(input_ids=ids).logits, soft(input_ids=ids).logits)
         soft.set_mixture_weights(None)
 
 
 @pytest.mark.quick(every=2)
 @pytest.mark.parametrize("settings", WIRINGS, ids=str)
-def test_every_route_gives_what_was_measured_for_it(settings, tmp_path):
+def test_every_path_gives_what_was_measured_for_it(settings, tmp_path):
     soft, ids = hybrid("gpt_neox+mamba", num_blocks=3, **settings), tokens()
     before = {key: value.clone() for key, value in soft.state_dict().items()}
-    for route in itertools.product(range(2), repeat=3):
-        names = names_of(soft, route)
+    for path in itertools.product(range(2), repeat=3):
+        names = names_of(soft, path)
         hard = prune(soft, names)
         logits = hard(input_ids=ids).logits
-        close(logits, route_logits(soft, names, ids), atol=1e-5)
+        close(logits, path_logits(soft, names, ids), atol=1e-5)
         if len(set(names)) == 1:
             assert torch.equal(logits, soft.component(names[0])(input_ids=ids).logits)
         # Two changes of component; under one wiring one change and none, too, which need less
-        if route == (1, 0, 1) or (not settings and route in ((1, 1, 1), (0, 0, 1))):
+        if path == (1, 0, 1) or (not settings and path in ((1, 1, 1), (0, 0, 1))):
             hard.save_pretrained(tmp_path / "x")
             assert torch.equal(ManticoreForCausalLM.from_pretrained(tmp_path / "x")(input_ids=ids).logits, logits)
     assert all(torch.equal(before[key], value) for key, value in soft.state_dict().items())
@@ -76,15 +76,15 @@ def test_every_route_gives_what_was_measured_for_it(settings, tmp_path):
 @pytest.mark.quick(every=2)
 @pytest.mark.parametrize("family", representatives(sorted(FAMILIES)))
 def test_every_family(family, tmp_path):
-    """Cached, padded, saved, trained: with every family at the beginning, in the middle and at the end of a route."""
+    """Cached, padded, saved, trained: with every family at the beginning, in the middle and at the end of a path."""
     other = "gpt2" if family == "llama" else "llama"
     parts = [ComponentSpec(tiny(family), name="one"), ComponentSpec(tiny(other, seed=1), name="two")]
     soft, ids = ManticoreForCausalLM.from_components(parts, num_blocks=3, verify=False), tokens()
     randomise(soft)
-    for route in (["one", "two", "one"], ["two", "one", "one"]):
-        hard = prune(soft, route)
+    for path in (["one", "two", "one"], ["two", "one", "one"]):
+        hard = prune(soft, path)
         logits = hard(input_ids=ids).logits
-        close(logits, route_logits(soft, route, ids), atol=1e-4)
+        close(logits, path_logits(soft, path, ids), atol=1e-4)
         greedy = hard.generate(ids, max_new_tokens=5, do_sample=False)
         assert torch.equal(greedy, hard.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False))
         padded = torch.cat([torch.zeros_like(ids[:, :2]), ids], 1)
@@ -99,7 +99,7 @@ def test_every_family(family, tmp_path):
     assert all("embed" in n or "wte" in n or "wpe" in n or "lm_head" in n for n in idle), idle
 
 
-def test_only_what_the_route_needs_is_left():
+def test_only_what_the_path_needs_is_left():
     soft = hybrid("gpt_neox+mamba", num_blocks=2)
     neox, mamba = soft.config.component_names
     hard = prune(soft, [neox, mamba])
@@ -121,10 +121,10 @@ def test_its_embeddings_are_those_of_the_component_that_reads(settings):
     """Also where the tokenizer's component, or the wider one, has lost its own."""
     parts = [ComponentSpec(tiny("gpt_neox"), name="one"), ComponentSpec(tiny("mamba", hidden_size=32), name="two")]
     soft, ids = ManticoreForCausalLM.from_components(parts, num_blocks=2, **settings), tokens()
-    for route in itertools.product(("one", "two"), repeat=2):
-        hard = prune(soft, list(route))
+    for path in itertools.product(("one", "two"), repeat=2):
+        hard = prune(soft, list(path))
         embeddings = hard.get_input_embeddings()
-        embeds, own = embeddings(ids), soft.component(route[0]).get_input_embeddings()
+        embeds, own = embeddings(ids), soft.component(path[0]).get_input_embeddings()
         width = own.weight.shape[1] if hard.config.embeddings == "native" else hard.config.hidden_size
         assert embeds.shape[-1] == embeddings.embedding_dim == width
         assert embeddings.num_embeddings == 99 and torch.equal(embeddings.weight, own.weight)
@@ -135,8 +135,8 @@ def test_tied_components():
     parts = [ComponentSpec(tiny("gemma2"), name="one"), ComponentSpec(tiny("gpt2", seed=1), name="two")]
     assert parts[0].source.config.tie_word_embeddings and parts[1].source.config.tie_word_embeddings
     soft, ids = ManticoreForCausalLM.from_components(parts, num_blocks=3), tokens()
-    for route in itertools.product(["one", "two"], repeat=3):
-        close(prune(soft, list(route))(input_ids=ids).logits, route_logits(soft, list(route), ids), atol=1e-5)
+    for path in itertools.product(["one", "two"], repeat=3):
+        close(prune(soft, list(path))(input_ids=ids).logits, path_logits(soft, list(path), ids), atol=1e-5)
 
 
 def test_three_components_by_reference(owner):
@@ -173,29 +173,29 @@ def test_adapters_and_copies(tmp_path):
     close(ManticoreForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits, logits, atol=1e-4)
 
 
-def test_the_best_measured_route_is_chosen(text):
+def test_the_best_measured_path_is_chosen(text):
     soft = hybrid("gpt_neox+mamba", num_blocks=3)
-    choice = pick_route(soft, "loss", text)
+    choice = pick_path(soft, "loss", text)
     assert len(choice.losses) == 8
     losses = {}
-    for route in itertools.product(soft.config.component_names, repeat=3):
-        hard, ids = prune(soft, list(route)), torch.tensor(text["input_ids"])
-        losses[" > ".join(route)] = hard(input_ids=ids, labels=ids).loss.item()
+    for path in itertools.product(soft.config.component_names, repeat=3):
+        hard, ids = prune(soft, list(path)), torch.tensor(text["input_ids"])
+        losses[" > ".join(path)] = hard(input_ids=ids, labels=ids).loss.item()
     assert losses == pytest.approx(choice.losses, abs=1e-4)
-    assert " > ".join(choice.route) == min(losses, key=losses.get)
+    assert " > ".join(choice.path) == min(losses, key=losses.get)
 
 
 def test_the_beam_never_ends_worse_than_it_began(text, monkeypatch):
     soft = hybrid("gpt_neox+mamba", num_blocks=3)
-    everything = pick_route(soft, "loss", text).losses
+    everything = pick_path(soft, "loss", text).losses
     monkeypatch.setattr("manticore_hf.training.prune.EXHAUSTIVE", 1)
-    found = pick_route(soft, "loss", text, beam=2)
-    likely = " > ".join(pick_route(soft, "alpha").route)
-    loss = everything[" > ".join(found.route)]
+    found = pick_path(soft, "loss", text, beam=2)
+    likely = " > ".join(pick_path(soft, "alpha").path)
+    loss = everything[" > ".join(found.path)]
     assert loss == min(found.losses.values()) <= everything[likely]
     names = soft.config.component_names
-    near = [" > ".join([*found.route[:b], n, *found.route[b + 1 :]]) for b in range(3) for n in names]
-    assert loss <= min(everything[route] for route in near)
+    near = [" > ".join([*found.path[:b], n, *found.path[b + 1 :]]) for b in range(3) for n in names]
+    assert loss <= min(everything[path] for path in near)
 
 
 def test_by_alpha_and_under_a_budget():
@@ -203,32 +203,32 @@ def test_by_alpha_and_under_a_budget():
     neox, mamba = soft.config.component_names
     with torch.no_grad():
         soft.hybrid_mixer.alpha_logits.copy_(torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0]]))
-    assert pick_route(soft).route == [neox, mamba, neox]
+    assert pick_path(soft).path == [neox, mamba, neox]
     costs = torch.tensor(segment_costs(soft))
     layers = sum(sum(p.numel() for p in part.parameters()) for n, part in soft.named_modules() if n.endswith("layers"))
     assert costs.sum() == layers
     share = costs / costs.sum()
     wanted = (share[0, 0] + share[1, 1] + share[2, 0]).item()
-    assert pick_route(soft).cost == pytest.approx(wanted)
+    assert pick_path(soft).cost == pytest.approx(wanted)
     for cost in ("parameters", "flops"):
         share = torch.tensor(segment_costs(soft, cost))
         share = share / share.sum()
         for budget in (0.3, 0.5, 0.7, 1.0):
             fitting = {
-                route: sum(soft.mixture_weights()[b, k].log().item() for b, k in enumerate(route))
-                for route in itertools.product(range(2), repeat=3)
-                if sum(share[b, k].item() for b, k in enumerate(route)) <= budget
+                path: sum(soft.mixture_weights()[b, k].log().item() for b, k in enumerate(path))
+                for path in itertools.product(range(2), repeat=3)
+                if sum(share[b, k].item() for b, k in enumerate(path)) <= budget
             }
             if not fitting:
-                with pytest.raises(ManticoreError, match="the cheapest route costs"):
-                    pick_route(soft, budget=budget, cost=cost)
+                with pytest.raises(ManticoreError, match="the cheapest path costs"):
+                    pick_path(soft, budget=budget, cost=cost)
                 continue
-            choice = pick_route(soft, budget=budget, cost=cost)
-            assert choice.route == names_of(soft, max(fitting, key=fitting.get)) and choice.cost <= budget
+            choice = pick_path(soft, budget=budget, cost=cost)
+            assert choice.path == names_of(soft, max(fitting, key=fitting.get)) and choice.cost <= budget
     assert min(map(min, segment_costs(soft, "latency"))) > 0
 
 
-def test_impossible_routes_are_refused(text):
+def test_impossible_paths_are_refused(text):
     soft = hybrid("gpt_neox+mamba")
     neox, mamba = soft.config.component_names
     for bad, message in (
@@ -241,19 +241,19 @@ def test_impossible_routes_are_refused(text):
     with pytest.raises(ManticoreError, match="needs held-out text"):
         prune(soft, "loss")
     with pytest.raises(ManticoreError, match="cost='watts' is unknown"):
-        pick_route(soft, cost="watts")
+        pick_path(soft, cost="watts")
     hard = prune(soft, [neox, mamba])
-    for route in ("alpha", [neox, mamba]):
+    for path in ("alpha", [neox, mamba]):
         with pytest.raises(ManticoreError, match="pruned already"):
-            prune(hard, route)
+            prune(hard, path)
     with pytest.raises(ManticoreError, match="was pruned to the path"):
         hard.set_mixture_weights(neox)
     with pytest.raises(ManticoreError, match="cannot be resized"):
         hard.resize_token_embeddings(120)
     values = hard.config.to_dict()
-    for route in ([neox], [neox, neox], [neox, "x"], "ab", 3):
+    for path in ([neox], [neox, neox], [neox, "x"], "ab", 3):
         with pytest.raises(ManticoreError, match="route=.* must name one component for each"):
-            type(hard.config).from_dict({**values, "route": route})
+            type(hard.config).from_dict({**values, "route": path})
 
 
 def test_distillation_is_normalised_by_tokens(tmp_path):
@@ -294,7 +294,7 @@ def test_distillation_is_normalised_by_tokens(tmp_path):
 @pytest.mark.slow
 def test_the_command_survives_a_kill(start, tmp_path):  # noqa: F811
     def command(output):
-        return _command("prune", start, output, "--route", "loss", "--max_steps", "4")
+        return _command("prune", start, output, "--path", "loss", "--max_steps", "4")
 
     done = _run(command(tmp_path / "whole"))
     for row in (
@@ -318,11 +318,11 @@ def test_the_command_names_what_is_wrong(start, tmp_path, capsys):  # noqa: F811
     command = ["prune", "--model", str(start / "hybrid"), "--data", str(start / "text.txt"), "--block_size", "16"]
     command += ["--output_dir", str(tmp_path / "x"), "--max_steps", "0"]
     for more, message in (
-        (["--route", "loss", "--budget", "0.01"], "the cheapest route costs"),
-        (["--route", "nobody"], "No component is named 'nobody'"),
+        (["--path", "loss", "--budget", "0.01"], "the cheapest path costs"),
+        (["--path", "nobody"], "No component is named 'nobody'"),
         (["--distil_weight", "2"], "--distil-weight is 2.0, must be at least 0 and at most 1"),
     ):
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err
-    assert main([*command, "--route", "mamba,gpt_neox"]) == 0
+    assert main([*command, "--path", "mamba,gpt_neox"]) == 0
     assert "mamba > gpt_neox" in capsys.readouterr().out

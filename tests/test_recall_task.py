@@ -10,7 +10,7 @@ from manticore_hf import ManticoreError
 from manticore_hf.cli import main
 from manticore_hf.experiments.composition.recall import SYMBOLS, RecallTask, keys
 from manticore_hf.experiments.composition.texts import generate
-from manticore_hf.experiments.composition.train import Composition, CompositionTraining
+from manticore_hf.experiments.composition.train_composition import Composition, CompositionTraining
 
 SMALL = RecallTask(num_keys=96, num_table=300, num_sums=300, num_train=300, num_test=300, pairs=3, seed=5)
 LETTER, VALUE = "[a-l]", "[0-9AB]"

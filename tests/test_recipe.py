@@ -93,7 +93,7 @@ stages:
   - pretrain: {{max_steps: 2, learning_rate: 0.01, save_strategy: "no"}}
   - search: {{max_steps: 3, strategy: gaea, alpha_learning_rate: 0.5, save_strategy: "no"}}
   - finetune: {{max_steps: 2, save_strategy: "no", data: {{validation_fraction: 0.0}}}}
-  - prune: {{route: loss, max_steps: 2, save_strategy: "no", data: {{data: {parts / "text.txt"}, block_size: 8}}}}
+  - prune: {{path: loss, max_steps: 2, save_strategy: "no", data: {{data: {parts / "text.txt"}, block_size: 8}}}}
 """
     recipe = _write(tmp_path / "tiny.yaml", text)
     results = run_recipe(recipe, tmp_path / "out", allow_outside=True)

@@ -71,16 +71,22 @@ def test_what_hardened_and_healed_prunes_and_distils(tmp_path, monkeypatch):
     found = {
         ("manticore_hf", "harden"): prune.prune,
         ("manticore_hf.training.prune", "harden"): prune.prune,
+        ("manticore_hf", "pick_route"): prune.pick_path,
+        ("manticore_hf.training.prune", "pick_route"): prune.pick_path,
         ("manticore_hf.training.distill", "HealTrainer"): distill.DistilTrainer,
         ("manticore_hf.training.distill", "run_harden"): distill.run_prune,
     }
     for (module, old), new in found.items():
         with pytest.warns(FutureWarning, match=f"{module}.{old} is now {new.__name__}"):
             assert getattr(importlib.import_module(module), old) is new
+    with pytest.warns(FutureWarning, match="Choice.route is now path"):
+        assert prune.Choice(["a", "b"], 1.0, {}).route == ["a", "b"]
+    with pytest.warns(FutureWarning, match="prune: route is now path"), pytest.raises(AttributeError):
+        prune.prune(None, route="alpha")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("components: [a/b]\ndata: {data: t}\nstages: [finetune, {harden: {route: alpha}}]\n")
     with pytest.warns(FutureWarning, match="harden is now prune"):
-        assert load_recipe(recipe).stages == [("finetune", {}), ("prune", {"route": "alpha"})]
+        assert load_recipe(recipe).stages == [("finetune", {}), ("prune", {"path": "alpha"})]
     with pytest.warns(FutureWarning, match="--harden is now --prune"):
         assert parser_of("compare").parse_args("r.yaml --output-dir o --test t --harden".split()).prune is True
     started = []
@@ -88,3 +94,13 @@ def test_what_hardened_and_healed_prunes_and_distils(tmp_path, monkeypatch):
     with pytest.warns(FutureWarning, match="manticore-hf harden is now prune"):
         assert main("harden --model me/m --data d --output-dir".split() + [str(tmp_path / "hard")]) == 0
     assert started == ["prune"]
+
+
+def test_old_names_leave_the_new_ones_where_they_are():
+    for old in OLD_MODULES:
+        sys.modules.pop(f"manticore_hf.{old}", None)
+    with pytest.warns(FutureWarning, match="manticore_hf.tasks.mad is now manticore_hf.experiments.mad;"):
+        from manticore_hf.tasks.mad import generate
+    assert generate is importlib.import_module("manticore_hf.experiments.mad.tasks").generate
+    experiments = importlib.import_module("manticore_hf.experiments")
+    assert experiments.mad is importlib.import_module("manticore_hf.experiments.mad")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from manticore_hf.modeling.mixture_manticore import sureness
+from manticore_hf.modeling.mixture_manticore import confidence
 from manticore_hf.modeling.shared_manticore import enter, leave
 from tiny_hybrid import mixed_hybrid, neox, pair, rows_of, word_tokenizer
 
@@ -49,7 +49,7 @@ def token_weights(model, ids, out, block, gone):
         assert block == 0, "the twin knows one block"
         out = {name: model.segments.segment(name, 0)(full[name], None, positions) for name in names}
     every = [model.segments.logits(name, out[name]) for name in names]
-    weights = model.hybrid_mixer.gate_tokens([out[name] for name in names], [sureness(one)[0] for one in every])
+    weights = model.hybrid_mixer.gate_tokens([out[name] for name in names], [confidence(one)[0] for one in every])
     kept = [k for k, name in enumerate(names) if (block, name) != gone]
     total = weights[..., kept].sum(-1, keepdim=True)
     return {names[k]: weights[..., k : k + 1] / total for k in kept}

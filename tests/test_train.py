@@ -16,7 +16,7 @@ from tiny_hybrid import WORDS, pair, save, write_text
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.evaluation.data import DataArguments, load_rows, read_records
-from manticore_hf.evaluation.sources import text_of
+from manticore_hf.evaluation.records import text_of
 from manticore_hf.training.trained_stages import last_whole_checkpoint, take_mixture
 
 

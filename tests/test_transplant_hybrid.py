@@ -24,7 +24,7 @@ from manticore_hf import (
 )
 from manticore_hf import publish as publish_hybrid
 from manticore_hf.cli import main
-from manticore_hf.compose.tokenizers import digest
+from manticore_hf.compose.component_tokenizers import digest
 from manticore_hf.evaluation.data import pack
 from manticore_hf.hub.inspection import run_inspect
 

@@ -19,7 +19,7 @@ from manticore_hf import (
     ManticoreForTokenClassification,
     lora_config,
 )
-from manticore_hf.utils.task_types import CAUSAL, KINDS, kind_of, refuse_classifier
+from manticore_hf.utils.task_types import CAUSAL, TASK_TYPES, check_generates, task_type_of
 from manticore_hf.utils.unwrap import hybrid_of, is_hybrid
 
 LABELLED = (ManticoreForSequenceClassification, ManticoreForTokenClassification)
@@ -72,16 +72,18 @@ def test_the_hybrid_inside_a_wrapper(causal, other_copy):
 
 
 def test_what_it_is_made_for(causal, other_copy):
-    assert kind_of(causal) is kind_of(copy_of(causal, other_copy)) is CAUSAL
+    assert task_type_of(causal) is task_type_of(copy_of(causal, other_copy)) is CAUSAL
     for cls in LABELLED:
         model = cls.from_causal_lm(causal, 3)
         assert model.config.architectures is None, "nothing says it but the class"
         mine = type("Mine", (cls,), {})  # FSDP2 makes such a class, too
         for one in (model, copy_of(causal, other_copy, cls, num_labels=3), mine.from_causal_lm(causal, 3)):
-            assert kind_of(one) is KINDS[cls.__name__]
+            assert task_type_of(one) is TASK_TYPES[cls.__name__]
             for wrapped in (one, nn.DataParallel(one)):
-                with pytest.raises(ManticoreError, match=f"Reading needs .* this one is a {KINDS[cls.__name__].noun}"):
-                    refuse_classifier(wrapped, "Reading")
+                with pytest.raises(
+                    ManticoreError, match=f"Reading needs .* this one is a {TASK_TYPES[cls.__name__].noun}"
+                ):
+                    check_generates(wrapped, "Reading")
             with pytest.raises(ManticoreError, match="is not a causal hybrid"):
                 cls.from_causal_lm(one)
             wanted = "SEQ_CLS" if cls is ManticoreForSequenceClassification else "TOKEN_CLS"

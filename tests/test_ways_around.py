@@ -24,14 +24,14 @@ from two_tokenizers import first
 from manticore_hf import ComponentSpec, ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.app.local import load
 from manticore_hf.cli import main
+from manticore_hf.compose.component_tokenizers import find_tokenizer
 from manticore_hf.compose.components import resolve
-from manticore_hf.compose.tokenizers import find_tokenizer
 from manticore_hf.compose.transplant.surface import Surfaces
-from manticore_hf.hub.upload import collect, refuse_tokens, source_card
+from manticore_hf.hub.upload import check_no_tokens, collect, source_card
 from manticore_hf.training.recipe import find_beside, load_kept_recipe, load_recipe, stage_data
 from manticore_hf.training.search import alpha_history
 from manticore_hf.utils.files import replace_text
-from manticore_hf.utils.task_types import CAUSAL, kind_of
+from manticore_hf.utils.task_types import CAUSAL, task_type_of
 from manticore_hf.utils.tokenizers import read_tokenizer
 
 IDLE = "./" * 2100  # with it a path is too long for the system, until somebody leaves it out
@@ -140,20 +140,20 @@ def test_tokens_in_other_codes_and_in_names(tmp_path):
     for text in (token.encode("utf-16-le"), token.encode("utf-16-be"), b"hf_oauth_" + b"eyJhbGciOi." * 4):
         (tmp_path / "NOTICE").write_bytes(b"x " + text)
         with pytest.raises(ManticoreError, match="NOTICE holds an access token"):
-            refuse_tokens({"NOTICE": tmp_path / "NOTICE"})
+            check_no_tokens({"NOTICE": tmp_path / "NOTICE"})
     for begin in range(3):  # base64 takes three bytes at a time, and may be folded
         for fold in (base64.b64encode, base64.encodebytes, base64.urlsafe_b64encode):
             (tmp_path / "NOTICE").write_bytes(b'"auth": "' + fold(b"u:p"[:begin] + token.encode() + b" " * 60) + b'"')
             with pytest.raises(ManticoreError, match="NOTICE holds an access token"):
-                refuse_tokens({"NOTICE": tmp_path / "NOTICE"})
+                check_no_tokens({"NOTICE": tmp_path / "NOTICE"})
     for kind, pack in (("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress), ("zip", zipped)):
         (tmp_path / "LICENSE.txt").write_bytes(pack(token.encode()))
         with pytest.raises(ManticoreError, match=rf"LICENSE.txt is a {kind} archive.*unpack it"):
-            refuse_tokens({"LICENSE.txt": tmp_path / "LICENSE.txt"})
+            check_no_tokens({"LICENSE.txt": tmp_path / "LICENSE.txt"})
     (tmp_path / "NOTICE").write_text("hf_hub_download_of_a_file_with_a_long_name")
-    refuse_tokens({"NOTICE": tmp_path / "NOTICE"})
+    check_no_tokens({"NOTICE": tmp_path / "NOTICE"})
     with pytest.raises(ManticoreError, match="The name of a file is an access token"):
-        refuse_tokens({f"plots/{token}.png": tmp_path / "NOTICE"})
+        check_no_tokens({f"plots/{token}.png": tmp_path / "NOTICE"})
 
 
 def test_strange_values_of_a_configuration_are_a_sentence(saved, tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_strange_values_of_a_configuration_are_a_sentence(saved, tmp_path, capsy
         assert "Traceback" not in capsys.readouterr().err
     config = ManticoreConfig.from_pretrained(saved)
     config.architectures = [["a"], 3]
-    assert kind_of(config) is CAUSAL
+    assert task_type_of(config) is CAUSAL
 
 
 def test_a_log_without_steps_draws_nothing():

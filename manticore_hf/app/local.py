@@ -7,7 +7,7 @@ import torch
 from manticore_hf.app.hybrid_page.reading import Hybrid
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.utils.task_types import kind_of, model_type_of
+from manticore_hf.utils.task_types import model_type_of, task_type_of
 from manticore_hf.utils.tokenizers import read_tokenizer, tokenise
 
 
@@ -32,7 +32,7 @@ def load(
         )
     if (kind := model_type_of(source, **at)) != "manticore":
         raise ManticoreError(f"{str(source)!r} holds a model of type {kind!r}, no hybrid.")
-    kind = kind_of(ManticoreConfig.from_pretrained(source, **at))
+    kind = task_type_of(ManticoreConfig.from_pretrained(source, **at))
     if kind.labels:
         raise ManticoreError(f"{str(source)!r} is a {kind.noun} ({kind.architecture}); the page is for text.")
     try:

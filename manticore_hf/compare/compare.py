@@ -31,7 +31,7 @@ from manticore_hf.compare.compared_recipe import read_recipe
 from manticore_hf.compare.contenders import Contender, Workshop, count_tokens, read_run
 from manticore_hf.compare.scores import load_documents, score, score_text
 from manticore_hf.compare.summary import summarise, write_summary
-from manticore_hf.compose.tokenizers import can_align
+from manticore_hf.compose.component_tokenizers import can_align
 from manticore_hf.evaluation.data import DataArguments, load_rows, rows_for, without_text
 from manticore_hf.evaluation.losses import compare_losses, own_nats
 from manticore_hf.modeling.configuration_manticore import ManticoreError

@@ -31,9 +31,9 @@ from transformers import (
 from manticore_hf.compare.arguments import stage_settings
 from manticore_hf.compare.compared_recipe import earlier_texts, only_training, training_settings
 from manticore_hf.compare.scores import forward_flops
+from manticore_hf.compose.component_tokenizers import find_tokenizer
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.compose.tokenizers import find_tokenizer
 from manticore_hf.evaluation.data import DataArguments, load_rows, rows_for, without_text
 from manticore_hf.evaluation.losses import Passages, make_passages
 from manticore_hf.modeling.aligned_tokenizers import tokenizer_of
@@ -333,7 +333,7 @@ class Workshop:
         """Prunes a tuned hybrid and distils it with the finetune stage's settings, by distillation."""
         settings = training_settings(self.recipe, "prune") or training_settings(self.recipe, "finetune")
         given = stage_settings(self.recipe, "prune")
-        given = {"route": "loss"} if given is None else given
+        given = {"path": "loss"} if given is None else given
         own = {key: given[key] for key in PruneArguments.__dataclass_fields__ if key in given}
         arguments = _arguments(folder / "model", **{"seed": seed, "save_strategy": "no", **settings, **options})
         start = PruneArguments(**{**own, "model": str((soft["folder"] / "model").resolve())})

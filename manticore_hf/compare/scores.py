@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.data import DataArguments, cut_texts, pad
 from manticore_hf.evaluation.losses import text_nats
-from manticore_hf.evaluation.sources import KIND_COLUMN, read_records, text_of
+from manticore_hf.evaluation.records import KIND_COLUMN, read_records, text_of
 from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.flops import count_flops

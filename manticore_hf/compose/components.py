@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from manticore_hf.compose.unsupported import refuse_kind, refuse_type
+from manticore_hf.compose.unsupported import check_kind, check_type
 from manticore_hf.hub.bare_names import check_bare_name
 from manticore_hf.hub.licenses import read_license
 from manticore_hf.modeling.bounds_manticore import ManticoreError, build_config, guard, is_causal_lm, show
 from manticore_hf.modeling.code_manticore import code_of, registered, trust
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES, refusal
 from manticore_hf.utils.defence import check_component_name
-from manticore_hf.utils.files import refuse_pipes
+from manticore_hf.utils.files import check_no_pipes
 
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -137,13 +137,13 @@ def _resolve_address(spec, hub, weights):
         found = Resolved(_name(spec, os.path.basename(os.path.abspath(source))), None, directory=source)
         found.subfolder = spec.subfolder
         folder = os.path.join(source, spec.subfolder or "")
-        refuse_pipes(folder)
+        check_no_pipes(folder)
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise ManticoreError(f"Component {found.name!r}: the directory {folder!r} has no config.json.")
         _read_config(found, folder)
         if weights:
             _check_weight_files(found, lambda file: os.path.isfile(os.path.join(folder, file)))
-            _refuse_adapter(
+            _check_no_adapter(
                 found, lambda file: any(os.path.isfile(os.path.join(one, file)) for one in (folder, source))
             )
         found.license = read_license(os.path.join(source, "README.md"))
@@ -155,7 +155,7 @@ def _resolve_model(spec):
     model = spec.source
     found = Resolved(_name(spec, model.config.model_type), model.config, model=model)
     _check_architecture(found, {**model.config.to_dict(), "architectures": [type(model).__name__]})
-    refuse_kind(f"Component {found.address}", found.config)
+    check_kind(f"Component {found.address}", found.config)
     usual = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type)
     if usual is None:
         raise ManticoreError(f"Component {found.address} uses remote code: name its repository, which has the code.")
@@ -247,7 +247,7 @@ def _resolve_repo(spec, source, hub, weights):
 
     if weights:
         _check_weight_files(found, exists)
-        _refuse_adapter(found, lambda file: exists(file) or spec.subfolder and exists(file, ""))
+        _check_no_adapter(found, lambda file: exists(file) or spec.subfolder and exists(file, ""))
     found.license = read_license(get("README.md", required=False, commit=found.revision, folder=None))
     return found
 
@@ -295,7 +295,7 @@ def _read_config(found, folder, trusted=False, token=None):
             f"Component {found.address}: its config.json is invalid ({err}); repair it or choose another."
         ) from err
     found.config = build_config(found.name, values, f"Component {found.address}")
-    refuse_kind(f"Component {found.address}", found.config)
+    check_kind(f"Component {found.address}", found.config)
 
 
 def _check_architecture(found, values):
@@ -324,10 +324,10 @@ def _check_architecture(found, values):
         )
     if not is_causal_lm(kind):
         raise ManticoreError(f"Component {found.address} is not a causal LM (model_type {kind!r}).")
-    refuse_type(f"Component {found.address}", kind)
+    check_type(f"Component {found.address}", kind)
     architectures = values.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]
-    several = "text_config" in values  # which `refuse_kind` says better
+    several = "text_config" in values  # which `check_kind` says better
     if architectures and not several and not any("CausalLM" in str(a) or "LMHead" in str(a) for a in architectures):
         raise ManticoreError(
             f"Component {found.address} was saved as {show(architectures[0])}, not as a causal LM; only causal LMs "
@@ -347,7 +347,7 @@ def _check_weight_files(found, exists):
     raise ManticoreError(f"Component {found.address} has no {WEIGHT_FILES[0]} and no {WEIGHT_FILES[1]}.")
 
 
-def _refuse_adapter(found, exists):
+def _check_no_adapter(found, exists):
     if exists("adapter_config.json"):
         raise ManticoreError(
             f"Component {found.address} has an adapter beside its weights (adapter_config.json), which names the model "

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import local_torch_dtype
 
 from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files, record
+from manticore_hf.compose.component_tokenizers import align, can_align, check_tokenizers, record_tokenizer
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.dtypes import cast, stored_dtype
 from manticore_hf.compose.mixture_sampling import sample_components
 from manticore_hf.compose.packaged import Packaged
-from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, record_tokenizer
 from manticore_hf.modeling import base_manticore, heads_manticore, modeling_manticore
 from manticore_hf.modeling.bounds_manticore import show, trying
 from manticore_hf.modeling.components_manticore import settle_attention

@@ -24,7 +24,7 @@ UNSUITED = {
 }
 
 
-def refuse_type(what: str, model_type: str) -> None:
+def check_type(what: str, model_type: str) -> None:
     """Raises ManticoreError if no model of a type can be a component.
 
     Args:
@@ -35,7 +35,7 @@ def refuse_type(what: str, model_type: str) -> None:
         raise ManticoreError(f"{what}: model type {model_type!r} is not supported: {UNSUITED[model_type]}.")
 
 
-def refuse_kind(what: str, config: PreTrainedConfig) -> None:
+def check_kind(what: str, config: PreTrainedConfig) -> None:
     """Raises ManticoreError if a configuration is of a kind of model that cannot be a component.
 
     Args:
@@ -45,7 +45,7 @@ def refuse_kind(what: str, config: PreTrainedConfig) -> None:
     kind = config.model_type
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
         raise ManticoreError(f"{what} reads text in both directions (is_decoder=False in its config.json); {_INSTEAD}.")
-    refuse_type(what, kind)
+    check_type(what, kind)
     try:
         text = config.get_text_config()
     except ValueError as err:  # several that it might be

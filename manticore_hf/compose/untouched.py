@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from manticore_hf.compose.component_tokenizers import find_tokenizer
 from manticore_hf.compose.components import ComponentSpec, load, resolve
-from manticore_hf.compose.tokenizers import find_tokenizer
 from manticore_hf.evaluation.losses import Measured, Passages, ensemble_nats, own_nats
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.mixers_manticore import repair_mixers

@@ -21,8 +21,8 @@ from datasets.iterable_dataset import ExamplesIterable
 from transformers import PreTrainedTokenizerBase
 
 from manticore_hf.evaluation.data_arguments import DataArguments as DataArguments
-from manticore_hf.evaluation.sources import KIND_COLUMN, read_records, text_of
-from manticore_hf.evaluation.sources import read_texts as read_texts
+from manticore_hf.evaluation.records import KIND_COLUMN, read_records, text_of
+from manticore_hf.evaluation.records import read_texts as read_texts
 from manticore_hf.evaluation.starts import start_tokens
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.utils.distributed import bar, is_main

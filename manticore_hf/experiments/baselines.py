@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
-from manticore_hf.experiments.models import DESIGNED, from_scratch, hybrid_from_scratch, scratch_config
+from manticore_hf.experiments.scratch_models import DESIGNED, from_scratch, hybrid_from_scratch, scratch_config
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.files import read_json, write_json
 

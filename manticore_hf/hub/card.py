@@ -31,7 +31,7 @@ from manticore_hf.utils.formatting import (
     short_bytes,
     short_count,
 )
-from manticore_hf.utils.task_types import kind_of
+from manticore_hf.utils.task_types import task_type_of
 
 TAGS = ("manticore", "hybrid", "merge")
 LICENSE_FILE = "LICENSE.md"
@@ -112,7 +112,7 @@ def make_card(
     """
     directory = Path(directory)
     config, found = ManticoreConfig.from_pretrained(directory), inspect_hybrid(directory, _FLOP_TOKENS)
-    recipe, kind = _read(directory / "recipe.yaml"), kind_of(config)
+    recipe, kind = _read(directory / "recipe.yaml"), task_type_of(config)
     results, notices = shown_results(directory)
     combined = facts.combined or combine(facts.licenses)
     alpha = _alpha(config, found)
@@ -148,7 +148,7 @@ _LONGEST_NAME = 2_000  # of a text, a model, a note
 
 def shown_results(directory: str | os.PathLike) -> tuple[list[Result], list[str]]:
     """Of what was measured in a hybrid's directory, what may be shown; and sentences on what may not, and why."""
-    kind, results, notices = kind_of(ManticoreConfig.from_pretrained(directory)), [], []
+    kind, results, notices = task_type_of(ManticoreConfig.from_pretrained(directory)), [], []
     for result in read_results(directory):
         if kind.labels:
             notices.append(
@@ -263,7 +263,7 @@ def _metadata(config, kind, facts, results, recipe, license, license_name):
 
 def _numbers(config, found, facts, alpha):
     """What the inspection says, as the template prints it."""
-    sizes, kind = {row["part"]: row["parameters"] for row in found["parts"]}, kind_of(config)
+    sizes, kind = {row["part"]: row["parameters"] for row in found["parts"]}, task_type_of(config)
     how = {(False, False): ", unchanged", (False, True): ", changed ones here", (True, False): ", copied here"}
     components = []
     for entry in found["components"]:

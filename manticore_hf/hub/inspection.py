@@ -36,7 +36,7 @@ from manticore_hf.utils.flops import count_flops
 from manticore_hf.utils.formatting import listed, listed_some, printable_output
 from manticore_hf.utils.objective import say_objective
 from manticore_hf.utils.saving import check_whole
-from manticore_hf.utils.task_types import KINDS, kind_of, labels_of, quantization_of
+from manticore_hf.utils.task_types import TASK_TYPES, labels_of, quantization_of, task_type_of
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGEST_INDEX = 50_000_000
@@ -65,7 +65,7 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
     for name in config.component_names:
         # The one way of running experts whose shapes do not depend on values.
         getattr(config, name)._experts_implementation_internal = "batched_mm"
-    kind = kind_of(config)
+    kind = task_type_of(config)
     with torch.device("meta"), local_torch_dtype(config.dtype or torch.float32):
         model = kind.model_class(config).eval()
     tokens = min(tokens, config.max_position_embeddings or tokens)
@@ -155,7 +155,7 @@ def _component(model, name, blocks, tokens):
     """A component alone: its segments, and its head or, of a classifier, its score head if it has one of its own."""
     component, rows = model.component(name), [row for row in blocks if row["component"] == name]
     own = None
-    if kind_of(model.config).labels:
+    if task_type_of(model.config).labels:
         heads = model.score.heads
         own = next((heads[key] for key in heads if key == f"{name}-{model.config.num_blocks - 1}"), nn.Identity())
 
@@ -287,7 +287,7 @@ def print_inspection(source: str, found: dict[str, Any]) -> None:
             did as "state" of a component, if these were asked for.
     """
     task = found["task"]
-    print(f"{source}: {KINDS[task['architecture']].noun} ({task['architecture']}, {task['name']})")
+    print(f"{source}: {TASK_TYPES[task['architecture']].noun} ({task['architecture']}, {task['name']})")
     if found["quantization"] is not None:
         print(
             f"its linear layers are quantised to {found['quantization']}: the sizes below are those of floating point"

@@ -34,7 +34,7 @@ from manticore_hf.hub.card_merge import choose, merge
 from manticore_hf.hub.eval_results import FILE as EVAL_RESULTS
 from manticore_hf.hub.eval_results import eval_results
 from manticore_hf.hub.licenses import check, read_license
-from manticore_hf.hub.upload import REPLACED, collect, own_weights, refuse_links, refuse_tokens
+from manticore_hf.hub.upload import REPLACED, check_links, check_no_tokens, collect, own_weights
 from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.modeling.references_manticore import refusal, where
@@ -118,7 +118,7 @@ def publish(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="manticore-publish-") as scratch, explained(repo_id):
         directory = _directory(model, Path(scratch) / "model")
-        refuse_links(directory)
+        check_links(directory)
         config = ManticoreConfig.from_pretrained(directory)
         if recipe is not None:
             directory = _with_recipe(directory, recipe, Path(scratch) / "copy")
@@ -134,7 +134,7 @@ def publish(
         notices += write_card(directory, made, facts, choose(_read(directory / "README.md"), remote, card))
         notices += _write_results(directory, made, repo_id, api)
         files.update({path.relative_to(made).as_posix(): path for path in made.rglob("*") if path.is_file()})
-        refuse_tokens(files, token)
+        check_no_tokens(files, token)
         _validate((made / "README.md").read_text(encoding="utf-8"))
         listed = {name: files[name].stat().st_size for name in sorted(files)}
         deleted = sorted(name for name in present if REPLACED.fullmatch(name) and name not in files)
@@ -166,7 +166,7 @@ def update_card(
         ManticoreError: The Hub cannot be asked, or the present card cannot be read.
     """
     directory, api = Path(directory), HfApi(token=token)
-    refuse_links(directory)
+    check_links(directory)
     with explained(repo_id):
         config = ManticoreConfig.from_pretrained(directory)
         licenses, sizes, access = look_at_components(config, api)

@@ -17,7 +17,7 @@ from manticore_hf.modeling.bounds_manticore import ManticoreError, is_commit
 from manticore_hf.modeling.carried_manticore import CODE
 from manticore_hf.modeling.references_manticore import where
 from manticore_hf.utils.carried import copy_code
-from manticore_hf.utils.files import refuse_link, stays_inside
+from manticore_hf.utils.files import check_link, stays_inside
 from manticore_hf.utils.formatting import listed_some
 
 _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
@@ -172,10 +172,10 @@ def own_weights(paths: list, names: list) -> dict[str, int]:
     return out
 
 
-def refuse_tokens(files: dict, token: str | bool | None = None) -> None:
+def check_no_tokens(files: dict, token: str | bool | None = None) -> None:
     """Raises ManticoreError if a file holds an access token: every byte that goes is looked at, whatever its name.
 
-    What is base64 is looked at as what it stands for; what is compressed as a whole is refused.
+    Base64 is decoded before it is searched; a file that is compressed as a whole raises.
 
     Args:
         files: {path in the repository: path here}.
@@ -208,7 +208,7 @@ def _is_encoded(data):
     return False
 
 
-def refuse_links(directory: str | os.PathLike) -> None:
+def check_links(directory: str | os.PathLike) -> None:
     """Raises ManticoreError if something that is read for publishing is a link to what is not in the directory.
 
     Args:
@@ -217,7 +217,7 @@ def refuse_links(directory: str | os.PathLike) -> None:
     directory = Path(directory)
     below = [path for name in _FOLDERS for folder in directory.glob(name) for path in folder.rglob("*")]
     for path in [*directory.iterdir(), *below]:
-        refuse_link(path, directory)
+        check_link(path, directory)
 
 
 def source_card(model: PreTrainedModel) -> str | None:

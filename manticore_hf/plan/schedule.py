@@ -9,7 +9,7 @@ import torch
 
 from manticore_hf.evaluation.data import load_rows
 from manticore_hf.evaluation.data_arguments import DataArguments
-from manticore_hf.evaluation.sources import read_texts
+from manticore_hf.evaluation.records import read_texts
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plan.memory import weigh
@@ -161,26 +161,26 @@ def _fixed(config):
 
 def _pruned(config, settings, subject):
     """(configuration of the pruned hybrid, of its teacher or None)."""
-    route = settings["route"]
+    path = settings["path"]
     if config.bridges:
         subject.notes.append("prune: which bridges are kept is not known yet; the plan keeps all of them")
         return config, config if settings["distil_weight"] > 0 else None
     if config.aligned:
-        if route not in ("alpha", "loss", config.tokenizer_component):
+        if path not in ("alpha", "loss", config.tokenizer_component):
             raise ManticoreError(
-                f"prune: route={route!r}: components {list(config.aligned)} have tokenizers of their own; such a "
+                f"prune: path={path!r}: components {list(config.aligned)} have tokenizers of their own; such a "
                 f"hybrid can be pruned to {config.tokenizer_component!r} alone, whose tokenizer is the hybrid's."
             )
         names = [config.tokenizer_component]
-    elif "," in route:
-        names = route.split(",")
-    elif route in ("alpha", "loss"):  # not known before it is measured: the largest it can be
+    elif "," in path:
+        names = path.split(",")
+    elif path in ("alpha", "loss"):  # not known before it is measured: the largest it can be
         model = meta_hybrid(config)
         sizes = {name: weigh(model.component(name), model).count for name in config.component_names}
         names = [max(sizes, key=sizes.get)] * config.num_blocks
         subject.notes.append(f"prune: the path is not known yet; the plan assumes the largest component ({names[0]})")
     else:
-        names = [route] * config.num_blocks
+        names = [path] * config.num_blocks
     values = config.to_dict()
     values.update(mixture_weights=None, route=names)
     values["components"] = [entry for entry in values["components"] if entry["name"] in names]
@@ -190,7 +190,7 @@ def _pruned(config, settings, subject):
     try:
         hard = ManticoreConfig.from_dict(values)
     except ManticoreError as err:
-        raise ManticoreError(f"prune: route={route!r} cannot be planned: {err}") from err
+        raise ManticoreError(f"prune: path={path!r} cannot be planned: {err}") from err
     return hard, config if settings["distil_weight"] > 0 else None
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HTTPError
 
+from manticore_hf.compose.component_tokenizers import align, can_align, check_tokenizers, find_tokenizer
 from manticore_hf.compose.components import ComponentSpec, Resolved, resolve
-from manticore_hf.compose.tokenizers import align, can_align, check_tokenizers, find_tokenizer
-from manticore_hf.evaluation.sources import read_texts
+from manticore_hf.evaluation.records import read_texts
 from manticore_hf.modeling.aligned_mapping import ByteTokenizer
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig

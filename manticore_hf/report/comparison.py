@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
-from manticore_hf.utils.files import refuse_link
+from manticore_hf.utils.files import check_link
 from manticore_hf.utils.formatting import is_number
 
 FILE = "comparison.json"
@@ -47,7 +47,7 @@ def find_comparison(directory: str | os.PathLike, given: str | os.PathLike | Non
     places = (Path(directory), Path(directory).parent)
     found = [(path, place) for place in places for path in (place / FILE, place / FOLDER / FILE) if path.is_file()]
     for path, place in found[:1]:
-        refuse_link(path, place)
+        check_link(path, place)
         return path
     return None
 

@@ -14,7 +14,7 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.report.comparison import FILE, FOLDER, find_comparison, read_comparison
 from manticore_hf.training.recipe import load_kept_recipe, stage_data
 from manticore_hf.training.search import alpha_history
-from manticore_hf.utils.files import refuse_link
+from manticore_hf.utils.files import check_link
 from manticore_hf.utils.formatting import is_number
 
 _STAGE = re.compile(r"(\d+)-([a-z]+)")
@@ -118,7 +118,7 @@ def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = 
     """
     directory = Path(directory)
     folder, stages = _stages(directory)
-    _refuse_links({directory, folder, *(stage.folder for stage in stages)}, directory)
+    _check_links({directory, folder, *(stage.folder for stage in stages)}, directory)
     found = inspect_hybrid(str(folder))
     licenses = {entry["name"]: entry["license"] for entry in found["components"]}
     path = find_comparison(directory, comparison)
@@ -139,12 +139,12 @@ def gather(directory: str | os.PathLike, comparison: str | os.PathLike | None = 
     )
 
 
-def _refuse_links(folders, named):
+def _check_links(folders, named):
     """A downloaded directory may have links to files of its reader's, pieces of which would be shown."""
     found = [(folder, folder.parent) for folder in folders if folder != named]
     found += [(path, folder) for folder in folders for pattern in _SHOWN for path in folder.glob(pattern)]
     for path, home in found:
-        refuse_link(path, home)
+        check_link(path, home)
 
 
 def _stages(directory):

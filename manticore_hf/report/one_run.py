@@ -53,9 +53,9 @@ class OneRun:
 def one_run(facts: Facts) -> OneRun | None:
     """What one run says, or None where no baseline was measured beside the hybrid.
 
-    A page tells one story about a text. What the run itself measured (`evaluation.json`, `stage.json`) is told if it
+    A page tells one story about a text. What the run itself measured (`evaluation.json`, `stage.json`) is shown if it
     has intervals and more tokens than the sample that was measured for the report: the same text, seen less of, would
-    seem to contradict it; the sample then only serves details. Otherwise the sample is told where only it has the
+    seem to contradict it; the sample then only serves details. Otherwise the sample is shown where only it has the
     original components, and always where the user named another text for it.
     """
     sample, run = (_without_itself(one) for one in (_sample(facts), _of_run(facts)))

@@ -121,7 +121,7 @@ def _wait(device):
 
 
 def _watched_memory(run, device):
-    """Runs something; returns by how many bytes the memory in use rose at most, or None where it cannot be told."""
+    """Runs something; returns by how many bytes the memory in use rose at most, or None where it cannot be measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -16,7 +16,7 @@ class Store:
     Args:
         path: The file; one of other weights, text or settings is not used.
         key: What the measurements depend on: plain values, of which "hybrid" is what `stamp` says.
-        about: What else is told of the measurements, kept with them.
+        about: What else the report says about the measurements; kept with them.
     """
 
     def __init__(self, path: str | os.PathLike, key: dict[str, Any], about: dict[str, Any] | None = None):
@@ -54,7 +54,7 @@ def kept(path: str | os.PathLike, folder: str | os.PathLike) -> tuple[dict[str, 
     """
     values, files = _read(Path(path)), stamp(folder)
     parts, about = (values.get(key) if isinstance(values.get(key), dict) else {} for key in ("parts", "about"))
-    if not isinstance(parts.get("losses"), dict):  # the first of all; without it nothing can be told
+    if not isinstance(parts.get("losses"), dict):  # the first of all; without it there is nothing to report
         return {}, None
     if "hybrid" in values:
         same = values["hybrid"] == _digest(files)

@@ -200,7 +200,7 @@ def _running(facts):
 
 
 def _best_component(facts):
-    """The component that costs are told against: that of the best single model, as gains are; None if none is known."""
+    """The component whose cost the hybrid's is compared with: the best single model, as for gains; None if unknown."""
     names = [part["part"] for part in facts.found["parts"][:-1]]
     for row in gains(facts)[0]:  # the best baseline first
         for name in names:

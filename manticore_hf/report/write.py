@@ -38,7 +38,7 @@ from manticore_hf.training.recipe import find_recipe, recipe_sources
 from manticore_hf.utils.claims import CLAIM_BYTES, CLAIM_ROWS, more_rows
 from manticore_hf.utils.files import replace_text
 from manticore_hf.utils.formatting import listed
-from manticore_hf.utils.task_types import refuse_classifier
+from manticore_hf.utils.task_types import check_generates
 from manticore_hf.utils.tokenizers import read_tokenizer
 
 NAMES = ("report.html", "report.md", "report.json")
@@ -71,7 +71,7 @@ def write_report(
         block_size: Tokens per row of `data`; default: the recipe's, else 512, halved until there are as many rows as an
             interval takes.
         batch_size: Rows per forward pass.
-        measured: False to load no model and measure nothing: what an earlier report has measured is told.
+        measured: False to load no model and measure nothing: the report shows what an earlier one measured.
         allow_outside: Whether a recipe that was not run by this user, on this machine, may name text outside of the
             directory.
         components: Where the components are, in order, to measure them as they came; default: the addresses that the
@@ -85,7 +85,7 @@ def write_report(
             report has measured, cannot be used.
     """
     facts = gather(directory, comparison)
-    refuse_classifier(ManticoreConfig.from_pretrained(facts.folder), "A report")
+    check_generates(ManticoreConfig.from_pretrained(facts.folder), "A report")
     output = Path(output or directory)
     output.mkdir(parents=True, exist_ok=True)
     if measured:

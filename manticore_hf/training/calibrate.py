@@ -22,7 +22,7 @@ from manticore_hf.modeling.shared_manticore import mix_embeddings
 from manticore_hf.utils.distributed import all_reduce, all_reduce_dict, bar, broadcast, component_runner, world
 from manticore_hf.utils.hybrid_settings import check_name
 from manticore_hf.utils.renamed import takes_old_name
-from manticore_hf.utils.task_types import refuse_classifier
+from manticore_hf.utils.task_types import check_generates
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -141,7 +141,7 @@ def calibrate_projectors(
     Raises:
         ManticoreError: projector="mlp" or "none"; an unknown reference; too little text; a hybrid that classifies.
     """
-    refuse_classifier(model, "Calibrating")
+    check_generates(model, "Calibrating")
     config = model.config
     if config.projector != "linear":
         raise ManticoreError(f"projector={config.projector!r} has no closed form; compose with projector='linear'.")

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.evaluation.losses import how_measured, measure, name_of
 from manticore_hf.training.freezing import set_stage
-from manticore_hf.training.prune import pick_route, prune
+from manticore_hf.training.prune import pick_path, prune
 from manticore_hf.training.runtime import StageRun
 from manticore_hf.training.stage_arguments import PruneArguments
 from manticore_hf.utils.distributed import on_main, ready_for_shards
@@ -73,11 +73,11 @@ def run_prune(start: PruneArguments, data: DataArguments, arguments: TrainingArg
 
     Args:
         start: PruneArguments.
-        data: DataArguments; route "loss" is measured on the validation text.
+        data: DataArguments; path "loss" is measured on the validation text.
         arguments: TrainingArguments of the distillation; `max_steps=0` or `num_train_epochs=0` for none.
 
     Returns:
-        The stage's result, as written to `stage.json`: the route, its share of the soft hybrid's parameters, losses on
+        The stage's result, as written to `stage.json`: the path, its share of the soft hybrid's parameters, losses on
         the validation text of the soft hybrid, its components, their ensemble, and the pruned hybrid before and
         after distillation.
 
@@ -90,13 +90,13 @@ def run_prune(start: PruneArguments, data: DataArguments, arguments: TrainingArg
 def _prune(start: PruneArguments, run: StageRun) -> dict:
     arguments, measured = run.arguments, {}
     soft = run.load_to_train(start.model, start.dtype).to(arguments.device)
-    if start.route in ("alpha", "loss") and not soft.config.bridges:
+    if start.path in ("alpha", "loss") and not soft.config.bridges:
         options = {"budget": start.budget, "cost": start.cost, "beam": start.beam}
-        choice = on_main(pick_route, soft, start.route, run.validation, **options)
-        route, measured = choice.route, choice.losses
+        choice = on_main(pick_path, soft, start.path, run.validation, **options)
+        path, measured = choice.path, choice.losses
     else:
-        route = start.route.split(",") if "," in start.route else start.route
-    hard = prune(soft, route, **({"budget": start.budget} if soft.config.bridges else {}))
+        path = start.path.split(",") if "," in start.path else start.path
+    hard = prune(soft, path, **({"budget": start.budget} if soft.config.bridges else {}))
     batch = arguments.per_device_eval_batch_size
     result = {"route": hard.config.route, "components": hard.config.component_names}
     if soft.config.bridges:

@@ -118,7 +118,7 @@ def lora_config(
         trainable_token_indices=rows,
         **kwargs,
     )
-    refuse_unsafe(model, config)
+    check_adapter(model, config)
     return config
 
 
@@ -200,7 +200,7 @@ def quantization_skips(model: nn.Module | PreTrainedConfig) -> list[str]:
     return kept_maps(model)
 
 
-def refuse_unsafe(model: nn.Module, config: "LoraConfig") -> None:
+def check_adapter(model: nn.Module, config: "LoraConfig") -> None:
     """Raises ManticoreError if a PEFT config would wrap a projection whose adapter trains on some machines only."""
     from peft.tuners.tuners_utils import check_target_module_exists
 

@@ -304,21 +304,22 @@ class AlphaArguments:
 @takes_old_fields
 @dataclass
 class PruneArguments:
-    """What is pruned, and how its route is chosen."""
+    """What is pruned, and how its path is chosen."""
 
     model: str = field(metadata={"help": "The hybrid to prune: directory or Hub repo."})
-    route: str = field(
+    path: str = field(
         default="alpha",
         metadata={
+            "old": "route",
             "help": "alpha (by the mixture weights), loss (measured on the validation text), a component's name, "
-            "or one name per block, separated by commas."
+            "or one name per block, separated by commas.",
         },
     )
     budget: float | None = field(
-        default=None, metadata={"help": "Largest cost of the route, as a share of the full hybrid's."}
+        default=None, metadata={"help": "Largest cost of the path, as a share of the full hybrid's."}
     )
     cost: str = field(default="parameters", metadata={"help": "What the budget counts: parameters, flops or latency."})
-    beam: int = field(default=4, metadata={"help": "Routes kept if there are too many to measure them all."})
+    beam: int = field(default=4, metadata={"help": "Paths kept if there are too many to measure them all."})
     distil_weight: float = field(
         default=0.5,
         metadata={"help": "Weight of the full hybrid's distribution in the distillation loss; the text gets the rest."},

@@ -19,7 +19,7 @@ _EXAMPLES = {
     "pretrain": "--model hybrid --data text.txt --output-dir projectors --learning-rate 1e-3",
     "search": "--model projectors --data text.txt --output-dir searched --strategy gaea",
     "finetune": "--model projectors --mixture-from searched --data text.txt --output-dir tuned --bf16",
-    "prune": "--model tuned --data text.txt --output-dir hard --route loss --max-steps 200",
+    "prune": "--model tuned --data text.txt --output-dir hard --path loss --max-steps 200",
 }
 
 

@@ -19,12 +19,12 @@ from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.evaluation.losses import how_measured, measure, name_of
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.training.calibrate import awaits_calibration, calibrate_projectors
+from manticore_hf.training.complementary_errors import ObjectiveWhenSharded, awaits_objective, choose_objective
 from manticore_hf.training.freezing import ComponentClipping, alphas, fix_alpha, new_rows, set_stage
 from manticore_hf.training.runtime import StageRun
 from manticore_hf.training.runtime import last_whole_checkpoint as last_whole_checkpoint
 from manticore_hf.training.search import SearchTrainer, alpha_history
 from manticore_hf.training.stage_arguments import StageArguments
-from manticore_hf.training.strengths import ObjectiveWhenSharded, awaits_objective, choose_objective
 from manticore_hf.training.trainer import HybridLogging
 from manticore_hf.utils.distributed import print_main
 from manticore_hf.utils.objective import OBJECTIVE, say_objective

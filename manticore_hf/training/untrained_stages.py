@@ -17,7 +17,7 @@ from manticore_hf.compose.components import ComponentSpec, resolve
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.transplant import TransplantReport, compose_transplanted
 from manticore_hf.evaluation.data_arguments import DataArguments
-from manticore_hf.evaluation.sources import read_texts
+from manticore_hf.evaluation.records import read_texts
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.training.calibrate import calibrate_projectors
 from manticore_hf.training.freezing import fix_alpha

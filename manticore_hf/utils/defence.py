@@ -40,7 +40,7 @@ from manticore_hf.modeling.bounds_manticore import (
 from manticore_hf.modeling.dtypes_manticore import unsaved_quantization
 from manticore_hf.modeling.references_manticore import shards
 from manticore_hf.modeling.weights_manticore import Renamer, check_complete, part_of
-from manticore_hf.utils.files import refuse_link, refuse_pipes
+from manticore_hf.utils.files import check_link, check_no_pipes
 from manticore_hf.utils.formatting import short_bytes
 from manticore_hf.utils.headers import compare
 from manticore_hf.utils.hybrid_settings import (
@@ -363,7 +363,7 @@ def check_component_name(name: object) -> None:
         raise ManticoreError(f"Component name {name!r} is used by the model itself; give the component another name.")
 
 
-def _refuse_adapter(source, options):
+def _check_no_adapter(source, options):
     """Of a repository Transformers would load the model that an adapter names, wherever that is, in the hybrid's place;
     in a directory it would put the adapter into the hybrid, without a word."""
     keys = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
@@ -388,7 +388,7 @@ def loading(source: str | os.PathLike | None, options: dict) -> Iterator[None]:
         ManticoreError: An adapter lies beside it, or its index of weight files, which Transformers believes, is none or
             names files elsewhere.
     """
-    _refuse_adapter(source, options)
+    _check_no_adapter(source, options)
     folder = Path(source or "", options.get("subfolder") or "")
     for index in folder.glob("model.safetensors.index*.json") if source and os.path.isdir(folder) else ():
         shards(index, (repr(str(index)), "save the hybrid again."))
@@ -410,12 +410,12 @@ class Defence(Guard):
         check_plain(what, values)
 
     def beside(self, path: str, folder: str) -> None:
-        refuse_link(path, folder)
+        check_link(path, folder)
 
     @contextlib.contextmanager
     def reading(self, source: str | os.PathLike) -> Iterator[None]:
         """Transformers reads files that hold anything but a JSON object with odd errors."""
-        refuse_pipes(source)
+        check_no_pipes(source)
         try:
             yield
         except ManticoreError:

@@ -21,7 +21,7 @@ def stays_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
     return any(path.is_relative_to(home) for home in homes)
 
 
-def refuse_link(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+def check_link(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Raises ManticoreError if a path in a folder, all links followed, is not in it: it may be a file of its reader's.
 
     Args:
@@ -35,7 +35,7 @@ def refuse_link(path: str | os.PathLike, folder: str | os.PathLike) -> None:
         )
 
 
-def refuse_pipes(folder: str | os.PathLike) -> None:
+def check_no_pipes(folder: str | os.PathLike) -> None:
     """Raises ManticoreError if something in a folder is neither file nor folder: reading a pipe never ends.
 
     Args:

@@ -14,8 +14,8 @@ from manticore_hf.utils.unwrap import hybrid_of
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One kind of hybrid.
+class TaskType:
+    """What a hybrid can be made for.
 
     Args:
         architecture: Name of its class.
@@ -37,18 +37,18 @@ class Kind:
         return getattr(heads_manticore if self.labels else modeling_manticore, self.architecture)
 
 
-CAUSAL = Kind("ManticoreForCausalLM", "AutoModelForCausalLM", "text-generation", "causal language model", False)
-KINDS = {
-    kind.architecture: kind
-    for kind in (
+CAUSAL = TaskType("ManticoreForCausalLM", "AutoModelForCausalLM", "text-generation", "causal language model", False)
+TASK_TYPES = {
+    one.architecture: one
+    for one in (
         CAUSAL,
-        Kind(
+        TaskType(
             "ManticoreForSequenceClassification",
             "AutoModelForSequenceClassification",
             "text-classification",
             "classifier of texts",
         ),
-        Kind(
+        TaskType(
             "ManticoreForTokenClassification",
             "AutoModelForTokenClassification",
             "token-classification",
@@ -64,7 +64,7 @@ _PROBLEMS = {
 }
 
 
-def kind_of(model_or_config: PreTrainedModel | ManticoreConfig) -> Kind:
+def task_type_of(model_or_config: PreTrainedModel | ManticoreConfig) -> TaskType:
     """What a hybrid is made for; a causal language model where nothing else is said.
 
     Args:
@@ -73,10 +73,10 @@ def kind_of(model_or_config: PreTrainedModel | ManticoreConfig) -> Kind:
     """
     if isinstance(model_or_config, nn.Module):
         auto = getattr(model_or_config, "_auto_class", None)
-        return next((kind for kind in KINDS.values() if kind.auto == auto), CAUSAL)
+        return next((one for one in TASK_TYPES.values() if one.auto == auto), CAUSAL)
     names = getattr(model_or_config, "architectures", None)
     return (
-        next((KINDS[name] for name in names if isinstance(name, str) and name in KINDS), CAUSAL)
+        next((TASK_TYPES[name] for name in names if isinstance(name, str) and name in TASK_TYPES), CAUSAL)
         if isinstance(names, list)
         else CAUSAL
     )
@@ -105,7 +105,7 @@ def labels_of(config: ManticoreConfig) -> dict[str, Any]:
     Returns:
         {"labels": their names in order, "problem": what is predicted, for a sentence}.
     """
-    if kind_of(config).task == "token-classification":
+    if task_type_of(config).task == "token-classification":
         problem = "one label for each token"
     elif config.problem_type is None and config.num_labels == 1:  # as Transformers decides where it is not said
         problem = _PROBLEMS["regression"]
@@ -124,7 +124,7 @@ def quantization_of(config: ManticoreConfig) -> str | None:
     return f"{4 if settings.get('load_in_4bit') else 8} bits ({getattr(method, 'value', method)})"
 
 
-def refuse_classifier(model: nn.Module | ManticoreConfig, doing: str) -> None:
+def check_generates(model: nn.Module | ManticoreConfig, doing: str) -> None:
     """Raises an error for a hybrid that classifies.
 
     Args:
@@ -134,10 +134,10 @@ def refuse_classifier(model: nn.Module | ManticoreConfig, doing: str) -> None:
     Raises:
         ManticoreError: The hybrid, or the one that the configuration is of, classifies.
     """
-    kind = kind_of(hybrid_of(model) or model) if isinstance(model, nn.Module) else kind_of(model)
-    if kind.labels:
+    found = task_type_of(hybrid_of(model) or model) if isinstance(model, nn.Module) else task_type_of(model)
+    if found.labels:
         raise ManticoreError(
-            f"{doing} needs a hybrid that predicts text, and this one is a {kind.noun}: do that with the language "
-            f"model first, and make the classifier of it ({kind.architecture}.from_causal_lm, or from_pretrained of "
+            f"{doing} needs a hybrid that predicts text, and this one is a {found.noun}: do that with the language "
+            f"model first, and make the classifier of it ({found.architecture}.from_causal_lm, or from_pretrained of "
             "what was saved)."
         )

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from manticore_hf.modeling.bounds_manticore import ManticoreError, reason
-from manticore_hf.utils.files import refuse_link
+from manticore_hf.utils.files import check_link
 
 _MOST_IDS = 2**25
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
@@ -75,7 +75,7 @@ def read_tokenizer(source: str | os.PathLike, **options: Any) -> PreTrainedToken
     folder = Path(source, options.get("subfolder") or "")
     for path in folder.iterdir() if os.path.isdir(folder) else ():  # what is read is saved, and then pushed
         if path.suffix not in _WEIGHTS:
-            refuse_link(path, source)
+            check_link(path, source)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as err:  # a stranger's files fail in many ways, in two libraries

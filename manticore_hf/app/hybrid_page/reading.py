@@ -109,8 +109,10 @@ class Hybrid:
         """The tokenizer through which a component reads text."""
         if name not in self.model.config.aligned:
             return self.tokenizer
-        base = next(cls for cls in type(self.model).__mro__ if cls.__name__ == "ManticoreModel" and _is_carried(cls))
-        code = importlib.import_module(f"{base.__module__.rpartition('.')[0]}.aligned_tokenizers")
+        package = type(self.model.segments).__module__.rpartition(".")[
+            0
+        ]  # the hybrid's code: ours, or its repository's
+        code = importlib.import_module(f"{package}.aligned_tokenizers")
         return code.tokenizer_of(self.model, name)
 
     def parameters(self, name: str) -> int:
@@ -292,11 +294,6 @@ def count(model: torch.nn.Module) -> int:
 def bits_per_byte(logprobs: torch.Tensor, text: str) -> float:
     """Of log-probabilities [n] in nats."""
     return -float(logprobs.sum()) / math.log(2) / len(text.encode())
-
-
-def _is_carried(cls):
-    """Whether a class is of the files that a repository carries, and not a subclass of the package's."""
-    return cls.__module__.rpartition(".")[2] == "base_manticore"
 
 
 # ---- tokens as text --------------------------------------------------------------------------------------------------

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from manticore_hf.compose.component_tokenizers import TOKENIZER_FILES
 from manticore_hf.compose.convert.gguf import load_gguf
 from manticore_hf.compose.convert.gguf_tokenizer import SAMPLE, read_gguf_tokenizer
 from manticore_hf.compose.convert.mamba_ssm import TOKENIZER, is_mamba_ssm, mamba_config, mamba_weights
-from manticore_hf.compose.convert.sources import find_source, read_tensors
-from manticore_hf.compose.tokenizers import TOKENIZER_FILES
+from manticore_hf.compose.convert.read_checkpoint import find_source, read_tensors
 from manticore_hf.hub.licenses import read_license
 from manticore_hf.modeling.bounds_manticore import build_config, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreError

@@ -8,9 +8,9 @@ import os
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from manticore_hf.compose.checkpoints import check_checkpoint, checkpoint_files
+from manticore_hf.compose.component_tokenizers import digest, find_tokenizer
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
-from manticore_hf.compose.tokenizers import digest, find_tokenizer
 from manticore_hf.compose.transplant.build import ATOMS, check_method
 from manticore_hf.compose.transplant.coverage import TransplantReport
 from manticore_hf.compose.transplant.transplant import transplant

@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     """Trains and scores the models."""
     from transformers.utils import logging
 
-    from manticore_hf.experiments.composition.train import TASKS, CompositionTraining, run_composition
+    from manticore_hf.experiments.composition.train_composition import TASKS, CompositionTraining, run_composition
 
     logging.set_verbosity_error()
     sizes = {name: getattr(args, name) for name in ("layers", "hidden_size", "batch_size", "smoothing", "noise")}

@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from manticore_hf.experiments.baselines import families_of, training_of
-    from manticore_hf.experiments.lra.settings import TASKS, lra_task
-    from manticore_hf.experiments.lra.train import run_lra
+    from manticore_hf.experiments.lra.lra_settings import TASKS, lra_task
+    from manticore_hf.experiments.lra.train_lra import run_lra
 
     logging.set_verbosity_error()
     names = {name for settings in TASKS.values() for name in settings}

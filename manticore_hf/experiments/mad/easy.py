@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from manticore_hf.experiments.mad.settings import ALIASES, TASKS, MadTask, mad_task
+from manticore_hf.experiments.mad.mad_settings import ALIASES, TASKS, MadTask, mad_task
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 
 

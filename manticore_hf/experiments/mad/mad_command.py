@@ -38,8 +38,8 @@ def main(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from manticore_hf.experiments.baselines import families_of, training_of
-    from manticore_hf.experiments.mad.settings import mad_task
-    from manticore_hf.experiments.mad.train import run_mad
+    from manticore_hf.experiments.mad.mad_settings import mad_task
+    from manticore_hf.experiments.mad.train_mad import run_mad
 
     logging.set_verbosity_error()
     names = ("vocab_size", "seq_len", "num_train", "num_test", "frac_noise", "noise_vocab_size", "tokens_to_copy")

@@ -16,9 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from manticore_hf.experiments.baselines import Training
 from manticore_hf.experiments.mad.easy import EasySettings, task_names
-from manticore_hf.experiments.mad.settings import TASKS
-from manticore_hf.experiments.mad.train import run_mad
-from manticore_hf.experiments.models import scratch_config
+from manticore_hf.experiments.mad.mad_settings import TASKS
+from manticore_hf.experiments.mad.train_mad import run_mad
+from manticore_hf.experiments.scratch_models import scratch_config
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.utils.files import write_json

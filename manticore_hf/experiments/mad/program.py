@@ -33,8 +33,8 @@ from transformers import PrinterCallback, default_data_collator
 
 from manticore_hf.experiments.baselines import answers
 from manticore_hf.experiments.mad.easy import EasySettings, task_names
-from manticore_hf.experiments.mad.train import for_task, forward_arguments, pick
-from manticore_hf.experiments.models import hybrid_from_scratch, scratch_config
+from manticore_hf.experiments.mad.train_mad import for_task, forward_arguments, pick
+from manticore_hf.experiments.scratch_models import hybrid_from_scratch, scratch_config
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.training.search import STRATEGIES, SearchArguments, SearchTrainer
 from manticore_hf.utils.distributed import world

@@ -15,7 +15,7 @@ import torch
 
 from manticore_hf.compose.hybrid import ManticoreForCausalLM, ManticoreForSequenceClassification
 from manticore_hf.experiments.baselines import Benchmark, Training
-from manticore_hf.experiments.lra.settings import LraTask
+from manticore_hf.experiments.lra.lra_settings import LraTask
 from manticore_hf.utils.renamed import takes_old_name
 
 DEFAULTS = Training(layers=4, epochs=10, learning_rate=1e-3, weight_decay=0.01, batch_size=32)

@@ -25,7 +25,7 @@ from manticore_hf.hub.card import CardFacts, make_card
 from manticore_hf.hub.card_merge import merge
 from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.report.write import write_report
-from manticore_hf.utils.task_types import KINDS, kind_of, labels_of
+from manticore_hf.utils.task_types import TASK_TYPES, labels_of, task_type_of
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 TASKS = {"sequence": "text-classification", "token": "token-classification"}
@@ -93,8 +93,8 @@ def test_what_is_predicted():
         config = ManticoreConfig(architectures=[name], problem_type=problem, num_labels=count)
         assert labels_of(config) == {"labels": [f"LABEL_{i}" for i in range(count)], "problem": said}
     for other in (None, [], ["ManticoreModel"], ["Nothing"]):
-        assert kind_of(ManticoreConfig(architectures=other)).task == "text-generation"
-    for kind in KINDS.values():
+        assert task_type_of(ManticoreConfig(architectures=other)).task == "text-generation"
+    for kind in TASK_TYPES.values():
         assert kind.model_class.__name__ == kind.architecture
 
 

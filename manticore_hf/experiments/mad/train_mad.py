@@ -14,7 +14,7 @@ import torch
 from manticore_hf.evaluation.metrics import load_metric
 from manticore_hf.experiments.baselines import Benchmark, Training
 from manticore_hf.experiments.mad.compression import CompressionModel
-from manticore_hf.experiments.mad.settings import MadTask
+from manticore_hf.experiments.mad.mad_settings import MadTask
 from manticore_hf.experiments.mad.tasks import IGNORE
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.renamed import takes_old_name

@@ -27,7 +27,7 @@ WINDOW = 64
 
 
 @dataclass
-class Strengths:
+class ComplementaryErrors:
     """How much the better component depends on the place in the text.
 
     Attributes:
@@ -58,20 +58,20 @@ def awaits_objective(model: torch.nn.Module) -> bool:
     return "open" in (config.objective or {}) and alone and config.route is None
 
 
-def choose_objective(model: torch.nn.Module, rows: Dataset, **measuring: int) -> Strengths:
-    """Sets what a hybrid is trained on by whether its components' strengths differ on a text, before training on it.
+def choose_objective(model: torch.nn.Module, rows: Dataset, **measuring: int) -> ComplementaryErrors:
+    """Sets what a hybrid is trained on by whether its components make complementary errors on a text, before training.
 
     Args:
         model: A hybrid.
-        rows: As `difference_of_strengths` takes them; what it will be trained on.
+        rows: As `measure_complementary_errors` takes them; what it will be trained on.
         **measuring: tokens, window, batch_size.
 
     Returns:
-        Strengths. Of `mixture_space` and the loss weights the model's config gets what it says is open
+        ComplementaryErrors. Of `mixture_space` and the loss weights the model's config gets what it says is open
         (`config.objective`; both, where nothing is), and notes what was measured.
     """
     config = model.config
-    found = difference_of_strengths(model, rows, **measuring)
+    found = measure_complementary_errors(model, rows, **measuring)
     values = SPECIALISTS if found.gain > DIFFERENT else ALIKE
     chosen = (config.objective or {}).get("open", list(values))
     if "mixture_space" in chosen:
@@ -122,10 +122,10 @@ class ObjectiveWhenSharded(TrainerCallback):
 
 
 @torch.no_grad()
-def difference_of_strengths(
+def measure_complementary_errors(
     model: torch.nn.Module, rows: Dataset, tokens: int = 16_384, window: int = WINDOW, batch_size: int = 8
-) -> Strengths:
-    """Measures by how much the components' strengths differ on a text.
+) -> ComplementaryErrors:
+    """Measures how complementary the components' errors on a text are.
 
     Every window's even tokens choose a component and its odd tokens count, and the other way round, so that chance
     alone gives no gain: a minimum over the same tokens would.
@@ -139,7 +139,7 @@ def difference_of_strengths(
         batch_size: Rows per forward pass.
 
     Returns:
-        Strengths.
+        ComplementaryErrors.
 
     Raises:
         ManticoreError: No row has two predicted tokens.
@@ -168,7 +168,7 @@ def difference_of_strengths(
     losses = sums.sum((0, 2)) / counts.sum()
     gain = losses.min() - crossed.sum() / counts.sum()
     shares = torch.stack([(chosen == k).double().mean() for k in range(len(names))])
-    return Strengths(
+    return ComplementaryErrors(
         gain.item(), dict(zip(names, losses.tolist())), dict(zip(names, shares.tolist())), int(counts.sum()), window
     )
 

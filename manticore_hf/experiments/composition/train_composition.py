@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
 from manticore_hf.experiments.baselines import Benchmark, Training, answers
+from manticore_hf.experiments.composition.conditions import Condition, build, calibrate, conditions
 from manticore_hf.experiments.composition.glossary import GlossaryTask
-from manticore_hf.experiments.composition.models import Condition, build, calibrate, conditions
 from manticore_hf.experiments.composition.recall import RecallTask
 from manticore_hf.experiments.composition.texts import IGNORE, CompositionTask
-from manticore_hf.experiments.models import from_scratch
+from manticore_hf.experiments.scratch_models import from_scratch
 from manticore_hf.modeling.settings_manticore import ManticoreError
 
 TASKS = {"sums": CompositionTask, "glossary": GlossaryTask, "recall": RecallTask}  # by their names in commands

@@ -12,14 +12,14 @@ from transformers import TrainingArguments
 
 from manticore_hf import ManticoreConfig, ManticoreError, ManticoreForCausalLM
 from manticore_hf.evaluation.data import DataArguments
-from manticore_hf.training.recipe import load_recipe
-from manticore_hf.training.strengths import (
+from manticore_hf.training.complementary_errors import (
+    ComplementaryErrors,
     ObjectiveWhenSharded,
-    Strengths,
     awaits_objective,
     choose_objective,
-    difference_of_strengths,
+    measure_complementary_errors,
 )
+from manticore_hf.training.recipe import load_recipe
 from manticore_hf.training.trained_stages import StageArguments, run_stage
 from manticore_hf.training.untrained_stages import run_compose
 from manticore_hf.utils.objective import ALIKE, SPECIALISTS, say_objective
@@ -72,16 +72,16 @@ def low_and_high(tokens):
 
 
 def test_specialists_gain_what_an_oracle_would():
-    found = difference_of_strengths(hybrid_of(high_and_low, low_and_high), rows(1, 9, 2, 10, 3, 11), window=8)
+    found = measure_complementary_errors(hybrid_of(high_and_low, low_and_high), rows(1, 9, 2, 10, 3, 11), window=8)
     assert found.gain == pytest.approx(0.5, abs=1e-5)  # always 1 instead of the mean of 1 and 2
     assert found.losses == pytest.approx({"c0": 1.5, "c1": 1.5}, abs=1e-5)
     assert found.shares == {"c0": 0.5, "c1": 0.5} and found.tokens == 6 * 32
-    uneven = difference_of_strengths(hybrid_of(high_and_low, low_and_high), rows(1, 2, 3, 9), window=8)
+    uneven = measure_complementary_errors(hybrid_of(high_and_low, low_and_high), rows(1, 2, 3, 9), window=8)
     assert uneven.gain == pytest.approx(0.25, abs=1e-5) and uneven.shares["c0"] == 0.75
 
 
 def test_one_that_is_better_everywhere_gains_nothing():
-    better = difference_of_strengths(hybrid_of(high_and_low, lambda t: high_and_low(t) + 0.3), rows(1, 9, 2, 10))
+    better = measure_complementary_errors(hybrid_of(high_and_low, lambda t: high_and_low(t) + 0.3), rows(1, 9, 2, 10))
     assert better.gain == pytest.approx(0.0, abs=1e-5) and better.shares == {"c0": 1.0, "c1": 0.0}
 
 
@@ -93,7 +93,7 @@ def test_chance_is_no_strength():
         return 1.0 + torch.rand(tokens.shape, generator=noise)
 
     texts = rows_of(200, 65)
-    found = difference_of_strengths(hybrid_of(loss, loss), texts, tokens=10**6, window=16)
+    found = measure_complementary_errors(hybrid_of(loss, loss), texts, tokens=10**6, window=16)
     assert abs(found.gain) < 0.01 and found.tokens == 200 * 64
     windows = torch.rand(2, 800, 16, generator=noise).mean(-1)  # what choosing on the same tokens would say
     assert windows.mean(1).min() - windows.min(0).values.mean() > 0.03
@@ -103,18 +103,18 @@ def test_only_what_counts_is_measured():
     """Prompts (-100) and the padding of short rows take no part, whatever the losses are there."""
     ids = [[1] * 9 + [9] * 8, [9] * 9]
     labels = [[1] * 9 + [-100] * 8, [-100] * 9]
-    found = difference_of_strengths(
+    found = measure_complementary_errors(
         hybrid_of(high_and_low, low_and_high), Dataset.from_dict({"input_ids": ids, "labels": labels}), window=4
     )
     assert found.tokens == 8 and found.losses == pytest.approx({"c0": 1.0, "c1": 2.0}, abs=1e-5)
     with pytest.raises(ManticoreError, match="No row has two tokens to predict"):
         unlabelled = Dataset.from_dict({"input_ids": ids[1:], "labels": labels[1:]})
-        difference_of_strengths(hybrid_of(high_and_low), unlabelled)
+        measure_complementary_errors(hybrid_of(high_and_low), unlabelled)
 
 
 def test_real_components_are_measured_by_their_own_losses():
     model, texts = mixed_hybrid(), rows_of(5, 13)
-    found = difference_of_strengths(model, texts, tokens=10**6, window=12)
+    found = measure_complementary_errors(model, texts, tokens=10**6, window=12)
     ids = torch.tensor(texts["input_ids"])
     for name, loss in found.losses.items():
         expected = model.component(name)(input_ids=ids, labels=ids).loss.item()
@@ -131,7 +131,7 @@ def test_the_objective_follows_the_strengths(losses, chosen, word):
     assert say_objective(model.config).startswith("chosen when")
     found = choose_objective(model, texts, window=8)
     config = model.config
-    assert isinstance(found, Strengths) and config.mixture_space == chosen["mixture_space"]
+    assert isinstance(found, ComplementaryErrors) and config.mixture_space == chosen["mixture_space"]
     assert (config.mix_loss_weight, config.component_loss_weight) == chosen["loss_weights"]
     assert config.objective == {
         "chosen": ["mixture_space", "loss_weights"],

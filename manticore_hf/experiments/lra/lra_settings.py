@@ -99,7 +99,7 @@ class LraTask:
         elif self.name == "pathfinder":
             from manticore_hf.experiments.lra.pathfinder import dataset
         else:
-            from manticore_hf.experiments.lra.files import dataset
+            from manticore_hf.experiments.lra.texts_and_images import dataset
         return dataset(self, split)
 
 
