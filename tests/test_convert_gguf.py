@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from manticore_hf import ManticoreError, ManticoreForCausalLM, convert
 from manticore_hf.cli import main
 from manticore_hf.compose.convert import gguf_tokenizer
+from manticore_hf.compose.convert.convert import CONVERTED
 from manticore_hf.compose.convert.gguf_tokenizer import SAMPLE
+from manticore_hf.training.asked import composed_from
 
 gguf = pytest.importorskip("gguf")
 
@@ -236,3 +238,41 @@ def test_smollm2(tmp_path):
     assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
     own = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     assert torch.equal(model(ids["input_ids"]).logits, own(ids["input_ids"]).logits)
+
+
+def test_composed_of_files(tmp_path, capsys):
+    """`compose` converts them first; what is measured beside the hybrid are the models that the files hold."""
+    models = [tiny("llama", seed=seed, **SIZES) for seed in (1, 2)]
+    files = [write(tmp_path / name, model) for name, model in zip(("some-model.Q4_K_M.gguf", "other-f16.gguf"), models)]
+    (tmp_path / "text.txt").write_text("the 12 things that the other 12 had there\n" * 60)
+    command = ["compose", *map(str, files), "--output-dir", str(tmp_path / "pair")]
+    assert main(command) == 0
+    made = ManticoreForCausalLM.from_pretrained(tmp_path / "pair")
+    assert made.config.component_names == ["some_model", "other"]
+    for name, model in zip(made.config.component_names, models):
+        ours = made.component(name)
+        torch.testing.assert_close(ours(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+    before = sorted((tmp_path / "pair" / CONVERTED).rglob("*"))
+    assert main(command) == 0 and sorted((tmp_path / "pair" / CONVERTED).rglob("*")) == before
+    capsys.readouterr()
+    measure = ["evaluate", "--model", str(tmp_path / "pair"), "--data", str(tmp_path / "text.txt")]
+    assert main([*measure, "--block-size", "16", "--output-dir", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {"original some_model", "original other"} < set(found["bits_per_byte"]) and not found["missing"]
+    # A stage that trains it does not lose sight of them
+    train = ["pretrain", "--model", str(tmp_path / "pair"), "--data", str(tmp_path / "text.txt"), "--block-size", "16"]
+    assert main([*train, "--max-steps", "1", "--report-to", "none", "--output-dir", str(tmp_path / "tuned")]) == 0
+    assert composed_from(tmp_path / "tuned") == [
+        str(tmp_path / "pair" / CONVERTED / n) for n in ("some-model", "other")
+    ]
+    with pytest.raises(
+        ManticoreError, match="is a GGUF file, which `manticore-hf compose` and recipes convert; for any"
+    ):
+        ManticoreForCausalLM.from_components([files[0]])
+    assert main(["compose", str(tmp_path / "there.gguf"), "--output-dir", str(tmp_path / "x")]) == 2
+    assert "there is no GGUF file of this name; check the path." in capsys.readouterr().err
+    # Another file of that name is not taken for the one that was converted
+    write(files[0], tiny("llama", seed=3, **SIZES))
+    (tmp_path / "pair" / "stage.json").unlink()
+    capsys.readouterr()
+    assert main(command) == 2 and "or it has changed: delete that directory" in capsys.readouterr().err

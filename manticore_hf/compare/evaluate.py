@@ -15,7 +15,7 @@ from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.evaluation.losses import how_measured, itself, make_passages, measure, name_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.training.recipe import recipe_sources
+from manticore_hf.training.recipe import known_sources
 from manticore_hf.utils.claims import claim, more_rows
 from manticore_hf.utils.files import write_json
 from manticore_hf.utils.formatting import signed
@@ -43,7 +43,7 @@ def run_evaluate(
         batch_size: Rows per forward pass.
         output: Directory for `evaluation.json`, or None.
         components: Where the original components are, in the hybrid's order. Default: the addresses that the hybrid
-            knows, or those of the recipe beside it.
+            knows, or what is known of its making (`known_sources`).
 
     Returns:
         {"data", "note", "tokens", "bytes", "losses", "bits_per_byte", "differences", "missing"}, as `Measured.to_dict`
@@ -62,7 +62,7 @@ def run_evaluate(
     found = measure(model, passages, batch_size)
     device, fresh = model.device, config.embeddings == "fresh"
     del model
-    sources = components or recipe_sources(source, config)
+    sources = components or known_sources(source, config)
     measure_originals(found, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
     result = {"data": name_of(data), "note": how_measured(data), **found.to_dict()}
     print_result(source, result)

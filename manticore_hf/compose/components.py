@@ -148,6 +148,13 @@ def _resolve_address(spec, hub, weights):
             )
         found.license = read_license(os.path.join(source, "README.md"))
         return found
+    if source.endswith(".gguf"):
+        raise ManticoreError(
+            f"Component {source!r} is a GGUF file, which `manticore-hf compose` and recipes convert; for anything else "
+            "give the directory that `manticore-hf convert` makes of it."
+            if os.path.isfile(source)
+            else f"Component {source!r}: there is no GGUF file of this name; check the path."
+        )
     return _resolve_repo(spec, source, hub, weights)
 
 

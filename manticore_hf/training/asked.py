@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from manticore_hf.compose.convert.convert import converted
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.training.stage_arguments import (
@@ -113,6 +114,40 @@ def remember_asked(output: Path, asked: dict[str, Any]) -> None:
     """Writes what a stage was asked for into its directory."""
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / FILE, asked)
+
+
+def composed_from(folder: str | os.PathLike) -> list[str | None] | None:
+    """Where a hybrid's components are, as `compose` was asked for them, before the stages that have trained it since.
+
+    Args:
+        folder: Directory of the hybrid.
+
+    Returns:
+        Their directories, None for one that is there no more or came from the Hub; None if nothing is known.
+    """
+    for _ in range(100):  # stages: more than anyone runs
+        file = Path(folder or "") / FILE
+        asked = read_json(file) if folder and file.is_file() else {}
+        if isinstance(asked.get("components"), list):
+            return [_component(one, folder) for one in asked["components"]]
+        folder = _there(asked.get("model"), folder)
+        if folder is None:
+            return None
+    return None
+
+
+def _component(place, folder):
+    if _is_place(place) and str(place["path"]).endswith(".gguf"):
+        return str(converted(place["path"], folder))
+    return _there(place, folder)
+
+
+def _there(place, folder):
+    """The directory that a place in `FILE` stands for: where it is beside the output, or else on this machine."""
+    if not _is_place(place):
+        return None
+    found = os.path.normpath(os.path.join(folder, str(place["beside"]))), str(place["path"])
+    return next((one for one in found if os.path.isdir(one)), None)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from manticore_hf.evaluation.data import DataArguments
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
-from manticore_hf.training.asked import compared_before, differences, listing
+from manticore_hf.training.asked import compared_before, composed_from, differences, listing
 from manticore_hf.training.programs import program_of
 from manticore_hf.training.runtime import check_training, training_defaults
 from manticore_hf.training.search import STRATEGIES
@@ -143,7 +143,7 @@ def load_recipe(path: str | Path) -> Recipe:
         wrong(("components",), "names no component.")
     for i, component in enumerate(components):
         if not isinstance(component, str):
-            wrong(("components", i), f"is {show(component)}, must be a repo id or a directory.")
+            wrong(("components", i), f"is {show(component)}, must be a repo id, a directory or a .gguf file.")
     seed = values.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         wrong(("seed",), f"is {show(seed)}, must be an integer in [0, 2**32).")
@@ -539,23 +539,28 @@ def _all_inside(path, folder):
     return all(stays_inside(one, folder) for one in path.rglob("*")) if path.is_dir() else True
 
 
-def recipe_sources(folder: str | Path, config: PreTrainedConfig) -> list[str] | None:
-    """Where the recipe beside a hybrid has its components from, where the hybrid does not know; else None.
+def known_sources(folder: str | Path, config: PreTrainedConfig) -> list[str | None] | None:
+    """Where components without an address came from: by what `compose` was asked for, or else by the recipe.
 
     Args:
         folder: Directory of the hybrid.
         config: Its configuration.
+
+    Returns:
+        For each component its directory, or None where it has an address, or that directory is there no more. None if
+        nothing is known.
     """
-    file = Path(folder) / "recipe.yaml"
-    if not file.is_file() or all(entry["repo_id"] for entry in config.components):
+    if all(entry["repo_id"] for entry in config.components):
         return None
+    file = Path(folder) / "recipe.yaml"
     try:
-        recipe = load_kept_recipe(file)
-        found = [find_beside(source, recipe) for source in recipe.components]
+        found = composed_from(folder)
+        if not any(found or ()) and file.is_file():
+            recipe = load_kept_recipe(file)
+            found = [find_beside(source, recipe) for source in recipe.components]
     except ManticoreError:
         return None
-    if len(found) != len(config.components):
+    if found is None or len(found) != len(config.components):
         return None
-    return [
-        one if entry["repo_id"] is None and os.path.isdir(one) else None for one, entry in zip(found, config.components)
-    ]
+    pairs = zip(found, config.components)
+    return [one if entry["repo_id"] is None and one and os.path.isdir(one) else None for one, entry in pairs]

@@ -38,7 +38,7 @@ def add_options(parser: Parser, stage: Stage, whole: bool = True) -> None:
     parser.epilog = f"Example: {parser.prog} {_EXAMPLES[stage.name]}"
     parser.set_defaults(stage=stage)
     if stage.name == "compose":
-        parser.add_argument("components", nargs="+", help="org/repo, org/repo@revision or directory")
+        parser.add_argument("components", nargs="+", help="org/repo, org/repo@revision, directory or .gguf file")
         leave_out = ("mixture_weights", "vocab_size")  # for recipes and Python
         add_fields(parser.add_argument_group("the hybrid"), stage.arguments, leave_out)
     else:
@@ -99,16 +99,15 @@ def main(args: argparse.Namespace) -> None:
     start, training = from_namespace(stage.arguments, args), from_namespace(stage.training_class, args)
     if stage.name == "compose":
         stage.run(args.components, training, **start.settings())
-        print_main(f"measure it with: {_measuring(args.components, training.output_dir, start.tokenizer_data)}")
+        print_main(f"measure it with: {_measuring(training.output_dir, start.tokenizer_data)}")
     else:
         stage.run(start, from_namespace(DataArguments, args), training)
 
 
-def _measuring(components: list[str], output_dir: str, text: str | None) -> str:
+def _measuring(output_dir: str, text: str | None) -> str:
     """The command that compares a new hybrid with its components, on the text that chose its tokenizer if one did."""
     command = ["manticore-hf", "evaluate", "--model", output_dir, "--data", text or "TEXT.txt"]
     if text is None:
         return shlex.join(command)
-    # Short rows: of a few pages, too, there are enough for an interval. Whose tokenizers differ is to be compared with
-    # each model as it came, and a report of the hybrid is to tell the same numbers
-    return shlex.join([*command, "--block-size", "256", "--components", *components, "--output-dir", output_dir])
+    # Short rows: of a few pages, too, there are enough for an interval. A report of the hybrid shows the same numbers
+    return shlex.join([*command, "--block-size", "256", "--output-dir", output_dir])

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from manticore_hf.compose.choose_tokenizer import MEASURED_BYTES, measure_tokenizers
 from manticore_hf.compose.components import ComponentSpec, resolve
+from manticore_hf.compose.convert.convert import convert_beside, is_gguf
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.transplant import TransplantReport, compose_transplanted
 from manticore_hf.evaluation.data_arguments import DataArguments
@@ -41,7 +42,7 @@ def run_compose(
     """Joins components into a hybrid and saves it with the tokenizer of its tokenizer component.
 
     Args:
-        components: As `ManticoreForCausalLM.from_components` takes them.
+        components: As `ManticoreForCausalLM.from_components` takes them, or GGUF files, which are converted first.
         arguments: TrainingArguments: `output_dir`, and `seed` of the initial projectors.
         program: What finds the alpha that the hybrid is fixed at: `program_alpha` with all arguments but the model
             types of the components and `num_blocks`. Default: alpha is as ManticoreConfig says.
@@ -77,6 +78,7 @@ def _composed(result: dict) -> Iterator[str]:
 
 def _compose(components, settings, program, run: StageRun) -> dict:
     """Composes and writes; on rank 0."""
+    components = [convert_beside(one, run.output) if is_gguf(one) else one for one in components]
     method, source, reports = settings.pop("transplant", None), settings.pop("transplant_data", None), {}
     chosen_by, found = settings.pop("tokenizer_data", None), None
     given = settings.pop("tokenizer", None)
