@@ -18,7 +18,7 @@ from manticore_hf.training.stages import STAGES
 from manticore_hf.utils.formatting import printable_output
 from manticore_hf.utils.interrupted import ends_if_interrupted
 from manticore_hf.utils.options import Parser, RawHelp
-from manticore_hf.utils.quiet import quiet_optional_packages
+from manticore_hf.utils.quiet import quiet_loading, quiet_optional_packages
 from manticore_hf.utils.renamed import warn_renamed
 
 
@@ -135,7 +135,8 @@ def _main(argv: list[str]) -> int:
         args = parser.parse_args(given)
         _check_names(args, COMMANDS[command].module)
         manticore_hf.register()
-        return importlib.import_module(COMMANDS[command].module).main(args) or 0
+        with quiet_loading(downloads=True):
+            return importlib.import_module(COMMANDS[command].module).main(args) or 0
     except Exception as err:
         from safetensors import SafetensorError  # so says a full disk when weights are written
 

@@ -214,6 +214,18 @@ def test_what_transformers_would_leave_out_is_refused(tmp_path, refuse):
     refuse(path, "tiny.gguf is not a readable GGUF file")
 
 
+def test_upstream_still_reads_files_past_what_it_does_not_know(tmp_path):
+    """A rotation of another kind, and the numbers for it: Transformers loads the model without either."""
+    model, ones = tiny("llama", **SIZES), numpy.full(4, 8, numpy.float32)
+    scaled = {"change": lambda arrays: arrays.update({"rope_freqs.weight": ones})}
+    write(tmp_path / "plain.gguf", model)
+    write(tmp_path / "scaled.gguf", model, fields=[("llama.rope.scaling.type", "yarn")], **scaled)
+    plain, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name).eval() for name in ("plain.gguf", "scaled.gguf")
+    )
+    assert torch.equal(other(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
 def test_the_package_is_asked_for(tmp_path, refuse, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     (tmp_path / "tiny.gguf").touch()
@@ -265,6 +277,8 @@ def test_composed_of_files(tmp_path, capsys):
     assert composed_from(tmp_path / "tuned") == [
         str(tmp_path / "pair" / CONVERTED / n) for n in ("some-model", "other")
     ]
+    said = capsys.readouterr().err  # one bar for each stage, and none of Transformers' beside it
+    assert "pretrain: 100%" in said and "Loading weights" not in said and "Writing model" not in said
     with pytest.raises(
         ManticoreError, match="is a GGUF file, which `manticore-hf compose` and recipes convert; for any"
     ):
@@ -274,5 +288,4 @@ def test_composed_of_files(tmp_path, capsys):
     # Another file of that name is not taken for the one that was converted
     write(files[0], tiny("llama", seed=3, **SIZES))
     (tmp_path / "pair" / "stage.json").unlink()
-    capsys.readouterr()
     assert main(command) == 2 and "or it has changed: delete that directory" in capsys.readouterr().err

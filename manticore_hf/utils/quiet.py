@@ -4,7 +4,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-_OPTIONAL = ("torchao", "bitsandbytes", "torch.utils._pytree")  # the last warns of torchao's classes
+# The third warns of torchao's classes; the last says that a Mamba is slow, whose kernels hybrids replace with their own
+_OPTIONAL = ("torchao", "bitsandbytes", "torch.utils._pytree", "transformers.integrations.hub_kernels")
 
 
 @contextlib.contextmanager
@@ -24,20 +25,23 @@ def quiet_optional_packages() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Context in which Transformers shows no bars of its own ("Loading weights"), nor the Hub's client.
+def quiet_loading(downloads: bool = False) -> Iterator[None]:
+    """Context in which Transformers shows no bars of its own ("Loading weights"), for commands that have their own.
 
-    For steps of a command that has one bar for all of them, and that downloads nothing within.
+    Args:
+        downloads: Whether the Hub's client shows its bars all the same.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    shown, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    shown, hub = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
+    if hub and downloads:  # which Transformers has switched off with its own
+        enable_progress_bars()
     try:
         yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-        if downloads:  # which Transformers has switched off with its own
+        if hub:
             enable_progress_bars()
