@@ -30,9 +30,11 @@ from transformers import AutoConfig
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 from manticore_hf.evaluation.statistics import bootstrap, paired_p
+from manticore_hf.report.speed import measure_speed
 from manticore_hf.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "real_pair.json"
+PROMPT = 256  # tokens that are read before any is written
 TEST, VALIDATION = 20_480, 5_120  # bytes of each text
 SEEDS, RATES, EPOCHS = (0, 1, 2), (1e-3, 3e-3, 1e-2), (1, 3, 10)
 WEIGHTS = np.linspace(0, 1, 21)
@@ -141,6 +143,15 @@ def collect(options):
         losses = known(one["nats"][None], GATE_DECAYS, True)[0]
         one["losses"] = (losses - losses.mean(-2, keepdim=True)).flatten(-2)
     return found
+
+
+def measured_speed(options):
+    """`measure_speed` of the hybrid and of each model alone, on the beginning of the first text."""
+    text = Path(options.texts[0].split("=", 1)[1]).read_text(encoding="utf-8")
+    hybrid = joined(options)
+    home = aligner_of(hybrid).bytes_of(hybrid, hybrid.config.tokenizer_component)
+    prompt = [*home.start, *home.cut(text[: 8 * PROMPT].encode())][:PROMPT]
+    return measure_speed(hybrid, prompt, new_tokens=32, repeats=5)
 
 
 def mixed(weights, one):
@@ -297,13 +308,18 @@ def main():
     parser.add_argument("--tokens", type=int, default=60_500, help="training tokens to read, of all kinds together")
     parser.add_argument("--window", type=int, default=1500, help="bytes that are read at once")
     parser.add_argument("--analyse", action="store_true", help="only what has been read so far")
+    parser.add_argument("--speed", action="store_true", help="only speed and memory, to real_pair_speed.json")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    made_with = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+    if options.speed:
+        made = {"date": time.strftime("%Y-%m-%d"), "versions": made_with}
+        write_json(options.results.with_name("real_pair_speed.json"), measured_speed(options) | made)
+        return
     options.work.mkdir(parents=True, exist_ok=True)
     found = collect(options)
     widths = [AutoConfig.from_pretrained(path).hidden_size for path in options.models]
     result = analyse(found, options.names, widths)
-    made_with = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
     result |= {"date": time.strftime("%Y-%m-%d"), "versions": made_with, "window": options.window}
     write_json(options.results, result)
     for label, row in result["rows"].items():

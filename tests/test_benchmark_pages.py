@@ -169,7 +169,7 @@ BASELINES = {
 NO_LOSS_OF_A_HYBRID = {
     "mad-profile", "mad-generation", "speed", "parts", "scan", "drafting", "plan", "plan-processes", "plan-cuda",
     "families", "transplant", "serving", "vllm", "gpu-kernels", "gpu-errors", "gpu-ratios", "packing",
-    "mixture-sampling-speed", "aligned-tokenizers",
+    "mixture-sampling-speed", "aligned-tokenizers", "real-pair-speed",
 }  # fmt: skip
 
 

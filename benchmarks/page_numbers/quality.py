@@ -288,6 +288,17 @@ def real_pair(load: Load) -> Rows:
     return rows
 
 
+@table("real-pair-speed")
+def real_pair_speed(load: Load) -> Rows:
+    """Speed and memory of the two real models and of both together."""
+    result = load("real_pair_speed")
+    rows = [["model", "prefill, tokens/s", "decode, tokens/s", "weights, GB", "beside them while running, GB"]]
+    for name, row in result["models"].items():
+        sizes = (row["weights"], row["working"] or 0)
+        rows.append([name, f"{row['prefill']:.0f}", f"{row['decode']:.1f}", *(f"{one / 1e9:.2f}" for one in sizes)])
+    return rows
+
+
 @values
 def real_pair_values(load: Load) -> Values:
     result = load("real_pair")
@@ -312,4 +323,10 @@ def real_pair_values(load: Load) -> Values:
         yield f"real-pair.gate.{name.replace(',', '').replace(' ', '-')}", f"{row['gain']['percent']:.1f} %"
     best = result["rows"]["geometric token gate, 60,000 tokens"]["gain"]["percent"]
     yield "real-pair.geometric.60000", f"{best:.1f} %"
+    speed = load("real_pair_speed")
+    for key in ("date", "dtype", "threads", "prompt_tokens", "new_tokens"):
+        yield f"real-pair-speed.{key.replace('_', '-')}", f"{speed[key]}"
+    hybrid, parts = speed["models"]["hybrid"], [row for name, row in speed["models"].items() if name != "hybrid"]
+    for key in ("prefill", "decode"):
+        yield f"real-pair-speed.{key}", f"{1 / hybrid[key] / sum(1 / row[key] for row in parts):.2f}"
     yield "real-pair.cost", f"{result['cost']['hybrid / components']:.1f}"
