@@ -208,9 +208,11 @@ def main():
             print(name, length, found)
     if args.output:
         found = {
-            "blocks": model.config.num_blocks, "seconds": {f"{who} {n}": value for (who, n), value in times.items()},
-            "results": results, "greedy, measured": races,
-        }  # fmt: skip
+            "blocks": model.config.num_blocks,
+            "seconds": {f"{who} {n}": value for (who, n), value in times.items()},
+            "results": results,
+            "greedy, measured": races,
+        }
         args.output.write_text(json.dumps(found, indent=1) + "\n")
 
 

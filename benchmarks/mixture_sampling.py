@@ -194,9 +194,9 @@ def seen(model, rows):
 
 def gated_nats(gate, one, lag):
     """Nats [time - 1] of a row under a gate that is asked every `lag` tokens."""
-    states, sure = ([x[:, :-1] for x in xs] for xs in one[:2])
+    states, confidences = ([x[:, :-1] for x in xs] for xs in one[:2])
     losses = [known(-one[2][None], GATE_DECAYS, True)] if isinstance(gate, LossGate) else []
-    return lagged_nats(gate(states, sure, *losses), one, lag)
+    return lagged_nats(gate(states, confidences, *losses), one, lag)
 
 
 def lagged_nats(weights, one, lag):

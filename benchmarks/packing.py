@@ -80,9 +80,12 @@ def main():
         rows.append({"documents": name, "tokens": sum(lengths), "packed /": ratios})
         print(rows[-1])
     out = {
-        "date": time.strftime("%Y-%m-%d"), "machine": platform.machine(),
-        "torch": torch.__version__, "transformers": version("transformers"), "rows": rows,
-    }  # fmt: skip
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "rows": rows,
+    }
     if args.output:
         args.output.write_text(json.dumps(out, indent=1) + "\n")
 

@@ -72,23 +72,23 @@ def features(model, ids: torch.Tensor, static: bool) -> dict[str, torch.Tensor]:
     """Of each token but the last: what gates read, and each component's loss on the next one; if `static`, mixtures'.
 
     Returns:
-        {"states": [rows, time, sum of widths] per component, "sure", "nats": [rows, time, K], "norms": [rows, time, K,
-        NODES] what normalises log-probabilities that are multiplied by NODES, "agree": [rows, time, 1] whether the most
-        probable tokens are one, "geometric": [rows, weights] nats of geometric static mixtures with WEIGHTS on the
-        second component, or no weights}.
+        {"states": [rows, time, sum of widths] per component, "confidences", "nats": [rows, time, K], "norms": [rows,
+        time, K, NODES] what normalises log-probabilities that are multiplied by NODES, "agree": [rows, time, 1] whether
+        the most probable tokens are one, "geometric": [rows, weights] nats of geometric static mixtures with WEIGHTS on
+        the second component, or no weights}.
     """
-    out = {"states": [], "sure": [], "nats": [], "norms": [], "agree": [], "geometric": []}
+    out = {"states": [], "confidences": [], "nats": [], "norms": [], "agree": [], "geometric": []}
     for batch in ids.split(16):
-        states, sure, logprobs = [], [], []
+        states, confidences, logprobs = [], [], []
         for name in model.config.component_names:
             state = model.segments.segment(name, 0)(batch, None, torch.arange(BLOCK)[None])
             states.append(state[:, :-1])
             logits = model.segments.logits(name, states[-1])
-            sure.append(confidence(logits)[0])
+            confidences.append(confidence(logits)[0])
             logprobs.append(logits.log_softmax(-1))
         names = batch[:, 1:, None]
         out["states"].append(torch.stack(states))
-        out["sure"].append(torch.stack(sure))
+        out["confidences"].append(torch.stack(confidences))
         out["nats"].append(torch.cat([-one.gather(-1, names) for one in logprobs], -1))
         norms = [torch.stack([(float(node) * one).logsumexp(-1) for node in NODES], -1) for one in logprobs]
         out["norms"].append(torch.stack(norms, -2))
@@ -99,7 +99,7 @@ def features(model, ids: torch.Tensor, static: bool) -> dict[str, torch.Tensor]:
             mean = (1 - weight) * logprobs[0] + weight * logprobs[1]
             mixed.append((mean.logsumexp(-1) - mean.gather(-1, names)[..., 0]).sum(-1))
         out["geometric"].append(torch.stack(mixed, -1) if static else torch.empty(len(batch), 0))
-    return {key: torch.cat(values, 1 if key in ("states", "sure") else 0) for key, values in out.items()}
+    return {key: torch.cat(values, 1 if key in ("states", "confidences") else 0) for key, values in out.items()}
 
 
 def known(nats: torch.Tensor, decays, means: bool) -> torch.Tensor:
@@ -124,8 +124,8 @@ def online(nats, eta, decay, share):
 def gate_inputs(found: dict[str, torch.Tensor]) -> None:
     """Adds what gates read of each token: "read" [rows, time, features], as `TokenGate` has them, and "losses"."""
     parts = []
-    for state, sure in zip(found.pop("states"), found.pop("sure")):
-        parts += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), sure]
+    for state, confidences in zip(found.pop("states"), found.pop("confidences")):
+        parts += [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6), confidences]
     found["read"] = torch.cat(parts, -1)
     losses = known(found["nats"], GATE_DECAYS, True)
     found["losses"] = (losses - losses.mean(-2, keepdim=True)).flatten(-2)

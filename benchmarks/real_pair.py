@@ -276,24 +276,34 @@ def analyse(found, names, widths):
             settings[f"{label}, seed {seed}"] = how
         contenders[label] = {kind: np.stack([run[kind] for run in runs]) for kind in kinds}
     every = [size for kind in kinds for size in sizes[kind]]
-    out = {"rows": {}, "weights": weights, "settings": settings, "train_tokens": trained,
-           "bytes": {kind: sum(sizes[kind]) for kind in kinds},
-           "tokens": {kind: sum(len(one["nats"]) for one in tests[kind]) for kind in kinds}}  # fmt: skip
+    out = {
+        "rows": {},
+        "weights": weights,
+        "settings": settings,
+        "train_tokens": trained,
+        "bytes": {kind: sum(sizes[kind]) for kind in kinds},
+        "tokens": {kind: sum(len(one["nats"]) for one in tests[kind]) for kind in kinds},
+    }
     whole = {label: np.concatenate([values[kind] for kind in kinds], -1) for label, values in contenders.items()}
     single = min((label for label in contenders if label.endswith("as it came")), key=lambda label: whole[label].sum())
     for label, values in contenders.items():
         row = {kind: rate_of(values[kind], sizes[kind]) for kind in kinds} | {"all": rate_of(whole[label], every)}
         gain = np.atleast_2d(whole[single]) - np.atleast_2d(whole[label])
-        row["gain"] = {"percent": round(100 * float(gain.mean(0).sum() / whole[single].sum()), 2),
-                       "bits": rate_of(gain, every), "p": paired_p(gain)}  # fmt: skip
+        row["gain"] = {
+            "percent": round(100 * float(gain.mean(0).sum() / whole[single].sum()), 2),
+            "bits": rate_of(gain, every),
+            "p": paired_p(gain),
+        }
         row["worst"] = round(
             max(100 * (row[k]["bits"] / out["rows"].get(single, row)[k]["bits"] - 1) for k in kinds), 2
         )
         out["rows"][label] = row
     out["single"] = single
     hybrid, apart = np.array([one["seconds"] for rows in tests.values() for one in rows]).sum(0)
-    out["cost"] = {"hybrid / components": round(hybrid / apart, 2), "components, tokens per second of the processor":
-                   round(sum(out["tokens"].values()) / apart, 1)}  # fmt: skip
+    out["cost"] = {
+        "hybrid / components": round(hybrid / apart, 2),
+        "components, tokens per second of the processor": round(sum(out["tokens"].values()) / apart, 1),
+    }
     return out
 
 

@@ -8,12 +8,13 @@ imports neither torch nor Transformers before it runs, so that help is printed a
 import importlib
 import os
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import manticore_hf
 from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.training.stage_arguments import OLD_NAMES
+from manticore_hf.training.stage_arguments import OLD_NAMES, wrong_setting
 from manticore_hf.training.stages import STAGES
 from manticore_hf.utils.formatting import printable_output
 from manticore_hf.utils.interrupted import ends_if_interrupted
@@ -38,7 +39,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "manticore_hf.demo.demo_command",
-        "join two tiny pretrained models, train the joint, publish it to a local Hub, load it back",
+        "join two tiny pretrained models, train the hybrid, publish it to a local Hub and load it back",
     ),
     "families": Command(
         "manticore_hf.families.families_command",
@@ -133,6 +134,7 @@ def _main(argv: list[str]) -> int:
     parser = parser_of(command, whole="--help-all" in given or not {"-h", "--help"} & set(given))
     try:
         args = parser.parse_args(given)
+        _check_numbers(args, parser, command)
         _check_names(args, COMMANDS[command].module)
         manticore_hf.register()
         with quiet_loading(downloads=True):
@@ -147,6 +149,14 @@ def _main(argv: list[str]) -> int:
             return 1
         print(f"{parser.prog}: {' '.join(str(err).split())}", file=sys.stderr)
         return 2
+
+
+def _check_numbers(args, parser, command):
+    """Whether numbers make sense, before anything is imported; named by the option that the help shows."""
+    shown = {one.dest: one.option_strings[0] for one in parser._actions if one.option_strings and one.help != SUPPRESS}
+    for key, value in vars(args).items():
+        if key in shown and (message := wrong_setting(key, value, command)) is not None:
+            raise ManticoreError(f"{shown[key]} is {value}, {message}.")
 
 
 def _check_names(args, module):

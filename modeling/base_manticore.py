@@ -21,7 +21,7 @@ from .components_manticore import ENGINES, EngineError, choose_attention, prepar
 from .configuration_manticore import ManticoreConfig, ManticoreError
 from .devices_manticore import check_whole_rows, device_of, onloaded, place, whole_weights
 from .dtypes_manticore import MixedDtypes, check_adapted
-from .mixing_manticore import HybridMixer, whole
+from .mixing_manticore import HybridMixer, gathered
 from .mixture_manticore import widen
 from .running_manticore import read_inputs, run
 from .segments_manticore import Segments
@@ -235,9 +235,9 @@ class ManticoreModel(ManticorePreTrainedModel):
         """alpha [S, K]; with mixture="token" the last row is softmax(b), the part that does not depend on the token."""
         mixer, gate = self.hybrid_mixer, self.hybrid_mixer.token_gate
         with onloaded(mixer, *([] if gate is None else [gate.linear])):
-            alpha = widen(whole(mixer.alpha_logits.detach())).softmax(-1)
+            alpha = widen(gathered(mixer.alpha_logits.detach())).softmax(-1)
             if gate is not None:
-                alpha[-1] = widen(whole(gate.linear.bias.detach())).softmax(-1)
+                alpha[-1] = widen(gathered(gate.linear.bias.detach())).softmax(-1)
         for block, row in enumerate(self.config.mixture_weights or ()):
             if row is not None:
                 alpha[block] = torch.tensor(row)

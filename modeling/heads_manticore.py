@@ -2,9 +2,9 @@
 
 With `embeddings="native"` every component's final state has a score head of its own, and the scores are mixed as the
 predictions of a causal hybrid are: score = sum_k w_k Score_k(v_k), w the last block's alpha. A token gate also reads
-how sure each component is of its next token, which nothing tells without a head over the vocabulary: w is then the part
-of the gate that does not depend on the token, softmax(b). Other embeddings: one score head, on the shared state. Score
-heads are as in Transformers: without bias for sequences, with bias and dropout for tokens.
+each component's confidence, which nothing tells without a head over the vocabulary: w is then the part of the gate that
+does not depend on the token, softmax(b). Other embeddings: one score head, on the shared state. Score heads are as in
+Transformers: without bias for sequences, with bias and dropout for tokens.
 """
 
 from functools import partial

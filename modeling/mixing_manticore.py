@@ -25,7 +25,7 @@ def resize(states: Tensor, width: int) -> Tensor:
     return states[..., :width] if have > width else F.pad(states, (0, width - have))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A tensor with all its values: one that FSDP2 has sharded is gathered, which all processes must do at once."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

@@ -150,12 +150,12 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             return own[0] if lag is None else lag.cut(own[0]), None
         token_weights = norms = None
         if self.config.mixture != "static" and not isinstance(weights[0], float):
-            sure, norms = zip(*[confidence(one) for one in own])
+            conf, norms = zip(*[confidence(one) for one in own])
             losses = [] if past is None else [past(own, norms)]
             if self.config.mixture == "online":
                 token_weights = optional("past_losses").mix_online(self.config, weights, *losses)
             else:
-                token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(sure), *losses))
+                token_weights = sum_to_one(self.hybrid_mixer(HybridMixer.gate_tokens, states, list(conf), *losses))
                 # The gate stands for alpha, which gets a gradient of zeros: DDP waits for all that may be trained.
                 token_weights = token_weights + 0.0 * sum(weights)
             if lag is not None:

@@ -1,4 +1,4 @@
-"""Mixtures that learn from what each component has lost on the tokens so far, which is known for nothing.
+"""Mixtures that learn from what each component has lost on the tokens so far, which costs nothing to know.
 
 When token x_{t+1} is predicted, the components' losses -log p_k(x_1), ..., -log p_k(x_t) are known. Of each component a
 few exponentially decayed sums of them are followed, s_k(t) = decay * s_k(t - 1) - log p_k(x_t), from nothing at the

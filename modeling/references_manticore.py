@@ -80,10 +80,10 @@ def asking(entry: dict, what: str) -> Iterator[None]:
     except ManticoreError:
         raise
     except Exception as err:  # the HTTP library's own errors among them
-        raise ManticoreError(f"{where(entry)}: {what} cannot be read: {refusal(err, entry['repo_id'])}") from err
+        raise ManticoreError(f"{where(entry)}: {what} cannot be read: {hub_reason(err, entry['repo_id'])}") from err
 
 
-def refusal(err: Exception, repo_id: str) -> str:
+def hub_reason(err: Exception, repo_id: str) -> str:
     """What the Hub's client says, as the end of a message: the status, and what to do."""
     said, chain, status = err, [], None
     while said is not None and said not in chain:  # the client raises its last error from the one that has the status

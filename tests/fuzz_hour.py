@@ -202,7 +202,7 @@ def main():
     fuzzing.guarded = lambda seconds=SECONDS: limit(SECONDS, signal.SIGPROF, signal.ITIMER_PROF)
     plain = fuzzing.outcome
     fuzzing.outcome = lambda *a, **k: (
-        counts.update([found := "read" if plain(*a, **k) else "refused"]) or found == "read"
+        counts.update([found := "read" if plain(*a, **k) else "rejected"]) or found == "read"
     )
     modules = {name: importlib.import_module(name) for name in MODULES}
     import torch
@@ -226,7 +226,7 @@ def run(args, output, modules, values, watch, counts):
         state = json.loads((output / "state.json").read_text())
     for test in share:
         state["tests"].setdefault(
-            test, {"next": 0, "cpu": 0.0, "memory": 0, "slowest": 0.0, "read": 0, "refused": 0, "findings": 0}
+            test, {"next": 0, "cpu": 0.0, "memory": 0, "slowest": 0.0, "read": 0, "rejected": 0, "findings": 0}
         )
     if (output / "running").is_file():  # the last process died of it
         test, number = json.loads((output / "running").read_text())
@@ -245,7 +245,7 @@ def run(args, output, modules, values, watch, counts):
         faulthandler.cancel_dump_traceback_later()
         mine["cpu"] += took
         mine["slowest"], mine["memory"] = max(mine["slowest"], took), max(mine["memory"], memory)
-        for key in ("read", "refused"):
+        for key in ("read", "rejected"):
             mine[key] += counts[key]
         state["cpu"] = before + cpu_time() - offset
         (output / "running").unlink()
@@ -276,11 +276,11 @@ def write(output, state):
 
 def summary(state, parser_of):
     """A table in Markdown: one row per parser."""
-    lines = ["| parser | examples | read | refused | findings | CPU seconds | slowest, s | most memory, MB |"]
+    lines = ["| parser | examples | read | rejected | findings | CPU seconds | slowest, s | most memory, MB |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for parser in PARSERS:
         rows = [row for test, row in state["tests"].items() if parser_of[test] == parser]
-        sums = [sum(row[key] for row in rows) for key in ("next", "read", "refused", "findings", "cpu")]
+        sums = [sum(row[key] for row in rows) for key in ("next", "read", "rejected", "findings", "cpu")]
         worst = [max(row[key] for row in rows) for key in ("slowest", "memory")]
         lines.append(
             f"| {parser} | {sums[0]:,} | {sums[1]:,} | {sums[2]:,} | {sums[3]} | {sums[4]:.0f} | {worst[0]:.1f} | "

@@ -364,7 +364,7 @@ def test_adapters_of_rows_that_are_run_in_another_order_are_refused(saved):
     mask, right = torch.ones_like(IDS), tuned(input_ids=IDS).logits
     mask[0, 3:6] = 0
     for told in ({"attention_mask": mask}, {"position_ids": torch.tensor([[*range(5), *range(7)]] * 2)}):
-        with pytest.raises(ManticoreError, match="adapter_names: rows with several documents, or padding inside, are"):
+        with pytest.raises(ManticoreError, match="adapter_names: rows with several documents, or padding inside, run"):
             tuned(input_ids=IDS, adapter_names=["default", "__base__"], use_cache=False, **told)
         assert torch.equal(tuned(input_ids=IDS).logits, right)
 

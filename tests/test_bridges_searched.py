@@ -133,7 +133,7 @@ def test_stages_from_the_command_line(tmp_path):
     searched, tuned = (ManticoreForCausalLM.from_pretrained(folder) for folder, _ in results[2:4])
     alpha = [one.hybrid_mixer.bridges.alpha_logits for one in (trained, searched, tuned)]
     assert not torch.equal(alpha[0], alpha[1]) and torch.equal(alpha[1], alpha[2])
-    assert results[4][1]["bridges"] == 2 and results[4][1]["route"] is None
+    assert results[4][1]["bridges"] == 2 and results[4][1]["path"] is None
     _, _, report = write_report(tmp_path / "run", measured=False)
     assert "with bridges between their states" in report.read_text()
     found = inspect_hybrid(str(results[3][0]))

@@ -248,6 +248,15 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
         (["prune", *stage, "--distil-weight", "2"], "--distil-weight is 2.0, must be at least 0 and at most 1"),
         (["evaluate", "--model", str(place / "hybrid"), "--data", str(tmp_path / "no.txt")], "no.txt"),
         (["report", str(tmp_path / "none")], "none"),
+        *(
+            ([*words, option, "0"], f"{option} is 0, must be at least")
+            for words in (["evaluate", *stage[:4]], ["report", str(place / "hybrid"), *stage[2:4]])
+            for option in ("--batch-size", "--max-tokens", "--block-size")
+        ),
+        (["calibrate", *stage, "--batch-size", "0"], "--batch-size is 0, must be at least 1 and at most 65,536"),
+        (["plan", str(place / "hybrid"), "--block-size", "0"], "--block-size is 0, must be at least 2"),
+        (["app", str(place / "hybrid"), "--port", "99999999"], "--port is 99999999, must be at least 0"),
+        (["app", str(place / "hybrid"), "--device", "foo"], "--device foo: torch has no such device here"),
         (["push", str(tmp_path / "none"), "me/x"], "none"),
         (["convert", str(tmp_path / "none"), "--output-dir", str(tmp_path / "y")], "none"),
         # A name of a file is no name on the Hub, which is not asked

@@ -86,7 +86,10 @@ def test_the_demo(tmp_path, hub, owner):
     assert ManticoreForCausalLM.from_pretrained(f"{owner}/first").config.component_names == ["neox_prose", "mamba_code"]
 
     other = subprocess.run(
-        [sys.executable, "-m", "manticore_hf.cli", "demo", "--tokens", "9000"], cwd=tmp_path, capture_output=True,
-        text=True, env=dict(os.environ),
-    )  # fmt: skip
+        [sys.executable, "-m", "manticore_hf.cli", "demo", "--tokens", "9000"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+    )
     assert other.returncode == 2 and "holds a demo on other text" in other.stderr

@@ -216,8 +216,11 @@ def test_what_is_kept_for_the_report_is_what_is_printed():
         "hybrid, 2 blocks, calibrated only",
     )
     frozen = {row: {kind: (i + 1.0) * one for kind, one in sizes.items()} for i, row in enumerate(names)}
-    tuned = {"neox_prose, tuned alone": frozen["ensemble"], "hybrid, 1 block, tuned jointly": frozen["neox_prose"],
-             "hybrid, 2 blocks, searched and tuned": frozen["ensemble"]}  # fmt: skip
+    tuned = {
+        "neox_prose, tuned alone": frozen["ensemble"],
+        "hybrid, 1 block, tuned jointly": frozen["neox_prose"],
+        "hybrid, 2 blocks, searched and tuned": frozen["ensemble"],
+    }
     originals = ["original neox_prose", "original mamba_code"]
     untuned = demo._beside_one_block(frozen, frozen)
     assert sorted(untuned) == sorted(["ensemble", "hybrid, 1 block, gate trained", *originals])

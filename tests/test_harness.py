@@ -124,9 +124,27 @@ def test_original_components_answer_with_their_own_tokenizers(start, questions, 
 def test_the_harness_runs_on_a_hybrid_by_itself(start, tmp_path):
     """As a user of the harness would: its own command, remote code, several requests at once."""
     arguments = f"pretrained={start[1]},trust_remote_code=True"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", "tiny_choice",
-               "--include_path", str(start[2]), "--batch_size", "4", "--device", "cpu", "--output_path", str(tmp_path),
-               "--seed", "0"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        arguments,
+        "--tasks",
+        "tiny_choice",
+        "--include_path",
+        str(start[2]),
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+        "--output_path",
+        str(tmp_path),
+        "--seed",
+        "0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(next(tmp_path.rglob("results*.json")).read_text())["results"]["tiny_choice"]["acc,none"]

@@ -60,8 +60,11 @@ def test_tables_of_modules_are_imports():
     assert {"manticore_hf.experiments", "manticore_hf.hub.card"} <= imported("manticore_hf.old_modules")
     table = ast.parse('{"a": "report", "b": "hub.card"}; {"a": "report"}; "hub.card"; "report"').body
     assert [{one for one in named(node.value) if one in MODULES} for node in table] == [
-        {"manticore_hf.report", "manticore_hf.hub.card"}, set(), {"manticore_hf.hub.card"}, set()
-    ]  # fmt: skip
+        {"manticore_hf.report", "manticore_hf.hub.card"},
+        set(),
+        {"manticore_hf.hub.card"},
+        set(),
+    ]
 
 
 def test_the_drawing_of_the_imports_is_up_to_date():

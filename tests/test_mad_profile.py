@@ -83,7 +83,7 @@ def test_models_are_profiled_by_their_family(tmp_path, trained):
         ([","], "There is no model to profile"),
         (["llama", "--tasks", "recal"], "there is no MAD task 'recal'; known are ['recall', 'fuzzy-recall', "),
         (["llama", "--seq-len", "7"], "seq_len=7 must be even"),
-        (["llama", "--steps", "0"], "steps=0 must be a whole number from 1 on"),
+        (["llama", "--max-steps", "0"], "--max-steps is 0, must be at least 1 and at most 1,000,000,000"),
     ],
 )
 def test_what_cannot_be_profiled_is_refused_before_anything_is_trained(options, message, tmp_path, capsys, monkeypatch):

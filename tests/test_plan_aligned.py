@@ -146,6 +146,6 @@ def test_configurations_without_tokenizers(tmp_path, no_adapters):  # noqa: F811
 
 def test_a_saved_aligned_hybrid(made, tmp_path, no_adapters):  # noqa: F811
     made.save_pretrained(tmp_path)
-    plan = make_plan(tmp_path, memory="4GB", sequence_length=32, batch_size=2, device="cpu")
+    plan = make_plan(tmp_path, memory="4GB", block_size=32, batch_size=2, device="cpu")
     assert plan["parameters"] == made.num_parameters() and plan["stages"][0]["choice"] is not None
     assert any(ASSUMED.how in note for note in plan["notes"])

@@ -272,7 +272,7 @@ def test_more_devices_and_less_memory(tmp_path):
 def test_a_saved_hybrid(hub, owner, tmp_path, no_adapters):
     model = ManticoreForCausalLM.from_components([tiny("llama"), tiny("mamba")], num_blocks=2)
     model.save_pretrained(tmp_path / "hybrid")
-    plan = make_plan(tmp_path / "hybrid", memory="16GB", sequence_length=64, batch_size=2, device="cpu")
+    plan = make_plan(tmp_path / "hybrid", memory="16GB", block_size=64, batch_size=2, device="cpu")
     stage = plan["stages"][0]
     assert (stage["stage"], stage["batch"], stage["length"]) == ("finetune", 2, 64)
     assert plan["parameters"] == model.num_parameters()

@@ -311,7 +311,7 @@ def test_the_command_survives_a_kill(start, tmp_path):  # noqa: F811
     _same(tmp_path / "whole", output)
     result = json.loads((output / "stage.json").read_text())
     model = ManticoreForCausalLM.from_pretrained(output)
-    assert model.config.route == result["route"] and len(result["measured_routes"]) == 4
+    assert model.config.route == result["path"] and len(result["measured_paths"]) == 4
 
 
 def test_the_command_names_what_is_wrong(start, tmp_path, capsys):  # noqa: F811

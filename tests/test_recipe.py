@@ -111,7 +111,7 @@ stages:
     searched, tuned = (ManticoreForCausalLM.from_pretrained(results[i][0]) for i in (3, 4))
     torch.testing.assert_close(tuned.mixture_weights(), searched.mixture_weights())
     assert "losses" in results[3][1] and "losses" not in results[4][1]  # each has the data of its own
-    assert ManticoreForCausalLM.from_pretrained(results[5][0]).config.route == results[5][1]["route"]
+    assert ManticoreForCausalLM.from_pretrained(results[5][0]).config.route == results[5][1]["path"]
     assert (results[4][0] / "recipe.yaml").read_text() == text
     capsys.readouterr()
     again = run_recipe(recipe, tmp_path / "out", allow_outside=True)

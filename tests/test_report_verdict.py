@@ -215,15 +215,29 @@ def test_costs_are_told_against_the_model_that_gains_are_told_against():
     facts = facts_of(row("small, tuned", "component", 0.4), row("large, tuned", "component", 0.2))
     keys = ("parameters", "flops_per_token", "cache_bytes_per_token", "state_bytes", "bytes")
     parts = [{"part": name, **dict.fromkeys(keys, size)} for name, size in (("small", 1), ("large", 2), ("hybrid", 3))]
-    facts.found = {"parts": parts, "components": [{"name": "small"}, {"name": "large"}], "note": "",
-                   "settings": {"route": None, "mixture": "token"}}  # fmt: skip
+    facts.found = {
+        "parts": parts,
+        "components": [{"name": "small"}, {"name": "large"}],
+        "note": "",
+        "settings": {"route": None, "mixture": "token"},
+    }
     assert _running(facts)["sentence"].startswith("The hybrid's weights take 1.5 times the memory of large alone")
     speeds = {
         name: {"decode": decode, "prefill": 1, "working": 1}
         for name, decode in (("small", 100), ("large", 50), ("hybrid", 20))
     }
-    facts.measured = {"speed": {"models": speeds, "device": "cpu", "threads": 1, "dtype": "float32", "prompt_tokens": 1,
-                                "new_tokens": 1, "repeats": 1, "reads_past_losses": True}}  # fmt: skip
+    facts.measured = {
+        "speed": {
+            "models": speeds,
+            "device": "cpu",
+            "threads": 1,
+            "dtype": "float32",
+            "prompt_tokens": 1,
+            "new_tokens": 1,
+            "repeats": 1,
+            "reads_past_losses": True,
+        }
+    }
     found = _running(facts)
     assert found["sentence"].endswith("; it generates at 40% of its speed.")
     assert "needs every component's prediction at every token" in found["note"]

@@ -232,12 +232,12 @@ def test_importing_needs_no_numba(monkeypatch):
 @NEEDS_NUMBA
 @pytest.mark.parametrize("batch, d, n, time", [(2, 5, 3, 37), (1, 70, 16, 33)])
 def test_results_are_the_same_without_numba(monkeypatch, batch, d, n, time):
-    calls, find = [], sm._shared.scans["cpu"]
+    calls, find = [], sm.shared.scans["cpu"]
     monkeypatch.setattr(sk, "MIN_STATES", 0)
-    monkeypatch.setitem(sm._shared.scans, "cpu", lambda *args: calls.append(1) or find(*args))
+    monkeypatch.setitem(sm.shared.scans, "cpu", lambda *args: calls.append(1) or find(*args))
     found = outputs_and_gradients(sm.selective_scan, make_inputs(batch, d, n, time, torch.float32))
     assert len(calls) == 2 and find(torch.zeros(1, d, time), n, torch.float32) is not None
-    monkeypatch.setattr(sm._shared, "scans", {})
+    monkeypatch.setattr(sm.shared, "scans", {})
     alone = outputs_and_gradients(sm.selective_scan, make_inputs(batch, d, n, time, torch.float32))
     assert_close(found, alone, 3e-6)
 

@@ -96,9 +96,15 @@ def test_long_sequences_get_longer_chunks(monkeypatch):
 @pytest.mark.parametrize("with_state", [True, False])
 def test_takes_the_place_of_upstreams(dtype, with_state):
     x, dt, A, B, C, state = (z.detach().to(dtype) for z in make_inputs(21))
-    settings = {"D": torch.randn(HEADS, dtype=dtype), "dt_bias": torch.randn(HEADS, dtype=dtype), "dt_softplus": True,
-                "dt_limit": (0.01, 2.0), "initial_states": state if with_state else None,
-                "return_final_states": with_state, "z": None}  # fmt: skip
+    settings = {
+        "D": torch.randn(HEADS, dtype=dtype),
+        "dt_bias": torch.randn(HEADS, dtype=dtype),
+        "dt_softplus": True,
+        "dt_limit": (0.01, 2.0),
+        "initial_states": state if with_state else None,
+        "return_final_states": with_state,
+        "z": None,
+    }
     upstream = modeling("mamba2").mamba2_chunk_scan
     expected = inspect.unwrap(upstream)(x, dt, A.float(), B, C, 8, **settings)
     found = ssd_manticore.make_chunk_scan(upstream)(x, dt, A.float(), B, C, 8, **settings)

@@ -45,8 +45,15 @@ def rows():
 
 def trained(model, folder, metrics=None, **settings):
     """What a training of three steps and an evaluation give, apart from times."""
-    values = {"max_steps": 3, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "logging_steps": 1,
-              "learning_rate": 0.1, "optim": "sgd", **QUIET}  # fmt: skip
+    values = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "logging_steps": 1,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        **QUIET,
+    }
     args = TrainingArguments(str(folder), **{**values, **settings})
     torch.manual_seed(0)
     trainer = Trainer(
@@ -305,9 +312,15 @@ ELSEWHERE = {
     "test_trainer.py": ["load_best_model_at_end", "metric_for_best_model", "resume_from_checkpoint"],
     "test_stages.py": ["greater_is_better"],
     "test_deepspeed.py": ["deepspeed"],
-    "distributed_cases.py": ["fsdp", "fsdp_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
-                             "ddp_broadcast_buffers", "ddp_static_graph"],
-}  # fmt: skip
+    "distributed_cases.py": [
+        "fsdp",
+        "fsdp_config",
+        "ddp_find_unused_parameters",
+        "ddp_bucket_cap_mb",
+        "ddp_broadcast_buffers",
+        "ddp_static_graph",
+    ],
+}
 
 
 def test_no_option_is_left_out():

@@ -147,8 +147,15 @@ def test_kto(saved, tmp_path, tokenizer):
     same_steps(saved, tmp_path, KTOTrainer, KTOConfig, MARKED, tokenizer=tokenizer)
 
 
-GEMMA = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8,
-         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+GEMMA = {
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 def test_grpo(saved, tmp_path, tokenizer):

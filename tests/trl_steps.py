@@ -65,8 +65,17 @@ LOGGED = ("loss", "entropy", "logits", "rewards", "kl", "mean_token")
 
 def steps(trainer, config, model, rows, folder, tokenizer, more=(), logged=LOGGED, **settings):
     """(what was logged of losses and policy, the trained model) of three steps; Adam would enlarge rounding."""
-    values = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.1, "logging_steps": 1,
-              "optim": "sgd", "bf16": False, "gradient_checkpointing": False, **QUIET, **settings}  # fmt: skip
+    values = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "learning_rate": 0.1,
+        "logging_steps": 1,
+        "optim": "sgd",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        **QUIET,
+        **settings,
+    }
     torch.manual_seed(0)
     args = config(str(folder), **values)
     run = trainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **dict(more))

@@ -8,7 +8,7 @@ from .registry import Load, Rows, Unmade, Values, bold, table, values, versions
 def in_our_words(what: str) -> str:
     """What a result calls a measurement, in the words of the pages."""
     what = re.sub(r"\b1 (block|token)\(s\)", r"1 \1", what)
-    return what.replace("(s)", "s").replace("hardened", "pruned")
+    return what.replace("(s)", "s")
 
 
 @table("speed")
@@ -98,7 +98,7 @@ def cost_values(load: Load) -> Values:
         "training.2": "forward+backward / sum of the components, 2 block(s), default preset",
         "decoding.1": "cached decoding, 64 tokens / sum of the components', 1 block(s)",
         "decoding.2": "cached decoding, 64 tokens / sum of the components', 2 block(s)",
-        "pruned": "hardened to one component: cached decoding / the component's",
+        "pruned": "pruned to one component: cached decoding / the component's",
         "loading.1": "loading / sum of the components, one block",
         "loading.2": "loading / sum of the components, two blocks",
     }

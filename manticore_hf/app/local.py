@@ -30,7 +30,7 @@ def load(
         raise ManticoreError(
             f"{str(source)!r} has no config.json; give the directory of a saved hybrid, or a repository."
         )
-    if (kind := model_type_of(source, **at)) != "manticore":
+    if (kind := model_type_of(source, **at)) != ManticoreConfig.model_type:
         raise ManticoreError(f"{str(source)!r} holds a model of type {kind!r}, no hybrid.")
     kind = task_type_of(ManticoreConfig.from_pretrained(source, **at))
     if kind.labels:
@@ -58,6 +58,10 @@ def serve(
     """
     from manticore_hf.app.hybrid_page.serving import build, launch
 
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as err:
+        raise ManticoreError(f"--device {device}: torch has no such device here ({str(err).splitlines()[0]}).") from err
     hybrid = load(source, revision, tokenizer, device)
     title = source if not os.path.isdir(source) else os.path.basename(os.path.abspath(source))
     try:

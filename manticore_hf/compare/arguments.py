@@ -22,7 +22,7 @@ class CompareArguments:
         default=None,
         metadata={
             "help": "Text that settings are chosen on. Default: the recipe's split, whose rows may come from "
-            "documents that others of its rows train."
+            "documents that are also in the training rows."
         },
     )
     test_split: str = field(default="test", metadata={"help": "Split of a Hub data set."})

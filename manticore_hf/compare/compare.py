@@ -45,7 +45,7 @@ def run_compare(recipe: str | Path, arguments: CompareArguments, output_dir: str
     Args:
         recipe: Path of a recipe with a finetune stage.
         arguments: CompareArguments.
-        output_dir: Where everything is kept; the same call goes on after a kill.
+        output_dir: Where everything is kept; the same call resumes after an interruption.
 
     Returns:
         The comparison, as written to `comparison.json` there.

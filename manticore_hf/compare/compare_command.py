@@ -10,7 +10,7 @@ def add_options(parser: Parser) -> None:
     """Adds the command's options."""
     parser.description = (
         "Trains the hybrid of a recipe and every baseline a user has (each component tuned alone, also for as "
-        "many FLOPs as the hybrid; their ensemble, plain, weighed, and with a gate per token) on the same tokens with "
+        "many FLOPs as the hybrid; their ensemble, plain, weighted, and with a per-token gate) on the same tokens with "
         "the same grid of settings, chosen on a validation split, and tests them on the same documents: losses with "
         "intervals, paired tests, FLOPs and time. Finished runs are not repeated."
     )

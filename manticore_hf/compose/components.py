@@ -27,7 +27,8 @@ from manticore_hf.hub.bare_names import check_bare_name
 from manticore_hf.hub.licenses import read_license
 from manticore_hf.modeling.bounds_manticore import ManticoreError, build_config, guard, is_causal_lm, show
 from manticore_hf.modeling.code_manticore import code_of, registered, trust
-from manticore_hf.modeling.references_manticore import WEIGHT_FILES, refusal
+from manticore_hf.modeling.configuration_manticore import ManticoreConfig
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES, hub_reason
 from manticore_hf.utils.defence import check_component_name
 from manticore_hf.utils.files import check_no_pipes
 
@@ -212,7 +213,7 @@ def _resolve_repo(spec, source, hub, weights):
         try:
             return hf_hub_download(repo_id, file, subfolder=folder, revision=commit or revision, **hub)
         except GatedRepoError as err:
-            raise ManticoreError(f"Component {found.address}: {refusal(err, repo_id)}") from err
+            raise ManticoreError(f"Component {found.address}: {hub_reason(err, repo_id)}") from err
         except RepositoryNotFoundError as err:
             raise ManticoreError(
                 f"Component {found.address}: there is no directory of this name here and no such repository, or it is "
@@ -222,13 +223,13 @@ def _resolve_repo(spec, source, hub, weights):
             raise ManticoreError(f"Component {found.address}: the repository has no revision {revision!r}.") from err
         except LocalEntryNotFoundError as err:
             if required:
-                said = f"{file} at revision {revision!r} cannot be fetched: {refusal(err, repo_id)}"
+                said = f"{file} at revision {revision!r} cannot be fetched: {hub_reason(err, repo_id)}"
                 raise ManticoreError(
                     f"Component {found.address}: there is no directory of this name here, and {said}"
                 ) from err
         except HfHubHTTPError as err:
             if required and err.response is not None and err.response.status_code != 404:
-                raise ManticoreError(f"Component {found.address}: {file}: {refusal(err, repo_id)}") from err
+                raise ManticoreError(f"Component {found.address}: {file}: {hub_reason(err, repo_id)}") from err
             if required:
                 raise ManticoreError(f"Component {found.address}: revision {revision!r} has no {file}.") from err
         return None
@@ -250,7 +251,7 @@ def _resolve_repo(spec, source, hub, weights):
         try:
             return HfApi(token=hub.get("token")).file_exists(repo_id, path, revision=found.revision)
         except HTTPError as err:
-            raise ManticoreError(f"Component {found.address}: {file}: {refusal(err, repo_id)}") from err
+            raise ManticoreError(f"Component {found.address}: {file}: {hub_reason(err, repo_id)}") from err
 
     if weights:
         _check_weight_files(found, exists)
@@ -307,7 +308,7 @@ def _read_config(found, folder, trusted=False, token=None):
 
 def _check_architecture(found, values):
     kind = values.get("model_type")
-    if kind == "manticore":
+    if kind == ManticoreConfig.model_type:
         raise ManticoreError(f"Component {found.address} is itself a hybrid; name its components instead.")
     if kind is None and {"d_model", "n_layer", "vocab_size"} <= set(values):
         raise ManticoreError(

@@ -45,6 +45,7 @@ from manticore_hf.training.progress import show_progress
 from manticore_hf.training.recipe import load_recipe, run_recipe, stage_data
 from manticore_hf.training.runtime import training_defaults
 from manticore_hf.utils.claims import ORIGINAL, claim
+from manticore_hf.utils.formatting import short_duration
 from manticore_hf.utils.objective import OBJECTIVE
 from manticore_hf.utils.plots import plot_losses
 
@@ -127,7 +128,7 @@ def run(output_dir: Path, tokens: int, seed: int, scratch: Path, verbose: bool =
     print("Next")
     for what, command in next_commands(output_dir):
         print(f"  # {what}\n  {command}")
-    _say(f"Done in {time.time() - start:.0f} s. The report: {html.absolute().as_uri()}")
+    _say(f"Done in {short_duration(time.time() - start)}. The report: {html.absolute().as_uri()}")
     return 0
 
 

@@ -24,7 +24,7 @@ class DataArguments:
     shuffle_seed: int | None = field(
         default=None, metadata={"help": "Shuffle the records with this seed. Default: as they come."}
     )
-    max_records: int | None = field(default=None, metadata={"help": "Read at most so many of those records."})
+    max_records: int | None = field(default=None, metadata={"help": "Read at most this many of these records."})
     text_column: str = field(
         default="text",
         metadata={
@@ -52,7 +52,7 @@ class DataArguments:
         default=False,
         metadata={
             "help": "Put a space between every two characters of a text, as the paper's code does with Penn Treebank "
-            "and FineWeb by mistake: only to compare with its numbers, for they compare with no others."
+            "and FineWeb by mistake: only to compare with its numbers, which are comparable with no others."
         },
     )
     block_size: int = field(default=512, metadata={"help": "Tokens per row."})

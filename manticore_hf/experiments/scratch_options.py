@@ -18,14 +18,14 @@ def add_models(parser: Parser, layers: int) -> None:
     parser.add_argument("--preset", default="default", help="settings of the hybrid: default or paper")
     parser.add_argument("--projector", help="its projectors: linear, mlp or none (default: the preset's)")
     parser.add_argument(
-        "--alpha-learning-rate", type=float, help="learning rate of its mixture weights (default: that of everything)"
+        "--alpha-learning-rate", type=float, help="learning rate of its mixture weights (default: --learning-rate)"
     )
     parser.add_argument(
         "--layers-of",
         nargs="+",
         default=[],
         metavar="FAMILY=LAYERS",
-        help="layers of a model type where they are others, such as mamba=4: a layer of Mamba's has no MLP",
+        help="layers of one model type, if not --layers, such as mamba=4 (Mamba's layers have no MLP)",
     )
     parser.add_argument(
         "--baselines",

@@ -12,7 +12,7 @@ def add_options(parser: Parser) -> None:
     parser.description = (
         "Prints the table that came with the package. With --run every model type that has a causal LM is "
         "put through the contract again (cut, padded, cached, trained, saved and loaded, as a tiny random model). A "
-        "killed run goes on."
+        "interrupted run resumes."
     )
     parser.add_argument("--type", nargs="+", metavar="NAME", help="only these model types: llama mamba")
     verdicts = ("passes", "unsupported", "wrong", "unknown")

@@ -1,4 +1,4 @@
-"""Tiny random models of any model type: what a family calls its sizes is asked of its configuration.
+"""Tiny random models of any model type: a family's names for its sizes are read from its configuration.
 
 A type's own default configuration says which sizes it knows; rules by the words of a setting make each small, and so
 that a sequence of nine tokens crosses every window, chunk and layer pattern. What the rules get wrong, because a class

@@ -112,7 +112,7 @@ def make_card(
     """
     directory = Path(directory)
     config, found = ManticoreConfig.from_pretrained(directory), inspect_hybrid(directory, _FLOP_TOKENS)
-    recipe, kind = _read(directory / "recipe.yaml"), task_type_of(config)
+    recipe, task_type = _read(directory / "recipe.yaml"), task_type_of(config)
     results, notices = shown_results(directory)
     combined = facts.combined or combine(facts.licenses)
     alpha = _alpha(config, found)
@@ -130,7 +130,7 @@ def make_card(
     shown = {name: "".join(block(template.new_context(context))).strip() for name, block in template.blocks.items()}
     if not results:
         del shown["results"]
-    if not kind.labels:
+    if not task_type.labels:
         del shown["labels"]
     if alpha is None:
         shown["mixture"] = shown["mixture"].partition("\n\n")[0] + "\n\nIts weights could not be read."
@@ -138,7 +138,7 @@ def make_card(
     license_text = None
     if own_license == "other":
         license_text = markdown_environment().get_template("license.md.jinja").render(context)
-    card = Card(_metadata(config, kind, facts, results, recipe, own_license, combined.name), shown)
+    card = Card(_metadata(config, task_type, facts, results, recipe, own_license, combined.name), shown)
     return card, license_text, alpha, notices
 
 
@@ -148,9 +148,9 @@ _LONGEST_NAME = 2_000  # of a text, a model, a note
 
 def shown_results(directory: str | os.PathLike) -> tuple[list[Result], list[str]]:
     """Of what was measured in a hybrid's directory, what may be shown; and sentences on what may not, and why."""
-    kind, results, notices = task_type_of(ManticoreConfig.from_pretrained(directory)), [], []
+    task_type, results, notices = task_type_of(ManticoreConfig.from_pretrained(directory)), [], []
     for result in read_results(directory):
-        if kind.labels:
+        if task_type.labels:
             notices.append(
                 f"The loss on {result.data!r} is not shown: it is that of a language model, and this hybrid is a "
                 "classifier."
@@ -226,11 +226,11 @@ def _is_difference(value):
     return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
 
 
-def _metadata(config, kind, facts, results, recipe, license, license_name):
+def _metadata(config, task_type, facts, results, recipe, license, license_name):
     bases = [entry["repo_id"] for entry in config.components if entry["repo_id"]]
     evaluations = [
         EvalResult(
-            task_type=kind.task,
+            task_type=task_type.task,
             dataset_type=_dataset_type(result.data),
             dataset_name=result.data,
             metric_type=metric,
@@ -251,7 +251,7 @@ def _metadata(config, kind, facts, results, recipe, license, license_name):
         base_model=list(dict.fromkeys(bases)) or None,
         base_model_relation="merge" if bases else None,
         library_name="transformers",
-        pipeline_tag=kind.task,
+        pipeline_tag=task_type.task,
         tags=[*TAGS, *(tag for tag in facts.tags if tag not in TAGS)],
         license=license,
         **(other if license == "other" else {}),
@@ -263,7 +263,7 @@ def _metadata(config, kind, facts, results, recipe, license, license_name):
 
 def _numbers(config, found, facts, alpha):
     """What the inspection says, as the template prints it."""
-    sizes, kind = {row["part"]: row["parameters"] for row in found["parts"]}, task_type_of(config)
+    sizes, task_type = {row["part"]: row["parameters"] for row in found["parts"]}, task_type_of(config)
     how = {(False, False): ", unchanged", (False, True): ", changed ones here", (True, False): ", copied here"}
     components = []
     for entry in found["components"]:
@@ -312,18 +312,18 @@ def _numbers(config, found, facts, alpha):
         "own_bytes": short_bytes(facts.own_bytes),
         "referenced_bytes": facts.referenced_bytes and short_bytes(facts.referenced_bytes),
         "alpha": [[f"{w:.3f}" for w in row] for row in alpha or []],
-        "kind": kind,
+        "task_type": task_type,
         "labels": _labels(found["task"]),
         "quantization": found["quantization"],
         # A classifier's mixture is the part of the gate that does not depend on the token.
-        "token": config.mixture == "token" and not config.route and not kind.labels,
-        "online": config.mixture == "online" and not config.route and not kind.labels,
+        "token": config.mixture == "token" and not config.route and not task_type.labels,
+        "online": config.mixture == "online" and not config.route and not task_type.labels,
         "context": config.max_position_embeddings,
         "tokenizer_component": None if home else config.tokenizer_component,
         "new_embeddings": config.embeddings == "fresh",
         "vocab_size": config.vocab_size,
         "transplanted": transplanted and listed(transplanted),
-        "prompt": "A text to read." if kind.labels else "The",
+        "prompt": "A text to read." if task_type.labels else "The",
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
         "settings": [{"key": key, "value": value} for key, value in settings.items() if value is not None],
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("manticore-hf", "transformers", "torch")),

@@ -65,9 +65,9 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
     for name in config.component_names:
         # The one way of running experts whose shapes do not depend on values.
         getattr(config, name)._experts_implementation_internal = "batched_mm"
-    kind = task_type_of(config)
+    task_type = task_type_of(config)
     with torch.device("meta"), local_torch_dtype(config.dtype or torch.float32):
-        model = kind.model_class(config).eval()
+        model = task_type.model_class(config).eval()
     tokens = min(tokens, config.max_position_embeddings or tokens)
     alpha = _alpha(model, source, revision)
     blocks = []
@@ -105,13 +105,17 @@ def inspect_hybrid(source: str | os.PathLike, tokens: int = 128, revision: str |
     components = [{**entry, "model_type": kinds[entry["name"]]} for entry in config.components]
     trained_on = None if "objective" in idle else say_objective(config)
     return {
-        "task": {"name": kind.task, "architecture": kind.architecture, **(labels_of(config) if kind.labels else {})},
+        "task": {
+            "name": task_type.task,
+            "architecture": task_type.architecture,
+            **(labels_of(config) if task_type.labels else {}),
+        },
         "quantization": quantization_of(config),
         "note": _note(config),
         "components": components,
         "blocks": blocks,
         "parts": parts,
-        "settings": {**settings, **({} if kind.labels else {"objective": trained_on})},
+        "settings": {**settings, **({} if task_type.labels else {"objective": trained_on})},
     }
 
 
@@ -298,7 +302,7 @@ def print_inspection(source: str, found: dict[str, Any]) -> None:
     print(", ".join(f"{key}={value}" for key, value in found["settings"].items() if value is not None))
     print("\ncomponents")
     for entry in found["components"]:
-        where = f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] else "(its weights are in this repo)"
+        where = f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] else "its weights are in this repo"
         state = f"; {print_state(entry['state'])}" if entry.get("state") else ""
         print(f"  {entry['name']}: {entry['model_type']}, {where}, licence {entry['license'] or 'not recorded'}{state}")
         if entry["transplant"] is not None:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 from manticore_hf import modeling
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.carried_manticore import CODE, ENTRY, PARTS
-from manticore_hf.modeling.references_manticore import lfs_id, refusal, verify, where
+from manticore_hf.modeling.references_manticore import hub_reason, lfs_id, verify, where
 from manticore_hf.utils.carried import entry_code
 from manticore_hf.utils.formatting import listed_some
 
@@ -83,7 +83,7 @@ def component_state(entry: dict) -> dict:
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return {**state, "access": "missing"}
     except (HTTPError, OSError) as err:
-        said = refusal(err, entry["repo_id"])
+        said = hub_reason(err, entry["repo_id"])
         return {**state, "reason": said if said.startswith("the Hub answers") else "the Hub does not answer"}
     folder, recorded = f"{entry['subfolder']}/" if entry["subfolder"] else "", entry["files"] or {}
     there = {file.rfilename: file for file in info.siblings}

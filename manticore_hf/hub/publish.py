@@ -37,7 +37,7 @@ from manticore_hf.hub.licenses import check, read_license
 from manticore_hf.hub.upload import REPLACED, check_links, check_no_tokens, collect, own_weights
 from manticore_hf.modeling.bounds_manticore import build_component
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
-from manticore_hf.modeling.references_manticore import refusal, where
+from manticore_hf.modeling.references_manticore import hub_reason, where
 from manticore_hf.modeling.transplant_manticore import end_names
 from manticore_hf.utils.saving import check_whole
 from manticore_hf.utils.task_types import model_type_of
@@ -208,7 +208,7 @@ def look_at_components(config: ManticoreConfig, api: HfApi) -> tuple[dict, dict,
         except HfHubHTTPError as err:
             raise ManticoreError(
                 f"{where(entry)}: nothing was published, since the Hub does not say whether anybody could load it: "
-                f"{refusal(err, entry['repo_id'])}"
+                f"{hub_reason(err, entry['repo_id'])}"
             ) from err
         if entry["license"] is None:
             with contextlib.suppress(HTTPError, LocalEntryNotFoundError):  # no card, behind a gate, or not now
@@ -306,7 +306,7 @@ def _validate(text):
 def _directory(model, scratch):
     """The directory of a hybrid, saved first if it is an instance."""
     if isinstance(model, PreTrainedModel):
-        if getattr(model.config, "model_type", None) != "manticore":
+        if getattr(model.config, "model_type", None) != ManticoreConfig.model_type:
             raise ManticoreError(f"A {type(model).__name__} is not a hybrid; publish it with its own push_to_hub.")
         model.save_pretrained(scratch)
         return scratch
@@ -319,7 +319,7 @@ def _directory(model, scratch):
     if not (directory / "config.json").is_file():
         raise ManticoreError(f"{str(model)!r} has no config.json: give a hybrid, or the directory of a saved one.")
     check_whole(directory)
-    if (kind := model_type_of(directory)) != "manticore":
+    if (kind := model_type_of(directory)) != ManticoreConfig.model_type:
         raise ManticoreError(f"{str(model)!r} holds a model of type {kind!r}, no hybrid; publish it with hf upload.")
     return directory
 

@@ -32,7 +32,7 @@ def _process_wide() -> types.ModuleType:
     return shared
 
 
-_shared = _process_wide()
+shared = _process_wide()
 
 
 def register_run(device_type: str, find: Callable) -> None:
@@ -46,7 +46,7 @@ def register_run(device_type: str, find: Callable) -> None:
             `_scan_backward` have them, and writes into them; y holds its gradient in the backward. dB and dC have
             `slices` slices, which are summed afterwards.
     """
-    _shared.scans[device_type] = find
+    shared.scans[device_type] = find
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def _swapped(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _find_run(u, n, dtype):
     """(registered function that runs the recurrence, slices for the gradients of B and C), or (None, 1)."""
-    find = _shared.scans.get("cuda" if u.is_cuda else u.device.type)
+    find = shared.scans.get("cuda" if u.is_cuda else u.device.type)
     return (None if find is None else find(u, n, dtype)) or (None, 1)
 
 
@@ -208,14 +208,14 @@ def _autograd_backward(ctx, grad_y, grad_last, _):
     u, dt, A, B, C, starts = ctx.saved_tensors
     grad_y = torch.zeros_like(u, dtype=starts.dtype) if grad_y is None else grad_y
     grad_last = starts.new_zeros(u.shape[0], *A.shape) if grad_last is None else grad_last
-    *grads, grad_state = _shared.ops[1](u, dt, A, B, C, starts, grad_y, grad_last, ctx.chunk)
+    *grads, grad_state = shared.ops[1](u, dt, A, B, C, starts, grad_y, grad_last, ctx.chunk)
     return *grads, grad_state.to(ctx.state_dtype), None
 
 
 def _register_ops():
     """Returns the forward and backward operator, registered by whichever copy of this file comes first."""
-    with _shared.lock:
-        if not hasattr(_shared, "ops"):
+    with shared.lock:
+        if not hasattr(shared, "ops"):
             name = f"selective_scan_v{_OP_VERSION}"
             forward = torch.library.custom_op(f"manticore_hf::{name}", _forward_op, mutates_args=())
             backward = torch.library.custom_op(f"manticore_hf::{name}_backward", _backward_op, mutates_args=())
@@ -223,8 +223,8 @@ def _register_ops():
             backward.register_fake(_backward_fake)
             forward.register_autograd(_autograd_backward, setup_context=_setup_context)
             # The bare overloads, because calling them costs less than calling the objects that registered them
-            _shared.ops = tuple(getattr(torch.ops.manticore_hf, op).default for op in (name, f"{name}_backward"))
-    return _shared.ops
+            shared.ops = tuple(getattr(torch.ops.manticore_hf, op).default for op in (name, f"{name}_backward"))
+    return shared.ops
 
 
 _FORWARD, _ = _register_ops()

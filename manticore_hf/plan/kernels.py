@@ -16,7 +16,7 @@ from transformers import masking_utils
 from transformers.integrations import moe
 
 from manticore_hf.kernels.numba_scan import find_kernel
-from manticore_hf.kernels.scan import CHUNK, _shared
+from manticore_hf.kernels.scan import CHUNK, shared
 from manticore_hf.kernels.triton_scan import CHANNELS, block_count
 from manticore_hf.modeling import mixers_manticore, ssd_manticore
 
@@ -62,7 +62,7 @@ def group_experts(model: torch.nn.Module) -> None:
             model.component(name).set_experts_implementation("grouped_mm")
 
 
-_SCAN, _SCAN_BACKWARD = (op.overloadpacket for op in _shared.ops)
+_SCAN, _SCAN_BACKWARD = (op.overloadpacket for op in shared.ops)
 _device = ["cpu"]
 
 

@@ -22,10 +22,12 @@ from manticore_hf.plan.schedule import make_task
 from manticore_hf.plan.step import Rehearsal, meta_hybrid
 from manticore_hf.plan.subject import load_subject
 from manticore_hf.utils.formatting import short_bytes, short_duration
+from manticore_hf.utils.renamed import takes_old_name
 
 RESULT = "plan.json"
 
 
+@takes_old_name("sequence_length", "block_size")
 def make_plan(
     source: str | Path,
     devices: int = 1,
@@ -36,7 +38,7 @@ def make_plan(
     utilization: float = 0.35,
     reserve: float = 0.08,
     tokens: str | float | None = None,
-    sequence_length: int | None = None,
+    block_size: int | None = None,
     batch_size: int | None = None,
     configs: str | Path | None = None,
     allow_outside: bool = False,
@@ -52,7 +54,7 @@ def make_plan(
         utilization: Share of them that training reaches.
         reserve: Share of the memory that is left free.
         tokens: Tokens of the training text, for hours (default: counted where that takes no download).
-        sequence_length: Tokens per row (default: the recipe's block_size).
+        block_size: Tokens per row (default: the recipe's block_size).
         batch_size: Rows per device and micro-batch (default: the stages').
         configs: Directory with `org/name/config.json` of components, read instead of the Hub.
         allow_outside: Whether what the recipe names on this machine may lie outside of the folder that it is in.
@@ -70,8 +72,8 @@ def make_plan(
             raise ManticoreError(f"{name}={show(value)} must be a number up to {most:g}.")
     if device not in kernels.NOTES:
         raise ManticoreError(f"device={show(device)} is unknown; choose one of {sorted(kernels.NOTES)}.")
-    if sequence_length is not None:
-        _positive("sequence_length", sequence_length)
+    if block_size is not None:
+        _positive("block_size", block_size)
     tokens = None if tokens is None else parse_count(tokens, "tokens")
     subject = load_subject(source, configs, allow_outside)
     model = meta_hybrid(subject.config, subject.config.dtype or torch.float32)
@@ -79,7 +81,7 @@ def make_plan(
     for stage, settings in subject.stages:
         if batch_size is not None:
             settings = {**settings, "per_device_train_batch_size": _positive("batch_size", batch_size)}
-        tasks.append(make_task(subject, stage, settings, sequence_length, tokens, machine.devices))
+        tasks.append(make_task(subject, stage, settings, block_size, tokens, machine.devices))
     length = max((task.length for task in tasks), default=512)
     plan = {
         "source": str(source),

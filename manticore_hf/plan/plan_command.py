@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     from manticore_hf.utils.files import write_json
 
     keys = ("device", "flops", "utilization", "reserve", "tokens", "batch_size", "configs", "allow_outside")
-    options = {"sequence_length": args.block_size, **{key: getattr(args, key) for key in keys}}
+    options = {"block_size": args.block_size, **{key: getattr(args, key) for key in keys}}
     with quietly():
         plan = make_plan(args.recipe, args.devices, args.memory, **options)
     print_plan(plan)

@@ -18,7 +18,7 @@ from manticore_hf.plan.aligned import Amount, PlannedAligner
 from manticore_hf.plan.ledger import Ledger
 from manticore_hf.plan.memory import layers_of, weigh
 from manticore_hf.plan.shrink import shrink
-from manticore_hf.training.calibrate import _collect, loss_alone
+from manticore_hf.training.calibrate import collect, loss_alone
 from manticore_hf.training.freezing import set_stage
 from manticore_hf.training.trainer import PartSums
 from manticore_hf.utils.distributed import component_runner
@@ -169,7 +169,7 @@ class Rehearsal:
             numbers = torch.meshgrid(torch.arange(ids.shape[0]), torch.arange(ids.shape[1]), indexing="ij")
             batches = [(ids, ids, tuple(one.flatten() for one in numbers))]
             with contextlib.redirect_stderr(io.StringIO()):  # its bar
-                _collect(self.hybrid, batches, self.config.reference_component, 2)
+                collect(self.hybrid, batches, self.config.reference_component, 2)
 
         try:
             cost = self._count(run, batch, length)

@@ -26,7 +26,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--components",
         nargs="+",
-        help="where the components are, to measure each as it came (default: where the hybrid has them from)",
+        help="where the components are, to measure each as it came (default: where the hybrid got them)",
     )
     parser.add_argument("--output-dir", help="write the report to this directory (default: the given one)")
     parser.add_argument("--output", dest="output_dir", action=Renamed, new="--output-dir")

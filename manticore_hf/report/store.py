@@ -1,4 +1,4 @@
-"""What was measured for a report, kept beside it: a second report is quick, and a killed one goes on."""
+"""What was measured for a report, kept beside it: a second report is quick, and an interrupted one resumes."""
 
 import hashlib
 import json

@@ -80,7 +80,7 @@ def _standing(facts):
                 "chart": None,
                 "kinds": [],
                 "split": "",
-                "sure": False,
+                "has_intervals": False,
                 "left_out": 0,
             }
         own, note, by_kind = run.own, run.note, run.by_kind
@@ -120,7 +120,7 @@ def _standing(facts):
         "rows": shown,
         "all": rows,
         "chart": chart,
-        "sure": any(None not in ends for _, *ends in gained.values()),
+        "has_intervals": any(None not in ends for _, *ends in gained.values()),
         "kinds": list(by_kind),
         "unit": unit,
         "split": _split(by_kind, own),

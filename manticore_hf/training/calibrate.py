@@ -156,7 +156,7 @@ def calibrate_projectors(
         if reference != config.reference_component:
             _change_reference(model, reference)
         every = min(max(2, round(1 / held_out)), len(batches))  # of few batches, too, one is held out
-        pairs = _collect(model, batches, reference, every)
+        pairs = collect(model, batches, reference, every)
     finally:
         model.train(was_training)
     r2, ridges = {}, {}
@@ -238,8 +238,20 @@ def _change_reference(model, reference):
     model.hybrid_mixer = new.train(old.training)
 
 
-def _collect(model, batches, reference, every):
-    """{(side, name, block): (moments to fit, moments held out)} of every projector that has parameters."""
+def collect(
+    model: torch.nn.Module, batches: list[tuple], reference: str, every: int
+) -> dict[tuple[str, str, str], tuple["Moments", "Moments"]]:
+    """What every projector that has parameters is to be solved from.
+
+    Args:
+        model: A hybrid.
+        batches: (token ids [rows, time], their mask or None, bool [rows, time] of the tokens that count).
+        reference: The component whose states stand for the shared ones.
+        every: Of so many batches one is held out.
+
+    Returns:
+        {(side, name, block): (moments to fit, moments held out)}.
+    """
     mixer, pairs, (rank, size) = model.hybrid_mixer, {}, world()
     if not any(isinstance(one, LinearProjector) for one in (*mixer.into.values(), *mixer.out_of.values())):
         return pairs

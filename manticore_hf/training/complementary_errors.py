@@ -18,10 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from manticore_hf.evaluation.data import NO_LOSS, pad, separate
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.training.trainer import hybrid_of
 from manticore_hf.utils.distributed import bar, broadcast_object, component_runner, is_main, print_main
 from manticore_hf.utils.files import read_json, write_json
 from manticore_hf.utils.objective import ALIKE, DIFFERENT, OBJECTIVE, SPECIALISTS, say_objective
+from manticore_hf.utils.unwrap import hybrid_of
 
 WINDOW = 64
 

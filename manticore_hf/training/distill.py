@@ -1,7 +1,7 @@
-"""Pruning as a stage: choose a route, drop the rest, recover by distillation from the soft hybrid.
+"""Pruning as a stage: choose a path, drop the rest, recover by distillation from the soft hybrid.
 
-    manticore-hf prune --model tuned --data text.txt --output-dir hard --route loss --max-steps 200
-    manticore-hf prune --model tuned --data text.txt --output-dir hard --route llama --distil-weight 0   # plain tuning
+    manticore-hf prune --model tuned --data text.txt --output-dir hard --path loss --max-steps 200
+    manticore-hf prune --model tuned --data text.txt --output-dir hard --path llama --distil-weight 0   # plain tuning
 
 Takes every option of TrainingArguments for the distillation. A killed stage goes on from its last whole checkpoint.
 """
@@ -98,7 +98,7 @@ def _prune(start: PruneArguments, run: StageRun) -> dict:
         path = start.path.split(",") if "," in start.path else start.path
     hard = prune(soft, path, **({"budget": start.budget} if soft.config.bridges else {}))
     batch = arguments.per_device_eval_batch_size
-    result = {"route": hard.config.route, "components": hard.config.component_names}
+    result = {"path": hard.config.route, "components": hard.config.component_names}
     if soft.config.bridges:
         result |= {"bridges": len(soft.config.bridges), "bridges_kept": len(hard.config.bridges or ())}
     result["share"] = hard.num_parameters() / soft.num_parameters()
@@ -119,12 +119,13 @@ def _prune(start: PruneArguments, run: StageRun) -> dict:
     if found is not None:
         own = list(found.nats)[-1]
         result |= {"data": name_of(run.data), "note": how_measured(run.data), "own": own, **found.to_dict(own)}
-    return run.save(hard, {**result, "measured_routes": measured}, trained)
+    return run.save(hard, {**result, "measured_paths": measured}, trained)
 
 
 def _summary(result: dict) -> Iterator[str]:
     kept = f"{result.get('bridges_kept')} of {result.get('bridges')} bridges kept"
-    path = kept if result["route"] is None else " > ".join(result["route"])
+    names = result["path"] if "path" in result else result["route"]  # of version 0.1
+    path = kept if names is None else " > ".join(names)
     yield f"\nprune: {path}, {result['share']:.1%} of the unpruned hybrid's parameters"
     for name, loss in result["losses"].items():
         bits = result.get("bits_per_byte", {}).get(name)

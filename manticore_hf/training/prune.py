@@ -152,7 +152,7 @@ def pick_path(
     def score_of(path):
         return sum(scores[block, k].item() for block, k in enumerate(path))
 
-    likely = _likely_routes(scores, share, limit, max(beam, EXHAUSTIVE))
+    likely = _likely_paths(scores, share, limit, max(beam, EXHAUSTIVE))
     losses = {}
     if by == "alpha":
         best = max(likely, key=score_of)
@@ -166,7 +166,7 @@ def pick_path(
     return Choice([names[k] for k in best], cost_of(best), losses)
 
 
-def _likely_routes(scores, share, limit, keep):
+def _likely_paths(scores, share, limit, keep):
     """The `keep` most probable paths within the limit, most probable first; all of them if they are not more."""
     blocks, count = scores.shape
     if count**blocks <= 4096:

@@ -3,9 +3,9 @@
     manticore-hf run recipes/poc.yaml --output-dir out
 
 Every stage writes a directory of its own below the output directory; stages that are finished are not run again, so the
-same command goes on after a kill. A recipe is data, and may be a stranger's: it names what trains and nothing else.
-What acts outside of the run's directory (uploads, trackers, files that configure engines) is said on the command line,
-and the files that it names lie below its own folder. It is read with YAML's safe loader, within bounds that no
+same command resumes after an interruption. A recipe is data, and may be a stranger's: it names what trains and nothing
+else. What acts outside of the run's directory (uploads, trackers, files that configure engines) is said on the command
+line, and the files that it names lie below its own folder. It is read with YAML's safe loader, within bounds that no
 experiment needs and that keep a hostile file from taking the machine.
 """
 

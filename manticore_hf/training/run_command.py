@@ -10,16 +10,16 @@ def add_options(parser: Parser) -> None:
     """Adds the command's options."""
     parser.description = (
         "Runs the stages of a YAML recipe, each in a directory of its own; finished stages are skipped, so "
-        "the same command goes on after a kill."
+        "the same command resumes after an interruption."
     )
     parser.add_argument("recipe", help="the YAML file")
-    parser.add_argument("--output-dir", required=True, help="directory in which every stage writes its own")
+    parser.add_argument("--output-dir", required=True, help="directory; every stage writes a subdirectory of it")
     parser.add_argument("--seed", type=int, help="random seed instead of the recipe's")
     parser.add_argument("--allow-outside", action="store_true", help="let the recipe name files outside its own folder")
     parser.add_argument(
         "--verbose", action="store_true", help="print what the Trainer logs at every step, instead of one bar per stage"
     )
-    group = parser.add_argument_group("outside of that directory, which no recipe may say")
+    group = parser.add_argument_group("options that act outside that directory (not allowed in a recipe)")
     add_fields(group, OutsideArguments, switches=True)
 
 

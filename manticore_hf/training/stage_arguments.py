@@ -59,6 +59,11 @@ RANGES = {
     "steps": (1, 1e9), "batch_size": (1, 2**16), "seeds": (1, 1e4),
 }  # fmt: skip
 """{setting: the least and the most that makes sense of it}. (max_steps may also be -1: epochs count.)"""
+_OF_COMMANDS = {
+    "smoothing": (0, 1 - _SMALL), "noise": (0, 1e6), "time_limit": (_SMALL, 1e9), "port": (0, 2**16 - 1),
+    "limit": (_SMALL, 1e12), "num_fewshot": (0, 1e6), "devices": (1, 1e6),
+}  # fmt: skip
+"""The same, for options of commands that are no stages."""
 
 _SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")  # below 1 of all steps
 _COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -68,7 +73,7 @@ _CHECKPOINTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_st
 
 
 def wrong_setting(key: str, value: Any, stage: str | None = None) -> str | None:
-    """What is wrong with the value of a setting of a stage, as the rest of a sentence ("must be ..."); None: nothing.
+    """What is wrong with a setting of a stage or command, as the rest of a sentence ("must be ..."); None: nothing.
 
     Args:
         key: Its name.
@@ -77,8 +82,9 @@ def wrong_setting(key: str, value: Any, stage: str | None = None) -> str | None:
     """
     if stage == "prune" and key in ("max_steps", "num_train_epochs") and value == 0:
         return None  # without recovery
-    if key in RANGES and type(value) in (int, float) and not (key == "max_steps" and value == -1):
-        low, high = RANGES[key]
+    known = RANGES | _OF_COMMANDS
+    if key in known and type(value) in (int, float) and not (key == "max_steps" and value == -1):
+        low, high = known[key]
         if not low <= value <= high:  # nor no number at all
             least = "above 0" if low == _SMALL else f"at least {low:,.12g}"
             return f"must be {least} and {'below 1' if high == 1 - _SMALL else f'at most {high:,.12g}'}"
@@ -173,7 +179,8 @@ class HybridArguments(HybridSettings):
         default=None,
         metadata={
             "help": "Give components with other tokenizers the vocabulary of the tokenizer "
-            "component: mean, omp or auto. Default: they are unsupported.",
+            "component: mean, omp or auto. Default: in one block each keeps its own "
+            "tokenizer; several blocks need a transplant.",
             "choices": ("mean", "omp", "auto"),
         },
     )

@@ -8,8 +8,7 @@ import argparse
 import shlex
 
 from manticore_hf.evaluation.data_arguments import DataArguments
-from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.training.stage_arguments import with_direction, wrong_setting
+from manticore_hf.training.stage_arguments import with_direction
 from manticore_hf.training.stages import Stage
 from manticore_hf.utils.options import Parser, Renamed, add_fields, from_namespace, truth
 
@@ -47,7 +46,7 @@ def add_options(parser: Parser, stage: Stage, whole: bool = True) -> None:
     run = parser.add_argument_group("the run")
     # Transformers' default, ./trainer_output, is nothing that anyone has asked for
     run.add_argument(
-        "--output-dir", required=True, help="directory to write; the same command resumes there after a kill"
+        "--output-dir", required=True, help="directory to write; the same command resumes there after an interruption"
     )
     run.add_argument("--seed", type=int, default=42, help="random seed")
     if stage.trains is None:
@@ -88,9 +87,6 @@ def main(args: argparse.Namespace) -> None:
     from manticore_hf.utils.distributed import print_main
 
     stage, defaults = args.stage, training_defaults()
-    for key, value in vars(args).items():
-        if (message := wrong_setting(key, value, stage.name)) is not None:
-            raise ManticoreError(f"--{key.replace('_', '-')} is {value}, {message}.")
     if stage.trains is None:
         args.report_to = defaults["report_to"]
         args.use_cpu = defaults["use_cpu"] if args.use_cpu is None else args.use_cpu

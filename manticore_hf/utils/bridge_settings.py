@@ -10,7 +10,7 @@ from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.modeling.bridges import inner_width, order
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.modeling.devices_manticore import onloaded
-from manticore_hf.modeling.mixing_manticore import whole
+from manticore_hf.modeling.mixing_manticore import gathered
 
 MOST = 1024
 """Bridges of one hybrid."""
@@ -31,7 +31,7 @@ def check_bridges(config: ManticoreConfig) -> None:
         )
     if config.embeddings != "native" or config.route is not None:
         raise ManticoreError(
-            f"topology='bridge' keeps each component's own states: give embeddings='native' and no route (now "
+            f"topology='bridge' keeps each component's own states: give embeddings='native' and no path (now "
             f"embeddings={config.embeddings!r}, route={show(config.route)})."
         )
     if config.aligned:
@@ -128,5 +128,5 @@ def bridge_weights(model: PreTrainedModel) -> list[float]:
     if bridges is None:
         return []
     with onloaded(bridges):
-        logits = None if bridges.alpha_logits is None else whole(bridges.alpha_logits)
+        logits = None if bridges.alpha_logits is None else gathered(bridges.alpha_logits)
         return [float(one) for one in bridges.edge_weights(None if logits is None else bridges.softmax(logits))]

@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO needs of the training stages: the precision that its launcher was told, and weights for saving.
+"""What DeepSpeed's ZeRO needs of the training stages: the precision given to its launcher, and weights for saving.
 
 In half precision DeepSpeed trains weights that it keeps in float32 beside the model, whose own are rounded. What is
 saved here are the former, and what is not trained as it was before; else a stage would leave another model than it

@@ -70,9 +70,14 @@ class HelpFormatter(argparse.HelpFormatter):
         said = "default:" in text.lower() or "%(default)" in text
         if said or not action.option_strings or action.required:
             return text
-        if action.default in (None, argparse.SUPPRESS, False, ()) or action.nargs == 0:
+        default = action.default
+        if default in (None, argparse.SUPPRESS, False, (), []) or action.nargs == 0:
             return text
-        return f"{text.rstrip('.')} (default: %(default)s)"
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default))
+        elif isinstance(default, float):
+            default = f"{default:g}"
+        return f"{text.rstrip('.')} (default: {str(default).replace('%', '%%')})"
 
 
 class RawHelp(HelpFormatter, argparse.RawDescriptionHelpFormatter):

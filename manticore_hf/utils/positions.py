@@ -1,4 +1,4 @@
-"""How far components can read, asked before they do: an index error inside of one would not say what to do.
+"""How far components can read, checked beforehand, because an index error inside a model would not say what to do.
 
 A published repository goes without, as any model of Transformers does: what is too long raises an error there, too.
 """

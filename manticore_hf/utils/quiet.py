@@ -1,7 +1,8 @@
-"""Silences what says nothing to whoever runs a command: start-up messages of packages, bars within a step."""
+"""Silences output that is of no use to the user of a command: start-up messages of packages, bars within a step."""
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 
 # The third warns of torchao's classes; the last says that a Mamba is slow, whose kernels hybrids replace with their own
@@ -41,7 +42,9 @@ def quiet_loading(downloads: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-        if hub:
-            enable_progress_bars()
+        with warnings.catch_warnings():  # which would say that HF_HUB_DISABLE_PROGRESS_BARS has the last word
+            warnings.simplefilter("ignore")
+            if shown:
+                transformers_logging.enable_progress_bar()
+            if hub:
+                enable_progress_bars()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from manticore_hf.compose.components import PICKLE_FILES
 from manticore_hf.hub.bare_names import check_bare_name
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.modeling.references_manticore import WEIGHT_FILES, refusal
+from manticore_hf.modeling.references_manticore import WEIGHT_FILES, hub_reason
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Source:
         except Exception as err:  # the HTTP library's own errors among them
             if isinstance(err, EntryNotFoundError) and not isinstance(err, LocalEntryNotFoundError):
                 return None
-            raise ManticoreError(f"{self.what}: {name} cannot be fetched: {refusal(err, self.repo_id)}") from err
+            raise ManticoreError(f"{self.what}: {name} cannot be fetched: {hub_reason(err, self.repo_id)}") from err
         commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)
         if commit is None:
             raise ManticoreError(f"{self.what}: revision {self.revision!r} did not resolve to a commit.")
@@ -163,22 +163,22 @@ def _read_safetensors(what, path):
 
 
 def _read_pickle(what, path):
-    refused = "a pickle can run code when it is read, so nothing but tensors is. Ask its authors for safetensors"
+    why = "a pickle can run code when it is read, so nothing but tensors is. Ask its authors for safetensors"
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as err:
         named = re.search(r"GLOBAL ([\w.]+)", str(err))
         held = f"holds {named[1]}" if named else "is no pickle of tensors"
-        raise ManticoreError(f"{what}: {path.name} {held}; {refused}.") from err
+        raise ManticoreError(f"{what}: {path.name} {held}; {why}.") from err
     except Exception as err:  # a damaged archive has many ways to fail
         reason = " ".join(str(err).split())[:300]
         raise ManticoreError(f"{what}: {path.name} cannot be read ({reason}); it is damaged, fetch it again.") from err
     if not isinstance(found, dict) or not found:
-        raise ManticoreError(f"{what}: {path.name} holds no named tensors but a {type(found).__name__}; {refused}.")
+        raise ManticoreError(f"{what}: {path.name} holds no named tensors but a {type(found).__name__}; {why}.")
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ManticoreError(f"{what}: {path.name} holds a {type(tensor).__name__} at {name!r}; {refused}.")
+            raise ManticoreError(f"{what}: {path.name} holds a {type(tensor).__name__} at {name!r}; {why}.")
         # A few bytes can be said to be a tensor of any size
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ManticoreError(f"{what}: {path.name}: {name!r} is not a plain tensor; {refused}.")
+            raise ManticoreError(f"{what}: {path.name}: {name!r} is not a plain tensor; {why}.")
     return found

@@ -27,7 +27,9 @@ class EasySettings:
     batch_size: int = dataclasses.field(default=32, metadata={"help": "Sequences per step."})
     learning_rate: float = dataclasses.field(default=3e-3, metadata={"help": "Of AdamW, at the start of a cosine."})
     seeds: int = dataclasses.field(default=1, metadata={"help": "Runs of every task, averaged."})
-    seed: int = dataclasses.field(default=0, metadata={"help": "Random seed of the first; the others count on."})
+    seed: int = dataclasses.field(
+        default=0, metadata={"help": "Random seed of the first; later runs use the seeds that follow."}
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

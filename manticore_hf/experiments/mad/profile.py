@@ -121,4 +121,4 @@ def _print_profile(profile, settings):
         cells = (f"{score:.4f}{'*' if len(scores) > 1 and score == max(scores) else ' '}" for score in scores)
         print(f"{task:28}{low:8.3f}" + "".join(f"{cell:>26}" for cell in cells))
     if len(names) > 1:
-        print("* the best of each task; a difference between seeds can be as large (give --seeds)")
+        print("* the best of each task; a difference between seeds can be as large (give --num-seeds)")

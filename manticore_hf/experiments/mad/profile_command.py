@@ -2,7 +2,9 @@
 
 import argparse
 
-from manticore_hf.utils.options import Parser
+from manticore_hf.utils.options import Parser, Renamed
+
+_FIELDS = {"max-steps": "steps", "num-seeds": "seeds"}  # what EasySettings calls them, and options were called
 
 
 def add_options(parser: Parser) -> None:
@@ -22,12 +24,15 @@ def add_options(parser: Parser) -> None:
         ("num-test", 320, "test sequences"),
         ("layers", 2, "layers of every model"),
         ("hidden-size", 64, "width of every model"),
-        ("steps", 400, "optimizer steps of every run, rounded up to whole passes over the sequences"),
+        ("max-steps", 400, "optimizer steps of every run, rounded up to whole passes over the sequences"),
         ("batch-size", 32, "sequences per step"),
-        ("seeds", 1, "runs of every model and task, averaged"),
-        ("seed", 0, "random seed of the first; the others count on"),
+        ("num-seeds", 1, "runs of every model and task, averaged"),
+        ("seed", 0, "random seed of the first; later runs use the seeds that follow"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+        dest = _FIELDS.get(name, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", dest=dest, type=int, default=default, help=text)
+        if name in _FIELDS:
+            parser.add_argument(f"--{dest}", action=Renamed, new=f"--{name}", dest=dest, type=int)
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW, at the start of a cosine")
 
 
