@@ -1,6 +1,6 @@
 """RecurrentGemma's recurrent blocks with their state in the cache.
 
-Transformers 5.23 keeps that state in the modules. Beams are then not reordered, a call with several tokens after the
+Transformers 5.24 keeps that state in the modules. Beams are then not reordered, a call with several tokens after the
 first starts its convolution from nothing, left padding leaks into the convolution, and two sequences cannot be decoded
 by turns. Here the state lives in the `LinearAttentionLayer` that `DynamicCache` makes for such a layer anyway.
 """

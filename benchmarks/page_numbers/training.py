@@ -1,4 +1,4 @@
-"""What to train, from where and with what: objective, calibration, alpha_grid, hardening and align_stage."""
+"""What to train, from where and with what: objective, calibration, alpha_grid, pruning and align_stage."""
 
 import re
 import statistics
@@ -130,9 +130,9 @@ def alpha_found(load: Load) -> Rows:
 
 def pruning_loss(load: Load, label: str) -> list[float]:
     """A model's loss for every seed."""
-    found = [line["loss"] for line in load("hardening") if line["label"] == label]
+    found = [line["loss"] for line in load("pruning") if line["label"] == label]
     if not found:
-        raise Unmade(f"benchmarks/results/hardening.jsonl has no line {label!r}.")
+        raise Unmade(f"benchmarks/results/pruning.jsonl has no line {label!r}.")
     return found
 
 
@@ -164,7 +164,7 @@ def paths(load: Load) -> Rows:
     soft = statistics.mean(pruning_loss(load, "soft hybrid, 2 blocks"))
     rows = [["path through a two-block hybrid", "not pruned", "pruned", "after recovery distillation, 1 pass"]]
     for first, second in (("neox_prose", "mamba_code"), ("mamba_code", "neox_prose")):
-        labels = [f"{first} > {second}, {when}" for when in ("before healing", "healed, 1 pass")]
+        labels = [f"{first} > {second}, {when}" for when in ("before distillation", "distilled, 1 pass")]
         losses = [soft, *(statistics.mean(pruning_loss(load, label)) for label in labels)]
         name = f"{first}, then {second}".replace("_", " ")
         rows.append([name, *(f"{loss:.4f}" for loss in losses)])

@@ -92,7 +92,7 @@ class HybridLogging:
         return super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
-        # Transformers 5.23 remembers the best checkpoint where its directory exists; sharded weights are written only
+        # Transformers (5.24) remembers the best checkpoint where its directory exists; sharded weights are written only
         # after it has looked, so that load_best_model_at_end would load another checkpoint or none.
         if self.args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -96,7 +96,7 @@ def _set_float32(parameter, value):
 
 
 @torch.no_grad()
-def whole_weights(model: nn.Module, kept: Unrounded | None = None) -> dict[str, torch.Tensor] | None:
+def gathered_weights(model: nn.Module, kept: Unrounded | None = None) -> dict[str, torch.Tensor] | None:
     """The state dict of a model that DeepSpeed has trained, on rank 0, whose parameters become these; else None.
 
     On every rank: parameters are gathered one by one, on the CPU.

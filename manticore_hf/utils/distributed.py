@@ -24,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from manticore_hf.utils.deepspeed import Unrounded, whole_weights
+from manticore_hf.utils.deepspeed import Unrounded, gathered_weights
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -215,5 +215,5 @@ def gathered(trainer: Trainer, model: nn.Module, kept: Unrounded | None = None) 
     if is_sharded(model):
         return trainer.accelerator.get_state_dict(model)
     if trainer.is_deepspeed_enabled:
-        return whole_weights(model, kept)
+        return gathered_weights(model, kept)
     return None

@@ -1,11 +1,11 @@
 """Is a component distilled from the hybrid better than the same component fine-tuned plainly on the same tokens?
 
-    python benchmarks/hardening.py --output benchmarks/results/hardening.jsonl
+    python benchmarks/pruning.py --output benchmarks/results/pruning.jsonl
 
 With the demo's components and text: a one-block hybrid is trained (gate, then everything), pruned to each component
 and trained by recovery distillation; the baseline is that component fine-tuned with the same settings on the same rows
 for as many steps as hybrid and distillation together let the component see (one pass for the hybrid's tuning, one for
-the distillation). Also hard routes across components, from a two-block hybrid. Every model is one line of the output.
+the distillation). Also paths across components, from a two-block hybrid. Every model is one line of the output.
 """
 
 import argparse
@@ -55,11 +55,11 @@ def _models(train, test, seed):
     soft = _soft(2, train, seed)
     yield "soft hybrid, 2 blocks", compare_losses(soft, test)["hybrid"]
     first, second = soft.config.component_names
-    for route in ([first, second], [second, first]):
-        hard = set_stage(prune(soft, route), "finetune")
-        yield " > ".join(route) + ", before healing", compare_losses(hard, test)["hybrid"]
+    for path in ([first, second], [second, first]):
+        hard = set_stage(prune(soft, path), "finetune")
+        yield " > ".join(path) + ", before distillation", compare_losses(hard, test)["hybrid"]
         DistilTrainer(model=hard, args=_arguments(seed, RATE), train_dataset=train, teacher=soft).train()
-        yield " > ".join(route) + ", healed, 1 pass", compare_losses(hard, test)["hybrid"]
+        yield " > ".join(path) + ", distilled, 1 pass", compare_losses(hard, test)["hybrid"]
 
 
 def main():
@@ -68,14 +68,14 @@ def main():
     parser.add_argument("--tokens", type=int, default=80_000, help="training tokens of one pass")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to n-1")
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--output", default="benchmarks/results/hardening.jsonl", help="results, one JSON a line")
+    parser.add_argument("--output", default="benchmarks/results/pruning.jsonl", help="results, one JSON a line")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     train, test, lines = rows_of("train", args.tokens // 2 // BLOCK), rows_of("test", 60), read_lines(args.output)
     for seed in range(args.seeds):
         done = {r["label"] for r in lines if r["seed"] == seed}
-        if sum(label.endswith("healed, 1 pass") for label in done) == 2:
+        if sum(" > " in label and label.endswith(", distilled, 1 pass") for label in done) == 2:
             continue
         for label, loss in tqdm(_models(train.shuffle(seed=seed), test, seed), desc=f"seed {seed}", unit="model"):
             if label not in done:
