@@ -280,7 +280,7 @@ def test_composed_of_files(tmp_path, capsys):
     said = capsys.readouterr().err  # one bar for each stage, and none of Transformers' beside it
     assert "pretrain: 100%" in said and "Loading weights" not in said and "Writing model" not in said
     with pytest.raises(
-        ManticoreError, match="is a GGUF file, which `manticore-hf compose` and recipes convert; for any"
+        ManticoreError, match="is a GGUF file, which only `manticore-hf compose` and `run` convert; here"
     ):
         ManticoreForCausalLM.from_components([files[0]])
     assert main(["compose", str(tmp_path / "there.gguf"), "--output-dir", str(tmp_path / "x")]) == 2
