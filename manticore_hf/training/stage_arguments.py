@@ -82,9 +82,9 @@ def wrong_setting(key: str, value: Any, stage: str | None = None) -> str | None:
     """
     if stage == "prune" and key in ("max_steps", "num_train_epochs") and value == 0:
         return None  # without recovery
-    known = RANGES | _OF_COMMANDS
-    if key in known and type(value) in (int, float) and not (key == "max_steps" and value == -1):
-        low, high = known[key]
+    bounds = RANGES.get(key) or _OF_COMMANDS.get(key)
+    if bounds and type(value) in (int, float) and not (key == "max_steps" and value == -1):
+        low, high = bounds
         if not low <= value <= high:  # nor no number at all
             least = "above 0" if low == _SMALL else f"at least {low:,.12g}"
             return f"must be {least} and {'below 1' if high == 1 - _SMALL else f'at most {high:,.12g}'}"

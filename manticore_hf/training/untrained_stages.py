@@ -14,7 +14,8 @@ from transformers import TrainingArguments
 
 from manticore_hf.compose.choose_tokenizer import MEASURED_BYTES, measure_tokenizers
 from manticore_hf.compose.components import ComponentSpec, resolve
-from manticore_hf.compose.convert.convert import convert_beside, is_gguf
+from manticore_hf.compose.convert.convert import convert_beside
+from manticore_hf.compose.convert.read_checkpoint import is_gguf
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.transplant import TransplantReport, compose_transplanted
 from manticore_hf.evaluation.data_arguments import DataArguments

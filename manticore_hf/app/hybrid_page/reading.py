@@ -109,9 +109,8 @@ class Hybrid:
         """The tokenizer through which a component reads text."""
         if name not in self.model.config.aligned:
             return self.tokenizer
-        package = type(self.model.segments).__module__.rpartition(".")[
-            0
-        ]  # the hybrid's code: ours, or its repository's
+        # The hybrid's code: ours, or its repository's
+        package = type(self.model.segments).__module__.rpartition(".")[0]
         code = importlib.import_module(f"{package}.aligned_tokenizers")
         return code.tokenizer_of(self.model, name)
 

@@ -89,11 +89,6 @@ def convert(
         return _convert(step, source, output, tokenizer, dtype, gguf_file, revision)
 
 
-def is_gguf(source: object) -> bool:
-    """Whether a component is given as a GGUF file."""
-    return isinstance(source, (str, os.PathLike)) and os.fspath(source).endswith(".gguf") and os.path.isfile(source)
-
-
 def converted(source: str | os.PathLike, output_dir: str | os.PathLike) -> Path:
     """The directory that `convert_beside` makes of a GGUF file: its name, without what says how it is quantised.
 

@@ -82,6 +82,11 @@ class Source:
         return Path(path)
 
 
+def is_gguf(source: object) -> bool:
+    """Whether something is a GGUF file on this machine."""
+    return isinstance(source, (str, os.PathLike)) and os.fspath(source).endswith(".gguf") and os.path.isfile(source)
+
+
 def find_source(
     source: str | os.PathLike, revision: str | None = None, gguf_file: str | None = None
 ) -> tuple[Source, str | None]:
@@ -96,7 +101,7 @@ def find_source(
         ManticoreError: It is none of these.
     """
     text = os.fspath(source)
-    if os.path.isfile(text) and text.endswith(".gguf"):
+    if is_gguf(text):
         return Source(Path(text).parent), os.path.basename(text)
     if os.path.isdir(text):
         if revision is not None:
