@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from manticore_hf import ManticoreError, ManticoreForCausalLM, convert
 from manticore_hf.cli import main
 from manticore_hf.compose.convert import gguf_tokenizer
-from manticore_hf.compose.convert.convert import CONVERTED
+from manticore_hf.compose.convert.converted_files import CONVERTED
 from manticore_hf.compose.convert.gguf_tokenizer import SAMPLE
+from manticore_hf.plan.subject import load_subject
 from manticore_hf.training.asked import composed_from
 
 gguf = pytest.importorskip("gguf")
@@ -279,9 +281,7 @@ def test_composed_of_files(tmp_path, capsys):
     ]
     said = capsys.readouterr().err  # one bar for each stage, and none of Transformers' beside it
     assert "pretrain: 100%" in said and "Loading weights" not in said and "Writing model" not in said
-    with pytest.raises(
-        ManticoreError, match="is a GGUF file, which only `manticore-hf compose` and `run` convert; here"
-    ):
+    with pytest.raises(ManticoreError, match="is a GGUF file, which only the commands convert; here give"):
         ManticoreForCausalLM.from_components([files[0]])
     assert main(["compose", str(tmp_path / "there.gguf"), "--output-dir", str(tmp_path / "x")]) == 2
     assert "there is no GGUF file of this name; check the path." in capsys.readouterr().err
@@ -289,3 +289,71 @@ def test_composed_of_files(tmp_path, capsys):
     write(files[0], tiny("llama", seed=3, **SIZES))
     (tmp_path / "pair" / "stage.json").unlink()
     assert main(command) == 2 and "or it has changed: delete that directory" in capsys.readouterr().err
+
+
+def test_files_wherever_components_are_named(tmp_path, capsys, monkeypatch):
+    """Recipes that name GGUF files are planned and compared; originals may be files, and are converted again."""
+    models = [tiny("llama", seed=seed, **SIZES) for seed in (1, 2)]
+    files = [write(tmp_path / f"{name}-f16.gguf", model) for name, model in zip(("one", "two"), models)]
+    for name in ("text.txt", "test.txt"):
+        (tmp_path / name).write_text("the 12 things that the other 12 had there\n" * 60)
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(
+        "components: [one-f16.gguf, two-f16.gguf]\nhybrid: {mixture: static}\n"
+        "data: {data: text.txt, block_size: 16}\nstages:\n  - finetune: {max_steps: 1}\n"
+    )
+    found = load_subject(recipe)
+    assert found.config.component_names == ["one", "two"] and found.config.dtype == torch.float32
+    options = ["--test", str(tmp_path / "test.txt"), "--seeds", "0", "--output-dir", str(tmp_path / "compared")]
+    assert main(["compare", str(recipe), *options, "--online-etas", "0.3", "--online-decays", "0.9"]) == 0
+    rows = json.loads((tmp_path / "compared" / "comparison.json").read_text())["rows"]
+    assert {"one, tuned", "two, untuned", "hybrid, 1 block"} < {row["name"] for row in rows}
+    # The copy that a run leaves names what the recipe named
+    assert main(["run", str(recipe), "--output-dir", str(tmp_path / "out")]) == 0
+    assert load_subject(tmp_path / "out" / "1-finetune" / "recipe.yaml").config == found.config
+    capsys.readouterr()
+    measure = ["evaluate", "--model", str(tmp_path / "out" / "1-finetune"), "--data", str(tmp_path / "text.txt")]
+    measure += ["--block-size", "16", "--output-dir", str(tmp_path)]
+    shutil.rmtree(tmp_path / "out" / "0-compose" / CONVERTED / "two")
+    assert main(measure) == 0 and "Converting" in capsys.readouterr().out
+    bits = json.loads((tmp_path / "evaluation.json").read_text())["bits_per_byte"]
+    assert main([*measure, "--components", *map(str, files)]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["bits_per_byte"] == bits
+    # What is given for another component is not measured as if it were that one
+    assert main([*measure, "--components", *map(str, reversed(files))]) == 2
+    assert "is given for 'one'" in capsys.readouterr().err
+    # A file that has changed is not what was composed
+    shutil.rmtree(tmp_path / "out" / "0-compose" / CONVERTED / "two")
+    write(files[1], tiny("llama", seed=3, **SIZES))
+    assert main(measure) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert "say where it is (--components)" in found["missing"]["original two"]
+
+
+def test_what_is_wrong_is_said_before_files_are_converted(tmp_path, capsys):
+    """Converting takes minutes."""
+    good, text = write(tmp_path / "good.gguf", tiny("llama", **SIZES)), tmp_path / "text.txt"
+    text.write_text("the 12 things\n" * 9)
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF and no more than this")
+    (tmp_path / "more").mkdir()
+    twin = shutil.copy(good, tmp_path / "more" / "good.gguf")
+    out = tmp_path / "out"
+    for others, said in (
+        (["bad.gguf"], "bad.gguf is not a readable GGUF file"),
+        (["nowhere"], "nowhere"),
+        (["good.gguf", "--tokenizer-data", "no.txt"], "'no.txt' is no file or folder here"),
+        ([str(twin)], "are files of one name"),
+    ):
+        others = [str(tmp_path / one) if one in ("bad.gguf", "nowhere", "good.gguf") else one for one in others]
+        assert main(["compose", str(good), *others, "--output-dir", str(out)]) == 2
+        assert said in capsys.readouterr().err and not (out / CONVERTED).exists()
+    # A link gives the second of two files of one name another; and what is not known of a tokenizer is said
+    (tmp_path / "other.gguf").symlink_to(twin)
+    assert main(["compose", str(good), str(tmp_path / "other.gguf"), "--output-dir", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "where words end was guessed" in said.err and f"Converting {good} to" in said.out
+    assert composed_from(out) == [str(out / CONVERTED / name) for name in ("good", "other")]
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text("components: [good.gguf]\ndata: {data: no.txt}\nstages: [finetune]\n")
+    assert main(["run", str(recipe), "--output-dir", str(tmp_path / "run")]) == 2
+    assert "no.txt" in capsys.readouterr().err and not (tmp_path / "run").exists()

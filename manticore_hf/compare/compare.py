@@ -34,6 +34,7 @@ from manticore_hf.compare.summary import summarise, write_summary
 from manticore_hf.compose.component_tokenizers import can_align
 from manticore_hf.evaluation.data import DataArguments, load_rows, rows_for, without_text
 from manticore_hf.evaluation.losses import compare_losses, own_nats
+from manticore_hf.evaluation.records import read_texts
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.claims import ORIGINAL
 from manticore_hf.utils.files import read_json, write_json
@@ -65,15 +66,17 @@ class Comparison:
         self._check_held_out(recipe)
         self.output.mkdir(parents=True, exist_ok=True)
         self.identity = self._identify()
+        data = DataArguments(**self.recipe.data)
+        same = {key: getattr(data, key) for key in ("block_size", "text_column", "space_characters")}
+        test = {"data": arguments.test, "data_split": arguments.test_split, "max_tokens": arguments.max_test_tokens}
+        test = DataArguments(**test, **same, validation_fraction=0.0)
+        held_out = arguments.validation and DataArguments(arguments.validation, **same, validation_fraction=0.0)
+        for text in filter(None, (data, test, held_out)):  # before anything is converted or loaded
+            read_texts(text, 1)
         self.shop = Workshop(self.recipe, self.output / "untuned")
         self._check_aligned()
-        data = DataArguments(**self.recipe.data)
-        test = {"data": arguments.test, "data_split": arguments.test_split, "max_tokens": arguments.max_test_tokens}
-        same = {key: getattr(data, key) for key in ("block_size", "text_column", "space_characters")}
-        test |= {**same, "validation_fraction": 0.0}
-        self.documents = load_documents(DataArguments(**test), self.shop.tokenizer)
-        if arguments.validation is not None:
-            held_out = DataArguments(arguments.validation, **same, validation_fraction=0.0)
+        self.documents = load_documents(test, self.shop.tokenizer)
+        if held_out:
             self.shop.validation_texts, _ = load_rows(held_out, self.shop.tokenizer, keep_text=True)
             self.shop.validation_rows = without_text(self.shop.validation_texts)
         self.chosen, self.seen, self.by_name = {}, {}, {}

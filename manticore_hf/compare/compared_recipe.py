@@ -9,8 +9,7 @@ from transformers import TrainingArguments
 from manticore_hf.compare.arguments import stage_settings
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.settings_manticore import ManticoreError
-from manticore_hf.training.recipe import HYBRID_SOURCES, Recipe, as_run, find_beside, load_recipe, stage_data
-from manticore_hf.training.runtime import RESULT
+from manticore_hf.training.recipe import HYBRID_SOURCES, Recipe, find_beside, load_named_recipe, stage_data
 from manticore_hf.training.stages import STAGES
 
 VALIDATION = 0.1  # share of the training text that settings are chosen on, where the recipe holds out none
@@ -31,11 +30,7 @@ def read_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
     Raises:
         ManticoreError: It has no finetune stage, or names what is outside of its folder.
     """
-    path = Path(path)
-    recipe = load_recipe(path)
-    if any((path.parent / name).exists() for name in (RESULT, "0-compose")):
-        recipe = as_run(recipe) or recipe
-    recipe.allow_outside |= allow_outside
+    recipe = load_named_recipe(path, allow_outside)
     stages = [stage for stage, _ in recipe.stages]
     if "finetune" not in stages:
         raise ManticoreError(

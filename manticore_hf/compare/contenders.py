@@ -33,6 +33,7 @@ from manticore_hf.compare.compared_recipe import earlier_texts, only_training, t
 from manticore_hf.compare.scores import forward_flops
 from manticore_hf.compose.component_tokenizers import find_tokenizer
 from manticore_hf.compose.components import ComponentSpec, load, resolve
+from manticore_hf.compose.convert.converted_files import convert_files
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.evaluation.data import DataArguments, load_rows, rows_for, without_text
 from manticore_hf.evaluation.losses import Passages, make_passages
@@ -100,6 +101,7 @@ class Workshop:
         settings = {key: recipe.hybrid[key] for key in keys if key in recipe.hybrid}
         if "transplant" in settings:
             settings.setdefault("transplant_data", DataArguments(**recipe.data))
+        recipe.components = convert_files(recipe.components, self.folder)
         with contextlib.redirect_stdout(io.StringIO()):
             arguments = TrainingArguments(output_dir=str(self.folder), seed=recipe.seed, **training_defaults())
             run_compose(recipe.components, arguments, num_blocks=1, dtype=dtype, **settings)

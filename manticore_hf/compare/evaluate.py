@@ -14,8 +14,7 @@ from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.evaluation.losses import how_measured, itself, make_passages, measure, name_of
-from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.training.recipe import known_sources
+from manticore_hf.training.recipe import find_originals
 from manticore_hf.utils.claims import claim, more_rows
 from manticore_hf.utils.files import write_json
 from manticore_hf.utils.formatting import signed
@@ -43,7 +42,7 @@ def run_evaluate(
         batch_size: Rows per forward pass.
         output: Directory for `evaluation.json`, or None.
         components: Where the original components are, in the hybrid's order. Default: the addresses that the hybrid
-            knows, or what is known of its making (`known_sources`).
+            knows, or what is known of its making (`find_originals`).
 
     Returns:
         {"data", "note", "tokens", "bytes", "losses", "bits_per_byte", "differences", "missing"}, as `Measured.to_dict`
@@ -55,14 +54,12 @@ def run_evaluate(
     model = ManticoreForCausalLM.from_pretrained(source, dtype="float32")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, config = read_tokenizer(source), model.config
-    if components is not None and len(components) != len(config.components):
-        raise ManticoreError(f"components: {len(components)} are given, the hybrid has {config.component_names}.")
     rows, _ = load_rows(data, tokenizer, keep_text=True)
+    sources = find_originals(source, config, components)
     passages = make_passages(rows, tokenizer)
     found = measure(model, passages, batch_size)
     device, fresh = model.device, config.embeddings == "fresh"
     del model
-    sources = components or known_sources(source, config)
     measure_originals(found, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
     result = {"data": name_of(data), "note": how_measured(data), **found.to_dict()}
     print_result(source, result)

@@ -151,8 +151,8 @@ def _resolve_address(spec, hub, weights):
         return found
     if source.endswith(".gguf"):
         raise ManticoreError(
-            f"Component {source!r} is a GGUF file, which only `manticore-hf compose` and `run` convert; here "
-            "give the directory that `manticore-hf convert` makes of it."
+            f"Component {source!r} is a GGUF file, which only the commands convert; here give the directory "
+            "that `manticore-hf convert` makes of it."
             if os.path.isfile(source)
             else f"Component {source!r}: there is no GGUF file of this name; check the path."
         )

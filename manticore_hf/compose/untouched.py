@@ -31,7 +31,8 @@ def load_original(
     name = entry["name"]
     if source is None and entry["repo_id"] is None:
         raise ManticoreError(
-            f"Component {name!r} came from a directory, which the hybrid does not know: say which (--components)."
+            f"Component {name!r} came from a directory or file, which is not known here or is gone: say where it is "
+            "(--components)."
         )
     if entry.get("code") is not None:
         raise ManticoreError(f"Component {name!r} needs its repository's code, which is not run to measure a baseline.")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,13 +11,16 @@ from huggingface_hub.errors import HTTPError
 
 from manticore_hf.compose.component_tokenizers import align, can_align, check_tokenizers, find_tokenizer
 from manticore_hf.compose.components import ComponentSpec, Resolved, resolve
+from manticore_hf.compose.convert.convert import describe
+from manticore_hf.compose.convert.converted_files import converted
+from manticore_hf.compose.convert.read_checkpoint import is_gguf
 from manticore_hf.evaluation.records import read_texts
 from manticore_hf.modeling.aligned_mapping import ByteTokenizer
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.plan.aligned import ASSUMED, SAMPLE, measure_amount
 from manticore_hf.training.programs import program_of
-from manticore_hf.training.recipe import HYBRID_SOURCES, Recipe, find_beside, load_recipe, stage_data
+from manticore_hf.training.recipe import HYBRID_SOURCES, Recipe, find_beside, load_named_recipe, stage_data
 
 _PADDING = 0.02  # vocabularies whose sizes differ by no more are taken for one that is padded differently
 _NOT_OF_THE_MODEL = ("dtype", "transplant", *HYBRID_SOURCES)
@@ -60,9 +64,9 @@ def load_subject(source: str | Path, configs: str | Path | None = None, allow_ou
         ManticoreError: Something cannot be read or joined.
     """
     if Path(source).suffix in (".yaml", ".yml") or Path(source).is_file():
-        recipe = load_recipe(source)
-        recipe.allow_outside = allow_outside
-        return _from_recipe(recipe, configs)
+        recipe = load_named_recipe(source, allow_outside)
+        with tempfile.TemporaryDirectory(prefix="manticore-plan-") as scratch:
+            return _from_recipe(recipe, configs, scratch)
     try:
         config = ManticoreConfig.from_pretrained(source)
     except (OSError, HTTPError, ValueError) as err:
@@ -77,8 +81,8 @@ def load_subject(source: str | Path, configs: str | Path | None = None, allow_ou
     return subject
 
 
-def _from_recipe(recipe, configs):
-    found = [_find(item, recipe, configs) for item in recipe.components]
+def _from_recipe(recipe, configs, scratch):
+    found = [_find(item, recipe, configs, scratch) for item in recipe.components]
     settings = {key: value for key, value in recipe.hybrid.items() if key not in _NOT_OF_THE_MODEL}
     notes = []
     home = found[0]
@@ -154,8 +158,11 @@ def _padded(one, other):
     return (max(sizes) - min(sizes)) / max(sizes) <= _PADDING
 
 
-def _find(item, recipe, configs):
+def _find(item, recipe, configs, scratch):
     item = find_beside(item, recipe)
+    if is_gguf(item):
+        file, item = item, str(converted(item, scratch))
+        describe(file, item)
     spec = ComponentSpec.of(item)
     if configs is not None and not os.path.isdir(item):
         folder = Path(configs) / item.partition("@")[0]

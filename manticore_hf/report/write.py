@@ -34,7 +34,7 @@ from manticore_hf.report.render import render
 from manticore_hf.report.speed import measure_speed
 from manticore_hf.report.store import Store, kept, stamp
 from manticore_hf.report.verdict import Verdict, decide
-from manticore_hf.training.recipe import find_recipe, known_sources
+from manticore_hf.training.recipe import find_originals, find_recipe
 from manticore_hf.utils.claims import CLAIM_BYTES, CLAIM_ROWS, more_rows
 from manticore_hf.utils.files import replace_text
 from manticore_hf.utils.formatting import listed
@@ -192,9 +192,7 @@ def _measure(facts, arguments, split, path, chosen, max_tokens, batch_size, comp
     rows = passages.rows
     config = ManticoreConfig.from_pretrained(facts.folder)
     names, blocks = config.component_names, facts.found["settings"]["num_blocks"]
-    if components is not None and len(components) != len(names):
-        raise ManticoreError(f"components={components} are {len(components)}; the hybrid has {len(names)}: {names}.")
-    sources = components or known_sources(facts.folder, config)
+    sources = find_originals(facts.folder, config, components)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = Path(arguments.data).name if os.path.exists(arguments.data) else arguments.data
     about = {"text": f"{text}{', validation split' if split else ''}", "named": not split}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from manticore_hf.compose.convert.convert import converted
+from manticore_hf.compose.convert.converted_files import convert_again, converted
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.training.stage_arguments import (
@@ -123,7 +123,11 @@ def composed_from(folder: str | os.PathLike) -> list[str | None] | None:
         folder: Directory of the hybrid.
 
     Returns:
-        Their directories, None for one that is there no more or came from the Hub; None if nothing is known.
+        Their directories, None for one that is there no more or came from the Hub; None if nothing is known. GGUF
+        files whose conversions were deleted are converted again.
+
+    Raises:
+        ManticoreError: One of these cannot be.
     """
     for _ in range(100):  # stages: more than anyone runs
         file = Path(folder or "") / FILE
@@ -137,8 +141,9 @@ def composed_from(folder: str | os.PathLike) -> list[str | None] | None:
 
 
 def _component(place, folder):
-    if _is_place(place) and str(place["path"]).endswith(".gguf"):
-        return str(converted(place["path"], folder))
+    if _is_place(place) and str(place["name"]).lower().endswith(".gguf"):
+        found = convert_again(converted(place["name"], folder))
+        return None if found is None else str(found)
     return _there(place, folder)
 
 

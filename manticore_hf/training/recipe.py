@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.resources import files
@@ -25,11 +26,15 @@ import yaml
 from huggingface_hub import constants
 from transformers import PreTrainedConfig, TrainingArguments
 
+from manticore_hf.compose.components import ComponentSpec, resolve
+from manticore_hf.compose.convert.converted_files import convert_files
+from manticore_hf.compose.convert.read_checkpoint import is_gguf
 from manticore_hf.evaluation.data import DataArguments
+from manticore_hf.evaluation.records import read_texts
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
 from manticore_hf.training.asked import compared_before, composed_from, differences, listing
 from manticore_hf.training.programs import program_of
-from manticore_hf.training.runtime import check_training, training_defaults
+from manticore_hf.training.runtime import RESULT, check_training, training_defaults
 from manticore_hf.training.search import STRATEGIES
 from manticore_hf.training.stage_arguments import (
     OLD_NAMES,
@@ -43,6 +48,7 @@ from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
 from manticore_hf.utils.bounded_yaml import BoundedLoader
 from manticore_hf.utils.distributed import on_main, print_main
 from manticore_hf.utils.files import read_json, replace_text, stays_inside, write_json
+from manticore_hf.utils.formatting import listed
 from manticore_hf.utils.renamed import old_fields, warn_renamed
 
 HYBRID_SOURCES = {"transplant_data", "tokenizer_data", "tokenizer"}
@@ -52,6 +58,7 @@ _MAX_PATH = 1_000
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
 _MOST = 2**63  # of a number
 _MAX_BYTES = 200_000
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers")  # of a component: what training leaves as it was
 _MOST_RUNS = 9  # that are remembered of one recipe, beside the last
 
 
@@ -351,12 +358,12 @@ def run_recipe(
     Raises:
         ManticoreError: The recipe is invalid, or another recipe was run in this directory.
     """
-    recipe, output = load_recipe(path), Path(output_dir)
-    recipe.allow_outside = allow_outside
-    text = _read(recipe.path)
+    recipe, output = load_named_recipe(path, allow_outside), Path(output_dir)
+    content = _read(find_recipe(path))
     if seed is not None and seed != recipe.seed:
         recipe.seed, line = seed, f"seed: {seed}"
-        text = re.sub(r"(?m)^seed:.*$", line, text) if re.search(r"(?m)^seed:", text) else f"{line}\n{text}"
+        stated = re.search(r"(?m)^seed:", content)
+        content = re.sub(r"(?m)^seed:.*$", line, content) if stated else f"{line}\n{content}"
     kept = output / "recipe.yaml"
     # Not by name, which may be the file's
     defaults = {"seed": recipe.seed, **training_defaults()}
@@ -379,7 +386,10 @@ def run_recipe(
         told = outside.given() if outside is not None and known.trains is not None else {}
         given = {"output_dir": str(output / f"{number}-{stage}"), **defaults, **with_direction(training), **told}
         check_training(f"{recipe.path}: stages.{number - 1}.{stage}", known.training_class, given)
-        stages.append((known, own, stage_data(recipe, settings.get("data", {})), given))
+        text = stage_data(recipe, settings.get("data", {}))
+        if not (output / f"{number}-{stage}" / RESULT).is_file():
+            on_main(read_texts, text, 1)
+        stages.append((known, own, text, given))
     hybrid = dict(recipe.hybrid)
     for key in HYBRID_SOURCES & hybrid.keys():
         source, is_text = hybrid[key], key != "tokenizer"
@@ -387,8 +397,8 @@ def run_recipe(
     if "transplant" in hybrid and "transplant_data" not in hybrid and "data" in recipe.data:
         hybrid["transplant_data"] = stage_data(recipe, {})
     output.mkdir(parents=True, exist_ok=True)
-    on_main(replace_text, kept, text)
-    on_main(remember_recipe, text, recipe.path.parent, allow_outside)
+    on_main(replace_text, kept, content)
+    on_main(remember_recipe, content, recipe.path.parent, recipe.allow_outside)
     program = None
     programs = program_of(hybrid.get("mixture"))
     if programs is not None:
@@ -492,6 +502,24 @@ def load_kept_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
     return dataclasses.replace(recipe, allow_outside=recipe.allow_outside or allow_outside)
 
 
+def load_named_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
+    """A recipe that a user names: a file of theirs, or the copy that a run has left in its directories.
+
+    What such a copy names counts from where the recipe was when this user ran it on this machine.
+
+    Args:
+        path: Its file, or the name of a shipped one (see `find_recipe`).
+        allow_outside: Whether what it names on this machine may lie outside of the folder that it is in.
+
+    Raises:
+        ManticoreError: The recipe is invalid.
+    """
+    recipe = load_recipe(path)
+    if any((Path(path).parent / name).exists() for name in (RESULT, "0-compose")):
+        recipe = as_run(recipe) or recipe
+    return dataclasses.replace(recipe, allow_outside=recipe.allow_outside or allow_outside)
+
+
 def stage_data(recipe: Recipe, other: dict) -> DataArguments:
     """DataArguments of a stage; a relative path counts from the recipe's folder, or from the working directory.
 
@@ -539,17 +567,52 @@ def _all_inside(path, folder):
     return all(stays_inside(one, folder) for one in path.rglob("*")) if path.is_dir() else True
 
 
-def known_sources(folder: str | Path, config: PreTrainedConfig) -> list[str | None] | None:
-    """Where components without an address came from: by what `compose` was asked for, or else by the recipe.
+def find_originals(
+    folder: str | Path, config: PreTrainedConfig, components: Sequence[str] | None = None
+) -> list[str | None] | None:
+    """Where a hybrid's components are, to measure them as they came.
 
     Args:
-        folder: Directory of the hybrid.
+        folder: Directory of the hybrid, or its Hub repo.
         config: Its configuration.
+        components: Directories, repositories or GGUF files, in the hybrid's order, as a user names them. Default: by
+            what `compose` was asked for, or else by the recipe.
 
     Returns:
-        For each component its directory, or None where it has an address, or that directory is there no more. None if
-        nothing is known.
+        For each component its directory or repository, or None where the hybrid knows the address, or nothing is there
+        any more. None if nothing is known.
+
+    Raises:
+        ManticoreError: As many as the hybrid has are not named, or one is of another kind than the hybrid's.
     """
+    names = config.component_names
+    if components is None:
+        return _known_sources(folder, config)
+    if len(components) != len(names):
+        raise ManticoreError(f"components: {listed(components)} are given; the hybrid has {names}.")
+    if any(map(is_gguf, components)) and not os.path.isdir(folder):
+        raise ManticoreError(
+            f"components: GGUF files are converted in the hybrid's directory, and {folder} is none: give the "
+            "directories that `manticore-hf convert` makes of them."
+        )
+    found = [os.fspath(one) for one in convert_files(components, folder)]
+    for source, name in zip(found, names):
+        spec = ComponentSpec(source, subfolder=config.components[names.index(name)]["subfolder"])
+        one, own = resolve(spec, {}, weights=False), getattr(config, name)
+        same = all(getattr(one.config, key, None) == getattr(own, key, None) for key in _SHAPE)
+        if not same or one.name != name and one.name in names:
+            raise ManticoreError(
+                f"components: {source!r} ({_shape(one.config)}) is given for {name!r} ({_shape(own)}): name them "
+                f"in the hybrid's order, {names}."
+            )
+    return found
+
+
+def _shape(config):
+    return ", ".join(str(getattr(config, key, None)) for key in _SHAPE)
+
+
+def _known_sources(folder, config):
     if all(entry["repo_id"] for entry in config.components):
         return None
     file = Path(folder) / "recipe.yaml"

@@ -14,8 +14,7 @@ from transformers import TrainingArguments
 
 from manticore_hf.compose.choose_tokenizer import MEASURED_BYTES, measure_tokenizers
 from manticore_hf.compose.components import ComponentSpec, resolve
-from manticore_hf.compose.convert.convert import convert_beside
-from manticore_hf.compose.convert.read_checkpoint import is_gguf
+from manticore_hf.compose.convert.converted_files import convert_files
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.transplant import TransplantReport, compose_transplanted
 from manticore_hf.evaluation.data_arguments import DataArguments
@@ -67,7 +66,8 @@ def _composed(result: dict) -> Iterator[str]:
     if len(names) == 1:
         yield "this hybrid has one component, so there is nothing to mix; name two or more to join them"
     for name, bits in result.get("tokenizers", {}).items():
-        yield f"with {name}'s tokenizer: {bits:.4f} bits per byte, untrained"
+        chosen = "; it is the hybrid's" if bits == min(result["tokenizers"].values()) else ""
+        yield f"with {name}'s tokenizer: {bits:.4f} bits per byte, untrained{chosen}"
     for name, report in result.get("transplants", {}).items():
         yield f"vocabulary of {name} transplanted by {TransplantReport(**report)}"
     own, whole = result["own_bytes"], result["whole_bytes"]
@@ -79,9 +79,16 @@ def _composed(result: dict) -> Iterator[str]:
 
 def _compose(components, settings, program, run: StageRun) -> dict:
     """Composes and writes; on rank 0."""
-    components = [convert_beside(one, run.output) if is_gguf(one) else one for one in components]
     method, source, reports = settings.pop("transplant", None), settings.pop("transplant_data", None), {}
     chosen_by, found = settings.pop("tokenizer_data", None), None
+    if chosen_by is not None and method is not None:
+        raise ManticoreError("tokenizer_data chooses among tokenizers, and transplant replaces all but one; drop one.")
+    if source is not None and method is None:
+        source = getattr(source, "data", source)
+        raise ManticoreError(f"transplant_data={source!r} is given, but no transplant; give --transplant auto.")
+    # Read before files are converted and models loaded, which takes minutes
+    texts, chosen_by = _texts(source, _MEASURED_BYTES), _texts(chosen_by, MEASURED_BYTES)
+    components = convert_files(components, run.output)
     given = settings.pop("tokenizer", None)
     if given is not None:
         if method is not None or chosen_by is not None or settings.get("embeddings") != "fresh":
@@ -99,21 +106,11 @@ def _compose(components, settings, program, run: StageRun) -> dict:
             )
         settings.setdefault("vocab_size", rows)
     if chosen_by is not None:
-        if method is not None:
-            raise ManticoreError(
-                "tokenizer_data chooses among tokenizers, and transplant replaces all but one; drop one."
-            )
-        chosen_by = DataArguments(chosen_by) if isinstance(chosen_by, str) else chosen_by
-        found = measure_tokenizers(components, read_texts(chosen_by, MEASURED_BYTES), **settings)
+        found = measure_tokenizers(components, chosen_by, **settings)
         settings["tokenizer_component"] = min(found, key=found.get)
     if method is None:
-        if source is not None:
-            source = getattr(source, "data", source)
-            raise ManticoreError(f"transplant_data={source!r} is given, but no transplant; give --transplant auto.")
         model = ManticoreForCausalLM.from_components(components, **settings)
     else:
-        source = DataArguments(source) if isinstance(source, str) else source
-        texts = None if source is None else read_texts(source, _MEASURED_BYTES)
         model, run.tokenizer, reports = compose_transplanted(components, method, texts=texts, **settings)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id") if given is not None else ():
         for one in (model.config, model.generation_config):
@@ -148,6 +145,11 @@ def _compose(components, settings, program, run: StageRun) -> dict:
         }
 
     return run.write(model, result, also=tokenizer_and_sizes)
+
+
+def _texts(source, size):
+    """The first bytes of a source of text, or None."""
+    return None if source is None else read_texts(DataArguments(source) if isinstance(source, str) else source, size)
 
 
 def run_calibrate(start: CalibrateArguments, data: DataArguments, arguments: TrainingArguments) -> dict:

@@ -12,7 +12,6 @@ is used exactly once, each of the model's is filled, and what was written, read 
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from manticore_hf.compose.component_tokenizers import TOKENIZER_FILES
-from manticore_hf.compose.convert.gguf import load_gguf
+from manticore_hf.compose.convert.gguf import load_gguf, read_gguf_config
 from manticore_hf.compose.convert.gguf_tokenizer import SAMPLE, read_gguf_tokenizer
 from manticore_hf.compose.convert.mamba_ssm import TOKENIZER, is_mamba_ssm, mamba_config, mamba_weights
 from manticore_hf.compose.convert.read_checkpoint import find_source, read_tensors
@@ -31,14 +30,11 @@ from manticore_hf.hub.licenses import read_license
 from manticore_hf.modeling.bounds_manticore import build_config, guard
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES
-from manticore_hf.utils.files import read_json, write_json
 from manticore_hf.utils.formatting import escape
 from manticore_hf.utils.quiet import quiet_loading
 from manticore_hf.utils.saving import whole_directory
 from manticore_hf.utils.tokenizers import read_tokenizer
 
-CONVERTED = "_converted"  # in a hybrid's directory; what begins with an underscore is not published
-_QUANTISED = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _CARD = """\
@@ -89,44 +85,23 @@ def convert(
         return _convert(step, source, output, tokenizer, dtype, gguf_file, revision)
 
 
-def converted(source: str | os.PathLike, output_dir: str | os.PathLike) -> Path:
-    """The directory that `convert_beside` makes of a GGUF file: its name, without what says how it is quantised.
+def describe(source: str | os.PathLike, output_dir: str | os.PathLike) -> None:
+    """Writes what a GGUF file says of its model, without the weights: configuration and tokenizer.
 
     Args:
         source: The file.
-        output_dir: The hybrid's directory.
-    """
-    return Path(output_dir) / CONVERTED / _QUANTISED.sub("", Path(source).stem)
-
-
-def convert_beside(source: str | os.PathLike, output_dir: str | os.PathLike) -> Path:
-    """Converts a GGUF file to a component's directory below a hybrid's, unless an earlier call has done it.
-
-    Args:
-        source: The file.
-        output_dir: The hybrid's directory.
-
-    Returns:
-        The component's directory.
+        output_dir: Directory to write.
 
     Raises:
-        ManticoreError: The file cannot be converted, or another one of that name was.
+        ManticoreError: The file cannot be read.
     """
-    folder, stat = converted(source, output_dir), os.stat(source)
-    note = folder.with_name(f"{folder.name}.json")
-    origin = {"file": os.path.realpath(source), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
-    if folder.is_dir():
-        before = read_json(note) if note.is_file() else {}
-        if before != origin:
-            raise ManticoreError(
-                f"{folder} was converted from {before.get('file', 'another file')}; {source} is another one, or it has "
-                "changed: delete that directory, or convert each (manticore-hf convert) and give the directories."
-            )
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    write_json(note, origin)
-    convert(source, folder)
-    return folder
+    what = f"The checkpoint {os.fspath(source)!r}"
+    with _alone(source) as stored, quiet_loading():
+        config, (tokenizer, _) = read_gguf_config(what, stored), read_gguf_tokenizer(what, stored)
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+        config.dtype = torch.float32  # as `convert` writes it
+        config.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
 
 
 def _convert(step, source, output, tokenizer, dtype, gguf_file, revision):
