@@ -20,7 +20,7 @@ ROWS = (
     "token gate over the tuned components", "hybrid, 1 block, tuned jointly",
     "hybrid, 2 blocks, searched and tuned",
 )  # fmt: skip
-SAID = ("bits per byte better than", "bits per byte worse than", "shows no difference from")
+SAID = ("bits per byte better than", "bits per byte worse than", "shows no clear difference from")
 
 
 def _command(place, *given):

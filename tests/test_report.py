@@ -262,11 +262,12 @@ def test_rows_are_made_short_enough_for_an_interval(folder, tmp_path, capsys):
     losses = kept["parts"]["losses"]
     assert losses["rows"] >= 8 and None not in losses["differences"]["ensemble"]
     assert f"in {losses['rows']} rows of 32 tokens: an interval takes at least 8 rows" in Page(page.read_text()).text
-    assert "too few for confidence" not in capsys.readouterr().err
+    assert "confidence interval" not in capsys.readouterr().err
     write_report(hybrid, folder / "text.txt", **options, block_size=60)  # as the user wants it
     kept = json.loads((tmp_path / "report.json").read_text())
     assert kept["parts"]["losses"]["rows"] < 8 and not kept["about"]["chosen"]
-    assert "rows of text are too few for confidence intervals (at least 8)" in capsys.readouterr().err
+    said = "rows of text cannot give a confidence interval (at least 8 can), and without one no claim is made. "
+    assert said + "Give a larger --max-tokens." in capsys.readouterr().err
 
 
 def test_equal_static_weights_have_no_ablation(folder, tmp_path):
@@ -348,7 +349,7 @@ def test_text_is_needed_and_asked_for(folder, tmp_path):
     assert not list(tmp_path.glob("report*"))
 
 
-def test_a_run_is_reported_as_a_whole(tmp_path):
+def test_a_run_is_reported_as_a_whole(tmp_path, capsys):
     """Stages, curves, costs and the validation text of `manticore-hf run`, without any option."""
     for name, model in zip(("first", "second"), pair()):
         save(model, tmp_path / name)
@@ -371,6 +372,10 @@ def test_a_run_is_reported_as_a_whole(tmp_path):
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     results = run_recipe(tmp_path / "recipe.yaml", tmp_path / "run")
+    write_report(tmp_path / "run", max_tokens=32, batch_size=2)
+    assert "Note: 1 row of text cannot" in (said := capsys.readouterr().err) and "Give a larger --max-tokens." in said
+    verdict, page, markdown = write_report(tmp_path / "run", batch_size=2)  # --block-size is no remedy: the recipe's is
+    assert "Note: 6 rows of text cannot" in (said := capsys.readouterr().err) and "longer text with --data" in said
     verdict, page, markdown = write_report(tmp_path / "run", max_tokens=64, batch_size=2)
     assert page == tmp_path / "run" / "report.html" and verdict.word == "TRY"
     text, plain = Page(page.read_text()).text, markdown.read_text()

@@ -164,6 +164,7 @@ def test_why_there_is_no_interval_is_said():
     )
     assert "too few (at least 5,000)" in claim("it", [0.1, None, None], 4_999, rows=3)
     assert more_rows(3) == "Use more text, or a smaller --block-size." and more_rows(8) == more_rows(None) == ""
+    assert more_rows(1, 992) == more_rows(20, 992) == "Use more text."  # shorter rows make no more bytes
     result = {"data": "text.txt", "tokens": 9, "bytes": 6_000, "rows": 3, "missing": {}, "losses": {}}
     result["losses"] = {"hybrid": 2.0, "online mixture": 2.000001, "ensemble": 2.1}
     result["bits_per_byte"] = {name: loss / 3 for name, loss in result["losses"].items()}

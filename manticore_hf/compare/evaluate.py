@@ -92,4 +92,4 @@ def print_result(source: str | os.PathLike, result: Mapping[str, Any]) -> None:
         best = min(others, key=bits.get)
         named, rows = f"the best baseline ({best})", result.get("rows")
         said = claim(named, result["differences"][best], result["bytes"], "The hybrid", rows)
-        print(f"{said} {more_rows(rows)}".strip())
+        print(f"{said} {more_rows(rows, result['bytes'])}".strip())

@@ -26,6 +26,7 @@ from manticore_hf.evaluation.records import read_texts as read_texts
 from manticore_hf.evaluation.starts import start_tokens
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.utils.distributed import bar, is_main
+from manticore_hf.utils.formatting import plural
 from manticore_hf.utils.tokenizers import tokenise
 
 _BATCH = 64  # documents tokenised at once: enough for a tokenizer's threads, and few to read beyond a limit
@@ -76,8 +77,8 @@ def load_rows(
     held_out = max(1, round(len(rows) * arguments.validation_fraction))
     if held_out >= len(rows):
         raise ManticoreError(
-            f"{arguments.data!r} gives {len(rows)} row(s) of {arguments.block_size} tokens: too short to hold out "
-            f"{arguments.validation_fraction:.0%} for validation. Give more text, a smaller block_size, or "
+            f"{arguments.data!r} gives {plural(len(rows), 'row')} of {arguments.block_size} tokens: too short to hold "
+            f"out {arguments.validation_fraction:.0%} for validation. Give more text, a smaller block_size, or "
             "validation_fraction 0."
         )
     parts = rows.train_test_split(test_size=held_out, seed=arguments.split_seed)

@@ -28,6 +28,7 @@ from manticore_hf.utils.formatting import (
     link,
     listed,
     markdown_environment,
+    plural,
     short_bytes,
     short_count,
 )
@@ -378,7 +379,7 @@ def _show(result):
         }
         for label in sorted(result.losses, key=order.get)
     ]
-    size = f", {result.tokens:,} tokens" if result.tokens else ""
+    size = f", {plural(result.tokens, 'token')}" if result.tokens else ""
     size += f", {result.size:,} bytes" if result.size else ""
     note = f" {result.note}" if result.note else ""
     named, difference = f"the best baseline listed ({best})", result.differences.get(best)

@@ -7,7 +7,7 @@ from manticore_hf.modeling.settings_manticore import printable
 from manticore_hf.report import charts
 from manticore_hf.report.facts import Facts
 from manticore_hf.report.verdict import gain_needed, say_difference
-from manticore_hf.utils.formatting import short_count, signed
+from manticore_hf.utils.formatting import plural, short_count, signed
 
 _KINDS = {
     "component": "a component, tuned on the same text", "ensemble": "a mean of the tuned components",
@@ -129,7 +129,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
     return {
         "loss": f"{full:.3f}",
         "text": measured["text"],
-        "tokens": f"{measured['losses']['tokens']:,}",
+        "tokens": plural(measured["losses"]["tokens"], "token"),
         "removed": removed,
         "chart": chart,
         "mixtures": mixtures,
@@ -182,7 +182,8 @@ def where(facts: Facts) -> list[dict[str, Any]]:
             }
 
         def kind(one):
-            return {"token": visible(one["token"], True), "gain": signed(one["gain"], 1), "tokens": one["tokens"]}
+            times = plural(one["tokens"], "time")
+            return {"token": visible(one["token"], True), "gain": signed(one["gain"], 1), "times": times}
 
         def document(one):
             text = visible(one["text"]) + (" …" if one["cut"] else "")
@@ -204,8 +205,8 @@ def where(facts: Facts) -> list[dict[str, Any]]:
         word = "better" if found["gain"] >= 0 else "worse"
         size = f"{abs(found['gain']):.3f} nats per token {word}"
         share = f"{found['better']:.0%}"
-        tokens = f"{losses['tokens']:,}"
-        sentence = f"On {tokens} tokens the hybrid is {size} than {baseline}, and predicts {share} of them better."
+        tokens = plural(losses["tokens"], "token")
+        sentence = f"On {tokens} the hybrid is {size} than {baseline}, and predicts {share} of them better."
         out.append({"baseline": baseline, "sentence": sentence, **ways})
     return out
 

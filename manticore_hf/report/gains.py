@@ -3,6 +3,7 @@
 from manticore_hf.report.facts import Facts
 from manticore_hf.report.one_run import one_run
 from manticore_hf.utils.claims import ORIGINAL, claim
+from manticore_hf.utils.formatting import plural
 
 
 def gains(facts: Facts) -> tuple[dict[str, list[float | None]], str]:
@@ -78,7 +79,7 @@ def _on_sample(facts):
     run = None if facts.comparison is not None else one_run(facts)
     tokens = facts.measured["losses"].get("tokens")
     told = run is not None and run.sample is None and run.tokens == tokens
-    return "" if told or not tokens else f" (on a sample of {tokens:,} tokens)"
+    return "" if told or not tokens else f" (on a sample of {plural(tokens, 'token')})"
 
 
 def _worth(facts):

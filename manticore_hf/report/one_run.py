@@ -92,9 +92,9 @@ def _sample(facts):
     if not measured or len(measured["losses"]) < 2:
         return None
     note = (
-        f"One run, {facts.measured['text']}, {measured['tokens']:,} tokens, {measured['bytes']:,} bytes"
+        f"One run, {facts.measured['text']}, {plural(measured['tokens'], 'token')}, {measured['bytes']:,} bytes"
         f"{_rows(measured.get('rows'), facts.measured)}. Each component "
-        " predicts with its own head inside this hybrid; the ensemble is their plain mean; an original "
+        "predicts with its own head inside this hybrid; the ensemble is their plain mean; an original "
         "component uses its own tokenizer, untrained. Nats per token are per token of the hybrid's tokenizer."
     )
     keys = ("bits_per_byte", "bytes", "differences", "missing")

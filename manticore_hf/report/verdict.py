@@ -10,7 +10,7 @@ from typing import Any
 
 from manticore_hf.report.one_run import OneRun
 from manticore_hf.utils.claims import CLAIM_BYTES, ORIGINAL, claim
-from manticore_hf.utils.formatting import signed
+from manticore_hf.utils.formatting import plural, signed
 
 WORTH = 0.01
 """Smallest gain that is worth a second model, as a share of the best baseline's loss."""
@@ -211,7 +211,7 @@ def _original_in(sample):
     """What a sample may claim of the best original component, in a sentence."""
     names = [name for name in sample.losses if name.startswith(ORIGINAL.format(""))]
     best = min(names, key=sample.losses.get)
-    what = f"On a sample of {sample.tokens:,} tokens, the hybrid"
+    what = f"On a sample of {plural(sample.tokens, 'token')}, the hybrid"
     return claim(f"the best original component ({best})", sample.differences.get(best), sample.size, what, sample.rows)
 
 
@@ -269,7 +269,7 @@ def _not_beaten(row):
 
 
 def _seeds(row):
-    return f"{len(row['seeds'])} seed{'s' if len(row['seeds']) != 1 else ''}"
+    return plural(len(row["seeds"]), "seed")
 
 
 def _other_hybrid(hybrid, baseline, comparison):

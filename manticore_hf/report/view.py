@@ -214,8 +214,8 @@ def _making(facts):
     rows, seconds, flops = [], 0.0, 0.0
     for stage in facts.stages:
         tokens = stage.result.get("tokens") if stage.result.get("stage") == "calibrate" else None
-        said = [f"{stage.result['steps']:,} steps"] if isinstance(stage.result.get("steps"), int) else []
-        said += [f"{tokens:,} tokens, no training"] if isinstance(tokens, int) else []
+        said = [plural(stage.result["steps"], "step")] if isinstance(stage.result.get("steps"), int) else []
+        said += [f"{plural(tokens, 'token')}, no training"] if isinstance(tokens, int) else []
         rows.append(
             {
                 "name": stage.name,
@@ -287,4 +287,4 @@ def _licences(facts):
 
 
 def _tokens(count):
-    return "tokens not recorded" if count is None else f"{count:,} tokens"
+    return "tokens not recorded" if count is None else plural(count, "token")

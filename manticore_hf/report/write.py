@@ -37,7 +37,7 @@ from manticore_hf.report.verdict import Verdict, decide
 from manticore_hf.training.recipe import find_originals, find_recipe
 from manticore_hf.utils.claims import CLAIM_BYTES, CLAIM_ROWS, more_rows
 from manticore_hf.utils.files import replace_text
-from manticore_hf.utils.formatting import listed
+from manticore_hf.utils.formatting import listed, plural
 from manticore_hf.utils.task_types import check_generates
 from manticore_hf.utils.tokenizers import read_tokenizer
 
@@ -91,8 +91,8 @@ def write_report(
     if measured:
         arguments, split = held_out(facts, data, block_size, allow_outside)
         settings = {"max_tokens": max_tokens, "batch_size": batch_size, "components": components}
-        chosen = data is not None and block_size is None
-        facts.measured = _measure(facts, arguments, split, output / NAMES[2], chosen, **settings)
+        shortens = data is not None and block_size is None
+        facts.measured = _measure(facts, arguments, split, output / NAMES[2], shortens, **settings)
         verdict, html, markdown = _told(facts, data, components)
     else:
         path = next(
@@ -166,7 +166,7 @@ def _more_text(facts, run, data, components):
     return [f"Measure on more of the text: {shlex.join(command)}"]
 
 
-def _measure(facts, arguments, split, path, chosen, max_tokens, batch_size, components):
+def _measure(facts, arguments, split, path, shortens, max_tokens, batch_size, components):
     """{name: measurement} on held-out text; what `path` holds already is not measured again."""
     tokenizer = read_tokenizer(facts.folder)
 
@@ -176,17 +176,23 @@ def _measure(facts, arguments, split, path, chosen, max_tokens, batch_size, comp
 
     try:
         all_rows = load()
-        smaller = _enough(all_rows, arguments.block_size, max_tokens) if chosen else arguments.block_size
+        smaller = _enough(all_rows, arguments.block_size, max_tokens) if shortens else arguments.block_size
         if chosen := smaller < arguments.block_size:
             arguments = dataclasses.replace(arguments, block_size=smaller)
             all_rows = load()
     except ManticoreError as err:
         raise ManticoreError(f"The held-out text cannot be used: {err} Give another with --data FILE.") from err
-    passages = make_passages(_spread(all_rows, max_tokens), tokenizer)
-    if len(passages) < CLAIM_ROWS:
+    sample = _spread(all_rows, max_tokens)
+    passages = make_passages(sample, tokenizer)
+    if (count := len(passages)) < CLAIM_ROWS:
+        advice = "Give a longer text with --data FILE."
+        if len(sample) < len(all_rows):
+            advice = "Give a larger --max-tokens."
+        elif not (split or shortens):
+            advice = more_rows(count, int(passages.bytes.sum()))
         print(
-            f"Note: {len(passages)} rows of text are too few for confidence intervals (at least {CLAIM_ROWS}); without "
-            f"them no claim is made. {more_rows(len(passages))}",
+            f"Note: {plural(count, 'row')} of text cannot give a confidence interval (at least {CLAIM_ROWS} can), and "
+            f"without one no claim is made. {advice}",
             file=sys.stderr,
         )
     rows = passages.rows

@@ -32,7 +32,7 @@ def claim(
     gain, low, high = difference
     interval = f"95 % confidence: {signed(low, 4)} to {signed(high, 4)}"
     if low <= 0 <= high:
-        return f"{what} shows no difference from {name}: {signed(gain, 4)} bits per byte ({interval})."
+        return f"{what} shows no clear difference from {name}: {signed(gain, 4)} bits per byte ({interval})."
     word = "better" if gain > 0 else "worse"
     return f"{what} is {abs(gain):.4f} bits per byte {word} than {name} ({interval})."
 
@@ -44,6 +44,14 @@ def _why_none(size, rows):
     return "there is no confidence interval" + (", and how much text it was is not known" if size is None else "")
 
 
-def more_rows(rows: int | None) -> str:
-    """What to do about too few rows for an interval, as a sentence; "" where they are enough, or unknown."""
-    return "" if rows is None or rows >= CLAIM_ROWS else "Use more text, or a smaller --block-size."
+def more_rows(rows: int | None, size: int | None = None) -> str:
+    """What to do about too little text for a claim, as a sentence; "" where it is enough, or unknown.
+
+    Args:
+        rows: Rows of text.
+        size: Bytes of text, None if unknown: where they are too few, shorter rows do not help.
+    """
+    few = size is not None and size < CLAIM_BYTES
+    if not few and (rows is None or rows >= CLAIM_ROWS):
+        return ""
+    return "Use more text." if few else "Use more text, or a smaller --block-size."
