@@ -54,7 +54,7 @@ def naive_nats(model, ids, first):
 
 def rows_of(folder, block_size=24, **settings):
     data = DataArguments(str(folder / "text.txt"), block_size=block_size, validation_fraction=0, **settings)
-    return load_rows(data, AutoTokenizer.from_pretrained(folder / "hybrid"), keep_text=True)[0]
+    return load_rows(data, AutoTokenizer.from_pretrained(folder / "hybrid"), keep_text=True, keep_rest=True)[0]
 
 
 def test_passages_are_scored_as_by_hand(place):
@@ -110,6 +110,8 @@ def test_evaluate_prints_the_originals(place, tmp_path, capsys):
     assert bits["original a"] == pytest.approx(bits["a"], rel=1e-5)  # the tokenizer is its own
     assert bits["original b"] != pytest.approx(bits["b"], rel=1e-2)  # transplanted
     passages = make_passages(rows_of(folder, 64), first())
+    assert result["bytes"] == len(TEXT.encode()) and result["rows"] == len(passages)  # the last row is a shorter one
+    assert passages.tokens[-1] < 64 and result["note"].startswith("All of it, in rows of at most 64 tokens. ")
     own = own_nats(parts["b"], starting(second()), passages, progress=False)
     assert bits["original b"] == pytest.approx(own.sum() / math.log(2) / passages.bytes.sum())
     assert f"{bits['original b']:.4f}" in said and "bits per byte" in said and result["missing"] == {}
@@ -119,6 +121,14 @@ def test_evaluate_prints_the_originals(place, tmp_path, capsys):
     assert "original b: not measured. Component 'b' came from a directory" in said and "--components" in said
     assert list(result["missing"]) == ["original a", "original b"]
     assert main([*words, "--components", str(folder / "a")]) == 2
+    # Of a part of a text, and of a text shorter than a row
+    assert main([*words, "--max-tokens", "128"]) == 0
+    assert "At most 128 tokens of it, in rows" in (tmp_path / "evaluation.json").read_text()
+    (tmp_path / "short.txt").write_text(FIRST[:40])
+    words[words.index("--data") + 1] = str(tmp_path / "short.txt")
+    assert main(words) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (result["bytes"], result["rows"]) == (40, 1)
 
 
 def test_with_new_embeddings_the_baselines_are_untouched(place, tmp_path):

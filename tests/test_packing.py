@@ -44,8 +44,8 @@ def texts(tok, rng, count, longest):
     return [" ".join(rng.choices(words, k=rng.randint(0, longest))) for _ in range(count)]
 
 
-def naive_pack(documents, tok, size, limit):
-    """Rows of (token, label, position), filled one token at a time."""
+def naive_pack(documents, tok, size, limit, rest=False):
+    """Rows of (token, label, position), filled one token at a time; with `rest` also the last one, if it has text."""
     rows, start, end = [[]], tok(" ")["input_ids"], tok.eos_token_id
     start = start[: start.index(end)] if start.count(end) == 1 and start[-1] == end else start[:1]
     for document in documents:
@@ -65,7 +65,8 @@ def naive_pack(documents, tok, size, limit):
                     break
             rows[-1].append((token, token if position else -100, position))
             position += 1
-    if len(rows[-1]) < size:
+    text = {token for token, *_ in rows[-1]} - {end, *start}
+    if len(rows[-1]) < size and not (rest and text):
         rows.pop()
     columns = ("input_ids", "labels", "position_ids")
     return [dict(zip(columns, (list(column) for column in zip(*row)))) for row in rows][:limit]
@@ -80,6 +81,13 @@ def begins(tok, template):
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+def test_text_without_a_token_has_no_row(tok):
+    """Not even a last one: its end would be all of it."""
+    for documents in ([], [""], ["", ""]):
+        with pytest.raises(ManticoreError, match=r"The text has (1 token|\d tokens), fewer than one block of 8"):
+            pack(documents, tok, 8, keep_text=True, keep_rest=True)
+
+
 @pytest.mark.quick(every=3)
 @pytest.mark.parametrize("template", [None, "<s> $A", "<s> <pad> $A </s>", "</s> $A </s>"])
 def test_blocks_are_those_of_a_plain_loop(tok, template):
@@ -88,7 +96,12 @@ def test_blocks_are_those_of_a_plain_loop(tok, template):
     for count in COUNTS:
         documents = texts(tok, rng, count, 30)
         for limit in LIMITS:
-            wanted = naive_pack(documents, tok, 8, limit)
+            wanted, all_rows = (naive_pack(documents, tok, 8, limit, rest) for rest in (False, True))
+            if all_rows:
+                kept = pack(documents, tok, 8, limit, keep_text=True, keep_rest=True)
+                assert kept.remove_columns(["texts", "kinds"]).to_list() == all_rows
+                whole = "".join(text for row in kept["texts"] for text in row)
+                assert "".join(documents).startswith(whole) and (limit == len(kept) or whole == "".join(documents))
             if not wanted:
                 with pytest.raises(ManticoreError, match="fewer than one block of 8"):
                     pack(documents, tok, 8, limit)

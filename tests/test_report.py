@@ -261,13 +261,18 @@ def test_rows_are_made_short_enough_for_an_interval(folder, tmp_path, capsys):
     kept = json.loads((tmp_path / "report.json").read_text())
     losses = kept["parts"]["losses"]
     assert losses["rows"] >= 8 and None not in losses["differences"]["ensemble"]
-    assert f"in {losses['rows']} rows of 32 tokens: an interval takes at least 8 rows" in Page(page.read_text()).text
+    assert (
+        f"in {losses['rows']} rows of at most 32 tokens: an interval takes at least 8 rows"
+        in Page(page.read_text()).text
+    )
     assert "confidence interval" not in capsys.readouterr().err
-    write_report(hybrid, folder / "text.txt", **options, block_size=60)  # as the user wants it
+    # As the user wants it; the last words, too short for a row, are measured as well
+    write_report(hybrid, folder / "text.txt", output=tmp_path, batch_size=2, block_size=60)
     kept = json.loads((tmp_path / "report.json").read_text())
     assert kept["parts"]["losses"]["rows"] < 8 and not kept["about"]["chosen"]
     said = "rows of text cannot give a confidence interval (at least 8 can), and without one no claim is made. "
-    assert said + "Give a larger --max-tokens." in capsys.readouterr().err
+    assert kept["parts"]["losses"]["bytes"] == (folder / "text.txt").stat().st_size
+    assert said + "Use more text." in capsys.readouterr().err
 
 
 def test_equal_static_weights_have_no_ablation(folder, tmp_path):

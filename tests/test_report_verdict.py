@@ -14,7 +14,7 @@ from manticore_hf.evaluation.losses import itself
 from manticore_hf.hub.card import Result
 from manticore_hf.report import charts
 from manticore_hf.report.comparison import find_comparison, read_comparison
-from manticore_hf.report.details import _trajectory, where
+from manticore_hf.report.details import _apart, _trajectory, where
 from manticore_hf.report.gains import gains, phrases
 from manticore_hf.report.one_run import OneRun, one_run
 from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say, say_difference
@@ -186,7 +186,16 @@ def test_why_there_is_no_interval_is_said():
 def test_the_mixture_that_a_hybrid_is_itself_is_known_by_every_row(apart, low, high, same):
     losses = {"hybrid": 3.0, "online mixture": 3.0 - apart, "ensemble": 3.1}
     differences = {"online mixture": [-apart / 3, low, high], "ensemble": [0.03, 0.01, 0.05]}
-    assert itself(losses, differences) == ["online mixture"] * same
+    for mixture in (None, "online"):
+        assert itself(losses, differences, mixture=mixture) == ["online mixture"] * same
+    assert itself(losses, differences, mixture="token") == []
+    # Of equal components all mixtures are equal, and a hybrid is the one that it is made to be
+    losses = dict.fromkeys(("hybrid", "online mixture", "ensemble"), 3.0)
+    assert [itself(losses, mixture=one) for one in ("online", "token", "static")] == [
+        ["online mixture"],
+        ["ensemble"],
+        ["ensemble"],
+    ]
 
 
 def test_what_rounds_to_zero_has_no_minus():
@@ -208,7 +217,7 @@ def test_what_rounds_to_zero_has_no_minus():
     where_it = {way: [] if way == "gains" else [lost] for way in ("gains", "loses")}
     one = {"gain": -0.001, "better": 0.5, **{what: where_it for what in ("tokens", "kinds", "documents")}}
     losses = {"losses": {"hybrid": 2.0, "a": 2.1}, "tokens": 5, "where": {"a": one}}
-    (found,) = where(types.SimpleNamespace(measured={"losses": losses}))
+    (found,) = where(types.SimpleNamespace(measured={"losses": losses}, found={"settings": {"mixture": "token"}}))
     assert [found[what]["loses"] for what in ("tokens", "kinds", "documents")] == [[], [], []]
 
 
@@ -413,7 +422,8 @@ def of_one_run(tokens, sampled, low=0.01, data="text.txt", named=False):
         "differences": {"gate": [-0.05, -0.06, -0.04], "original a": [0.5, 0.4, 0.6]},
     }  # fmt: skip
     measured = {"losses": losses, "text": "text.txt", "named": named, "without/0/a": {"loss": 2.4}}
-    return types.SimpleNamespace(results=[run], measured=measured, comparison=None, found={"components": []})
+    found = {"components": [], "settings": {"mixture": "token"}}
+    return types.SimpleNamespace(results=[run], measured=measured, comparison=None, found=found)
 
 
 def test_a_sample_does_not_contradict_what_the_run_measured_on_more_text():
@@ -425,6 +435,7 @@ def test_a_sample_does_not_contradict_what_the_run_measured_on_more_text():
     quoted = phrases(facts, "", "Mine.")
     assert quoted[0].startswith("The hybrid is 0.1000 bits per byte better than the best baseline (gate)")
     assert quoted[1].endswith("(on a sample of 7,924 tokens).")
+    assert "of another measurement" in _apart(facts) and _apart(of_one_run(7_924, 7_924)) == ""
     for other in (
         of_one_run(7_924, 7_924),  # all of it, and with the originals
         of_one_run(20_448, 7_924, low=None),  # without intervals nothing can be said

@@ -54,7 +54,7 @@ def run_evaluate(
     model = ManticoreForCausalLM.from_pretrained(source, dtype="float32")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, config = read_tokenizer(source), model.config
-    rows, _ = load_rows(data, tokenizer, keep_text=True)
+    rows, _ = load_rows(data, tokenizer, keep_text=True, keep_rest=True)
     sources = find_originals(source, config, components)
     passages = make_passages(rows, tokenizer)
     found = measure(model, passages, batch_size)
@@ -62,18 +62,24 @@ def run_evaluate(
     del model
     measure_originals(found, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
     result = {"data": name_of(data), "note": how_measured(data), **found.to_dict()}
-    print_result(source, result)
+    print_result(source, result, config.mixture)
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
         write_json(Path(output) / RESULT, result)
     return result
 
 
-def print_result(source: str | os.PathLike, result: Mapping[str, Any]) -> None:
-    """Prints a result of `run_evaluate`, best first, with what can be said of the best baseline."""
+def print_result(source: str | os.PathLike, result: Mapping[str, Any], mixture: str | None = None) -> None:
+    """Prints a result of `run_evaluate`, best first, with what can be said of the best baseline.
+
+    Args:
+        source: What the hybrid is called.
+        result: The result.
+        mixture: The hybrid's setting; None if it is not known.
+    """
     bits, own = result["bits_per_byte"], "hybrid"
     print(f"{source} on {result['data']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes of text")
-    same = itself(result["losses"], result["differences"], own)
+    same = itself(result["losses"], result["differences"], own, mixture)
     bits = {name: value for name, value in bits.items() if name not in same}
     width = max(map(len, bits))
     print(f"{'':>{width}}  bits per byte  nats per token  baseline - hybrid, bits per byte (95 %)")

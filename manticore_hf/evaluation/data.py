@@ -34,7 +34,7 @@ NO_LOSS = -100
 
 
 def load_rows(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, keep_text: bool = False
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, keep_text: bool = False, keep_rest: bool = False
 ) -> tuple[Dataset, Dataset | None]:
     """Reads, tokenises and splits the text of a stage.
 
@@ -43,6 +43,7 @@ def load_rows(
         tokenizer: The hybrid's tokenizer.
         keep_text: Also keep what the rows stand for, so that they can be measured in bits per byte, by models of
             other tokenizers too (see `pack`, `mask_prompts`).
+        keep_rest: Also keep what is left at the end of packed text, as a shorter row: for text that is only measured.
 
     Returns:
         (training rows, validation rows or None): Datasets with `input_ids`, `labels` and `position_ids`; instruction
@@ -59,7 +60,7 @@ def load_rows(
             )
         whole = dataclasses.replace(arguments, validation_split=None, validation_fraction=0.0)
         held_out = dataclasses.replace(whole, data_split=arguments.validation_split)
-        return tuple(load_rows(one, tokenizer, keep_text)[0] for one in (whole, held_out))
+        return tuple(load_rows(one, tokenizer, keep_text, keep_rest)[0] for one in (whole, held_out))
     records = read_records(arguments)
     limit = None if arguments.max_tokens is None else max(1, arguments.max_tokens // arguments.block_size)
     if arguments.one_per_row:
@@ -68,7 +69,7 @@ def load_rows(
         rows = _rows_of_pairs(pairs, tokenizer, arguments, limit, keep_text)
     elif arguments.prompt_column is None:
         texts = ((text_of(one, arguments.text_column, arguments), one.get(KIND_COLUMN)) for one in records)
-        how = {"special_tokens": arguments.special_tokens, "keep_text": keep_text}
+        how = {"special_tokens": arguments.special_tokens, "keep_text": keep_text, "keep_rest": keep_rest}
         rows = pack(texts, tokenizer, arguments.block_size, limit, **how)
     else:
         rows = mask_prompts(records, tokenizer, arguments, limit, keep_text)
@@ -93,6 +94,7 @@ def pack(
     desc: str = "Tokenising",
     special_tokens: str = "text",
     keep_text: bool = False,
+    keep_rest: bool = False,
 ) -> Dataset:
     """Documents one after the other in blocks of equal length, each begun and closed as the model knows texts.
 
@@ -104,12 +106,14 @@ def pack(
     Args:
         documents: Texts, or pairs of a text and the kind of text that it is; they are read 64 at a time.
         tokenizer: A Transformers tokenizer with an `eos_token_id`.
-        block_size: Tokens per block; what is left at the end is dropped.
+        block_size: Tokens per block.
         limit: Largest number of blocks, or None for all.
         desc: Label of the progress bar.
         special_tokens: What a special token's name in a text is: "text", the characters it is written with, which is
             said once; or "tokens", the token.
         keep_text: Also keep the texts and their kinds.
+        keep_rest: Make a shorter row of what is left at the end, where the limit leaves room for one; otherwise it is
+            dropped.
 
     Returns:
         A Dataset of rows [block_size]: `input_ids`, `labels` (the same ids, -100 where there is no loss; the model
@@ -126,10 +130,13 @@ def pack(
     pairs = ((one, None) if isinstance(one, str) else one for one in bar(documents, desc=desc, unit="doc", leave=False))
     texts = ({"text": text, "kind": kind if isinstance(kind, str) else None} for text, kind in pairs)
     rows = _collect(texts, packer, limit, packer.features)
+    if keep_rest and (limit is None or rows is None or len(rows) < limit) and packer.has_text:
+        rest = Dataset.from_dict({key: [values] for key, values in packer.row.items()}, features=packer.features)
+        rows = rest if rows is None else concatenate_datasets([rows, rest])
     if rows is None:
         raise ManticoreError(
-            f"The text has {len(packer.row['input_ids'])} tokens, fewer than one block of {block_size}: give more text "
-            "or smaller blocks."
+            f"The text has {plural(len(packer.row['input_ids']), 'token')}, fewer than one block of {block_size}: give "
+            "more text or smaller blocks."
         )
     return rows
 
@@ -182,6 +189,11 @@ class _Packer:
                 self._add(self.start, part, pieces(done, done + len(part)), kind)
                 done += len(part)
         return {key: [row[key] for row in self.full] for key in self.features}
+
+    @property
+    def has_text(self):
+        """Whether there is more in the block that is not full than what begins and ends texts."""
+        return not set(self.row["input_ids"]) <= {self.end, *self.start}
 
     def _add(self, start, ids, text, kind):
         labels = [NO_LOSS] * len(start) + ids if start else [NO_LOSS] + ids[1:]

@@ -165,22 +165,29 @@ def online_nats(nats: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
 
 
 def itself(
-    losses: Mapping[str, float], differences: Mapping[str, Sequence[float | None]] | None = None, own: str = "hybrid"
+    losses: Mapping[str, float],
+    differences: Mapping[str, Sequence[float | None]] | None = None,
+    own: str = "hybrid",
+    mixture: str | None = None,
 ) -> list[str]:
     """Names of the untrained mixtures of the components that a hybrid is itself: those are no baselines.
+
+    Losses alone do not tell: of components that lose the same everywhere, every mixture loses that, too.
 
     Args:
         losses: {name: nats per token}.
         differences: {name: [bits per byte minus the hybrid's, low, high]}, as far as known.
         own: The hybrid's name.
+        mixture: The hybrid's setting; None if it is not known.
     """
+    kinds = {None: ("ensemble", ONLINE), "online": (ONLINE,)}.get(mixture, ("ensemble",))
 
     def same(name):
         ends = [end for end in (differences or {}).get(name, ()) if end is not None]
         apart = abs(losses[name] - losses[own])
         return apart < (_EQUAL if len(ends) == 3 else _ROUNDING) and all(abs(end) < _EQUAL for end in ends)
 
-    return [name for name in ("ensemble", ONLINE) if name in losses and own in losses and same(name)]
+    return [name for name in kinds if name in losses and own in losses and same(name)]
 
 
 # ---- in bits per byte ------------------------------------------------------------------------------------------------
@@ -401,9 +408,17 @@ def name_of(data: DataArguments) -> str:
 
 def how_measured(data: DataArguments) -> str:
     """A sentence on how losses on a text were measured."""
-    part = f"{data.validation_fraction:.0%} of it, held out" if data.validation_fraction else "All of it"
+    part, rows = "All of it", f"in rows of at most {data.block_size} tokens"
+    if data.validation_split is not None:
+        part = f"Its split {data.validation_split!r}"
+    elif data.validation_fraction:
+        part = f"{data.validation_fraction:.0%} of it, held out"
+    elif data.max_tokens is not None:
+        part = f"At most {data.max_tokens:,} tokens of it"
+    if data.one_per_row or data.prompt_column is not None:
+        rows = f"each record cut at {data.block_size} tokens"
     return (
-        f"{part}. Each component predicts with its own head inside this hybrid; the ensemble is their plain mean; the "
-        "online mixture's weights follow their losses on the preceding tokens; an original component reads the same "
-        "text through its own tokenizer, untrained. Nats per token are per token of the hybrid's tokenizer."
+        f"{part}, {rows}. Each component predicts with its own head inside this hybrid; the ensemble is their plain "
+        "mean; the online mixture's weights follow their losses on the preceding tokens; an original component reads "
+        "the same text through its own tokenizer, untrained. Nats per token are per token of the hybrid's tokenizer."
     )

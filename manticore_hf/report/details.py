@@ -6,6 +6,7 @@ from manticore_hf.evaluation.losses import itself
 from manticore_hf.modeling.settings_manticore import printable
 from manticore_hf.report import charts
 from manticore_hf.report.facts import Facts
+from manticore_hf.report.one_run import one_run, rows_of
 from manticore_hf.report.verdict import gain_needed, say_difference
 from manticore_hf.utils.formatting import plural, short_count, signed
 
@@ -82,7 +83,8 @@ def why(facts: Facts) -> dict[str, Any] | None:
     if not measured:
         return None
     full = measured["losses"]["losses"]["hybrid"]
-    same = itself(measured["losses"]["losses"], measured["losses"].get("differences"))
+    mixed = facts.found["settings"]["mixture"]
+    same = itself(measured["losses"]["losses"], measured["losses"].get("differences"), mixture=mixed)
     names = list(dict.fromkeys(row["component"] for row in facts.found["blocks"]))
     removed, table = [], []
     for block in range(facts.found["settings"]["num_blocks"]):
@@ -129,7 +131,8 @@ def why(facts: Facts) -> dict[str, Any] | None:
     return {
         "loss": f"{full:.3f}",
         "text": measured["text"],
-        "tokens": plural(measured["losses"]["tokens"], "token"),
+        "tokens": " ".join([plural(measured["losses"]["tokens"], "token"), rows_of(facts).partition(":")[0]]).strip(),
+        "apart": _apart(facts),
         "removed": removed,
         "chart": chart,
         "mixtures": mixtures,
@@ -141,6 +144,19 @@ def why(facts: Facts) -> dict[str, Any] | None:
             if name not in ("hybrid", *same)
         ],
     }
+
+
+def _apart(facts):
+    """Why these losses are not those of the table above, where they are not."""
+    run = one_run(facts)
+    if facts.comparison is None and (
+        run is None or run.losses[run.own] == facts.measured["losses"]["losses"]["hybrid"]
+    ):
+        return ""
+    return (
+        "The table above is of another measurement, of other text or other rows. Every row is read by itself: in "
+        "shorter ones there is less to predict from, and losses are higher."
+    )
 
 
 def _even(facts):
@@ -167,7 +183,7 @@ def where(facts: Facts) -> list[dict[str, Any]]:
     if not facts.measured:
         return []
     out, losses = [], facts.measured["losses"]
-    same = itself(losses["losses"], losses.get("differences"))
+    same = itself(losses["losses"], losses.get("differences"), mixture=facts.found["settings"]["mixture"])
     for baseline, found in losses["where"].items():
         if baseline in same:
             continue

@@ -58,7 +58,7 @@ def one_run(facts: Facts) -> OneRun | None:
     seem to contradict it; the sample then only serves details. Otherwise the sample is shown where only it has the
     original components, and always where the user named another text for it.
     """
-    sample, run = (_without_itself(one) for one in (_sample(facts), _of_run(facts)))
+    sample, run = (_without_itself(one, facts) for one in (_sample(facts), _of_run(facts)))
     if sample is None or run is None:
         return run or sample
     named = facts.measured.get("named")
@@ -69,11 +69,11 @@ def one_run(facts: Facts) -> OneRun | None:
     return sample if sample.has_untouched and not run.has_untouched else run
 
 
-def _without_itself(run):
+def _without_itself(run, facts):
     """A run whose hybrid, where it is an untrained mixture of its components, is not compared with itself."""
     if run is None:
         return None
-    same = itself(run.losses, run.differences, run.own)
+    same = itself(run.losses, run.differences, run.own, facts.found["settings"]["mixture"])
     if not same or len(run.losses) < 3:
         return run
 
@@ -93,7 +93,7 @@ def _sample(facts):
         return None
     note = (
         f"One run, {facts.measured['text']}, {plural(measured['tokens'], 'token')}, {measured['bytes']:,} bytes"
-        f"{_rows(measured.get('rows'), facts.measured)}. Each component "
+        f"{', ' + rows if (rows := rows_of(facts)) else ''}. Each component "
         "predicts with its own head inside this hybrid; the ensemble is their plain mean; an original "
         "component uses its own tokenizer, untrained. Nats per token are per token of the hybrid's tokenizer."
     )
@@ -103,14 +103,13 @@ def _sample(facts):
     return OneRun(measured["losses"], "hybrid", note, *values, measured.get("by_kind", {}), *size)
 
 
-def _rows(count, about):
-    """On the rows of a sample, as a part of a sentence."""
-    if not count:
+def rows_of(facts: Facts) -> str:
+    """The rows of the sample that was measured for the report, as a part of a sentence; "" where it is not known."""
+    count, size = facts.measured["losses"].get("rows"), facts.measured.get("block_size")
+    if not count or not size:
         return ""
-    said = f", in {plural(count, 'row')}"
-    if about.get("chosen"):
-        said += f" of {about['block_size']} tokens: an interval takes at least {CLAIM_ROWS} rows"
-    return said
+    said = f"in {plural(count, 'row')} of at most {size} tokens"
+    return said + (f": an interval takes at least {CLAIM_ROWS} rows" if facts.measured.get("chosen") else "")
 
 
 def _results(facts):

@@ -171,7 +171,7 @@ def _measure(facts, arguments, split, path, shortens, max_tokens, batch_size, co
     tokenizer = read_tokenizer(facts.folder)
 
     def load():
-        train, validation = load_rows(arguments, tokenizer, keep_text=True)
+        train, validation = load_rows(arguments, tokenizer, keep_text=True, keep_rest=not split)
         return validation if split else train
 
     try:
@@ -233,7 +233,7 @@ def _measure(facts, arguments, split, path, shortens, max_tokens, batch_size, co
         fresh = config.embeddings == "fresh"
         measure_originals(whole, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
         start = scored_after(tokenizer)  # before every row, and no part of its text
-        for name in itself(whole.losses, whole.differences()):
+        for name in itself(whole.losses, whole.differences(), mixture=config.mixture):
             del found[name]
         return {
             **whole.to_dict(),
