@@ -17,6 +17,7 @@ from manticore_hf.plan.amounts import parse_bytes, parse_count
 from manticore_hf.plan.plan import make_plan
 from manticore_hf.plan.schedule import Task, checkpoints
 from manticore_hf.plan.subject import load_subject
+from manticore_hf.utils.flops import reached_flops
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "benchmarks" / "plan_configs"
@@ -269,11 +270,13 @@ def test_more_devices_and_less_memory(tmp_path):
     assert plan["verdict"].startswith("Does not fit: finetune") and plan["stages"][0]["choice"] is None
 
 
-def test_a_saved_hybrid(hub, owner, tmp_path, no_adapters):
+def test_a_saved_hybrid(hub, owner, tmp_path, no_adapters, monkeypatch):
     model = ManticoreForCausalLM.from_components([tiny("llama"), tiny("mamba")], num_blocks=2)
     model.save_pretrained(tmp_path / "hybrid")
+    monkeypatch.setattr("manticore_hf.plan.plan.reached_flops", lambda: 5e10)  # a CPU's, measured; not an H100's
     plan = make_plan(tmp_path / "hybrid", memory="16GB", block_size=64, batch_size=2, device="cpu")
     stage = plan["stages"][0]
+    assert stage["hours_per_billion_tokens"] == pytest.approx(stage["flops_per_token"] * 1e9 / (5e10 * 0.35) / 3600)
     assert (stage["stage"], stage["batch"], stage["length"]) == ("finetune", 2, 64)
     assert plan["parameters"] == model.num_parameters()
     assert stage["hours"] is None and "--tokens" in plan["verdict"]
@@ -304,6 +307,7 @@ def test_vocabularies(tmp_path):
         ({"utilization": 1.5}, "utilization=1.5"),
         ({"flops": -1}, "flops=-1"),
         ({"device": "tpu"}, "device='tpu'"),
+        ({"device": "cpu", "flops": 0}, "flops=0"),
     ],
 )
 def test_what_is_refused(options, message, tmp_path):
@@ -330,3 +334,7 @@ def test_what_cannot_be_read(owner, tmp_path, capsys):
 def test_amounts():
     assert parse_bytes("80GB") == 80 * 10**9 and parse_bytes("24 GiB") == 24 * 2**30 and parse_bytes(1000) == 1000
     assert parse_bytes("8e10") == 8 * 10**10 and parse_count("1.5B", "x") == 1_500_000_000
+
+
+def test_what_a_cpu_reaches_is_measured():
+    assert 1e7 < reached_flops(size=256, repeats=3) < 1e15

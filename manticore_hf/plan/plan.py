@@ -21,10 +21,12 @@ from manticore_hf.plan.engines import Machine, Option, StagePlanner
 from manticore_hf.plan.schedule import make_task
 from manticore_hf.plan.step import Rehearsal, meta_hybrid
 from manticore_hf.plan.subject import load_subject
+from manticore_hf.utils.flops import reached_flops
 from manticore_hf.utils.formatting import short_bytes, short_duration
 from manticore_hf.utils.renamed import takes_old_name
 
 RESULT = "plan.json"
+_H100 = 989e12  # FLOP/s in bfloat16, without sparsity, as its data sheet has them
 
 
 @takes_old_name("sequence_length", "block_size")
@@ -34,7 +36,7 @@ def make_plan(
     memory: str | int = "80GB",
     *,
     device: str = "cuda",
-    flops: float = 989e12,
+    flops: float | None = None,
     utilization: float = 0.35,
     reserve: float = 0.08,
     tokens: str | float | None = None,
@@ -50,7 +52,8 @@ def make_plan(
         devices: Number of devices.
         memory: Memory of each: bytes, or text like "80GB" and "24GiB".
         device: "cuda" or "cpu".
-        flops: FLOP/s that a device reaches at best in the type that is computed in.
+        flops: FLOP/s that a device reaches at best in the type that is computed in. Default: those of an H100 in
+            bfloat16; for "cpu" those that matrix products in float32 reach on this machine.
         utilization: Share of them that training reaches.
         reserve: Share of the memory that is left free.
         tokens: Tokens of the training text, for hours (default: counted where that takes no download).
@@ -66,12 +69,14 @@ def make_plan(
     Raises:
         ManticoreError: Something cannot be read, joined or planned.
     """
+    if device not in kernels.NOTES:
+        raise ManticoreError(f"device={show(device)} is unknown; choose one of {sorted(kernels.NOTES)}.")
     machine = Machine(_positive("devices", devices), parse_bytes(memory), reserve, device)
+    if flops is None:
+        flops = _H100 if device == "cuda" else reached_flops()
     for name, value, most in (("flops", flops, 1e20), ("utilization", utilization, 1), ("reserve", reserve, 0.9)):
         if not 0 <= value <= most or (value == 0 and name != "reserve"):
             raise ManticoreError(f"{name}={show(value)} must be a number up to {most:g}.")
-    if device not in kernels.NOTES:
-        raise ManticoreError(f"device={show(device)} is unknown; choose one of {sorted(kernels.NOTES)}.")
     if block_size is not None:
         _positive("block_size", block_size)
     tokens = None if tokens is None else parse_count(tokens, "tokens")

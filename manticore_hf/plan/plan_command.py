@@ -18,7 +18,10 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--memory", default="80GB", help="memory of each device: 80GB (10^9), 24GiB (2^30) or bytes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device")
     parser.add_argument(
-        "--flops", type=float, default=989e12, help="peak FLOP/s of a device in the compute dtype (H100, bf16: 989e12)"
+        "--flops",
+        type=float,
+        help="peak FLOP/s of a device in the compute dtype (default: an H100's in bf16, 989e12; on a CPU what float32 "
+        "matrix products reach here)",
     )
     parser.add_argument("--utilization", type=float, default=0.35, help="share of them that training reaches")
     parser.add_argument(

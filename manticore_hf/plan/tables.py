@@ -44,6 +44,7 @@ def _print_stage(stage, given):
     )
     heads = ("weights", "gradients", "optimizer", "activations", "other", "peak")
     width = max(len(one["engine"]) for one in [*stage["options"], stage["choice"] or stage["options"][0]])
+    evaluating = any("evaluation" in one["parts"] for one in stage["options"])
     print(f"  {'on one device':{width}}" + "".join(f"{head:>13}" for head in heads))
     for one in stage["options"]:
         parts = dict(one["parts"])
@@ -53,6 +54,8 @@ def _print_stage(stage, given):
         cells = [*map(short_bytes, shown), short_bytes(sum(parts.values())) if parts else "-", short_bytes(one["peak"])]
         fits = f"  {'fits' if one['fits'] else 'too much'}{evaluated}"
         print(f"  {one['engine']:{width}}" + "".join(f"{cell:>13}" for cell in cells) + fits)
+    if evaluating:
+        print("  (evaluation): the most is held while validating, when there are no gradients")
     choice, tokens = stage["choice"], stage["tokens"]
     way = "does not fit" if choice is None else f"{choice['engine']}, {short_bytes(choice['peak'])} per device"
     print(f"  -> {way}: {'; '.join(stage['advice'])}")
