@@ -197,9 +197,15 @@ def test_without_a_comparison_nothing_is_decided(folder, tmp_path):
     # No recipe made it, so the commands begin with one that is there
     commands = [shlex.split(command) for command in Page(page.read_text()).code if command.startswith(("cp", "man"))]
     assert [one[:2] for one in commands[1:]] == [["manticore-hf", "run"], ["manticore-hf", "compare"]]
-    copied = load_recipe(commands[0][1])
-    assert commands[0][2] == commands[1][2] == commands[2][2] and [stage for stage, _ in copied.stages]
+    copied = load_recipe(commands[0][2])
+    assert commands[0][1] == "-i"  # asks before it replaces a recipe of that name
+    assert commands[0][3] == commands[1][2] == commands[2][2] and [stage for stage, _ in copied.stages]
+    # Nothing says where the components are, nor which text will not be trained on
+    assert re.search(r"\(DIRECTORY_OF_\w+ and DIRECTORY_OF_\w+\)", text) and "marked small:" in text
+    assert commands[2][3:5] == ["--test", "HELD_OUT.txt"]
     assert "Not measured" in text and "no baseline" in text
+    verdict, *_ = write_report(tmp_path / "hybrid", output=tmp_path, measured=False, components=["one", "org/two"])
+    assert "enter the components (one and org/two)" in verdict.steps[0]
 
 
 def tables(markdown):
@@ -399,5 +405,8 @@ def test_a_run_is_reported_as_a_whole(tmp_path, capsys):
     for name in names:
         assert f"| {name} | {bits[name]:.4f} | {losses[name]:.3f} |" in plain and f"{bits[name]:.4f}" in text
     assert f"({min(names, key=bits.get)})" in verdict.reasons[0] and "bytes of text are too few" in verdict.reasons[0]
+    for text, named in (("text.txt", "HELD_OUT.txt"), ("other.txt", str(tmp_path / "other.txt"))):  # `compare` refuses
+        verdict, *_ = write_report(tmp_path / "run", data=tmp_path / text, measured=False, output=tmp_path / "again")
+        assert f" --test {named} " in verdict.steps[-1]
     alone = write_report(tmp_path / "run" / "1-search", output=tmp_path / "alone", measured=False)[2].read_text()
     assert "run/1-search" in alone and "2-finetune" not in alone

@@ -84,6 +84,23 @@ def test_no_go_where_a_baseline_ties_or_wins(kind):
     assert verdict(*PARTS, row("it", kind, 0.03)).word == "GO"
 
 
+def test_an_untrained_mixture_is_made_by_a_command_and_is_no_component():
+    online = row("online mixture, untuned", "untuned", 0.0, options={"online_eta": 0.2, "online_decay": 0.95})
+    hybrid = row("ours", "hybrid", 0.0) | {"difference": None, "difference_interval": None, "seeds_won": None}
+    comparison = {"hybrid": "ours", "rows": [hybrid, *PARTS, online], "tokens": 60_000}
+    found = decide(comparison, {}, components=["a dir", "org/b"])
+    assert found.word == "NO GO" and found.steps[0].startswith("Use the online mixture, untuned: the hybrid adds")
+    assert found.steps[1].endswith(
+        ": manticore-hf compose 'a dir' org/b --mixture online --online-eta=0.2 --online-decay=0.95 --output-dir online"
+    )
+    # The best on every kind of text, but no component that another one could complement
+    kinds = [row(name, "untuned", gain, by_kind={"code": gain, "prose": gain}) for name, gain in (("a", 1), ("b", 2))]
+    online |= {"by_kind": {"code": 0.1, "prose": 0.1}}
+    comparison["rows"] = [hybrid, *kinds, online]
+    said = " ".join(decide(comparison).steps)
+    assert "a is the best component on every kind" in said and "mixture, untuned is the best component" not in said
+
+
 def test_the_border_is_one_per_cent_of_the_best_baselines_loss():
     gain = 0.01 * LOSS / 0.99  # exactly 1 % of its own loss
     assert verdict(*PARTS, row("it", "gate", gain + 1e-6, half=0.001)).word == "GO"

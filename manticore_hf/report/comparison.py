@@ -115,6 +115,8 @@ def _row(row, wrong):
     out["seeds"] = row["seeds"] if isinstance(row.get("seeds"), list) else []
     losses = row.get("losses") if isinstance(row.get("losses"), list) else []
     out["losses"] = [float(x) for x in losses if is_number(x)]
+    options = row["options"] if isinstance(row.get("options"), dict) else {}
+    out["options"] = {key: options[key] for key in ("online_eta", "online_decay") if is_number(options.get(key))}
     out["seeds_won"] = _count(row.get("seeds_won"))
     return out
 

@@ -4,6 +4,7 @@ Differences are a baseline's loss minus the hybrid's, in nats per token: positiv
 """
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from manticore_hf.utils.formatting import plural, signed
 
 WORTH = 0.01
 """Smallest gain that is worth a second model, as a share of the best baseline's loss."""
+_MIXTURES = {"ensemble, untuned": "static", "online mixture, untuned": "online"}
+"""Baselines that `compose` makes of the components as they are: {row: its setting `mixture`}."""
 PRUNE_WITHIN = 0.01
 """A pruned hybrid is as good as the unpruned one if its loss is at most this share higher."""
 
@@ -88,6 +91,7 @@ def decide(
     one_run: OneRun | None = None,
     untrained: bool = False,
     steps: Sequence[str] | None = None,
+    components: Sequence[str] = (),
 ) -> Verdict:
     """Applies the rules.
 
@@ -98,6 +102,7 @@ def decide(
         one_run: What one run measured, said with its caveat where there is no comparison.
         untrained: Whether nothing of the hybrid was trained, so that seeds do not matter.
         steps: The advice where there is no comparison; default: to make one.
+        components: Where the components are, for the command that makes an untrained mixture of them.
 
     Returns:
         A Verdict.
@@ -124,7 +129,7 @@ def decide(
         step = f"Compare with at least 3 seeds ({_seeds(hybrid)} now)."
         return Verdict("TRY", best, [say(best, hybrid), reason], [step], decided=False)
     retrained = [row for row in others if row["needs"] and row["kind"] == "single" and _not_beaten(row)]
-    verdict = _against(hybrid, free, comparison, settings or {})
+    verdict = _against(hybrid, free, comparison, settings or {}, components)
     if retrained:
         best = min(retrained, key=lambda row: row["loss"])
         reasons = [f"{say(best, hybrid)} It needs {best['needs']}."]
@@ -136,7 +141,7 @@ def decide(
     return verdict
 
 
-def _against(hybrid, baselines, comparison, settings):
+def _against(hybrid, baselines, comparison, settings, components):
     """The verdict on a hybrid and the baselines that need nothing else."""
     best = min(baselines, key=lambda row: row["loss"])
     needed = WORTH * best["loss"]
@@ -153,7 +158,7 @@ def _against(hybrid, baselines, comparison, settings):
             say(baseline, hybrid),
             f"Even at best, that is less than the {needed:.3f} nats ({WORTH:.0%}) that would make it worthwhile.",
         ]
-        steps = [f"Use {baseline['name']}: the hybrid adds too little to it, if anything."]
+        steps = _use(baseline, components)
         steps += _other_hybrid(hybrid, baseline, comparison) + _alike(comparison)
         return Verdict(word, baseline, reasons, steps)
     short = [row for row in baselines if row["difference_interval"][0] <= 0 or row["difference"] < needed]
@@ -176,6 +181,17 @@ def _against(hybrid, baselines, comparison, settings):
     if not settings.get("aligned") and not any(row["kind"] == "pruned" for row in comparison["rows"]):
         steps.append("Prune it (manticore-hf prune) and compare again: if the gain remains, it costs about one model.")
     return Verdict("GO", best, reasons, steps + _other_hybrid(hybrid, hybrid, comparison))
+
+
+def _use(baseline, components):
+    """What to do with a baseline that the hybrid does not beat; a mixture of the components is a hybrid, too."""
+    name, mixture = baseline["name"], _MIXTURES.get(baseline["name"])
+    steps = [f"Use {'the ' if mixture else ''}{name}: the hybrid adds too little to it, if anything."]
+    if mixture and components:
+        options = [f"--{key.replace('_', '-')}={value:g}" for key, value in baseline.get("options", {}).items()]
+        command = ["manticore-hf", "compose", *components, "--mixture", mixture, *options, "--output-dir", mixture]
+        steps.append(f"Make it of the components, which takes no training: {shlex.join(command)}")
+    return steps
 
 
 def _baselines(comparison):
@@ -286,6 +302,7 @@ def _best_by_kind(comparison):
     """{kind of text: name of the component (as it is, where that was measured) with the lowest loss}."""
     for wanted in ("untuned", "component"):
         rows = [row for row in comparison["rows"] if row["kind"] == wanted and row["by_kind"]]
+        rows = [row for row in rows if row["name"] not in _MIXTURES]
         if len(rows) > 1:
             kinds = set.intersection(*(set(row["by_kind"]) for row in rows))
             return {kind: min(rows, key=lambda row, k=kind: row["by_kind"][k])["name"] for kind in sorted(kinds)}

@@ -34,7 +34,7 @@ from manticore_hf.report.render import render
 from manticore_hf.report.speed import measure_speed
 from manticore_hf.report.store import Store, kept, stamp
 from manticore_hf.report.verdict import Verdict, decide
-from manticore_hf.training.recipe import find_originals, find_recipe
+from manticore_hf.training.recipe import find_beside, find_originals, find_recipe, load_kept_recipe
 from manticore_hf.utils.claims import CLAIM_BYTES, CLAIM_ROWS, more_rows
 from manticore_hf.utils.files import replace_text
 from manticore_hf.utils.formatting import listed, plural
@@ -44,6 +44,7 @@ from manticore_hf.utils.tokenizers import read_tokenizer
 NAMES = ("report.html", "report.md", "report.json")
 _PROMPT, _NEW_TOKENS, _REPEATS = 256, 32, 5
 _SHIPPED, _OWN_RECIPE, _TRAINED = "poc.yaml", "my.yaml", "trained"  # of a hybrid that came without a recipe
+_OTHER_TEXT = "HELD_OUT.txt"  # stands for text that nothing was trained on
 _SHORTEST = 32  # tokens per row, where the rows are made short to be enough
 
 
@@ -115,16 +116,23 @@ def _told(facts, data, components):
     """(Verdict, HTML, Markdown)."""
     data = data or facts.measured.get("data")  # what an earlier report was given
     command, run = compare_command(facts, data), one_run(facts)
-    steps = next_steps(facts, run, data, components)
-    verdict = decide(facts.comparison, facts.found["settings"], command, run, facts.untrained, steps)
+    steps, settings = next_steps(facts, run, data, components), facts.found["settings"]
+    places = _places(facts, components)
+    verdict = decide(facts.comparison, settings, command, run, facts.untrained, steps, places)
     return verdict, *render(facts, verdict)
 
 
 def compare_command(facts: Facts, test: str | os.PathLike | None = None) -> str:
-    """The command that makes the comparison this report lacks, where the report will find it; `test`: held-out text."""
+    """The command that makes the comparison this report lacks, where the report will find it.
+
+    Args:
+        facts: Facts.
+        test: Text that was not trained on; without a recipe none is known, because the whole text may be trained on.
+    """
+    test = test if facts.recipe is not None and test and not _is_trained_on(facts, test) else _OTHER_TEXT
     run = facts.folder.parent if (facts.folder.parent / "recipe.yaml").is_file() else facts.folder
     recipe, output = facts.recipe or _OWN_RECIPE, run / FOLDER if facts.recipe else Path(_TRAINED) / FOLDER
-    output, test = (shlex.quote(str(one)) for one in (output, test or "HELD_OUT.jsonl"))
+    output, test = (shlex.quote(str(one)) for one in (output, test))
     return f"manticore-hf compare {shlex.quote(str(recipe))} --test {test} --output-dir {output}"
 
 
@@ -142,17 +150,45 @@ def next_steps(
     more = _more_text(facts, run, data, components)
     if facts.recipe is not None:
         return [*more, f"Measure it: {compare_command(facts, data)}"]
-    names = listed(map(str, components or [entry["name"] for entry in facts.found["components"]]))
+    names = listed(_places(facts, components))
     what = "To train it" if facts.untrained else "To make one like it"
     shipped = shlex.quote(str(find_recipe(_SHIPPED)))
     return [
         *more,
-        f"{what} on text of yours, copy a recipe, then enter the components ({names}) and the text there, and "
-        f"keep some of it back for the last step: "
-        f"cp {shipped} {_OWN_RECIPE}",
+        f"{what} on text of yours, copy a recipe, then enter the components ({names}) and the text there, keep some of "
+        f"it back for the last step, and for a small text on a CPU change the lines marked small: cp -i {shipped} "
+        f"{_OWN_RECIPE}",
         f"Run the recipe: manticore-hf run {_OWN_RECIPE} --output-dir {_TRAINED}",
-        f"Train every baseline on the same text, for a verdict: {compare_command(facts, data)}",
+        f"Train every baseline on the same text, for a verdict; {_OTHER_TEXT} stands for what you kept back: "
+        f"{compare_command(facts)}",
     ]
+
+
+def _places(facts, components=None):
+    """Where the components are, as commands take them; a name in capitals where that is not known."""
+    entries, found = facts.found["components"], components or facts.measured.get("components")
+    given = map(str, found) if components else found if _are_places(found, len(entries)) else [None] * len(entries)
+    return [
+        place or entry["repo_id"] or f"DIRECTORY_OF_{entry['name']}"
+        for place, entry in zip(given, entries, strict=True)
+    ]
+
+
+def _are_places(values, count):
+    """Whether what an earlier report kept may be places: its file may be anyone's."""
+    fits = isinstance(values, list) and len(values) == count
+    return fits and all(one is None or isinstance(one, str) for one in values)
+
+
+def _is_trained_on(facts, text):
+    """Whether a file is the text of the recipe, which `compare` does not test on."""
+    try:
+        recipe = load_kept_recipe(facts.recipe, True)
+        sources = [recipe.data, *(settings.get("data") or {} for _, settings in recipe.stages)]
+        found = {os.path.realpath(find_beside(one["data"], recipe)) for one in sources if one.get("data")}
+    except ManticoreError:  # of one that cannot be read nothing is known
+        return False
+    return os.path.realpath(text) in found
 
 
 def _more_text(facts, run, data, components):
@@ -204,6 +240,7 @@ def _measure(facts, arguments, split, path, shortens, max_tokens, batch_size, co
     about = {"text": f"{text}{', validation split' if split else ''}", "named": not split}
     about |= {"block_size": arguments.block_size, "chosen": chosen, "whole": sum(map(len, all_rows["input_ids"]))}
     about |= {} if split else {"data": str(arguments.data)}
+    about |= {} if sources is None else {"components": sources}
     store = Store(
         path,
         {
