@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from manticore_hf.utils.formatting import short_bytes, short_count, short_duration
+from manticore_hf.utils.formatting import plural, short_bytes, short_count, short_duration
 
 
 def print_plan(plan: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 def _print_stage(stage, given):
     precision = stage["dtype"] + (f", autocast {stage['autocast']}" if stage["autocast"] else "")
     print(
-        f"\n{stage['stage']}: {stage['batch']} rows x {stage['length']} tokens per device"
+        f"\n{stage['stage']}: {plural(stage['batch'], 'row')} x {stage['length']} tokens per device"
         f"{'' if stage['accumulation'] == 1 else ', ' + str(stage['accumulation']) + ' accumulated'}; {precision}; "
         f"{short_count(stage['trainable'])} trained"
     )
