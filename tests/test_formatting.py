@@ -2,7 +2,7 @@
 
 import pytest
 
-from manticore_hf.utils.formatting import listed, short_bytes, short_count, short_duration
+from manticore_hf.utils.formatting import listed, plain_value, short_bytes, short_count, short_duration
 
 COUNTS = {
     0: "0", 1: "1", 999: "999", 1000: "1 k", 1234: "1.23 k", 12_345: "12.3 k", 999_499: "999 k", 999_500: "1000 k",
@@ -30,6 +30,10 @@ def test_edge_values(function, cases):
 
 def test_a_time_that_is_not_known_has_a_name_of_its_own():
     assert short_duration(None, "?") == "?" and short_duration(0, "?") == "0 s"
+
+
+def test_settings_are_no_python():
+    assert [plain_value(one) for one in (["a", "b"], ("a",), [], 2, None)] == ["a, b", "a", "", "2", "None"]
 
 
 def test_names_in_a_sentence():

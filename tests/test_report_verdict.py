@@ -5,8 +5,13 @@ import io
 import json
 import re
 import types
+from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from manticore_hf import ManticoreError
 from manticore_hf.compare.evaluate import print_result
@@ -14,9 +19,11 @@ from manticore_hf.evaluation.losses import itself
 from manticore_hf.hub.card import Result
 from manticore_hf.report import charts
 from manticore_hf.report.comparison import find_comparison, read_comparison
-from manticore_hf.report.details import _apart, _trajectory, where
+from manticore_hf.report.details import _apart, _trajectory, no_curves, visible, where
+from manticore_hf.report.facts import FinishedStage
 from manticore_hf.report.gains import gains, phrases
 from manticore_hf.report.one_run import OneRun, one_run
+from manticore_hf.report.passages import token_text
 from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say, say_difference
 from manticore_hf.report.view import _running
 from manticore_hf.utils.claims import claim, more_rows
@@ -461,6 +468,29 @@ def test_a_sample_does_not_contradict_what_the_run_measured_on_more_text():
         run = one_run(other)
         assert run.losses["hybrid"] == 1.9 and run.sample is None
         assert not any("sample" in one for one in phrases(other, "", "Mine."))
+
+
+def test_why_there_are_no_curves_is_said():
+    log = [{"step": 8, "train_runtime": 37.1}]
+    short = FinishedStage("1-pretrain", Path(), {"steps": 8}, log, logging_steps=20)
+    long = FinishedStage("2-finetune", Path(), {"steps": 40}, [{"step": 20, "loss": 3.0}], logging_steps=20)
+
+    def said(*stages, untrained=False):
+        return no_curves(types.SimpleNamespace(stages=stages, untrained=untrained))
+
+    assert said(short, long) == "1-pretrain logged no losses: it took 8 steps, fewer than logging_steps (20)."
+    assert said(long) == "" and said(untrained=True) == "Nothing was trained."
+    assert said() == "The directory holds no training log."
+
+
+def test_tokens_that_differ_by_a_space_look_different():
+    assert [visible(text, True) for text in ("a", " a", "a ", "  ", "a b")] == ["a", "␣a", "a␣", "␣␣", "a b"]
+    assert visible(" a\n") == " a⏎"
+    vocabulary = {"\u2581a": 0, "a": 1, "<unk>": 2}
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    core.decoder = Metaspace()  # which drops the space before the first token
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert [token_text(tokenizer, token) for token in (0, 1)] == [" a", "a"]
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from manticore_hf.utils.formatting import (
     link,
     listed,
     markdown_environment,
+    plain_value,
     plural,
     short_bytes,
     short_count,
@@ -326,7 +327,7 @@ def _numbers(config, found, facts, alpha):
         "transplanted": transplanted and listed(transplanted),
         "prompt": "A text to read." if task_type.labels else "The",
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
-        "settings": [{"key": key, "value": value} for key, value in settings.items() if value is not None],
+        "settings": [{"key": key, "value": plain_value(value)} for key, value in settings.items() if value is not None],
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("manticore-hf", "transformers", "torch")),
     }
 

@@ -1,5 +1,6 @@
 """What the reports tell engineers, as texts and charts: the mixture, why it is so, where it pays off, its training."""
 
+import re
 from typing import Any
 
 from manticore_hf.evaluation.losses import itself
@@ -232,10 +233,15 @@ def _gate(one):
 
 
 def visible(text: str, alone: bool = False) -> str:
-    """Text in one line whose line breaks and tabs are seen, and that commands nothing; `alone`: spaces, too."""
+    """Text in one line whose line breaks and tabs are seen, and that commands nothing.
+
+    Args:
+        text: The text.
+        alone: Also show spaces at its ends: many tokens differ by nothing else.
+    """
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥")
     text = printable(text)
-    return text.replace(" ", "␣") if alone and not text.strip() else text
+    return re.sub(r"^ +| +$", lambda found: "␣" * len(found[0]), text) if alone else text
 
 
 def curves(facts: Facts) -> list[dict[str, Any]]:
@@ -258,6 +264,20 @@ def curves(facts: Facts) -> list[dict[str, Any]]:
                 chart = charts.for_any_page(charts.lines, series, "optimizer step", what, label=label)
             out.append({"title": stage.name, "rows": rows, "chart": chart})
     return out
+
+
+def no_curves(facts: Facts) -> str:
+    """Why stages have no curves, as sentences; "" where all that were trained have."""
+    out = []
+    for stage in facts.stages:
+        steps, every = stage.result.get("steps"), stage.logging_steps
+        if isinstance(steps, int) and not {**stage.series("loss"), **stage.series("eval_loss")}:
+            short = every is not None and steps < every
+            why = f": it took {plural(steps, 'step')}, fewer than logging_steps ({every:g})" if short else ""
+            out.append(f"{stage.name} logged no losses{why}.")
+    if not out and not curves(facts):
+        return "Nothing was trained." if facts.untrained else "The directory holds no training log."
+    return " ".join(out)
 
 
 def _curve_name(key):

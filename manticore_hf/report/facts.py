@@ -32,6 +32,7 @@ class FinishedStage:
         result: What `stage.json` says.
         log: The Trainer's `log_history`, [] where it kept none.
         flops: The Trainer's estimate of training FLOPs (6 x parameters x tokens), or None.
+        logging_steps: Steps from one logged loss to the next, or None.
     """
 
     name: str
@@ -39,6 +40,7 @@ class FinishedStage:
     result: dict
     log: list = field(default_factory=list)
     flops: float | None = None
+    logging_steps: int | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -182,8 +184,10 @@ def _stage(folder):
     state = _json(folder / "trainer_state.json") or _last_state(folder)
     log = state.get("log_history")
     log = [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []
-    flops = state.get("total_flos")
-    return FinishedStage(folder.name, folder, result, log, flops if is_number(flops) and flops > 0 else None)
+    flops, every = (
+        value if is_number(value) and value > 0 else None for value in map(state.get, ("total_flos", "logging_steps"))
+    )
+    return FinishedStage(folder.name, folder, result, log, flops, every)
 
 
 def _last_state(folder):

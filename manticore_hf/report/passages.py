@@ -41,6 +41,13 @@ def _starts(ids, end):
     return [0] + [i + 1 for i, token in enumerate(ids[:-1]) if token == end]
 
 
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What a token stands for, with the space before it, which SentencePiece's decoders leave out of single tokens."""
+    text = tokenizer.decode([token])
+    begun = str(tokenizer.convert_ids_to_tokens(token)).startswith("\u2581") and not text.startswith(" ")
+    return f" {text}" if begun else text
+
+
 def document_gains(gain: torch.Tensor, documents: torch.Tensor) -> list[tuple[int, float, int]]:
     """Sums per-token gains over documents.
 
@@ -108,7 +115,7 @@ def where_it_differs(
         ids, p = row_ids[int(row[i])], int(position[i])
         return {
             "before": tokenizer.decode(ids[max(start, p - _BEFORE) : p]),
-            "token": tokenizer.decode([ids[p]]),
+            "token": token_text(tokenizer, ids[p]),
             "after": tokenizer.decode(ids[p + 1 : p + 1 + _AFTER]),
             "gain": gain[i].item(),
             **({} if gate is None else {"gate": dict(zip(names, gate[i].tolist()))}),
@@ -143,7 +150,7 @@ def where_it_differs(
             "kinds": both_ends(
                 kind_gains(gain, targets),
                 top_tokens,
-                lambda kind, total, count: {"token": tokenizer.decode([kind]), "gain": total, "tokens": count},
+                lambda kind, total, count: {"token": token_text(tokenizer, kind), "gain": total, "tokens": count},
             ),
             "documents": both_ends(document_gains(gain, documents), top_documents, document),
         }

@@ -11,7 +11,7 @@ from manticore_hf.report.gains import gains, is_one_model, phrases
 from manticore_hf.report.one_run import one_run
 from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_difference
 from manticore_hf.utils.claims import ORIGINAL
-from manticore_hf.utils.formatting import listed, plural, short_bytes, short_count, short_duration
+from manticore_hf.utils.formatting import listed, plain_value, plural, short_bytes, short_count, short_duration
 
 _ON_TOP = 8
 _CARD = 520  # width of the chart in its card, about that of the card on a page of 1,100 pixels
@@ -39,8 +39,9 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
         "why": details.why(facts),
         "where": details.where(facts),
         "curves": details.curves(facts),
+        "no_curves": details.no_curves(facts),
         "comparison": details.comparison(facts),
-        "settings": [{"key": key, "value": str(value)} for key, value in settings.items() if value is not None],
+        "settings": [{"key": key, "value": plain_value(value)} for key, value in settings.items() if value is not None],
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("manticore-hf", "transformers", "torch")),
     }
 
@@ -267,7 +268,7 @@ def _licences(facts):
     elif found.license == "other":
         sentence = "No single licence covers all components: each stays under its own, and you have to comply with all."
     else:
-        sentence = f"The hybrid can be passed on under {found.license}."
+        sentence = f"The hybrid can be passed on under the licence {found.license}."
     commercial = [one for one in facts.commercial.conflicts if one not in found.conflicts]
     use = (
         "Commercial use is not permitted: " + " ".join(commercial)

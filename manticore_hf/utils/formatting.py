@@ -191,6 +191,11 @@ def plural(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
+def plain_value(value: Any) -> str:
+    """A setting's value as text: the items of a list without Python's marks."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def listed_some(names: Iterable[str], most: int = 20) -> str:
     """Names with commas between: the first of them, each cut where it is longer than any name."""
     names = list(names)
