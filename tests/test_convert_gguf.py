@@ -11,6 +11,8 @@ import torch
 from families import tiny
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import modeling_gguf_pytorch_utils as gguf_loading
+from transformers.utils import logging
 
 from manticore_hf import ManticoreError, ManticoreForCausalLM, convert
 from manticore_hf.cli import main
@@ -226,6 +228,16 @@ def test_upstream_still_reads_files_past_what_it_does_not_know(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name).eval() for name in ("plain.gguf", "scaled.gguf")
     )
     assert torch.equal(other(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+def test_upstream_still_shows_its_bar_where_none_are_wanted(tmp_path, capsys, monkeypatch):
+    """Its setting hides all bars but this one; `convert` hides it, and leaves what others load as it was."""
+    path, theirs = write(tmp_path / "tiny.gguf", tiny("llama", **SIZES)), gguf_loading.tqdm
+    convert(path, tmp_path / "out")
+    assert "de-quantizing" not in capsys.readouterr().err and gguf_loading.tqdm is theirs
+    monkeypatch.setattr(logging, "_tqdm_active", False)
+    AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    assert "de-quantizing GGUF tensors" in capsys.readouterr().err
 
 
 def test_the_package_is_asked_for(tmp_path, refuse, monkeypatch):

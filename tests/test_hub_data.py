@@ -95,6 +95,17 @@ def test_reads_every_shard_of_the_split(hub, owner, kind, streaming):
     assert sorted([*rows["input_ids"], *held_out["input_ids"]]) == blocks(10) + blocks(20)
 
 
+def test_the_clients_bars_are_not_shown_and_stay_as_they_were(hub, owner, tmp_path, capsys):
+    """Of files here and of the Hub's: "Generating train split", "Filter". Others' reading shows them still."""
+    hub.add_repo(f"datasets/{owner}/bars", {"train.jsonl": as_jsonl(texts(10))})
+    (tmp_path / "here.jsonl").write_bytes(as_jsonl(texts(10)))
+    for data in (f"{owner}/bars", str(tmp_path / "here.jsonl")):
+        assert read(data, where="text=w12 w12 w12") == blocks(12, 1)
+        assert "examples" not in capsys.readouterr().err and not datasets.utils.are_progress_bars_disabled()
+    datasets.load_dataset("json", data_files=str(tmp_path / "here.jsonl"), cache_dir=tmp_path / "other")
+    assert "Generating train split" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_split_for_validation(hub, owner, streaming):
     splits = {"train": 10, "validation": 20, "test": 30}

@@ -12,6 +12,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from manticore_hf.evaluation.data_arguments import DataArguments
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
+from manticore_hf.utils.quiet import quiet_datasets
 
 _FORMATS = {
     ".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
@@ -52,6 +53,7 @@ def read_texts(arguments: DataArguments, size: int) -> list[str]:
     return texts
 
 
+@quiet_datasets()
 def read_records(arguments: DataArguments) -> Iterable[dict[str, Any]]:
     """The records of a source: files, a folder of them, or a data set of the Hub.
 

@@ -33,18 +33,37 @@ def quiet_loading(downloads: bool = False) -> Iterator[None]:
         downloads: Whether the Hub's client shows its bars all the same.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers import modeling_gguf_pytorch_utils as gguf_loading
     from transformers.utils import logging as transformers_logging
 
     shown, hub = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
+    gguf_bar, gguf_loading.tqdm = gguf_loading.tqdm, transformers_logging.tqdm  # its own heeds no setting
     if hub and downloads:  # which Transformers has switched off with its own
         enable_progress_bars()
     try:
         yield
     finally:
+        gguf_loading.tqdm = gguf_bar
         with warnings.catch_warnings():  # which would say that HF_HUB_DISABLE_PROGRESS_BARS has the last word
             warnings.simplefilter("ignore")
             if shown:
                 transformers_logging.enable_progress_bar()
             if hub:
                 enable_progress_bars()
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Context in which `datasets` shows no bars ("Generating train split"), for reading; the Hub's client shows its."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    with warnings.catch_warnings():  # which would say that HF_DATASETS_DISABLE_PROGRESS_BARS has the last word
+        warnings.simplefilter("ignore")
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()

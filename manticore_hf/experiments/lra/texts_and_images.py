@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, Features, Sequence, Value, load_datas
 
 from manticore_hf.experiments.mad.tasks import Task
 from manticore_hf.modeling.configuration_manticore import ManticoreError
+from manticore_hf.utils.quiet import quiet_datasets
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,6 +87,7 @@ def image_tokens(image: "Image", size: int) -> list[int]:
     return np.asarray(image.convert("L")).reshape(-1).tolist()
 
 
+@quiet_datasets()
 def _read(task, split):
     source = task.data if split == "train" or not Path(task.data).is_file() else task.test_data
     if source is None:
