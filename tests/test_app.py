@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+import socket
 from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny_hybrid import mixed_hybrid, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 from manticore_hf import ManticoreError, prune, publish
+from manticore_hf.app import local
 from manticore_hf.app.hybrid_page import drawing
 from manticore_hf.app.hybrid_page.reading import Hybrid, cut, token_text
 from manticore_hf.app.local import load
@@ -256,6 +258,37 @@ def test_without_gradio_one_sentence_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["app", "me/anything"]) == 2
     assert capsys.readouterr().err.rstrip().endswith("pip install 'manticore-hf[app]'.")
+
+
+def test_an_address_that_cannot_be_listened_on_is_said_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(local, "load", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["app", "me/hybrid", "--port", port]) == 2
+    said = capsys.readouterr()
+    assert said.err == (
+        f"manticore-hf app: --port {port} is in use: give another port, or leave the option out for the first free one "
+        "from 7860.\n"
+    )
+    assert main(["app", "me/hybrid", "--host", "192.0.2.1", "--port", port]) == 2  # kept for documentation: nobody's
+    assert "--host 192.0.2.1 cannot be listened on (Cannot assign" in capsys.readouterr().err and not said.out
+
+
+def test_that_it_loads_is_said_before_it_has_loaded(monkeypatch, capsys):
+    pytest.importorskip("gradio", reason="the extra `app` is not installed")
+    from manticore_hf.app.hybrid_page import serving
+
+    def no_port(*args):
+        assert capsys.readouterr().out == "Loading me/hybrid ...\n"
+        raise OSError("set GRADIO_SERVER_PORT")
+
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")  # gradio sets it, and clean processes notice
+    monkeypatch.setattr(local, "load", lambda *args: None)
+    monkeypatch.setattr(serving, "build", lambda *args: None)
+    monkeypatch.setattr(serving, "launch", no_port)
+    assert main(["app", "me/hybrid"]) == 2
+    assert "on 127.0.0.1: there is no free port from 7860; give one with --port." in capsys.readouterr().err
 
 
 def test_what_the_page_is_not_for(tmp_path, parts):  # noqa: F811

@@ -1,6 +1,8 @@
 """The page for a hybrid on this machine: its own code is not run, the package's is."""
 
+import errno
 import os
+import socket
 
 import torch
 
@@ -56,17 +58,38 @@ def serve(
     Raises:
         ManticoreError: The hybrid cannot be shown, or the port is taken.
     """
-    from manticore_hf.app.hybrid_page.serving import build, launch
-
+    _check_address(host, port)
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as err:
         raise ManticoreError(f"--device {device}: torch has no such device here ({str(err).splitlines()[0]}).") from err
+    print(f"Loading {source} ...", flush=True)
+    from manticore_hf.app.hybrid_page.serving import build, launch
+
     hybrid = load(source, revision, tokenizer, device)
     title = source if not os.path.isdir(source) else os.path.basename(os.path.abspath(source))
     try:
         launch(build(hybrid, title), host, port)
     except OSError as err:
-        raise ManticoreError(f"{host}:{port or '7860 and those after it'} cannot be listened on: {err}") from err
+        raise ManticoreError(
+            f"The page cannot be served on {host}: there is no free port from 7860; give one with --port."
+            if port is None
+            else f"--port {port} was taken while the hybrid was loaded; give another."
+        ) from err
     except KeyboardInterrupt:
         pass
+
+
+def _check_address(host, port):
+    """Raises ManticoreError if the page cannot be served there, before anything is loaded."""
+    for named, number, remedy in (
+        (f"--host {host}", 0, "give an address of this machine (0.0.0.0: all)."),
+        (f"--port {port}", port, "give another port, or leave the option out for the first free one from 7860."),
+    ):
+        try:
+            if number is not None:
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                socket.create_server((host.strip("[]"), number), family=family).close()
+        except OSError as err:
+            why = "is in use" if err.errno == errno.EADDRINUSE else f"cannot be listened on ({err.strerror or err})"
+            raise ManticoreError(f"{named} {why}: {remedy}") from err
