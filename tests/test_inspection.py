@@ -171,6 +171,21 @@ def test_a_directory_is_described_alike(published, hub, tmp_path, capsys):
     assert [entry["state"]["access"] for entry in found["components"]] == ["public", "public"]
 
 
+def test_what_a_run_leaves_beside_a_hybrid_raises_no_alarm(published, tmp_path, capsys):
+    """Checkpoints with code, weights and pickles, and what GGUF files were converted to: nothing that `push` takes."""
+    plain = inspected(str(tmp_path / "out"), capsys)
+    for name in ("checkpoint-8", "_converted/a"):
+        shutil.copytree(tmp_path / "out", tmp_path / "out2" / name)
+        (tmp_path / "out2" / name / "optimizer.pt").write_bytes(b"x")
+    shutil.copytree(tmp_path / "out2", tmp_path / "out", dirs_exist_ok=True)
+    (tmp_path / "out" / "tokenizer_b").mkdir()
+    (tmp_path / "out" / "tokenizer_b" / "odd.py").write_text("x")
+    shown = inspected(str(tmp_path / "out"), capsys)
+    assert "different" not in shown and "PICKLES" not in shown and "1 of a, " in shown
+    assert "not looked at, of which nothing is published: _converted, checkpoint-8\n" in shown
+    assert "running it: tokenizer_b/odd.py\n" in shown and "not looked at" not in plain
+
+
 def test_the_state_of_components_is_shown(published, hub, owner, capsys):
     repos = hub._storage.repos
     repos[f"{owner}/a"].private = True

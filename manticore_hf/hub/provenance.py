@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, HfFileSystem, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from manticore_hf import modeling
+from manticore_hf.hub.upload import FOLDERS
 from manticore_hf.modeling.bounds_manticore import ManticoreError
 from manticore_hf.modeling.carried_manticore import CODE, ENTRY, PARTS
 from manticore_hf.modeling.references_manticore import hub_reason, lfs_id, verify, where
@@ -35,17 +36,20 @@ def repository(source: str, revision: str | None = None) -> dict:
 
     Returns:
         {"commit", "private", "gated": None for a directory; "files": {path: bytes}, "code": {file: "same", "different"
-        or "unknown" to the installed package}, "pickles": [path], "own": {weight file: {component or "": tensors}}}.
+        or "unknown" to the installed package}, "pickles": [path], "own": {weight file: {component or "": tensors}},
+        "ignored": [folder of a directory of which nothing is ever published, as a run's checkpoints]}.
     """
-    out = {"commit": None, "private": None, "gated": None}
+    out = {"commit": None, "private": None, "gated": None, "ignored": []}
     if Path(source).is_dir():
-        paths = {path.relative_to(source).as_posix(): path for path in sorted(Path(source).rglob("*"))}
-        paths = {name: path for name, path in paths.items() if path.is_file()}
+        top = sorted(Path(source).iterdir())
+        out["ignored"] = [one.name for one in top if one.is_dir() and not any(map(one.match, FOLDERS))]
+        kept = [path for one in top if one.name not in out["ignored"] for path in (one, *sorted(one.rglob("*")))]
+        paths = {path.relative_to(source).as_posix(): path for path in kept if path.is_file()}
         files = {name: path.stat().st_size for name, path in paths.items()}
         blobs = {name: _git_hash(path.read_bytes()) for name, path in paths.items() if name.endswith(".py")}
     else:
         info = HfApi().model_info(source, revision=revision, files_metadata=True)
-        out = {"commit": info.sha, "private": info.private, "gated": bool(info.gated)}
+        out |= {"commit": info.sha, "private": info.private, "gated": bool(info.gated)}
         files = {file.rfilename: file.size or 0 for file in info.siblings}
         blobs = {file.rfilename: file.blob_id for file in info.siblings if file.rfilename.endswith(".py")}
     ours = Path(modeling.__file__).parent.glob("*.py")
@@ -207,6 +211,8 @@ def print_repository(source: str, found: dict) -> None:
             print(f"  CODE {word} the installed manticore-hf, read it before running it: {listed_some(by_kind[kind])}")
     if found["pickles"]:
         print(f"  PICKLES (never read): {listed_some(found['pickles'])}")
+    if found["ignored"]:
+        print(f"  folders not looked at, of which nothing is published: {listed_some(found['ignored'])}")
 
 
 def print_state(state: dict) -> str:

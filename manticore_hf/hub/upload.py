@@ -24,7 +24,8 @@ _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(
 _TAKEN = re.compile(
     rf"{CODE.pattern}|config\.json|generation_config\.json|recipe\.yaml|evaluation\.json|LICENSE(\.\w+)?|NOTICE"
 )
-_FOLDERS = ("plots", "additional_chat_templates", "tokenizer_*")  # of which something may be published
+FOLDERS = ("plots", "additional_chat_templates", "tokenizer_*")
+"""Folders of a directory of which something may be published."""
 _PLOT = re.compile(r"[\w.-]+\.png")
 REPLACED = re.compile(
     rf"{CODE.pattern}|model[\w.-]*\.safetensors(\.index[\w.-]*\.json)?|plots/[\w.-]+\.png"
@@ -215,7 +216,7 @@ def check_links(directory: str | os.PathLike) -> None:
         directory: Where the hybrid is.
     """
     directory = Path(directory)
-    below = [path for name in _FOLDERS for folder in directory.glob(name) for path in folder.rglob("*")]
+    below = [path for name in FOLDERS for folder in directory.glob(name) for path in folder.rglob("*")]
     for path in [*directory.iterdir(), *below]:
         check_link(path, directory)
 
