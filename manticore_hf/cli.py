@@ -20,7 +20,7 @@ from manticore_hf.utils.formatting import printable_output
 from manticore_hf.utils.interrupted import ends_if_interrupted
 from manticore_hf.utils.options import Parser, RawHelp
 from manticore_hf.utils.quiet import quiet_loading, quiet_optional_packages
-from manticore_hf.utils.renamed import warn_renamed
+from manticore_hf.utils.renamed import warn_renamed, warned_in_a_sentence
 
 
 class Command(NamedTuple):
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     goes_on = bool(argv) and OLD_NAMES.get(argv[0], argv[0]) in _GO_ON
     said = "Interrupted; run the same command again to go on." if goes_on else "Interrupted."
-    with printable_output(), ends_if_interrupted(said), quiet_optional_packages():
+    with printable_output(), ends_if_interrupted(said), quiet_optional_packages(), warned_in_a_sentence():
         return _main(argv)
 
 

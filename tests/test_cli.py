@@ -447,5 +447,41 @@ def test_the_dataclasses_become_options():
         assert from_namespace(DataArguments, args).streaming is value
     parser = Parser(prog="x")
     parser.add_argument("--new-name", type=int)
-    parser.add_argument("--old-name", type=int, dest="new_name", action=Renamed, new="--new-name")
-    assert parser.parse_args([]).new_name is None and "old-name" not in parser.format_help()
+    parser.add_argument("--old-name", type=int, action=Renamed, new="--new-name")
+    assert vars(parser.parse_args([])) == {"new_name": None} and "old-name" not in parser.format_help()
+
+
+def test_two_names_of_an_option_with_two_values_are_refused(capsys):
+    stage = "prune --model m --data d --output-dir o"
+    cases = {
+        f"{stage} --path loss --route alpha": "--path (loss) and, by its old name, --route (alpha) are given; drop",
+        f"{stage} --route=alpha --path=loss": "--path (loss) and, by its old name, --route (alpha) are given; drop",
+        f"{stage} --dtype float32 --train_dtype bfloat16": "--dtype (float32) and, by its old name, --train-dtype",
+        "plan r.yaml --block-size 8 --sequence-length 9": "--block-size (8) and, by its old name, --sequence-",
+        "mad recall --model llama --output-dir o --no-baselines --rivals": "--baselines (False) and, by its old name,",
+    }
+    for words, said in cases.items():
+        with pytest.warns(FutureWarning), pytest.raises(SystemExit) as end:
+            main(words.split())
+        assert end.value.code == 2 and said in capsys.readouterr().err, words
+    for words in (f"{stage} --path loss --route loss", f"{stage} --route loss", f"{stage} --path loss -- --route"):
+        command, *words = words.split()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = vars(parser_of(command).parse_known_args(words)[0])
+        assert found["path"] == "loss" and "--route" not in found, words
+
+
+def test_a_warning_of_an_old_name_is_its_sentence_alone():
+    code = """if True:
+        import sys, warnings
+        from manticore_hf import cli
+        from manticore_hf.report import report_command
+        report_command.main = lambda args: warnings.warn("another", FutureWarning)
+        sys.stderr = sys.stdout
+        cli.main(["report", "x", "--output", "there"])
+        warnings.warn("x is now y", FutureWarning)
+        """
+    own, *others = shell(code).splitlines()
+    assert own == "manticore-hf report: --output is now --output-dir; the old name goes with version 0.3."
+    assert others[0].endswith("FutureWarning: another") and others[-1].endswith("FutureWarning: x is now y")

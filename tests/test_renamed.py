@@ -43,6 +43,10 @@ def test_settings_of_stages_are_taken_under_their_old_names(tmp_path):
         with pytest.warns(FutureWarning, match=f"{cls.__name__}: {old} is now {new};") as seen:
             assert cls(model="m", **{old: "x"}) == cls(model="m", **{new: "x"}) != cls(model="m")
         assert seen[0].filename == __file__
+        with pytest.raises(ManticoreError, match=f"{cls.__name__}: {new}='y' and, by its old name, {old}='x' are"):
+            cls(model="m", **{old: "x", new: "y"})
+        with pytest.warns(FutureWarning):
+            assert cls(model="m", **{old: "x", new: "x"}) == cls(model="m", **{new: "x"})
     with pytest.raises(TypeError, match="train_dtype"):
         CalibrateArguments(model="m", train_dtype="float32")
     recipe = tmp_path / "recipe.yaml"

@@ -17,7 +17,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("recipe", help="the YAML file; all models are tuned with its finetune stage's settings")
     parser.add_argument("--output-dir", required=True, help="directory of the runs and the comparison")
     add_fields(parser, CompareArguments, switches=True)
-    parser.add_argument("--harden", dest="prune", action=RenamedSwitch, new="--prune")
+    parser.add_argument("--harden", action=RenamedSwitch, new="--prune")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ def add_models(parser: Parser, layers: int) -> None:
         help="also train each of the hybrid's components alone",
     )
     for old, new, value in (("--rivals", "--baselines", True), ("--no-rivals", "--no-baselines", False)):
-        parser.add_argument(old, dest="baselines", action=RenamedSwitch, new=new, const=value)
+        parser.add_argument(old, action=RenamedSwitch, new=new, const=value)
     parser.add_argument(
         "--designed",
         action="store_true",
@@ -69,10 +69,9 @@ def layers_of_options(args: argparse.Namespace) -> dict[str, int]:
 
 def add_training(parser: Parser, epochs: int, learning_rate: float, batch_size: int, weight_decay: float = 0.0) -> None:
     """Adds how every model is trained, with a task's own defaults."""
-    passes = {"type": int, "dest": "epochs"}
     text = "passes over the training sequences"
-    parser.add_argument("--num-train-epochs", default=epochs, metavar="N", help=text, **passes)
-    parser.add_argument("--epochs", action=Renamed, new="--num-train-epochs", **passes)
+    parser.add_argument("--num-train-epochs", dest="epochs", type=int, default=epochs, metavar="N", help=text)
+    parser.add_argument("--epochs", action=Renamed, new="--num-train-epochs", type=int)
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="of AdamW, at the start")
     parser.add_argument("--weight-decay", type=float, default=weight_decay, help="of AdamW")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="sequences per step")

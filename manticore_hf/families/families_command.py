@@ -1,10 +1,10 @@
 """`manticore-hf families`: its options."""
 
 import argparse
-import warnings
 
 from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.utils.options import Parser
+from manticore_hf.utils.renamed import warn_renamed
 
 
 def add_options(parser: Parser) -> None:
@@ -30,11 +30,7 @@ def add_options(parser: Parser) -> None:
 
 def _verdict(text):
     if text == "refused":
-        warnings.warn(
-            "manticore-hf families: --verdict refused is now unsupported; the old name goes with version 0.3.",
-            FutureWarning,
-            stacklevel=2,
-        )
+        warn_renamed("manticore-hf families: --verdict refused", "unsupported")
         return "unsupported"
     return text
 

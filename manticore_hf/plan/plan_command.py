@@ -33,7 +33,7 @@ def add_options(parser: Parser) -> None:
         "here, else the recipe's max_tokens)",
     )
     parser.add_argument("--block-size", type=int, help="tokens per row (default: the recipe's)")
-    parser.add_argument("--sequence-length", type=int, dest="block_size", action=Renamed, new="--block-size")
+    parser.add_argument("--sequence-length", type=int, action=Renamed, new="--block-size")
     parser.add_argument("--batch-size", type=int, help="rows per device and micro-batch (default: the stages')")
     parser.add_argument(
         "--configs",

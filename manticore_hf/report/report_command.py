@@ -29,7 +29,7 @@ def add_options(parser: Parser) -> None:
         help="where the components are, to measure each as it came (default: where the hybrid got them)",
     )
     parser.add_argument("--output-dir", help="write the report to this directory (default: the given one)")
-    parser.add_argument("--output", dest="output_dir", action=Renamed, new="--output-dir")
+    parser.add_argument("--output", action=Renamed, new="--output-dir")
     parser.add_argument("--max-tokens", type=int, default=20_000, help="measure on at most this many tokens")
     parser.add_argument(
         "--block-size",

@@ -51,12 +51,12 @@ def add_options(parser: Parser, stage: Stage, whole: bool = True) -> None:
     run.add_argument("--seed", type=int, default=42, help="random seed")
     if stage.trains is None:
         run.add_argument("--use-cpu", type=truth, nargs="?", const=True, metavar="BOOL", help="use no accelerator")
-        old = {"dest": "per_device_train_batch_size", "type": int}
+        batch = {"dest": "per_device_train_batch_size", "type": int}
         if stage.name == "calibrate":
-            run.add_argument("--batch-size", default=8, metavar="N", help="rows per forward pass", **old)
-            run.add_argument("--per-device-train-batch-size", action=Renamed, new="--batch-size", **old)
+            run.add_argument("--batch-size", default=8, metavar="N", help="rows per forward pass", **batch)
+            run.add_argument("--per-device-train-batch-size", action=Renamed, new="--batch-size", type=int)
         else:  # taken since a whole experiment may have one set of options; composing has no batches
-            run.add_argument("--per-device-train-batch-size", help=argparse.SUPPRESS, default=8, **old)
+            run.add_argument("--per-device-train-batch-size", help=argparse.SUPPRESS, default=8, **batch)
         return
     text = "list also the options of Transformers' TrainingArguments, all of which are taken: --learning-rate, ..."
     run.add_argument("--help-all", action="help", help=text)

@@ -10,11 +10,11 @@ import json
 import re
 import types
 import typing
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from manticore_hf.modeling.settings_manticore import ManticoreError
+from manticore_hf.utils.renamed import warn_renamed
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,8 +43,16 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str], namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As in argparse."""
-        return super().parse_known_args(self._hyphened(args), namespace)
+        """As in argparse; what was given under old names is what the new ones stand for."""
+        args = self._hyphened(args)
+        found, unknown = super().parse_known_args(args, namespace)
+        given = {arg.partition("=")[0] for arg in args[: args.index("--") if "--" in args else None]}
+        for old in [one for one in self._actions if isinstance(one, Renamed) and hasattr(found, one.dest)]:
+            new, value = self._option_string_actions[old.new], vars(found).pop(old.dest)
+            if given.intersection(new.option_strings) and (said := getattr(found, new.dest)) != value:
+                self.error(f"{old.new} ({said}) and, by its old name, {old.dest} ({value}) are given; drop {old.dest}")
+            setattr(found, new.dest, value)
+        return found, unknown
 
     def _hyphened(self, args):
         out, rest = [], False
@@ -85,22 +93,19 @@ class RawHelp(HelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 class Renamed(argparse.Action):
-    """An option under its old name: taken for one release, with a FutureWarning, and not in the help.
+    """An option under its old name: taken for one release, with a warning, and not in the help.
 
     Args:
-        new: The option's name now.
+        new: The option's name now, in a `Parser`.
     """
 
     def __init__(self, option_strings: Sequence[str], dest: str, new: str, **kwargs: Any):
-        super().__init__(option_strings, dest, **{**kwargs, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS})
+        hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        super().__init__(option_strings, option_strings[0], **{**kwargs, **hidden})
         self.new = new
 
     def __call__(self, parser, namespace, values, option_string=None):
-        warnings.warn(
-            f"{parser.prog}: {option_string} is now {self.new}; the old name goes with version 0.3.",
-            FutureWarning,
-            stacklevel=2,
-        )
+        warn_renamed(f"{parser.prog}: {option_string}", self.new)
         setattr(namespace, self.dest, values)
 
 
@@ -160,7 +165,7 @@ def add_fields(
             about |= {"type": str if kind is object else kind, "nargs": "+" if many else None}
         parser.add_argument(option(field.name), **about)
         if "old" in field.metadata:
-            taken = {key: about[key] for key in ("dest", "type", "nargs", "const") if key in about}
+            taken = {key: about[key] for key in ("type", "nargs", "const") if key in about}
             parser.add_argument(option(field.metadata["old"]), action=Renamed, new=option(field.name), **taken)
 
 

@@ -1,5 +1,6 @@
 """What had another name in version 0.1 (modules, functions, arguments) works under it, with a warning, until 0.3."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -7,9 +8,15 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
+
+from manticore_hf.modeling.settings_manticore import ManticoreError
+
+
+class RenamedWarning(FutureWarning):
+    """Warns that something was given by its name of version 0.1."""
 
 
 class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -25,8 +32,7 @@ class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         old = fullname.removeprefix(f"{self.package}.")
         if fullname == old or old not in self.modules:
             return None
-        new = f"{self.package}.{self.modules[old]}"
-        warnings.warn(f"{fullname} is now {new}; the old name goes with version 0.3.", FutureWarning, stacklevel=2)
+        warn_renamed(fullname, f"{self.package}.{self.modules[old]}")
         return importlib.machinery.ModuleSpec(fullname, self)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -50,7 +56,22 @@ def install(package: str, modules: dict[str, str]) -> None:
 
 def warn_renamed(old: str, new: str) -> None:
     """Warns whoever used an old name, two calls up."""
-    warnings.warn(f"{old} is now {new}; the old name goes with version 0.3.", FutureWarning, stacklevel=3)
+    warnings.warn(f"{old} is now {new}; the old name goes with version 0.3.", RenamedWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def warned_in_a_sentence() -> Iterator[None]:
+    """Context of a command, which prints a warning of an old name without the file and line that gave it."""
+    theirs = warnings.formatwarning
+
+    def shown(message, category, *place):
+        return f"{message}\n" if issubclass(category, RenamedWarning) else theirs(message, category, *place)
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = theirs
 
 
 def old_names(module: str, names: dict[str, str]) -> Callable[[str], Any]:
@@ -86,9 +107,13 @@ def _taking(function, called, names):
     @functools.wraps(function)
     def run(*args, **kwargs):
         for old in names.keys() & kwargs.keys():
-            text = f"{called}: {old} is now {names[old]}; the old name goes with version 0.3."
-            warnings.warn(text, FutureWarning, stacklevel=2)
-            kwargs[names[old]] = kwargs.pop(old)
+            new, value = names[old], kwargs.pop(old)
+            if new in kwargs and kwargs[new] != value:
+                raise ManticoreError(
+                    f"{called}: {new}={kwargs[new]!r} and, by its old name, {old}={value!r} are given; drop {old}."
+                )
+            warn_renamed(f"{called}: {old}", new)
+            kwargs[new] = value
         return function(*args, **kwargs)
 
     return run

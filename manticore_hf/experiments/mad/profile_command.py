@@ -32,7 +32,7 @@ def add_options(parser: Parser) -> None:
         dest = _FIELDS.get(name, name.replace("-", "_"))
         parser.add_argument(f"--{name}", dest=dest, type=int, default=default, help=text)
         if name in _FIELDS:
-            parser.add_argument(f"--{dest}", action=Renamed, new=f"--{name}", dest=dest, type=int)
+            parser.add_argument(f"--{dest}", action=Renamed, new=f"--{name}", type=int)
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW, at the start of a cosine")
 
 
