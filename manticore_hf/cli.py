@@ -16,6 +16,7 @@ import manticore_hf
 from manticore_hf.modeling.settings_manticore import ManticoreError
 from manticore_hf.training.stage_arguments import OLD_NAMES, wrong_setting
 from manticore_hf.training.stages import STAGES
+from manticore_hf.utils.files import names_gguf
 from manticore_hf.utils.formatting import printable_output
 from manticore_hf.utils.interrupted import ends_if_interrupted
 from manticore_hf.utils.options import Parser, RawHelp
@@ -164,8 +165,14 @@ def _check_names(args, module):
     output, model = getattr(args, "output_dir", None), getattr(args, "model", None)
     if output is not None and os.path.lexists(output) and not os.path.isdir(output):
         raise ManticoreError(f"--output-dir {output!r} is a file; give a directory, new or existing.")
-    # Elsewhere it is a model type
-    if model and not module.startswith("manticore_hf.experiments") and "/" not in model and not os.path.exists(model):
+    if not model or module.startswith("manticore_hf.experiments"):  # where it is a model type
+        return
+    if names_gguf(model) and not os.path.isdir(model):
+        raise ManticoreError(
+            f"{model!r} is a GGUF file and no hybrid: `manticore-hf compose` makes a hybrid of such files, and "
+            "`manticore-hf convert` a model of one."
+        )
+    if "/" not in model and not os.path.exists(model):
         raise ManticoreError(
             f"There is no directory {model!r}; give a hybrid's directory, or its repository ('owner/name')."
         )

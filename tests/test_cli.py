@@ -273,6 +273,11 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
             ["evaluate", "--model", "nowhere", "--data", "missing.txt"],
             "There is no directory 'nowhere'; give a hybrid's",
         ),
+        (
+            ["evaluate", "--model", "me/model.GGUF", "--data", "missing.txt"],
+            "'me/model.GGUF' is a GGUF file and no hybrid: `manticore-hf compose` makes a hybrid of such files, and",
+        ),
+        (["convert", ".", "--output-dir", str(tmp_path / "y")], f"The checkpoint {os.getcwd()!r} has no config.json"),
         # Before any work
         (["compose", "a", "b", "--output-dir", str(tmp_path / "bad.yaml")], "bad.yaml' is a file; give a directory"),
         (["app", str(tmp_path / "bad.yaml")], "has no config.json; give the directory of a saved hybrid"),

@@ -269,7 +269,7 @@ def test_smollm2(tmp_path):
 def test_composed_of_files(tmp_path, capsys):
     """`compose` converts them first; what is measured beside the hybrid are the models that the files hold."""
     models = [tiny("llama", seed=seed, **SIZES) for seed in (1, 2)]
-    files = [write(tmp_path / name, model) for name, model in zip(("some-model.Q4_K_M.gguf", "other-f16.gguf"), models)]
+    files = [write(tmp_path / name, model) for name, model in zip(("some-model.Q4_K_M.gguf", "other-f16.GGUF"), models)]
     (tmp_path / "text.txt").write_text("the 12 things that the other 12 had there\n" * 60)
     command = ["compose", *map(str, files), "--output-dir", str(tmp_path / "pair")]
     assert main(command) == 0

@@ -30,7 +30,7 @@ from manticore_hf.modeling.code_manticore import code_of, registered, trust
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES, hub_reason
 from manticore_hf.utils.defence import check_component_name
-from manticore_hf.utils.files import check_no_pipes
+from manticore_hf.utils.files import check_no_pipes, names_gguf
 
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -149,7 +149,7 @@ def _resolve_address(spec, hub, weights):
             )
         found.license = read_license(os.path.join(source, "README.md"))
         return found
-    if source.endswith(".gguf"):
+    if names_gguf(source):
         raise ManticoreError(
             f"Component {source!r} is a GGUF file, which only the commands convert; here give the directory "
             "that `manticore-hf convert` makes of it."

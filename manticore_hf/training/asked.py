@@ -27,7 +27,7 @@ from manticore_hf.training.stage_arguments import (
     PruneArguments,
     StageArguments,
 )
-from manticore_hf.utils.files import read_json, write_json
+from manticore_hf.utils.files import names_gguf, read_json, write_json
 from manticore_hf.utils.renamed import old_fields
 from manticore_hf.utils.settings import PRESETS
 
@@ -141,7 +141,7 @@ def composed_from(folder: str | os.PathLike) -> list[str | None] | None:
 
 
 def _component(place, folder):
-    if _is_place(place) and str(place["name"]).lower().endswith(".gguf"):
+    if _is_place(place) and names_gguf(str(place["name"])):
         found = convert_again(converted(place["name"], folder))
         return None if found is None else str(found)
     return _there(place, folder)

@@ -9,6 +9,11 @@ from typing import Any
 from manticore_hf.modeling.settings_manticore import ManticoreError
 
 
+def names_gguf(source: object) -> bool:
+    """Whether something is a name that GGUF files have, there or not."""
+    return isinstance(source, (str, os.PathLike)) and os.fspath(source).lower().endswith(".gguf")
+
+
 def stays_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
     """Whether a path, all links followed, is in a folder; in a snapshot of the Hub's cache, links to its blobs are.
 

@@ -22,6 +22,7 @@ from manticore_hf.compose.components import PICKLE_FILES
 from manticore_hf.hub.bare_names import check_bare_name
 from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.modeling.references_manticore import WEIGHT_FILES, hub_reason
+from manticore_hf.utils.files import names_gguf
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Source:
     @property
     def what(self) -> str:
         """What messages call it."""
-        return f"The checkpoint {self.repo_id or str(self.folder)!r}"
+        return f"The checkpoint {self.repo_id or os.path.abspath(self.folder)!r}"
 
     @property
     def address(self) -> tuple[str, dict]:
@@ -84,7 +85,7 @@ class Source:
 
 def is_gguf(source: object) -> bool:
     """Whether something is a GGUF file on this machine."""
-    return isinstance(source, (str, os.PathLike)) and os.fspath(source).endswith(".gguf") and os.path.isfile(source)
+    return names_gguf(source) and os.path.isfile(source)
 
 
 def find_source(
@@ -111,7 +112,7 @@ def find_source(
     if at and revision and at != revision:
         raise ManticoreError(f"The checkpoint {text!r}: revision {revision!r} contradicts '@{at}'.")
     named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) and ".." not in repo_id
-    if not named or text.endswith(".gguf") or os.path.exists(text):
+    if not named or names_gguf(text) or os.path.exists(text):
         raise ManticoreError(
             f"The checkpoint {text!r} is no existing directory or .gguf file, nor a Hub repository id ('org/name')."
         )
