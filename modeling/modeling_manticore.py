@@ -25,7 +25,7 @@ from .mixing_manticore import HybridMixer, resize
 from .mixture_manticore import SPACES, confidence, sum_to_one, weighted_sum, widen
 from .outputs_manticore import FIELDS, TRL_LOSS, FusedOutput, ManticoreCausalLMOutput, asked_by_trl, fused_output
 from .rows_manticore import check_mask
-from .running_manticore import active_in, read_inputs, run
+from .running_manticore import Pass, active_in, read_inputs, run
 
 logger = logging.get_logger(__name__)
 
@@ -75,9 +75,9 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
         kept = kept if lag is None else lag.places
         inputs.last = isinstance(kept, slice) and kept.start == -1 and not (keep or self.config.reads_past_losses)
         found = run(self, inputs, shared=False)
-        weights, states, own = self._heads(found, kept)
+        weights, states, own = self.apply_heads(found, kept)
         past = optional("past_losses").read_losses if self.config.reads_past_losses else None
-        past = past and partial(past, self, inputs, kept, lambda places: self._heads(found, places)[2])
+        past = past and partial(past, self, inputs, kept, lambda places: self.apply_heads(found, places)[2])
         logits, token_weights = self.mix(weights, list(states.values()), list(own.values()), past, lag)
         own = own if lag is None else {name: lag.cut(one) for name, one in own.items()}
         if fused:
@@ -119,7 +119,7 @@ class ManticoreForCausalLM(ManticoreModel, GenerationMixin):
             out["past_key_values"] = out.pop("cache")
         return out
 
-    def _heads(self, found, kept):
+    def apply_heads(self, found: Pass, kept: slice | torch.Tensor) -> tuple[list, dict, dict]:
         """(K' mixture weights, {component: what its head reads}, {component: its logits}) of the K' that are mixed."""
         config = self.config
         row = found.weights[-1 if config.embeddings == "native" or config.head_mixture == "last" else 0]

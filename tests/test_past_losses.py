@@ -98,17 +98,17 @@ def naive_online(model, ids, logits):
 def own_logits(model, ids, **given):
     """(output, what every component's head reads, its logits), inside the hybrid."""
     found = []
-    heads = type(model)._heads
+    heads = type(model).apply_heads
 
     def listening(self, *args):
         found[:] = [heads(self, *args)]
         return found[0]
 
-    model.__dict__["_heads"] = listening.__get__(model)
+    model.__dict__["apply_heads"] = listening.__get__(model)
     try:
         out = model(input_ids=ids, use_cache=False, **given)
     finally:
-        del model.__dict__["_heads"]
+        del model.__dict__["apply_heads"]
     return out, *(list(one.values()) for one in found[0][1:])
 
 

@@ -237,10 +237,10 @@ def _ask(model, ids, cache):
     kept = LAST if lag is None else lag.places
     inputs.last = not config.reads_past_losses and (lag is None or len(kept) == 1)
     found = run(model, inputs, shared=False)
-    weights, states, own = model._heads(found, kept)
+    weights, states, own = model.apply_heads(found, kept)
     past = None
     if config.reads_past_losses:
-        past = partial(read_losses, model, inputs, kept, lambda places: model._heads(found, places)[2])
+        past = partial(read_losses, model, inputs, kept, lambda places: model.apply_heads(found, places)[2])
     shares = model.mix(weights, list(states.values()), list(own.values()), past, lag)[1]
     own = {name: one[:, LAST] for name, one in own.items()}
     gated = shares is not None
