@@ -249,6 +249,26 @@ def test_embedded_components_are_said_to_be_here(tmp_path):
     assert "repositories it references" not in card.sections["limits"]
 
 
+@pytest.mark.parametrize("settings, joined, mixed", [
+    ({"mixture": "online"}, "an online mixture: untrained weights that follow", "follow the components' losses"),
+    ({"mixture": "token"}, "a small gate that weights", "a gate weights the components' predictions"),
+    ({"mixture": "static"}, "joined by equal mixture weights\ninstead", "(plots/mixture.png)"),
+    ({"mixture": "static", "num_blocks": 2}, "small projectors and equal mixture weights", "(plots/mixture.png)"),
+])  # fmt: skip
+def test_what_joins_the_components_is_what_there_is(settings, joined, mixed, tmp_path):
+    """Nothing is called learned that is not known to be, and an online mixture is no baseline of itself."""
+    parts = [ComponentSpec(tiny("gpt_neox"), name="a"), ComponentSpec(tiny("mamba"), name="b")]
+    model = ManticoreForCausalLM.from_components(parts, **{"num_blocks": 1, "projector_init": "default", **settings})
+    model.save_pretrained(tmp_path)
+    losses = {"a": 3.0, "b": 3.2, "ensemble": 2.9, "online mixture": 2.5, "hybrid": 2.5}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"data": "text", "losses": losses}))
+    shown = made(tmp_path)[0].sections
+    assert joined in shown["title"] and mixed in shown["mixture"] and "learned" not in shown["title"]
+    online = settings["mixture"] == "online"
+    assert ("| online mixture |" in shown["results"]) != online
+    assert ("The hybrid is the online mixture of its components" in shown["results"]) == online
+
+
 # ---- what strangers write --------------------------------------------------------------------------------------------
 
 HOSTILE = "x | y\n# Evil <script>alert(1)</script> [click](javascript:x) `a` **b** <!-- c -->"

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from manticore_hf import ManticoreError
 from manticore_hf.compare.evaluate import print_result
-from manticore_hf.evaluation.losses import itself
 from manticore_hf.hub.card import Result
 from manticore_hf.report import charts
 from manticore_hf.report.comparison import find_comparison, read_comparison
@@ -26,7 +25,7 @@ from manticore_hf.report.one_run import OneRun, one_run
 from manticore_hf.report.passages import token_text
 from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say, say_difference
 from manticore_hf.report.view import _running
-from manticore_hf.utils.claims import claim, more_rows
+from manticore_hf.utils.claims import claim, itself, more_rows
 from manticore_hf.utils.formatting import signed
 
 LOSS = 2.0  # the hybrid's; baselines are said by how much worse they are

@@ -13,9 +13,9 @@ import torch
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import DataArguments, load_rows
-from manticore_hf.evaluation.losses import how_measured, itself, make_passages, measure, name_of
+from manticore_hf.evaluation.losses import how_measured, make_passages, measure, name_of
 from manticore_hf.training.recipe import find_originals
-from manticore_hf.utils.claims import claim, more_rows
+from manticore_hf.utils.claims import claim, itself, more_rows
 from manticore_hf.utils.files import write_json
 from manticore_hf.utils.formatting import signed
 from manticore_hf.utils.tokenizers import read_tokenizer

@@ -5,7 +5,7 @@ treats rows of several texts. `measure` predicts every byte, so that models of o
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,11 @@ from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.evaluation.statistics import bootstrap
 from manticore_hf.modeling.past_losses import MOST, decayed_sums, online_weights
 from manticore_hf.utils.claims import CLAIM_ROWS
+from manticore_hf.utils.claims import ONLINE as ONLINE
 from manticore_hf.utils.distributed import all_reduce, bar, component_runner, is_sharded, shares
 from manticore_hf.utils.renamed import takes_old_name
 
-ONLINE = "online mixture"
 _UNITS = CLAIM_ROWS, 500  # fewest that are resampled for an interval, and about how many are enough
-_ROUNDING = 2e-5  # nats per token: what the same mixture differs by, calculated in another order
-_EQUAL = 2e-4  # where an interval shows that no row differs by more, either
 _MOST_KINDS = 12  # of text: more are no split that a table can show
 
 
@@ -162,32 +160,6 @@ def online_nats(nats: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     prior = nats.new_full(nats.shape[-1:], 1 / nats.shape[-1])
     weights = online_weights(prior, F.pad(sums[:, :-1], (0, 0, 1, 0)), config.online_eta, config.online_share)
     return -(weights.log() - nats).logsumexp(-1)
-
-
-def itself(
-    losses: Mapping[str, float],
-    differences: Mapping[str, Sequence[float | None]] | None = None,
-    own: str = "hybrid",
-    mixture: str | None = None,
-) -> list[str]:
-    """Names of the untrained mixtures of the components that a hybrid is itself: those are no baselines.
-
-    Losses alone do not tell: of components that lose the same everywhere, every mixture loses that, too.
-
-    Args:
-        losses: {name: nats per token}.
-        differences: {name: [bits per byte minus the hybrid's, low, high]}, as far as known.
-        own: The hybrid's name.
-        mixture: The hybrid's setting; None if it is not known.
-    """
-    kinds = {None: ("ensemble", ONLINE), "online": (ONLINE,)}.get(mixture, ("ensemble",))
-
-    def same(name):
-        ends = [end for end in (differences or {}).get(name, ()) if end is not None]
-        apart = abs(losses[name] - losses[own])
-        return apart < (_EQUAL if len(ends) == 3 else _ROUNDING) and all(abs(end) < _EQUAL for end in ends)
-
-    return [name for name in kinds if name in losses and own in losses and same(name)]
 
 
 # ---- in bits per byte ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.hub.licenses import DUTIES, LICENSES, Combined, combine
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.utils.bounded_yaml import load_yaml
-from manticore_hf.utils.claims import ORIGINAL, claim
+from manticore_hf.utils.claims import ORIGINAL, claim, without_itself
 from manticore_hf.utils.formatting import (
     Safe,
     escape,
@@ -127,6 +127,7 @@ def make_card(
         "recipe": recipe,
         "results": [_show(result) for result in results],
         "one_gate": one_gate(config),
+        "joined_by": _joined_by(config, found, alpha),
     }
     template = markdown_environment().get_template("model_card.md.jinja")
     shown = {name: "".join(block(template.new_context(context))).strip() for name, block in template.blocks.items()}
@@ -150,8 +151,9 @@ _LONGEST_NAME = 2_000  # of a text, a model, a note
 
 def shown_results(directory: str | os.PathLike) -> tuple[list[Result], list[str]]:
     """Of what was measured in a hybrid's directory, what may be shown; and sentences on what may not, and why."""
-    task_type, results, notices = task_type_of(ManticoreConfig.from_pretrained(directory)), [], []
-    for result in read_results(directory):
+    config, results, notices = ManticoreConfig.from_pretrained(directory), [], []
+    task_type = task_type_of(config)
+    for result in (without_itself(one, config.mixture) for one in read_results(directory)):
         if task_type.labels:
             notices.append(
                 f"The loss on {result.data!r} is not shown: it is that of a language model, and this hybrid is a "
@@ -395,8 +397,21 @@ def _show(result):
 
 
 def one_gate(config: ManticoreConfig) -> bool:
-    """Whether all that mixes is one gate: one block, in which every token has weights of its own."""
-    return config.num_blocks == 1 and config.mixture == "token" and not (config.route or config.mixture_weights)
+    """Whether all that mixes is one gate, or an online mixture: one block, in which every token has its own weights."""
+    return config.num_blocks == 1 and config.mixture != "static" and not (config.route or config.mixture_weights)
+
+
+def _joined_by(config, found, alpha):
+    """What joins the components, as a part of a sentence."""
+    if one_gate(config) and not task_type_of(config).labels:
+        if config.mixture == "token":
+            return "a small gate that weights their predictions for each token"
+        return "an online mixture: untrained weights that follow each component's losses on the text so far"
+    equal = alpha is not None and all(max(row) - min(row) < 1e-6 for row in alpha)
+    weights = "equal mixture weights" if equal else "mixture weights"
+    if not found["settings"]["projector"]:
+        return weights
+    return "small projectors" if config.route else f"small projectors and {weights}"
 
 
 def _alpha(config, found):

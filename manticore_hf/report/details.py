@@ -3,12 +3,12 @@
 import re
 from typing import Any
 
-from manticore_hf.evaluation.losses import itself
 from manticore_hf.modeling.settings_manticore import printable
 from manticore_hf.report import charts
 from manticore_hf.report.facts import Facts
 from manticore_hf.report.one_run import one_run, rows_of
 from manticore_hf.report.verdict import gain_needed, say_difference
+from manticore_hf.utils.claims import itself
 from manticore_hf.utils.formatting import plural, short_count, signed
 
 _KINDS = {

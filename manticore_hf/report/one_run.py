@@ -3,9 +3,8 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from manticore_hf.evaluation.losses import itself
 from manticore_hf.report.facts import Facts
-from manticore_hf.utils.claims import CLAIM_ROWS, ORIGINAL
+from manticore_hf.utils.claims import CLAIM_ROWS, ORIGINAL, without_itself
 from manticore_hf.utils.formatting import listed, plural
 
 
@@ -58,7 +57,8 @@ def one_run(facts: Facts) -> OneRun | None:
     seem to contradict it; the sample then only serves details. Otherwise the sample is shown where only it has the
     original components, and always where the user named another text for it.
     """
-    sample, run = (_without_itself(one, facts) for one in (_sample(facts), _of_run(facts)))
+    mixture = facts.found["settings"]["mixture"]
+    sample, run = (one and without_itself(one, mixture) for one in (_sample(facts), _of_run(facts)))
     if sample is None or run is None:
         return run or sample
     named = facts.measured.get("named")
@@ -67,23 +67,6 @@ def one_run(facts: Facts) -> OneRun | None:
     if run.has_intervals and run.tokens and run.tokens > sample.tokens:
         return dataclasses.replace(run, sample=sample)
     return sample if sample.has_untouched and not run.has_untouched else run
-
-
-def _without_itself(run, facts):
-    """A run whose hybrid, where it is an untrained mixture of its components, is not compared with itself."""
-    if run is None:
-        return None
-    same = itself(run.losses, run.differences, run.own, facts.found["settings"]["mixture"])
-    if not same or len(run.losses) < 3:
-        return run
-
-    def left(values):
-        return {name: value for name, value in values.items() if name not in same}
-
-    kinds = {kind: left(bits) for kind, bits in run.by_kind.items()}
-    note = f"{run.note} The hybrid is the {same[0]} of its components, which is therefore no baseline."
-    kept = {key: left(getattr(run, key)) for key in ("losses", "bits", "differences")}
-    return dataclasses.replace(run, **kept, by_kind=kinds, note=note)
 
 
 def _sample(facts):

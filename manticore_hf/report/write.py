@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import load_rows
-from manticore_hf.evaluation.losses import Measured, itself, make_passages
+from manticore_hf.evaluation.losses import Measured, make_passages
 from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
 from manticore_hf.report import measure
@@ -35,7 +35,7 @@ from manticore_hf.report.speed import measure_speed
 from manticore_hf.report.store import Store, kept, stamp
 from manticore_hf.report.verdict import Verdict, decide
 from manticore_hf.training.recipe import find_beside, find_originals, find_recipe, load_kept_recipe
-from manticore_hf.utils.claims import CLAIM_BYTES, CLAIM_ROWS, more_rows
+from manticore_hf.utils.claims import CLAIM_BYTES, CLAIM_ROWS, itself, more_rows
 from manticore_hf.utils.files import replace_text
 from manticore_hf.utils.formatting import listed, plural
 from manticore_hf.utils.task_types import check_generates

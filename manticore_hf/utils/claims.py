@@ -1,6 +1,8 @@
-"""What may be claimed about a difference: nothing on too little text, and nothing without an interval."""
+"""What may be claimed about a difference: nothing on too little text, without an interval, or against oneself."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from manticore_hf.utils.formatting import signed
 
@@ -10,6 +12,10 @@ CLAIM_ROWS = 8
 """Fewest rows of text from which a confidence interval is drawn."""
 ORIGINAL = "original {}"
 """What the row of a component is called that was measured before it was joined, with its own tokenizer."""
+ONLINE = "online mixture"
+"""What the row of the components' online mixture is called."""
+_ROUNDING = 2e-5  # nats per token: what the same mixture differs by, calculated in another order
+_EQUAL = 2e-4  # where an interval shows that no row differs by more, either
 
 
 def claim(
@@ -55,3 +61,49 @@ def more_rows(rows: int | None, size: int | None = None) -> str:
     if not few and (rows is None or rows >= CLAIM_ROWS):
         return ""
     return "Use more text." if few else "Use more text, or a smaller --block-size."
+
+
+def itself(
+    losses: Mapping[str, float],
+    differences: Mapping[str, Sequence[float | None]] | None = None,
+    own: str = "hybrid",
+    mixture: str | None = None,
+) -> list[str]:
+    """Names of the untrained mixtures of the components that a hybrid is itself: those are no baselines.
+
+    Losses alone do not tell: of components that lose the same everywhere, every mixture loses that, too.
+
+    Args:
+        losses: {name: nats per token}.
+        differences: {name: [bits per byte minus the hybrid's, low, high]}, as far as known.
+        own: The hybrid's name.
+        mixture: The hybrid's setting; None if it is not known.
+    """
+    kinds = {None: ("ensemble", ONLINE), "online": (ONLINE,)}.get(mixture, ("ensemble",))
+
+    def same(name):
+        ends = [end for end in (differences or {}).get(name, ()) if end is not None]
+        apart = abs(losses[name] - losses[own])
+        return apart < (_EQUAL if len(ends) == 3 else _ROUNDING) and all(abs(end) < _EQUAL for end in ends)
+
+    return [name for name in kinds if name in losses and own in losses and same(name)]
+
+
+def without_itself(result: Any, mixture: str | None) -> Any:
+    """A result without the untrained mixture that the hybrid is itself; its note then says so.
+
+    Args:
+        result: A dataclass with `losses`, `own`, `bits`, `differences`, `by_kind` and `note`, as OneRun and Result.
+        mixture: As `itself` takes it.
+    """
+    same = itself(result.losses, result.differences, result.own, mixture)
+    if not same or len(result.losses) < 3:
+        return result
+
+    def left(values):
+        return {name: value for name, value in values.items() if name not in same}
+
+    kinds = {kind: left(bits) for kind, bits in result.by_kind.items()}
+    said = f"The hybrid is the {same[0]} of its components, which is therefore no baseline."
+    kept = {key: left(getattr(result, key)) for key in ("losses", "bits", "differences")}
+    return dataclasses.replace(result, **kept, by_kind=kinds, note=f"{result.note or ''} {said}".strip())
