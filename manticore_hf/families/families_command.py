@@ -11,7 +11,7 @@ def add_options(parser: Parser) -> None:
     """Adds the command's options."""
     parser.description = (
         "Prints the table that came with the package. With --run every model type that has a causal LM is "
-        "put through the contract again (cut, padded, cached, trained, saved and loaded, as a tiny random model). A "
+        "put through the contract again (cut, padded, cached, trained, saved and loaded, as a tiny random model). An "
         "interrupted run resumes."
     )
     parser.add_argument("--type", nargs="+", metavar="NAME", help="only these model types: llama mamba")
