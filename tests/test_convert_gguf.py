@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from manticore_hf.cli import main
 from manticore_hf.compose.convert import gguf_tokenizer
 from manticore_hf.compose.convert.converted_files import CONVERTED
 from manticore_hf.compose.convert.gguf_tokenizer import SAMPLE
+from manticore_hf.evaluation.data import DataArguments
+from manticore_hf.evaluation.losses import how_measured
 from manticore_hf.plan.subject import load_subject
+from manticore_hf.report import write_report
 from manticore_hf.training.asked import composed_from
 
 gguf = pytest.importorskip("gguf")
@@ -291,6 +295,13 @@ def test_composed_of_files(tmp_path, capsys):
     assert composed_from(tmp_path / "tuned") == [
         str(tmp_path / "pair" / CONVERTED / n) for n in ("some-model", "other")
     ]
+    # Whose losses these are is said with them, and a report of what was trained says where the components are
+    told = f"Weights come from GGUF files ({files[0].name} and {files[1].name}): if they are quantised"
+    assert told in found["note"] and told not in how_measured(DataArguments("text.txt"))
+    verdict, _, page = write_report(tmp_path / "tuned", tmp_path / "text.txt", max_tokens=64, block_size=16)
+    assert re.sub(r"\\(.)", r"\1", page.read_text()).count(told) == 1
+    places = [str(tmp_path / "pair" / CONVERTED / name) for name in ("some-model", "other")]
+    assert f"enter the components ({places[0]} and {places[1]})" in " ".join(verdict.steps)
     said = capsys.readouterr().err  # one bar for each stage, and none of Transformers' beside it
     assert "pretrain: 100%" in said and "Loading weights" not in said and "Writing model" not in said
     with pytest.raises(ManticoreError, match="is a GGUF file, which only the commands convert; here give"):

@@ -13,6 +13,7 @@ import torch
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import DataArguments, load_rows
+from manticore_hf.evaluation.gguf_sources import say_gguf
 from manticore_hf.evaluation.losses import how_measured, make_passages, measure, name_of
 from manticore_hf.training.recipe import find_originals
 from manticore_hf.utils.claims import claim, itself, more_rows
@@ -61,7 +62,7 @@ def run_evaluate(
     device, fresh = model.device, config.embeddings == "fresh"
     del model
     measure_originals(found, config, passages, tokenizer, sources, batch_size, device, ensemble=fresh)
-    result = {"data": name_of(data), "note": how_measured(data), **found.to_dict()}
+    result = {"data": name_of(data), "note": f"{how_measured(data)} {say_gguf(sources)}".strip(), **found.to_dict()}
     print_result(source, result, config.mixture)
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)

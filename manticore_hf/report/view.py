@@ -88,6 +88,8 @@ def _standing(facts):
         note += "".join(f" {name}: not measured. {why}" for name, why in run.missing.items())
         note += "".join(f" {notice}" for notice in facts.notices)
         found = [(name, loss, run.bits.get(name), {}) for name, loss in run.losses.items()]
+    said = facts.measured.get("gguf")
+    note += f" {said}" if said and said not in note else ""
     found.sort(key=lambda one: one[1])
     gained, unit = gains(facts)
     digits = 4 if unit.startswith("bits") else 3

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import load_rows
+from manticore_hf.evaluation.gguf_sources import say_gguf
 from manticore_hf.evaluation.losses import Measured, make_passages
 from manticore_hf.evaluation.starts import scored_after
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig, ManticoreError
@@ -240,7 +241,7 @@ def _measure(facts, arguments, split, path, shortens, max_tokens, batch_size, co
     about = {"text": f"{text}{', validation split' if split else ''}", "named": not split}
     about |= {"block_size": arguments.block_size, "chosen": chosen, "whole": sum(map(len, all_rows["input_ids"]))}
     about |= {} if split else {"data": str(arguments.data)}
-    about |= {} if sources is None else {"components": sources}
+    about |= {} if sources is None else {"components": sources, "gguf": say_gguf(sources)}
     store = Store(
         path,
         {
