@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -219,8 +220,15 @@ def test_a_directory_that_cannot_be_written_is_published_all_the_same(saved, hub
 def test_the_hub_that_is_not_there(saved, tmp_path):
     assert TOKEN
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    command = ["-m", "manticore_hf.cli", "push", saved[1], "me/h", "--dry-run"]
+    command = ["-m", "manticore_hf.cli", "push", saved[1], "me/h"]
     done = clean_process.run(command, env=environment, modules=clean_process.TORCH)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     said = done.stderr.splitlines()[-1]
     assert "manticore-hf push: me/h was not published" in said and ". Nothing was committed unless" in said
+    done = clean_process.run([*command, "--dry-run"], env=environment, modules=clean_process.TORCH)
+    assert done.returncode == 0, done.stderr
+    listed, last = done.stdout.splitlines()[:-1], done.stdout.splitlines()[-1]
+    assert {"README.md", "model.safetensors", "config.json"} < {line.split()[0] for line in listed}
+    assert re.fullmatch(r"\d+ files, [\d,]+ bytes\.", listed[-1]) and last == "Dry run: nothing was written to me/h."
+    (said,) = (line for line in done.stderr.splitlines() if "does not answer" in line)
+    assert "it was not checked what me/h holds, whether all can read the components," in said

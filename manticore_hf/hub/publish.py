@@ -97,7 +97,7 @@ def publish(
         private: Whether a new repository is private.
         revision: Branch, made from main if it is not there.
         create_pr: Open a pull request instead of committing.
-        dry_run: Do everything but write to the Hub.
+        dry_run: Do everything but write to the Hub; where it does not answer, what does not need it.
         token: Access token; default: the one that is logged in.
         commit_message: Default: "Publish hybrid".
         license: The hybrid's own licence, as the Hub names it; default: the one that satisfies all components'.
@@ -122,20 +122,32 @@ def publish(
         config = ManticoreConfig.from_pretrained(directory)
         if recipe is not None:
             directory = _with_recipe(directory, recipe, Path(scratch) / "copy")
-        licenses, sizes, access = look_at_components(config, api)
+        alone = None  # why the Hub is not asked
+        try:
+            head, present, remote = _target(api, repo_id, revision, token)
+        except (HTTPError, ConnectionError) as err:
+            if not dry_run or getattr(err, "response", None) is not None:
+                raise
+            alone, head, present, remote = _sentence(err).rstrip("."), None, [], None
+        licenses, sizes, access = look_at_components(config, api if alone is None else None)
         combined = check(licenses, commercial, override_licenses, license)
-        head, present, remote = _target(api, repo_id, revision, token)
         made = Path(scratch) / "made"
-        files, notices = collect(directory, made, config, tokenizer, token)
+        files, notices = collect(directory, made, config, tokenizer, token, offline=alone is not None)
         notices += [*access, *(f"Overridden: {conflict}" for conflict in combined.conflicts)]
         notices += [f"The licence of component {name!r} is unknown: {licenses[name]}." for name in combined.unknown]
         weights = _weights(files.values(), config, sizes)
         facts = CardFacts(repo_id, licenses, license, *weights, access, list(datasets), list(tags), combined)
         notices += write_card(directory, made, facts, choose(_read(directory / "README.md"), remote, card))
-        notices += _write_results(directory, made, repo_id, api)
+        notices += _write_results(directory, made, repo_id, api) if alone is None else []
         files.update({path.relative_to(made).as_posix(): path for path in made.rglob("*") if path.is_file()})
         check_no_tokens(files, token)
-        _validate((made / "README.md").read_text(encoding="utf-8"))
+        if alone is None:
+            _validate((made / "README.md").read_text(encoding="utf-8"))
+        else:
+            notices.append(
+                f"The Hub does not answer ({alone}): it was not checked what {repo_id} holds, whether all can read the "
+                "components, and whether the card is valid; licences are those that the hybrid records."
+            )
         listed = {name: files[name].stat().st_size for name in sorted(files)}
         deleted = sorted(name for name in present if REPLACED.fullmatch(name) and name not in files)
         out = Published(repo_id, listed, deleted, facts.referenced_bytes, notices)
@@ -177,12 +189,12 @@ def update_card(
         logger.warning(notice)
 
 
-def look_at_components(config: ManticoreConfig, api: HfApi) -> tuple[dict, dict, list[str]]:
+def look_at_components(config: ManticoreConfig, api: HfApi | None) -> tuple[dict, dict, list[str]]:
     """What a publisher has to know of the components' repositories.
 
     Args:
         config: The hybrid's configuration.
-        api: HfApi.
+        api: HfApi; None: nothing is asked, and what the configuration says is all.
 
     Returns:
         ({component: licence or None}, {referenced component: bytes of its files}, sentences on who can read them).
@@ -193,7 +205,7 @@ def look_at_components(config: ManticoreConfig, api: HfApi) -> tuple[dict, dict,
     licenses, sizes, access = {}, {}, []
     for entry in config.components:
         licenses[entry["name"]] = entry["license"]
-        if entry["repo_id"] is None:
+        if entry["repo_id"] is None or api is None:
             continue
         reference = entry["weights"] == "reference"
         try:
@@ -447,10 +459,11 @@ def print_published(out: "Published") -> None:
     for name in out.deleted:
         print(f"  {name:{width}}  {'removed':>14}")
     total, whole = sum(out.files.values()), sum(out.files.values()) + out.referenced_bytes
-    print(
-        f"{len(out.files)} files, {total:,} bytes. Saved by referencing: {out.referenced_bytes:,} bytes of component "
-        f"weights are not uploaded ({out.referenced_bytes / whole:.1%} of the total)."
+    saved = (
+        f" Saved by referencing: {out.referenced_bytes:,} bytes of component weights are not uploaded "
+        f"({out.referenced_bytes / whole:.1%} of the total)."
     )
+    print(f"{len(out.files)} files, {total:,} bytes.{saved if out.referenced_bytes else ''}")
     for notice in out.notices:
         print(f"Note: {notice}", file=sys.stderr)
     if out.commit is None:

@@ -66,6 +66,7 @@ def collect(
     config: PreTrainedConfig,
     tokenizer: object = None,
     token: str | bool | None = None,
+    offline: bool = False,
 ) -> tuple[dict, list[str]]:
     """Finds the files of a saved hybrid that belong in its repository, and makes those that are missing.
 
@@ -75,6 +76,7 @@ def collect(
         config: The hybrid's configuration.
         tokenizer: Its tokenizer, or None for the directory's or that of the tokenizer component.
         token: Of the Hub.
+        offline: Whether a tokenizer of the Hub is only looked for in the local cache.
 
     Returns:
         ({path in the repository: path here} without those in `made`, sentences for the publisher).
@@ -117,11 +119,11 @@ def collect(
             notices.append("The code in the directory is not the installed manticore-hf's; it is published as it is.")
         for path in made.glob("*.py"):
             path.unlink()
-    notices += _add_tokenizer(directory, made, config, tokenizer, token)
+    notices += _add_tokenizer(directory, made, config, tokenizer, {"token": token, "local_files_only": offline})
     return files, notices
 
 
-def _add_tokenizer(directory, made, config, tokenizer, token):
+def _add_tokenizer(directory, made, config, tokenizer, hub):
     """Writes the tokenizer's files to `made`; a sentence where there is none."""
     if tokenizer is not None:
         tokenizer.save_pretrained(made)
@@ -130,9 +132,7 @@ def _add_tokenizer(directory, made, config, tokenizer, token):
     sources = [(str(directory), {})]
     home = entry if entry["transplant"] is None else entry["transplant"]["tokenizer"] or {"repo_id": None}
     if home["repo_id"]:
-        sources.append(
-            (home["repo_id"], {"revision": home["revision"], "subfolder": home["subfolder"] or "", "token": token})
-        )
+        sources.append((home["repo_id"], {"revision": home["revision"], "subfolder": home["subfolder"] or "", **hub}))
     for source, options in sources:
         if source == str(directory) and not any(directory.glob("*token*")) and not any(directory.glob("vocab*")):
             continue  # of a configuration alone AutoTokenizer makes an empty tokenizer
