@@ -49,7 +49,9 @@ def break_writing(monkeypatch, after=0):
 
 
 def test_files_of_a_save(model, tmp_path):
-    model.save_pretrained(tmp_path / "out")
+    for _ in range(2):  # a new directory, and one that is there
+        model.save_pretrained(tmp_path / "out")
+        assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()} == {oct(0o666 & ~_umask())}
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == CODE | {"config.json", "generation_config.json", MODEL}
     assert not scratch_folders(tmp_path)

@@ -227,6 +227,11 @@ def test_upstream_still_convolves_with_weights_that_are_not_there():
     assert torch.nn.functional.conv1d(values, weights, groups=2).device.type == "cpu"
 
 
+def test_upstream_still_writes_weights_for_their_owner_alone(tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o600
+
+
 # ---- the Hub's clients -----------------------------------------------------------------------------------------------
 
 

@@ -33,24 +33,41 @@ def quiet_loading(downloads: bool = False) -> Iterator[None]:
         downloads: Whether the Hub's client shows its bars all the same.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers import modeling_gguf_pytorch_utils as gguf_loading
     from transformers.utils import logging as transformers_logging
 
     shown, hub = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
-    gguf_bar, gguf_loading.tqdm = gguf_loading.tqdm, transformers_logging.tqdm  # its own heeds no setting
     if hub and downloads:  # which Transformers has switched off with its own
         enable_progress_bars()
     try:
-        yield
+        with _heeded_by_gguf():
+            yield
     finally:
-        gguf_loading.tqdm = gguf_bar
         with warnings.catch_warnings():  # which would say that HF_HUB_DISABLE_PROGRESS_BARS has the last word
             warnings.simplefilter("ignore")
             if shown:
                 transformers_logging.enable_progress_bar()
             if hub:
                 enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _heeded_by_gguf():
+    """Context in which Transformers' setting for bars counts for its reader of GGUF files, too."""
+    from transformers.utils import logging as transformers_logging
+
+    try:
+        from transformers import modeling_gguf_pytorch_utils as reader
+
+        theirs = reader.tqdm
+    except (ImportError, AttributeError):  # of another version, which has no bar of its own
+        yield
+        return
+    reader.tqdm = transformers_logging.tqdm
+    try:
+        yield
+    finally:
+        reader.tqdm = theirs
 
 
 @contextlib.contextmanager
