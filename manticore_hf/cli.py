@@ -70,7 +70,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         "manticore_hf.compare.evaluate_command",
-        "losses or task scores of a hybrid beside those of its components and their ensemble",
+        "losses or task scores of a hybrid beside those of its components, their ensemble and their online mixture",
     ),
     "mad": Command(
         "manticore_hf.experiments.mad.mad_command",
@@ -98,10 +98,10 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
-_GO_ON = {"demo", "run", "compare", "mad-profile", "composition"} | {
+_GO_ON = {"demo", "run", "compare", "report", "families", "mad-profile", "composition"} | {
     name for name, stage in STAGES.items() if stage.trains is not None
 }
-"""Commands that keep what they have done when they are interrupted; others begin again."""
+"""Commands that keep what they have done when they are interrupted, as does `evaluate --tasks`; others begin again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,10 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             interrupted (130).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    goes_on = bool(argv) and OLD_NAMES.get(argv[0], argv[0]) in _GO_ON
-    said = "Interrupted; run the same command again to go on." if goes_on else "Interrupted."
+    said = "Interrupted; run the same command again to go on." if _goes_on(argv) else "Interrupted."
     with printable_output(), ends_if_interrupted(said), quiet_optional_packages(), warned_in_a_sentence():
         return _main(argv)
+
+
+def _goes_on(argv):
+    words = {one.partition("=")[0].replace("_", "-") for one in argv}
+    command = OLD_NAMES.get(argv[0], argv[0]) if argv else None
+    return command in _GO_ON or command == "evaluate" and words >= {"--tasks", "--output-dir"}
 
 
 def _main(argv: list[str]) -> int:

@@ -153,6 +153,13 @@ def test_old_names_of_options_are_taken_with_a_warning():
         assert args.epochs == 4
 
 
+def test_help_of_what_is_measured_names_every_baseline():
+    for name in ("compare", "evaluate"):
+        shown = " ".join(parser_of(name).format_help().split())
+        assert "ensemble" in shown and "online mixture" in shown, name
+    assert "online mixture" in COMMANDS["evaluate"].help
+
+
 def test_help_names_options_as_they_are_typed():
     for name in STAGES:
         parser = parser_of(name, whole=False)
@@ -321,6 +328,10 @@ def test_an_interrupt_is_a_line_and_status_130(monkeypatch, capsys):
         (["inspect", "me/x"], "Interrupted."),
         (["compose", "a/b", "c/d", "--output-dir", "o"], "Interrupted."),
         (["run", "x.yaml", "--output-dir", "o"], "Interrupted; run the same command again to go on."),
+        (["report", "o"], "Interrupted; run the same command again to go on."),
+        (["families", "--run", "--output-dir", "o"], "Interrupted; run the same command again to go on."),
+        (["evaluate", "--model", "a/b", "--data", "d", "--output-dir", "o"], "Interrupted."),
+        (["evaluate", "--model", "a/b", "--tasks=t", "--output_dir", "o"], "Interrupted; run the same command again"),
         (["finetune", "--model", "a/b", "--data", "d", "--output-dir", "o"], "Interrupted; run the same command"),
     ):
         monkeypatch.setattr(importlib.import_module(COMMANDS[words[0]].module), "main", stopped)

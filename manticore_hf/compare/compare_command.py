@@ -10,9 +10,9 @@ def add_options(parser: Parser) -> None:
     """Adds the command's options."""
     parser.description = (
         "Trains the hybrid of a recipe and every baseline a user has (each component tuned alone, also for as "
-        "many FLOPs as the hybrid; their ensemble, plain, weighted, and with a per-token gate) on the same tokens with "
-        "the same grid of settings, chosen on a validation split, and tests them on the same documents: losses with "
-        "intervals, paired tests, FLOPs and time. Finished runs are not repeated."
+        "many FLOPs as the hybrid; their ensemble, plain, weighted, and with a per-token gate; their online mixture) "
+        "on the same tokens with the same grid of settings, chosen on a validation split, and tests them on the same "
+        "documents: losses with intervals, paired tests, FLOPs and time. Finished runs are not repeated."
     )
     parser.add_argument("recipe", help="the YAML file; all models are tuned with its finetune stage's settings")
     parser.add_argument("--output-dir", required=True, help="directory of the runs and the comparison")
