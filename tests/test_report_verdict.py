@@ -197,6 +197,13 @@ def test_why_there_is_no_interval_is_said():
     said = out.getvalue()
     assert "8 rows of text (3 here). Use more text, or a smaller --block-size." in said
     assert "The hybrid is the online mixture of its components" in said and said.count("online mixture") == 1
+    assert 'as "original", as they came' not in said
+    for name in ("a", "original a"):
+        result["losses"][name], result["bits_per_byte"][name] = 2.2, 2.2 / 3
+        result["differences"][name] = [0.07, None, None]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print_result("hybrid", result)
+    assert 'measured inside the hybrid and, as "original", as they came, with their own tokenizers.' in out.getvalue()
 
 
 @pytest.mark.parametrize("apart, low, high, same", [

@@ -16,7 +16,7 @@ from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.evaluation.gguf_sources import say_gguf
 from manticore_hf.evaluation.losses import how_measured, make_passages, measure, name_of
 from manticore_hf.training.recipe import find_originals
-from manticore_hf.utils.claims import claim, itself, more_rows
+from manticore_hf.utils.claims import ORIGINAL, claim, itself, more_rows
 from manticore_hf.utils.files import write_json
 from manticore_hf.utils.formatting import signed
 from manticore_hf.utils.tokenizers import read_tokenizer
@@ -90,6 +90,8 @@ def print_result(source: str | os.PathLike, result: Mapping[str, Any], mixture: 
             gain, low, high = result["differences"][name]
             line += f"  {signed(gain, 4)}" + (f" ({signed(low, 4)} to {signed(high, 4)})" if low is not None else "")
         print(line)
+    if any(name.startswith(ORIGINAL.format("")) for name in bits):
+        print('Components are measured inside the hybrid and, as "original", as they came, with their own tokenizers.')
     for name in same:
         print(f"The hybrid is the {name} of its components, which is therefore no baseline.")
     for name, why in result["missing"].items():

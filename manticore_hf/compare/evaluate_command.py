@@ -10,8 +10,8 @@ def add_options(parser: Parser) -> None:
     """Adds the command's options."""
     parser.description = (
         "Prints what a hybrid, each of its components (inside it, and the original with its own tokenizer), their "
-        "plain ensemble and their online mixture (weights from their losses on the text so far) lose on a text, in bits per "
-        "byte and nats per token (--data), or their scores on tasks of the lm-evaluation-harness (--tasks)."
+        "plain ensemble and their online mixture (weights from their losses on the text so far) lose on a text, in "
+        "bits per byte and nats per token (--data), or their scores on tasks of the lm-evaluation-harness (--tasks)."
     )
     parser.add_argument("--model", required=True, help="the hybrid: directory or Hub repo")
     what = parser.add_mutually_exclusive_group(required=True)
