@@ -254,9 +254,9 @@ class Boundary:
             out = out.scatter_add_(1, wide(self.sharing), kept.gather(1, wide(self.of)) * mine)
         return out
 
-    @staticmethod
-    def likely(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def likely(self, of: str, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(How far the likeliest tokens are above the next one, their ids): nothing jumps where another comes in."""
+        probs = probs[:, : len(self.prefixes[of])]  # other rows are padding, of no token
         values, numbers = probs.topk(min(LIKELY, probs.shape[-1]))
         return values - values[:, -1:], numbers
 
@@ -267,8 +267,8 @@ class Boundary:
         one begins with the other, A's takes a part of the probability of B's, as far as A itself expects it.
         """
         with torch.no_grad():
-            expected, names = self.likely(share)
-        values, numbers = self.likely(probs)
+            expected, names = self.likely("a", share)
+        values, numbers = self.likely("b", probs)
         b, a = self.prefixes["b"][numbers][:, :, None], self.prefixes["a"][names][:, None]
         begins = (b[..., 1] <= a[..., 0]) & (a[..., 0] < b[..., 2]) | (a[..., 1] <= b[..., 0]) & (b[..., 0] < a[..., 2])
         begins &= (b[..., 3] != names[:, None]) & (a[..., 3] != numbers[:, :, None]) & (a[..., 0] >= 0)

@@ -24,6 +24,7 @@ from manticore_hf import ComponentSpec, ManticoreForCausalLM
 PAIRS = {
     "attention": (("llama", "gpt"), ("gpt_neox", "gemma")),
     "recurrent": (("llama", "gemma"), ("mamba", "gpt")),
+    "padded home": (("gpt_neox", "gemma"), ("llama", "gpt")),
     "three": (("llama", "gpt"), ("gpt_neox", "gemma"), ("mamba", "roles")),
 }
 LANGUAGES = {
@@ -153,9 +154,8 @@ def test_cached_equals_uncached_and_rows_sum_to_one(hybrids, kind):
                 cache = model.make_cache()
                 parts = [model(part, cache=cache).logits for part in ids.split(sizes, 1)]
                 torch.testing.assert_close(torch.cat(parts, 1).log_softmax(-1), whole, atol=1e-4, rtol=1e-4, msg=name)
-            own = model.segments.logits(
-                model.config.tokenizer_component, model(ids).logits[..., :1].new_zeros(1, 1, 24)
-            )
+            home = model.config.tokenizer_component
+            own = model.segments.logits(home, torch.zeros(1, 1, getattr(model.config, home).hidden_size))
             assert own.shape[-1] == model.config.vocab_size
             model.set_mixture_weights(model.config.aligned[0])
             alone = model(ids, use_cache=False).logits

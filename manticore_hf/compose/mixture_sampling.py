@@ -116,7 +116,7 @@ class _Reader:
             b, a = boundary.single
             # What is shared at most, before some are left out
             total = ended[0, b].sum() + ended[0, boundary.shared].sum()
-            values, numbers = boundary.likely(ended)
+            values, numbers = boundary.likely("b", ended)
             least = ended.scatter_add(1, numbers, -MOVED * values)  # whatever the home component expects
             out = ended.new_zeros(size).index_add_(0, a, least[0, b])
             if piece.sparse is not None:

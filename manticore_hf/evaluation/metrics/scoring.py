@@ -90,9 +90,9 @@ def token_logprobs(
         max_length: Most tokens that the model reads at once, the start included; None for the configuration's
             `max_position_embeddings` (no limit where there is none, as for Mamba).
         stride: How a longer text is read; None: it raises. The first max_length tokens are read at once; then each
-            pass scores the next `stride` tokens with as many before them as max_length allows. So every token sees
-            max_length - stride tokens or more, from the start of the text on if it is no further away; a smaller
-            stride costs more passes and gives lower losses.
+            pass scores the next `stride` tokens, with the start and as many of the tokens before them as max_length
+            allows. So every token sees max_length - stride tokens or more, from the start of the text on if it is no
+            further away; a smaller stride costs more passes and gives lower losses.
         start_token_id: Id of another start token.
         prompts: For each text what is read before it and not scored, after the start; it counts to max_length.
         progress: Show a progress bar.
@@ -118,8 +118,7 @@ def token_logprobs(
     if prompts is not None:
         before = [_bare(tokenizer, [prompt])[0] if prompt else [] for prompt in prompts]
     for i, (start, ids) in enumerate(tokens_with_start(tokenizer, texts, start_token_id)):
-        start = start + before[i]
-        windows += _windows(i, start, ids, max_length, stride)
+        windows += _windows(i, start, before[i], ids, max_length, stride)
         scores.append([0.0] * len(ids))
     # The longest first: where memory is too small, that shows at once.
     windows.sort(key=lambda window: -len(window.ids))
@@ -188,25 +187,30 @@ def _bare(tokenizer, texts):
     return tokenise(tokenizer, texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def _windows(i, start, ids, max_length, stride):
+def _windows(i, start, prompt, ids, max_length, stride):
     if not ids:
         return []
-    whole = start + ids
-    if max_length is None or len(whole) <= max_length:
-        return [_Window(i, whole, len(start), 0)]
+    whole, begin_with = prompt + ids, len(start)
+    if max_length is None or begin_with + len(whole) <= max_length:
+        return [_Window(i, start + whole, begin_with + len(prompt), 0)]
     if stride is None:
         raise ManticoreError(
-            f"texts[{i}] has {len(whole)} tokens, its start included, more than max_length={max_length}: give "
-            f"stride={max_length // 2} to read it in overlapping windows, a larger max_length if the model can read "
-            "more, or a shorter text."
+            f"texts[{i}] has {begin_with + len(whole)} tokens, its start included, more than max_length={max_length}: "
+            f"give stride={max_length // 2} to read it in overlapping windows, a larger max_length if the model can "
+            "read more, or a shorter text."
         )
-    if len(start) >= max_length:
-        raise ManticoreError(f"max_length={max_length} leaves no room after the {len(start)} start tokens.")
-    windows = [_Window(i, whole[:max_length], len(start), 0)]
-    for done in range(max_length, len(whole), stride):
-        end = min(done + stride, len(whole))
-        begin = end - max_length
-        windows.append(_Window(i, whole[begin:end], done - begin, done - len(start)))
+    room = max_length - begin_with
+    if len(prompt) >= room:
+        raise ManticoreError(
+            f"max_length={max_length} leaves no room after the {begin_with + len(prompt)} start tokens."
+        )
+    windows = [_Window(i, start + whole[:room], begin_with + len(prompt), 0)]
+    step = min(stride, room)
+    for done in range(room, len(whole), step):
+        end = min(done + step, len(whole))
+        begin = end - room
+        # Behind the start again: some models (Gemma) read a text without it far worse
+        windows.append(_Window(i, start + whole[begin:end], begin_with + done - begin, done - len(prompt)))
     return windows
 
 
