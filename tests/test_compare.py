@@ -10,13 +10,18 @@ import torch
 from tiny_hybrid import QUIET_RECIPE, WORDS, pair, save, word_tokenizer, write_text
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+import manticore_hf.compare.compare as compare_module
 import manticore_hf.compare.contenders as contenders
 from manticore_hf import ManticoreError, ManticoreForCausalLM
 from manticore_hf.cli import main
 from manticore_hf.compare import CompareArguments, run_compare
 from manticore_hf.compare.compare import Comparison
+from manticore_hf.compare.compared_recipe import read_recipe
+from manticore_hf.compare.contenders import Workshop
 from manticore_hf.compare.summary import as_markdown, verdict
 from manticore_hf.evaluation.data import DataArguments, load_rows, without_text
+from manticore_hf.report.comparison import read_comparison
+from manticore_hf.report.verdict import decide
 
 GRID = {"learning_rates": (1e-3, 1e-2), "seeds": (0, 1), "online_etas": (0.3, 2.0), "online_decays": (0.8,)}
 
@@ -222,7 +227,7 @@ def test_the_table_says_what_the_numbers_say(compared):
     assert (output / "comparison.png").stat().st_size > 1000
     rows = {row["name"]: row for row in json.loads(json.dumps(result))["rows"]}
     assert result["test_bytes"] == sum(len(text.encode()) for text in texts_of(output))
-    assert verdict(result).startswith(f"No claim is made: {result['test_bytes']:,} bytes of test text are too few")
+    assert verdict(result).startswith(f"No claim is made: {result['test_bytes']:,} bytes of text are too few")
     result = {**result, "test_bytes": 5_000}
     better = {
         **result,
@@ -237,6 +242,41 @@ def test_the_table_says_what_the_numbers_say(compared):
     for row in better["rows"]:
         row["difference_interval"] = [-1.0, 6.0]
     assert "is no different from the best baseline" in verdict(better)
+    # Nor is one made of an interval over three rows
+    few = {**better, "test_units": 3, "units": "row"}
+    assert verdict(few).startswith("No claim is made: 3 rows of text are too few for an interval (at least 8).")
+    assert as_markdown(few).count("| – | – |") == len(few["rows"]) - 1  # interval and p of each difference
+    path = output / "few.json"
+    path.write_text(json.dumps(few))
+    found = decide(read_comparison(path))
+    assert found.word == "TRY" and "3 rows of text are too few" in found.reasons[0]
+
+
+def test_the_gate_over_tuned_components_is_made_as_the_hybrids(place, tmp_path):
+    """What is compared is what is served: weights kept for as many tokens, and made from the same features."""
+    recipe = read_recipe(place / "recipe.yaml")
+    recipe.hybrid |= {"gate_lag": 4, "gate_past_losses": True}
+    shop = Workshop(recipe, tmp_path / "untuned")
+    (tmp_path / "gate").mkdir()
+    shop.train_gate([None, None], "token", {}, 0, tmp_path / "gate")
+    run = {"options": {}, "folder": tmp_path / "gate"}
+    gate = shop.load_gate(run, [None, None], "token")
+    assert gate.config.gate_lag == 4 and gate.config.gate_past_losses
+    assert shop.mixture([None, None], "online", "prob").config.gate_lag == 4
+    assert shop.mixture([None, None], "static").config.gate_lag == 1
+
+
+def test_the_test_text_is_read_as_the_recipes(place, tmp_path, monkeypatch):
+    """Names of special tokens are tokens there if they are in training; its encoding can be said."""
+    (tmp_path / "test.txt").write_bytes("the cat caf\u00e9".encode("latin-1"))
+    arguments, asked = CompareArguments(test=str(tmp_path / "test.txt")), []
+    recipe = _recipe(place / "special.yaml", special_tokens="tokens")
+    with pytest.raises(ManticoreError, match="is not utf-8 text .* for example latin-1"):
+        Comparison(recipe, arguments, tmp_path / "out")
+    arguments.encoding = "latin-1"
+    monkeypatch.setattr(compare_module, "load_documents", lambda one, tokenizer: asked.append(one))
+    Comparison(recipe, arguments, tmp_path / "out")
+    assert (asked[0].special_tokens, asked[0].encoding) == ("tokens", "latin-1")
 
 
 @pytest.mark.slow

@@ -293,7 +293,8 @@ def test_an_untrained_hybrid_lacks_no_seeds():
 def test_a_comparison_on_little_text_decides_nothing():
     rows = (*PARTS, row("gate", "gate", 0.3))
     assert verdict(*rows, test_bytes=4_999).word == "TRY" and verdict(*rows, test_bytes=5_000).word == "GO"
-    assert "4,999 bytes of text, too few" in verdict(*rows, test_bytes=4_999).reasons[0]
+    assert "4,999 bytes of text are too few" in verdict(*rows, test_bytes=4_999).reasons[0]
+    assert verdict(*rows, test_units=7).word == "TRY" and verdict(*rows, test_units=8).word == "GO"
 
 
 def test_other_hybrids_are_no_baselines_but_are_named():

@@ -26,6 +26,9 @@ class CompareArguments:
         },
     )
     test_split: str = field(default="test", metadata={"help": "Split of a Hub data set."})
+    encoding: str | None = field(
+        default=None, metadata={"help": "Of the test and validation text, e.g. latin-1. Default: UTF-8, or its mark's."}
+    )
     max_test_tokens: int | None = field(default=None, metadata={"help": "Test on at most this many tokens."})
     seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "Seeds of order, gates and projectors."})
     learning_rates: tuple[float, ...] | None = field(default=None, metadata={"help": "Learning rates for fine-tuning."})

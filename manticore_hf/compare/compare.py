@@ -39,6 +39,8 @@ from manticore_hf.modeling.configuration_manticore import ManticoreError
 from manticore_hf.utils.claims import ORIGINAL
 from manticore_hf.utils.files import read_json, write_json
 
+_HOW_READ = ("block_size", "text_column", "space_characters", "special_tokens")  # of any text, as of the recipe's
+
 
 def run_compare(recipe: str | Path, arguments: CompareArguments, output_dir: str | Path) -> dict:
     """Trains, tests and compares what is not finished yet.
@@ -67,10 +69,11 @@ class Comparison:
         self.output.mkdir(parents=True, exist_ok=True)
         self.identity = self._identify()
         data = DataArguments(**self.recipe.data)
-        same = {key: getattr(data, key) for key in ("block_size", "text_column", "space_characters")}
+        same = {key: getattr(data, key) for key in _HOW_READ}
         test = {"data": arguments.test, "data_split": arguments.test_split, "max_tokens": arguments.max_test_tokens}
-        test = DataArguments(**test, **same, validation_fraction=0.0)
-        held_out = arguments.validation and DataArguments(arguments.validation, **same, validation_fraction=0.0)
+        same |= {"encoding": arguments.encoding, "validation_fraction": 0.0}
+        test = DataArguments(**test, **same)
+        held_out = arguments.validation and DataArguments(arguments.validation, **same)
         for text in filter(None, (data, test, held_out)):  # before anything is converted or loaded
             read_texts(text, 1)
         self.shop = Workshop(self.recipe, self.output / "untuned")

@@ -243,8 +243,13 @@ class Workshop:
     def mixture(
         self, runs: list[dict | None], mixture: str, space: str = "logprob", **more: float
     ) -> ManticoreForCausalLM:
-        """The one-block hybrid of tuned components (None: untuned), at its start; `more` settings of its mixture."""
+        """The one-block hybrid of tuned components (None: untuned), at its start; `more` settings of its mixture.
+
+        Its weights are made as the recipe's hybrid makes them: kept for as many tokens, from past losses, too.
+        """
         settings = {"mixture": mixture, "mixture_space": space, "embeddings": "native", **more}
+        alike = {"token": ("gate_lag", "gate_past_losses"), "online": ("gate_lag",)}.get(mixture, ())
+        settings |= {key: self.recipe.hybrid[key] for key in alike if key in self.recipe.hybrid}
         if self.own_tokenizers:  # which are at the components' addresses, and beside what was tuned
             where = [one if run is None else run["folder"] / "model" for one, run in zip(self.sources, runs)]
             parts = [ComponentSpec(one, name=name) for one, name in zip(where, self.names)]

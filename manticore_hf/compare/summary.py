@@ -11,7 +11,7 @@ import numpy as np
 
 from manticore_hf.compare.scores import Documents
 from manticore_hf.evaluation.statistics import bootstrap, mean_loss, paired_p
-from manticore_hf.utils.claims import CLAIM_BYTES
+from manticore_hf.utils.claims import too_little
 from manticore_hf.utils.files import replace_text, write_json
 from manticore_hf.utils.plots import plot_differences
 
@@ -151,19 +151,22 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
+    few = too_little(None, result["test_units"]) is not None
+
+    def interval(ends, form):
+        return "–" if few else " to ".join(format(end, form) for end in ends)
+
     for row in sorted(result["rows"], key=lambda row: row["loss"]):
         name = f"**{row['name']}**" if row["kind"] == "hybrid" else row["name"]
         name += f" (needs {row['needs']})" if row["needs"] else ""
-        low, high = row["interval"]
-        cells = [name, f"{row['bits_per_byte']:.4f}", f"{row['loss']:.4f}", f"{low:.3f} to {high:.3f}"]
+        cells = [name, f"{row['bits_per_byte']:.4f}", f"{row['loss']:.4f}", interval(row["interval"], ".3f")]
         cells += [f"{row['by_kind'][kind]:.3f}" for kind in kinds]
         cells.append(f"{row['accuracy']:.3f}" if "accuracy" in row else "–")
         if "difference" in row:
-            low, high = row["difference_interval"]
             cells += [
                 f"{row['difference']:+.4f}",
-                f"{low:+.4f} to {high:+.4f}",
-                f"{row['p']:.4f}",
+                interval(row["difference_interval"], "+.4f"),
+                "–" if few else f"{row['p']:.4f}",
                 f"{row['seeds_won']} of {len(row['losses'])}",
             ]
         else:
@@ -184,12 +187,10 @@ def verdict(result: Mapping[str, Any]) -> str:
     others = ("hybrid", "pruned", "oracle")
     baselines = [row for row in result["rows"] if row["kind"] not in others and not row["needs"]]
     best = min(baselines, key=lambda row: row["loss"])
+    if (why := too_little(result["test_bytes"], result["test_units"], result["units"])) is not None:
+        losses = f"{best['name']} ({best['loss']:.4f}), {own['name']} has {own['loss']:.4f}"
+        return f"No claim is made: {why}. The best baseline is {losses}."
     low, high = best["difference_interval"]
-    if result["test_bytes"] < CLAIM_BYTES:
-        return (
-            f"No claim is made: {result['test_bytes']:,} bytes of test text are too few (at least {CLAIM_BYTES:,}). "
-            f"The best baseline is {best['name']} ({best['loss']:.4f}), {own['name']} has {own['loss']:.4f}."
-        )
     sure = "better" if low > 0 else "worse" if high < 0 else "no different"
     return (
         f"{own['name']} ({own['loss']:.4f}; {own['bits_per_byte']:.4f} bits per byte) is "

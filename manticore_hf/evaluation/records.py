@@ -104,12 +104,12 @@ def _read_text(file, encoding):
     except UnicodeEncodeError:
         raise ManticoreError(
             f"{str(file)!r} is not {encoding} text: it holds half of a character. Convert it to UTF-8, or say what "
-            "it is (encoding, for example latin-1)."
+            "it is where there is such a setting (encoding, for example latin-1)."
         ) from None
     except UnicodeDecodeError as err:
         raise ManticoreError(
             f"{str(file)!r} is not {encoding} text (byte {len(mark) + err.start:,} is 0x{err.object[err.start]:02x}): "
-            "convert it to UTF-8, or say what it is (encoding, for example latin-1)."
+            "convert it to UTF-8, or say what it is where there is such a setting (encoding, for example latin-1)."
         ) from None
     except (LookupError, ValueError):  # no encoding, or one that is not of texts
         raise ManticoreError(
@@ -118,7 +118,7 @@ def _read_text(file, encoding):
     if "\0" in text:
         raise ManticoreError(
             f"{str(file)!r} holds zero bytes, so it is not {encoding} text: convert it to UTF-8, or say what it is "
-            "(encoding, for example utf-16-le)."
+            "where there is such a setting (encoding, for example utf-16-le)."
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

@@ -82,7 +82,8 @@ def read_comparison(path: str | os.PathLike) -> dict[str, Any]:
         wrong("two rows have one name")
     if values.get("hybrid") not in names:
         wrong(f"its hybrid {show(values.get('hybrid'))} is none of its rows")
-    tokens = {key: _count(values.get(key)) for key in ("tokens", "test_tokens", "test_bytes")}
+    tokens = {key: _count(values.get(key)) for key in ("tokens", "test_tokens", "test_bytes", "test_units")}
+    tokens["units"] = "document" if values.get("units") == "document" else "row"
     texts = {key: str(values.get(key) or "not recorded") for key in ("data", "test", "machine")}
     seeds = values.get("seeds") if isinstance(values.get("seeds"), list) else []
     return {**tokens, **texts, "seeds": seeds, "hybrid": values["hybrid"], "rows": checked}

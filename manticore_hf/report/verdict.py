@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from manticore_hf.report.one_run import OneRun
-from manticore_hf.utils.claims import CLAIM_BYTES, ORIGINAL, claim
+from manticore_hf.utils.claims import CLAIM_BYTES, CLAIM_ROWS, ORIGINAL, claim, too_little
 from manticore_hf.utils.formatting import plural, signed
 
 WORTH = 0.01
@@ -36,7 +36,7 @@ RULES = [
     "PRUNE: the answer is GO, and a pruned hybrid (one component per block, about the cost of one model) has a loss at "
     f"most {PRUNE_WITHIN:.0%} above that of the unpruned one and still beats the best baseline.",
     "Without a comparison over several seeds that includes separately tuned baselines, there is no verdict, only TRY; "
-    f"the same holds for fewer than {CLAIM_BYTES:,} bytes of test text.",
+    f"the same holds for fewer than {CLAIM_BYTES:,} bytes or {CLAIM_ROWS} rows (or documents) of test text.",
 ]
 
 _ONE_RUN = "There is no comparison over several seeds: a single run cannot support a decision."
@@ -114,9 +114,9 @@ def decide(
         return Verdict("TRY", None, reasons, default if steps is None else list(steps), decided=False)
     rows = {row["name"]: row for row in comparison["rows"]}
     hybrid = rows[comparison["hybrid"]]
-    size = comparison.get("test_bytes")
-    if size is not None and size < CLAIM_BYTES:
-        reason = f"The comparison was tested on {size:,} bytes of text, too few for a claim (at least {CLAIM_BYTES:,})."
+    why = too_little(comparison.get("test_bytes"), comparison.get("test_units"), comparison.get("units") or "row")
+    if why is not None:
+        reason = f"The comparison was tested on too little for a claim: {why}."
         return Verdict("TRY", None, [reason], [f"Compare on more text: {command}"] if command else [], decided=False)
     others = _baselines(comparison)
     free = [row for row in others if not row["needs"]]

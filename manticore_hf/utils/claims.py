@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from manticore_hf.utils.formatting import signed
+from manticore_hf.utils.formatting import plural, signed
 
 CLAIM_BYTES = 5_000
 """Fewest bytes of text on which a difference is called one."""
@@ -32,7 +32,7 @@ def claim(
         rows: Rows of text, None if unknown: says why there is no interval.
     """
     if size is not None and size < CLAIM_BYTES:
-        return f"No claim is made against {name}: {size:,} bytes of text are too few (at least {CLAIM_BYTES:,})."
+        return f"No claim is made against {name}: {too_little(size, None)}."
     if size is None or difference is None or None in difference:
         return f"No claim is made against {name}: {_why_none(size, rows)}."
     gain, low, high = difference
@@ -41,6 +41,22 @@ def claim(
         return f"{what} shows no clear difference from {name}: {signed(gain, 4)} bits per byte ({interval})."
     word = "better" if gain > 0 else "worse"
     return f"{what} is {abs(gain):.4f} bits per byte {word} than {name} ({interval})."
+
+
+def too_little(size: int | None, rows: int | None, unit: str = "row") -> str | None:
+    """Why a text carries no claim, as the end of a sentence; None where it is enough, or how much it is is not known.
+
+    Args:
+        size: Bytes of text.
+        rows: Rows, or documents, over which an interval is drawn.
+        unit: What these are.
+    """
+    if size is not None and size < CLAIM_BYTES:
+        return f"{size:,} bytes of text are too few (at least {CLAIM_BYTES:,})"
+    if rows is not None and rows < CLAIM_ROWS:
+        are = "is" if rows == 1 else "are"
+        return f"{plural(rows, unit)} of text {are} too few for an interval (at least {CLAIM_ROWS})"
+    return None
 
 
 def _why_none(size, rows):
