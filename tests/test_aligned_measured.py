@@ -31,6 +31,7 @@ from manticore_hf.hub.inspection import inspect_hybrid, print_inspection
 from manticore_hf.report import speed
 from manticore_hf.report.measure import feature_similarity
 from manticore_hf.training.calibrate import calibrate_projectors
+from manticore_hf.training.recipe import run_recipe
 from manticore_hf.utils.flops import count_flops
 
 HOME, OTHER = "llama_gpt", "gpt_neox_gemma"
@@ -72,7 +73,7 @@ def recipe(tmp_path_factory):
     (folder / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (FIRST, SECOND)))
     training = {**QUIET_RECIPE, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
     values = {
-        "components": ["a", "b"], "hybrid": {"num_blocks": 1, "dtype": "float32"},
+        "components": ["a", "b"], "hybrid": {"num_blocks": 1, "dtype": "float32", "tokenizer_component": "a"},
         "data": {"data": "text.txt", "block_size": 48}, "stages": [{"finetune": training}],
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(values))
@@ -312,6 +313,20 @@ def test_the_tokenizer_is_chosen_by_a_text(recipe, tmp_path, capsys):
     ):
         assert main([*wrong, "--output-dir", str(tmp_path / "wrong")]) == 2
         assert re.search(message, capsys.readouterr().err), message
+
+
+def test_a_recipes_text_chooses_unless_the_recipe_does(recipe, tmp_path):
+    """Of every shuffle of the components the same tokenizer; what is named is not measured."""
+    (tmp_path / "text.txt").write_text(TEXT * 9)
+    found = measure_tokenizers([str(recipe / "a"), str(recipe / "b")], [TEXT * 9], mixture="static")
+    best = min(found, key=found.get)
+    for order, more, wanted in (("ab", "", best), ("ba", "", best), ("ab", ", tokenizer_component: b", "b")):
+        file, out = tmp_path / "own.yaml", tmp_path / f"{order}{len(more)}"
+        parts = ", ".join(str(recipe / one) for one in order)
+        file.write_text(f"components: [{parts}]\nhybrid: {{mixture: static{more}}}\ndata: {{data: text.txt}}\n")
+        ((_, result),) = run_recipe(file, out, allow_outside=True)
+        assert ManticoreForCausalLM.from_pretrained(out / "0-compose").config.tokenizer_component == wanted
+        assert result.get("tokenizers") == (None if more else pytest.approx(found, rel=1e-3))
 
 
 def test_no_more_of_a_text_is_read_than_it_takes(recipe, monkeypatch):

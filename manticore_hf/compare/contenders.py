@@ -31,7 +31,7 @@ from transformers import (
 from manticore_hf.compare.arguments import stage_settings
 from manticore_hf.compare.compared_recipe import earlier_texts, only_training, training_settings
 from manticore_hf.compare.scores import forward_flops
-from manticore_hf.compose.component_tokenizers import find_tokenizer
+from manticore_hf.compose.component_tokenizers import can_align, find_tokenizer
 from manticore_hf.compose.components import ComponentSpec, load, resolve
 from manticore_hf.compose.convert.converted_files import convert_files
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
@@ -104,7 +104,8 @@ class Workshop:
         recipe.components = convert_files(recipe.components, self.folder)
         with contextlib.redirect_stdout(io.StringIO()):
             arguments = TrainingArguments(output_dir=str(self.folder), seed=recipe.seed, **training_defaults())
-            run_compose(recipe.components, arguments, num_blocks=1, dtype=dtype, **settings)
+            text = DataArguments(**recipe.data) if can_align(recipe.hybrid) else None
+            run_compose(recipe.components, arguments, text=text, num_blocks=1, dtype=dtype, **settings)
         self.tokenizer = read_tokenizer(self.folder)
         config = self.untuned().config
         self.names = config.component_names
@@ -113,7 +114,7 @@ class Workshop:
             f"{entry['repo_id']}@{entry['revision']}" if entry["repo_id"] and not entry["subfolder"] else source
             for entry, source in zip(config.components, recipe.components)
         ]
-        if recipe.hybrid.pop("tokenizer_data", None) is not None:  # it was chosen, once for all
+        if recipe.hybrid.pop("tokenizer_data", None) is not None or config.aligned:  # it was chosen, once for all
             recipe.hybrid["tokenizer_component"] = config.tokenizer_component
         given = recipe.hybrid.get("tokenizer")  # of the hybrids alone: components keep theirs
         self.hybrid_tokenizer = given and functools.cache(functools.partial(tokenizer_at, given))

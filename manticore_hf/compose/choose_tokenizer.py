@@ -1,13 +1,14 @@
 """Which component's tokenizer a hybrid with several should have: the one with which it reads a text best, untrained."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from manticore_hf.compose.component_tokenizers import align, can_align
 from manticore_hf.compose.components import ComponentSpec, resolve
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
 from manticore_hf.evaluation.losses import text_nats
@@ -56,6 +57,20 @@ def measure_tokenizers(components: Sequence[Any], texts: Sequence[str], **settin
         if len(sizes) >= _LEAST and _is_clear(nats, sizes):
             break
     return {name: sum(values) / math.log(2) / sum(sizes) for name, values in nats.items()}
+
+
+def can_choose(components: Sequence[Any], settings: Mapping[str, Any]) -> bool:
+    """Whether components come with tokenizers that differ and would be joined with them; without their weights.
+
+    Args:
+        components: As `ManticoreForCausalLM.from_components` takes them.
+        settings: Of `from_components`.
+
+    Raises:
+        ManticoreError: Components that cannot be joined.
+    """
+    found = [resolve(ComponentSpec.of(one), {}, weights=False) for one in components]
+    return bool(align(found, {}, settings.get("tokenizers"), can_align(settings)))
 
 
 def _hybrids(components, settings):

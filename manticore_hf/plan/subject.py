@@ -89,8 +89,8 @@ def _from_recipe(recipe, configs, scratch):
     if settings.get("tokenizer_component") is not None:
         home = next((one for one in found if one.name == settings["tokenizer_component"]), home)
     own = {} if "transplant" in recipe.hybrid else _own_tokenizers(found, home, settings, notes)
-    if own and "tokenizer_data" in recipe.hybrid:
-        notes.append(f"the plan uses the tokenizer of {home.name}: what tokenizer_data will choose is not known yet")
+    if own and "tokenizer_component" not in settings:
+        notes.append(f"the plan uses the tokenizer of {home.name}: which one the text will choose is not known yet")
     for one in found:
         one.tokenizer = {"files": None} if one.name in own else None
     entries = [one.entry() for one in found]

@@ -396,6 +396,7 @@ def run_recipe(
         hybrid[key] = stage_data(recipe, {"data": source}) if is_text else find_beside(source, recipe)
     if "transplant" in hybrid and "transplant_data" not in hybrid and "data" in recipe.data:
         hybrid["transplant_data"] = stage_data(recipe, {})
+    text = stage_data(recipe, {}) if "data" in recipe.data else stages[0][2] if stages else None
     output.mkdir(parents=True, exist_ok=True)
     on_main(replace_text, kept, content)
     on_main(remember_recipe, content, recipe.path.parent, recipe.allow_outside)
@@ -406,7 +407,7 @@ def run_recipe(
         tasks, hybrid["mixture"] = programs.mixture_tasks(hybrid["mixture"]), "static"
         program = partial(programs.program_alpha, tasks=tasks, output_dir=output / "0-program", settings=settings)
     with compared_before(again):
-        results = [(folder, STAGES["compose"].run(components, arguments, program=program, **hybrid))]
+        results = [(folder, STAGES["compose"].run(components, arguments, program=program, text=text, **hybrid))]
         before_search, searched = folder, None
         for known, own, data, training in stages:
             stage, folder, start = known.name, Path(training["output_dir"]), results[-1][0]

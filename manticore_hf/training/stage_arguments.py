@@ -195,7 +195,7 @@ class HybridArguments(HybridSettings):
         default=None,
         metadata={
             "help": "Text for choosing the tokenizer component where tokenizers differ: the one with which the "
-            "untrained hybrid predicts it best. A file, folder or Hub data set. Default: none; the first component's."
+            "untrained hybrid predicts it best. A file, folder or Hub data set. Default: none; in a recipe, its data."
         },
     )
     tokenizer: str | None = field(

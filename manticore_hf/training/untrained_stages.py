@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from manticore_hf.compose.choose_tokenizer import MEASURED_BYTES, measure_tokenizers
+from manticore_hf.compose.choose_tokenizer import MEASURED_BYTES, can_choose, measure_tokenizers
 from manticore_hf.compose.components import ComponentSpec, resolve
 from manticore_hf.compose.convert.converted_files import convert_files
 from manticore_hf.compose.hybrid import ManticoreForCausalLM
@@ -37,7 +37,11 @@ _MEASURED_BYTES = 200_000  # of text on which transplants are measured
 
 
 def run_compose(
-    components: Sequence[Any], arguments: TrainingArguments, program: Callable | None = None, **settings: Any
+    components: Sequence[Any],
+    arguments: TrainingArguments,
+    program: Callable | None = None,
+    text: DataArguments | None = None,
+    **settings: Any,
 ) -> dict:
     """Joins components into a hybrid and saves it with the tokenizer of its tokenizer component.
 
@@ -46,6 +50,8 @@ def run_compose(
         arguments: TrainingArguments: `output_dir`, and `seed` of the initial projectors.
         program: What finds the alpha that the hybrid is fixed at: `program_alpha` with all arguments but the model
             types of the components and `num_blocks`. Default: alpha is as ManticoreConfig says.
+        text: What the hybrid is for: chooses its tokenizer where components keep theirs, which differ, and neither
+            `tokenizer_component` nor `tokenizer_data` is given.
         **settings: Keys of ManticoreConfig, `dtype`, `transplant` (a method) with `transplant_data`, and
             `tokenizer_data` (each DataArguments, or a source of text), and `tokenizer`, the address of one.
 
@@ -56,7 +62,7 @@ def run_compose(
     Raises:
         ManticoreError: Components or settings that cannot be joined.
     """
-    work = partial(on_main, _compose, components, settings, program)
+    work = partial(on_main, _compose, components, settings, program, text)
     return StageRun("compose", arguments).perform(work, _composed, {"components": components, **settings})
 
 
@@ -77,7 +83,7 @@ def _composed(result: dict) -> Iterator[str]:
         yield from program_lines(names, result["mixture_weights"], result["program"])
 
 
-def _compose(components, settings, program, run: StageRun) -> dict:
+def _compose(components, settings, program, text, run: StageRun) -> dict:
     """Composes and writes; on rank 0."""
     method, source, reports = settings.pop("transplant", None), settings.pop("transplant_data", None), {}
     chosen_by, found = settings.pop("tokenizer_data", None), None
@@ -89,6 +95,9 @@ def _compose(components, settings, program, run: StageRun) -> dict:
     # Read before files are converted and models loaded, which takes minutes
     texts, chosen_by = _texts(source, _MEASURED_BYTES), _texts(chosen_by, MEASURED_BYTES)
     components = convert_files(components, run.output)
+    open_choice = chosen_by is None and method is None and not settings.keys() & {"tokenizer", "tokenizer_component"}
+    if open_choice and text is not None:
+        chosen_by = _texts(text, MEASURED_BYTES) if can_choose(components, settings) else None
     given = settings.pop("tokenizer", None)
     if given is not None:
         if method is not None or chosen_by is not None or settings.get("embeddings") != "fresh":
