@@ -5,7 +5,8 @@
     python benchmarks/composition.py DIR --task recall --output benchmarks/results/recall.json
 
 Sums and recall at the defaults of `manticore-hf composition`, the glossary with fewer names, rows and steps (SIZES).
-Finished runs in DIR are not repeated; --collect writes what is there.
+Finished runs in DIR are not repeated; --collect writes what is there. Runs of the output file that DIR has not, of the
+same task and training, are kept in it.
 """
 
 import argparse
@@ -67,6 +68,25 @@ def collected(folder: Path, name: str) -> dict:
     }
 
 
+def merged(before: dict, now: dict, name: str) -> dict:
+    """Results of a task with those of an earlier file that are not made again.
+
+    Raises:
+        ValueError: The earlier file is of another task or training.
+    """
+    for key in ("task", "training"):
+        if before[key] != now[key]:
+            raise ValueError(f"{key} was {before[key]}, and is {now[key]}: write to another file.")
+    rows = {(row["model"], row["seed"]): row for row in (*before["rows"], *now["rows"])}
+    order = [*conditions(3, tuple(TASKS[name].parts))]
+    alone = {one["seed"]: one for one in (*before["components"], *now["components"])}
+    return {
+        **now,
+        "components": [alone[seed] for seed in sorted(alone)],
+        "rows": [rows[key] for key in sorted(rows, key=lambda key: (order.index(key[0]), key[1]))],
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="where each run's JSON goes")
@@ -82,7 +102,10 @@ def main():
     for seed in () if args.collect else args.seeds:
         run_composition(TASKS[args.task](**SIZES[args.task], seed=seed), args.directory, only=args.only)
     if args.output:
-        args.output.write_text(json.dumps(collected(args.directory, args.task), indent=1) + "\n")
+        found = collected(args.directory, args.task)
+        if args.output.exists():
+            found = merged(read_json(args.output), found, args.task)
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
