@@ -1,16 +1,18 @@
 """Aligned hybrids: components that read the same bytes through tokenizers of their own."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
+from pathlib import Path
 
 import clean_process
 import pytest
 import torch
 from aligned_language import Ideal, Language, bits, mapped
-from aligned_pairs import TEXTS, gpt, hybrid, tokenizer
-from hub_models import publish
+from aligned_pairs import TEXTS, gpt, hybrid, model, tokenizer
+from hub_models import folder_of, publish
 from manticore_hf.modeling.aligned_hybrid import aligner_of
 from manticore_hf.modeling.aligned_mapping import ByteTokenizer, Mapping
 from manticore_hf.modeling.aligned_reading import Row, grow
@@ -21,6 +23,7 @@ from two_tokenizers import FIRST
 
 from manticore_hf import ComponentSpec, ManticoreForCausalLM
 
+DEMO = Path(__file__).parent.parent / "manticore_hf" / "demo_components"
 PAIRS = {
     "attention": (("llama", "gpt"), ("gpt_neox", "gemma")),
     "recurrent": (("llama", "gemma"), ("mamba", "gpt")),
@@ -80,6 +83,42 @@ def merging(*merges):
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return ByteTokenizer(PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|end|>", eos_token="<|end|>"))
+
+
+@pytest.mark.parametrize("name", ["neox-prose", "mamba-code"])
+def test_byte_probabilities_are_those_of_every_way_to_cut(tmp_path, name):
+    """A trained model under a home of one-byte tokens, against the sum over all of its segmentations of the bytes."""
+    folder_of(model("llama", "single"), tmp_path / "home", tokenizer("single"))
+    parts = [ComponentSpec(tmp_path / "home", name="home"), ComponentSpec(DEMO / name, name="other")]
+    made = ManticoreForCausalLM.from_components(parts, mixture="static").eval()
+    made.set_mixture_weights("other")
+    own, table = made.component("other"), aligner_of(made).bytes_of(made, "other")
+
+    @functools.cache
+    def after(ids):
+        with torch.no_grad():
+            return own(torch.tensor([[*table.start, *ids]]), use_cache=False).logits[0, -1].log_softmax(-1).tolist()
+
+    def ways(data, ids=(), so_far=0.0):
+        """Log-probabilities of the tokenisations of texts that begin with these bytes."""
+        for number, token in enumerate(table.table) if so_far > -60 else ():
+            if token and token.startswith(data):
+                yield so_far + after(ids)[number]
+            elif token and data.startswith(token):
+                yield from ways(data[len(token) :], (*ids, number), so_far + after(ids)[number])
+
+    for text in ("The film was", "in the year 19", "def run(self)", "    return x"):
+        data = text.encode()
+        whole = [torch.tensor(list(ways(data[:end])) if end else [0.0]).logsumexp(0) for end in range(len(data) + 1)]
+        exact = torch.stack(whole).diff()
+        ids = torch.tensor([[tokenizer("single").bos_token_id, *tokenizer("single")(text).input_ids]])
+        with torch.no_grad():
+            found = made(ids, use_cache=False).logits[0].log_softmax(-1)
+        found = found[torch.arange(len(data)), ids[0, 1:]]
+        assert found.sum().item() == pytest.approx(exact.sum().item(), rel=0.02), text
+        assert (found - exact).abs().max() < 0.6, text
+        near = ((found - exact).abs() < 0.01).float().mean()
+        assert near > (0.5 if text.startswith("  ") else 0.99), text  # what the cuts of spaces cost
 
 
 def test_a_likely_token_is_cut_as_the_rest_of_the_word_asks():

@@ -1,7 +1,7 @@
 """Text to blocks of tokens that every causal LM trainer takes.
 
 Plain text is packed into blocks; records with a prompt and a completion become one row each, the prompt masked out of
-the loss. Where the records come from is in `sources.py`.
+the loss. Where the records come from is in `records.py`.
 Every row, and every document in it, begins with what the tokenizer begins texts with, and is closed by the end-of-text
 token; documents in one row are separate texts: their `position_ids` begin at 0. (The paper's code joins the characters
 of Penn Treebank and of FineWeb with spaces; `space_characters` does that, and numbers made with it compare with no
