@@ -290,6 +290,13 @@ def test_an_untrained_hybrid_lacks_no_seeds():
     assert (found.word, found.decided, found.steps) == ("TRY", False, ["Do that."])
 
 
+def test_a_difference_is_said_per_byte_where_that_is_known():
+    one, ours = row("a", "component", 0.3), row("ours", "hybrid", 0.0)
+    assert say(one, ours).endswith(".") and "bits per byte" not in say({**one, "bits_per_byte": None}, ours)
+    known = {**one, "bits_per_byte": 1.25}, {**ours, "bits_per_byte": 1.0}
+    assert say(*known).endswith(", 1.0000 instead of 1.2500 bits per byte.")
+
+
 def test_a_comparison_on_little_text_decides_nothing():
     rows = (*PARTS, row("gate", "gate", 0.3))
     assert verdict(*rows, test_bytes=4_999).word == "TRY" and verdict(*rows, test_bytes=5_000).word == "GO"
@@ -434,6 +441,8 @@ def test_phrases_say_what_is_lost_too():
         "Without a in block 1, the hybrid is 0.500 nats per token worse; without b in block 1, it is 0.100 better.",
         "Mine.",
     ]
+    facts.measured["losses"] |= {"tokens": 300, "bytes": 1200}
+    assert "0.500 nats per token worse (0.1803 bits per byte); without b" in phrases(facts, "", "Mine.")[0]
 
 
 def of_one_run(tokens, sampled, low=0.01, data="text.txt", named=False):

@@ -6,7 +6,7 @@ from typing import Any
 from manticore_hf.modeling.settings_manticore import printable
 from manticore_hf.report import charts
 from manticore_hf.report.facts import Facts
-from manticore_hf.report.one_run import one_run, rows_of
+from manticore_hf.report.one_run import one_run, per_byte, rows_of
 from manticore_hf.report.verdict import gain_needed, say_difference
 from manticore_hf.utils.claims import itself
 from manticore_hf.utils.formatting import plural, short_count, signed
@@ -84,7 +84,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
     if not measured:
         return None
     full = measured["losses"]["losses"]["hybrid"]
-    mixed = facts.found["settings"]["mixture"]
+    mixed, scale = facts.found["settings"]["mixture"], per_byte(measured["losses"], 1)
     same = itself(measured["losses"]["losses"], measured["losses"].get("differences"), mixture=mixed)
     names = list(dict.fromkeys(row["component"] for row in facts.found["blocks"]))
     removed, table = [], []
@@ -133,6 +133,7 @@ def why(facts: Facts) -> dict[str, Any] | None:
         "loss": f"{full:.3f}",
         "text": measured["text"],
         "tokens": " ".join([plural(measured["losses"]["tokens"], "token"), rows_of(facts).partition(":")[0]]).strip(),
+        "scale": "" if scale is None else f"One nat per token is {scale:.4f} bits per byte here.",
         "apart": _apart(facts),
         "removed": removed,
         "chart": chart,

@@ -1,7 +1,7 @@
 """What a hybrid gains over each baseline, as numbers for a chart and as sentences to quote."""
 
 from manticore_hf.report.facts import Facts
-from manticore_hf.report.one_run import one_run
+from manticore_hf.report.one_run import one_run, per_byte
 from manticore_hf.utils.claims import ORIGINAL, claim
 from manticore_hf.utils.formatting import plural
 
@@ -70,6 +70,8 @@ def phrases(facts: Facts, costs: str, licence: str) -> list[str]:
         less, other, at = min(worth)
         told = f"{less:.3f} worse" if less > 0 else f"{-less:.3f} better"
         said = f"Without {name} in block {block}, the hybrid is {added:.3f} nats per token worse"
+        if (bits := per_byte(facts.measured["losses"], added)) is not None:
+            said += f" ({bits:.4f} bits per byte)"
         out.append(f"{said}; without {other} in block {at}, it is {told}{_on_sample(facts)}.")
     return [*out, licence.strip()]
 

@@ -1,7 +1,10 @@
 """What one run measured of a hybrid and its baselines: its own table, or the sample that a report measures."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from manticore_hf.report.facts import Facts
 from manticore_hf.utils.claims import CLAIM_ROWS, ORIGINAL, without_itself
@@ -133,3 +136,9 @@ def _of_run(facts):
 
 def _mean(values, weights):
     return {name: sum(one[name] * w for one, w in zip(values, weights)) / sum(weights) for name in values[0]}
+
+
+def per_byte(sample: Mapping[str, Any], nats: float) -> float | None:
+    """Bits per byte of nats per token, on a sample's "tokens" and "bytes"; None where these are not known."""
+    tokens, size = sample.get("tokens"), sample.get("bytes")
+    return nats * tokens / size / math.log(2) if tokens and size else None

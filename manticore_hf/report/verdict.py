@@ -253,8 +253,14 @@ def say(row: Mapping[str, Any], hybrid: Mapping[str, Any]) -> str:
     )
     return (
         f"The hybrid is {abs(difference):.3f} nats per token {word} than {row['name']}{sure}{won}): perplexity "
-        f"{perplexity(hybrid['loss'])} instead of {perplexity(row['loss'])}."
+        f"{perplexity(hybrid['loss'])} instead of {perplexity(row['loss'])}{_in_bits(row, hybrid)}."
     )
+
+
+def _in_bits(row, hybrid):
+    """The same per byte, which compares between tokenizers, as the end of a sentence; "" where it is not known."""
+    both = [one.get("bits_per_byte") for one in (hybrid, row)]
+    return "" if None in both else f", {both[0]:.4f} instead of {both[1]:.4f} bits per byte"
 
 
 def say_difference(row: Mapping[str, Any], seeds: bool = True, digits: int = 3) -> str:
