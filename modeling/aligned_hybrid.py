@@ -256,8 +256,7 @@ class Boundary:
 
     def likely(self, of: str, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(How far the likeliest tokens are above the next one, their ids): nothing jumps where another comes in."""
-        probs = probs[:, : len(self.prefixes[of])]  # other rows are padding, of no token
-        values, numbers = probs.topk(min(LIKELY, probs.shape[-1]))
+        values, numbers = (known := probs[:, : len(self.prefixes[of])]).topk(min(LIKELY, known.shape[-1]))  # no padding
         return values - values[:, -1:], numbers
 
     def otherwise(self, probs: torch.Tensor, share: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, ...]:

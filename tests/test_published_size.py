@@ -20,7 +20,7 @@ MOST_LINES = {
     "classifier, a Mamba": 4768,
     "online, a Mamba": 5084,
     "bridges, a Mamba": 5550,
-    "aligned, attention only": 6000,
+    "aligned, attention only": 5999,
     "two blocks, attention only": 4934,
     "two blocks, a Mamba": 5459,
     "pruned, a Mamba": 5500,
@@ -30,13 +30,15 @@ MOST_LINES = {
     "two blocks, gate_lag": 5555,
     "two blocks, past losses": 5681,
     "pruned, a Mamba-2": 5599,
-    "aligned, a Mamba": 6525,
+    "aligned, online": 6221,
+    "aligned, a Mamba": 6524,
 }
 SUMS = {
     "two blocks, a Mamba-2": lambda root: joined("gpt_neox", "mamba2", num_blocks=2),
     "two blocks, gate_lag": lambda root: joined("gpt_neox", "mamba", num_blocks=2, gate_lag=4),
     "two blocks, past losses": lambda root: joined("gpt_neox", "mamba", num_blocks=2, gate_past_losses=True),
     "pruned, a Mamba-2": lambda root: prune(joined("gpt_neox", "mamba2", num_blocks=2), ["gpt_neox", "mamba2"]),
+    "aligned, online": lambda root: aligned_pairs.hybrid(root, mixture="online"),
     "aligned, a Mamba": lambda root: aligned_pairs.hybrid(root, (("llama", "gpt"), ("mamba", "gemma"))),
 }
 
