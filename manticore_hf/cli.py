@@ -5,6 +5,7 @@ imports neither torch nor Transformers before it runs, so that help is printed a
 `python -m manticore_hf.cli` is the same, for torchrun and accelerate.
 """
 
+import glob
 import importlib
 import os
 import sys
@@ -176,6 +177,11 @@ def _check_names(args, module):
         raise ManticoreError(
             f"{model!r} is a GGUF file and no hybrid: `manticore-hf compose` makes a hybrid of such files, and "
             "`manticore-hf convert` a model of one."
+        )
+    stages = sorted(stage for stage in glob.glob(f"{glob.escape(model)}/[0-9]-*") if os.path.isdir(stage))
+    if stages and not os.path.exists(os.path.join(model, "config.json")):
+        raise ManticoreError(
+            f"{model!r} holds the stages of a run, each of them a hybrid: give one, for example the last, {stages[-1]}"
         )
     if "/" not in model and not os.path.exists(model):
         raise ManticoreError(

@@ -160,6 +160,10 @@ def test_pieces_join_to_the_text(kind):
     for text in (*aligned_pairs.TEXTS.values(), " the", "\n\n", "a\u0301 e\u0301"):
         start, ids, pieces, _ = cut(aligned_pairs.tokenizer(kind), text, 999)
         assert "".join(pieces) == text and len(ids) == len(pieces) and len(start) == 1
+    # The name of a special token is text, as where losses are measured
+    end = aligned_pairs.tokenizer(kind).eos_token
+    ids, pieces = cut(aligned_pairs.tokenizer(kind), f"a {end} cat", 999)[1:3]
+    assert aligned_pairs.tokenizer(kind).eos_token_id not in ids and "".join(pieces) == f"a {end} cat"
 
 
 @pytest.mark.parametrize("kind", aligned_pairs.TOKENIZERS)

@@ -223,6 +223,8 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
     stage = ["--model", str(place / "hybrid"), "--data", str(place / "text.txt"), "--output-dir", str(tmp_path / "x")]
     stage += ["--block-size", "16", "--use-cpu"]
     (tmp_path / "bad.yaml").write_text("components: [a, b]\nstages: [boil]\n")
+    for name in ("0-compose", "1-pretrain", "2-finetune"):
+        (tmp_path / "run" / name).mkdir(parents=True)
     for words, message in (
         (["fly"], "invalid choice: 'fly'"),
         (["plan", "x", "--devics", "2"], "there is no option --devics (did you mean --devices?)"),
@@ -289,6 +291,7 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
         (["compose", "a", "b", "--output-dir", str(tmp_path / "bad.yaml")], "bad.yaml' is a file; give a directory"),
         (["app", str(tmp_path / "bad.yaml")], "has no config.json; give the directory of a saved hybrid"),
         (["app", str(tmp_path)], "has no config.json; give the directory of a saved hybrid"),
+        (["inspect", str(tmp_path / "run")], f"give one, for example the last, {tmp_path / 'run' / '2-finetune'}"),
     ):
         try:
             status = main(words)

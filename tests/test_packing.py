@@ -84,7 +84,7 @@ def begins(tok, template):
 def test_text_without_a_token_has_no_row(tok):
     """Not even a last one: its end would be all of it."""
     for documents in ([], [""], ["", ""]):
-        with pytest.raises(ManticoreError, match=r"The text has (1 token|\d tokens), fewer than one block of 8"):
+        with pytest.raises(ManticoreError, match="The text is empty; give some."):
             pack(documents, tok, 8, keep_text=True, keep_rest=True)
 
 

@@ -17,6 +17,7 @@ from manticore_hf.plan.amounts import parse_bytes, parse_count
 from manticore_hf.plan.plan import make_plan
 from manticore_hf.plan.schedule import Task, checkpoints
 from manticore_hf.plan.subject import load_subject
+from manticore_hf.utils.defence import memory_of
 from manticore_hf.utils.flops import reached_flops
 
 ROOT = Path(__file__).parent.parent
@@ -274,6 +275,8 @@ def test_a_saved_hybrid(hub, owner, tmp_path, no_adapters, monkeypatch):
     model = ManticoreForCausalLM.from_components([tiny("llama"), tiny("mamba")], num_blocks=2)
     model.save_pretrained(tmp_path / "hybrid")
     monkeypatch.setattr("manticore_hf.plan.plan.reached_flops", lambda: 5e10)  # a CPU's, measured; not an H100's
+    plan = make_plan(tmp_path / "hybrid", block_size=64, batch_size=2, device="cpu")
+    assert plan["assumptions"]["memory"] == memory_of(torch.device("cpu"))
     plan = make_plan(tmp_path / "hybrid", memory="16GB", block_size=64, batch_size=2, device="cpu")
     stage = plan["stages"][0]
     assert stage["hours_per_billion_tokens"] == pytest.approx(stage["flops_per_token"] * 1e9 / (5e10 * 0.35) / 3600)

@@ -203,7 +203,8 @@ def _resolve_repo(spec, source, hub, weights):
     revision = revision or spec.revision or "main"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or ".." in repo_id or os.path.exists(source):
         raise ManticoreError(
-            f"Component {source!r} is neither a local directory that exists nor a Hub repository id ('org/name')."
+            f"Component {source!r} is neither a local directory that exists nor a Hub repository id ('org/name') "
+            "nor a GGUF file (.gguf)."
         )
     found = Resolved(_name(spec, repo_id.split("/")[-1]), None, repo_id=repo_id, subfolder=spec.subfolder)
     found.embed = spec.embed

@@ -133,6 +133,8 @@ def pack(
     if keep_rest and (limit is None or rows is None or len(rows) < limit) and packer.has_text:
         rest = Dataset.from_dict({key: [values] for key, values in packer.row.items()}, features=packer.features)
         rows = rest if rows is None else concatenate_datasets([rows, rest])
+    if rows is None and not packer.has_text:
+        raise ManticoreError("The text is empty; give some.")
     if rows is None:
         raise ManticoreError(
             f"The text has {plural(len(packer.row['input_ids']), 'token')}, fewer than one block of {block_size}: give "

@@ -21,6 +21,7 @@ from manticore_hf.plan.engines import Machine, Option, StagePlanner
 from manticore_hf.plan.schedule import make_task
 from manticore_hf.plan.step import Rehearsal, meta_hybrid
 from manticore_hf.plan.subject import load_subject
+from manticore_hf.utils.defence import memory_of
 from manticore_hf.utils.flops import reached_flops
 from manticore_hf.utils.formatting import short_bytes, short_duration
 from manticore_hf.utils.renamed import takes_old_name
@@ -33,7 +34,7 @@ _H100 = 989e12  # FLOP/s in bfloat16, without sparsity, as its data sheet has th
 def make_plan(
     source: str | Path,
     devices: int = 1,
-    memory: str | int = "80GB",
+    memory: str | int | None = None,
     *,
     device: str = "cuda",
     flops: float | None = None,
@@ -50,7 +51,7 @@ def make_plan(
     Args:
         source: A recipe (.yaml), or a saved hybrid: directory or Hub repo.
         devices: Number of devices.
-        memory: Memory of each: bytes, or text like "80GB" and "24GiB".
+        memory: Memory of each: bytes, or text like "80GB" and "24GiB". Default: 80GB; for "cpu" this machine's.
         device: "cuda" or "cpu".
         flops: FLOP/s that a device reaches at best in the type that is computed in. Default: those of an H100 in
             bfloat16; for "cpu" those that matrix products in float32 reach on this machine.
@@ -71,6 +72,8 @@ def make_plan(
     """
     if device not in kernels.NOTES:
         raise ManticoreError(f"device={show(device)} is unknown; choose one of {sorted(kernels.NOTES)}.")
+    if memory is None:
+        memory = (memory_of(torch.device("cpu")) if device == "cpu" else None) or "80GB"
     machine = Machine(_positive("devices", devices), parse_bytes(memory), reserve, device)
     if flops is None:
         flops = _H100 if device == "cuda" else reached_flops()

@@ -15,7 +15,10 @@ def add_options(parser: Parser) -> None:
     )
     parser.add_argument("recipe", help="the YAML file, or a saved hybrid: directory or Hub repo")
     parser.add_argument("--devices", type=int, default=1, help="number of devices")
-    parser.add_argument("--memory", default="80GB", help="memory of each device: 80GB (10^9), 24GiB (2^30) or bytes")
+    parser.add_argument(
+        "--memory",
+        help="memory of each device: 80GB (10^9), 24GiB (2^30) or bytes (default: 80GB; of a CPU this machine's)",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device")
     parser.add_argument(
         "--flops",

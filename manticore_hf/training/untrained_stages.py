@@ -76,6 +76,8 @@ def _composed(result: dict) -> Iterator[str]:
         yield f"with {name}'s tokenizer: {bits:.4f} bits per byte, untrained{chosen}"
     for name, report in result.get("transplants", {}).items():
         yield f"vocabulary of {name} transplanted by {TransplantReport(**report)}"
+    if result.get("transplants") == {}:
+        yield "the components share one tokenizer, so nothing was transplanted"
     own, whole = result["own_bytes"], result["whole_bytes"]
     stored = "all stored here" if own >= whole else f"{own:,} stored here, the rest referenced"
     yield f"{result['parameters']:,} parameters, {whole:,} bytes of weights: {stored}"
@@ -128,7 +130,7 @@ def _compose(components, settings, program, text, run: StageRun) -> dict:
     result = {"components": names, "num_blocks": model.config.num_blocks}
     if found is not None:
         result["tokenizers"] = found
-    if reports:
+    if method is not None:
         result["transplants"] = {name: report.to_dict() for name, report in reports.items()}
     result["parameters"] = model.num_parameters()
     if program is not None:

@@ -36,10 +36,11 @@ def claim(
     if size is None or difference is None or None in difference:
         return f"No claim is made against {name}: {_why_none(size, rows)}."
     gain, low, high = difference
-    interval = f"95 % confidence: {signed(low, 4)} to {signed(high, 4)}"
     if low <= 0 <= high:
+        interval = f"95 % confidence: {signed(low, 4)} to {signed(high, 4)}"
         return f"{what} shows no clear difference from {name}: {signed(gain, 4)} bits per byte ({interval})."
-    word = "better" if gain > 0 else "worse"
+    word, ends = "better" if gain > 0 else "worse", sorted(map(abs, (low, high)))
+    interval = f"95 % confidence: {ends[0]:.4f} to {ends[1]:.4f}"
     return f"{what} is {abs(gain):.4f} bits per byte {word} than {name} ({interval})."
 
 

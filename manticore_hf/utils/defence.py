@@ -491,7 +491,10 @@ class Defence(Guard):
         names = [entry.get("name") for entry in found]
         for i, name in enumerate(names):
             if isinstance(name, str) and name in names[:i]:
-                raise ManticoreError(f"Two components are named {name!r}; name each (ComponentSpec(name=...)).")
+                raise ManticoreError(
+                    f"Two components are named {name!r}: name each (ComponentSpec(name=...)), or give a link to one of "
+                    "the directories that has another name."
+                )
 
     def hybrid(self, config: PreTrainedConfig) -> None:
         complete(config)

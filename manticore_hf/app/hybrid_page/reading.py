@@ -327,7 +327,9 @@ def cut(
         ValueError: The text has no token.
     """
     quick = tokenizer.is_fast
-    found = tokenizer(text, return_offsets_mapping=quick, return_special_tokens_mask=True, verbose=False)
+    # The name of a special token in a text is text, as where losses are measured
+    how = {"split_special_tokens": True, "return_special_tokens_mask": True, "verbose": False}
+    found = tokenizer(text, return_offsets_mapping=quick, **how)
     ids, special = found["input_ids"], found["special_tokens_mask"]
     begin = next((i for i, added in enumerate(special) if not added), len(ids))
     stop = next((i for i in range(begin, len(ids)) if special[i]), len(ids)) if quick else len(ids)
