@@ -267,6 +267,7 @@ def test_a_mistake_is_a_sentence_and_status_2(place, tmp_path, capsys):
         (["app", str(place / "hybrid"), "--port", "99999999"], "--port is 99999999, must be at least 0"),
         (["app", str(place / "hybrid"), "--device", "foo"], "--device foo: torch has no such device here"),
         (["push", str(tmp_path / "none"), "me/x"], "none"),
+        (["push", str(place / "hybrid"), "x", "--dry-run"], "'x' is no repository of the Hub; say whose it is: you/x"),
         (["convert", str(tmp_path / "none"), "--output-dir", str(tmp_path / "y")], "none"),
         # A name of a file is no name on the Hub, which is not asked
         (["evaluate", "--model", str(place / "hybrid"), "--data", "missing.txt"], "'missing.txt' is no file or folder"),

@@ -333,6 +333,7 @@ def test_files_wherever_components_are_named(tmp_path, capsys, monkeypatch):
     assert {"one, tuned", "two, untuned", "hybrid, 1 block"} < {row["name"] for row in rows}
     # The copy that a run leaves names what the recipe named
     assert main(["run", str(recipe), "--output-dir", str(tmp_path / "out")]) == 0
+    assert f"manticore-hf report {tmp_path / 'out'}" in capsys.readouterr().out
     assert load_subject(tmp_path / "out" / "1-finetune" / "recipe.yaml").config == found.config
     capsys.readouterr()
     measure = ["evaluate", "--model", str(tmp_path / "out" / "1-finetune"), "--data", str(tmp_path / "text.txt")]

@@ -57,6 +57,8 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.repo_id is None:
         raise ManticoreError(f"Say where to publish {args.model!r}: manticore-hf push DIRECTORY you/name")
+    if "/" not in args.repo_id:
+        raise ManticoreError(f"{args.repo_id!r} is no repository of the Hub; say whose it is: you/{args.repo_id}")
     from manticore_hf.hub.publish import print_published, publish
 
     tokenizer = None

@@ -1,6 +1,7 @@
 """`manticore-hf run`: its options."""
 
 import argparse
+import shlex
 
 from manticore_hf.training.stage_arguments import OutsideArguments
 from manticore_hf.utils.options import Parser, add_fields, from_namespace
@@ -26,6 +27,8 @@ def add_options(parser: Parser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the recipe."""
     from manticore_hf.training.recipe import run_recipe
+    from manticore_hf.utils.distributed import print_main
 
     outside = from_namespace(OutsideArguments, args)
     run_recipe(args.recipe, args.output_dir, args.seed, outside, args.allow_outside, args.verbose)
+    print_main(f"\nread what it is worth: {shlex.join(['manticore-hf', 'report', args.output_dir])}")
