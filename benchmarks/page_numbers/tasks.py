@@ -1,6 +1,8 @@
 """Models trained from scratch on tasks: benchmarks/mad_small.py, lra_small.py, mad_program.py, mad_generation.py,
 composition.py."""
 
+from manticore_hf.utils.formatting import listed
+
 from .registry import Load, Rows, Values, best_bold, bold, table, values
 
 TASKS = (
@@ -114,12 +116,17 @@ def alone_values(load: Load, name: str) -> Values:
 
 
 def by_keys(load: Load, name: str) -> Rows:
-    """Of every condition, what it answers on keys that it was not trained on and on the others; the best in bold."""
+    """Of every condition, what it answers on keys that it was not trained on and on the others; the best in bold.
+
+    Seeds are named, and nothing is bold, where a condition was not measured with all of them.
+    """
     rows, found = [["joined by", "weights trained", "unseen keys", "each seed", "trained keys"]], composed(load, name)
-    best = max(mean(runs, "unseen") for runs in found.values())
+    most = max(map(len, found.values()))
+    best = max(mean(runs, "unseen") for runs in found.values() if len(runs) == most)
     for condition, runs in found.items():
-        each, unseen = ", ".join(f"{run['unseen']:.3f}" for run in runs), mean(runs, "unseen")
-        cells = [bold(f"{unseen:.3f}", unseen == best), each, f"{mean(runs, 'trained'):.3f}"]
+        less, unseen = len(runs) < most, mean(runs, "unseen")
+        each = ", ".join(f"{run['unseen']:.3f}" + (f" (seed {run['seed']})" if less else "") for run in runs)
+        cells = [bold(f"{unseen:.3f}", unseen == best and not less), each, f"{mean(runs, 'trained'):.3f}"]
         rows.append([condition, f"{runs[0]['trained_parameters']:,}" if runs[0]["steps"] else "none", *cells])
     return rows
 
@@ -167,6 +174,7 @@ def keys_values(load: Load, name: str) -> Values:
     found = composed(load, name)
     for condition, runs in found.items():
         yield f"{name}.{condition.replace(' ', '-')}", f"{mean(runs, 'unseen'):.3f}"
+        yield f"{name}.{condition.replace(' ', '-')}.each", listed(f"{run['unseen']:.3f}" for run in runs)
     yield f"{name}.others", f"{max(run['unseen'] for run in without_bridges(found)):.3f}"
     yield f"{name}.seeds", seeds_of(found)
     yield from alone_values(load, name)
