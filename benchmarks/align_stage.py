@@ -13,9 +13,10 @@ depth, calibrated; then projectors alone are trained, each on what it is asked t
 
 "paths" trains the two paths that change the component after the first block, "soft" the hybrid at equal mixture
 weights. Then `prune` to both paths, and their test loss beside those of the components alone. All that are trained in
-one run read the same batches, and share what the frozen components compute on them. The rate of each kind is chosen on
-validation text (seed 0, cut 3/4, fewer tokens). With --recover the pruned paths are trained as a whole afterwards, as
-the stage `prune` does, and beside them the better component. A run that is in the output is not made again.
+one run read the same batches, and share what the frozen components compute on them. A seed draws rows of the training
+text, to calibrate and to train on, and their order. The rate of each kind is chosen on validation text (seed 0, cut
+3/4, fewer tokens). With --recover the pruned paths are trained as a whole afterwards, as the stage `prune` does, and
+beside them the better component. A run that is in the output is not made again.
 """
 
 import argparse
@@ -54,7 +55,7 @@ STUDENTS = {  # what is trained, on what in the first and in the second half of 
 }
 RATED = {name: name if "task" in name else f"{name.split(',')[0]}, state + mixture" for name in STUDENTS}
 RATED["paths, state + mixture, then task"] = "paths, state + mixture"  # whose rate each one takes
-RATES, RATE_TOKENS, RATE_CUT = (3e-3, 1e-2, 3e-2), 30_000, "3/4"
+RATES, RATE_TOKENS, RATE_CUT = (3e-3, 1e-2, 3e-2, 0.1), 30_000, "3/4"
 BATCH, CALIBRATION_TOKENS, RECOVERY_RATE = 4, 40_000, 1e-3
 RECOVERED = ("untrained", "paths, task", "paths, state + mixture")
 
@@ -71,6 +72,13 @@ def compose(pair: list[str], cut: str, train) -> ManticoreForCausalLM:
     model = ManticoreForCausalLM.from_components(pair, num_blocks=2, block_layers=layers, **settings)
     calibrate_projectors(model, train, tokens=CALIBRATION_TOKENS)
     return model.eval().requires_grad_(False)
+
+
+def sample(texts, tokens: int, seed: int) -> dict:
+    """The texts with as many training rows, drawn with this seed, as hold so many tokens, or as there are."""
+    train = texts["train"].shuffle(seed=seed)
+    rows = max(tokens, CALIBRATION_TOKENS) // BLOCK + BATCH
+    return {**texts, "train": train.select(range(min(rows, len(train))))}
 
 
 def batches_of(rows, tokens: int | None = None, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -243,13 +251,11 @@ def recover(model, start, pair, texts, tokens, seed) -> dict:
     return out
 
 
-def run(pair, texts, cut, tokens, seed, rates, only, recovery) -> dict:
-    """All that is measured of one cut, budget and seed."""
+def run(pair, texts, alone, cut, tokens, seed, rates, only, recovery) -> dict:
+    """All that is measured of one cut, budget and seed, on texts that were drawn for them."""
     began = time.process_time()
     set_seed(seed)
     model = compose(pair, cut, texts["train"])
-    alone = compare_losses(model, texts["test"], batch_size=32)
-    alone.pop("hybrid")
     names = [name for name in STUDENTS if only is None or name in only]
     students = {name: (name, rates[RATED[name]]) for name in names}
     mixers = {"untrained": model.hybrid_mixer, **train_mixers(model, texts["train"], students, tokens, seed)}
@@ -264,11 +270,11 @@ def run(pair, texts, cut, tokens, seed, rates, only, recovery) -> dict:
 
 
 def texts_of(args, pair) -> dict:
-    """{"train", "valid", "test": rows}."""
-    limits = {"train": args.tokens // BLOCK, "valid": 24, "test": 80}
+    """{"train", "valid", "test": rows}, of which a seed draws some to train on."""
+    limits = {"train": None, "valid": 24, "test": 80}
     if args.pair is None:
         splits = {"train": "train", "valid": "validation", "test": "test"}
-        return {name: rows_of(splits[name], limit // 2) for name, limit in limits.items()}
+        return {name: rows_of(splits[name], limit and limit // 2) for name, limit in limits.items()}
     tokenizer, out = AutoTokenizer.from_pretrained(pair[0]), {}
     if args.document_token:
         tokenizer.eos_token = args.document_token
@@ -308,12 +314,17 @@ def main():
             which = {"pair": label, "cut": cut, "tokens": args.tokens, "seed": seed}
             if any(which.items() <= one.items() for one in results["runs"]):
                 continue
-            texts = texts or texts_of(args, pair)
+            if texts is None:
+                texts = texts_of(args, pair)
+                alone = compare_losses(compose(pair, cut, sample(texts, 0, 0)["train"]), texts["test"], batch_size=32)
+                alone.pop("hybrid")
             if label not in results["rates"]:
-                results["rates"][label] = choose_rates(compose(pair, RATE_CUT, texts["train"]), texts)
+                drawn = sample(texts, RATE_TOKENS, 0)
+                results["rates"][label] = choose_rates(compose(pair, RATE_CUT, drawn["train"]), drawn)
                 keep()
             rates = {name: float(min(losses, key=losses.get)) for name, losses in results["rates"][label].items()}
-            found = which | run(pair, texts, cut, args.tokens, seed, rates, args.only, args.recover)
+            drawn = sample(texts, max(args.tokens, args.recover), seed)
+            found = which | run(pair, drawn, alone, cut, args.tokens, seed, rates, args.only, args.recover)
             results["runs"].append(found)
             keep()
             say(found)

@@ -26,8 +26,8 @@ def compose_pair(blocks: int = 1, train: Dataset | None = None, **settings) -> M
     return model
 
 
-def rows_of(split: str, each: int) -> Dataset:
-    """Rows of the demo's text: `each` of prose and of code."""
+def rows_of(split: str, each: int | None) -> Dataset:
+    """Rows of the demo's text: `each` of prose and of code (None: all there are)."""
     tokenizer = AutoTokenizer.from_pretrained(COMPONENTS / "neox-prose")
     return concatenate_datasets([pack(documents(kind, split), tokenizer, BLOCK, each) for kind in KINDS.values()])
 

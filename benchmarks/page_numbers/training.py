@@ -183,37 +183,34 @@ ALIGNED = {
     "paths, state + mixture": "the paths: last states, and the one-block mixture",
     "paths, state + mixture, then task": "the paths: the same for half the tokens, then the text",
 }
-ALIGN_TOKENS, ALIGN_MORE, ALIGN_CUTS = 100_000, 250_000, ("3/4", "7/8")
+ALIGN_TOKENS, ALIGN_CUTS = 100_000, ("1/2", "3/4", "7/8")
 
 
-def align_runs(load: Load, cut: str, tokens: int) -> list[dict]:
-    """The runs of a cut and a budget, one a seed."""
-    runs = load("align_stage")["runs"]
-    found = [run for run in runs if (run["cut"], run["tokens"]) == (cut, tokens) and "recovered" not in run]
-    if not found:
-        raise Unmade(f"benchmarks/results/align_stage.json has no run of the cut {cut} and {tokens} tokens.")
-    return found
-
-
-def align_losses(load: Load, cut: str, tokens: int) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """(loss of each component alone, {what was trained: mean loss of both paths, NeoX first})."""
-    runs = align_runs(load, cut, tokens)
-    means = {
-        name: [statistics.mean(run["paths"][name][path]["task"] for run in runs) for path in paths]
+def align_losses(load: Load, cut: str) -> tuple[dict[str, float], dict[str, list[list[float]]]]:
+    """(loss of each component alone, {what was trained: the losses of all seeds on each path, NeoX first})."""
+    runs = [one for one in load("align_stage")["runs"] if (one["cut"], one["tokens"]) == (cut, ALIGN_TOKENS)]
+    runs = sorted((one for one in runs if "recovered" not in one), key=lambda one: one["seed"])
+    if not runs:
+        raise Unmade(f"benchmarks/results/align_stage.json has no run of the cut {cut} and {ALIGN_TOKENS} tokens.")
+    losses = {
+        name: [[run["paths"][name][path]["task"] for run in runs] for path in paths]
         for name, paths in runs[0]["paths"].items()
     }
-    return runs[0]["alone"], means
+    return runs[0]["alone"], losses
 
 
 @table("align")
 def align(load: Load) -> Rows:
-    found = [align_losses(load, cut, ALIGN_TOKENS) for cut in ALIGN_CUTS]
+    found = [align_losses(load, cut) for cut in ALIGN_CUTS]
     heads = [f"{cut}: {path}" for cut in ALIGN_CUTS for path in ("NeoX, Mamba", "Mamba, NeoX")]
     rows = [["projectors are trained on", *heads]]
-    lowest = [f"{min(losses[i] for losses in means.values()):.3f}" for _, means in found for i in range(2)]
+    columns = {name: [seeds for _, losses in found for seeds in losses[name]] for name in ALIGNED}
+    means = {name: [f"{statistics.mean(seeds):.3f}" for seeds in column] for name, column in columns.items()}
+    lowest = [min(cells) for cells in zip(*means.values())]
     for name, label in ALIGNED.items():
-        cells = [f"{loss:.3f}" if loss else "" for _, means in found for loss in means.get(name, (None, None))]
-        rows.append([label, *(bold(cell, cell == low) for cell, low in zip(cells, lowest))])
+        ranges = [f" ({max(seeds) - min(seeds):.3f})" for seeds in columns[name]]
+        cells = [bold(mean, mean == low) + one for mean, low, one in zip(means[name], lowest, ranges)]
+        rows.append([label, *cells])
     for name, loss in found[0][0].items():
         if name != "online mixture":
             label = "plain ensemble" if name == "ensemble" else STORIES[name.replace("_", "-")] + " alone"
@@ -224,33 +221,31 @@ def align(load: Load) -> Rows:
 @values
 def align_values(load: Load) -> Values:
     yield "align.tokens", f"{ALIGN_TOKENS:,}"
-    found = {cut: align_losses(load, cut, ALIGN_TOKENS) for cut in ALIGN_CUTS}
-    best = min(loss for _, means in found.values() for losses in means.values() for loss in losses)
-    better = min(loss for name, loss in found["7/8"][0].items() if name.startswith("stories"))
-    yield "align.behind", f"{best - better:.2f}"
+    alone = align_losses(load, ALIGN_CUTS[0])[0]
+    found = [align_losses(load, cut)[1] for cut in ALIGN_CUTS]
+    seeds = {cut: len(one["untrained"][0]) for cut, one in zip(ALIGN_CUTS, found)}
+    yield "align.seeds", ", ".join(f"{count} ({cut})" for cut, count in seeds.items())
+    means = [{name: [statistics.mean(seeds) for seeds in paths] for name, paths in one.items()} for one in found]
+    better = min(loss for name, loss in alone.items() if name.startswith("stories"))
+    yield "align.behind", f"{min(loss for one in means for paths in one.values() for loss in paths) - better:.2f}"
     for key, one, other in (
-        ("states", "paths, state + mixture", "paths, task"),
+        ("states", "paths, state + mixture", "paths, mixture"),
+        ("states-text", "paths, state + mixture", "paths, task"),
         ("then", "paths, state + mixture, then task", "paths, task"),
         ("mixture", "paths, mixture", "paths, task"),
+        ("then-mixture", "paths, state + mixture, then task", "paths, mixture"),
         ("soft", "soft, state + mixture", "soft, task"),
     ):
-        pairs = [zip(means[one], means[other]) for _, means in found.values() if one in means and other in means]
-        gains = [a - b for pair in pairs for a, b in pair]
-        yield f"align.{key}", span([min(gains), max(gains)])
+        yield f"align.{key}", span([f([a - b for m in means for a, b in zip(m[one], m[other])]) for f in (min, max)])
+        pairs = [pair for losses in found for paths in zip(losses[one], losses[other]) for pair in zip(*paths)]
+        yield f"align.{key}.lower", f"{sum(a < b for a, b in pairs)} of {len(pairs)}"
+        yield f"align.{key}.higher", f"{sum(a > b for a, b in pairs)} of {len(pairs)}"
     (rates,) = load("align_stage")["rates"].values()
     few = [min(rates[name].values()) for name in ("paths, state + mixture", "paths, task")]
     yield "align.few", " against ".join(f"{loss:.3f}" for loss in few)
-    yield "align.more", f"{ALIGN_MORE:,}"
-    more = align_losses(load, "7/8", ALIGN_MORE)[1]
-    for key, name in (
-        ("text", "paths, task"),
-        ("mixture", "paths, mixture"),
-        ("then", "paths, state + mixture, then task"),
-    ):
-        yield f"align.more.{key}", " and ".join(f"{loss:.3f}" for loss in more[name])
-    yield "align.more.behind", f"{min(map(min, more.values())) - better:.2f}"
-    early, deep = (min(losses[1] for losses in found[cut][1].values()) for cut in ("3/4", "7/8"))
-    yield "align.deep", f"{early - deep:.2f}"
+    for path, key in enumerate(("neox-first", "mamba-first")):
+        lowest = [min(paths[path] for paths in one.values()) for one in means]
+        yield f"align.deep.{key}", ", ".join(f"{loss:.2f}" for loss in lowest)
 
 
 @values
