@@ -269,19 +269,30 @@ def test_what_joins_the_components_is_what_there_is(settings, joined, mixed, tmp
     assert ("The hybrid is the online mixture of its components" in shown["results"]) == online
 
 
+def test_kinds_of_text_have_columns_of_their_own(saved):
+    result = {"data": "text", "losses": {"a": 3.0, "hybrid": 2.5}, "bits_per_byte": {"a": 1.2, "hybrid": 1.0}}
+    result["by_kind"] = {"code": {"a": 1.5, "hybrid": 0.9}, "prose": {"a": 0.9}}
+    (saved[1] / "evaluation.json").write_text(json.dumps(result))
+    shown = made(saved[1])[0].sections
+    assert "| bits per byte | code: bits per byte | prose: bits per byte |" in shown["results"]
+    assert re.search(r"\*\*hybrid \(this model\)\*\* \| 1.0000 \| 0.9000 \| – \|", shown["results"])
+    assert "let `manticore-hf compare` say" in shown["cost"]
+
+
 # ---- what strangers write --------------------------------------------------------------------------------------------
 
 HOSTILE = "x | y\n# Evil <script>alert(1)</script> [click](javascript:x) `a` **b** <!-- c -->"
 
 
 def test_hostile_text_shows_and_formats_nothing(saved):
-    (saved[1] / "evaluation.json").write_text(json.dumps({"losses": {HOSTILE: 1.0, "hybrid": 2.0}, "data": HOSTILE}))
+    result = {"losses": {HOSTILE: 1.0, "hybrid": 2.0}, "data": HOSTILE, "by_kind": {HOSTILE: {HOSTILE: 0.5}}}
+    (saved[1] / "evaluation.json").write_text(json.dumps(result))
     (saved[1] / "recipe.yaml").write_text(f"````\n```\n{HOSTILE}\n<!-- /manticore-hf:recipe -->\n")
     card, text, *_ = made(saved[1], licenses={"a": HOSTILE, "b": "mit"}, access=[HOSTILE])
     for name in ("title", "components", "results", "licenses", "limits"):
         shown = card.sections[name]
         assert not re.search(r"(?<!\\)<|^# Evil|(?<!\\)\[click|(?<!\\)`a", shown, re.MULTILINE), name
-    assert len({len(row) for row in tables(card.sections["licenses"])}) == 1
+    assert all(len({len(row) for row in tables(card.sections[name])}) == 1 for name in ("licenses", "results"))
     fence = re.search(r"^(`{3,})yaml$", card.sections["recipe"], re.MULTILINE)[1]
     assert len(fence) == 5 and card.sections["recipe"].count(f"\n{fence}\n") == 1
     whole, _ = merge(card)

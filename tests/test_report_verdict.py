@@ -25,6 +25,7 @@ from manticore_hf.report.one_run import OneRun, one_run
 from manticore_hf.report.passages import token_text
 from manticore_hf.report.verdict import RULES, WORTH, decide, gain_needed, perplexity, say, say_difference
 from manticore_hf.report.view import _running
+from manticore_hf.report.write import _here
 from manticore_hf.utils.claims import claim, itself, more_rows
 from manticore_hf.utils.formatting import signed
 
@@ -573,3 +574,12 @@ def test_a_curve_goes_through_its_points():
     xs, ys = zip(*[map(float, point.split(",")) for point in points])
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.1) and ys[1] < ys[2] < ys[0]
     assert ys[2] - ys[1] == pytest.approx(ys[0] - ys[2], abs=0.11)
+
+
+def test_places_of_an_earlier_report_are_printed_only_where_they_lead_somewhere(tmp_path, monkeypatch):
+    """They count from where that one was written."""
+    (tmp_path / "text.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert _here("text.txt") == "text.txt" and _here("owner/name@v1") == "owner/name@v1"
+    monkeypatch.chdir(tmp_path.parent)
+    assert _here("text.txt") is _here("data/text.txt") is _here("a/b/converted") is _here(None) is None

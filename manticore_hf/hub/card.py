@@ -20,7 +20,7 @@ from manticore_hf.hub.inspection import inspect_hybrid
 from manticore_hf.hub.licenses import DUTIES, LICENSES, Combined, combine
 from manticore_hf.modeling.configuration_manticore import ManticoreConfig
 from manticore_hf.utils.bounded_yaml import load_yaml
-from manticore_hf.utils.claims import ORIGINAL, claim, without_itself
+from manticore_hf.utils.claims import ORIGINAL, UPKEEP, claim, without_itself
 from manticore_hf.utils.formatting import (
     Safe,
     escape,
@@ -307,6 +307,7 @@ def _numbers(config, found, facts, alpha):
     return {
         "components": components,
         "cost": cost,
+        "upkeep": Safe(UPKEEP),
         "cost_note": found["note"],
         "names": names,
         "route": config.route,
@@ -379,6 +380,7 @@ def _show(result):
             "bits": f"{result.bits[label]:.4f}" if label in result.bits else "–",
             "loss": f"{result.losses[label]:.4f}",
             "perplexity": f"{math.exp(min(result.losses[label], 700.0)):.2f}",
+            "by_kind": [f"{bits[label]:.4f}" if label in bits else "–" for bits in result.by_kind.values()],
         }
         for label in sorted(result.losses, key=order.get)
     ]
@@ -393,7 +395,8 @@ def _show(result):
             "manticore-hf evaluate does that."
         )
     title = f"On {result.data}{size}.{note}"
-    return {"title": title, "rows": rows, "verdict": verdict, "drawn": bool(result.differences)}
+    kinds = [f"{kind}: bits per byte" for kind in result.by_kind]
+    return {"title": title, "rows": rows, "kinds": kinds, "verdict": verdict, "drawn": bool(result.differences)}
 
 
 def one_gate(config: ManticoreConfig) -> bool:

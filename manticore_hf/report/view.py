@@ -10,7 +10,7 @@ from manticore_hf.report.facts import Facts
 from manticore_hf.report.gains import gains, is_one_model, phrases
 from manticore_hf.report.one_run import one_run
 from manticore_hf.report.verdict import RULES, Verdict, perplexity, say_difference
-from manticore_hf.utils.claims import ORIGINAL
+from manticore_hf.utils.claims import ORIGINAL, UPKEEP
 from manticore_hf.utils.formatting import listed, plain_value, plural, short_bytes, short_count, short_duration
 
 _ON_TOP = 8
@@ -33,6 +33,7 @@ def make_view(facts: Facts, verdict: Verdict) -> dict[str, Any]:
         "standing": _standing(facts),
         "phrases": phrases(facts, running["sentence"], " ".join((licences["sentence"], licences["commercial"]))),
         "running": running,
+        "upkeep": UPKEEP,
         "making": _making(facts),
         "licences": licences,
         "mixture": details.mixture(facts),
@@ -245,7 +246,8 @@ def _making(facts):
             f"{short_count(row['training_flops'])}FLOPs" if row["training_flops"] else None,
         ]
         sentences.append(f"Per seed in the comparison: {listed([one for one in said if one])}.")
-    return {"rows": rows, "sentences": sentences or ["The directory holds no training log."]}
+    nothing = "Nothing was trained." if facts.untrained else "The directory holds no training log."
+    return {"rows": rows, "sentences": sentences or [nothing]}
 
 
 def _licences(facts):

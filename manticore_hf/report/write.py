@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def write_report(
 
 def _told(facts, data, components):
     """(Verdict, HTML, Markdown)."""
-    data = data or facts.measured.get("data")  # what an earlier report was given
+    data = data or _here(facts.measured.get("data"))  # what an earlier report was given
     command, run = compare_command(facts, data), one_run(facts)
     steps, settings = next_steps(facts, run, data, components), facts.found["settings"]
     places = _places(facts, components)
@@ -168,11 +169,18 @@ def next_steps(
 def _places(facts, components=None):
     """Where the components are, as commands take them; a name in capitals where that is not known."""
     entries, found = facts.found["components"], components or facts.measured.get("components")
-    given = map(str, found) if components else found if _are_places(found, len(entries)) else [None] * len(entries)
+    kept = map(_here, found) if _are_places(found, len(entries)) else [None] * len(entries)
+    given = map(str, found) if components else kept
     return [
         place or entry["repo_id"] or f"DIRECTORY_OF_{entry['name']}"
         for place, entry in zip(given, entries, strict=True)
     ]
+
+
+def _here(place):
+    """A place of an earlier report, None where it was a path that leads nowhere from where this one is written."""
+    named = isinstance(place, str) and (os.path.exists(place) or re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", place))
+    return place if named and (os.path.exists(place) or not Path(place).suffix) else None
 
 
 def _are_places(values, count):

@@ -14,6 +14,11 @@ ORIGINAL = "original {}"
 """What the row of a component is called that was measured before it was joined, with its own tokenizer."""
 ONLINE = "online mixture"
 """What the row of the components' online mixture is called."""
+UPKEEP = (
+    "Components stay as they were when they were joined. Join them anew when one has a new version or your text has "
+    "changed, and let `manticore-hf compare` say, on new documents, whether the hybrid still pays."
+)
+"""Who reads a card or a report on whether it needs looking after."""
 _ROUNDING = 2e-5  # nats per token: what the same mixture differs by, calculated in another order
 _EQUAL = 2e-4  # where an interval shows that no row differs by more, either
 
