@@ -556,7 +556,8 @@ def test_a_chart_is_drawn_for_a_page_and_for_a_phone():
         broad, narrow = drawn.split('<div class="narrow">')
         wide, small = (float(re.search(r'viewBox="0 0 ([\d.]+)', one)[1]) for one in (broad, narrow))
         assert small <= charts.NARROW < wide or draw is charts.heat and small <= charts.NARROW
-    assert "online mixture of the tuned components</text>" in charts.forest(rows, width=charts.NARROW)
+    for width in (charts.NARROW, 520, 640):  # a phone, a card on a page, the page
+        assert "online mixture of the tuned components</text>" in charts.forest(rows, width=width)
     assert "loss in nats per token, by optimizer step" in drawn
 
 

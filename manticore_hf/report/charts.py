@@ -99,10 +99,10 @@ def forest(
         needed: Where to draw the line of what is worth having, or None.
         label: For screen readers.
         unit: Of the differences.
-        width: Of the chart; where it is narrow, longer names are cut, and on a phone each is above its bar.
+        width: Of the chart; on a phone, and where it is too narrow for the names, each is above its bar.
     """
-    above = width <= NARROW
-    most = 44 if above else 38 if width >= _WIDTH else 30
+    above = width <= NARROW or width < _WIDTH and max(len(name) for name, *_ in rows) > 30
+    most = 44 if above else 38
     names = [_clip(name, most) for name, *_ in rows]
     left, right, top, step = 24 + 6.7 * max(map(len, names)), 20, 8, 24
     if above:
