@@ -101,13 +101,13 @@ def test_byte_probabilities_are_those_of_every_way_to_cut(tmp_path, name):
 
     def ways(data, ids=(), so_far=0.0):
         """Log-probabilities of the tokenisations of texts that begin with these bytes."""
-        for number, token in enumerate(table.table) if so_far > -60 else ():
+        for number, token in enumerate(table.table) if so_far > -45 else ():
             if token and token.startswith(data):
                 yield so_far + after(ids)[number]
             elif token and data.startswith(token):
                 yield from ways(data[len(token) :], (*ids, number), so_far + after(ids)[number])
 
-    for text in ("The film was", "in the year 19", "def run(self)", "    return x"):
+    for text in ("The film was", "def run(self)", "    return x"):
         data = text.encode()
         whole = [torch.tensor(list(ways(data[:end])) if end else [0.0]).logsumexp(0) for end in range(len(data) + 1)]
         exact = torch.stack(whole).diff()
