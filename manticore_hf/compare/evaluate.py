@@ -15,7 +15,7 @@ from manticore_hf.compose.untouched import measure_originals
 from manticore_hf.evaluation.data import DataArguments, load_rows
 from manticore_hf.evaluation.gguf_sources import say_gguf
 from manticore_hf.evaluation.losses import how_measured, make_passages, measure, name_of
-from manticore_hf.training.recipe import find_originals
+from manticore_hf.training.originals import find_originals
 from manticore_hf.utils.claims import ORIGINAL, claim, itself, more_rows
 from manticore_hf.utils.files import write_json
 from manticore_hf.utils.formatting import signed

@@ -20,7 +20,7 @@ from manticore_hf.compose.untouched import load_original
 from manticore_hf.evaluation.losses import ONLINE, inner_baselines
 from manticore_hf.modeling.aligned_tokenizers import tokenizer_of
 from manticore_hf.modeling.configuration_manticore import ManticoreError
-from manticore_hf.training.recipe import find_originals
+from manticore_hf.training.originals import find_originals
 from manticore_hf.utils.claims import ORIGINAL
 from manticore_hf.utils.files import read_json, write_json
 from manticore_hf.utils.formatting import is_number

@@ -36,7 +36,8 @@ from manticore_hf.report.render import render
 from manticore_hf.report.speed import measure_speed
 from manticore_hf.report.store import Store, kept, stamp
 from manticore_hf.report.verdict import Verdict, decide
-from manticore_hf.training.recipe import find_beside, find_originals, find_recipe, load_kept_recipe
+from manticore_hf.training.originals import find_originals
+from manticore_hf.training.recipe import find_beside, find_recipe, load_kept_recipe
 from manticore_hf.utils.claims import CLAIM_BYTES, CLAIM_ROWS, itself, more_rows
 from manticore_hf.utils.files import replace_text
 from manticore_hf.utils.formatting import listed, plural
@@ -179,8 +180,10 @@ def _places(facts, components=None):
 
 def _here(place):
     """A place of an earlier report, None where it was a path that leads nowhere from where this one is written."""
-    named = isinstance(place, str) and (os.path.exists(place) or re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", place))
-    return place if named and (os.path.exists(place) or not Path(place).suffix) else None
+    if not isinstance(place, str):
+        return None
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", place) and not Path(place).suffix
+    return place if on_hub or os.path.exists(place) else None
 
 
 def _are_places(values, count):

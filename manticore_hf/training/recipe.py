@@ -15,7 +15,6 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.resources import files
@@ -24,15 +23,12 @@ from typing import get_args, get_type_hints
 
 import yaml
 from huggingface_hub import constants
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 
-from manticore_hf.compose.components import ComponentSpec, resolve
-from manticore_hf.compose.convert.converted_files import convert_files
-from manticore_hf.compose.convert.read_checkpoint import is_gguf
 from manticore_hf.evaluation.data import DataArguments
 from manticore_hf.evaluation.records import read_texts
 from manticore_hf.modeling.bounds_manticore import ManticoreError, show
-from manticore_hf.training.asked import compared_before, composed_from, differences, listing
+from manticore_hf.training.asked import compared_before, differences, listing
 from manticore_hf.training.programs import program_of
 from manticore_hf.training.runtime import RESULT, check_training, training_defaults
 from manticore_hf.training.search import STRATEGIES
@@ -48,7 +44,6 @@ from manticore_hf.training.stages import AFTER_COMPOSE, STAGES
 from manticore_hf.utils.bounded_yaml import BoundedLoader
 from manticore_hf.utils.distributed import on_main, print_main
 from manticore_hf.utils.files import read_json, replace_text, stays_inside, write_json
-from manticore_hf.utils.formatting import listed
 from manticore_hf.utils.renamed import old_fields, warn_renamed
 
 HYBRID_SOURCES = {"transplant_data", "tokenizer_data", "tokenizer"}
@@ -58,7 +53,6 @@ _MAX_PATH = 1_000
 _SET_BY_THE_RUN = {"output_dir", "model", "mixture_from"}
 _MOST = 2**63  # of a number
 _MAX_BYTES = 200_000
-_SHAPE = ("model_type", "hidden_size", "num_hidden_layers")  # of a component: what training leaves as it was
 _MOST_RUNS = 9  # that are remembered of one recipe, beside the last
 
 
@@ -515,10 +509,9 @@ def load_named_recipe(path: str | Path, allow_outside: bool = False) -> Recipe:
     Raises:
         ManticoreError: The recipe is invalid.
     """
-    recipe = load_recipe(path)
     if any((Path(path).parent / name).exists() for name in (RESULT, "0-compose")):
-        recipe = as_run(recipe) or recipe
-    return dataclasses.replace(recipe, allow_outside=recipe.allow_outside or allow_outside)
+        return load_kept_recipe(path, allow_outside)
+    return dataclasses.replace(load_recipe(path), allow_outside=allow_outside)
 
 
 def stage_data(recipe: Recipe, other: dict) -> DataArguments:
@@ -566,65 +559,3 @@ def _all_inside(path, folder):
     if not stays_inside(path, folder):
         return False
     return all(stays_inside(one, folder) for one in path.rglob("*")) if path.is_dir() else True
-
-
-def find_originals(
-    folder: str | Path, config: PreTrainedConfig, components: Sequence[str] | None = None
-) -> list[str | None] | None:
-    """Where a hybrid's components are, to measure them as they came.
-
-    Args:
-        folder: Directory of the hybrid, or its Hub repo.
-        config: Its configuration.
-        components: Directories, repositories or GGUF files, in the hybrid's order, as a user names them. Default: by
-            what `compose` was asked for, or else by the recipe.
-
-    Returns:
-        For each component its directory or repository, or None where the hybrid knows the address, or nothing is there
-        any more. None if nothing is known.
-
-    Raises:
-        ManticoreError: As many as the hybrid has are not named, or one is of another kind than the hybrid's.
-    """
-    names = config.component_names
-    if components is None:
-        return _known_sources(folder, config)
-    if len(components) != len(names):
-        raise ManticoreError(f"components: {listed(components)} are given; the hybrid has {names}.")
-    if any(map(is_gguf, components)) and not os.path.isdir(folder):
-        raise ManticoreError(
-            f"components: GGUF files are converted in the hybrid's directory, and {folder} is none: give the "
-            "directories that `manticore-hf convert` makes of them."
-        )
-    found = [os.fspath(one) for one in convert_files(components, folder)]
-    for source, name in zip(found, names):
-        spec = ComponentSpec(source, subfolder=config.components[names.index(name)]["subfolder"])
-        one, own = resolve(spec, {}, weights=False), getattr(config, name)
-        same = all(getattr(one.config, key, None) == getattr(own, key, None) for key in _SHAPE)
-        if not same or one.name != name and one.name in names:
-            raise ManticoreError(
-                f"components: {source!r} ({_shape(one.config)}) is given for {name!r} ({_shape(own)}): name them "
-                f"in the hybrid's order, {names}."
-            )
-    return found
-
-
-def _shape(config):
-    return ", ".join(str(getattr(config, key, None)) for key in _SHAPE)
-
-
-def _known_sources(folder, config):
-    if all(entry["repo_id"] for entry in config.components):
-        return None
-    file = Path(folder) / "recipe.yaml"
-    try:
-        found = composed_from(folder)
-        if not any(found or ()) and file.is_file():
-            recipe = load_kept_recipe(file)
-            found = [find_beside(source, recipe) for source in recipe.components]
-    except ManticoreError:
-        return None
-    if found is None or len(found) != len(config.components):
-        return None
-    pairs = zip(found, config.components)
-    return [one if entry["repo_id"] is None and one and os.path.isdir(one) else None for one, entry in pairs]
